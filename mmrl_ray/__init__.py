@@ -1,0 +1,3 @@
+"""Distributed RLHF-style fine-tuning of multimodal models on Ray."""
+
+__version__ = "0.1.0"

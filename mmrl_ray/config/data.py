@@ -1,0 +1,36 @@
+"""`data:` — the training and evaluation splits."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmrl_ray.config.base import Section
+
+
+class ScenesSection(Section):
+    """Generate the scenes dataset into `data.train` and `data.eval` when they are not there yet."""
+
+    train: int = Field(2000, ge=1)
+    """Images in the training split."""
+    eval: int = Field(200, ge=1)
+    """Images in the held-out split, with attribute combinations never seen in training."""
+    image_size: int = Field(64, ge=32, le=1024)
+    """Pixels a side."""
+    seed: int = 0
+    max_objects: int = Field(3, ge=1, le=3)
+
+
+class DataSection(Section):
+    """Parquet shards in the Hugging Face `datasets` image layout."""
+
+    train: str
+    """Folder or file of Parquet shards, on any pyarrow.fs location."""
+    eval: str | None = None
+    """Held-out split; without it a run evaluates on nothing and says so."""
+    prompt: str = "Describe the image."
+    """The user's turn for rows that bring no prompt of their own."""
+    eval_samples: int | None = Field(None, ge=1)
+    """Evaluate on the first so many rows; all by default."""
+    max_quarantined: int = Field(20, ge=0)
+    """Broken samples a run tolerates before it stops."""
+    scenes: ScenesSection | None = None

@@ -1,0 +1,67 @@
+"""`learner:` — advantage, loss, aggregation, regularisers, optimiser; each a separate choice."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mmrl_ray.config.base import Section
+
+Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
+Loss = Literal["reward_guided", "clipped", "gspo", "cispo"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+
+
+class KlSection(Section):
+    """KL(policy || policy that RL started from)."""
+
+    weight: float = Field(0.0, ge=0)
+    """0 turns it off, and with it the pass that makes reference log-probs."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k1 enters the reward; k2 and k3 are loss terms (k3's gradient is biased)."""
+
+
+class LearnerSection(Section):
+    """One optimiser step consumes `groups_per_step` groups."""
+
+    steps: int = Field(..., ge=1)
+    groups_per_step: int = Field(16, ge=1)
+    passes: int = Field(1, ge=1)
+    """Optimiser updates over the groups of one step."""
+    advantage: Advantage = "group"
+    advantage_std: bool = True
+    """Divide `group` advantages by the group's standard deviation."""
+    loss: Loss = "clipped"
+    clip_low: float = Field(0.2, ge=0)
+    clip_high: float = Field(0.2, ge=0)
+    off_policy_cap: float = Field(2.0, ge=1)
+    """c: the detached ratio to the behaviour policy is capped here."""
+    aggregation: Aggregation = "token_mean"
+    kl: KlSection = KlSection()
+    adapter_l2: float = Field(0.0, ge=0)
+    """beta of EQUATIONS row 7."""
+    l2_to_pretrained: float = Field(0.0, ge=0)
+    """lambda of EQUATIONS row 4."""
+    lr: float = Field(1e-4, gt=0)
+    lr_min: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    micro_batch_tokens: int = Field(16384, ge=1)
+    """Prompt and completion tokens one forward and backward pass holds at most."""
+    workers: int = Field(1, ge=1)
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the learner group from the newest valid checkpoint."""
+    checkpoint_every: int = Field(20, ge=1)
+    """Steps."""
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        if self.lr_min > self.lr:
+            raise ValueError(f"lr_min={self.lr_min} is above lr={self.lr}")
+        return self

@@ -1,0 +1,54 @@
+"""`algorithm:` — presets under their usual names; each only names defaults of `learner:` keys."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Williams 1992, with the batch's mean reward as the baseline.
+    "reinforce": {"advantage": "batch_mean", "loss": "reward_guided", "aggregation": "sequence_sum"},
+    # Rennie et al. 2017, arXiv:1612.00563: the greedy caption's reward is the baseline.
+    "scst": {"advantage": "greedy", "loss": "reward_guided", "aggregation": "sequence_sum"},
+    # Ahmadian et al. 2024, arXiv:2402.14740.
+    "rloo": {"advantage": "leave_one_out", "loss": "reward_guided", "aggregation": "sequence_sum"},
+    # Shao et al. 2024, arXiv:2402.03300.
+    "grpo": {
+        "advantage": "group",
+        "advantage_std": True,
+        "loss": "clipped",
+        "aggregation": "sequence_mean",
+        "kl": {"weight": 0.04, "estimator": "k3"},
+    },
+    # Liu et al. 2025, arXiv:2503.20783.
+    "dr_grpo": {"advantage": "group", "advantage_std": False, "loss": "clipped", "aggregation": "constant"},
+    # Yu et al. 2025, arXiv:2503.14476: clip-higher, token-level mean, no KL.
+    "dapo": {
+        "advantage": "group",
+        "advantage_std": True,
+        "loss": "clipped",
+        "clip_high": 0.28,
+        "aggregation": "token_mean",
+    },
+    # Zheng et al. 2025, arXiv:2507.18071: the ratio of whole sequences, with its narrow clip range.
+    "gspo": {
+        "advantage": "group",
+        "advantage_std": True,
+        "loss": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "sequence_mean",
+    },
+    # MiniMax-M1 2025, arXiv:2506.13585: clip the importance weight, keep every token's gradient.
+    "cispo": {
+        "advantage": "group",
+        "advantage_std": True,
+        "loss": "cispo",
+        "clip_low": 1.0,
+        "clip_high": 2.0,
+        "aggregation": "token_mean",
+    },
+}
+
+assert set(PRESETS) == set(get_args(Algorithm))

@@ -1,0 +1,1 @@
+"""Pictures and captions: the hardened decoder, samples, importers, the scenes generator."""

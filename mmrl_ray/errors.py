@@ -1,0 +1,83 @@
+"""The one exception tree of the project; every class carries one message and pickles.
+
+MMRLError
+├── ConfigError            what the user wrote: a key, a type, a combination
+├── DataError              a dataset, a row or an image
+│   ├── ImageError             one image is broken or refused
+│   └── QuarantineError        too many broken samples in a run
+├── ModelError             a checkpoint, a processor, an adapter
+│   ├── AdapterError           LoRA targets, shapes, foreign adapters
+│   └── ContextLengthError     prompt plus completion exceed the model's context
+├── RewardError            a reward raised, timed out, or returned NaN or too few
+├── RolloutError           the pool of rollout workers cannot go on
+│   └── PlacementError         an actor was not placed in time
+├── LearnerError           the learner group cannot go on
+│   └── NonFiniteError         loss or gradient norm is NaN or infinite
+├── RunError               a run folder: exists, missing, not resumable
+│   └── CheckpointError        no valid checkpoint, or a broken one was asked for
+└── Interrupted            the user stopped the run
+"""
+
+
+class MMRLError(Exception):
+    """Root of the tree. The message names the thing, the value and the remedy, in one line."""
+
+
+class ConfigError(MMRLError):
+    """What the user wrote is wrong: an unknown key, a wrong type, an impossible combination."""
+
+
+class DataError(MMRLError):
+    """A dataset, one of its rows or one of its files cannot be used."""
+
+
+class ImageError(DataError):
+    """One image is broken, too large, or of a format that is not allowed."""
+
+
+class QuarantineError(DataError):
+    """More samples were quarantined than the run's budget allows."""
+
+
+class ModelError(MMRLError):
+    """A model folder, its processor or its chat template cannot be used."""
+
+
+class AdapterError(ModelError):
+    """An adapter's targets, shapes or base do not fit the model."""
+
+
+class ContextLengthError(ModelError):
+    """A prompt and its longest completion do not fit the model's context."""
+
+
+class RewardError(MMRLError):
+    """A reward raised, timed out, or returned NaN or the wrong number of scores."""
+
+
+class RolloutError(MMRLError):
+    """The pool of rollout workers cannot go on."""
+
+
+class PlacementError(RolloutError):
+    """An actor was not placed within its deadline; the message names the resources it asked for."""
+
+
+class LearnerError(MMRLError):
+    """The learner group cannot go on."""
+
+
+class NonFiniteError(LearnerError):
+    """A loss or a gradient norm is NaN or infinite; the message names step, metric and samples."""
+
+
+class RunError(MMRLError):
+    """A run folder exists already, is missing, or cannot be resumed."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint is missing, truncated or fails its hashes."""
+
+
+class Interrupted(MMRLError):
+    """The user asked the run to stop."""

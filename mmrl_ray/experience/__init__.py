@@ -1,0 +1,1 @@
+"""What flows from sampling to learning: carriers, Arrow schema, buffer, step plan."""

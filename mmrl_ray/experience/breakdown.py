@@ -1,0 +1,21 @@
+"""`RewardBreakdown`: what one caption earned, and from what. Plain Python, so that rewards need no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBreakdown:
+    """What one caption earned, and from what.
+
+    `total` equals the sum of `weights[k] * parts[k]` over the keys of `weights`. A composed reward keeps the parts of
+    its parts beside them, under `outer/inner` names that have no weight of their own.
+    """
+
+    total: float
+    parts: Mapping[str, float]
+    weights: Mapping[str, float]
+    sigma: float | None = None
+    """Standard deviation of the total where the reward has a model of its own noise."""

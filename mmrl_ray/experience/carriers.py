@@ -1,0 +1,164 @@
+"""The carriers between sampling and learning, in the order in which data becomes them.
+
+    Sample → Completion → RolloutGroup → ScoredGroup → StepPlan → tensors (policy/collate.py)
+
+Frozen, slotted, picklable. `G` completions a group, `T` tokens a completion, `P` tokens a prompt, `M` groups a step.
+Bulk data (`RolloutGroup`) travels through the object store by reference; what the controller handles is
+`ScoredGroup.summary`, a few hundred bytes a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.experience.breakdown import RewardBreakdown
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions of one prompt are drawn."""
+
+    temperature: float = 1.0
+    """Above 0; `greedy` ignores it for the choice of tokens, the log-probs still use it."""
+    max_new_tokens: int = 32
+    min_new_tokens: int = 0
+    top_k: int = 0
+    """0 keeps every token."""
+    top_p: float = 1.0
+    greedy: bool = False
+    stop: tuple[str, ...] = ()
+    """Further stop strings beside the model's end-of-sequence tokens."""
+    seed: int = 0
+    """Seeds the group's own generator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled caption."""
+
+    token_ids: torch.Tensor
+    """int64 [T], the end-of-sequence token included when it was sampled."""
+    logprobs: torch.Tensor
+    """float32 [T], of the distribution that was sampled from (the behaviour policy)."""
+    text: str
+    finish_reason: FinishReason
+    reference_logprobs: torch.Tensor | None = None
+    """float32 [T], under the reference policy; only when the KL weight is not 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """One prompt after chat template and processor: all that the model needs but the vision features."""
+
+    input_ids: torch.Tensor
+    """int64 [P], image placeholders expanded, no padding."""
+    model_inputs: Mapping[str, torch.Tensor]
+    """The processor's other outputs: per-token ones are [P], per-image ones as the processor made them."""
+    image_key: str
+    """Content hash of the images, processor settings and model revision: the key of the vision cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """What the frozen vision tower and projector made of one sample's images."""
+
+    tokens: torch.Tensor
+    """[image tokens, d], in placeholder order."""
+    deepstack: tuple[torch.Tensor, ...] = ()
+    """Per-layer features [image tokens, d] of models that feed several (Qwen3-VL)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deepstack))
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G completions of one sample, and what the learner needs to score them again."""
+
+    sample: Sample
+    prompt: EncodedPrompt
+    completions: tuple[Completion, ...]
+    policy_version: int
+    sampling: SamplingParams
+    greedy: Completion | None = None
+    """The greedy caption, when the baseline needs one; never trained on."""
+    vision: VisionFeatures | None = None
+    """Shipped with the group when that is cheaper than a second pass through the tower."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """Names one group of a run: the step it was composed for, its place in it, and which try this is."""
+
+    step: int
+    index: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group's rewards and sizes, light enough for the controller; the group itself is behind `payload`."""
+
+    key: GroupKey
+    sample_id: str
+    policy_version: int
+    prompt_tokens: int
+    completion_tokens: tuple[int, ...]
+    """T of each completion, length G."""
+    rewards: tuple[RewardBreakdown, ...]
+    """One a completion; empty when masked."""
+    greedy_reward: float | None = None
+    masked: str | None = None
+    """Why the group takes no part in learning (its reward failed, …), or None."""
+    payload: Any = None
+    """`RolloutGroup` itself (in-process) or an object-store reference to it."""
+    worker: str = ""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by phase: sample, reference, reward."""
+    counters: Mapping[str, float] = field(default_factory=dict)
+    """Counts by name: vision_hits, vision_misses, naive_path, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGroup:
+    """One group of a step with its learning weights."""
+
+    key: GroupKey
+    sample_id: str
+    staleness: int
+    advantages: tuple[float, ...]
+    """[G], after the baseline; the R of the reward-guided loss."""
+    scales: tuple[float, ...]
+    """[G], each completion's per-token weight before the denominator (1, or 1 ÷ its length)."""
+    completion_tokens: tuple[int, ...]
+    prompt_tokens: int
+    payload: Any
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any completion has a weight other than 0."""
+        return any(a != 0.0 for a in self.advantages)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one optimiser step consumes."""
+
+    step: int
+    """0-based; consuming it turns policy version `step` into `step + 1`."""
+    groups: tuple[PlannedGroup, ...]
+    denominator: float
+    """Of every policy-gradient and KL term, over all ranks and micro-batches."""
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    """[rank][micro-batch][group index]: whole groups under the token budget, balanced over ranks."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Reward, staleness, masked and dropped figures of the step, merged into its metrics line."""

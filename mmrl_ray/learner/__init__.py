@@ -1,0 +1,1 @@
+"""The learner group: one optimiser step, the Ray Train loop, checkpoints, schedule."""

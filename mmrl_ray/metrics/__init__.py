@@ -1,0 +1,1 @@
+"""Caption metrics: BLEU, CIDEr-D, ROUGE-L, bootstrap intervals."""

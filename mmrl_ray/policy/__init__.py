@@ -1,0 +1,1 @@
+"""The vision-language policy: load, adapter, shared prefix, vision cache, decode, collate."""

@@ -1,0 +1,1 @@
+"""Rollout workers, their pool, and the controller."""

@@ -1,0 +1,1 @@
+"""Wiring: a config in, a finished run folder out."""
