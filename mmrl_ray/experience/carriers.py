@@ -117,6 +117,9 @@ class ScoredGroup:
     rewards: tuple[RewardBreakdown, ...]
     """One a completion; empty when masked."""
     greedy_reward: float | None = None
+    kl1: tuple[float, ...] = ()
+    """Sum over tokens of behaviour minus reference log-prob, one a completion; empty without a reference. With the k1
+    estimator the step plan takes `weight * kl1` off each reward before the baseline."""
     masked: str | None = None
     """Why the group takes no part in learning (its reward failed, …), or None."""
     payload: Any = None

@@ -1,0 +1,150 @@
+"""`build_step_plan`: from a step's scored groups to what one optimiser step consumes.
+
+Made by the controller, since baselines and denominators need the whole step, and without a processor or a tensor of
+the groups themselves. `M` groups of `G` completions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.errors import LearnerError
+from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup, StepPlan
+from mmrl_ray.losses.advantages import advantages
+from mmrl_ray.losses.aggregation import completion_scales
+
+
+class GroupSize(NamedTuple):
+    """What a group costs in a forward pass."""
+
+    prompt_tokens: int
+    completions: int
+    longest_completion: int
+
+
+def build_step_plan(
+    step: int,
+    groups: Sequence[ScoredGroup],
+    *,
+    learner: LearnerSection,
+    max_new_tokens: int,
+    world_size: int,
+) -> StepPlan:
+    """Advantages, per-token weights, one denominator, and the split over ranks and micro-batches.
+
+    Args:
+        step: the step; also the policy version that consumes it.
+        groups: the step's groups by place; masked ones are left out of everything.
+        learner: advantage, aggregation, KL and token budget.
+        max_new_tokens: for the `constant` aggregation.
+        world_size: learner ranks.
+
+    Raises:
+        LearnerError: every group of the step is masked.
+    """
+    live = [g for g in groups if g.masked is None]
+    if not live:
+        reasons = sorted({g.masked or "" for g in groups}) or ["no sample of the step could be used"]
+        raise LearnerError(f"step {step} has no group to learn from: {'; '.join(reasons)[:500]}")
+    rewards = _learning_rewards(live, learner)  # [M, G]
+    greedy = None
+    if learner.advantage == "greedy":
+        greedy = torch.tensor([_greedy_reward(g) for g in live], dtype=torch.float64)
+    weights = advantages(learner.advantage, rewards, greedy=greedy, divide_by_std=learner.advantage_std)
+    lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
+    scales, denominator = completion_scales(learner.aggregation, lengths.flatten(), max_new_tokens=max_new_tokens)
+    scales = scales.reshape(lengths.shape)
+    planned = tuple(
+        PlannedGroup(
+            key=group.key,
+            sample_id=group.sample_id,
+            staleness=step - group.policy_version,
+            advantages=tuple(weights[i].tolist()),
+            scales=tuple(scales[i].tolist()),
+            completion_tokens=group.completion_tokens,
+            prompt_tokens=group.prompt_tokens,
+            payload=group.payload,
+        )
+        for i, group in enumerate(live)
+    )
+    sizes = [GroupSize(g.prompt_tokens, len(g.completion_tokens), max(g.completion_tokens)) for g in planned]
+    return StepPlan(
+        step=step,
+        groups=planned,
+        denominator=float(denominator),
+        micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
+        metrics=_reward_metrics(live, rewards),
+    )
+
+
+def split_micro_batches(
+    sizes: Sequence[GroupSize], token_budget: int, world_size: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """[rank][micro-batch][group index]: whole groups, ranks balanced by tokens, each micro-batch under the budget.
+
+    A group goes to the rank with the fewest tokens so far, largest first. Within a rank, groups of like length share a
+    micro-batch, whose cost counts the padding; a group that exceeds the budget by itself gets a micro-batch of its own.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-padded_tokens([sizes[i]]), i))
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    for i in order:
+        rank = load.index(min(load))
+        ranks[rank].append(i)
+        load[rank] += padded_tokens([sizes[i]])
+    return tuple(_pack(rank, sizes, token_budget) for rank in ranks)
+
+
+def padded_tokens(sizes: Sequence[GroupSize]) -> int:
+    """Token positions of one forward pass over these groups: each prompt once, padding included."""
+    prompts = len(sizes) * max(s.prompt_tokens for s in sizes)
+    return prompts + sum(s.completions for s in sizes) * max(s.longest_completion for s in sizes)
+
+
+def _pack(indices: Sequence[int], sizes: Sequence[GroupSize], token_budget: int) -> tuple[tuple[int, ...], ...]:
+    batches: list[list[int]] = []
+    for i in indices:
+        if batches and padded_tokens([sizes[j] for j in (*batches[-1], i)]) <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return tuple(tuple(batch) for batch in batches)
+
+
+def _learning_rewards(groups: Sequence[ScoredGroup], learner: LearnerSection) -> torch.Tensor:
+    """float64 [M, G]: each total, less the k1 penalty where KL is part of the reward."""
+    rewards = torch.tensor([[r.total for r in g.rewards] for g in groups], dtype=torch.float64)
+    if learner.kl.weight and learner.kl.estimator == "k1":
+        rewards -= learner.kl.weight * torch.tensor([g.kl1 for g in groups], dtype=torch.float64)
+    return rewards
+
+
+def _greedy_reward(group: ScoredGroup) -> float:
+    if group.greedy_reward is None:
+        raise LearnerError(f"group {group.key} has no greedy reward, which learner.advantage=greedy needs")
+    return group.greedy_reward
+
+
+def _reward_metrics(groups: Sequence[ScoredGroup], rewards: torch.Tensor) -> dict[str, float]:
+    """Figures of the step's rewards as they were given, before any baseline."""
+    totals = torch.tensor([[r.total for r in g.rewards] for g in groups], dtype=torch.float64)
+    metrics = {
+        "reward/mean": totals.mean().item(),
+        "reward/std": totals.std(correction=0).item(),
+        "reward/group_std": totals.std(dim=1, correction=0).mean().item(),
+        "reward/zero_variance_groups": int((totals.std(dim=1, correction=0) == 0).sum()),
+    }
+    if not torch.equal(totals, rewards):
+        metrics["reward/with_kl"] = rewards.mean().item()
+    for name in groups[0].rewards[0].parts:
+        values = [r.parts[name] for g in groups for r in g.rewards]
+        metrics[f"reward/{name}"] = math.fsum(values) / len(values)
+    lengths = [t for g in groups for t in g.completion_tokens]
+    metrics["completion/length_mean"] = sum(lengths) / len(lengths)
+    metrics["completion/length_max"] = max(lengths)
+    return metrics

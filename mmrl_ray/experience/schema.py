@@ -1,0 +1,114 @@
+"""The one Arrow schema of a scored completion: a row of the rollout log.
+
+Plain nested types only (no maps, no extension types), so that duckdb, pandas and Hugging Face `datasets` open the
+Parquet files as they are. Images are not in it: they lie once, by content hash, under `images/` of the run folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from mmrl_ray.data.images import image_hash
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.carriers import Completion, PlannedGroup, RolloutGroup, ScoredGroup
+
+_PART = pa.struct([("name", pa.string()), ("value", pa.float64()), ("weight", pa.float64())])
+_TIMING = pa.struct([("phase", pa.string()), ("seconds", pa.float64())])
+_SAMPLING = pa.struct(
+    [
+        ("temperature", pa.float64()),
+        ("top_k", pa.int64()),
+        ("top_p", pa.float64()),
+        ("max_new_tokens", pa.int64()),
+        ("seed", pa.int64()),
+    ]
+)
+
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),  # place of the group in its step
+        pa.field("attempt", pa.int64(), nullable=False),
+        pa.field("completion", pa.int64(), nullable=False),  # place in the group; -1 is the greedy baseline
+        pa.field("policy_version", pa.int64(), nullable=False),
+        pa.field("staleness", pa.int64()),  # null when the group took no part in a step
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image_hash", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("behaviour_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("reference_logprobs", pa.list_(pa.float32())),  # null when the KL weight is 0
+        pa.field("reward_parts", pa.list_(_PART), nullable=False),  # weight null for parts of parts
+        pa.field("reward", pa.float64()),  # null when masked
+        pa.field("reward_sigma", pa.float64()),
+        pa.field("advantage", pa.float64()),  # null when masked, and for the greedy baseline
+        pa.field("masked", pa.string()),  # why, or null
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("sampling", _SAMPLING, nullable=False),
+        pa.field("worker", pa.string(), nullable=False),
+        pa.field("timings", pa.list_(_TIMING), nullable=False),  # of the assignment the group was part of
+    ]
+)
+
+
+def group_table(run: str, scored: ScoredGroup, group: RolloutGroup, planned: PlannedGroup | None) -> pa.Table:
+    """The rows of one group: G completions, then the greedy baseline if there is one.
+
+    Args:
+        run: the run's name.
+        scored: its rewards; a masked group has none.
+        group: its completions.
+        planned: its advantages, or None for a group that took no part in a step.
+    """
+    common = {
+        "run": run,
+        "step": scored.key.step,
+        "index": scored.key.index,
+        "attempt": scored.key.attempt,
+        "policy_version": scored.policy_version,
+        "staleness": None if planned is None else planned.staleness,
+        "sample_id": scored.sample_id,
+        "image_hash": image_hash(group.sample.images),
+        "prompt": group.sample.prompt,
+        "masked": scored.masked,
+        "sampling": {
+            "temperature": group.sampling.temperature,
+            "top_k": group.sampling.top_k,
+            "top_p": group.sampling.top_p,
+            "max_new_tokens": group.sampling.max_new_tokens,
+            "seed": group.sampling.seed,
+        },
+        "worker": scored.worker,
+        "timings": [{"phase": phase, "seconds": seconds} for phase, seconds in scored.timings.items()],
+    }
+    rows = []
+    for i, completion in enumerate(group.completions):
+        reward = scored.rewards[i] if scored.rewards else None
+        advantage = None if planned is None else planned.advantages[i]
+        rows.append({**common, **_completion_row(completion, reward), "completion": i, "advantage": advantage})
+    if group.greedy is not None:
+        row = {**common, **_completion_row(group.greedy, None), "completion": -1, "advantage": None}
+        rows.append({**row, "reward": scored.greedy_reward})
+    return pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
+
+
+def _completion_row(completion: Completion, reward: RewardBreakdown | None) -> dict[str, Any]:
+    reference = completion.reference_logprobs
+    parts = reward.parts if reward else {}
+    return {
+        "caption": completion.text,
+        "token_ids": completion.token_ids.tolist(),
+        "behaviour_logprobs": completion.logprobs.tolist(),
+        "reference_logprobs": None if reference is None else reference.tolist(),
+        "finish_reason": completion.finish_reason,
+        "reward_parts": [
+            {"name": name, "value": value, "weight": reward.weights.get(name) if reward else None}
+            for name, value in parts.items()
+        ],
+        "reward": reward.total if reward else None,
+        "reward_sigma": reward.sigma if reward else None,
+    }
