@@ -17,7 +17,9 @@ class ScenesSection(Section):
     image_size: int = Field(64, ge=32, le=1024)
     """Pixels a side."""
     seed: int = 0
+    """Seeds the generator."""
     max_objects: int = Field(3, ge=1, le=3)
+    """Objects a picture has at most."""
 
 
 class DataSection(Section):
@@ -34,3 +36,4 @@ class DataSection(Section):
     max_quarantined: int = Field(20, ge=0)
     """Broken samples a run tolerates before it stops."""
     scenes: ScenesSection | None = None
+    """Generate the scenes dataset; none by default."""

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.base import Section, refuse
 
 Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
 Loss = Literal["reward_guided", "clipped", "gspo", "cispo"]
@@ -26,42 +26,60 @@ class LearnerSection(Section):
     """One optimiser step consumes `groups_per_step` groups."""
 
     steps: int = Field(..., ge=1)
+    """Optimiser steps of the whole run."""
     groups_per_step: int = Field(16, ge=1)
+    """Images a step; each brings `rollout.group_size` completions."""
     passes: int = Field(1, ge=1)
     """Optimiser updates over the groups of one step."""
     advantage: Advantage = "group"
+    """The baseline: none, the batch's mean, the greedy caption's reward (SCST), leave-one-out, or the group's mean."""
     advantage_std: bool = True
     """Divide `group` advantages by the group's standard deviation."""
     loss: Loss = "clipped"
+    """The policy-gradient loss."""
     clip_low: float = Field(0.2, ge=0)
+    """The ratio is clipped below 1 - this."""
     clip_high: float = Field(0.2, ge=0)
+    """The ratio is clipped above 1 + this."""
     off_policy_cap: float = Field(2.0, ge=1)
     """c: the detached ratio to the behaviour policy is capped here."""
     aggregation: Aggregation = "token_mean"
+    """One number from token losses: ÷ tokens, mean of means, sums ÷ completions, or ÷ completions × maximum length."""
     kl: KlSection = KlSection()
+    """The pull back to the policy that RL started from."""
     adapter_l2: float = Field(0.0, ge=0)
     """beta of EQUATIONS row 7."""
     l2_to_pretrained: float = Field(0.0, ge=0)
     """lambda of EQUATIONS row 4."""
     lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
     lr_min: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
     warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    """Steps of linear warm-up before the cosine."""
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    """AdamW's two decay rates."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Prompt and completion tokens one forward and backward pass holds at most."""
     workers: int = Field(1, ge=1)
+    """Learner workers (Ray Train)."""
     max_failures: int = Field(3, ge=0)
     """Restarts of the learner group from the newest valid checkpoint."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
-        if self.lr_min > self.lr:
-            raise ValueError(f"lr_min={self.lr_min} is above lr={self.lr}")
+        refuse(
+            {
+                f"warmup_steps={self.warmup_steps} must be below steps={self.steps}": self.warmup_steps >= self.steps,
+                f"lr_min={self.lr_min} is above lr={self.lr}": self.lr_min > self.lr,
+            }
+        )
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
@@ -52,3 +53,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 assert set(PRESETS) == set(get_args(Algorithm))
+
+
+def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`written` over `defaults`, section by section: writing `kl.estimator` leaves the preset's `kl.weight` alone."""
+    merged: dict[str, Any] = {**defaults}
+    for key, value in written.items():
+        nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+        merged[key] = with_defaults(value, defaults[key]) if nested else value
+    return merged

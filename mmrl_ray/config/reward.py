@@ -6,17 +6,22 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.base import Section, refuse
 
 
 class CaptionPart(Section):
     """R_cap = alpha * BLEU + beta * Detail - gamma * Length."""
 
     kind: Literal["caption"] = "caption"
+    """Names the part."""
     alpha: float = 0.5
+    """Weight of BLEU."""
     beta: float = 0.5
+    """Weight of the detail term."""
     gamma: float = 0.1
+    """Weight of the length penalty."""
     max_words: int = Field(30, ge=1)
+    """Length is words divided by this."""
     grounded: bool = True
     """Count a word's detail only if some reference has it."""
 
@@ -25,12 +30,14 @@ class CiderPart(Section):
     """CIDEr-D against the references, with document frequencies from the training split."""
 
     kind: Literal["cider_d"]
+    """Names the part."""
 
 
 class RougePart(Section):
     """ROUGE-L against the references."""
 
     kind: Literal["rouge_l"]
+    """Names the part."""
 
 
 RewardPart = Annotated[CaptionPart | CiderPart | RougePart, Field(discriminator="kind")]
@@ -40,19 +47,26 @@ class RewardSection(Section):
     """The total is the weighted sum of the parts."""
 
     parts: dict[str, RewardPart] = {"caption": CaptionPart()}
+    """Reward parts by name; the names are what metrics call them."""
     weights: dict[str, float] = {"caption": 1.0}
+    """One weight a part."""
     host: Literal["inline"] = "inline"
     """Where rewards are computed: in the rollout workers."""
     timeout_s: float = Field(60.0, gt=0)
     """For one batch of captions."""
     retries: int = Field(2, ge=0)
+    """Tries after the first; then the sample is masked and counted, never scored 0."""
 
     @model_validator(mode="after")
     def _same_names(self) -> Self:
-        if not self.parts:
-            raise ValueError("parts is empty: a run needs at least one reward part")
-        if set(self.parts) != set(self.weights):
-            raise ValueError(f"parts {sorted(self.parts)} and weights {sorted(self.weights)} must have the same names")
-        if any(w < 0 for w in self.weights.values()) or not any(self.weights.values()):
-            raise ValueError(f"weights {dict(self.weights)} must not be negative, and not all 0")
+        parts, weights = self.parts, self.weights
+        refuse(
+            {
+                "parts is empty: a run needs at least one reward part": not parts,
+                f"parts {sorted(parts)} and weights {sorted(weights)} must have the same names": set(parts)
+                != set(weights),
+                f"weights {dict(weights)} must not be negative, and not all 0": min(weights.values(), default=0) < 0
+                or not any(weights.values()),
+            }
+        )
         return self

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.base import Section, refuse
 
 
 class RolloutSection(Section):
@@ -15,7 +15,9 @@ class RolloutSection(Section):
     group_size: int = Field(8, ge=1, le=1024)
     """G, completions an image."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Sampling temperature; the policy that learns is the softmax at this temperature."""
     max_new_tokens: int = Field(32, ge=1)
+    """Completion tokens at most."""
     top_k: int = 0
     """Refused unless 0: a filter would make the recorded log-probs belong to another distribution."""
     top_p: float = 1.0
@@ -25,6 +27,7 @@ class RolloutSection(Section):
     max_staleness: int = Field(0, ge=0)
     """Policy versions a group may lag behind when the learner consumes it; 0 is strictly on-policy."""
     workers: int = Field(1, ge=1)
+    """Rollout worker actors."""
     min_workers: int = Field(1, ge=1)
     """Below so many healthy workers for `worker_deadline_s` the run stops."""
     groups_per_assignment: int = Field(8, ge=1)
@@ -34,6 +37,7 @@ class RolloutSection(Section):
     assignment_timeout_s: float = Field(300.0, gt=0)
     """A worker that has not handed an assignment back by then is replaced."""
     worker_deadline_s: float = Field(60.0, gt=0)
+    """How long the pool may stay below `min_workers` before the run stops."""
     vision_cache_mb: int = Field(256, ge=0)
     """Bytes of vision features a process keeps."""
     ship_vision_mb: int = Field(64, ge=0)
@@ -41,12 +45,16 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _no_filters(self) -> Self:
-        for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_new_tokens", 0)):
-            if getattr(self, name) != neutral:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is refused in training rollouts: the recorded log-probs would "
-                    f"belong to another distribution than the policy that learns; leave it at {neutral}"
-                )
-        if self.min_workers > self.workers:
-            raise ValueError(f"min_workers={self.min_workers} is above workers={self.workers}")
+        problems = {
+            f"{name}={getattr(self, name)} is refused in training rollouts: the recorded log-probs would "
+            f"belong to another distribution than the policy that learns; leave it at {neutral}": getattr(self, name)
+            != neutral
+            for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_new_tokens", 0))
+        }
+        refuse(
+            {
+                **problems,
+                f"min_workers={self.min_workers} is above workers={self.workers}": self.min_workers > self.workers,
+            }
+        )
         return self

@@ -13,5 +13,6 @@ class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """Folder name of the run under `root`."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice of the run derives from it."""
     root: str = "runs"
     """Folder, or any pyarrow.fs URI, that every node sees."""

@@ -6,11 +6,11 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.base import Section, refuse
 from mmrl_ray.config.data import DataSection
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.model import ModelSection
-from mmrl_ray.config.presets import PRESETS, Algorithm
+from mmrl_ray.config.presets import PRESETS, Algorithm, with_defaults
 from mmrl_ray.config.resources import ResourcesSection
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.rollout import RolloutSection
@@ -22,38 +22,45 @@ class Config(Section):
     """One run, whole. Keys of `learner:` that are not written take the preset's value."""
 
     run: RunSection
+    """Name, seed and place of the run."""
     model: ModelSection
+    """The checkpoint and its adapter."""
     data: DataSection
+    """The datasets."""
     algorithm: Algorithm = "grpo"
+    """A preset: it only names defaults of `learner:` keys, each of which can be written instead."""
     sft: SftSection | None = None
+    """A supervised warm start before reinforcement learning; none by default."""
     rollout: RolloutSection = RolloutSection()
+    """Sampling and its workers."""
     reward: RewardSection = RewardSection()
+    """What a caption earns."""
     learner: LearnerSection
+    """Loss, optimiser and steps."""
     resources: ResourcesSection = ResourcesSection()
+    """What the actors ask Ray for."""
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, value: Any) -> Any:
         if not isinstance(value, dict) or not isinstance(value.get("learner"), dict):
             return value  # the ordinary validation says what is wrong
-        preset = PRESETS.get(value.get("algorithm", "grpo"))
-        return value if preset is None else {**value, "learner": {**preset, **value["learner"]}}
+        algorithm = value.get("algorithm", "grpo")
+        preset = PRESETS.get(algorithm) if isinstance(algorithm, str) else None
+        return value if preset is None else {**value, "learner": with_defaults(value["learner"], preset)}
 
     @model_validator(mode="after")
-    def _no_deadlock(self) -> Self:
-        if self.rollout.buffer_groups is not None and self.rollout.buffer_groups < self.learner.groups_per_step:
-            raise ValueError(
-                f"rollout.buffer_groups={self.rollout.buffer_groups} is smaller than one step "
-                f"(learner.groups_per_step={self.learner.groups_per_step}): the run would wait for ever"
-            )
-        if self.learner.groups_per_step < self.learner.workers:
-            raise ValueError(
-                f"learner.groups_per_step={self.learner.groups_per_step} is smaller than "
-                f"learner.workers={self.learner.workers}: some learners would never work"
-            )
-        if self.learner.advantage in ("leave_one_out", "group") and self.rollout.group_size < 2:
-            raise ValueError(
-                f"learner.advantage={self.learner.advantage} needs rollout.group_size of 2 or more, "
-                f"not {self.rollout.group_size}"
-            )
+    def _sections_fit(self) -> Self:
+        rollout, learner, groups = self.rollout, self.learner, self.learner.groups_per_step
+        refuse(
+            {
+                f"rollout.buffer_groups={rollout.buffer_groups} is smaller than one step "
+                f"(learner.groups_per_step={groups}): the run would wait for ever": (rollout.buffer_groups or groups)
+                < groups,
+                f"learner.workers={learner.workers} is above learner.groups_per_step={groups}: "
+                "some learners would never work": groups < learner.workers,
+                f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
+                "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
+            }
+        )
         return self

@@ -1,0 +1,116 @@
+"""Reads a config file with its overrides, writes a resolved one, and describes them all as JSON Schema."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmrl_ray.config.problems import dotted, problem_lines
+from mmrl_ray.config.schema import Config
+from mmrl_ray.config.yaml_tree import Tree, dump_yaml, parse_yaml
+from mmrl_ray.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config; each override is `a.b=value`, its value read as YAML. Environment variables stay as written.
+
+    Raises:
+        ConfigError: no such file, no YAML, or anything in it wrong; one line a problem, all of them at once, each with
+            file and line (or its `--set`), dotted key, value and remedy.
+    """
+    return parse_config(_read(Path(path)), str(path), overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """`load_config` of text that is already read; `source` is what its errors call the file.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    sections = ", ".join(f"`{name}:`" for name, info in Config.model_fields.items() if info.is_required())
+    tree = parse_yaml(text, source)
+    if tree.value is None:
+        raise ConfigError(f"{source}: the file is empty; a config needs the sections {sections}")
+    if not isinstance(tree.value, dict):
+        kind = "a list" if isinstance(tree.value, list) else f"one value ({str(tree.value)[:40]!r})"
+        raise ConfigError(f"{source}: holds {kind}, not a config; a config has the sections {sections}")
+    problems = tree.problems + [line for override in overrides for line in _apply_override(tree, override)]
+    try:
+        cfg = Config.model_validate(tree.value)
+    except ValidationError as error:
+        problems += problem_lines(error, Config, tree)
+    if problems:
+        raise ConfigError("\n".join(sorted(problems, key=_line_number)))
+    return cfg
+
+
+def dump_config(cfg: Config) -> str:
+    """The resolved config, preset applied and every default written out; `load_config` reads an equal one back."""
+    return dump_yaml(cfg.model_dump(mode="json"))
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors and for reading."""
+    schema = Config.model_json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = _nearest_file(path)
+        raise ConfigError(f"{path}: no such config{near}") from None
+    except IsADirectoryError:
+        inside = "; it is a run folder: pass --resume to go on with it" if (path / "config.yaml").is_file() else ""
+        raise ConfigError(f"{path}: is a folder, not a config file{inside}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8); a config is YAML") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml")] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""
+
+
+def _apply_override(tree: Tree, override: str) -> list[str]:
+    """Write one `a.b=value` into the tree; the problems found, if any."""
+    key, equals, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        return [f"--set {override}: write it as key=value, for example --set learner.lr=1e-4"]
+    place = f"--set {key.strip()}"
+    try:
+        value = parse_yaml(text, place)
+    except ConfigError as error:
+        return [str(error)]
+    section, path = tree.value, ()  # type: dict[str, Any], tuple[str, ...]
+    for name in keys[:-1]:
+        path = (*path, name)
+        if section.get(name) is None:
+            section[name] = {}
+            tree.places[path] = place
+        elif not isinstance(section[name], dict):
+            return [f"{place}: {dotted(path)} is a value, not a section (it is {section[name]!r})"]
+        section = section[name]
+    path = (*path, keys[-1])
+    section[keys[-1]] = value.value
+    tree.forget_below(path)
+    tree.places[path] = place
+    return value.problems
+
+
+def _line_number(problem: str) -> int:
+    """Problems come in the order of the file, those of overrides last; the sort is stable."""
+    found = re.match(r"[^\n]*?:(\d+):", problem)
+    return int(found[1]) if found and not problem.startswith("--set") else sys.maxsize

@@ -1,0 +1,289 @@
+"""What a user writes, wrong in every way we could think of, and right."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmrl_ray.config.load import config_schema, dump_config, load_config, parse_config
+from mmrl_ray.config.presets import PRESETS
+from mmrl_ray.config.schema import Config
+from mmrl_ray.errors import ConfigError
+
+GOOD = """\
+run:
+  name: demo
+model:
+  path: some/model
+data:
+  train: data/train
+algorithm: dapo
+learner:
+  steps: 10
+  lr: 1e-4
+"""
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "c.yaml", overrides)
+    return str(caught.value).split("\n")
+
+
+def test_reads_values_defaults_and_preset() -> None:
+    cfg = parse_config(GOOD, "c.yaml")
+    assert cfg.run.name == "demo"
+    assert cfg.learner.lr == 1e-4  # PyYAML alone reads 1e-4 as text
+    assert cfg.learner.clip_high == 0.28  # dapo's
+    assert cfg.rollout.group_size == 8
+
+
+def test_written_keys_win_over_the_preset_section_by_section() -> None:
+    cfg = parse_config(GOOD.replace("dapo", "grpo") + "  kl: {estimator: k2}\n", "c.yaml")
+    assert cfg.learner.kl.estimator == "k2"
+    assert cfg.learner.kl.weight == PRESETS["grpo"]["kl"]["weight"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_is_a_valid_learner(name: str) -> None:
+    cfg = parse_config(GOOD, "c.yaml", [f"algorithm={name}"])
+    for key, value in PRESETS[name].items():
+        written = getattr(cfg.learner, key)
+        assert (written.model_dump() if isinstance(value, dict) else written) == value
+
+
+def test_all_errors_at_once_each_with_file_line_key_value_and_remedy() -> None:
+    text = """\
+run: {name: demo}
+modle: {path: x}
+model:
+  path: x
+data:
+  trian: d
+algorithm: gprpo
+rollout:
+  group_size: "8"
+  workers: true
+learner:
+  steps: 3
+  lrr: 0.5
+  kl: 5
+"""
+    assert problems(text) == [
+        'c.yaml:2: modle: unknown key (value {"path": "x"}); did you mean `model`?',
+        "c.yaml:5: data.train: required key is missing: add `train:` under `data:`",
+        'c.yaml:6: data.trian: unknown key (value "d"); did you mean `train`?',
+        "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
+        "'dapo', 'gspo' or 'cispo'; did you mean `grpo`?",
+        'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
+        "c.yaml:10: rollout.workers: must be a whole number, not true",
+        "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",
+        "c.yaml:14: learner.kl: must be a section of `key: value` lines, not 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("rollout: {lr: 1}", "c.yaml:11: rollout.lr: unknown key (value 1); did you mean `sft.lr` or `learner.lr`?"),
+        ("zzz: 1", "c.yaml:11: zzz: unknown key (value 1); the keys here are run, model, data"),
+        ("reward: {parts: {a: {kind: cider}}, weights: {a: 1}}", 'kind "cider" is not one of'),
+        ("reward: {parts: {a: {}}, weights: {a: 1}}", "c.yaml:11: reward.parts.a: add `kind:`"),
+        ("reward: {parts: {a: {kind: caption, alfa: 1}}, weights: {a: 1}}", "reward.parts.a.alfa: unknown key"),
+        ("reward: {parts: {a: {kind: rouge_l}}, weights: {b: 1}}", "parts ['a'] and weights ['b'] must have the same"),
+        ("sft: {steps: 5}", "c.yaml:11: sft: warmup_steps=10 must be below steps=5"),
+        ("rollout: {temperature: .inf}", "rollout.temperature: input should be a finite number, not Infinity"),
+        ("reward: {weights: {caption: .nan}}", "reward.weights.caption: input should be a finite number, not NaN"),
+        ("reward: {weights: {caption: -1}}", "must not be negative"),
+        ("rollout: {top_k: 50}", "c.yaml:11: rollout: top_k=50 is refused in training rollouts"),
+        ("rollout: {buffer_groups: 3}", "rollout.buffer_groups=3 is smaller than one step"),
+        ("rollout: {group_size: 1}", "rollout.group_size=1 is too small"),
+        ("rollout: {workers: 2, min_workers: 3}", "min_workers=3 is above workers=2"),
+        ("- 1", "not valid YAML"),
+    ],
+)
+def test_one_wrong_line(extra: str, expected: str) -> None:
+    assert expected in "\n".join(problems(f"{GOOD}{extra}\n"))
+
+
+def test_a_check_over_several_keys_points_at_the_line_it_names_and_tells_all() -> None:
+    text = GOOD + "  warmup_steps: 10\n  lr_min: 1.0\n"
+    assert problems(text) == [
+        "c.yaml:11: learner: warmup_steps=10 must be below steps=10",
+        "c.yaml:12: learner: lr_min=1.0 is above lr=0.0001",
+    ]
+
+
+def test_union_of_types_reads_as_one_problem() -> None:
+    assert problems(GOOD.replace("some/model", "x\n  lora: {targets: 5}")) == [
+        "c.yaml:5: model.lora.targets: must be a list or text, not 5"
+    ]
+    assert problems(GOOD.replace("some/model", "x\n  lora: {targets: [q_proj, 5]}")) == [
+        "c.yaml:5: model.lora.targets[1]: must be text, not 5"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "c.yaml: the file is empty"),
+        ("# only a comment\n", "c.yaml: the file is empty"),
+        ("- a\n- b\n", "c.yaml: holds a list, not a config"),
+        ("hello", "c.yaml: holds one value ('hello')"),
+        ('{\n\t"run": {"name": "x"}\n}', "this looks like JSON: write the config as YAML"),
+        ("run: [1,\nb: 2", "c.yaml:2:5: not valid YAML"),
+        ("run:\n\tname: x", "c.yaml:2:1: not valid YAML: found character '\\t' that cannot start any token"),
+        ("run: !!python/object/apply:os.system [ls]", "c.yaml:1:6: not valid YAML: could not determine a constructor"),
+        ("run: &a [*a]", "c.yaml:1:6: not valid YAML: an alias that holds itself"),
+        ("a: 1\n---\nb: 2\n", "c.yaml:2:1: not valid YAML"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: \x00", "not a text file"),
+    ],
+)
+def test_not_a_config_at_all_is_one_line(text: str, expected: str) -> None:
+    (line,) = problems(text)
+    assert expected in line
+
+
+def test_duplicate_keys_are_refused_beside_other_problems() -> None:
+    assert problems(GOOD + "  steps: 12\n  lrr: 1\n") == [
+        "c.yaml:11: learner.steps: key written twice (first on line 9); keep one of them",
+        "c.yaml:12: learner.lrr: unknown key (value 1); did you mean `lr`?",
+    ]
+
+
+def test_a_merge_key_fills_in_and_is_overridden() -> None:
+    text = GOOD + "resources:\n  learner: &a {cpus: 2, gpus: 1}\n  rollout: {<<: *a, gpus: 0.5}\n"
+    cfg = parse_config(text, "c.yaml")
+    assert (cfg.resources.rollout.cpus, cfg.resources.rollout.gpus) == (2, 0.5)
+
+
+def test_overrides_are_yaml_and_create_sections() -> None:
+    cfg = parse_config(
+        GOOD,
+        "c.yaml",
+        ["learner.lr=3e-5", "model.lora.targets=[q_proj, v_proj]", "model.processor={max_pixels: 9}", "data.eval=null"],
+    )
+    assert cfg.learner.lr == 3e-5
+    assert cfg.model.lora.targets == ["q_proj", "v_proj"]
+    assert cfg.model.processor == {"max_pixels": 9}
+    assert cfg.data.eval is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.lrr=1", "--set learner.lrr: unknown key (value 1); did you mean `lr`?"),
+        ("learnr.lr=1", '--set learnr.lr: learnr: unknown key (value {"lr": 1}); did you mean `learner`?'),
+        ("learner.lr=fast", '--set learner.lr: must be a number, not "fast"'),
+        ("learner.lr=", "--set learner.lr: must be a number, not null"),
+        ("learner={steps: 2, lrr: 3}", "--set learner: learner.lrr: unknown key (value 3); did you mean `lr`?"),
+        ("learner.steps", "--set learner.steps: write it as key=value, for example --set learner.lr=1e-4"),
+        ("learner..lr=1", "--set learner..lr=1: write it as key=value, for example --set learner.lr=1e-4"),
+        ("run.name.x=1", "--set run.name.x: run.name is a value, not a section (it is 'demo')"),
+        (
+            "model.processor={a: [}",
+            "--set model.processor:1:6: not valid YAML: expected the node content, but found ']'",
+        ),
+        ("learner.lr_min=2", "--set learner.lr_min: learner: lr_min=2.0 is above lr=0.0001"),
+    ],
+)
+def test_a_wrong_override_says_which(override: str, expected: str) -> None:
+    (line,) = problems(GOOD, override)
+    assert line.startswith(expected.split(", but found")[0])
+
+
+def test_environment_variables_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "leaked")
+    cfg = parse_config(GOOD.replace("data/train", "data/${SECRET}/$SECRET"), "c.yaml")
+    assert cfg.data.train == "data/${SECRET}/$SECRET"
+
+
+def test_dump_reads_back_equal_with_awkward_values() -> None:
+    cfg = parse_config(
+        GOOD,
+        "c.yaml",
+        ["model.processor={a: '1e-4', b: 1e-4, c: 'no', d: [1, 2.5, null], e: 'é: #x', f: '2026-01-01'}"],
+    )
+    text = dump_config(cfg)
+    again = parse_config(text, "d.yaml")
+    assert again == cfg
+    assert again.model.processor == cfg.model.processor
+    assert again.model.processor["a"] == "1e-4"
+    resolved = yaml.safe_load(text)
+    assert resolved["learner"]["clip_high"] == 0.28
+    assert set(resolved) == set(Config.model_fields)
+
+
+def test_a_resolved_config_keeps_its_values_under_another_preset() -> None:
+    text = dump_config(parse_config(GOOD, "c.yaml"))
+    assert parse_config(text, "d.yaml", ["algorithm=gspo"]).learner.clip_high == 0.28
+
+
+def test_configs_are_frozen_and_strict_about_types() -> None:
+    cfg = parse_config(GOOD, "c.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        cfg.run.seed = 3  # type: ignore[misc]
+    assert problems(GOOD + "  max_failures: 2.0\n") == [
+        "c.yaml:11: learner.max_failures: must be a whole number, not 2.0"
+    ]
+
+
+def test_no_such_config_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"quikstart.yaml: no such config; did you mean .*/quickstart.yaml\?"):
+        load_config(tmp_path / "quikstart.yaml")
+    with pytest.raises(ConfigError, match=r"nowhere/c.yaml: no such config$"):
+        load_config(tmp_path / "nowhere" / "c.yaml")
+
+
+def test_a_folder_or_a_picture_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder, not a config file$"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match="it is a run folder: pass --resume to go on with it"):
+        load_config(tmp_path)
+    (tmp_path / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ConfigError, match=r"not a text file \(byte 0 is not UTF-8\)"):
+        load_config(tmp_path / "cat.png")
+
+
+def _without_descriptions(node: Any) -> list[str]:
+    found = []
+    for name, section in {"Config": node, **node["$defs"]}.items():
+        found += [f"{name}.{key}" for key, value in section["properties"].items() if not value.get("description")]
+    return found
+
+
+def test_schema_describes_every_key() -> None:
+    schema = config_schema()
+    assert _without_descriptions(schema) == []
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["run", "model", "data", "learner"]
+    assert schema["$defs"]["RolloutSection"]["properties"]["group_size"]["minimum"] == 1
+
+
+def test_schema_and_loader_agree() -> None:
+    """An independent validator accepts what we accept and refuses what we refuse."""
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(config_schema())
+    good = yaml.safe_load(GOOD.replace("1e-4", "0.0001"))
+    assert list(validator.iter_errors(good)) == []
+    for path, value in (
+        (("learner", "lrr"), 1),
+        (("run", "name"), 3),
+        (("algorithm",), "x"),
+        (("learner", "steps"), 0),
+    ):
+        bad = copy.deepcopy(good)
+        section = bad
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = value
+        assert list(validator.iter_errors(bad)), path
+        with pytest.raises(ConfigError):
+            parse_config(yaml.safe_dump(bad), "c.yaml")
