@@ -1,0 +1,235 @@
+"""Loading a policy: any Hugging Face image-text-to-text checkpoint, its processor and its chat template, frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from mmrl_ray.config.model import ModelSection
+from mmrl_ray.errors import ModelError
+from mmrl_ray.policy.tokens import end_of_turn, end_tokens, image_tokens, placeholder, reserved_texts
+
+_HASH_WHOLE = 64 << 20
+_HASH_BLOCK = 1 << 20
+_HASH_BLOCKS = 16
+
+
+@dataclass(slots=True)
+class Policy:
+    """A vision-language model with what is needed to prompt it. Frozen and in eval mode until an adapter is added."""
+
+    model: nn.Module
+    """The Hugging Face model, or a `PeftModel` around it."""
+    processor: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    placeholder_id: int
+    """The token whose positions take the vision features."""
+    image_token_ids: tuple[int, ...]
+    """Every token of the image, video or audio machinery: never sampled, logit minus infinity everywhere."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a completion."""
+    end_id: int
+    """The one of `eos_token_ids` that the chat template puts after an assistant's turn."""
+    pad_token_id: int
+    reserved_texts: tuple[str, ...]
+    """What a user may not write: the texts of control tokens."""
+    context_length: int
+    revision_key: str
+    """Names the weights and the processor: part of the vision cache's key."""
+    path: str
+    processor_settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The Hugging Face model with its head, under the adapter if there is one."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def core(self) -> nn.Module:
+        """The model below the head: it has `get_image_features` and returns hidden states."""
+        return self.hf_model.base_model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model (embeddings and layers, without the head)."""
+        return self.hf_model.get_decoder()
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return self.hf_model.config.get_text_config().vocab_size
+
+    @property
+    def vision_trainable(self) -> bool:
+        """Whether anything before the language model trains; vision features must then be made anew, with gradient."""
+        language = {id(p) for p in self.decoder.parameters()}
+        return any(p.requires_grad and id(p) not in language for p in self.core.parameters())
+
+
+def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None) -> Policy:
+    """Loads model and processor, freezes every weight and switches dropout off.
+
+    `device` is the first GPU by default where there is one, else the CPU.
+
+    Raises:
+        ModelError: the folder is missing, the checkpoint has no vision tower, no processor, no chat template or no
+            image token, or its weights are not (complete) safetensors.
+    """
+    path = _resolve(cfg.path)
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    config = _load_config(path, cfg)
+    processor = _load_processor(path, cfg)
+    dtype = _dtype(cfg.dtype, device)
+    model = _load_model(path, cfg, dtype).to(device).eval().requires_grad_(False)
+    return _assemble(model, processor, config, cfg, path, device, dtype)
+
+
+def _assemble(
+    model: PreTrainedModel,
+    processor: Any,
+    config: Any,
+    cfg: ModelSection,
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Policy:
+    tokenizer = processor.tokenizer
+    text_config = config.get_text_config()
+    eos = end_tokens(model, tokenizer, path)
+    pad = tokenizer.pad_token_id
+    context = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return Policy(
+        model=model,
+        processor=processor,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        placeholder_id=placeholder(config, processor, path),
+        image_token_ids=image_tokens(config, processor, eos, text_config.vocab_size),
+        eos_token_ids=eos,
+        end_id=end_of_turn(processor, eos),
+        pad_token_id=eos[0] if pad is None else int(pad),
+        reserved_texts=reserved_texts(processor),
+        context_length=int(context),
+        revision_key=_revision_key(path, cfg, getattr(config, "_commit_hash", None)),
+        path=path,
+        processor_settings=dict(cfg.processor),
+    )
+
+
+def _resolve(path: str) -> str:
+    if path.startswith("builtin:"):
+        raise ModelError(f"{path}: a built-in model must be made into a folder before it is loaded")
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        return expanded
+    # A hub id is `name` or `owner/name`; whatever else looks like a path is one that is not there.
+    if expanded.startswith((".", os.sep)) or expanded.count("/") > 1 or os.path.exists(expanded):
+        raise ModelError(f"model folder {path!r} does not exist or is not a folder; give a folder or a hub id")
+    return path
+
+
+def _load_config(path: str, cfg: ModelSection) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {cfg.path!r}: its config.json cannot be read: {_first_line(error)}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or getattr(config, "vision_config", None) is None:
+        raise ModelError(
+            f"model {cfg.path!r} is a {config.model_type!r}, without a vision tower that transformers' "
+            "image-text-to-text models know; use an image-text-to-text checkpoint"
+        )
+    return config
+
+
+def _load_processor(path: str, cfg: ModelSection) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
+    except ImportError as error:
+        raise ModelError(
+            f"model {cfg.path!r}: its processor needs a library that is not installed ({_first_line(error)}); "
+            "install it (torchvision, most often)"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"model {cfg.path!r}: its processor cannot be loaded: {_first_line(error)}") from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise ModelError(
+            f"model {cfg.path!r} has no processor with both an image processor and a tokenizer; "
+            "its folder lacks processor_config.json or preprocessor_config.json"
+        )
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if template is None:
+        raise ModelError(
+            f"model {cfg.path!r} has no chat template; use an instruction-tuned checkpoint or add chat_template.jinja"
+        )
+    if processor.chat_template is None:
+        processor.chat_template = template
+    return processor
+
+
+def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path,
+            revision=cfg.revision,
+            dtype=dtype,
+            attn_implementation=cfg.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model {cfg.path!r}: its weights cannot be loaded: {_first_line(error)}") from error
+    # transformers would go on with random weights and a warning.
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ModelError(
+            f"model {cfg.path!r}: its weight files lack {len(missing)} tensors, the first {missing[0]!r}; "
+            "fetch the checkpoint again"
+        )
+    return model
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _revision_key(path: str, cfg: ModelSection, commit: str | None) -> str:
+    """16 hex digits: of the hub's commit, or of the folder's configs and weights (large files by samples)."""
+    digest = hashlib.sha256(repr(sorted(cfg.processor.items())).encode())
+    if not os.path.isdir(path):
+        digest.update(f"{path}@{commit or cfg.revision}".encode())
+        return digest.hexdigest()[:16]
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            _hash_file(file, size, digest)
+    return digest.hexdigest()[:16]
+
+
+def _hash_file(file: Path, size: int, digest: Any) -> None:
+    with file.open("rb") as stream:
+        if size <= _HASH_WHOLE:
+            digest.update(stream.read())
+            return
+        for block in range(_HASH_BLOCKS):
+            stream.seek(block * (size - _HASH_BLOCK) // (_HASH_BLOCKS - 1))
+            digest.update(stream.read(_HASH_BLOCK))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

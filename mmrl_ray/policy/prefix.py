@@ -1,0 +1,298 @@
+"""The one implementation of "prompt once, G completions": used by sampling, reference scoring and learning.
+
+`K` prompts, `P` prompt tokens (left-padded), `N = ΣG` completions in prompt order, `T` completion tokens
+(right-padded), `V` vocabulary, `d` hidden width.
+
+    prompts [K, P] ──forward, cache kept──▶ Prefix ──repeated per completion──▶ completions [N, T−1] attend to it
+
+Autograd sums the G gradients into the one prefix. The first completion token is predicted by the last prompt position,
+so only T − 1 tokens go through the second call. `path="naive"` runs every completion behind its own copy of the prompt;
+nothing here changes the path by itself (see `parity.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.logprobs import token_logprobs
+from mmrl_ray.policy.positions import completion_positions, prompt_positions
+from mmrl_ray.policy.prompts import PER_TOKEN
+from mmrl_ray.policy.vision import image_inputs, injected
+
+ScorePath = Literal["shared_prefix", "naive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """K prompts after their one pass through the language model."""
+
+    cache: Cache
+    """Keys and values of every layer, batch K. A forward that gets it grows it: hand out `select(…).cache`."""
+    logits: torch.Tensor
+    """[K, V], of the first completion token, as the model's head gives them (no temperature, nothing forbidden)."""
+    hidden: torch.Tensor
+    """[K, d], what the head made `logits` of."""
+    attention_mask: torch.Tensor
+    """int64 [K, P], 1 where a prompt token is real (left padding)."""
+    next_position: torch.Tensor
+    """int64 [K], position of the first completion token."""
+
+    def select(self, indices: torch.Tensor) -> Prefix:
+        """A new prefix of the given rows, repeats allowed; this one's cache stays as it is. Differentiable."""
+        return Prefix(
+            cache=select_cache(self.cache, indices),
+            logits=self.logits[indices],
+            hidden=self.hidden[indices],
+            attention_mask=self.attention_mask[indices],
+            next_position=self.next_position[indices],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What π says about N completions."""
+
+    logprobs: torch.Tensor
+    """float32 [N, T], 0 where `mask` is False."""
+    mask: torch.Tensor
+    """bool [N, T], True at completion tokens."""
+    entropies: torch.Tensor | None = None
+    """float32 [N, T] without gradient, 0 where `mask` is False; when asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptBatch:
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    next_position: torch.Tensor
+    per_token: Mapping[str, torch.Tensor]
+
+
+def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
+    """A copy of `cache` that holds the given batch rows (repeats allowed); `cache` itself is left as it is."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.batch_select_indices(indices)
+    return copied
+
+
+def encode_prefix(
+    policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[VisionFeatures] | None
+) -> Prefix:
+    """One pass of K prompts through the language model, with gradient where the caller has it on.
+
+    Args:
+        policy: the model.
+        prompts: K of them.
+        features: what `vision_features` made of them; None runs the vision tower inside the forward, on the pixels.
+    """
+    batch = _pad_prompts(policy, prompts)
+    output = _forward_prompts(policy, prompts, features, batch)
+    hidden = output.last_hidden_state[:, -1]
+    return Prefix(
+        cache=output.past_key_values,
+        logits=_head(policy)(hidden),
+        hidden=hidden,
+        attention_mask=batch.attention_mask,
+        next_position=batch.next_position,
+    )
+
+
+def score_completions(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    completions: Sequence[Sequence[torch.Tensor]],
+    temperature: float,
+    *,
+    path: ScorePath = "shared_prefix",
+    entropy: bool = False,
+) -> Scores:
+    """Log-probs of every completion token under π (temperature applied, image tokens forbidden, float32).
+
+    Args:
+        policy: the model.
+        prompts: K of them.
+        features: K of them from `vision_features`, or None to run the vision tower inside.
+        completions: K groups of int64 [T] token ids; G and T may differ.
+        temperature: the rollout temperature.
+        path: "shared_prefix" or "naive"; both give the same numbers, up to rounding.
+        entropy: also return the entropy at every token.
+
+    Raises:
+        ValueError: the numbers of prompts, features and groups differ, or there is no completion.
+    """
+    counts = [len(group) for group in completions]
+    if len(completions) != len(prompts) or (features is not None and len(features) != len(prompts)):
+        given = "none" if features is None else len(features)
+        raise ValueError(f"{len(prompts)} prompts, {given} features and {len(completions)} groups of completions")
+    if sum(counts) == 0:
+        raise ValueError(f"no completion to score in {len(completions)} groups")
+    index = torch.repeat_interleave(torch.tensor(counts)).to(policy.device)
+    targets, mask = _pad_completions(policy, [c for group in completions for c in group])
+    if path == "shared_prefix":
+        rows = _shared_rows(policy, prompts, features, index, targets, mask)
+        head: Any = _head(policy)
+    elif path == "naive":
+        rows = _naive_rows(policy, prompts, features, index, targets, mask)
+        head = nn.Identity()
+    else:
+        raise ValueError(f"path={path!r} is neither 'shared_prefix' nor 'naive'")
+    logprobs, entropies = token_logprobs(
+        rows[mask],
+        targets[mask],
+        head=head,
+        forbidden=policy.image_token_ids,
+        temperature=temperature,
+        entropy=entropy,
+        vocab_size=policy.vocab_size,
+    )
+    return Scores(_unpack(logprobs, mask), mask, None if entropies is None else _unpack(entropies, mask))
+
+
+def _shared_rows(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Hidden states [N, T, d] that predict `targets`."""
+    batch = _pad_prompts(policy, prompts)
+    output = _forward_prompts(policy, prompts, features, batch)
+    first = output.last_hidden_state[:, -1][index][:, None]
+    length = targets.shape[1] - 1
+    if length == 0:
+        return first
+    suffix = policy.core(
+        input_ids=targets[:, :-1],
+        attention_mask=torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1),
+        position_ids=completion_positions(policy, batch.next_position[index], length),
+        past_key_values=select_cache(output.past_key_values, index),
+        use_cache=True,
+    )
+    return torch.cat([first, suffix.last_hidden_state], dim=1)
+
+
+def _naive_rows(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """The model's own logits [N, T, V] that predict `targets`, from N full rows of prompt and completion."""
+    picks = index.tolist()
+    prompts = [prompts[i] for i in picks]
+    features = None if features is None else [features[i] for i in picks]
+    batch = _pad_prompts(policy, prompts)
+    length = targets.shape[1]
+    positions = completion_positions(policy, batch.next_position, length)
+    row = _PromptBatch(
+        input_ids=torch.cat([batch.input_ids, targets], dim=1),
+        attention_mask=torch.cat([batch.attention_mask, mask.long()], dim=1),
+        position_ids=torch.cat([batch.position_ids, positions], dim=-1),
+        next_position=batch.next_position,
+        per_token={name: nn.functional.pad(value, (0, length)) for name, value in batch.per_token.items()},
+    )
+    with _vision_arguments(policy, prompts, features) as vision:
+        output = policy.model(
+            input_ids=row.input_ids,
+            attention_mask=row.attention_mask,
+            position_ids=row.position_ids,
+            use_cache=False,
+            logits_to_keep=length + 1,
+            **row.per_token,
+            **vision,
+        )
+    return output.logits[:, :-1]
+
+
+def _forward_prompts(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    batch: _PromptBatch,
+) -> Any:
+    with _vision_arguments(policy, prompts, features) as vision:
+        return policy.core(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=True,
+            **batch.per_token,
+            **vision,
+        )
+
+
+@contextmanager
+def _vision_arguments(
+    policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[VisionFeatures] | None
+) -> Iterator[dict[str, Any]]:
+    if features is not None:
+        with injected(policy, features) as arguments:
+            yield arguments
+        return
+    accepted = _accepted(policy)
+    inputs = {name: value.to(policy.device) for name, value in image_inputs(prompts).items() if name in accepted}
+    yield {name: value.to(policy.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def _accepted(policy: Policy) -> Mapping[str, inspect.Parameter]:
+    """Named arguments of the model's forward: others would end up deep in the attention, unread."""
+    return inspect.signature(policy.core.forward).parameters
+
+
+def _head(policy: Policy) -> nn.Module:
+    return policy.hf_model.get_output_embeddings()
+
+
+def _pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> _PromptBatch:
+    width = max(prompt.input_ids.numel() for prompt in prompts)
+    input_ids = _left_padded([p.input_ids for p in prompts], width, policy.pad_token_id).to(policy.device)
+    attention_mask = _left_padded([torch.ones_like(p.input_ids) for p in prompts], width, 0).to(policy.device)
+    per_token = {
+        name: _left_padded([p.model_inputs[name] for p in prompts], width, 0).to(policy.device)
+        for name in PER_TOKEN
+        if name in prompts[0].model_inputs
+    }
+    images = {n: v.to(policy.device) for n, v in image_inputs(prompts, without_pixels=True).items()}
+    position_ids, next_position = prompt_positions(policy, input_ids, attention_mask, {**images, **per_token})
+    accepted = _accepted(policy)
+    return _PromptBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        next_position=next_position,
+        per_token={name: value for name, value in per_token.items() if name in accepted},
+    )
+
+
+def _left_padded(rows: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:
+    return torch.stack([nn.functional.pad(row, (width - row.numel(), 0), value=value) for row in rows])
+
+
+def _pad_completions(policy: Policy, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded targets int64 [N, T] and their mask bool [N, T]."""
+    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=policy.pad_token_id)
+    lengths = torch.tensor([row.numel() for row in rows])
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return padded.to(policy.device), mask.to(policy.device)
+
+
+def _unpack(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -1,0 +1,184 @@
+"""Vision features once: made by the frozen tower, kept under a byte budget, put into the model's forward.
+
+Features depend on images, processor settings and weights alone (`EncodedPrompt.image_key` names all three). They reach
+the model by standing in for its `get_image_features`, which every image-text-to-text forward of transformers calls on
+itself; the forward scatters them to the placeholder positions (and Qwen3-VL its deepstack features into the layers).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mmrl_ray.errors import ModelError
+from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.prompts import PER_TOKEN
+
+
+class VisionCache:
+    """Vision features by image key, least recently used out first. Not thread-safe: one a process and decode loop."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.nbytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._entries: OrderedDict[str, VisionFeatures] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> VisionFeatures | None:
+        """The features under `key`, counted as a hit, or None, counted as a miss."""
+        found = self._entries.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._entries.move_to_end(key)
+        return found
+
+    def put(self, key: str, features: VisionFeatures) -> None:
+        """Keeps `features`, dropping the least recently used ones; features above the whole budget are not kept."""
+        if key in self._entries:
+            self.nbytes -= self._entries.pop(key).nbytes
+        if features.nbytes > self.budget_bytes:
+            return
+        while self.nbytes + features.nbytes > self.budget_bytes:
+            self.nbytes -= self._entries.popitem(last=False)[1].nbytes
+        self._entries[key] = features
+        self.nbytes += features.nbytes
+
+    def clear(self) -> None:
+        """Drops every entry (the sampler's memory goes back before learning on a shared GPU)."""
+        self._entries.clear()
+        self.nbytes = 0
+
+
+def vision_features(
+    policy: Policy, prompts: Sequence[EncodedPrompt], cache: VisionCache | None = None
+) -> list[VisionFeatures]:
+    """One `VisionFeatures` a prompt: from the cache, or by as few passes of the vision tower as shapes allow.
+
+    While anything before the language model trains (`policy.vision_trainable`) the cache is left alone and features
+    carry a gradient; otherwise they are made without one.
+
+    Raises:
+        ModelError: the tower's tokens do not match the prompt's placeholders.
+    """
+    if policy.vision_trainable:
+        return _encode(policy, prompts)
+    found: dict[str, VisionFeatures] = {}
+    missing: dict[str, EncodedPrompt] = {}
+    for prompt in prompts:
+        if prompt.image_key in found or prompt.image_key in missing:
+            continue
+        known = cache.get(prompt.image_key) if cache is not None else None
+        if known is None:
+            missing[prompt.image_key] = prompt
+        else:
+            found[prompt.image_key] = known
+    with torch.no_grad():
+        made = _encode(policy, list(missing.values()))
+    for key, features in zip(missing, made, strict=True):
+        # A slice of a batch would keep (and pickle) the whole batch.
+        found[key] = features = VisionFeatures(features.tokens.clone(), tuple(t.clone() for t in features.deepstack))
+        if cache is not None:
+            cache.put(key, features)
+    return [found[prompt.image_key] for prompt in prompts]
+
+
+def image_inputs(prompts: Sequence[EncodedPrompt], *, without_pixels: bool = False) -> dict[str, torch.Tensor]:
+    """The prompts' per-image inputs, concatenated along the first axis; other axes are padded with 0 where they differ
+    (SmolVLM: samples of fewer tiles, which its tower tells by their zeros)."""
+    names = [name for name in prompts[0].model_inputs if name not in PER_TOKEN]
+    if without_pixels:
+        names = [name for name in names if not name.startswith("pixel")]
+    return {name: _concatenated([prompt.model_inputs[name] for prompt in prompts]) for name in names}
+
+
+@contextmanager
+def injected(policy: Policy, features: Sequence[VisionFeatures]) -> Iterator[dict[str, Any]]:
+    """Within it, the model's forward takes `features` (in batch order) for what its vision tower would make.
+
+    Yields the arguments that the forward needs for that: a placeholder for the pixels.
+    """
+    device, dtype = policy.device, policy.dtype
+    tokens = _Pooled([f.tokens.to(device, dtype) for f in features])
+    layers = zip(*(f.deepstack for f in features), strict=True)
+    deepstack = [[t.to(device, dtype) for t in layer] for layer in layers]
+    core = policy.core
+    output = SimpleNamespace(pooler_output=tokens, deepstack_features=deepstack)
+    core.get_image_features = lambda *args, **kwargs: output
+    try:
+        yield {"pixel_values": torch.empty(0, device=device, dtype=dtype)}
+    finally:
+        del core.get_image_features  # the class's own method shows again
+
+
+class _Pooled(list[torch.Tensor]):
+    """Per-sample features: some forwards concatenate a list, others call `.to` on one tensor; this takes both."""
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.cat(self).to(*args, **kwargs)
+
+
+def _concatenated(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [(0, want - have) for want, have in zip(largest, value.shape[1:], strict=True)]
+        pads = [width for pair in reversed(missing) for width in pair]
+        padded.append(torch.nn.functional.pad(value, pads) if any(pads) else value)
+    return torch.cat(padded)
+
+
+def _encode(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures]:
+    # On a CPU each sample goes alone: features must not depend, in their last bits, on what else was missing from the
+    # cache, or the same assignment would not give the same completions on every worker.
+    alone = policy.device.type == "cpu"
+    batches: dict[tuple[Any, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        batches.setdefault((i,) if alone else _shape_key(prompt.model_inputs), []).append(i)
+    made: dict[int, VisionFeatures] = {}
+    for indices in batches.values():
+        batch = [prompts[i] for i in indices]
+        made.update(zip(indices, _encode_batch(policy, batch), strict=True))
+    return [made[i] for i in range(len(prompts))]
+
+
+def _shape_key(inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    """Prompts of equal keys can be concatenated along the first axis."""
+    return tuple((name, tuple(value.shape[1:])) for name, value in sorted(inputs.items()) if name not in PER_TOKEN)
+
+
+def _encode_batch(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures]:
+    accepted = inspect.signature(policy.core.get_image_features).parameters
+    inputs = {name: value.to(policy.device) for name, value in image_inputs(prompts).items() if name in accepted}
+    if "pixel_values" not in inputs:
+        raise ModelError("a prompt without pixels has no vision features: they were neither shipped nor kept")
+    inputs["pixel_values"] = inputs["pixel_values"].to(policy.dtype)
+    output = policy.core.get_image_features(**inputs, return_dict=True)
+    counts = [int((prompt.input_ids == policy.placeholder_id).sum()) for prompt in prompts]
+    tokens = _split(output.pooler_output, counts)
+    deepstack = [_split(layer, counts) for layer in getattr(output, "deepstack_features", None) or ()]
+    return [VisionFeatures(t, tuple(layer[i] for layer in deepstack)) for i, t in enumerate(tokens)]
+
+
+def _split(pooled: Any, counts: Sequence[int]) -> list[torch.Tensor]:
+    """Per image or tile [.., tokens, d] to per sample [tokens, d], in placeholder order."""
+    parts = pooled if isinstance(pooled, list | tuple) else [pooled]
+    flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    if flat.shape[0] != sum(counts):
+        raise ModelError(
+            f"the vision tower made {flat.shape[0]} tokens for {sum(counts)} placeholders; "
+            "the processor and the model do not fit together"
+        )
+    return list(flat.split(list(counts)))
