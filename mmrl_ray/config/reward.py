@@ -14,11 +14,11 @@ class CaptionPart(Section):
 
     kind: Literal["caption"] = "caption"
     """Names the part."""
-    alpha: float = 0.5
+    alpha: float = Field(0.5, ge=0)
     """Weight of BLEU."""
-    beta: float = 0.5
+    beta: float = Field(0.5, ge=0)
     """Weight of the detail term."""
-    gamma: float = 0.1
+    gamma: float = Field(0.1, ge=0)
     """Weight of the length penalty."""
     max_words: int = Field(30, ge=1)
     """Length is words divided by this."""
@@ -46,9 +46,9 @@ RewardPart = Annotated[CaptionPart | CiderPart | RougePart, Field(discriminator=
 class RewardSection(Section):
     """The total is the weighted sum of the parts."""
 
-    parts: dict[str, RewardPart] = {"caption": CaptionPart()}
+    parts: dict[str, RewardPart] = Field({"caption": CaptionPart()})
     """Reward parts by name; the names are what metrics call them."""
-    weights: dict[str, float] = {"caption": 1.0}
+    weights: dict[str, float] = Field({"caption": 1.0})
     """One weight a part."""
     host: Literal["inline"] = "inline"
     """Where rewards are computed: in the rollout workers."""
@@ -67,6 +67,9 @@ class RewardSection(Section):
                 != set(weights),
                 f"weights {dict(weights)} must not be negative, and not all 0": min(weights.values(), default=0) < 0
                 or not any(weights.values()),
+                f"part names {sorted(parts)} must not be empty or hold a slash, which marks a part of a part": any(
+                    not name or "/" in name for name in parts
+                ),
             }
         )
         return self

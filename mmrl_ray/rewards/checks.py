@@ -1,0 +1,54 @@
+"""Checks that every reward shares: what goes in, and what came out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import RewardError
+from mmrl_ray.rewards.base import RewardBreakdown
+
+
+def check_pairs(samples: Sequence[Sample], captions: Sequence[str]) -> None:
+    """Refuse batches whose samples and captions do not pair up.
+
+    Raises:
+        RewardError: the lengths differ.
+    """
+    if len(samples) != len(captions):
+        raise RewardError(
+            f"a reward got {len(samples)} samples for {len(captions)} captions; pass one sample a caption"
+        )
+
+
+def check_references(references: Sequence[str], reward: str) -> None:
+    """Refuse missing references, and a bare string, whose characters would pass for references.
+
+    Raises:
+        RewardError: either.
+    """
+    if isinstance(references, str) or not references:
+        raise RewardError(f"{reward} needs a list of at least one reference, got {references!r}")
+
+
+def check_breakdowns(scores: object, expected: int) -> list[RewardBreakdown]:
+    """What a reward returned, if it is `expected` finite breakdowns.
+
+    Raises:
+        RewardError: not a list, the wrong count, a wrong type, or a NaN or infinite figure.
+    """
+    if not isinstance(scores, list):
+        raise RewardError(f"the reward returned {type(scores).__name__} instead of a list of RewardBreakdown")
+    if len(scores) != expected:
+        raise RewardError(f"the reward returned {len(scores)} scores for {expected} captions")
+    for index, score in enumerate(scores):
+        if not isinstance(score, RewardBreakdown):
+            raise RewardError(f"score {index} of the reward is {type(score).__name__} instead of RewardBreakdown")
+        figures = {"total": score.total, **score.parts, **{f"weight of {k}": v for k, v in score.weights.items()}}
+        if score.sigma is not None:
+            figures["sigma"] = score.sigma
+        for name, value in figures.items():
+            if not isinstance(value, float | int) or not math.isfinite(value):
+                raise RewardError(f"score {index} of the reward has {name}={value!r}, which is no finite number")
+    return scores

@@ -1,0 +1,142 @@
+"""R = Σ_m w_m R_m, and what the breakdown keeps of it."""
+
+import math
+import pickle
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardSection, RougePart
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import ConfigError, RewardError
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFn
+from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.rewards.captioning import CaptionReward
+from mmrl_ray.rewards.multimodal import MultimodalReward
+
+SAMPLES = [Sample(f"s{i}", (b"",), "", ("a red square",)) for i in range(3)]
+CAPTIONS = ["a", "a red square", "blue"]
+
+
+class Fixed:
+    """Gives back the scores that it was made with."""
+
+    def __init__(self, totals: Sequence[float], sigma: float | None = None) -> None:
+        self.totals, self.sigma, self.calls = list(totals), sigma, 0
+
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+        self.calls += 1
+        return [RewardBreakdown(t, {"whole": t}, {"whole": 1.0}, self.sigma) for t in self.totals]
+
+
+@given(st.integers(1, 5).flatmap(lambda m: st.tuples(
+    st.lists(st.floats(0, 10), min_size=m, max_size=m).filter(any),
+    st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=m, max_size=m),
+)))  # fmt: skip
+def test_equals_the_formula(case: tuple[list[float], list[list[float]]]) -> None:
+    weights, rewards = case
+    names = [f"m{i}" for i in range(len(weights))]
+    composed = MultimodalReward(
+        {n: Fixed(r) for n, r in zip(names, rewards, strict=True)}, dict(zip(names, weights, strict=True))
+    )
+    expected = np.asarray(weights) @ np.asarray(rewards)
+    scores = composed.score_batch(SAMPLES, CAPTIONS)
+    np.testing.assert_allclose([s.total for s in scores], expected, rtol=1e-12, atol=1e-12)
+    for i, score in enumerate(scores):
+        assert {n: score.parts[n] for n in names} == {n: r[i] for n, r in zip(names, rewards, strict=True)}
+        assert score.weights == dict(zip(names, weights, strict=True))
+
+
+def test_literal_and_nested_names() -> None:
+    inner = MultimodalReward({"x": Fixed([1.0, 2.0, 3.0])}, {"x": 2.0})
+    scores = MultimodalReward({"deep": inner, "flat": Fixed([0.5, 0.5, -1.0])}, {"deep": 0.5, "flat": 4.0}).score_batch(
+        SAMPLES, CAPTIONS
+    )
+    assert [s.total for s in scores] == [3.0, 4.0, -1.0]
+    assert scores[2].parts == {"deep": 6.0, "deep/x": 3.0, "deep/x/whole": 3.0, "flat": -1.0, "flat/whole": -1.0}
+    assert scores[2].weights == {"deep": 0.5, "flat": 4.0}
+    assert scores[2].sigma is None
+
+
+def test_each_part_scores_the_batch_once_also_at_weight_zero() -> None:
+    parts = {"a": Fixed([1, 1, 1]), "b": Fixed([7, 8, 9])}
+    scores = MultimodalReward(parts, {"a": 1.0, "b": 0.0}).score_batch(SAMPLES, CAPTIONS)
+    assert [p.calls for p in parts.values()] == [1, 1]
+    assert [s.total for s in scores] == [1.0, 1.0, 1.0]
+    assert scores[1].parts["b"] == 8
+
+
+def test_sigmas_add_as_independent() -> None:
+    parts = {"a": Fixed([1, 1, 1], sigma=3.0), "b": Fixed([1, 1, 1], sigma=2.0), "c": Fixed([1, 1, 1])}
+    score = MultimodalReward(parts, {"a": 1.0, "b": 2.0, "c": 9.0}).score_batch(SAMPLES, CAPTIONS)[0]
+    assert score.sigma == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("names", "weights"),
+    [
+        ([], {}),
+        (["a"], {"b": 1.0}),
+        (["a"], {"a": 1.0, "b": 1.0}),
+        (["a", "b"], {"a": 1.0}),
+        (["a"], {"a": -1.0}),
+        (["a", "b"], {"a": 0.0, "b": 0.0}),
+        (["a"], {"a": math.nan}),
+        (["a/b"], {"a/b": 1.0}),
+    ],
+)
+def test_refuses(names: list[str], weights: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="multimodal reward"):
+        MultimodalReward({n: Fixed([0]) for n in names}, weights)
+
+
+def test_a_part_with_too_few_scores_is_named() -> None:
+    with pytest.raises(RewardError, match="'short' returned 2 scores for 3"):
+        MultimodalReward({"short": Fixed([1, 2])}, {"short": 1.0}).score_batch(SAMPLES, CAPTIONS)
+
+
+class TestBuild:
+    STATISTICS = CorpusStatistics.from_references([["a red square"], ["a blue circle"], ["two red circles"]])
+
+    def test_default_is_the_caption_reward(self) -> None:
+        built = build_reward(RewardSection(), self.STATISTICS)
+        assert isinstance(built, RewardFn)
+        score = built.score_batch(SAMPLES, CAPTIONS)[1]
+        plain = CaptionReward(0.5, 0.5, 0.1, self.STATISTICS.idf, 30).score(CAPTIONS[1], SAMPLES[1].references)
+        assert score.total == pytest.approx(plain.total)
+        assert score.parts == {"caption": plain.total, **{f"caption/{k}": v for k, v in plain.parts.items()}}
+
+    def test_all_kinds(self) -> None:
+        section = RewardSection(
+            parts={
+                "caption": CaptionPart(alpha=1.0, beta=0.0, gamma=0.0, max_words=5, grounded=False),
+                "consensus": CiderPart(kind="cider_d"),
+                "overlap": RougePart(kind="rouge_l"),
+            },
+            weights={"caption": 1.0, "consensus": 0.1, "overlap": 2.0},
+        )
+        score = pickle.loads(pickle.dumps(build_reward(section, self.STATISTICS))).score_batch(SAMPLES, CAPTIONS)[1]
+        assert score.parts["caption"] == score.parts["caption/bleu"] == 1.0
+        assert score.parts["consensus/cider_d"] == pytest.approx(7.5)  # three words have no 4-gram
+        assert score.parts["overlap"] == pytest.approx(1.0)
+        assert score.total == pytest.approx(1.0 + 0.1 * 7.5 + 2.0)
+
+    @pytest.mark.parametrize(
+        "section",
+        [
+            {"parts": {}, "weights": {}},
+            {"parts": {"a": {"kind": "rouge_l"}}, "weights": {"b": 1.0}},
+            {"parts": {"a": {"kind": "rouge_l"}}, "weights": {"a": -1.0}},
+            {"parts": {"a": {"kind": "rouge_l"}}, "weights": {"a": 0.0}},
+            {"parts": {"a/b": {"kind": "rouge_l"}}, "weights": {"a/b": 1.0}},
+            {"parts": {"a": {"kind": "no_such"}}, "weights": {"a": 1.0}},
+            {"parts": {"a": {"kind": "caption", "gamma": -0.1}}, "weights": {"a": 1.0}},
+        ],
+    )
+    def test_config_refuses(self, section: dict) -> None:
+        with pytest.raises(ValueError, match="RewardSection"):
+            RewardSection.model_validate(section)

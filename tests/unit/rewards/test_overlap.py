@@ -1,0 +1,34 @@
+import pytest
+
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import RewardError
+from mmrl_ray.metrics.cider import CiderD
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.rouge import rouge_l
+from mmrl_ray.rewards.overlap import CiderReward, RougeReward
+
+STATISTICS = CorpusStatistics.from_references([["a red square"], ["a blue circle", "one circle"]])
+SAMPLES = [Sample("x", (b"",), "", ("a red square",)), Sample("y", (b"",), "", ("a blue circle", "one circle"))]
+CAPTIONS = ["a red circle", "a blue circle"]
+
+
+def test_cider_reward_is_the_metric() -> None:
+    scores = CiderReward(STATISTICS).score_batch(SAMPLES, CAPTIONS)
+    expected = CiderD(STATISTICS).score_corpus(CAPTIONS, [s.references for s in SAMPLES])
+    assert [s.total for s in scores] == expected
+    assert scores[1].parts == {"cider_d": expected[1]}
+    assert scores[1].weights == {"cider_d": 1.0}
+
+
+def test_rouge_reward_is_the_metric() -> None:
+    scores = RougeReward().score_batch(SAMPLES, CAPTIONS)
+    assert [s.total for s in scores] == [rouge_l(c, s.references) for c, s in zip(CAPTIONS, SAMPLES, strict=True)]
+    assert scores[0].parts == {"rouge_l": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize("reward", [CiderReward(STATISTICS), RougeReward()])
+def test_refusals(reward: CiderReward | RougeReward) -> None:
+    with pytest.raises(RewardError, match="'lonely'"):
+        reward.score_batch([Sample("lonely", (b"",), "")], ["a"])
+    with pytest.raises(RewardError, match="captions"):
+        reward.score_batch(SAMPLES, ["a"])
