@@ -1,0 +1,112 @@
+"""A Ray for one run: started here and ended here, or an existing cluster that is only joined."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from mmrl_ray.config import Config
+from mmrl_ray.errors import RunError
+
+_SETTINGS = {
+    # Ray is a control plane: whoever reaches it runs code. Never without its token, not even on a laptop.
+    "RAY_AUTH_MODE": "token",
+    # `ray.train.report` and a dead worker are seen at the controller's next poll, 2 s apart by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def configure_ray() -> None:
+    """Puts the project's Ray settings into the environment; a variable that is set already keeps its value.
+
+    Processes that Ray starts inherit them, so this comes before `ray.init`.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False) -> Iterator[None]:
+    """A Ray for one run.
+
+    Without an address (and without `RAY_ADDRESS`) a local one is started, with a token of its own, and ended when the
+    block is left. It has at least the CPUs that the run's actors ask for: on one small machine learner and rollout
+    workers take turns, so that more actors than cores is no error.
+
+    Raises:
+        RunError: the cluster at `address` cannot be joined.
+    """
+    configure_ray()
+    address = address or os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if debug else logging.ERROR
+    if address is None:
+        own_token = not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH")
+        if own_token:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        if address is None:
+            store = cfg.resources.object_store_mb
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, demanded_cpus(cfg)),
+                object_store_memory=store * 2**20 if store else None,
+                include_dashboard=False,
+                log_to_driver=debug,
+                logging_level=level,
+                namespace=cfg.run.name,
+            )
+        else:
+            try:
+                ray.init(address=address, log_to_driver=debug, logging_level=level, namespace=cfg.run.name)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                first = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise RunError(
+                    f"cannot join Ray at {address}: {first}; check the address and that RAY_AUTH_TOKEN is the cluster's"
+                ) from error
+        yield
+    finally:
+        ray.shutdown()
+        if address is None and own_token:
+            os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+def demanded_cpus(cfg: Config) -> int:
+    """CPUs that the run's actors ask Ray for, all together."""
+    resources = cfg.resources
+    demand = cfg.rollout.workers * resources.rollout.cpus + cfg.learner.workers * resources.learner.cpus
+    return int(-(-demand // 1))
+
+
+def node_local_root_refused(root: str) -> None:
+    """Refuses a run folder that other nodes of a joined cluster would not see.
+
+    Raises:
+        RunError: Ray has several nodes and `root` is a path on this one.
+    """
+    nodes = [node for node in ray.nodes() if node.get("Alive")]
+    if len(nodes) > 1 and "://" not in root and not _is_network_mount(Path(root)):
+        raise RunError(
+            f"run.root={root} is a path on this node, but the cluster has {len(nodes)} nodes: "
+            "use a location that all of them see, such as s3://bucket/runs or a network mount"
+        )
+
+
+def _is_network_mount(path: Path) -> bool:
+    path = path.absolute()
+    try:
+        lines = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return False
+    mounts = {fields[1]: fields[2] for line in lines if len(fields := line.split()) > 2}
+    for folder in (path, *path.parents):
+        if str(folder) in mounts:
+            return mounts[str(folder)].startswith(("nfs", "ceph", "lustre", "fuse", "cifs", "gpfs", "9p", "virtiofs"))
+    return False

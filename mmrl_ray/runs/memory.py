@@ -1,0 +1,56 @@
+"""Peak resident memory of a run, over all its processes."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+
+class PeakMemory:
+    """Samples the resident memory of this process and all its descendants on a thread.
+
+    A local Ray's processes descend from the driver, so this covers them. Pages that processes share (the object store,
+    libraries) count once where the kernel tells (PSS, Linux), else once a process (RSS).
+    """
+
+    def __init__(self, interval_s: float = 1.0) -> None:
+        self.peak_bytes = 0
+        self._interval = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, resident_bytes())
+            if self._stop.wait(self._interval):
+                return
+
+
+def resident_bytes() -> int:
+    """Bytes resident now in this process and all its descendants."""
+    me = psutil.Process()
+    return sum(_process_bytes(process) for process in (me, *me.children(recursive=True)))
+
+
+def _process_bytes(process: psutil.Process) -> int:
+    try:
+        try:
+            info = process.memory_full_info()
+            return int(getattr(info, "pss", info.rss))
+        except psutil.AccessDenied:
+            return int(process.memory_info().rss)
+    except psutil.Error:  # it ended while we looked
+        return 0

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+from mmrl_ray.data.images import image_hash
+
+from mmrl_ray.experience.carriers import PlannedGroup
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
+
+from .factories import png, rollout_group, scored
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    group, result = rollout_group(reference=True, greedy=True), scored(greedy_reward=0.25)
+    planned = PlannedGroup(result.key, "s0-0", 0, (-1.0, 1.0), (1.0, 1.0), (2, 3), 5, None)
+    masked = group_table("r", scored(index=1, masked="reward timed out"), rollout_group(), None)
+    pq.write_table(pa.concat_tables([group_table("r", result, group, planned), masked]), tmp_path / "log.parquet")
+    return tmp_path / "log.parquet"
+
+
+def test_each_completion_is_a_row_and_the_greedy_baseline_is_marked(log: Path) -> None:
+    table = pq.read_table(log)
+    assert table.schema.equals(ROLLOUT_SCHEMA)
+    rows = table.to_pylist()
+    assert [(r["index"], r["completion"]) for r in rows] == [(0, 0), (0, 1), (0, -1), (1, 0), (1, 1)]
+    assert [r["advantage"] for r in rows] == [-1.0, 1.0, None, None, None]
+    assert [r["reward"] for r in rows] == [0.0, 1.0, 0.25, None, None]
+    assert [r["masked"] for r in rows] == [None] * 3 + ["reward timed out"] * 2
+    assert rows[1]["token_ids"] == [1, 2, 3]
+    assert rows[1]["behaviour_logprobs"] == [-1.0, -2.0, -3.0]
+    assert rows[1]["reference_logprobs"] == [-1.5, -2.5, -3.5]
+    assert rows[1]["reward_parts"] == [
+        {"name": "a", "value": 0.5, "weight": 0.0},
+        {"name": "b", "value": 1.0, "weight": 1.0},
+    ]
+    assert rows[3]["reference_logprobs"] is None
+    assert rows[0]["image_hash"] == image_hash((png(),))
+    assert rows[0]["sampling"]["seed"] == 7
+
+
+def test_duckdb_pandas_and_datasets_open_the_log_as_it_is(log: Path, tmp_path: Path) -> None:
+    query = f"select max(reward), list_filter(reward_parts, lambda p: p.name = 'b')[1].value from '{log}' group by all"
+    assert (1.0, 1.0) in duckdb.sql(query).fetchall()
+    assert pd.read_parquet(log)["caption"].tolist()[2] == "greedy words"
+    loaded = load_dataset("parquet", data_files=str(log), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded[1]["token_ids"] == [1, 2, 3]
