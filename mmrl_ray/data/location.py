@@ -31,3 +31,11 @@ def locate(location: str | Path) -> tuple[fs.FileSystem, str]:
 def is_local(filesystem: fs.FileSystem) -> bool:
     """Whether it is this machine's own file system."""
     return isinstance(filesystem, fs.LocalFileSystem)
+
+
+def is_occupied(filesystem: fs.FileSystem, path: str) -> bool:
+    """Whether a file, or a folder with anything in it, is there; raises what the file system raises."""
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.Directory:
+        return bool(filesystem.get_file_info(fs.FileSelector(path)))
+    return info.type != fs.FileType.NotFound

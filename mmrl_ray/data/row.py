@@ -146,6 +146,7 @@ def table_from_samples(samples: Iterable[tuple[Sample, tuple[str, ...] | None]],
     several = "images" in schema.names
     rows = []
     for sample, paths in samples:
+        cells: list[dict[str, bytes | str | None]]
         if paths is None:
             cells = [{"bytes": image, "path": None} for image in sample.images]
         else:
@@ -154,7 +155,7 @@ def table_from_samples(samples: Iterable[tuple[Sample, tuple[str, ...] | None]],
             {
                 "id": sample.id,
                 ("images" if several else "image"): cells if several else cells[0],
-                "prompt": sample.prompt,
+                "prompt": sample.prompt or None,
                 "references": list(sample.references),
                 "metadata": json.dumps(dict(sample.metadata), ensure_ascii=False) if sample.metadata else None,
             }

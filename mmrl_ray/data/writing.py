@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from mmrl_ray.data.location import is_local, locate
+from mmrl_ray.data.location import is_local, is_occupied, locate
 from mmrl_ray.data.row import Sample, sample_schema, table_from_samples
 from mmrl_ray.errors import DataError
 
@@ -188,15 +188,8 @@ class ShardWriter:
                 self._filesystem.delete_dir(self._scratch)
 
     def _refuse_existing(self) -> None:
-        info = self._filesystem.get_file_info(self._target)
-        if info.type == fs.FileType.NotFound:
-            return
-        if info.type == fs.FileType.Directory and not self._is_file and not self._holds_anything():
-            return
-        raise DataError(f"{self.location} exists already: remove it or write to another place")
-
-    def _holds_anything(self) -> bool:
-        return bool(self._filesystem.get_file_info(fs.FileSelector(self._target)))
+        if is_occupied(self._filesystem, self._target):
+            raise DataError(f"{self.location} exists already: remove it or write to another place")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
