@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mmrl_ray.config.model import ModelSection
-from mmrl_ray.errors import ModelError
+from mmrl_ray.errors import AdapterError, ModelError
+from mmrl_ray.policy.processors import load_processor
 from mmrl_ray.policy.tokens import end_of_turn, end_tokens, image_tokens, placeholder, reserved_texts
+
+_ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+
+_PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
 
 _HASH_WHOLE = 64 << 20
 _HASH_BLOCK = 1 << 20
@@ -49,21 +56,24 @@ class Policy:
     """Names the weights and the processor: part of the vision cache's key."""
     path: str
     processor_settings: dict[str, Any] = field(default_factory=dict)
+    inject_vision: bool = True
+    """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
+    runs inside every forward, on the pixels."""
 
     @property
     def hf_model(self) -> PreTrainedModel:
         """The Hugging Face model with its head, under the adapter if there is one."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     @property
-    def core(self) -> nn.Module:
+    def core(self) -> Any:
         """The model below the head: it has `get_image_features` and returns hidden states."""
         return self.hf_model.base_model
 
     @property
     def decoder(self) -> nn.Module:
         """The language model (embeddings and layers, without the head)."""
-        return self.hf_model.get_decoder()
+        return cast(nn.Module, self.hf_model.get_decoder())
 
     @property
     def vocab_size(self) -> int:
@@ -72,9 +82,17 @@ class Policy:
 
     @property
     def vision_trainable(self) -> bool:
-        """Whether anything before the language model trains; vision features must then be made anew, with gradient."""
+        """Whether anything before the language model trains or is adapted.
+
+        Vision features then change with the policy's version: they are made anew each time, never cached or shipped.
+        An adapter counts even where it takes no gradient (in a rollout worker its weights still change).
+        """
         language = {id(p) for p in self.decoder.parameters()}
-        return any(p.requires_grad and id(p) not in language for p in self.core.parameters())
+        return any(
+            p.requires_grad or _ADAPTED.search(name)
+            for name, p in self.core.named_parameters()
+            if id(p) not in language
+        )
 
 
 def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None) -> Policy:
@@ -89,10 +107,50 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None) 
     path = _resolve(cfg.path)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     config = _load_config(path, cfg)
-    processor = _load_processor(path, cfg)
+    processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)
-    model = _load_model(path, cfg, dtype).to(device).eval().requires_grad_(False)
+    model = _load_model(path, cfg, dtype)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
+    model.eval().requires_grad_(False)
     return _assemble(model, processor, config, cfg, path, device, dtype)
+
+
+def save_policy(policy: Policy, folder: str | Path) -> None:
+    """Saves a policy without adapter as an ordinary Hugging Face folder: safetensors, processor, chat template.
+
+    The processor's own files are copied where the policy came from a folder, so that nothing which this process left
+    out of it (a video processor, without torchvision) is lost.
+
+    Raises:
+        AdapterError: the policy carries an adapter; merge it first.
+    """
+    if isinstance(policy.model, PeftModel):
+        raise AdapterError("a policy with an adapter is not saved as a model folder; merge the adapter first")
+    folder = Path(folder)
+    policy.hf_model.save_pretrained(folder)
+    source = Path(policy.path)
+    if not source.is_dir():
+        policy.processor.save_pretrained(folder)
+        return
+    for file in source.iterdir():
+        written = file.name in ("config.json", "generation_config.json") or file.name.endswith(".index.json")
+        if file.suffix in _PROCESSOR_FILES and not written:
+            shutil.copyfile(file, folder / file.name)
+
+
+def load_skeleton(cfg: ModelSection) -> Policy:
+    """`load_policy` without the weights: the model is on the meta device, for encoding prompts and for counting.
+
+    Raises:
+        ModelError: as `load_policy`, its weights apart.
+    """
+    path = _resolve(cfg.path)
+    config = _load_config(path, cfg)
+    processor = _load_processor(path, cfg, config)
+    dtype = _dtype(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+    return _assemble(model, processor, config, cfg, path, torch.device("meta"), dtype)
 
 
 def _assemble(
@@ -153,9 +211,9 @@ def _load_config(path: str, cfg: ModelSection) -> Any:
     return config
 
 
-def _load_processor(path: str, cfg: ModelSection) -> Any:
+def _load_processor(path: str, cfg: ModelSection, config: Any) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
+        processor = load_processor(path, config, revision=cfg.revision)
     except ImportError as error:
         raise ModelError(
             f"model {cfg.path!r}: its processor needs a library that is not installed ({_first_line(error)}); "
@@ -180,7 +238,7 @@ def _load_processor(path: str, cfg: ModelSection) -> Any:
 
 def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             revision=cfg.revision,
             dtype=dtype,
@@ -191,6 +249,7 @@ def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedM
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"model {cfg.path!r}: its weights cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
     # transformers would go on with random weights and a warning.
     missing = sorted(info.get("missing_keys") or ())
     if missing:
@@ -198,7 +257,7 @@ def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedM
             f"model {cfg.path!r}: its weight files lack {len(missing)} tensors, the first {missing[0]!r}; "
             "fetch the checkpoint again"
         )
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

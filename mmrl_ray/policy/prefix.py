@@ -96,7 +96,8 @@ def encode_prefix(
     Args:
         policy: the model.
         prompts: K of them.
-        features: what `vision_features` made of them; None runs the vision tower inside the forward, on the pixels.
+        features: what `vision_features` made of them; None runs the vision tower inside the forward, on the pixels (so
+            do any where `policy.inject_vision` is False).
     """
     batch = _pad_prompts(policy, prompts)
     output = _forward_prompts(policy, prompts, features, batch)
@@ -243,7 +244,7 @@ def _forward_prompts(
 def _vision_arguments(
     policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[VisionFeatures] | None
 ) -> Iterator[dict[str, Any]]:
-    if features is not None:
+    if features is not None and policy.inject_vision:
         with injected(policy, features) as arguments:
             yield arguments
         return

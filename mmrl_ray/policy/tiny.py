@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -91,7 +92,7 @@ def build_tiny_llava(
         raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
     folder = Path(folder)
     tokenizer = build_tokenizer(vocabulary)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (PAD, BOS, EOS, IMAGE)}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in (PAD, BOS, EOS, IMAGE)}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             image_size=image_size,
@@ -114,7 +115,7 @@ def build_tiny_llava(
             bos_token_id=ids[BOS],
             eos_token_id=ids[EOS],
         ),
-        image_token_id=ids[IMAGE],
+        image_token_index=ids[IMAGE],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(image_size // patch_size) ** 2,

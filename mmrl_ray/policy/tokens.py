@@ -80,9 +80,9 @@ def reserved_texts(processor: Any) -> tuple[str, ...]:
 
 
 def _processor_tokens(processor: Any) -> list[str]:
-    """Token texts that a processor keeps as attributes (`image_token`, `fake_image_token`, `boi_token`, …)."""
+    """Media tokens that a processor keeps as attributes (`image_token`, `fake_image_token`, `boi_token`, …)."""
     return [
-        str(value)
+        value
         for name, value in vars(processor).items()
-        if isinstance(value, str) and value and (name.endswith("_token") or name.endswith("_tag"))
+        if name.endswith(("_token", "_tag")) and isinstance(value, str) and _MEDIA.search(f"{name} {value}")
     ]

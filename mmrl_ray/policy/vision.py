@@ -68,11 +68,14 @@ def vision_features(
     """One `VisionFeatures` a prompt: from the cache, or by as few passes of the vision tower as shapes allow.
 
     While anything before the language model trains (`policy.vision_trainable`) the cache is left alone and features
-    carry a gradient; otherwise they are made without one.
+    carry a gradient; otherwise they are made without one. Where features cannot stand in for the tower
+    (`policy.inject_vision` is False) they are empty, and forwards run the tower on the pixels.
 
     Raises:
         ModelError: the tower's tokens do not match the prompt's placeholders.
     """
+    if not policy.inject_vision:
+        return [VisionFeatures(torch.empty(0, 0, device=policy.device, dtype=policy.dtype)) for _ in prompts]
     if policy.vision_trainable:
         return _encode(policy, prompts)
     found: dict[str, VisionFeatures] = {}
