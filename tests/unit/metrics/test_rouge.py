@@ -1,7 +1,7 @@
 """ROUGE-L against pycocoevalcap, the LCS against the textbook recurrence."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.rouge.rouge import Rouge
 
@@ -10,6 +10,7 @@ from mmrl_ray.metrics.rouge import lcs_length, rouge_l
 TOKENS = st.lists(st.sampled_from(["a", "red", "blue", "square", "left", "of"]), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(TOKENS, st.lists(TOKENS, min_size=1, max_size=4))
 def test_equals_pycocoevalcap(caption: list[str], references: list[list[str]]) -> None:
     texts = [" ".join(r) for r in references]
@@ -17,6 +18,7 @@ def test_equals_pycocoevalcap(caption: list[str], references: list[list[str]]) -
     assert rouge_l(" ".join(caption), texts) == pytest.approx(expected, rel=1e-12)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=20), st.lists(st.integers(0, 3), max_size=20))
 def test_lcs_equals_the_recurrence(first: list[int], second: list[int]) -> None:
     table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]

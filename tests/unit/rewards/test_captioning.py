@@ -85,6 +85,7 @@ class TestCheating:
         assert reward().score("tiny", REFERENCES).parts["detail"] == 0.0
         assert reward(grounded=False).score("tiny", REFERENCES).parts["detail"] > 0
 
+    @settings(deadline=None)
     @given(st.lists(st.sampled_from(["tiny", "the", "zzz", "qqq"]), min_size=1, max_size=40))
     def test_longer_without_content_never_pays(self, filler: list[str]) -> None:
         caption = "a red square above a blue circle"

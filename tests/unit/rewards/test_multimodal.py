@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardSection, RougePart
@@ -33,6 +33,7 @@ class Fixed:
         return [RewardBreakdown(t, {"whole": t}, {"whole": 1.0}, self.sigma) for t in self.totals]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5).flatmap(lambda m: st.tuples(
     st.lists(st.floats(0, 10), min_size=m, max_size=m).filter(any),
     st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=m, max_size=m),

@@ -1,0 +1,130 @@
+"""Advantages: what a completion earned beyond a baseline.
+
+Pure functions from rewards [M, G] to advantages [M, G], `M` groups of the step and `G` completions a group. A mask,
+[M] or [M, G], names the valid groups or completions (ragged groups are padded to G); masked ones take no part in any
+baseline and get exactly 0. Where all rewards behind a baseline are equal the advantages are exactly 0, not rounding
+noise blown up by a small standard deviation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+STD_EPSILON = 1e-6
+"""Added to the standard deviation of `group` advantages."""
+
+
+def advantages(
+    name: str,
+    rewards: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    greedy: torch.Tensor | None = None,
+    divide_by_std: bool = True,
+) -> torch.Tensor:
+    """Advantages [M, G] by the name of the baseline: none, batch_mean, greedy, leave_one_out or group.
+
+    Args:
+        name: the baseline.
+        rewards: [M, G].
+        mask: bool [M] or [M, G]; all valid by default.
+        greedy: [M], reward of each group's greedy completion; `greedy` needs it.
+        divide_by_std: for `group` only.
+
+    Raises:
+        ValueError: an unknown name, wrong shapes, a reward that counts is not finite, or G below 2 where the
+            baseline comes from the other completions.
+    """
+    if name == "none":
+        return none(rewards, mask)
+    if name == "batch_mean":
+        return batch_mean(rewards, mask)
+    if name == "greedy":
+        if greedy is None:
+            raise ValueError("advantage 'greedy' needs the rewards of the greedy completions [M], got none")
+        return greedy_baseline(rewards, greedy, mask)
+    if name == "leave_one_out":
+        return leave_one_out(rewards, mask)
+    if name == "group":
+        return group(rewards, mask, divide_by_std=divide_by_std)
+    raise ValueError(f"unknown advantage {name!r}; choose none, batch_mean, greedy, leave_one_out or group")
+
+
+def none(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """A = R, the formula of EQUATIONS row 14 to the letter."""
+    return _prepare(rewards, mask)[0]
+
+
+def batch_mean(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """A = R minus the mean of all valid rewards of the step (Williams 1992, with a mean baseline)."""
+    values, valid = _prepare(rewards, mask)
+    centred = values - values.sum() / valid.sum().clamp(min=1)
+    equal = _spread(values.reshape(1, -1), valid.reshape(1, -1)) == 0
+    return torch.where(valid & ~equal, centred, 0.0)
+
+
+def greedy_baseline(rewards: torch.Tensor, greedy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """A = R minus the reward of the group's greedy completion (SCST, Rennie et al. 2017, arXiv:1612.00563)."""
+    values, valid = _prepare(rewards, mask)
+    if greedy.shape != rewards.shape[:1]:
+        raise ValueError(f"greedy must be [M] = {list(rewards.shape[:1])}, got {list(greedy.shape)}")
+    used = valid.any(dim=1)
+    if not torch.isfinite(greedy[used]).all():
+        raise ValueError(f"greedy rewards of valid groups must be finite, got {greedy[used].tolist()}")
+    return torch.where(valid, values - greedy[:, None], 0.0)
+
+
+def leave_one_out(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """A = R minus the mean reward of the group's other completions (RLOO, Ahmadian et al. 2024, arXiv:2402.14740).
+
+    A completion that is alone in its group after masking has no baseline and gets 0.
+    """
+    values, valid = _prepare(rewards, mask, at_least=2)
+    count = valid.sum(dim=1, keepdim=True)
+    others = (values.sum(dim=1, keepdim=True) - values) / (count - 1).clamp(min=1)
+    signal = valid & (count > 1) & (_spread(values, valid) > 0)
+    return torch.where(signal, values - others, 0.0)
+
+
+def group(rewards: torch.Tensor, mask: torch.Tensor | None = None, *, divide_by_std: bool = True) -> torch.Tensor:
+    """A = R minus the group's mean, divided by (the group's standard deviation + 1e-6) unless `divide_by_std` is off.
+
+    With the division GRPO (Shao et al. 2024, arXiv:2402.03300), without Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
+    The standard deviation is the sample's (ddof = 1). A completion that is alone in its group gets 0.
+    """
+    values, valid = _prepare(rewards, mask, at_least=2)
+    count = valid.sum(dim=1, keepdim=True)
+    centred = torch.where(valid, values - values.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
+    if divide_by_std:
+        variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + STD_EPSILON)
+    return torch.where(valid & (_spread(values, valid) > 0), centred, 0.0)
+
+
+def _prepare(
+    rewards: torch.Tensor, mask: torch.Tensor | None, *, at_least: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards with masked ones at 0, and the mask as [M, G]; raises ValueError as `advantages` says."""
+    if rewards.ndim != 2 or not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floating-point [M, G], got {list(rewards.shape)} {rewards.dtype}")
+    if rewards.shape[1] < at_least:
+        raise ValueError(
+            f"this baseline needs at least {at_least} completions a group, got rewards {list(rewards.shape)}"
+        )
+    valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    if valid.dtype != torch.bool or valid.shape not in (rewards.shape, rewards.shape[:1]):
+        raise ValueError(
+            f"mask must be bool [M] or [M, G] for rewards {list(rewards.shape)}, got {list(valid.shape)} {valid.dtype}"
+        )
+    valid = valid[:, None].expand_as(rewards) if valid.ndim == 1 else valid
+    values = torch.where(valid, rewards, 0.0)
+    if not torch.isfinite(values).all():
+        raise ValueError("rewards that count must be finite; mask the samples whose reward failed")
+    return values, valid
+
+
+def _spread(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Largest minus smallest valid value of each row, [M, 1]; 0 or below where fewer than 2 differ."""
+    high = torch.where(valid, values, -torch.inf).amax(dim=1, keepdim=True)
+    low = torch.where(valid, values, torch.inf).amin(dim=1, keepdim=True)
+    return high - low

@@ -1,0 +1,47 @@
+"""How token losses become one number: a per-token weight for each completion, over one denominator of the step.
+
+| name            | scale of each token | denominator               | used by              |
+|-----------------|---------------------|---------------------------|----------------------|
+| `token_mean`    | 1                   | tokens                    | DAPO, CISPO          |
+| `sequence_mean` | 1 ÷ its length      | completions               | GRPO, GSPO           |
+| `sequence_sum`  | 1                   | completions               | REINFORCE, SCST, RLOO|
+| `constant`      | 1                   | completions × max tokens  | Dr. GRPO             |
+
+Lengths and denominators are those of the whole step, over all ranks and micro-batches, groups without signal included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def completion_scales(
+    aggregation: str, lengths: torch.Tensor | Sequence[int], *, max_new_tokens: int | None = None
+) -> tuple[torch.Tensor, float]:
+    """Scales [N] (float64) and the denominator for N completions of `lengths` [N] tokens.
+
+    Raises:
+        ValueError: an unknown name, no completions, a negative length, no token at all, or `constant` without
+            `max_new_tokens`, or with one below the longest completion.
+    """
+    tokens = torch.as_tensor(lengths, dtype=torch.int64)
+    if tokens.ndim != 1 or tokens.numel() == 0 or bool((tokens < 0).any()) or int(tokens.sum()) == 0:
+        raise ValueError(f"lengths must be [N], N >= 1, at least 0 and not all 0, got {tokens.tolist()}")
+    ones = torch.ones(tokens.shape, dtype=torch.float64)
+    count = float(tokens.numel())
+    if aggregation == "token_mean":
+        return ones, float(tokens.sum())
+    if aggregation == "sequence_mean":
+        return torch.where(tokens > 0, 1.0 / tokens.clamp(min=1).to(torch.float64), 0.0), count
+    if aggregation == "sequence_sum":
+        return ones, count
+    if aggregation == "constant":
+        if max_new_tokens is None or max_new_tokens < int(tokens.max()):
+            raise ValueError(
+                f"aggregation 'constant' needs max_new_tokens of at least the longest completion "
+                f"({int(tokens.max())} tokens), got {max_new_tokens}"
+            )
+        return ones, count * max_new_tokens
+    raise ValueError(f"unknown aggregation {aggregation!r}; choose token_mean, sequence_mean, sequence_sum or constant")

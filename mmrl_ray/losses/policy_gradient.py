@@ -1,0 +1,264 @@
+"""Policy-gradient losses, pure functions over token log-probs.
+
+`B` completions, `T` tokens a completion (padded; `mask` True on real tokens). Three policies meet here:
+
+- π_θ, `logprobs`: the one that learns, with gradient;
+- π_prox, `proximal_logprobs`: π_θ at the start of the step, detached. None stands for π_θ itself, which is exact at
+  one pass a step and needs no extra forward;
+- μ, `behaviour_logprobs`: the one that sampled, as recorded by the sampler.
+
+`scales` [B] weigh every token of a completion (`aggregation.py`), `denominator` is the whole step's, so that losses
+and their `LossStats` add up over micro-batches and ranks. Off-policy, each loss is multiplied by a detached
+importance weight capped at c (`off_policy_cap`): min(π_θ/μ, c) for `reward_guided`, min(π_prox/μ, c) for the others.
+At π_θ = π_prox = μ all of them have the gradient of `reward_guided_loss`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from mmrl_ray.losses.masked import check_tokens, masked_mean, masked_sum
+from mmrl_ray.losses.stats import LossStats, PolicyLoss
+
+_LARGEST_LOG_RATIO = 20.0
+"""Bounds what `LossStats` sums up."""
+
+
+def reward_guided_loss(
+    logprobs: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, *, denominator: float | torch.Tensor
+) -> torch.Tensor:
+    """L = −Σ R·log f_θ(a|s) ÷ denominator over valid tokens (EQUATIONS row 14; Williams 1992).
+
+    Args:
+        logprobs: [B, T].
+        weights: [B] or [B, T]; R as the advantage after the chosen baseline. Never differentiated.
+        mask: bool [B, T].
+        denominator: of the whole step; its number of tokens gives the formula's mean.
+
+    Raises:
+        ValueError: the shapes do not fit, or the denominator is not above 0.
+    """
+    check_tokens(logprobs, mask)
+    if weights.shape not in (logprobs.shape, logprobs.shape[:1]):
+        raise ValueError(
+            f"weights must be [B] or [B, T] for logprobs {list(logprobs.shape)}, got {list(weights.shape)}"
+        )
+    weights = (weights[:, None] if weights.ndim == 1 else weights).detach()
+    # Masked here too: the gradient of NaN · weight at a masked position would be NaN · 0.
+    return -masked_mean(_valid(logprobs, mask) * weights, mask, denominator=denominator)
+
+
+def off_policy_reward_guided_loss(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor | None,
+    behaviour_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scales: torch.Tensor,
+    denominator: float | torch.Tensor,
+    off_policy_cap: float,
+) -> PolicyLoss:
+    """`reward_guided_loss` with each token's weight multiplied by min(π_θ/μ, c), detached; π_prox plays no part."""
+    log_theta, _, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    log_ratio = log_theta.detach() - log_mu
+    importance = _capped(log_ratio, off_policy_cap)
+    weights = importance * (advantages * scales)[:, None]
+    loss = reward_guided_loss(logprobs, weights, mask, denominator=denominator)
+    return PolicyLoss(loss, _stats(mask, log_ratio, log_ratio, torch.zeros_like(mask), off_policy_cap))
+
+
+def clipped_loss(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor | None,
+    behaviour_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scales: torch.Tensor,
+    denominator: float | torch.Tensor,
+    off_policy_cap: float,
+    clip_low: float,
+    clip_high: float,
+) -> PolicyLoss:
+    """−min(r·A, clip(r, 1 − low, 1 + high)·A) a token, r = π_θ/π_prox (PPO, arXiv:1707.06347; clip-higher: DAPO).
+
+    Times min(π_prox/μ, c), detached, as in decoupled PPO (arXiv:2110.00641).
+    """
+    log_theta, log_prox, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    log_ratio = log_theta - log_prox
+    surrogate, clipped = _clip(log_ratio.exp(), advantages[:, None], clip_low, clip_high)
+    log_behaviour = log_prox - log_mu
+    weights = _capped(log_behaviour, off_policy_cap) * scales[:, None]
+    loss = -masked_mean(surrogate * weights, mask, denominator=denominator)
+    return PolicyLoss(loss, _stats(mask, log_ratio, log_behaviour, clipped, off_policy_cap))
+
+
+def gspo_loss(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor | None,
+    behaviour_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scales: torch.Tensor,
+    denominator: float | torch.Tensor,
+    off_policy_cap: float,
+    clip_low: float,
+    clip_high: float,
+) -> PolicyLoss:
+    """`clipped_loss` with the whole completion's ratio s = (π_θ(y)/π_prox(y))^(1/|y|) (GSPO, arXiv:2507.18071).
+
+    In the token form of its section 4.3: each token's ratio is sg[s]·π_θ/sg[π_θ], whose value is s. With scales
+    1 ÷ |y| (`sequence_mean`) value and gradient are those of the sequence form s·A; other aggregations stay defined.
+    The importance weight is the completion's too: the capped geometric mean min((π_prox(y)/μ(y))^(1/|y|), c).
+    """
+    log_theta, log_prox, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    lengths = mask.sum(dim=1).clamp(min=1)
+    log_sequence = (masked_sum(log_theta.detach() - log_prox, mask, dim=1) / lengths)[:, None]
+    ratio = (log_sequence + (log_theta - log_theta.detach())).exp()
+    surrogate, clipped = _clip(ratio, advantages[:, None], clip_low, clip_high)
+    log_behaviour = (masked_sum(log_prox - log_mu, mask, dim=1) / lengths)[:, None]
+    weights = _capped(log_behaviour, off_policy_cap) * scales[:, None]
+    loss = -masked_mean(surrogate * weights, mask, denominator=denominator)
+    counted = mask.any(dim=1, keepdim=True)
+    clipped = (clipped & mask).any(dim=1, keepdim=True)
+    return PolicyLoss(loss, _stats(counted, log_sequence, log_behaviour, clipped, off_policy_cap))
+
+
+def cispo_loss(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor | None,
+    behaviour_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scales: torch.Tensor,
+    denominator: float | torch.Tensor,
+    off_policy_cap: float,
+    clip_low: float,
+    clip_high: float,
+) -> PolicyLoss:
+    """−sg[clip(r, 1 − low, 1 + high)]·A·log π_θ a token, r = π_θ/π_prox (CISPO: MiniMax-M1, arXiv:2506.13585).
+
+    The weight is clipped, never the token: every token keeps its gradient. Times min(π_prox/μ, c), detached.
+    """
+    log_theta, log_prox, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    log_ratio = log_theta.detach() - log_prox
+    ratio = log_ratio.exp()
+    kept = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    log_behaviour = log_prox - log_mu
+    weights = kept * _capped(log_behaviour, off_policy_cap) * (advantages * scales)[:, None]
+    loss = reward_guided_loss(logprobs, weights, mask, denominator=denominator)
+    return PolicyLoss(loss, _stats(mask, log_ratio, log_behaviour, kept != ratio, off_policy_cap))
+
+
+_CLIPPED_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
+    "clipped": clipped_loss,
+    "gspo": gspo_loss,
+    "cispo": cispo_loss,
+}
+
+
+def policy_loss(
+    name: str,
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor | None,
+    behaviour_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scales: torch.Tensor,
+    denominator: float | torch.Tensor,
+    off_policy_cap: float,
+    clip_low: float,
+    clip_high: float,
+) -> PolicyLoss:
+    """The loss by its name in the config: reward_guided (which knows no clip), clipped, gspo or cispo.
+
+    Args:
+        name: the loss.
+        logprobs: [B, T] of π_θ, with gradient.
+        proximal_logprobs: [B, T] of π_prox, or None for π_θ itself.
+        behaviour_logprobs: [B, T] of μ.
+        advantages: [B].
+        mask: bool [B, T].
+        scales: [B], per-token weight of each completion.
+        denominator: of the whole step.
+        off_policy_cap: c, at least 1; `math.inf` for no cap.
+        clip_low: the ratio is clipped below 1 − clip_low.
+        clip_high: the ratio is clipped above 1 + clip_high.
+
+    Raises:
+        ValueError: an unknown name, shapes that do not fit, or a denominator that is not above 0.
+    """
+    if name != "reward_guided" and name not in _CLIPPED_LOSSES:
+        raise ValueError(f"unknown loss {name!r}; choose reward_guided, {', '.join(_CLIPPED_LOSSES)}")
+    clips = {} if name == "reward_guided" else {"clip_low": clip_low, "clip_high": clip_high}
+    function = _CLIPPED_LOSSES.get(name, off_policy_reward_guided_loss)
+    return function(
+        logprobs,
+        proximal_logprobs,
+        behaviour_logprobs,
+        advantages,
+        mask,
+        scales=scales,
+        denominator=denominator,
+        off_policy_cap=off_policy_cap,
+        **clips,
+    )
+
+
+def _valid(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, logprobs, torch.zeros_like(logprobs))
+
+
+def _aligned(
+    logprobs: torch.Tensor,
+    proximal: torch.Tensor | None,
+    behaviour: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    scales: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs of π_θ, π_prox and μ with 0 at masked positions, the last two detached; checks all shapes."""
+    check_tokens(logprobs, mask)
+    others = [t for t in (proximal, behaviour) if t is not None]
+    rows = logprobs.shape[:1]
+    if any(t.shape != logprobs.shape for t in others) or advantages.shape != rows or scales.shape != rows:
+        raise ValueError(
+            f"logprobs {list(logprobs.shape)} need other log-probs of that shape and advantages and scales [B], got "
+            f"{[list(t.shape) for t in others]}, {list(advantages.shape)} and {list(scales.shape)}"
+        )
+    theta = _valid(logprobs, mask)
+    prox = theta.detach() if proximal is None else _valid(proximal.detach(), mask)
+    return theta, prox, _valid(behaviour.detach(), mask)
+
+
+def _capped(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(exp(log_ratio), cap), which cannot overflow."""
+    return log_ratio.clamp(max=math.log(cap)).exp()
+
+
+def _clip(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pessimistic surrogate min(r·A, clip(r)·A), and where the clip took the gradient away."""
+    free, bounded = ratio * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages
+    return torch.minimum(free, bounded), bounded.detach() < free.detach()
+
+
+def _stats(
+    counted: torch.Tensor, log_ratio: torch.Tensor, log_behaviour: torch.Tensor, clipped: torch.Tensor, cap: float
+) -> LossStats:
+    # Sums go to the metrics line, which has no room for infinity; the loss itself sees the true ratios.
+    behaviour = log_behaviour.detach().clamp(max=_LARGEST_LOG_RATIO).exp()
+    return LossStats(
+        count=counted.sum().to(behaviour.dtype),
+        clipped=(clipped & counted).sum().to(behaviour.dtype),
+        ratio=masked_sum(log_ratio.detach().clamp(max=_LARGEST_LOG_RATIO).exp(), counted),
+        behaviour=masked_sum(behaviour, counted),
+        behaviour_squared=masked_sum(behaviour.square(), counted),
+        capped=((behaviour > cap) & counted).sum().to(behaviour.dtype),
+    )
