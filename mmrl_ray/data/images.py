@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 # Imported by name so that Pillow need not import every plugin it has (and every parser with it) to find these.
-from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
+from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from mmrl_ray.errors import ImageError
 
@@ -95,6 +95,8 @@ def decode_image(
             rgb = _to_rgb(upright)
     except ImageError:
         raise
+    except UnidentifiedImageError as error:  # its own message is the address of a buffer
+        raise ImageError(f"broken {kind} image: its header cannot be read") from error
     except Exception as error:
         # The boundary: Pillow raises anything from struct.error to KeyError.
         raise ImageError(f"broken {kind} image: {_one_line(error)}") from error

@@ -84,8 +84,9 @@ class ParquetDataset:
         """Hex SHA-256 over each shard's name, size and footer.
 
         A footer holds schema, row counts, sizes and offsets of every column chunk, and least and greatest values, so
-        nearly any change of content changes it without a pass over the images. Not seen: image files that rows name
-        by path, and a page rewritten to the same compressed size with the same extremes.
+        nearly any change of content changes it without a pass over the images; those that `ShardWriter` wrote also
+        hold a hash of all images. Not seen in others: image files that rows name by path and that changed since, and
+        a column rewritten to the same compressed sizes with the same extremes.
         """
         digest = hashlib.sha256()
         for shard in self.shards:

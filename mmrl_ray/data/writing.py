@@ -8,6 +8,7 @@ rename. An object store has none: there the files are moved one by one, and thei
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import posixpath
 import uuid
@@ -24,6 +25,8 @@ from mmrl_ray.data.location import is_local, is_occupied, locate
 from mmrl_ray.data.row import Sample, sample_schema, table_from_samples
 from mmrl_ray.errors import DataError
 
+CONTENT_KEY = "mmrl.images_sha256"
+"""Footer entry: over all images of the data set up to and including this shard."""
 ROWS_PER_GROUP = 100
 """As HF `datasets` writes images: small enough that a shuffle window of several groups fits in memory."""
 _GROUP_BYTES = 64 * 1024 * 1024
@@ -48,7 +51,7 @@ class ShardWriter:
         """`several_images` makes the column a list; `metadata` goes into each shard's footer.
 
         Raises:
-            DataError: the location exists already, or cannot be written.
+            DataError: from entering to leaving: the location exists already, or cannot be written.
         """
         if rows_per_group < 1 or (rows_per_shard is not None and rows_per_shard < 1):
             raise DataError(f"rows_per_group={rows_per_group}, rows_per_shard={rows_per_shard}: must be 1 or more")
@@ -59,18 +62,16 @@ class ShardWriter:
             raise DataError(f"{location} is one file: leave rows_per_shard out, or name a folder")
         self._rows_per_group, self._rows_per_shard = rows_per_group, rows_per_shard
         self._schema = sample_schema(several_images=several_images, extra=metadata)
-        self._several = several_images
+        self.several_images = several_images
         self._scratch = posixpath.join(posixpath.dirname(self._target), f".tmp-{uuid.uuid4().hex}")
         self._shards: list[str] = []
         self._files: set[str] = set()
         self._writer: pq.ParquetWriter | None = None
         self._buffer: list[tuple[Sample, tuple[str, ...] | None]] = []
         self._buffered_bytes = 0
+        self._content = hashlib.sha256()
         self._rows_in_shard = 0
         self.rows = 0
-        with self._explained():
-            self._refuse_existing()
-            self._filesystem.create_dir(self._scratch, recursive=True)
 
     def write(self, sample: Sample, paths: tuple[str, ...] | None = None) -> None:
         """Adds a row; `paths` (of files put there by `add_file`) are stored instead of the image bytes.
@@ -78,13 +79,15 @@ class ShardWriter:
         Raises:
             DataError: several images where the column holds one, or the location cannot be written.
         """
-        if not sample.images or (len(sample.images) > 1 and not self._several):
+        if not sample.images or (len(sample.images) > 1 and not self.several_images):
             raise DataError(
                 f"sample {sample.id} has {len(sample.images)} images: "
                 + ("write at least one" if not sample.images else "write all samples with several_images=True")
             )
         self._buffer.append((sample, paths))
-        self._buffered_bytes += sum(map(len, sample.images)) if paths is None else 0
+        for image in sample.images:
+            self._content.update(hashlib.sha256(image).digest())
+            self._buffered_bytes += len(image) if paths is None else 0
         self._rows_in_shard += 1
         self.rows += 1
         shard_full = self._rows_in_shard == self._rows_per_shard
@@ -107,6 +110,9 @@ class ShardWriter:
         self._files.add(name)
 
     def __enter__(self) -> Self:
+        with self._explained():
+            self._refuse_existing()
+            self._filesystem.create_dir(self._scratch, recursive=True)
         return self
 
     def __exit__(
@@ -130,6 +136,8 @@ class ShardWriter:
                     filesystem=self._filesystem,
                     # Images are compressed already and never repeat; trying a dictionary on them only costs.
                     use_dictionary=["prompt"],
+                    # Nor has "the least image" a meaning; small ones would be copied into header and footer.
+                    write_statistics=["id", "prompt", "references.list.element", "metadata"],
                     write_page_checksum=True,
                 )
             self._writer.write_table(table_from_samples(self._buffer, self._schema))
@@ -141,6 +149,8 @@ class ShardWriter:
         self._rows_in_shard = 0
         if writer is not None:
             with self._explained():
+                # In the footer, so that the data set's fingerprint covers every byte of its images.
+                writer.add_key_value_metadata({CONTENT_KEY: self._content.hexdigest()})
                 writer.close()
 
     def _commit(self) -> None:
