@@ -1,15 +1,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What is installed beside the base (see pyproject.toml); for example: make setup EXTRAS=dev,models
+EXTRAS ?= dev
 
-.PHONY: setup check test quickstart clean lock
+.PHONY: setup check test quickstart lock clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: this Python has no venv: sudo apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
 
 check: setup
 	$(BIN)/ruff check .
@@ -20,12 +26,15 @@ check: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The run prints its seconds and its peak resident memory last. A second quickstart gets a name of its own.
 quickstart: setup
-	$(BIN)/mmrl train configs/quickstart.yaml
+	@name=quickstart; [ ! -e runs/$$name ] || name=quickstart-$$(date +%Y%m%d-%H%M%S); \
+	set -x; $(BIN)/mmrl train configs/quickstart.yaml --set run.name=$$name
 
-# Pin what is installed now; run after changing the ranges in pyproject.toml.
-lock:
+# Pins what is installed now; run it after changing the ranges in pyproject.toml.
+lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
+# Leaves runs/ and data/ alone: they are yours.
 clean:
-	rm -rf $(VENV) .cache runs data build
+	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

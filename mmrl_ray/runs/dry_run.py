@@ -1,0 +1,270 @@
+"""`mmrl train --dry-run`: what a run would do and need, without weights, without Ray, and without writing anything.
+
+What cannot be found out here (a hub that is out of reach, a dataset that is not there yet) is said, not guessed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from PIL import Image
+from rich.console import Console
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.load import dump_config
+from mmrl_ray.data.images import image_format
+from mmrl_ray.data.samples import Sample, iter_references, read_split
+from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary
+from mmrl_ray.data.shards import ParquetDataset
+from mmrl_ray.errors import AdapterError, DataError, ModelError, RunError
+from mmrl_ray.policy.load import Policy, load_skeleton
+from mmrl_ray.policy.prompts import check_context, encode_prompts
+from mmrl_ray.policy.tiny import build_tiny_llava, words_of
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
+
+
+@dataclass
+class DryRun:
+    """What was found out."""
+
+    rows: int | None = None
+    """Of the training split."""
+    sample: Sample | None = None
+    shape: ModelShape | None = None
+    prompt_tokens: int | None = None
+    image_tokens: int = 0
+    blocking: list[str] = field(default_factory=list)
+    """What would stop the run as things are."""
+    unchecked: list[str] = field(default_factory=list)
+    """What could not be looked at from here, and why."""
+
+
+def dry_run(cfg: Config, *, resume: bool = False, console: Console | None = None) -> DryRun:
+    """Prints the resolved config, one sample, the batch plan, the device plan and a memory estimate."""
+    console = console or Console(highlight=False)
+    found = DryRun()
+    _look_at_run_folder(cfg, resume, found)
+    _look_at_data(cfg, found)
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
+        _look_at_model(cfg, Path(scratch), found)
+    plan = batch_plan(cfg, found.prompt_tokens) if found.prompt_tokens is not None else None
+    sections = {
+        "Config": dump_config(cfg).rstrip("\n").split("\n"),
+        "Sample": _sample_lines(found),
+        "Batch plan": _batch_lines(cfg, plan, found),
+        "Devices": _device_lines(cfg, found),
+        "Memory": _memory_lines(cfg, plan, found),
+        "Not checked": found.unchecked,
+        "Would stop the run": found.blocking,
+    }
+    for title, lines in sections.items():
+        if lines:
+            console.print(f"\n{title}", style="bold", markup=False)
+            for line in lines:
+                console.print(f"  {line}", markup=False, soft_wrap=True)
+    return found
+
+
+def _look_at_run_folder(cfg: Config, resume: bool, found: DryRun) -> None:
+    try:
+        folder = RunDir.open(cfg.run.root, cfg.run.name)
+    except RunError:
+        if resume:
+            found.blocking.append(f"there is no run {cfg.run.name} in {cfg.run.root} to resume")
+        return
+    if not resume:
+        found.blocking.append(f"run folder {folder.location} exists: add --resume, or choose another run.name")
+
+
+def _look_at_data(cfg: Config, found: DryRun) -> None:
+    try:
+        found.rows = ParquetDataset(cfg.data.train).rows
+        found.sample = read_split(cfg.data.train, prompt=cfg.data.prompt, limit=1)[0]
+    except DataError as error:
+        if cfg.data.scenes is None or Path(cfg.data.train).exists():
+            found.blocking.append(f"data.train: {error}")
+        else:
+            found.rows = cfg.data.scenes.train
+            first = next(generate_scenes(cfg.data.scenes)[0])
+            found.sample = replace(first, prompt=first.prompt or cfg.data.prompt)
+            found.unchecked.append(f"data.train={cfg.data.train} is not there yet: the run will generate the scenes")
+    if cfg.data.eval is not None and (cfg.data.scenes is None or Path(cfg.data.eval).exists()):
+        try:
+            ParquetDataset(cfg.data.eval)
+        except DataError as error:
+            found.blocking.append(f"data.eval: {error}")
+
+
+def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
+    try:
+        policy = load_skeleton(cfg.model.model_copy(update={"path": _model_path(cfg, scratch)}))
+    except ModelError as error:
+        found.unchecked.append(f"model, prompt length and memory: {error}")
+        return
+    found.unchecked.append(f"the weights of {cfg.model.path} (only its config and processor were read)")
+    try:
+        found.shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
+    except AdapterError as error:
+        found.blocking.append(str(error))
+    if found.sample is None:
+        found.unchecked.append("the true length of prompts: taken for a blank picture of 640×480")
+    _measure_prompt(cfg, policy, found.sample or _stand_in(cfg), found)
+
+
+def _model_path(cfg: Config, scratch: Path) -> str:
+    """The model's folder or hub id; a built-in one is made in `scratch`."""
+    if not cfg.model.path.startswith("builtin:"):
+        return cfg.model.path
+    if cfg.data.scenes is not None:
+        return str(build_tiny_llava(scratch, vocabulary=scenes_vocabulary(), image_size=cfg.data.scenes.image_size))
+    texts = (text for references in iter_references(cfg.data.train) for text in references)
+    try:
+        return str(build_tiny_llava(scratch, vocabulary=words_of(texts)))
+    except DataError as error:
+        raise ModelError(f"{cfg.model.path} takes its words from the training references: {error}") from error
+
+
+def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) -> None:
+    try:
+        (prompt,) = encode_prompts(policy, [sample])
+        found.prompt_tokens = prompt.input_ids.numel()
+        found.image_tokens = int((prompt.input_ids == policy.placeholder_id).sum())
+        check_context(policy, prompt, cfg.rollout.max_new_tokens)
+    except (DataError, ModelError) as error:
+        found.blocking.append(f"sample {sample.id}: {error}")
+
+
+def _stand_in(cfg: Config) -> Sample:
+    """A picture of a usual photograph's size, where no sample of the data can be had."""
+    picture = io.BytesIO()
+    Image.new("RGB", (640, 480), (127, 127, 127)).save(picture, "PNG")
+    return Sample(id="stand-in", images=(picture.getvalue(),), prompt=cfg.data.prompt)
+
+
+def _sample_lines(found: DryRun) -> list[str]:
+    if found.sample is None:
+        return ["none could be read"]
+    sample = found.sample
+    images = [f"{image_format(image)} of {len(image):,} bytes" for image in sample.images]
+    return [
+        f"id          {sample.id}",
+        f"image       {', '.join(images)}",
+        f"prompt      {sample.prompt}",
+        *(f"reference   {text}" for text in sample.references),
+        *([f"metadata    {_short(dict(sample.metadata))}"] if sample.metadata else []),
+    ]
+
+
+def _short(value: object, limit: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str]:
+    steps, groups = cfg.learner.steps, cfg.learner.groups_per_step
+    completions = groups * cfg.rollout.group_size
+    lines = [
+        f"a step      {groups} images × {cfg.rollout.group_size} completions = {completions} completions",
+        f"the run     {steps:,} steps, {steps * groups:,} images, {steps * completions:,} completions",
+    ]
+    if found.rows is not None:
+        lines.append(f"epochs      {steps * groups / found.rows:.2f} over {found.rows:,} training images")
+    if plan is None:
+        return [*lines, "tokens      unknown without a prompt of the model's own"]
+    batches = " + ".join(str(count) for count in plan.micro_batches)
+    return [
+        *lines,
+        f"assignments {plan.assignments} a step, up to {cfg.rollout.groups_per_assignment} groups each",
+        f"prompt      {found.prompt_tokens} tokens, {found.image_tokens} of them image tokens",
+        f"micro-batches {batches} over {cfg.learner.workers} learner worker(s) a step, at most "
+        f"{plan.micro_batch_groups} groups, {plan.micro_batch_tokens:,} of {cfg.learner.micro_batch_tokens:,} tokens",
+        f"tokens      {plan.step_tokens:,} a step at most; {plan.naive_tokens:,} if prompts were not shared",
+    ]
+
+
+def _device_lines(cfg: Config, found: DryRun) -> list[str]:
+    kinds = {
+        "learner": (cfg.learner.workers, cfg.resources.learner),
+        "rollout": (cfg.rollout.workers, cfg.resources.rollout),
+    }
+    lines = [
+        f"{name:<11} {count} worker(s) × {share.cpus:g} CPU, {share.gpus:g} GPU"
+        for name, (count, share) in kinds.items()
+    ]
+    cpus = sum(count * share.cpus for count, share in kinds.values())
+    gpus = sum(count * share.gpus for count, share in kinds.values())
+    lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
+    if os.environ.get("RAY_ADDRESS"):
+        found.unchecked.append("the devices of the Ray cluster at RAY_ADDRESS (a dry run does not join it)")
+        return lines
+    here = torch.cuda.device_count()
+    names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(here)}))
+    lines.append(f"this machine {os.cpu_count()} CPU, {here} GPU{f' ({names})' if names else ''}")
+    if cpus > (os.cpu_count() or 1):
+        lines.append("more CPUs are asked for than are here: workers will take turns")
+    if gpus > here:
+        found.blocking.append(
+            f"{gpus:g} GPU asked for and {here} here: set resources.learner.gpus and resources.rollout.gpus, "
+            "or run on a cluster that has them"
+        )
+    return lines
+
+
+def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str]:
+    shape = found.shape
+    if shape is None:
+        return ["unknown without the model's config"]
+    lines = [
+        f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}",
+        f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
+    ]
+    if plan is None or found.prompt_tokens is None:
+        return [*lines, "the rest is unknown without a prompt"]
+    learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)
+    rollout = rollout_memory(cfg, shape, found.prompt_tokens, found.image_tokens, images=found.rows)
+    if cfg.sft is not None:
+        found.unchecked.append("the memory of the supervised warm start")
+    lines += _one_worker("learner", learner) + _one_worker("rollout", rollout)
+    return [*lines, *_capacity_lines(cfg, sum(learner.values()), sum(rollout.values()))]
+
+
+def _one_worker(name: str, parts: Mapping[str, int]) -> list[str]:
+    rows = [f"  {part:<26} {_size(value):>10}" for part, value in parts.items()]
+    return [f"one {name} worker, about {_size(sum(parts.values()))}:", *rows]
+
+
+def _capacity_lines(cfg: Config, learner: int, rollout: int) -> Sequence[str]:
+    """Compares with this machine, where the workers would run on it."""
+    if os.environ.get("RAY_ADDRESS"):
+        return []
+    if cfg.resources.learner.gpus or cfg.resources.rollout.gpus:
+        if not torch.cuda.is_available():
+            return []
+        there = torch.cuda.get_device_properties(0).total_memory
+        shared = cfg.resources.placement == "shared"
+        needed = learner + rollout if shared else max(learner, rollout)
+        what = "one GPU"
+    else:
+        needed = cfg.learner.workers * learner + cfg.rollout.workers * rollout
+        there = psutil.virtual_memory().total
+        what = "this machine"
+    verdict = "fits" if needed < 0.9 * there else "may not fit"
+    return [f"{what}: about {_size(needed)} of {_size(there)}, beside libraries and Ray: {verdict}"]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
