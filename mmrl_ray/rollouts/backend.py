@@ -1,0 +1,134 @@
+"""What a rollout engine asks of the policy, and the real thing: a model with its adapter, decoder and vision cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.policy.adapter import adapter_state, load_adapter_state, reference_policy
+from mmrl_ray.policy.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.parity import PathChoice, choose_path
+from mmrl_ray.policy.prefix import score_completions
+from mmrl_ray.policy.prompts import check_context, encode_prompts
+from mmrl_ray.policy.vision import VisionCache
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """The policy as a rollout engine sees it."""
+
+    @property
+    def ships_vision(self) -> bool:
+        """Whether the vision features of a group may travel to the learner."""
+        ...
+
+    def load(self, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Makes these the adapter's weights; None: as it was made."""
+        ...
+
+    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
+        """One prompt, with room for its completions.
+
+        Raises:
+            DataError, ModelError: this sample cannot be used.
+        """
+        ...
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+        """Completions of each request, in order."""
+        ...
+
+    def reference_logprobs(
+        self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
+    ) -> list[list[torch.Tensor]]:
+        """float32 [T] of each completion of each group, under the policy without its adapter."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """`vision_hits`, `vision_misses` since the last call, and `naive_path` 1 or 0."""
+        ...
+
+
+class PolicyBackend:
+    """A `Backend` on a loaded policy with an adapter. One thread at a time."""
+
+    def __init__(self, policy: Policy, *, vision_cache_bytes: int, max_rows: int, temperature: float) -> None:
+        """`max_rows` completions are decoded at the same time; `temperature` is for the start-up check of the path."""
+        self.policy = policy
+        # An adapter on the vision tower changes the features with every version: neither kept nor shipped then.
+        self._vision_trains = policy.vision_trainable
+        self._cache = VisionCache(vision_cache_bytes)
+        policy.model.requires_grad_(False)
+        self._as_made = adapter_state(policy.model)
+        self._decoder = Decoder(policy, vision_cache=None if self._vision_trains else self._cache, max_rows=max_rows)
+        self._temperature = temperature
+        self._choice: PathChoice | None = None
+        self._counted = (0, 0)
+
+    @property
+    def ships_vision(self) -> bool:
+        """See `Backend`."""
+        return self.policy.inject_vision and not self._vision_trains
+
+    def load(self, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """See `Backend`.
+
+        Raises:
+            AdapterError: the weights do not fit the adapter.
+        """
+        load_adapter_state(self.policy.model, self._as_made if weights is None else weights)
+
+    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
+        """See `Backend`."""
+        (prompt,) = encode_prompts(self.policy, [sample])
+        check_context(self.policy, prompt, max_new_tokens)
+        return prompt
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+        """See `Backend`."""
+        self._check_path([request.prompt for request in requests[:2]])
+        return decode_groups(self._decoder, requests)
+
+    @torch.no_grad()
+    def reference_logprobs(
+        self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
+    ) -> list[list[torch.Tensor]]:
+        """See `Backend`."""
+        choice = self._check_path(prompts[:2])
+        # Features that the adapter had a part in are not the reference's.
+        vision = [output.vision for output in outputs if output.vision is not None and not self._vision_trains]
+        features = vision if len(vision) == len(outputs) else None
+        completions = [[c.token_ids for c in output.completions] for output in outputs]
+        with reference_policy(self.policy.model):
+            scores = score_completions(self.policy, prompts, features, completions, temperature, path=choice.path)
+        rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
+        return [[_valid(*next(rows)) for _ in group] for group in completions]
+
+    def counters(self) -> dict[str, float]:
+        """See `Backend`."""
+        hits, misses = self._counted
+        self._counted = (self._cache.hits, self._cache.misses)
+        naive = self._choice is not None and self._choice.path == "naive"
+        return {
+            "vision_hits": self._cache.hits - hits,
+            "vision_misses": self._cache.misses - misses,
+            "naive_path": int(naive),
+        }
+
+    def _check_path(self, prompts: Sequence[EncodedPrompt]) -> PathChoice:
+        """Once, on the first prompts that come: they are real ones."""
+        if self._choice is None:
+            self._choice = choose_path(self.policy, prompts, temperature=self._temperature)
+            logger.warning("scoring path: %s (%s)", self._choice.path, self._choice.reason)
+        return self._choice
+
+
+def _valid(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return logprobs[mask].float().clone()

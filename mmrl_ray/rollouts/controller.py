@@ -1,0 +1,314 @@
+"""The controller: samples out, groups in, one plan a step. A plain class; `controller_actor.py` puts it on Ray.
+
+    pump thread     ┌─▶ dispatch: steps within max_staleness of the newest version, while the buffer has room
+    (`loop.py`)     │   poll the pool ─▶ groups into the buffer, broken samples into quarantine
+                    └── read the next step's samples ahead
+    other threads   next_plan · publish · finish_step · checkpoint_state · restore · rewind · generate · status
+
+A step's life: composed → dispatched → complete → planned (`next_plan`) → finished (`finish_step`). An error in the
+pump ends the run: the next `next_plan` answers `Stop(failed=True)`, every other call raises it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmrl_ray.config import Config
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import MMRLError, RolloutError
+from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
+from mmrl_ray.experience.plan import build_step_plan
+from mmrl_ray.rollouts.group_codec import decode_groups, encode_groups
+from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
+from mmrl_ray.rollouts.protocols import Generated, SampleSource, Stop, Wait, WorkerPool
+from mmrl_ray.rollouts.step_writer import PlannedStep, StepWriter
+from mmrl_ray.run_dir import RunDir
+
+COMMAND_TIMEOUT_S = 120.0
+_STATE_FORMAT = 1
+_BUFFER_KEY = "buffer.arrow"
+
+
+class Controller:
+    """See the top of this file. Methods may be called from any thread."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        run: RunDir,
+        *,
+        pool: WorkerPool,
+        source: SampleSource,
+        put: Callable[[Any], Any],
+        fetch: Callable[[Any], Any],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`put` makes an object-store reference, `fetch` the object again (and leaves what is none as it is)."""
+        self._cfg, self._fetch, self._clock = cfg, fetch, clock
+        self._loop = RolloutLoop(cfg, run, pool, source, put)
+        self._pump = self._loop.pump
+        self._changed = self._pump.changed
+        self._writer = StepWriter(run, fetch, clock)
+        self._next_plan = 0
+        self._planned: PlannedStep | None = None
+        self._asked_since: float | None = None
+        self._stop: str | None = None
+
+    def start(self) -> None:
+        """Starts the pump: workers come up, evaluations are served; steps begin with `rewind` or `restore`."""
+        self._pump.start()
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Ends pump, workers and log; what was handed to the log is written."""
+        self._pump.stop(timeout_s)
+        self._loop.pool.close()
+        self._writer.close(timeout_s)
+
+    # -- the learner's calls ---------------------------------------------------------------------------------------
+
+    def next_plan(self, step: int, world_size: int, wait_s: float = 2.0) -> StepPlan | Wait | Stop:
+        """The plan of `step`, the same for every rank; `Wait` after `wait_s` at most, then ask again.
+
+        Raises:
+            RolloutError: `step` is not the one that is due, or ranks disagree about their number.
+        """
+        deadline = self._clock() + wait_s
+        with self._changed:
+            while True:
+                answer = self._answer(step, world_size)
+                left = deadline - self._clock()
+                if not isinstance(answer, Wait) or left <= 0:
+                    return answer
+                self._changed.wait(left)
+
+    def publish(self, version: int, encoded: np.ndarray) -> None:
+        """Makes `encoded` (see `encode_state`) the weights of `version`, the newest.
+
+        Raises:
+            RolloutError: `version` is neither that of the step due nor the one after it.
+        """
+        self._pump.check()
+        with self._changed:
+            if version not in (self._next_plan, self._next_plan + 1):
+                raise RolloutError(f"policy version {version} was published while step {self._next_plan} is due")
+            self._loop.versions.publish(version, encoded)
+            self._loop.versions.drop_before(version)
+            self._pump.wake()
+
+    def weights(self, version: int) -> tuple[Any, ...]:
+        """(reference to the encoded weights,) of a version that is still held."""
+        with self._changed:
+            return self._loop.versions.reference(version)
+
+    def finish_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The learner has taken its step: logs it, writes its groups down, and lets go of them.
+
+        Raises:
+            RolloutError: no plan of `step` is out.
+            RunError: the run folder cannot be written.
+        """
+        self._pump.check()
+        with self._changed:
+            if self._planned is None or self._planned.plan.step != step:
+                raise RolloutError(f"step {step} was finished, but its plan is not out (due: {self._next_plan})")
+            done, self._planned = self._planned, None
+            self._next_plan = step + 1
+            line = self._writer.line(done, metrics, self._totals(), self._loop.pool.status()["ready"])
+            self._pump.wake()
+        try:
+            self._writer.write(done, line)
+        except MMRLError as error:
+            self._pump.fail(error)
+            raise
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def checkpoint_state(self, step: int) -> dict[str, Any]:
+        """What a resume needs after `step` finished steps: JSON-able values, and the buffered groups as bytes.
+
+        Groups sampled with version `step` are left out: a resume samples them again, just the same. When it returns,
+        the rollout log of all finished steps is written.
+
+        Raises:
+            RolloutError: `step` is not the number of finished steps.
+        """
+        self._pump.check()
+        self._writer.flush()
+
+        def gather() -> tuple[dict[str, Any], list[ScoredGroup]]:
+            with self._changed:
+                if self._next_plan != step or self._planned is not None:
+                    raise RolloutError(f"a checkpoint of {step} finished steps was asked for at {self._next_plan}")
+                stream = self._loop.composer.state(step)
+                self._loop.composer.forget_before(step)
+                return stream, [g for g in self._loop.book.waiting(step) if g.policy_version < step]
+
+        stream, groups = self._pump.call(gather, COMMAND_TIMEOUT_S)
+        buffered = encode_groups((group, self._fetch(group.payload)) for group in groups)
+        return {"format": _STATE_FORMAT, "next_step": step, "stream": stream, _BUFFER_KEY: buffered}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `checkpoint_state` was taken, in this or another process; version `next_step` comes next.
+
+        Raises:
+            RolloutError: the state is of another format.
+            DataError: it is of other data or another seed.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise RolloutError(f"the controller's checkpoint has format {state.get('format')!r}, not {_STATE_FORMAT}")
+        self._begin(int(state["next_step"]), state["stream"], decode_groups(state[_BUFFER_KEY]))
+
+    def rewind(self, step: int) -> None:
+        """(Re)starts at `step`, 0 or one whose checkpoint was taken by this controller; nothing happens if it is due.
+
+        Raises:
+            RolloutError: where its samples begin is not known any more.
+        """
+        self._begin(step, None, [])
+
+    def _begin(self, step: int, stream: Mapping[str, Any] | None, groups: BufferedGroups) -> None:
+        def go() -> None:
+            with self._changed:
+                if self._loop.begun and self._next_plan == step and self._planned is None:
+                    return
+                self._loop.seek(step, stream, groups)
+                self._planned, self._next_plan, self._asked_since = None, step, None
+                self._writer.begin(step, self._totals())
+
+        self._pump.call(go, COMMAND_TIMEOUT_S)
+
+    # -- the driver's calls ----------------------------------------------------------------------------------------
+
+    def generate(
+        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, timeout_s: float = 600.0
+    ) -> Generated:
+        """Captions and rewards for `samples` by the newest version, on the pool, before any training rollout.
+
+        Raises:
+            RolloutError: not done within `timeout_s`, or no version is published.
+        """
+        deadline = self._clock() + timeout_s
+        ticket = self._pump.call(
+            lambda: self._loop.submit_evaluation(samples, sampling, completions), COMMAND_TIMEOUT_S
+        )
+        with self._changed:
+            try:
+                while not ticket.done:
+                    self._pump.check()
+                    if (left := deadline - self._clock()) <= 0:
+                        came = len(ticket.groups) + len(ticket.failures)
+                        raise RolloutError(f"{came} of {len(samples)} samples were captioned within {timeout_s:g} s")
+                    self._changed.wait(left)
+            finally:
+                self._loop.evaluations.close(ticket)
+        return ticket.answer()
+
+    def resize(self, workers: int) -> None:
+        """Sets how many rollout workers there should be.
+
+        Raises:
+            ConfigError: fewer than the minimum.
+        """
+        self._loop.pool.resize(workers)
+        self._pump.wake()
+
+    def request_stop(self, reason: str) -> None:
+        """No further step is planned; the one that is out may finish."""
+        with self._changed:
+            self._stop = self._stop or reason
+            self._loop.stopping = True
+            self._pump.wake()
+
+    def failure(self) -> MMRLError | None:
+        """What ended the run, or None."""
+        return self._pump.failure
+
+    def status(self) -> dict[str, Any]:
+        """Where the run stands, JSON-able."""
+        with self._changed:
+            loop = self._loop
+            arrived, asked = loop.book.progress(self._next_plan)
+            return {
+                "run": self._cfg.run.name,
+                "step": self._next_plan,
+                "steps": self._cfg.learner.steps,
+                "policy_version": loop.versions.newest,
+                "max_staleness": self._cfg.rollout.max_staleness,
+                "dispatched_steps": loop.composer.next_step,
+                "step_groups": {"arrived": arrived, "asked": asked},
+                "buffer": {"arrived": loop.book.buffer.arrived, "held": loop.book.buffer.held},
+                "evaluations": len(loop.evaluations),
+                "quarantined": loop.composer.quarantined,
+                "last_step": dict(self._writer.last_line),
+                "waiting": self._who_waits(arrived, asked),
+                "stopping": self._stop,
+                "error": None if self._pump.failure is None else str(self._pump.failure),
+                "pool": loop.pool.status(),
+            }
+
+    # -- inside, under the lock ------------------------------------------------------------------------------------
+
+    def _answer(self, step: int, world_size: int) -> StepPlan | Wait | Stop:
+        if self._pump.failure is not None:
+            return Stop(str(self._pump.failure), failed=True)
+        if self._planned is not None and self._planned.plan.step == step:
+            if self._planned.world_size != world_size:
+                raise RolloutError(f"step {step} was planned for {self._planned.world_size} ranks, not {world_size}")
+            return self._planned.plan
+        if not self._loop.begun:
+            return Wait("rollouts have not begun: the learner's first rank restores or rewinds first")
+        if step != self._next_plan:
+            raise RolloutError(f"step {step} was asked for, but {self._next_plan} is due: restore or rewind first")
+        if step >= self._cfg.learner.steps:
+            return Stop(f"all {self._cfg.learner.steps} steps are done")
+        if self._stop is not None:
+            return Stop(self._stop)
+        if self._asked_since is None:
+            self._asked_since = self._clock()
+        if not self._loop.book.buffer.is_complete(step):
+            return Wait("{} of {} groups of step {} have arrived".format(*self._loop.book.progress(step), step))
+        return self._plan(step, world_size)
+
+    def _plan(self, step: int, world_size: int) -> StepPlan | Wait | Stop:
+        taken = self._loop.book.take(step, version=step)
+        if isinstance(taken, list):
+            self._loop.sample_again(taken)
+            return Wait(f"{len(taken)} groups of step {step} were too stale and are sampled again")
+        try:
+            plan = build_step_plan(
+                step,
+                taken.groups,
+                learner=self._cfg.learner,
+                max_new_tokens=self._cfg.rollout.max_new_tokens,
+                world_size=world_size,
+            )
+        except MMRLError as error:
+            self._pump.fail(error)
+            return Stop(str(error), failed=True)
+        waited = self._clock() - (self._asked_since or self._clock())
+        self._asked_since = None
+        self._planned = PlannedStep(plan, taken, world_size, waited)
+        self._changed.notify_all()
+        self._pump.wake()
+        return plan
+
+    def _totals(self) -> dict[str, Any]:
+        loop = self._loop
+        return {
+            "busy_s": loop.pool.busy_seconds(),
+            "quarantined": loop.composer.quarantined,
+            "dropped": loop.book.buffer.counts["stale"],
+        }
+
+    def _who_waits(self, arrived: int, asked: int) -> str:
+        if self._planned is not None:
+            return f"the learner works on step {self._planned.plan.step}"
+        if self._asked_since is not None:
+            return f"the learner waits for step {self._next_plan}: {arrived} of {asked} groups have arrived"
+        if self._loop.begun and not self._loop.pool.outstanding:
+            return "rollouts wait for the learner"
+        return "nobody"

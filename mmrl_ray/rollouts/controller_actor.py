@@ -1,0 +1,207 @@
+"""The controller on Ray: the actor, how it is started, and the client that learner and driver call it through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from mmrl_ray.config import Config
+from mmrl_ray.data.samples import Sample, SampleStream
+from mmrl_ray.errors import MMRLError, PlacementError, RolloutError
+from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
+from mmrl_ray.rollouts.controller import Controller
+from mmrl_ray.rollouts.loop import QUARANTINE_FILE
+from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.rollouts.protocols import EngineFactory, Generated, Stop, Wait
+from mmrl_ray.rollouts.weights import decode_state, encode_state
+from mmrl_ray.run_dir import RunDir
+
+FETCH_TIMEOUT_S = 120.0
+"""For one object out of the store."""
+CALL_TIMEOUT_S = 300.0
+"""For one call to the controller; beyond what it itself waits."""
+PLAN_TIMEOUT_S = 3600.0
+"""For one plan. The pool's own deadlines end a run that is stuck long before."""
+
+
+class ControllerActor:
+    """A `Controller` with the run's stream and pool; its methods are the controller's."""
+
+    def __init__(self, cfg: Config, run: RunDir, factory: EngineFactory, settings: PoolSettings) -> None:
+        # Imported here: RLlib takes seconds and hundreds of MB, which only this process should pay.
+        from mmrl_ray.rollouts.pool import RayWorkerPool
+
+        source = SampleStream(
+            cfg.data.train,
+            prompt=cfg.data.prompt,
+            seed=cfg.run.seed,
+            max_quarantined=cfg.data.max_quarantined,
+            on_quarantine=lambda record: run.append_line(QUARANTINE_FILE, record.as_dict()),
+        )
+        pool = RayWorkerPool(cfg.run.name, factory, settings)
+        self._controller = Controller(cfg, run, pool=pool, source=source, put=ray.put, fetch=_fetch)
+        self._controller.start()
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """One method of the controller."""
+        return getattr(self._controller, method)(*args, **kwargs)
+
+
+class ControllerClient:
+    """What learner and driver hold; picklable. Errors come back as the project's own, every call has a deadline."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    # -- learner ---------------------------------------------------------------------------------------------------
+
+    def next_plan(self, step: int, world_size: int, timeout_s: float = PLAN_TIMEOUT_S) -> StepPlan | Stop:
+        """The plan of `step`, as soon as there is one.
+
+        Raises:
+            RolloutError: there was none within `timeout_s`, or the controller is gone.
+        """
+        polls, wait_s = 0, 2.0
+        while polls * wait_s < timeout_s:
+            answer = self._call("next_plan", step, world_size, wait_s)
+            if not isinstance(answer, Wait):
+                return answer
+            polls += 1
+        raise RolloutError(f"no plan for step {step} within {timeout_s:g} s: {answer.reason}")
+
+    def groups(self, payloads: Sequence[Any]) -> list[RolloutGroup]:
+        """The groups behind `PlannedGroup.payload` or `ScoredGroup.payload`.
+
+        Raises:
+            RolloutError: one was lost (its node died) or did not come in time.
+        """
+        try:
+            return [_fetch(payload) for payload in payloads]
+        except RayError as error:
+            raise RolloutError(f"a group is lost or late: {_first_line(error)}") from error
+
+    def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
+        """`WeightStore.publish`: returns when the controller has a copy, so that the caller may die afterwards."""
+        self._call("publish", version, encode_state(state))
+
+    def fetch(self, version: int) -> dict[str, torch.Tensor]:
+        """`WeightStore.fetch`.
+
+        Raises:
+            RolloutError: the version is unknown, was dropped, or has no weights (0, the adapter as it is made).
+        """
+        references = self._call("weights", version)
+        if not references:
+            raise RolloutError(f"policy version {version} has no weights of its own: it is the adapter as it is made")
+        return decode_state(_fetch(references[0]))
+
+    def finish_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """See `Controller.finish_step`; by one rank."""
+        self._call("finish_step", step, dict(metrics))
+
+    def checkpoint_state(self, step: int) -> dict[str, Any]:
+        """See `Controller.checkpoint_state`."""
+        return self._call("checkpoint_state", step)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Controller.restore`; by one rank, before any rank asks for a plan."""
+        self._call("restore", dict(state))
+
+    def rewind(self, step: int) -> None:
+        """See `Controller.rewind`; by one rank, before any rank asks for a plan."""
+        self._call("rewind", step)
+
+    # -- driver ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, timeout_s: float = 600.0
+    ) -> Generated:
+        """See `Controller.generate`."""
+        return self._call(
+            "generate", samples, sampling, completions=completions, timeout_s=timeout_s, beyond_s=timeout_s
+        )
+
+    def resize(self, workers: int) -> None:
+        """See `Controller.resize`."""
+        self._call("resize", workers)
+
+    def request_stop(self, reason: str) -> None:
+        """See `Controller.request_stop`."""
+        self._call("request_stop", reason)
+
+    def failure(self) -> MMRLError | None:
+        """See `Controller.failure`."""
+        return self._call("failure")
+
+    def status(self) -> dict[str, Any]:
+        """See `Controller.status`."""
+        return self._call("status")
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Ends workers and controller; what was handed to the rollout log is written."""
+        try:
+            self._call("close", timeout_s, beyond_s=2 * timeout_s)
+        finally:
+            ray.kill(self._handle, no_restart=True)
+
+    def _call(self, method: str, *args: Any, beyond_s: float = 0.0, **kwargs: Any) -> Any:
+        try:
+            return ray.get(self._handle.call.remote(method, *args, **kwargs), timeout=CALL_TIMEOUT_S + beyond_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, MMRLError):
+                raise error.cause from None
+            raise RolloutError(f"the rollout controller failed in {method}: {_first_line(error.cause)}") from error
+        except GetTimeoutError as error:
+            raise RolloutError(f"the rollout controller did not answer {method} in time") from error
+        except RayActorError as error:
+            raise RolloutError(f"the rollout controller is gone: {_first_line(error)}") from error
+
+
+def start_controller(
+    cfg: Config, run: RunDir, factory: EngineFactory, *, settings: PoolSettings | None = None
+) -> ControllerClient:
+    """Starts the controller actor, which starts its workers; returns when it is up.
+
+    Raises:
+        DataError: the training data cannot be read.
+        PlacementError: Ray had no room for it within `resources.placement_timeout_s`.
+    """
+    settings = settings or PoolSettings.of(cfg)
+    # A thread for each rank that waits for a plan, and some for whoever else calls.
+    threads = cfg.learner.workers + 16
+    actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=threads, max_restarts=0)
+    handle: Any = actor.remote(cfg, run, factory, settings)
+    try:
+        ray.get(handle.call.remote("failure"), timeout=settings.placement_timeout_s)
+    except GetTimeoutError:
+        raise PlacementError(
+            f"the rollout controller was not placed within {settings.placement_timeout_s:g} s: it asks for no CPU, "
+            "so the cluster has no node that takes actors"
+        ) from None
+    except RayError as error:
+        raise _creation_error(error) from error
+    return ControllerClient(handle)
+
+
+def _creation_error(error: RayError) -> MMRLError:
+    """The project's own error where the actor's start raised one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        original = getattr(cause, "cause", None)
+        for candidate in (cause, original):
+            if isinstance(candidate, MMRLError) and not isinstance(candidate, RayError):
+                return candidate
+        cause = original if isinstance(original, BaseException) else cause.__cause__
+    return RolloutError(f"the rollout controller did not start: {_first_line(error)}")
+
+
+def _fetch(value: Any) -> Any:
+    return ray.get(value, timeout=FETCH_TIMEOUT_S) if isinstance(value, ray.ObjectRef) else value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,207 @@
+"""The rollout engine: one assignment in, scored groups out. No Ray.
+
+    load version → encode prompts → decode groups → reference log-probs → rewards
+
+A sample that cannot be encoded is a `DataFailure` and the others go on; a group whose reward fails is masked with its
+reason; anything else that goes wrong is raised, and belongs to the worker rather than to a sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.errors import MMRLError
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
+from mmrl_ray.policy.prompts import without_pixels
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.scoring import RewardFailure, score_with_retry
+from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
+from mmrl_ray.rollouts.backend import Backend
+
+Score = RewardBreakdown | RewardFailure
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    request: GroupRequest
+    prompt: EncodedPrompt
+    output: GroupOutput
+
+
+class RolloutEngine:
+    """Samples and scores; keeps the adapter version it has loaded."""
+
+    def __init__(
+        self, backend: Backend, reward: RewardFn, *, worker: str, reward_cfg: RewardSection, ship_vision_bytes: int
+    ) -> None:
+        """Features of an assignment travel with its groups if they are no more than `ship_vision_bytes` altogether."""
+        self._backend = backend
+        self._reward = reward
+        self._worker = worker
+        self._reward_cfg = reward_cfg
+        self._ship_vision_bytes = ship_vision_bytes
+        self._version: int | None = None
+
+    def run(self, assignment: Assignment, weights: Mapping[str, torch.Tensor] | None) -> AssignmentResult:
+        """Groups in the order of the assignment, each `payload` its `RolloutGroup`.
+
+        Args:
+            assignment: what to sample.
+            weights: of `assignment.version`; None for the adapter as it was made.
+
+        Raises:
+            MMRLError: the weights do not fit the adapter, or the model gives NaN: no sample is to blame.
+        """
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "load"):
+            self._load(assignment.version, weights)
+        with _timed(seconds, "encode"):
+            prompts, failures = self._encode(assignment.groups)
+        with _timed(seconds, "sample"):
+            sampled = self._decode(prompts, greedy=assignment.greedy_baseline)
+        with _timed(seconds, "reference"):
+            if assignment.reference_logprobs and sampled:
+                sampled = self._with_reference(sampled)
+        with _timed(seconds, "reward"):
+            scores = self._score(sampled)
+        counters = self._backend.counters()
+        groups = [
+            self._scored(assignment.version, each, score, seconds) for each, score in zip(sampled, scores, strict=True)
+        ]
+        return AssignmentResult(
+            assignment_id=assignment.id,
+            version=assignment.version,
+            worker=self._worker,
+            groups=tuple(self._shipped(groups, counters)),
+            failures=tuple(failures),
+            timings=seconds,
+        )
+
+    def _load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
+        if version == self._version:
+            return
+        self._version = None  # whatever goes wrong in between, the next assignment loads again
+        self._backend.load(weights)
+        self._version = version
+
+    def _encode(
+        self, requests: Sequence[GroupRequest]
+    ) -> tuple[list[tuple[GroupRequest, EncodedPrompt]], list[DataFailure]]:
+        prompts, failures = [], []
+        for request in requests:
+            try:
+                prompt = self._backend.encode(request.sample, request.sampling.max_new_tokens)
+            except MMRLError as error:
+                reason = f"{type(error).__name__}: {error}"
+                failures.append(DataFailure(request.key, request.sample.id, reason))
+            else:
+                prompts.append((request, prompt))
+        return prompts, failures
+
+    def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[_Sampled]:
+        if not prompts:
+            return []
+        outputs = self._backend.decode(
+            [DecodeRequest(prompt, r.completions, r.sampling, greedy_extra=greedy) for r, prompt in prompts]
+        )
+        return [_Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
+
+    def _with_reference(self, sampled: Sequence[_Sampled]) -> list[_Sampled]:
+        logprobs = self._backend.reference_logprobs(
+            [s.prompt for s in sampled], [s.output for s in sampled], sampled[0].request.sampling.temperature
+        )
+        return [
+            replace(each, output=replace(each.output, completions=_referenced(each.output.completions, rows)))
+            for each, rows in zip(sampled, logprobs, strict=True)
+        ]
+
+    def _score(self, sampled: Sequence[_Sampled]) -> list[list[Score]]:
+        """All captions of the assignment in one batch; per group, its completions' scores, then the greedy one's."""
+        captions = [[c.text for c in _all_completions(each.output)] for each in sampled]
+        flat = score_with_retry(
+            self._reward,
+            [each.request.sample for each, group in zip(sampled, captions, strict=True) for _ in group],
+            [text for group in captions for text in group],
+            timeout_s=self._reward_cfg.timeout_s,
+            retries=self._reward_cfg.retries,
+        )
+        scores = iter(flat)
+        return [[next(scores) for _ in group] for group in captions]
+
+    def _scored(
+        self, version: int, sampled: _Sampled, scores: Sequence[Score], seconds: Mapping[str, float]
+    ) -> ScoredGroup:
+        request, output = sampled.request, sampled.output
+        masked = next((score.reason for score in scores if isinstance(score, RewardFailure)), None)
+        rewards = tuple(score for score in scores if isinstance(score, RewardBreakdown)) if masked is None else ()
+        return ScoredGroup(
+            key=request.key,
+            sample_id=request.sample.id,
+            policy_version=version,
+            prompt_tokens=sampled.prompt.input_ids.numel(),
+            completion_tokens=tuple(c.token_ids.numel() for c in output.completions),
+            rewards=rewards[: len(output.completions)],
+            greedy_reward=rewards[-1].total if rewards and output.greedy is not None else None,
+            kl1=_kl1(output.completions),
+            masked=masked,
+            payload=RolloutGroup(
+                sample=request.sample,
+                prompt=sampled.prompt,
+                completions=output.completions,
+                policy_version=version,
+                sampling=request.sampling,
+                greedy=output.greedy,
+                vision=output.vision,
+            ),
+            worker=self._worker,
+            timings=seconds,
+            counters={"finished": sum(c.finish_reason == "stop" for c in output.completions)},
+        )
+
+    def _shipped(self, groups: Sequence[ScoredGroup], counters: Mapping[str, float]) -> Iterator[ScoredGroup]:
+        """Groups as they travel: with their vision features if those are small enough, and without their pixels.
+
+        The learner can make both again from the sample's image files, the smallest of the three. The assignment's
+        counters go on its first group, the path on every one.
+        """
+        nbytes = sum(g.payload.vision.nbytes for g in groups if g.payload.vision is not None)
+        ships = self._backend.ships_vision and nbytes <= self._ship_vision_bytes
+        for i, group in enumerate(groups):
+            payload: RolloutGroup = group.payload
+            payload = replace(payload, prompt=without_pixels(payload.prompt), vision=payload.vision if ships else None)
+            own = {name: value for name, value in counters.items() if i == 0 or name == "naive_path"}
+            yield replace(group, payload=payload, counters={**group.counters, **own})
+
+
+def _all_completions(output: GroupOutput) -> tuple[Completion, ...]:
+    return (*output.completions, output.greedy) if output.greedy is not None else output.completions
+
+
+def _referenced(completions: Sequence[Completion], rows: Sequence[torch.Tensor]) -> tuple[Completion, ...]:
+    return tuple(replace(c, reference_logprobs=row) for c, row in zip(completions, rows, strict=True))
+
+
+def _kl1(completions: Sequence[Completion]) -> tuple[float, ...]:
+    """Σ over tokens of behaviour minus reference log-prob, in float64; empty without a reference."""
+    return tuple(
+        float((c.logprobs.double() - c.reference_logprobs.double()).sum())
+        for c in completions
+        if c.reference_logprobs is not None
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = time.perf_counter() - began

@@ -1,0 +1,67 @@
+"""From a run's config to the engine of one worker; picklable, and called in the worker's own process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from mmrl_ray.config import Config
+from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.policy.adapter import add_adapter
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rollouts.backend import PolicyBackend
+from mmrl_ray.rollouts.engine import RolloutEngine
+
+_MB = 2**20
+_MAX_ROWS = 256
+
+
+@dataclass(frozen=True)
+class PolicyEngineFactory:
+    """An `EngineFactory` of real engines."""
+
+    cfg: Config
+    """`model.path` is the folder (or hub id) that reinforcement learning starts from."""
+    reward: RewardFn
+    """Made once by the driver (`rewards/build.py`)."""
+
+    def __call__(self, worker: str) -> RolloutEngine:
+        """Loads the model, adds the adapter, and puts the rest around it.
+
+        Raises:
+            MMRLError: model or adapter cannot be used.
+        """
+        cfg = self.cfg
+        torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
+        policy = load_policy(cfg.model, device="cuda" if cfg.resources.rollout.gpus else "cpu")
+        add_adapter(policy, cfg.model.lora, derive_seed(cfg.run.seed, "adapter"))
+        group_rows = cfg.rollout.group_size + (cfg.learner.advantage == "greedy")
+        backend = PolicyBackend(
+            policy,
+            vision_cache_bytes=cfg.rollout.vision_cache_mb * _MB,
+            max_rows=max(_MAX_ROWS, group_rows),
+            temperature=cfg.rollout.temperature,
+        )
+        return RolloutEngine(
+            backend,
+            self.reward,
+            worker=worker,
+            reward_cfg=cfg.reward,
+            ship_vision_bytes=cfg.rollout.ship_vision_mb * _MB,
+        )
+
+
+def torch_threads(cfg: Config, cores: int) -> int:
+    """Threads of a rollout worker; from the config and the machine alone, since sums depend on it bit for bit.
+
+    A single worker that takes turns with the learner (strictly on-policy, no GPU) may have all cores.
+    """
+    share = cfg.resources.rollout
+    if share.threads is not None:
+        return share.threads
+    if cfg.rollout.workers == 1 and cfg.rollout.max_staleness == 0 and not share.gpus:
+        return cores
+    return max(1, int(share.cpus))

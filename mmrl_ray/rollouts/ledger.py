@@ -1,0 +1,152 @@
+"""Who has which assignment, since when, at which try: the pool's own book, without Ray.
+
+Ray forgets a dead actor's pending calls, so what was lost is known here alone. An assignment leaves the book exactly
+once: accepted, or quarantined group by group. Every try has an id of its own, under which alone its result counts.
+
+    crash 1, 2 of an assignment   the next worker gets it whole
+    ... after the second          its groups go on as assignments of one
+    a single that crashes again   quarantined: it, not the machine, is what breaks workers
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from mmrl_ray.rollouts.assignments import Assignment, DataFailure
+
+CRASHES_BEFORE_SPLIT = 2
+
+
+@dataclass(slots=True)
+class _Entry:
+    assignment: Assignment
+    crashes: int = 0
+    last_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _AtWork:
+    entry: _Entry
+    since: float
+    cancelled: bool = False
+
+
+class Ledger:
+    """Assignments by state: queued, or at work on one worker. Times are of the caller's clock, in seconds.
+
+    One thread changes it; others may read its figures.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        """`accepted`, `retried`, `split`, `quarantined` and `superseded` so far."""
+        self._queue: deque[_Entry] = deque()
+        self._at_work: dict[int, _AtWork] = {}
+        # Ids of tries after the first; below 0, since the controller counts its own upwards from 0.
+        self._retry_ids = itertools.count(-1, -1)
+
+    @property
+    def queued(self) -> int:
+        """Assignments that wait for a worker."""
+        return len(self._queue)
+
+    @property
+    def outstanding(self) -> int:
+        """Assignments queued or at work, without cancelled ones."""
+        return len(self._queue) + sum(not work.cancelled for work in list(self._at_work.values()))
+
+    @property
+    def busy(self) -> set[int]:
+        """Workers that have an assignment, cancelled or not."""
+        return set(self._at_work)
+
+    def submit(self, assignment: Assignment) -> None:
+        """Queues a new assignment: an evaluation before the first training one, others at the end."""
+        entry = _Entry(assignment)
+        if assignment.kind != "eval":
+            self._queue.append(entry)
+            return
+        place = next((i for i, e in enumerate(self._queue) if e.assignment.kind != "eval"), len(self._queue))
+        self._queue.insert(place, entry)
+
+    def give(self, worker: int, now: float) -> Assignment | None:
+        """The next assignment, from now on `worker`'s; None when none is queued."""
+        if worker in self._at_work:
+            raise ValueError(f"worker {worker} has an assignment already")
+        if not self._queue:
+            return None
+        entry = self._queue.popleft()
+        self._at_work[worker] = _AtWork(entry, now)
+        return entry.assignment
+
+    def accept(self, worker: int, assignment_id: int) -> float | None:
+        """Takes a result: when its try began, or None for one that no longer counts."""
+        work = self._at_work.get(worker)
+        if work is None or work.entry.assignment.id != assignment_id:
+            self.counts["superseded"] += 1
+            return None
+        del self._at_work[worker]
+        if work.cancelled:
+            self.counts["superseded"] += 1
+            return None
+        self.counts["accepted"] += 1
+        return work.since
+
+    def lose(self, worker: int, reason: str, *, blame: bool = True) -> list[DataFailure]:
+        """The worker is gone: its assignment goes back to the front of the queue under a fresh id.
+
+        With `blame`, the assignment is counted as having crashed it (see the top of this file).
+
+        Returns the groups given up: at most one.
+        """
+        work = self._at_work.pop(worker, None)
+        if work is None or work.cancelled:
+            return []
+        entry = work.entry
+        if blame:
+            entry.crashes += 1
+            entry.last_reason = reason
+        if entry.crashes < CRASHES_BEFORE_SPLIT or not blame:
+            self.counts["retried"] += 1
+            self._requeue([_Entry(self._again(entry.assignment), entry.crashes, entry.last_reason)])
+            return []
+        if entry.crashes == CRASHES_BEFORE_SPLIT:
+            self.counts["split"] += 1
+            singles = [replace(entry.assignment, groups=(group,)) for group in entry.assignment.groups]
+            self._requeue([_Entry(self._again(single), entry.crashes, entry.last_reason) for single in singles])
+            return []
+        self.counts["quarantined"] += 1
+        (group,) = entry.assignment.groups
+        return [
+            DataFailure(group.key, group.sample.id, f"its rollout crashed {entry.crashes} workers, the last: {reason}")
+        ]
+
+    def cancel(self, kind: str) -> None:
+        """Forgets queued assignments of `kind`; results of those at work will not count."""
+        self._queue = deque(e for e in self._queue if e.assignment.kind != kind)
+        for worker, work in self._at_work.items():
+            if work.entry.assignment.kind == kind:
+                self._at_work[worker] = replace(work, cancelled=True)
+
+    def overdue(self, now: float, timeout_s: float) -> list[int]:
+        """Workers that have had their assignment for longer than `timeout_s`."""
+        return [worker for worker, work in self._at_work.items() if now - work.since > timeout_s]
+
+    def at_work_seconds(self, now: float) -> float:
+        """Worker-seconds of the tries under way."""
+        return sum(now - work.since for work in list(self._at_work.values()))
+
+    def working_on(self, worker: int) -> Assignment | None:
+        """What a worker has."""
+        work = self._at_work.get(worker)
+        return None if work is None else work.entry.assignment
+
+    def _requeue(self, entries: Iterable[_Entry]) -> None:
+        self._queue.extendleft(reversed(list(entries)))
+
+    def _again(self, assignment: Assignment) -> Assignment:
+        groups = tuple(replace(g, key=replace(g.key, attempt=g.key.attempt + 1)) for g in assignment.groups)
+        return replace(assignment, id=next(self._retry_ids), groups=groups)

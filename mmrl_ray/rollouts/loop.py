@@ -1,0 +1,186 @@
+"""What the pump does in each turn: dispatch steps and evaluations, take in what workers give, read ahead.
+
+Everything here runs on the pump thread. `book`, `versions` and `evaluations` are also read and changed by the
+controller's other methods, so they are touched under `pump.changed` only; pool and composer belong to the pump alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mmrl_ray.config import Config
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import RolloutError
+from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.experience.schema import group_table
+from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
+from mmrl_ray.rollouts.composer import StepComposer
+from mmrl_ray.rollouts.evaluations import Evaluations, Ticket, chunks
+from mmrl_ray.rollouts.protocols import Collected, SampleSource, WorkerPool
+from mmrl_ray.rollouts.pump import Pump
+from mmrl_ray.rollouts.step_book import StepBook
+from mmrl_ray.rollouts.weights import VersionTable
+from mmrl_ray.run_dir import RunDir
+
+EVENTS_FILE = "events.jsonl"
+QUARANTINE_FILE = "quarantine.jsonl"
+POLL_S = 0.01
+"""How long a turn waits for workers, or for something to do."""
+
+BufferedGroups = Sequence[tuple[ScoredGroup, RolloutGroup]]
+
+
+class RolloutLoop:
+    """The moving parts of a run's rollouts, and the thread that moves them."""
+
+    def __init__(
+        self, cfg: Config, run: RunDir, pool: WorkerPool, source: SampleSource, put: Callable[[Any], Any]
+    ) -> None:
+        """`put` makes an object-store reference."""
+        self.pump = Pump(self._turn)
+        self.pool = pool
+        self.composer = StepComposer(source, cfg)
+        staleness, per_step = cfg.rollout.max_staleness, cfg.learner.groups_per_step
+        self.book = StepBook(cfg.rollout.buffer_groups or (staleness + 1) * per_step, staleness)
+        self.versions = VersionTable(put)
+        self.evaluations = Evaluations()
+        self.begun = False
+        """Whether steps are dispatched: not before the learner (or the driver) said where to begin."""
+        self.stopping = False
+        self._cfg, self._run, self._source, self._put = cfg, run, source, put
+        self._assignments = 0
+        self._restored: dict[tuple[int, int], tuple[ScoredGroup, RolloutGroup]] = {}
+        self._resample: list[GroupRequest] = []
+
+    # -- for other threads, while they hold `pump.changed` ---------------------------------------------------------
+
+    def sample_again(self, requests: Sequence[GroupRequest]) -> None:
+        """Dispatches these groups once more, with the newest version."""
+        self._resample.extend(requests)
+        self.pump.wake()
+
+    # -- for other threads, through `pump.call` --------------------------------------------------------------------
+
+    def seek(self, step: int, stream: Mapping[str, Any] | None, groups: BufferedGroups) -> None:
+        """Drops every training rollout and goes on with `step`; `groups` are put in their places when it comes to them.
+
+        Raises:
+            RolloutError: `stream` is None and the place of `step` is not known.
+            DataError: `stream` is of other data or another seed.
+        """
+        self.composer.seek(step, stream)
+        self.pool.cancel("train")
+        self.book.clear()
+        self._resample.clear()
+        self.versions.rewind(step)
+        self._restored = {(scored.key.step, scored.key.index): (scored, group) for scored, group in groups}
+        self.begun = True
+        known = [record.as_dict() for record in self._source.quarantine.records]
+        self._run.truncate_lines(QUARANTINE_FILE, lambda line: line in known)
+
+    def submit_evaluation(self, samples: Sequence[Sample], sampling: SamplingParams, completions: int) -> Ticket:
+        """Queues captions for `samples` before everything else.
+
+        Raises:
+            RolloutError: no version is published.
+        """
+        with self.pump.changed:
+            newest = self.versions.newest
+            if newest is None:
+                raise RolloutError("no policy version to generate with: the learner has not published one yet")
+            ticket = self.evaluations.open(samples, sampling, completions, newest)
+        for requests in chunks(ticket.requests, self._cfg.rollout.groups_per_assignment):
+            self._submit("eval", requests)
+        return ticket
+
+    # -- the turn --------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._dispatch()
+        began = time.monotonic()
+        finished = self.pool.poll(POLL_S)
+        for item in finished:
+            self._take_in(item)
+        for event in self.pool.events():
+            self._run.append_line(EVENTS_FILE, {"time": time.time(), **event})
+        if self.begun and not self.stopping and self.composer.next_step < self._cfg.learner.steps:
+            self.composer.read_ahead()
+        if not finished and time.monotonic() - began < POLL_S:
+            self.pump.rest(POLL_S)
+
+    def _dispatch(self) -> None:
+        with self.pump.changed:
+            again, self._resample = self._resample, []
+        for requests in chunks(again, self._cfg.rollout.groups_per_assignment):
+            self._submit("train", requests)
+        while self._may_dispatch():
+            step, requests = self.composer.next_step, self.composer.compose()
+            with self.pump.changed:
+                self.book.open(step, requests)
+                missing = {request.key for request in requests if not self._put_back(request)}
+            for chunk in chunks(requests, self._cfg.rollout.groups_per_assignment):
+                if wanted := tuple(request for request in chunk if request.key in missing):
+                    self._submit("train", wanted)
+
+    def _may_dispatch(self) -> bool:
+        step = self.composer.next_step
+        with self.pump.changed:
+            newest = self.versions.newest
+            return (
+                self.begun
+                and not self.stopping
+                and newest is not None
+                and step < self._cfg.learner.steps
+                and step - newest <= self._cfg.rollout.max_staleness
+                and self.book.buffer.has_room(self.composer.groups_per_step)
+            )
+
+    def _submit(self, kind: str, requests: tuple[GroupRequest, ...]) -> None:
+        is_train = kind == "train"
+        with self.pump.changed:
+            newest = self.versions.newest
+            if newest is None:
+                return  # rewound in between: what was asked for is forgotten
+            weights = self.versions.reference(newest)
+        self._assignments += 1
+        self.pool.submit(
+            Assignment(
+                id=self._assignments,
+                kind="train" if is_train else "eval",
+                groups=requests,
+                version=newest,
+                weights=weights,
+                greedy_baseline=is_train and self._cfg.learner.advantage == "greedy",
+                reference_logprobs=is_train and self._cfg.learner.kl.weight != 0,
+            )
+        )
+
+    def _take_in(self, item: Collected | DataFailure) -> None:
+        with self.pump.changed:
+            if isinstance(item, DataFailure):
+                self._fail_sample(item)
+            else:
+                self.book.add(item)
+                self.evaluations.add(item.result.groups)
+                for failure in item.result.failures:
+                    self._fail_sample(failure)
+            self.pump.changed.notify_all()
+
+    def _fail_sample(self, failure: DataFailure) -> None:
+        if failure.key.step < 0:
+            self.evaluations.fail(failure)
+        elif self.book.fail(failure):
+            self.composer.quarantine(failure.sample_id, failure.reason)
+
+    def _put_back(self, request: GroupRequest) -> bool:
+        """Whether a checkpoint brought this group along."""
+        scored, group = self._restored.pop((request.key.step, request.key.index), (None, None))
+        if scored is None or group is None or scored.sample_id != request.sample.id:
+            return False
+        scored = replace(scored, payload=self._put(group))
+        result = AssignmentResult(0, scored.policy_version, scored.worker, (scored,))
+        self.book.add(Collected(result, group_table(self._run.name, scored, group, None)))
+        return True

@@ -1,0 +1,42 @@
+"""The pool's numbers, apart from the pool, so that they can be read and tested without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmrl_ray.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """How many workers, what each asks of Ray, and every deadline, in seconds."""
+
+    workers: int
+    min_workers: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    placement_timeout_s: float = 300.0
+    """From asking Ray for a worker to its first answer, and again until its engine is built."""
+    assignment_timeout_s: float = 300.0
+    worker_deadline_s: float = 60.0
+    """Fewer than `min_workers` ready for so long ends the run."""
+    probe_every_s: float = 2.0
+    probe_timeout_s: float = 15.0
+
+    @property
+    def demand(self) -> str:
+        """What one worker asks for, in Ray's words."""
+        return "{" + ", ".join(f"{k}: {v:g}" for k, v in (("CPU", self.cpus), ("GPU", self.gpus)) if v) + "}"
+
+    @classmethod
+    def of(cls, cfg: Config) -> PoolSettings:
+        """A run's settings."""
+        return cls(
+            workers=cfg.rollout.workers,
+            min_workers=cfg.rollout.min_workers,
+            cpus=cfg.resources.rollout.cpus,
+            gpus=cfg.resources.rollout.gpus,
+            placement_timeout_s=cfg.resources.placement_timeout_s,
+            assignment_timeout_s=cfg.rollout.assignment_timeout_s,
+            worker_deadline_s=cfg.rollout.worker_deadline_s,
+        )

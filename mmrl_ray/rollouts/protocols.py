@@ -1,0 +1,155 @@
+"""What the controller needs of its surroundings, each with a fake beside the tests, and what it answers.
+
+Controller ── submit ──▶ WorkerPool ──▶ Collected, DataFailure
+    │ pulls                   │ each worker runs an
+ SampleSource               Engine (made by an EngineFactory)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mmrl_ray.data.samples import Quarantine, Sample
+from mmrl_ray.experience.carriers import ScoredGroup
+from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """No plan yet: ask again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """No plan for this step or any later one."""
+
+    reason: str
+    failed: bool = False
+    """The run ended by an error, which `failure()` of the controller returns; False when it is done or was stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What an evaluation on the pool gave, in the order of the samples asked for."""
+
+    groups: tuple[ScoredGroup | None, ...]
+    """None where the sample failed; captions are behind `payload`, a `RolloutGroup` or a reference to one."""
+    failures: tuple[DataFailure, ...]
+    version: int
+    """Policy version that wrote the captions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """One finished assignment as the pool hands it on."""
+
+    result: AssignmentResult
+    """Payloads in place: references, or the groups themselves in-process."""
+    records: Any
+    """Rows of `ROLLOUT_SCHEMA` without advantages: a table, or a reference to one."""
+
+
+class WeightStore(Protocol):
+    """Adapter weights by policy version; a version is written once and never changes."""
+
+    def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Makes `state` the weights of `version`, which becomes the newest."""
+        ...
+
+    def fetch(self, version: int) -> dict[str, torch.Tensor]:
+        """The weights of a version.
+
+        Raises:
+            RolloutError: the version is unknown or was dropped.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Turns an assignment into scored groups; no Ray."""
+
+    def run(self, assignment: Assignment, weights: Mapping[str, torch.Tensor] | None) -> AssignmentResult:
+        """Samples, scores and returns the groups, each `payload` the `RolloutGroup` itself; None weights: as made."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """Picklable; makes the engine inside the worker's process."""
+
+    def __call__(self, worker: str) -> Engine:
+        """An engine for the worker of that name.
+
+        Raises:
+            MMRLError: model, adapter or reward cannot be used; the run ends with it.
+        """
+        ...
+
+
+class SampleSource(Protocol):
+    """A resumable cursor over the training samples (`data/samples.py: SampleStream`)."""
+
+    quarantine: Quarantine
+    """What is left out; part of `state`, under the key of this name."""
+
+    def take(self, count: int) -> Sequence[Sample]:
+        """The next `count` samples."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able position; `restore` takes it back."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues at a position given by `state`."""
+        ...
+
+
+class WorkerPool(Protocol):
+    """Runs assignments on workers, each exactly once as far as its caller sees. Driven by one thread."""
+
+    def submit(self, assignment: Assignment) -> None:
+        """Queues it; evaluations go before training."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[Collected | DataFailure]:
+        """Moves everything on, and returns what finished since; waits no longer than `timeout_s`.
+
+        Raises:
+            RolloutError: the pool cannot go on.
+        """
+        ...
+
+    def cancel(self, kind: str) -> None:
+        """Forgets queued assignments of a kind ("train", "eval") and discards those at work when they come back."""
+        ...
+
+    def resize(self, workers: int) -> None:
+        """Sets how many workers there should be; thread-safe, takes effect over the next polls."""
+        ...
+
+    @property
+    def outstanding(self) -> int:
+        """Assignments queued or at work."""
+        ...
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to workers since the last call, for the run's event log."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Workers, queue and counts, JSON-able."""
+        ...
+
+    def busy_seconds(self) -> float:
+        """Worker-seconds spent on assignments so far."""
+        ...
+
+    def close(self) -> None:
+        """Ends every worker."""
+        ...

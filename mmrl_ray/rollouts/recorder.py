@@ -1,0 +1,158 @@
+"""The rollout log: `rollouts/step-%06d.parquet`, one row a completion, and each image once under `images/`.
+
+Rows are made by the workers (`group_table`) and reach the recorder as Arrow tables, which cost nothing to read out of
+the object store; what the plan decided is filled in here. A step's file is written whole, from the groups that its
+step resolved, so that a step which is done again after a resume replaces its file.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmrl_ray.data.images import image_extension, image_hash
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import MMRLError, RolloutError
+from mmrl_ray.experience.carriers import GroupKey, PlannedGroup
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
+from mmrl_ray.run_dir import RunDir
+
+QUEUE_STEPS = 4
+"""Steps that may wait to be written; beyond, whoever finishes a step waits for the disk."""
+_QUEUE_TIMEOUT_S = 300.0
+
+
+def rollouts_name(step: int) -> str:
+    """The step's file in the run folder."""
+    return f"rollouts/step-{step:06d}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Everything that is written about one step."""
+
+    step: int
+    keys: frozenset[GroupKey]
+    """The groups that resolved the step's places, masked ones included; rows of any other are left out."""
+    tables: Sequence[Any]
+    """Tables of `ROLLOUT_SCHEMA`, or references to them; several groups each."""
+    planned: Mapping[GroupKey, PlannedGroup]
+    samples: Sequence[Sample]
+
+
+def step_table(keys: frozenset[GroupKey], planned: Mapping[GroupKey, PlannedGroup], rows: pa.Table) -> pa.Table:
+    """The rows of a step in order of place and completion, with staleness and advantages filled in."""
+    rows = rows.filter(pa.array([key in keys for key in _keys(rows)], pa.bool_()))
+    rows = rows.sort_by([("index", "ascending"), ("completion", "ascending")])
+    groups = [planned.get(key) for key in _keys(rows)]
+    staleness = [None if group is None else group.staleness for group in groups]
+    advantages = [
+        None if group is None or completion < 0 else group.advantages[completion]
+        for group, completion in zip(groups, rows["completion"].to_pylist(), strict=True)
+    ]
+    for name, values in (("staleness", staleness), ("advantage", advantages)):
+        field = ROLLOUT_SCHEMA.field(name)
+        rows = rows.set_column(ROLLOUT_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+    return rows
+
+
+class Recorder:
+    """Writes steps in the background, in order. An error shows at the next call of any method."""
+
+    def __init__(self, run: RunDir, resolve: Callable[[Any], pa.Table]) -> None:
+        """`resolve` turns what `StepRecord.tables` holds into tables (`ray.get` with a deadline, or nothing)."""
+        self._run = run
+        self._resolve = resolve
+        self._queue: queue.Queue[StepRecord | None] = queue.Queue(QUEUE_STEPS)
+        self._known_images: set[str] = set()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._thread.start()
+
+    def record(self, record: StepRecord) -> None:
+        """Hands a step over; waits while too many are ahead of it.
+
+        Raises:
+            RolloutError: the log cannot be written.
+        """
+        self._check()
+        try:
+            self._queue.put(record, timeout=_QUEUE_TIMEOUT_S)
+        except queue.Full:
+            raise RolloutError(
+                f"the rollout log of {self._run.location} did not move for {_QUEUE_TIMEOUT_S:g} s"
+            ) from None
+
+    def flush(self, timeout_s: float = _QUEUE_TIMEOUT_S) -> None:
+        """Returns when every step handed over is in the run folder.
+
+        Raises:
+            RolloutError: that took longer than `timeout_s`, or the log cannot be written.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._queue.all_tasks_done:
+            while self._queue.unfinished_tasks and self._error is None:
+                if not self._queue.all_tasks_done.wait(max(0.0, deadline - time.monotonic())):
+                    raise RolloutError(
+                        f"the rollout log of {self._run.location} was not written within {timeout_s:g} s"
+                    )
+        self._check()
+
+    def close(self, timeout_s: float = _QUEUE_TIMEOUT_S) -> None:
+        """`flush`, then ends the thread."""
+        try:
+            self.flush(timeout_s)
+        finally:
+            self._queue.put(None, timeout=timeout_s)
+            self._thread.join(timeout_s)
+
+    def _check(self) -> None:
+        if isinstance(self._error, MMRLError):
+            raise self._error
+        if self._error is not None:
+            raise RolloutError(f"the rollout log cannot be written: {self._error}") from self._error
+
+    def _work(self) -> None:
+        while (record := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._write(record)
+            except Exception as error:  # noqa: BLE001 - the boundary of the thread; raised at the next call
+                self._error = error
+            finally:
+                self._queue.task_done()
+
+    def _write(self, record: StepRecord) -> None:
+        for sample in record.samples:
+            self._store_images(sample)
+        tables = [self._resolve(table) for table in record.tables]
+        rows = pa.concat_tables(tables) if tables else ROLLOUT_SCHEMA.empty_table()
+        buffer = io.BytesIO()
+        pq.write_table(step_table(record.keys, record.planned, rows), buffer, compression="zstd")
+        self._run.write_bytes(rollouts_name(record.step), buffer.getvalue())
+
+    def _store_images(self, sample: Sample) -> None:
+        """`images/<sha256>.<extension>`; those of a sample with several also listed under their common hash."""
+        common = image_hash(sample.images)
+        if common in self._known_images:
+            return
+        names = [f"{image_hash([image])}.{image_extension(image)}" for image in sample.images]
+        for name, image in zip(names, sample.images, strict=True):
+            if not self._run.exists(f"images/{name}"):
+                self._run.write_bytes(f"images/{name}", image)
+        if len(names) > 1 and not self._run.exists(f"images/{common}.json"):
+            self._run.write_json(f"images/{common}.json", names)
+        self._known_images.add(common)
+
+
+def _keys(rows: pa.Table) -> list[GroupKey]:
+    columns = (rows[name].to_pylist() for name in ("step", "index", "attempt"))
+    return [GroupKey(*place) for place in zip(*columns, strict=True)]

@@ -1,0 +1,139 @@
+"""The rollout worker: a thin Ray actor around an engine, and what the pool calls on it.
+
+A run returns its parts as separate return values of one actor call: (light result, record rows, one group each).
+The caller of an actor owns what the call returns, so the groups outlive the worker that made them, each is freed by
+itself, and none passes through the caller. (`ray.put(..., _owner=)`, which was for that, is gone since Ray 2.56.)
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+
+from mmrl_ray.errors import RolloutError
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
+from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult
+from mmrl_ray.rollouts.protocols import Engine, EngineFactory
+from mmrl_ray.rollouts.weights import decode_state
+
+WEIGHTS_TIMEOUT_S = 120.0
+"""A worker that has not got a version's weights from the object store by then is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker is ready."""
+
+    pid: int
+    node: str
+
+
+class RolloutWorker:
+    """Runs one assignment at a time. Started empty, so that being placed and being loaded are told apart."""
+
+    def __init__(self, name: str, run: str, factory: EngineFactory) -> None:
+        self.name = name
+        self._run = run
+        self._factory = factory
+        self._engine: Engine | None = None
+
+    def ping(self) -> str:
+        """Answers as soon as the actor is placed and idle."""
+        return "pong"
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What RLlib's actor manager calls: `func` with this worker first."""
+        return func(self, *args, **kwargs)
+
+    def start(self) -> Started:
+        """Builds the engine.
+
+        Raises:
+            MMRLError: model, adapter or reward cannot be used, on any worker.
+        """
+        self._engine = self._factory(self.name)
+        return Started(os.getpid(), socket.gethostname())
+
+    def run(self, assignment: Assignment) -> tuple[Any, ...]:
+        """(result without payloads, rows, group 0, group 1, …): 2 + `len(assignment.groups)` values.
+
+        A group that failed or was never made leaves None in its place. Broken samples are values in the result. Any
+        exception means that the worker itself cannot be trusted any more; the pool replaces it.
+        """
+        if self._engine is None:
+            raise RolloutError(f"worker {self.name} was given assignment {assignment.id} before it was started")
+        weights = None
+        if assignment.weights:
+            weights = decode_state(ray.get(assignment.weights[0], timeout=WEIGHTS_TIMEOUT_S))
+        return split_result(assignment, self._engine.run(assignment, weights), self._run)
+
+
+def split_result(assignment: Assignment, result: AssignmentResult, run: str) -> tuple[Any, ...]:
+    """A result with payloads in place as the values of `RolloutWorker.run`."""
+    groups = {group.key: group for group in result.groups}
+    payloads = [None if r.key not in groups else groups[r.key].payload for r in assignment.groups]
+    tables = [group_table(run, group, group.payload, None) for group in result.groups]
+    rows = pa.concat_tables(tables) if tables else ROLLOUT_SCHEMA.empty_table()
+    light = replace(result, groups=tuple(replace(group, payload=None) for group in result.groups))
+    return (light, rows, *payloads)
+
+
+def join_result(assignment: Assignment, light: AssignmentResult, payloads: list[Any]) -> AssignmentResult:
+    """The opposite of `split_result`, with a reference to each payload in its place."""
+    by_key = dict(zip((request.key for request in assignment.groups), payloads, strict=True))
+    return replace(light, groups=tuple(replace(group, payload=by_key[group.key]) for group in light.groups))
+
+
+@dataclass(slots=True)
+class WorkerCall:
+    """Stands in for an actor's handle at the manager, which knows calls of one return value only.
+
+    A run has a return value for each group. The manager sees the first, the light one; the others wait here.
+    """
+
+    handle: Any
+    parts: tuple[Any, ...] = ()
+
+    @property
+    def apply(self) -> WorkerCall:
+        """Has the `remote` that the manager looks for."""
+        return self
+
+    def remote(self, func: Callable[..., Any], **kwargs: Any) -> Any:
+        """`handle.apply.remote`, as the manager calls it."""
+        assignment = kwargs.get("assignment")
+        if assignment is None:
+            return self.handle.apply.remote(func, **kwargs)
+        returned = self.handle.apply.options(num_returns=2 + len(assignment.groups)).remote(func, **kwargs)
+        self.parts = tuple(returned[1:])
+        return returned[0]
+
+
+@dataclass(slots=True)
+class PoolWorker:
+    """What the pool knows about one worker."""
+
+    id: int
+    """The manager's."""
+    name: str
+    call: WorkerCall
+    state: Literal["placing", "starting", "ready"]
+    since: float
+    """When it entered `state`."""
+    first: bool
+    """One of those the run began with."""
+    place: Started | None = None
+    probed: float = 0.0
+    probe_pending: bool = False
+    retiring: bool = False
+
+    def describe(self, *, busy: bool) -> dict[str, Any]:
+        """For the run's status."""
+        state = "retiring" if self.retiring else "busy" if busy else self.state
+        return {"state": state, "pid": self.place and self.place.pid, "node": self.place and self.place.node}

@@ -1,0 +1,213 @@
+"""A light engine whose results follow from its requests alone, and that can be told to die, hang or fail."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmrl_ray.config import Config
+from mmrl_ray.data.samples import Quarantine, Sample
+from mmrl_ray.errors import ModelError
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
+from mmrl_ray.rollouts.protocols import Collected
+from mmrl_ray.rollouts.worker import join_result, split_result
+
+TEXT = "a red circle"
+
+
+def png(shade: int, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (shade % 256, shade // 256, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def samples(count: int) -> list[Sample]:
+    return [
+        Sample(id=f"sample-{i:03d}", images=(png(i),), prompt="Describe.", references=(TEXT,)) for i in range(count)
+    ]
+
+
+def config(tmp_path: Path, **sections: Mapping[str, Any]) -> Config:
+    """A small run: 4 groups of 2 completions a step, assignments of 2 groups."""
+    written: dict[str, dict[str, Any]] = {
+        "run": {"name": "test-run", "seed": 3, "root": str(tmp_path)},
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "train"), "max_quarantined": 2},
+        "rollout": {"group_size": 2, "max_new_tokens": 4, "workers": 2, "groups_per_assignment": 2},
+        "learner": {"steps": 6, "groups_per_step": 4, "lr": 1e-3, "kl": {"weight": 0.0}},
+    }
+    for name, section in sections.items():
+        written[name] = {**written.get(name, {}), **section}
+    return Config.model_validate(written)
+
+
+@dataclass
+class FakeEngine:
+    """Completions are the digits of the request's seed; the reward is a function of them."""
+
+    worker: str
+    seconds: float = 0.0
+    crash_on: frozenset[str] = frozenset()
+    broken: frozenset[str] = frozenset()
+    masked: frozenset[str] = frozenset()
+    raise_on: frozenset[str] = frozenset()
+    hang_once: tuple[str, str] | None = None
+    """(sample id, file that is made when it hangs: only the first time)."""
+    seen: list[tuple[int, int]] = field(default_factory=list)
+
+    def run(self, assignment: Assignment, weights: Mapping[str, torch.Tensor] | None) -> AssignmentResult:
+        time.sleep(self.seconds)
+        self.seen.append((assignment.version, -1 if weights is None else int(weights["version"])))
+        ids = {request.sample.id for request in assignment.groups}
+        if ids & self.crash_on:
+            os._exit(1)
+        if ids & self.raise_on:
+            raise ModelError(f"logits of {sorted(ids & self.raise_on)} are NaN")
+        if self.hang_once is not None and self.hang_once[0] in ids and not Path(self.hang_once[1]).exists():
+            Path(self.hang_once[1]).touch()
+            time.sleep(3600)
+        groups = [self._group(assignment, r) for r in assignment.groups if r.sample.id not in self.broken]
+        failures = [
+            DataFailure(r.key, r.sample.id, "ImageError: broken")
+            for r in assignment.groups
+            if r.sample.id in self.broken
+        ]
+        return AssignmentResult(
+            assignment.id, assignment.version, self.worker, tuple(groups), tuple(failures), {"sample": self.seconds}
+        )
+
+    def _group(self, assignment: Assignment, request: GroupRequest) -> ScoredGroup:
+        digits = [int(d) for d in str(request.sampling.seed)]
+        tokens = [digits[2 * i : 2 * i + 2 + i % 2] for i in range(request.completions)]
+        completions = tuple(
+            Completion(torch.tensor(t), -torch.tensor([d + 1.0 for d in t]), TEXT, "stop") for t in tokens
+        )
+        totals = [sum(t) + assignment.version / 100 for t in tokens]
+        masked = "no references" if request.sample.id in self.masked else None
+        payload = RolloutGroup(
+            sample=request.sample,
+            prompt=EncodedPrompt(torch.arange(5), {}, "key"),
+            completions=completions,
+            policy_version=assignment.version,
+            sampling=request.sampling,
+        )
+        return ScoredGroup(
+            key=request.key,
+            sample_id=request.sample.id,
+            policy_version=assignment.version,
+            prompt_tokens=5,
+            completion_tokens=tuple(len(t) for t in tokens),
+            rewards=() if masked else tuple(RewardBreakdown(t, {"sum": t}, {"sum": 1.0}) for t in totals),
+            masked=masked,
+            payload=payload,
+            worker=self.worker,
+            timings={"sample": self.seconds},
+            counters={"finished": len(completions)},
+        )
+
+
+@dataclass(frozen=True)
+class FakeEngineFactory:
+    seconds: float = 0.0
+    crash_on: frozenset[str] = frozenset()
+    broken: frozenset[str] = frozenset()
+    masked: frozenset[str] = frozenset()
+    raise_on: frozenset[str] = frozenset()
+    hang_once: tuple[str, str] | None = None
+    start_error: str | None = None
+    dies_at_start: bool = False
+
+    def __call__(self, worker: str) -> FakeEngine:
+        if self.start_error is not None:
+            raise ModelError(self.start_error)
+        if self.dies_at_start:
+            os._exit(1)
+        return FakeEngine(worker, self.seconds, self.crash_on, self.broken, self.masked, self.raise_on, self.hang_once)
+
+
+class FakePool:
+    """A `WorkerPool` in this process: `release` says how many assignments are run in each poll."""
+
+    def __init__(self, engine: FakeEngine, fetch_weights: Any = None) -> None:
+        self.engine = engine
+        self.queue: list[Assignment] = []
+        self.submitted: list[Assignment] = []
+        self.release = 1_000_000
+        self.error: Exception | None = None
+        self.target = 1
+        self.closed = False
+        self._fetch_weights = fetch_weights
+
+    def submit(self, assignment: Assignment) -> None:
+        self.submitted.append(assignment)
+        place = 0 if assignment.kind == "eval" else len(self.queue)
+        self.queue.insert(place, assignment)
+
+    def poll(self, timeout_s: float) -> list[Collected | DataFailure]:
+        if self.error is not None:
+            raise self.error
+        finished: list[Collected | DataFailure] = []
+        while self.queue and self.release > 0:
+            self.release -= 1
+            assignment = self.queue.pop(0)
+            weights = self._fetch_weights(assignment.weights[0]) if assignment.weights else None
+            light, rows, *payloads = split_result(assignment, self.engine.run(assignment, weights), "test-run")
+            finished.append(Collected(join_result(assignment, light, payloads), rows))
+        return finished
+
+    def cancel(self, kind: str) -> None:
+        self.queue = [a for a in self.queue if a.kind != kind]
+
+    def resize(self, workers: int) -> None:
+        self.target = workers
+
+    @property
+    def outstanding(self) -> int:
+        return len(self.queue)
+
+    def events(self) -> list[dict[str, Any]]:
+        return []
+
+    def status(self) -> dict[str, Any]:
+        return {"ready": 1, "target": self.target}
+
+    def busy_seconds(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ListSource:
+    """A `SampleSource` that goes round a list."""
+
+    def __init__(self, items: Sequence[Sample], budget: int = 2) -> None:
+        self.items = list(items)
+        self.quarantine = Quarantine(budget)
+        self.position = 0
+
+    def take(self, count: int) -> list[Sample]:
+        taken: list[Sample] = []
+        while len(taken) < count:
+            sample = self.items[self.position % len(self.items)]
+            self.position += 1
+            if not self.quarantine.holds(sample.id, ""):
+                taken.append(sample)
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position, "quarantine": self.quarantine.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.position = state["position"]
+        self.quarantine.restore(state["quarantine"])
