@@ -1,0 +1,37 @@
+"""Every shipped config parses, reads back as dumped, and dry-runs as far as it goes without weights."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mmrl_ray.config.load import dump_config, load_config, parse_config
+from mmrl_ray.runs.dry_run import dry_run
+
+ROOT = Path(__file__).parents[3]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def test_the_promised_ones_are_there() -> None:
+    assert {p.name for p in SHIPPED} >= {"quickstart.yaml", "smolvlm-256m-coco.yaml", "qwen2.5-vl-3b-coco.yaml"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_parses_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # neither the checkout's data nor its runs
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cfg = load_config(path)
+    assert parse_config(dump_config(cfg), "again.yaml") == cfg
+    assert cfg.run.name == path.stem
+    text = io.StringIO()
+    found = dry_run(cfg, console=Console(file=text, width=200))
+    assert f"the run     {cfg.learner.steps:,} steps" in text.getvalue()
+    missing_data = [line for line in found.blocking if line.startswith("data.")]
+    other = [line for line in found.blocking if line not in missing_data and "GPU asked for" not in line]
+    assert other == []
+    assert bool(missing_data) == (cfg.data.scenes is None)
+    assert (found.shape is not None) == cfg.model.path.startswith("builtin:")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,130 @@
+"""`--dry-run` on complete, half-there and wrong configs; it neither writes nor starts Ray."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.data import ScenesSection
+from mmrl_ray.data.scenes import write_scenes
+from mmrl_ray.runs.dry_run import DryRun, dry_run
+from tests.support.tiny_models import build_family
+
+
+def config(folder: Path, **sections: Any) -> Config:
+    merged: dict[str, Any] = {
+        "run": {"name": "demo", "root": str(folder / "runs")},
+        "model": {"path": "builtin:tiny-llava", "dtype": "float32"},
+        "data": {"train": str(folder / "train"), "prompt": "describe the image .", "scenes": {"train": 40, "eval": 4}},
+        "rollout": {"group_size": 4, "max_new_tokens": 16},
+        "learner": {"steps": 10, "groups_per_step": 8},
+    }
+    for name, section in sections.items():
+        merged[name] = {**merged.get(name, {}), **section}
+    return Config.model_validate(merged)
+
+
+def show(cfg: Config, **options: Any) -> tuple[DryRun, str]:
+    text = io.StringIO()
+    found = dry_run(cfg, console=Console(file=text, width=200), **options)
+    return found, text.getvalue()
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def test_tells_everything_of_a_run_whose_data_will_be_generated(tmp_path: Path) -> None:
+    found, text = show(config(tmp_path))
+    assert found.blocking == []
+    assert found.rows == 40
+    assert found.sample is not None
+    assert len(found.sample.references) == 5
+    assert found.image_tokens == 64
+    assert found.prompt_tokens is not None
+    assert found.prompt_tokens > 64
+    for line in (
+        "a step      8 images × 4 completions = 32 completions",
+        "the run     10 steps, 80 images, 320 completions",
+        "epochs      2.00 over 40 training images",
+        "placement   shared; asked for together: 2 CPU, 0 GPU",
+        "is not there yet: the run will generate the scenes",
+        "one learner worker, about",
+    ):
+        assert line in text
+    assert f"reference   {found.sample.references[0]}" in text
+    assert "clip_high: 0.2" in text  # resolved
+    assert files(tmp_path) == set()
+
+
+def test_reads_the_first_sample_of_data_that_is_there(tmp_path: Path) -> None:
+    write_scenes(ScenesSection(train=12, eval=4), tmp_path / "train", tmp_path / "eval")
+    before = files(tmp_path)
+    found, _ = show(config(tmp_path, data={"scenes": None, "eval": str(tmp_path / "eval")}))
+    assert (found.rows, found.blocking) == (12, [])
+    assert files(tmp_path) == before
+
+
+def test_any_model_folder(tmp_path: Path) -> None:
+    build_family("qwen2_5_vl", tmp_path / "model")
+    found, text = show(config(tmp_path, model={"path": str(tmp_path / "model")}))
+    assert found.shape is not None
+    assert found.blocking == []
+    assert "micro-batches 1 over 1 learner worker(s) a step" in text
+
+
+def test_goes_on_without_data_and_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found, text = show(config(tmp_path, data={"scenes": None}, model={"path": "nobody/nothing"}))
+    assert found.shape is None
+    (data,) = found.blocking
+    assert data.startswith("data.train: ")
+    assert str(tmp_path / "train") in data
+    assert any("nobody/nothing" in line for line in found.unchecked)
+    assert "unknown without the model's config" in text
+    assert "80 images, 320 completions" in text
+
+
+def test_without_data_a_stand_in_picture_gives_the_prompt_length(tmp_path: Path) -> None:
+    build_family("smolvlm", tmp_path / "model")
+    found, _ = show(config(tmp_path, data={"scenes": None}, model={"path": str(tmp_path / "model")}))
+    assert found.sample is None
+    assert found.prompt_tokens is not None
+    assert any("blank picture of 640×480" in line for line in found.unchecked)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"rollout": {"max_new_tokens": 5000}}, "exceeds the model's context of 512"),
+        ({"model": {"lora": {"targets": ["no_such_proj"]}}}, "no_such_proj"),
+        ({"resources": {"learner": {"gpus": 1000}}}, "1000 GPU asked for"),
+        ({"data": {"prompt": "see <image> ."}}, "<image>"),
+    ],
+)
+def test_says_what_would_stop_the_run(tmp_path: Path, sections: dict[str, Any], expected: str) -> None:
+    found, text = show(config(tmp_path, **sections))
+    assert len(found.blocking) == 1
+    assert expected in found.blocking[0]
+    assert "Would stop the run" in text
+
+
+def test_run_folder_and_resume(tmp_path: Path) -> None:
+    assert show(config(tmp_path), resume=True)[0].blocking == [f"there is no run demo in {tmp_path / 'runs'} to resume"]
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert "exists: add --resume" in show(config(tmp_path))[0].blocking[0]
+    assert show(config(tmp_path), resume=True)[0].blocking == []
+
+
+def test_a_cluster_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    found, _ = show(config(tmp_path, resources={"learner": {"gpus": 1000}}))
+    assert found.blocking == []
+    assert any("RAY_ADDRESS" in line for line in found.unchecked)
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
