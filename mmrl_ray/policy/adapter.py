@@ -1,0 +1,260 @@
+"""LoRA adapters by PEFT: which layers they sit on, their weights as versions, their files, and the policy without them.
+
+An adapter's weights are float32 whatever the base's dtype (PEFT computes its branch in float32 and casts the sum back),
+and its branch has no dropout: with dropout the same policy would give two answers, and the policy ratio would be noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmrl_ray.config.model import LoraSection
+from mmrl_ray.errors import AdapterError
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.targets import examples, resolve_targets
+
+__all__ = [
+    "adapter_parameters",
+    "adapter_state",
+    "add_adapter",
+    "load_adapter",
+    "load_adapter_state",
+    "merge_adapter",
+    "reference_policy",
+    "resolve_targets",
+    "save_adapter",
+]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def add_adapter(policy: Policy | PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
+    """Puts a fresh adapter on the model: the only weights that train, float32, without effect until they do (B = 0).
+
+    The same `seed` gives the same weights bit for bit on any device, whatever the global random state, which is left
+    as it was. A `Policy` gets the wrapped model as its `model`; a bare model is wrapped in place and returned.
+
+    Raises:
+        AdapterError: of `resolve_targets`, or the model has an adapter already.
+    """
+    base = policy.hf_model if isinstance(policy, Policy) else policy
+    if isinstance(policy.model if isinstance(policy, Policy) else policy, PeftModel):
+        raise AdapterError("the model has an adapter already; merge it first (merge_adapter)")
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with the number as it is
+        target_modules=resolve_targets(base, lora),
+        lora_dropout=0.0,
+        bias="none",
+    )
+    model = _wrap(base, config, seed)
+    if isinstance(policy, Policy):
+        policy.model = model
+    return model
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters in the model's order: the adapter's and nothing of the base.
+
+    Raises:
+        AdapterError: the model has no adapter.
+    """
+    _require_adapter(model)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights as PEFT saves them: CPU float32 copies, contiguous, under names without the adapter's own.
+
+    Raises:
+        AdapterError: the model has no adapter.
+    """
+    return {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in _live_state(model).items()
+    }
+
+
+def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copies `state` into the adapter, in place: optimisers keep their parameters. All of it or, on an error, nothing.
+
+    Raises:
+        AdapterError: a name is missing or unknown, a shape differs, or a value is not finite.
+    """
+    live = _live_state(model)
+    missing, unknown = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
+    if missing or unknown:
+        raise AdapterError(
+            f"the adapter's weights do not fit: {len(missing)} missing{examples(missing)}, "
+            f"{len(unknown)} unknown{examples(unknown)}; it was made for another model or other targets"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != live[name].shape:
+            raise AdapterError(
+                f"adapter weight {name} has shape {list(tensor.shape)}, the model's {list(live[name].shape)}; "
+                "it was made with another rank or for another model"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"adapter weight {name} holds NaN or infinity; take an earlier version")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(state[name])
+
+
+def save_adapter(model: nn.Module, folder: Path | str) -> None:
+    """Writes `adapter_model.safetensors` and `adapter_config.json`, for `PeftModel.from_pretrained(base, folder)`.
+
+    Not atomic: write into a folder of one's own and rename that.
+
+    Raises:
+        AdapterError: the model has no adapter.
+        OSError: of the file system.
+    """
+    peft = _require_adapter(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_state(peft), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    config = peft.peft_config[peft.active_adapter].to_dict()
+    # PEFT shortens long lists of targets into suffixes and writes them in the order of a set: full names, sorted, say
+    # what was adapted and make the file a function of the adapter.
+    config["target_modules"] = sorted(_adapted_names(peft))
+    config["inference_mode"] = True
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_adapter(policy: Policy | PreTrainedModel, folder: Path | str) -> PeftModel:
+    """Puts the LoRA adapter saved in `folder` on the model, trainable; safetensors only.
+
+    Raises:
+        AdapterError: the folder is not a LoRA adapter of this model, its weights are not safetensors or do not fit, or
+            the model has an adapter already.
+    """
+    folder = Path(folder)
+    weights = folder / WEIGHTS_FILE
+    for file in (folder / CONFIG_FILE, weights):
+        if not file.is_file():
+            raise AdapterError(f"{folder} is not an adapter: it has no {file.name}")
+    config = _read_config(folder)
+    try:
+        state = load_file(str(weights))
+    except SafetensorError as error:
+        raise AdapterError(f"{weights} is broken: {error}; take another checkpoint") from error
+    base = policy.hf_model if isinstance(policy, Policy) else policy
+    if isinstance(policy.model if isinstance(policy, Policy) else policy, PeftModel):
+        raise AdapterError(f"the model has an adapter already; {folder} cannot be put on top of it")
+    try:
+        model = _wrap(base, config, seed=0)
+    except ValueError as error:
+        raise AdapterError(f"the adapter in {folder} does not fit {base.name_or_path!r}: {error}") from error
+    try:
+        load_adapter_state(model, state)
+    except AdapterError as error:
+        _forget(model.unload())  # the base is as it was
+        raise AdapterError(f"{weights}: {error}") from error
+    if isinstance(policy, Policy):
+        policy.model = model
+    return model
+
+
+def merge_adapter(policy: Policy | PeftModel) -> PreTrainedModel:
+    """Adds the adapter to the base weights and takes it off: an ordinary model again, rounded to the base's dtype.
+
+    Raises:
+        AdapterError: there is no adapter, or a merged weight is not finite.
+    """
+    peft = _require_adapter(policy.model if isinstance(policy, Policy) else policy)
+    try:
+        model = peft.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise AdapterError(f"the adapter cannot be merged: {error}") from error
+    _forget(model)
+    if isinstance(policy, Policy):
+        policy.model = model
+    return model
+
+
+@contextmanager
+def reference_policy(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it the adapter is off: the model is, bit for bit, the policy that reinforcement learning started from.
+
+    Raises:
+        AdapterError: the model has no adapter, so there is nothing that could be the reference.
+    """
+    peft = _require_adapter(model)
+    # PEFT marks adapters as trainable when it switches them on again, whatever they were before.
+    trainable = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+    try:
+        with peft.disable_adapter():
+            yield model
+    finally:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+def _wrap(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    config.base_model_name_or_path = base.name_or_path or None
+    training = base.training
+    devices = sorted({p.device.index for p in base.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        # PEFT draws A on the CPU and moves it, so the seed means the same on every device.
+        torch.manual_seed(seed)
+        model = get_peft_model(base, config, autocast_adapter_dtype=True)
+    model.train(training)
+    return model
+
+
+def _forget(base: nn.Module) -> None:
+    """Removes what PEFT leaves on a model without adapter: it would take a later one for a second."""
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def _require_adapter(model: nn.Module) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        raise AdapterError(f"{type(model).__name__} has no adapter; add one first (add_adapter)")
+    return model
+
+
+def _live_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's own tensors, not copies, under the names PEFT saves them by."""
+    peft = _require_adapter(model)
+    return get_peft_model_state_dict(peft, adapter_name=peft.active_adapter, save_embedding_layers=False)
+
+
+def _adapted_names(peft: PeftModel) -> list[str]:
+    return [name for name, module in peft.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
+    if config.peft_type != PeftType.LORA:
+        raise AdapterError(f"{folder} is a {config.peft_type} adapter; only LoRA is supported")
+    # These rewrite the base's weights when they are put on, or add trained parts that other code here does not know.
+    unsupported = {
+        "use_dora": config.use_dora,
+        "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
+        "modules_to_save": config.modules_to_save,
+        "bias": config.bias != "none",
+    }
+    found = [f"{name}={getattr(config, name)!r}" for name, is_set in unsupported.items() if is_set]
+    if found:
+        raise AdapterError(f"{folder} is a LoRA variant that is not supported ({', '.join(found)})")
+    config.inference_mode = False
+    config.lora_dropout = 0.0
+    return config
