@@ -6,6 +6,7 @@ failure, 2 a wrong config or command line, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from mmrl_ray.errors import ConfigError, Interrupted, MMRLError
+from mmrl_ray.errors import ConfigError, Interrupted, MMRLError, RunError
 
 if TYPE_CHECKING:
     from mmrl_ray.config import Config
@@ -54,17 +55,25 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command that ends every expected failure with one line and an exit code; adds `--debug` to it."""
+    """Registers a command that ends every expected failure with one line and an exit code; adds `--debug` to it.
+
+    A command that has a `debug` parameter itself is told, too.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        told = "debug" in signature.parameters
+
         @functools.wraps(function)
         def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-            _guarded(functools.partial(function, *args, **kwargs), debug)
+            _guarded(functools.partial(function, *args, **kwargs, **({"debug": debug} if told else {})), debug)
 
-        signature = inspect.signature(function, eval_str=True)
-        extra = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DEBUG)
-        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+        parameters = {**signature.parameters}
+        parameters["debug"] = inspect.Parameter(
+            "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DEBUG
+        )
+        run.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
+        run.__annotations__ = {key: parameter.annotation for key, parameter in parameters.items()}
         return group.command(name)(run)
 
     return register
@@ -112,6 +121,8 @@ def train(
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
+    *,
+    debug: bool = False,
 ) -> None:
     """Fine-tune by reinforcement learning: config in, finished run folder out."""
     cfg = _config_of(target, set_, resume)
@@ -122,7 +133,7 @@ def train(
         return
     from mmrl_ray.runs.train import train as run
 
-    run(cfg, resume=resume)
+    run(cfg, resume=resume, debug=debug)
 
 
 @_command(app, "sft")
@@ -131,24 +142,30 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     cfg = _load(config, set_)
     if cfg.sft is None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
+    from mmrl_ray.runs.progress import RunProgress
     from mmrl_ray.runs.warm_start import warm_start
 
-    typer.echo(str(warm_start(cfg)))
+    with RunProgress() as shown:
+        folder = warm_start(cfg, progress=shown.phase("warm start"))
+    typer.echo(folder)
 
 
 @_command(app, "evaluate")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a hub id.")],
-    data: Annotated[str, typer.Option("--data", help="Folder or file of Parquet shards.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Parquet shards; a run's own held-out split otherwise.")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write the figures and captions here, as JSON.")
     ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="For rows that bring none; a run's own else.")] = None,
 ) -> None:
     """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
     from mmrl_ray.runs.evaluate import evaluate as run
 
-    run(target, data=data, limit=limit, out=out)
+    run(target, data=data, limit=limit, out=out, prompt=prompt)
 
 
 @_command(app, "caption")
@@ -161,7 +178,7 @@ def caption(
     """Print one caption an image."""
     if (run is None) == (model is None):
         raise ConfigError("give either --run RUN or --model MODEL")
-    from mmrl_ray.runs.caption import caption as make
+    from mmrl_ray.runs.captioning import caption as make
 
     make(images, run=run, model=model, prompt=prompt)
 
@@ -279,8 +296,9 @@ def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config
 
     run = RunDir.at(target)
     cfg = parse_config(run.read_text("config.yaml"), f"{target.rstrip('/')}/config.yaml", overrides or ())
-    if RunDir.open(cfg.run.root, cfg.run.name).location == run.location:
-        return cfg
+    with contextlib.suppress(RunError):  # its folder was renamed or is reached by another path
+        if RunDir.open(cfg.run.root, cfg.run.name).location == run.location:
+            return cfg
     root = run.location[: -len(run.name)].rstrip("/")
     return cfg.model_copy(update={"run": cfg.run.model_copy(update={"root": root, "name": run.name})})
 

@@ -21,15 +21,16 @@ from rich.console import Console
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.data.images import image_format
-from mmrl_ray.data.samples import Sample, iter_references, read_split
-from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary
+from mmrl_ray.data.samples import Sample, read_split
+from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, DataError, ModelError, RunError
 from mmrl_ray.policy.load import Policy, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
-from mmrl_ray.policy.tiny import build_tiny_llava, words_of
+from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
+from mmrl_ray.runs.warm_start import build_builtin
 
 
 @dataclass
@@ -125,11 +126,10 @@ def _model_path(cfg: Config, scratch: Path) -> str:
     """The model's folder or hub id; a built-in one is made in `scratch`."""
     if not cfg.model.path.startswith("builtin:"):
         return cfg.model.path
-    if cfg.data.scenes is not None:
-        return str(build_tiny_llava(scratch, vocabulary=scenes_vocabulary(), image_size=cfg.data.scenes.image_size))
-    texts = (text for references in iter_references(cfg.data.train) for text in references)
+    if cfg.model.path != BUILTIN_TINY_LLAVA:
+        raise ModelError(f"no built-in model {cfg.model.path!r}; there is {BUILTIN_TINY_LLAVA}")
     try:
-        return str(build_tiny_llava(scratch, vocabulary=words_of(texts)))
+        return str(build_builtin(cfg, scratch))
     except DataError as error:
         raise ModelError(f"{cfg.model.path} takes its words from the training references: {error}") from error
 

@@ -46,9 +46,9 @@ def test_tells_everything_of_a_run_whose_data_will_be_generated(tmp_path: Path) 
     assert found.rows == 40
     assert found.sample is not None
     assert len(found.sample.references) == 5
-    assert found.image_tokens == 64
+    assert found.image_tokens == 16
     assert found.prompt_tokens is not None
-    assert found.prompt_tokens > 64
+    assert found.prompt_tokens > 16
     for line in (
         "a step      8 images × 4 completions = 32 completions",
         "the run     10 steps, 80 images, 320 completions",

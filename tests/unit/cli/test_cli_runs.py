@@ -1,0 +1,145 @@
+"""The commands that hand over to `runs/`: with what arguments, and what the real thing refuses at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from mmrl_ray.config.load import dump_config, parse_config
+from tests.support.tiny_models import build_family
+from tests.unit.cli.program import Patch, mmrl
+
+
+def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
+    train = patched("mmrl_ray.runs.train.train")
+    assert mmrl("train", config, "--set", "learner.steps=3").exit_code == 0
+    ((cfg,), options) = train.call_args
+    assert cfg.learner.steps == 3
+    assert options == {"resume": False, "debug": False}
+    assert mmrl("train", config, "--resume", "--debug").exit_code == 0
+    assert train.call_args.kwargs == {"resume": True, "debug": True}
+
+
+@pytest.mark.parametrize("order", [("--resume", "RUN"), ("RUN", "--resume")])
+def test_resume_reads_the_config_of_the_run_folder(config: Path, patched: Patch, order: tuple[str, str]) -> None:
+    train = patched("mmrl_ray.runs.train.train")
+    cfg = parse_config(config.read_text(), "c.yaml", ["learner.lr=7e-4"])
+    folder = Path(cfg.run.root) / "demo"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(cfg))
+    done = mmrl("train", *[str(folder) if a == "RUN" else a for a in order], "--set", "learner.steps=12")
+    assert done.exit_code == 0, done.stderr
+    ((resumed,), options) = train.call_args
+    assert options["resume"] is True
+    assert resumed == parse_config(config.read_text(), "c.yaml", ["learner.lr=7e-4", "learner.steps=12"])
+
+
+def test_a_run_folder_that_was_moved_is_resumed_where_it_lies(config: Path, patched: Patch, tmp_path: Path) -> None:
+    train = patched("mmrl_ray.runs.train.train")
+    folder = tmp_path / "elsewhere" / "renamed"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(parse_config(config.read_text(), "c.yaml")))
+    done = mmrl("train", "--resume", folder)
+    assert done.exit_code == 0, done.stderr
+    run = train.call_args.args[0].run
+    assert (run.root, run.name) == (str(tmp_path / "elsewhere"), "renamed")
+
+
+def test_dry_run_does_not_train(config: Path, patched: Patch, tmp_path: Path) -> None:
+    train = patched("mmrl_ray.runs.train.train")
+    before = sorted(tmp_path.rglob("*"))
+    done = mmrl("train", config, "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert "80 images" in done.stdout
+    train.assert_not_called()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
+    patched("mmrl_ray.runs.warm_start.warm_start", return_value="/cache/abc")
+    assert mmrl("sft", config).stdout == "/cache/abc\n"
+
+
+def test_an_existing_run_folder_is_refused_for_real(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    done = mmrl("train", config)
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: run folder {folder} exists already: ")
+    assert "--resume" in line
+    assert list(folder.iterdir()) == []
+
+
+def test_missing_data_is_refused_for_real(config: Path, tmp_path: Path) -> None:
+    data = tmp_path / "nowhere"
+    done = mmrl("train", config, "--set", "data.scenes=null", "--set", f"data.train={data}", "--set", "sft=null")
+    assert done.exit_code == 1
+    *_, line = done.stderr.splitlines()  # after the live progress
+    assert line.startswith("error: ")
+    assert done.stderr.count("error: ") == 1
+    assert str(data) in line
+    assert not (tmp_path / "runs").exists()
+
+
+def _text_model(folder: Path) -> Path:
+    LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20).save_pretrained(folder)
+    return folder
+
+
+def _without_template(folder: Path) -> Path:
+    build_family("llava", folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "expected"),
+    [
+        (None, ["model.lora.targets=[no_such_proj]"], "no_such_proj"),
+        (None, ["rollout.max_new_tokens=5000"], "exceeds the model's context of 512"),
+        (None, ["data.prompt=look at <image>"], "special token '<image>'"),
+        (None, ["model.path=builtin:huge-llava"], "no built-in model 'builtin:huge-llava'"),
+        (None, ["model.path=./gone"], "'./gone'"),
+        (_text_model, [], "without a vision tower"),
+        (_without_template, [], "has no chat template"),
+    ],
+)
+def test_what_cannot_work_is_refused_for_real_before_anything_of_the_run_is_written(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], Path] | None,
+    settings: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # data and warm starts land here
+    if make is not None:
+        settings = [*settings, f"model.path={make(tmp_path / 'model')}"]
+    overrides = [part for setting in ("sft=null", *settings) for part in ("--set", setting)]
+    done = mmrl("train", config, *overrides)
+    assert done.exit_code == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_evaluate(patched: Patch) -> None:
+    evaluate = patched("mmrl_ray.runs.evaluate.evaluate")
+    assert mmrl("evaluate", "runs/demo", "--data", "d", "--limit", 5, "--out", "o.json").exit_code == 0
+    evaluate.assert_called_once_with("runs/demo", data="d", limit=5, out=Path("o.json"), prompt=None)
+    assert mmrl("evaluate", "runs/demo", "--limit", 0).exit_code == 2
+
+
+def test_caption_needs_one_source(patched: Patch) -> None:
+    caption = patched("mmrl_ray.runs.captioning.caption")
+    for sources in ((), ("--run", "r", "--model", "m")):
+        done = mmrl("caption", *sources, "a.png")
+        assert (done.exit_code, done.stderr) == (2, "error: give either --run RUN or --model MODEL\n")
+    assert mmrl("caption", "--run", "r", "a.png", "b.png").exit_code == 0
+    caption.assert_called_once_with([Path("a.png"), Path("b.png")], run="r", model=None, prompt=None)
