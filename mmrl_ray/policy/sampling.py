@@ -97,13 +97,13 @@ def uniforms(seed: int, row: int, count: int) -> np.ndarray:
 def draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Token ids int64 [R], drawn from `logprobs` [R, V] by inversion at `uniform` float64 [R] in [0, 1).
 
-    A token of probability 0 is never drawn, whatever the rounding.
+    A token of probability 0 is never drawn, whatever the rounding. Of NaN it draws something, whose log-prob is NaN.
     """
     cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # Below the total even when u rounds up to it: the first sum above the target belongs to a token with p > 0.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logprobs.shape[-1] - 1)
 
 
 @dataclass(slots=True)

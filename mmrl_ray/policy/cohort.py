@@ -1,0 +1,299 @@
+"""Rows that are decoded by one forward pass, and their keys and values.
+
+`B` batch rows, `Q` slots a batch row, `S = B·Q` slots (row-major), `K` keys, `V` vocabulary.
+
+A slot holds one completion that is being decoded, or nothing. There are two layouts:
+
+    packed  one batch row a prompt, its G completions are its Q = G slots. The prompt's keys are held once, and each
+            step adds Q keys; a 4-D mask lets a slot see the prompt and its own tokens only. That is up to G times
+            fewer keys to keep and to read than a copy of the prompt for every completion.
+    rows    one batch row a completion (Q = 1), with its own copy of the prompt's keys and an ordinary 2-D mask.
+
+`packed` needs an attention that takes a 4-D mask (sdpa, eager) and a cache that keeps every key: full attention, or
+sliding windows that no row will ever outgrow. With such a cache a cohort can also take in another one and drop keys
+that nobody sees any more. Longer rows under a sliding window, and linear attention, allow neither: they keep to `rows`
+and to those they were admitted with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from mmrl_ray.experience.carriers import FinishReason, SamplingParams
+from mmrl_ray.policy.detokenize import TextStream
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.positions import has_multi_axis_positions
+from mmrl_ray.policy.prefix import Prefix
+from mmrl_ray.policy.sampling import RowSampler
+
+_TAKES_4D_MASK = ("sdpa", "eager")
+_ROOM_STEPS = 64
+"""Steps for which room is made at a time."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One completion that is being decoded."""
+
+    handle: int
+    index: int
+    """Place in its group; it chooses the row's random numbers."""
+    sampling: SamplingParams
+    greedy: bool
+    text: TextStream | None
+    """Followed token by token when somebody reads along or a stop string may end the row."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+def keeps_every_key(cache: Cache, new_tokens: int) -> bool:
+    """Whether each layer of `cache`, `new_tokens` later, would still hold the key of every token."""
+    return all(
+        type(layer) is DynamicLayer
+        or (
+            type(layer) is DynamicSlidingWindowLayer
+            and layer.get_seq_length() + new_tokens < layer.sliding_window
+            and layer.keys is not None
+            and layer.keys.shape[-2] == layer.get_seq_length()
+        )
+        for layer in cache.layers
+    )
+
+
+def takes_4d_mask(policy: Policy) -> bool:
+    """Whether the language model's attention reads a mask of its own for every query."""
+    return _attention(policy) in _TAKES_4D_MASK
+
+
+def _attention(policy: Policy) -> str:
+    return policy.hf_model.config.get_text_config()._attn_implementation
+
+
+class Cohort:
+    """Rows decoded together. Made of a prefix, whose logits are the first that it gives."""
+
+    def __init__(self, policy: Policy, prefix: Prefix, groups: Sequence[Sequence[Row]], *, packed: bool) -> None:
+        """Takes over `prefix`, cache and all; `groups[i]` are the rows of its i-th prompt, at least one."""
+        self.packed = packed
+        steps = max(row.sampling.max_new_tokens for rows in groups for row in rows)
+        self.mergeable = keeps_every_key(prefix.cache, steps)
+        if packed and not (self.mergeable and takes_4d_mask(policy)):
+            raise ValueError("packed rows need a cache that keeps every key and an attention that takes a 4-D mask")
+        self.width = max(len(rows) for rows in groups) if packed else 1
+        self.slots: list[Row | None] = []
+        prompts: list[int] = []
+        for i, rows in enumerate(groups):
+            self.slots += [*rows, *[None] * (self.width - len(rows) if packed else 0)]
+            prompts += [i] * (1 if packed else len(rows))
+        self._policy = policy
+        self._cache = prefix.cache
+        self._keys = prefix.attention_mask.shape[1]
+        index = torch.tensor(prompts, device=prefix.logits.device)
+        if self.mergeable:
+            room = self.width * min(steps, _ROOM_STEPS)
+            self._layers = [_KeptLayer(*_tensors(layer, index), room) for layer in self._cache.layers]
+            self._cache.layers = list(self._layers)
+        else:
+            self._reorder(index)
+        self._visible = prefix.attention_mask.bool()[index][:, None].repeat(1, self.width, 1)
+        self._own = torch.eye(self.width, dtype=torch.bool, device=index.device)
+        self._positions = prefix.next_position[index][:, None].repeat(1, self.width)
+        self._tokens = torch.zeros_like(self._positions)
+        self._first: torch.Tensor | None = prefix.logits[index].repeat_interleave(self.width, dim=0)
+        self.sampler = RowSampler.of(
+            [None if row is None else (row.sampling, row.index, row.greedy) for row in self.slots], index.device
+        )
+
+    @property
+    def live(self) -> list[bool]:
+        """[S], whether the slot holds a row that goes on."""
+        return [row is not None and row.finish_reason is None for row in self.slots]
+
+    @property
+    def keys(self) -> int:
+        """K, the keys that each batch row holds."""
+        return self._keys
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the next `logits` are the prefix's, and cost no pass."""
+        return self._first is not None
+
+    @property
+    def shrinks_to(self) -> int:
+        """Slots that `compact` would leave: as many for each prompt as the prompt with most live rows needs."""
+        live = self.live
+        counts = [sum(live[start : start + self.width]) for start in range(0, len(live), self.width)]
+        return sum(count > 0 for count in counts) * max(counts)
+
+    def logits(self) -> torch.Tensor:
+        """[S, V] of every slot's next token: the prefix's, and then one forward pass over the tokens put in."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        self._add_own_keys()
+        positions = self._positions
+        output = self._policy.core(
+            input_ids=self._tokens,
+            attention_mask=self._attention_mask(),
+            position_ids=positions.expand(3, -1, -1) if has_multi_axis_positions(self._policy) else positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._positions = positions + 1
+        return self._policy.hf_model.get_output_embeddings()(output.last_hidden_state).flatten(0, 1)
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Takes the token, int64 [S], that each slot goes on with."""
+        self._tokens = tokens.view(-1, self.width)
+
+    def accepts(self, other: Cohort) -> bool:
+        """Whether `other` can be taken in, at the price of at most as many empty slots again."""
+        return (
+            self.mergeable
+            and other.mergeable
+            and self.packed == other.packed
+            and self.width <= 2 * other.width
+            and other.width <= 2 * self.width
+        )
+
+    def absorb(self, other: Cohort) -> None:
+        """Takes in the rows of `other`, after both have put a token; keys are padded on the left to the longer."""
+        width, keys = max(self.width, other.width), max(self._keys, other._keys)
+        for cohort in (self, other):
+            cohort._widen(width)
+        room = width * _ROOM_STEPS
+        pairs = zip(self._layers, other._layers, strict=True)
+        self._layers = [_joined(mine, theirs, keys, room) for mine, theirs in pairs]
+        self._cache.layers = list(self._layers)
+        parts = [pad(c._visible[:, :, : c._keys], (keys - c._keys, 0)) for c in (self, other)]
+        self._visible = torch.cat(parts)
+        self._keys = keys
+        self._tokens = torch.cat([self._tokens, other._tokens])
+        self._positions = torch.cat([self._positions, other._positions])
+        self.sampler = self.sampler.join(other.sampler)
+        self.slots += other.slots
+
+    def compact(self) -> None:
+        """Drops finished rows, and the keys that only they could see; at least one row must go on."""
+        live = self.live
+        by_prompt = [
+            [i for i in range(start, start + self.width) if live[i]] for start in range(0, len(live), self.width)
+        ]
+        kept = [b for b, slots in enumerate(by_prompt) if slots]
+        width = max(len(slots) for slots in by_prompt)
+        self._take([by_prompt[b] for b in kept], width)
+        device = self._positions.device
+        batch = torch.tensor(kept, device=device)
+        if not self.mergeable:
+            self._reorder(batch)
+            return
+        seen = self._visible[:, :, : self._keys].any(dim=1)
+        keys = int(seen.sum(dim=1).max())
+        # Stable: what is seen goes to the end, in the order it was in.
+        order = seen.long().argsort(dim=1, stable=True)[:, self._keys - keys :]
+        for layer in self._layers:
+            layer.take(batch, order)
+        self._visible = self._visible.gather(2, order[:, None].expand(-1, self.width, -1))
+        self._keys = keys
+
+    def _reorder(self, batch: torch.Tensor) -> None:
+        # What beam search reorders by: unlike batch_repeat_interleave, linear attention has it too.
+        self._cache.reorder_cache(cast(torch.LongTensor, batch))
+
+    def _widen(self, width: int) -> None:
+        if width > self.width:
+            starts = range(0, len(self.slots), self.width)
+            self._take([list(range(start, start + self.width)) for start in starts], width)
+
+    def _take(self, slots: list[list[int]], width: int) -> None:
+        """Arranges the given slots of each batch row in `width` slots; those left over become empty."""
+        # An empty slot goes on with what some other one has: the numbers are computed and nobody reads them.
+        flat = [row[q] if q < len(row) else row[0] for row in slots for q in range(width)]
+        filled = [q < len(row) for row in slots for q in range(width)]
+        index = torch.tensor(flat, device=self._positions.device)
+        mask = torch.tensor(filled, device=index.device)[:, None]
+        self.slots = [self.slots[i] if is_filled else None for i, is_filled in zip(flat, filled, strict=True)]
+        self.sampler = self.sampler.select(index)
+        self._tokens = self._tokens.flatten()[index].view(-1, width)
+        self._positions = self._positions.flatten()[index].view(-1, width)
+        self._visible = (self._visible.flatten(0, 1)[index] & mask).view(len(slots), width, -1)
+        self._own = torch.eye(width, dtype=torch.bool, device=index.device)
+        self.width = width
+
+    def _add_own_keys(self) -> None:
+        """Each slot's next token gets a key that only the slot itself sees."""
+        end = self._keys + self.width
+        if end > self._visible.shape[2]:
+            self._visible = pad(self._visible, (0, self.width * _ROOM_STEPS))
+        self._visible[:, :, self._keys : end] = self._own
+        self._keys = end
+
+    def _attention_mask(self) -> torch.Tensor:
+        visible = self._visible[:, :, : self._keys]
+        if not self.packed:
+            return visible[:, 0].long()
+        if _attention(self._policy) == "sdpa":
+            return visible[:, None]
+        lowest = torch.finfo(self._policy.dtype).min
+        hidden = torch.zeros(visible.shape, dtype=self._policy.dtype, device=visible.device)
+        return hidden.masked_fill(~visible, lowest)[:, None]
+
+
+class _KeptLayer(DynamicLayer):
+    """Keys and values [B, heads, K, d] with room to grow: a step writes its own instead of copying all of them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._room = room
+        self._hold(keys, values)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends one step's keys and values; returns all of them."""
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if end > self._all_keys.shape[2]:
+            self._hold(self.keys, self.values)
+        self._all_keys[:, :, start:end] = key_states
+        self._all_values[:, :, start:end] = value_states
+        self.keys, self.values = self._all_keys[:, :, :end], self._all_values[:, :, :end]
+        return self.keys, self.values
+
+    def take(self, batch: torch.Tensor, order: torch.Tensor) -> None:
+        """Keeps the batch rows `batch` [B'] and, of each, the keys `order` [B', K']."""
+        index = order[:, None, :, None]
+        kept = [t[batch].gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (self.keys, self.values)]
+        self._hold(*kept)
+
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        used = keys.shape[2]
+        self._all_keys, self._all_values = (
+            t.new_empty(*t.shape[:2], used + self._room, t.shape[3]) for t in (keys, values)
+        )
+        self._all_keys[:, :, :used] = keys
+        self._all_values[:, :, :used] = values
+        self.keys, self.values = self._all_keys[:, :, :used], self._all_values[:, :, :used]
+
+
+def _tensors(layer: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.keys[index], layer.values[index]
+
+
+def _joined(first: _KeptLayer, second: _KeptLayer, keys: int, room: int) -> _KeptLayer:
+    def both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([pad(t, (0, 0, keys - t.shape[2], 0)) for t in (a, b)])
+
+    return _KeptLayer(both(first.keys, second.keys), both(first.values, second.values), room)

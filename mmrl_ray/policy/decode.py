@@ -1,0 +1,363 @@
+"""The one decode loop: a rollout worker drains a fixed list of groups, a server admits and cancels between steps.
+
+    admit ──▶ waiting ──prefix once a prompt──▶ cohorts ──one token a row and step──▶ finished ──take──▶ GroupOutput
+
+Admitted groups wait until there are rows for them, strictly in their order. Those that start together are one cohort,
+which joins a running one where their caches allow it (`cohort.py`). What a group samples depends on its logits and its
+seed alone, and the logits on its neighbours by no more than rounding; the same calls in the same order give the same
+tokens bit for bit on the CPU.
+
+An adapter for each row (PEFT's `adapter_names`) would be one more field of `Row` and one more argument of the forward
+in `Cohort.logits`: a batch row never mixes groups.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from mmrl_ray.errors import ConfigError, ModelError
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, FinishReason, SamplingParams, VisionFeatures
+from mmrl_ray.policy.cohort import Cohort, Row, keeps_every_key, takes_4d_mask
+from mmrl_ray.policy.detokenize import TextStream
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.prefix import encode_prefix
+from mmrl_ray.policy.prompts import check_context
+from mmrl_ray.policy.sampling import check_sampling
+from mmrl_ray.policy.vision import VisionCache, vision_features
+
+_COMPACT_TO = 0.75
+"""Finished rows are dropped when that leaves at most this share of the slots."""
+
+
+class Event(NamedTuple):
+    """One token of one row."""
+
+    handle: int
+    row: int
+    """Place in the group; the greedy extra comes after the n samples."""
+    token_id: int
+    logprob: float
+    text: str
+    """What the token adds to the reported text; always empty unless the group was admitted with `stream`."""
+    finish_reason: FinishReason | None
+    """Set with the row's last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """What `Decoder.admit` takes, as a value."""
+
+    prompt: EncodedPrompt
+    n: int
+    sampling: SamplingParams
+    greedy_extra: bool = False
+    features: VisionFeatures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOutput:
+    """What became of one admitted group."""
+
+    completions: tuple[Completion, ...]
+    greedy: Completion | None
+    vision: VisionFeatures | None
+    """The features that its prompt was encoded with; None if it was cancelled before."""
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    handle: int
+    request: DecodeRequest
+    rows: list[Row]
+    streams: bool
+    vision: VisionFeatures | None = field(default=None)
+
+
+class Decoder:
+    """Decodes completions of prompts that come and go. Not thread-safe."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        vision_cache: VisionCache | None = None,
+        max_rows: int = 256,
+        prefill_tokens: int = 32768,
+        packed: bool | None = None,
+    ) -> None:
+        """Decodes with `policy`, whose weights may change between groups but not while some are running.
+
+        Args:
+            policy: the model; its adapter, if any, is on.
+            vision_cache: where the features of prompts admitted without them are looked up and kept.
+            max_rows: completions decoded at the same time.
+            prefill_tokens: prompt tokens, padding included, that one pass encodes at most (one prompt always may).
+            packed: decode the completions of a prompt on one copy of its keys; by default wherever that is possible.
+                False is for comparison.
+        """
+        self.counters: Counter[str] = Counter()
+        """Since the start: steps, passes (forwards of cohorts), prefills, prompts, rows, merges, compactions, and
+        unmerged_rows (those whose cache keeps them from joining others: each such cohort is a forward of its own)."""
+        self._policy = policy
+        self._cache = vision_cache
+        self._max_rows = max_rows
+        self._prefill_tokens = prefill_tokens
+        self._packed = packed
+        self._forbidden = torch.tensor(policy.image_token_ids, dtype=torch.int64, device=policy.device)
+        self._eos = torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=policy.device)
+        self._ends = frozenset(policy.eos_token_ids)
+        self._next_handle = 0
+        self._groups: dict[int, _Group] = {}
+        self._waiting: deque[_Group] = deque()
+        self._cohorts: list[Cohort] = []
+
+    @property
+    def waiting(self) -> int:
+        """Groups that have not started."""
+        return len(self._waiting)
+
+    @property
+    def running_rows(self) -> int:
+        """Rows that get a token at the next step."""
+        return sum(sum(cohort.live) for cohort in self._cohorts)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self._waiting and not self._cohorts
+
+    def admit(
+        self,
+        prompt: EncodedPrompt,
+        n: int,
+        sampling: SamplingParams,
+        *,
+        greedy_extra: bool = False,
+        features: VisionFeatures | None = None,
+        stream: bool = False,
+    ) -> int:
+        """Puts a group of `n` completions of `prompt` in the queue; it starts at the next step that has rows for it.
+
+        Args:
+            prompt: from `encode_prompts`.
+            n: completions; all alike if `sampling.greedy`.
+            sampling: for every one of them; row i draws from the stream (sampling.seed, i).
+            greedy_extra: one more row that takes the likeliest token each time, beside the n.
+            features: the prompt's vision features where the caller has them.
+            stream: report text with each event.
+
+        Returns:
+            the handle that events and `take` name the group by.
+
+        Raises:
+            ConfigError: `n` or `sampling` is out of range, or the group has more rows than `max_rows`.
+            ContextLengthError: prompt and completion exceed the model's context.
+        """
+        rows = n + greedy_extra
+        if n < 1 or rows > self._max_rows:
+            raise ConfigError(
+                f"n={n} completions (with greedy {rows} rows) must be from 1 to max_rows={self._max_rows}"
+            )
+        check_sampling(sampling)
+        check_context(self._policy, prompt, sampling.max_new_tokens)
+        handle = self._next_handle
+        self._next_handle += 1
+        follow = stream or bool(sampling.stop)
+        group = _Group(
+            handle=handle,
+            request=DecodeRequest(prompt, n, sampling, greedy_extra, features),
+            rows=[
+                Row(handle, i, sampling, sampling.greedy or i == n, self._text_stream(sampling) if follow else None)
+                for i in range(rows)
+            ],
+            streams=stream,
+        )
+        self._groups[handle] = group
+        self._waiting.append(group)
+        return handle
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Starts what there are rows for, then gives every running row one token.
+
+        Raises:
+            ModelError: a row's logits are NaN, or a prompt's vision features do not fit it; the groups that were to
+                start are dropped then.
+        """
+        self._start_waiting()
+        events = [event for cohort in self._cohorts for event in self._advance(cohort)]
+        self._settle()
+        self.counters["steps"] += 1
+        return events
+
+    def cancel(self, handle: int) -> GroupOutput:
+        """Ends a group at once, wherever it is, and returns what there is of it; its unfinished rows are "cancelled".
+
+        Raises:
+            KeyError: no such group, or it was taken already.
+        """
+        group = self._groups[handle]
+        for row in group.rows:
+            if row.finish_reason is None:
+                row.finish_reason = "cancelled"
+                if row.text is not None:
+                    row.text.finish()
+        if group in self._waiting:
+            self._waiting.remove(group)
+        else:
+            self._settle(freed=group)
+        return self.take(handle)
+
+    def take(self, handle: int) -> GroupOutput:
+        """Hands out a finished group and forgets it.
+
+        Raises:
+            KeyError: no such group, or it was taken already.
+            ValueError: some of its rows are still running.
+        """
+        group = self._groups[handle]
+        if self.unfinished(handle):
+            raise ValueError(f"group {handle} has {self.unfinished(handle)} unfinished rows; step on, or cancel it")
+        del self._groups[handle]
+        made = [self._completion(row) for row in group.rows]
+        n = group.request.n
+        return GroupOutput(tuple(made[:n]), made[n] if group.request.greedy_extra else None, group.vision)
+
+    def unfinished(self, handle: int) -> int:
+        """Rows of a group that get more tokens; 0 also for one that was taken, was cancelled or failed."""
+        group = self._groups.get(handle)
+        return 0 if group is None else sum(row.finish_reason is None for row in group.rows)
+
+    def drain(self) -> None:
+        """Steps until every admitted group is finished: `max_new_tokens` steps for each that waits, at most."""
+        while not self.idle:
+            self.step()
+
+    def _start_waiting(self) -> None:
+        free = self._max_rows - self.running_rows
+        batch: list[_Group] = []
+        while self._waiting and len(self._waiting[0].rows) <= free:
+            group = self._waiting[0]
+            width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
+            if batch and width * (len(batch) + 1) > self._prefill_tokens:
+                self._start(batch)
+                batch = []
+            batch.append(self._waiting.popleft())
+            free -= len(group.rows)
+        if batch:
+            self._start(batch)
+
+    def _start(self, batch: list[_Group]) -> None:
+        """Encodes the prompts of `batch` in one pass and makes a cohort of its rows."""
+        # Out of the books while it can fail: a group that cannot be encoded is gone, the others go on.
+        for group in batch:
+            del self._groups[group.handle]
+        self._find_features(batch)
+        prompts = [group.request.prompt for group in batch]
+        prefix = encode_prefix(self._policy, prompts, [g.vision for g in batch if g.vision is not None])
+        self._groups.update((group.handle, group) for group in batch)
+        steps = max(group.request.sampling.max_new_tokens for group in batch)
+        packed = self._packed is not False and takes_4d_mask(self._policy) and keeps_every_key(prefix.cache, steps)
+        cohort = Cohort(self._policy, prefix, [group.rows for group in batch], packed=packed)
+        self._cohorts.append(cohort)
+        rows = sum(len(group.rows) for group in batch)
+        self.counters.update(prefills=1, prompts=len(batch), rows=rows)
+        self.counters["unmerged_rows"] += 0 if cohort.mergeable else rows
+
+    def _find_features(self, batch: list[_Group]) -> None:
+        missing = [group for group in batch if group.request.features is None]
+        made = vision_features(self._policy, [g.request.prompt for g in missing], self._cache) if missing else []
+        for group, features in zip(missing, made, strict=True):
+            group.vision = features
+        for group in batch:
+            group.vision = group.request.features or group.vision
+
+    def _advance(self, cohort: Cohort) -> list[Event]:
+        """One token for every row of `cohort`."""
+        self.counters["passes"] += not cohort.is_fresh
+        tokens, logprobs = cohort.sampler.sample(cohort.logits(), self._forbidden, self._eos)
+        cohort.put(tokens)
+        events = []
+        for row, token, logprob in zip(cohort.slots, tokens.tolist(), logprobs.tolist(), strict=True):
+            if row is not None and row.finish_reason is None:
+                events.append(self._add_token(row, token, logprob))
+        return events
+
+    def _add_token(self, row: Row, token: int, logprob: float) -> Event:
+        if logprob != logprob:
+            raise ModelError(
+                f"the model's logits are NaN at token {len(row.tokens)} of row {row.index}; "
+                "its weights or its adapter are broken: take an earlier checkpoint"
+            )
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        text, stopped = "", False
+        if row.text is not None:
+            text, stopped = row.text.push(token)
+        if stopped or token in self._ends:
+            row.finish_reason = "stop"
+        elif len(row.tokens) >= row.sampling.max_new_tokens:
+            row.finish_reason = "length"
+        if row.text is not None and row.finish_reason is not None and not stopped:
+            text += row.text.finish()
+        return Event(row.handle, row.index, token, logprob, text if self._streams(row) else "", row.finish_reason)
+
+    def _streams(self, row: Row) -> bool:
+        return row.text is not None and self._groups[row.handle].streams
+
+    def _settle(self, freed: _Group | None = None) -> None:
+        """Between steps: finished cohorts go, new ones join where they can, finished rows are dropped."""
+        self._cohorts = [cohort for cohort in self._cohorts if any(cohort.live)]
+        settled: list[Cohort] = []
+        for cohort in self._cohorts:
+            held = freed is not None and any(row in freed.rows for row in cohort.slots)
+            if held or cohort.shrinks_to <= _COMPACT_TO * len(cohort.slots):
+                cohort.compact()
+                self.counters["compactions"] += 1
+            host = next((other for other in settled if other.accepts(cohort)), None)
+            if host is None:
+                settled.append(cohort)
+            else:
+                host.absorb(cohort)
+                self.counters["merges"] += 1
+        self._cohorts = settled
+
+    def _text_stream(self, sampling: SamplingParams) -> TextStream:
+        return TextStream(self._policy.tokenizer, sampling.stop)
+
+    def _completion(self, row: Row) -> Completion:
+        text = (
+            row.text.text
+            if row.text is not None
+            else self._policy.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        )
+        return Completion(
+            token_ids=torch.tensor(row.tokens, dtype=torch.int64),
+            logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
+            text=text,
+            finish_reason=row.finish_reason or "cancelled",
+        )
+
+
+def decode_groups(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+    """Admits `requests`, decodes until all are finished, and returns their outputs in order.
+
+    Raises:
+        What `Decoder.admit` and `Decoder.step` raise; nothing of `requests` is left in the decoder then.
+    """
+    handles: list[int] = []
+    try:
+        for r in requests:
+            handles.append(decoder.admit(r.prompt, r.n, r.sampling, greedy_extra=r.greedy_extra, features=r.features))
+        while any(decoder.unfinished(handle) for handle in handles):
+            decoder.step()
+        return [decoder.take(handle) for handle in handles]
+    finally:
+        for handle in handles:
+            if decoder.unfinished(handle):
+                decoder.cancel(handle)
