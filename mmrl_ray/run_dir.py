@@ -58,22 +58,29 @@ class RunDir:
             RunError: it exists already, or cannot be made.
         """
         run = _resolve(str(root), name, filesystem)
-        taken = RunError(
-            f"run folder {run.location} exists already: "
-            f"continue it with --resume {run.location}, or choose another run.name"
-        )
         with _explained(run.location):
             if not run.is_local:
                 if run.exists():
-                    raise taken
+                    raise _taken(run)
                 run.filesystem.create_dir(run.path, recursive=True)
                 return run
             Path(run.path).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.mkdir(run.path)
             except FileExistsError:
-                raise taken from None
+                raise _taken(run) from None
         return run
+
+    @classmethod
+    def require_new(cls, root: str | Path, name: str, *, filesystem: fs.FileSystem | None = None) -> None:
+        """Refuses early what `create` would refuse once there is something to put into the folder.
+
+        Raises:
+            RunError: the folder exists already.
+        """
+        run = _resolve(str(root), name, filesystem)
+        if run.exists():
+            raise _taken(run)
 
     @classmethod
     def open(cls, root: str | Path, name: str, *, filesystem: fs.FileSystem | None = None) -> RunDir:
@@ -287,6 +294,19 @@ class RunDir:
             raise CheckpointError(f"{self.full_path(name)} has no valid {MANIFEST} or lacks a file ({error})") from None
         return manifest
 
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A folder as local files to read, for libraries that know only those; a download where it is not local."""
+        if self.is_local:
+            yield self.local_path(name)
+            return
+        with (
+            tempfile.TemporaryDirectory(prefix=atomic.SCRATCH_PREFIXES[0]) as scratch,
+            _explained(self.full_path(name)),
+        ):
+            fs.copy_files(self.full_path(name), scratch, source_filesystem=self.filesystem)
+            yield Path(scratch)
+
     def remove_scratch(self) -> None:
         """Removes what a killed writer left half-made. For a resume, before anything else opens the run."""
         if not self.is_local:
@@ -332,6 +352,12 @@ def _resolve(root: str, name: str, filesystem: fs.FileSystem | None) -> RunDir:
     except (ValueError, OSError) as error:
         raise RunError(f"run.root {root!r} is no location pyarrow.fs knows ({error})") from None
     return RunDir(filesystem, path.rstrip("/"), location)
+
+
+def _taken(run: RunDir) -> RunError:
+    return RunError(
+        f"run folder {run.location} exists already: continue it with --resume {run.location}, or choose another run.name"
+    )
 
 
 def _existing(run: RunDir) -> RunDir:

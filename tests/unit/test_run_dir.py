@@ -112,6 +112,9 @@ def test_a_committed_folder_is_whole_and_its_hashes_hold(run: RunDir, tmp_path: 
     assert manifest["step"] == 3
     assert manifest["files"]["inner/a.txt"] == {"bytes": 3, "sha256": hashlib.sha256(b"two").hexdigest()}
     assert set(manifest["files"]) == {"inner/a.txt", "b.bin"}
+    with run.local_copy(name) as folder:
+        assert everything_in(folder) == {"inner", "inner/a.txt", "b.bin", MANIFEST}
+        assert (folder / "inner" / "a.txt").read_text() == "two"
     base = tmp_path / "runs" / "r1"
     assert everything_in(base / name) == {"inner", "inner/a.txt", "b.bin", MANIFEST}
     assert everything_in(base) - everything_in(base / name) >= {"checkpoints", name}

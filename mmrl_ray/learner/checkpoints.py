@@ -1,0 +1,188 @@
+"""Checkpoints: a PEFT adapter folder that also holds everything a resume needs.
+
+    checkpoints/step-000040/
+        adapter_model.safetensors  adapter_config.json     loads by `PeftModel.from_pretrained(base, folder)`
+        state.safetensors  state.json                      optimiser, schedule, random generators; no pickle
+        controller/…                                       the controller's bytes, one file each
+        manifest.json                                      sha256 of every file above, written last
+
+`step` counts finished optimiser steps, so it is also the policy version that the adapter is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+
+from mmrl_ray.errors import CheckpointError, RunError
+from mmrl_ray.learner.state import LearnerState
+from mmrl_ray.policy.adapter import WEIGHTS_FILE, load_adapter_state, save_adapter
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.run_dir import MANIFEST, RunDir
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{6,})")
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint gives back; the adapter is in the model already."""
+
+    step: int
+    learner: LearnerState
+    controller: Mapping[str, Any]
+    """As it was given to `save_checkpoint`."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Its folder's name in the run."""
+    return f"{FOLDER}/step-{step:06d}"
+
+
+def checkpoint_steps(run: RunDir) -> list[int]:
+    """Steps that have a checkpoint folder, ascending, valid or not."""
+    return sorted(int(match[1]) for name in run.list(FOLDER) if (match := _NAME.fullmatch(name)))
+
+
+def save_checkpoint(
+    run: RunDir,
+    step: int,
+    *,
+    policy: Policy,
+    learner: LearnerState,
+    controller: Mapping[str, Any],
+    keep: int,
+) -> str:
+    """Writes the checkpoint of `step` finished steps, then removes all but the newest `keep`; returns its name.
+
+    Args:
+        run: the run's folder; only one process may save into it.
+        step: finished optimiser steps.
+        policy: its adapter is saved in the PEFT layout.
+        learner: `LearnerStep.state()`.
+        controller: JSON-like values; `bytes` values become files of their own.
+        keep: how many checkpoints stay, this one included; at least 1.
+
+    Raises:
+        RunError: it cannot be written (a full disk, …); what was there before is as it was.
+    """
+    name = checkpoint_name(step)
+    blobs = {key: value for key, value in controller.items() if isinstance(value, bytes)}
+    facts = {
+        "format": _FORMAT,
+        "step": step,
+        "learner": dict(learner.facts),
+        "controller": {key: value for key, value in controller.items() if key not in blobs},
+        "blobs": sorted(blobs),
+    }
+    with run.staging_folder() as folder:
+        _write_adapter(policy, folder, run.full_path(name))
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in learner.tensors.items()}
+        (folder / "state.safetensors").write_bytes(dump_tensors(tensors))
+        (folder / "controller").mkdir()
+        for key, blob in blobs.items():
+            (folder / "controller" / key).write_bytes(blob)
+        _write_facts(folder / "state.json", facts)
+        run.commit_folder(name, folder, facts={"step": step})
+    _prune(run, step, keep)
+    return name
+
+
+def newest_valid_checkpoint(run: RunDir) -> int | None:
+    """The step of the newest checkpoint whose every hash holds; None when none was ever committed.
+
+    A folder that fails is passed over with a warning and an event in `events.jsonl`. One without a manifest was never
+    a checkpoint: its writer died before the commit.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is valid.
+    """
+    damaged = 0
+    for step in reversed(checkpoint_steps(run)):
+        try:
+            run.verify_manifest(checkpoint_name(step))
+        except CheckpointError as error:
+            logger.warning("checkpoint of step %d is damaged, falling back to the one before: %s", step, error)
+            run.append_line("events.jsonl", {"kind": "checkpoint_damaged", "step": step, "reason": str(error)})
+            damaged += run.exists(f"{checkpoint_name(step)}/{MANIFEST}")
+        else:
+            return step
+    if damaged:
+        raise CheckpointError(
+            f"{run.full_path(FOLDER)}: none of the {damaged} checkpoints is valid; "
+            "restore one from a backup, or remove them all to start this run over"
+        )
+    return None
+
+
+def load_checkpoint(run: RunDir, step: int, policy: Policy) -> Checkpoint:
+    """Puts the checkpoint's adapter into `policy`, which has one already, and gives back the rest.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a later format.
+        AdapterError: the adapter does not fit the model.
+    """
+    name = checkpoint_name(step)
+    run.verify_manifest(name)
+    with run.local_copy(name) as folder:
+        load_adapter_state(policy.model, load_tensors((folder / WEIGHTS_FILE).read_bytes()))
+        facts = run.read_json(f"{name}/state.json")
+        if facts["format"] != _FORMAT:
+            raise CheckpointError(f"{run.full_path(name)} has format {facts['format']}, this version reads {_FORMAT}")
+        tensors: dict[str, torch.Tensor] = load_tensors((folder / "state.safetensors").read_bytes())
+        blobs = {key: (folder / "controller" / key).read_bytes() for key in facts["blobs"]}
+    return Checkpoint(
+        step=int(facts["step"]),
+        learner=LearnerState(tensors, facts["learner"]),
+        controller={**facts["controller"], **blobs},
+    )
+
+
+def save_adapter_folder(run: RunDir, name: str, policy: Policy) -> None:
+    """Commits the policy's adapter as the folder `name` of the run, in the PEFT layout.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    with run.staging_folder() as folder:
+        _write_adapter(policy, folder, run.full_path(name))
+        run.commit_folder(name, folder)
+
+
+def _write_adapter(policy: Policy, folder: Path, target: str) -> None:
+    try:
+        save_adapter(policy.model, folder)
+    except SafetensorError as error:
+        # The Rust writer reports a full disk in words of its own.
+        full = "StorageFull" in str(error) or "No space left" in str(error)
+        remedy = "the disk is full; free some space and continue with --resume" if full else str(error)
+        raise RunError(f"{target}: {remedy}") from error
+
+
+def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    # Not `RunDir.write_json`: that turns NaN into null, and a state must come back as it was.
+    path.write_text(json.dumps(facts))
+
+
+def _prune(run: RunDir, newest: int, keep: int) -> None:
+    """Leaves the newest `keep` up to `newest`. Later ones are of a past that a fallback has left, and damaged."""
+    run.verify_manifest(checkpoint_name(newest))  # before anything older goes
+    steps = checkpoint_steps(run)
+    kept = [s for s in steps if s <= newest][-keep:]
+    for step in steps:
+        if step not in kept:
+            run.delete(f"{checkpoint_name(step)}/{MANIFEST}")  # whoever dies between here and there leaves no half one
+            run.delete(checkpoint_name(step))

@@ -1,0 +1,130 @@
+"""`LearnerGroup`: the learners of one run as a Ray Train job, seen from the driver.
+
+`TorchTrainer.fit()` blocks, and takes the signals over when it runs on the main thread: here it has a thread of its
+own, and the driver's main thread stays free for progress and Ctrl-C. To end a group early, tell the controller
+(`request_stop`): the next plan is then a stop, and the group finishes its step, saves a checkpoint and returns.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from mmrl_ray.config import Config
+from mmrl_ray.errors import LearnerError, MMRLError, PlacementError
+from mmrl_ray.learner.train_loop import LearnerJob, LearnerOutcome, train_loop
+from mmrl_ray.rollouts.controller_actor import ControllerClient
+from mmrl_ray.run_dir import RunDir
+
+_TRAIN_FOLDER = ".tmp-train"
+"""Ray Train's own bookkeeping, inside the run folder while the group runs: all nodes see it there."""
+_COLLECTIVE_TIMEOUT_S = 1800
+"""Ranks wait for each other no longer than this: the longest forward and backward pass of one rank, and then some."""
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+
+
+class LearnerGroup:
+    """Start it, wait for it, take its outcome."""
+
+    def __init__(self, cfg: Config, run: RunDir, controller: ControllerClient) -> None:
+        """`cfg.model.path` is the folder (or hub id) that reinforcement learning starts from."""
+        self._cfg = cfg
+        self._run = run
+        # Ray Train changes its workers' directory: a relative path would mean something else there.
+        path = Path(cfg.model.path).expanduser()
+        if path.exists():
+            cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(path.absolute())})})
+        self._job = LearnerJob(cfg, run, controller)
+        self._outcome: LearnerOutcome | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
+
+    def start(self) -> None:
+        """Returns at once; the group resumes from the run folder's newest valid checkpoint, if there is one."""
+        # Ray Train reads these where `fit` is called and hands them to its own processes.
+        os.environ[_START_TIMEOUT] = str(self._cfg.resources.placement_timeout_s)
+        os.environ.setdefault(_POLL_INTERVAL, "0.2")
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the group has ended, after at most `timeout_s`."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def result(self) -> LearnerOutcome:
+        """How the group ended; call it after `wait` said so.
+
+        Raises:
+            MMRLError: what ended it: the error of a learner or of the rollouts as it was raised there, PlacementError
+                when Ray had no room for the learners, LearnerError when they died more often than `max_failures`.
+        """
+        if self._thread.is_alive() or (self._outcome is None and self._error is None):
+            raise LearnerError("the learner group has not ended yet: wait for it first")
+        if self._error is not None:
+            raise self._explained(self._error) from self._error
+        assert self._outcome is not None
+        if self._outcome.error is not None:
+            raise self._outcome.error
+        return self._outcome
+
+    def _fit(self) -> None:
+        try:
+            self._outcome = self._trainer().fit().return_value  # type: ignore[attr-defined]  # Ray types its first API
+        except BaseException as error:  # noqa: BLE001 - the thread's boundary: `result` raises it
+            self._error = error
+        finally:
+            self._run.delete(_TRAIN_FOLDER)
+
+    def _trainer(self) -> TorchTrainer:
+        learner, share = self._cfg.learner, self._cfg.resources.learner
+        resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
+        return TorchTrainer(
+            train_loop,  # type: ignore[arg-type]  # a return value is new in Ray Train's second API
+            train_loop_config={"job": self._job},
+            scaling_config=ScalingConfig(
+                num_workers=learner.workers, use_gpu=share.gpus > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=_TRAIN_FOLDER,
+                storage_path=self._run.full_path(),
+                storage_filesystem=self._run.filesystem,
+                # Not to be placed in time is final; a group that died is started again.
+                failure_config=FailureConfig(
+                    max_failures=learner.max_failures,
+                    controller_failure_limit=0,  # type: ignore[call-arg]  # new there, too
+                ),
+            ),
+            torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+        )
+
+    def _explained(self, error: BaseException) -> MMRLError:
+        learner, share = self._cfg.learner, self._cfg.resources.learner
+        if isinstance(error, MMRLError):
+            return error
+        if isinstance(error, WorkerGroupError):
+            rank, cause = min(error.worker_failures.items())
+            return LearnerError(
+                f"learner {rank} died {learner.max_failures + 1} times, the last time of {_one_line(cause)}; "
+                "the last checkpoint is good: continue with --resume"
+            )
+        if isinstance(error, ControllerError) and "StartupTimeout" in type(error.controller_failure).__name__:
+            return PlacementError(
+                f"{learner.workers} learners with {share.cpus:g} CPUs and {share.gpus:g} GPUs each were not placed "
+                f"within {self._cfg.resources.placement_timeout_s:g} s: lower learner.workers or resources.learner, or "
+                "add nodes"
+            )
+        if isinstance(error, ControllerError):
+            return LearnerError(f"the learner group did not start: {_one_line(error.controller_failure)}")
+        return LearnerError(f"the learner group ended: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    """The last line of what Ray wraps a traceback into says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

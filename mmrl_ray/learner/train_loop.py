@@ -1,0 +1,241 @@
+"""What Ray Train runs on each learner: pull a plan, take the step, publish the weights, now and then a checkpoint.
+
+    start    load policy and adapter; newest valid checkpoint of the run folder, or none
+             rank 0: controller.restore(…) and publish(version), or rewind(0)
+    step s   plan(s) ─▶ LearnerStep.run ─▶ rank 0: publish(s + 1) ─▶ finish_step(s, metrics) ─▶ checkpoint(s + 1)?
+    end      rank 0: a last checkpoint, and `adapter/` when every step was taken
+
+A restarted group comes back here and starts over from the newest checkpoint, and the controller goes back with it.
+
+Errors of two kinds leave this loop. One of the project's own (a NaN, a full disk) would come again, so it is *returned*
+as part of the outcome, after all ranks have agreed on it, and Ray Train sees a run that ended. Anything else (a dead
+process, a lost node) is raised, and Ray Train restarts the group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from mmrl_ray.config import Config
+from mmrl_ray.errors import MMRLError, RolloutError
+from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
+from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.learner.checkpoints import (
+    load_checkpoint,
+    newest_valid_checkpoint,
+    save_adapter_folder,
+    save_checkpoint,
+)
+from mmrl_ray.learner.ranks import Ranks
+from mmrl_ray.learner.step import LearnerStep
+from mmrl_ray.policy.adapter import adapter_state, add_adapter
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.rollouts.controller_actor import ControllerClient
+from mmrl_ray.rollouts.protocols import Stop
+from mmrl_ray.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+_MB = 2**20
+
+
+@dataclass(frozen=True)
+class LearnerJob:
+    """What every learner of a run is given; picklable."""
+
+    cfg: Config
+    """`model.path` is the folder (or hub id) that reinforcement learning starts from, as every node sees it."""
+    run: RunDir
+    controller: ControllerClient
+
+
+@dataclass(frozen=True)
+class LearnerOutcome:
+    """How a learner group ended."""
+
+    step: int
+    """Finished steps; a checkpoint holds them."""
+    finished: bool
+    """Whether these are all steps of the run, and `adapter/` is written."""
+    reason: str
+    error: MMRLError | None = None
+    """What ended it, when that was no request."""
+
+
+def train_loop(arguments: dict[str, Any]) -> LearnerOutcome:
+    """The function that `TorchTrainer` runs on each worker, with `{"job": LearnerJob}`."""
+    job: LearnerJob = arguments["job"]
+    torch.set_num_threads(torch_threads(job.cfg, os.cpu_count() or 1))
+    return _Learner(job, ray.train.torch.get_device()).run()
+
+
+def torch_threads(cfg: Config, cores: int) -> int:
+    """Threads of one learner; from the config and the machine alone, since sums depend on it bit for bit.
+
+    Strictly on-policy and without a GPU, learners and rollout workers take turns: the learners share all cores.
+    """
+    share = cfg.resources.learner
+    if share.threads is not None:
+        return share.threads
+    if cfg.rollout.max_staleness == 0 and not share.gpus:
+        return max(1, cores // cfg.learner.workers)
+    return max(1, int(share.cpus))
+
+
+class _Learner:
+    """One rank's life. Whatever only rank 0 does, the others learn how it went."""
+
+    def __init__(self, job: LearnerJob, device: torch.device) -> None:
+        self._cfg, self._run, self._controller = job.cfg, job.run, job.controller
+        self._ranks = Ranks()
+        self._step = 0
+        self._saved: int | None = None
+        self._path_chosen = False
+        self._late_seconds: dict[str, float] = {}
+        cfg = job.cfg
+        self._policy = load_policy(cfg.model, device=device)
+        add_adapter(self._policy, cfg.model.lora, derive_seed(cfg.run.seed, "adapter"))
+        cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
+        self._learner = LearnerStep(self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks)
+
+    def run(self) -> LearnerOutcome:
+        """Until all steps are taken, the controller says stop, or an error of the project ends it on any rank."""
+        steps, reason = self._cfg.learner.steps, "all steps were taken"
+        try:
+            self._restore()
+            while self._step < steps:
+                plan = self._next_plan()
+                if isinstance(plan, Stop):
+                    reason = plan.reason
+                    break
+                self._take(plan)
+            self._on_first(self._end)
+        except MMRLError as error:
+            return LearnerOutcome(self._step, finished=False, reason=str(error), error=error)
+        return LearnerOutcome(self._step, finished=self._step == steps, reason=reason)
+
+    def _restore(self) -> None:
+        """Every rank to the newest checkpoint, or to the beginning; then the controller too."""
+        found: list[int | None] = [None]
+
+        def find() -> None:
+            found[0] = newest_valid_checkpoint(self._run)
+
+        self._on_first(find)
+        step = self._ranks.from_first(found[0])
+        error: MMRLError | None = None
+        try:
+            if step is not None:
+                checkpoint = load_checkpoint(self._run, step, self._policy)
+                self._learner.restore(checkpoint.learner)
+        except MMRLError as failed:
+            error = failed
+        self._ranks.raise_first(error)
+        if step is None:
+            # Nothing to publish: version 0 is the adapter as every worker makes it.
+            self._on_first(lambda: self._controller.rewind(0))
+            return
+        self._step = self._saved = step
+
+        def back_to_checkpoint() -> None:
+            self._controller.restore(checkpoint.controller)
+            self._controller.publish(step, adapter_state(self._policy.model))
+
+        self._on_first(back_to_checkpoint)
+
+    def _next_plan(self) -> StepPlan | Stop:
+        """The step's plan, the same on all ranks; or that there is none, if any rank was told so."""
+        answer: StepPlan | Stop | None = None
+        error: MMRLError | None = None
+        try:
+            answer = self._controller.next_plan(self._step, self._ranks.size)
+            if isinstance(answer, Stop) and answer.failed:
+                error = self._controller.failure() or RolloutError(answer.reason)
+        except MMRLError as failed:
+            error = failed
+        plan = answer if isinstance(answer, StepPlan) else None
+        if not self._ranks.any(plan is None) and plan is not None:
+            return plan
+        self._ranks.raise_first(error)
+        return self._ranks.from_first(answer if isinstance(answer, Stop) else Stop("another learner was told to stop"))
+
+    def _take(self, plan: StepPlan) -> None:
+        if not self._path_chosen:
+            self._choose_path(plan)
+        metrics = self._learner.run(plan, self._fetch)
+
+        def publish() -> None:
+            start = time.perf_counter()
+            self._controller.publish(plan.step + 1, adapter_state(self._policy.model))
+            seconds = {**self._late_seconds, "seconds/publish": time.perf_counter() - start}
+            self._controller.finish_step(plan.step, {**metrics, **seconds})
+
+        self._on_first(publish)
+        self._step = plan.step + 1
+        self._late_seconds = {}
+        if self._step % self._cfg.learner.checkpoint_every == 0:
+            self._on_first(self._save)
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        save_checkpoint(
+            self._run,
+            self._step,
+            policy=self._policy,
+            learner=self._learner.state(),
+            controller=self._controller.checkpoint_state(self._step),
+            keep=self._cfg.learner.keep_checkpoints,
+        )
+        self._saved = self._step
+        # The step's own line is written already: the time shows up in the next one's.
+        self._late_seconds = {"seconds/checkpoint": time.perf_counter() - start}
+
+    def _end(self) -> None:
+        if self._step > 0 and self._saved != self._step:
+            self._save()
+        if self._step == self._cfg.learner.steps:
+            save_adapter_folder(self._run, ADAPTER_FOLDER, self._policy)
+
+    def _choose_path(self, plan: StepPlan) -> None:
+        """The start-up check, on a real prompt; rank 0's finding holds for all."""
+        (group,) = self._fetch(plan.groups[:1])
+        choice = choose_path(
+            self._policy, encode_prompts(self._policy, [group.sample]), temperature=self._cfg.rollout.temperature
+        )
+        self._learner.path = self._ranks.from_first(choice.path)
+        self._path_chosen = True
+        if self._ranks.rank == 0:
+            level = logging.INFO if choice.path == "shared_prefix" else logging.WARNING
+            logger.log(level, "learner scores completions by the %s path: %s", choice.path, choice.reason)
+            event = {"kind": "learner_path", "path": choice.path, "reason": choice.reason}
+            self._run.append_line("events.jsonl", event)
+
+    def _fetch(self, planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
+        try:
+            return self._controller.groups([group.payload for group in planned])
+        except RolloutError as error:
+            # Gone with their node. Not one of the project's errors: going back to the last checkpoint makes them anew.
+            raise RuntimeError(f"step {self._step}: {error}") from error
+
+    def _on_first(self, work: Callable[[], None]) -> None:
+        """Rank 0 does it; an error of the project in it is raised on all ranks."""
+        error: MMRLError | None = None
+        if self._ranks.rank == 0:
+            try:
+                work()
+            except MMRLError as failed:
+                error = failed
+        self._ranks.raise_first(error)

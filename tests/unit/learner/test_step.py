@@ -1,0 +1,407 @@
+"""One optimiser step against plain transformers and autograd: loss, gradient, split, ranks, schedule, errors."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmrl_ray.config.learner import KlSection, LearnerSection
+from mmrl_ray.config.presets import PRESETS
+from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, NonFiniteError, RolloutError
+from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
+from mmrl_ray.learner.ranks import Ranks
+from mmrl_ray.learner.step import LearnerStep
+from mmrl_ray.policy.load import Policy
+from tests.unit.learner.worlds import (
+    gradient,
+    make_groups,
+    make_plan,
+    make_policy,
+    make_rewards,
+    payloads,
+    reference_logprobs,
+    truth,
+    weights,
+)
+
+
+def section(**keys: Any) -> LearnerSection:
+    return LearnerSection(**{"steps": 4, "lr": 1e-2, "max_grad_norm": 1e9, **keys})
+
+
+def assert_close(found: torch.Tensor | float, expected: torch.Tensor | float, tolerance: float = 1e-5) -> None:
+    found, expected = torch.as_tensor(found), torch.as_tensor(expected)
+    scale = expected.abs().max().clamp_min(1e-6)
+    assert float((found - expected).abs().max() / scale) < tolerance
+
+
+COMBINATIONS = [
+    ("reward_guided", "none", "token_mean", 0.0, "k3"),
+    ("reward_guided", "batch_mean", "sequence_sum", 0.0, "k3"),
+    ("reward_guided", "greedy", "constant", 0.1, "k1"),
+    ("reward_guided", "leave_one_out", "sequence_mean", 0.1, "k2"),
+    ("clipped", "group", "token_mean", 0.1, "k3"),
+    ("clipped", "group", "sequence_mean", 0.1, "k2"),
+    ("clipped", "leave_one_out", "sequence_sum", 0.0, "k3"),
+    ("clipped", "batch_mean", "constant", 0.1, "k1"),
+    ("gspo", "group", "sequence_mean", 0.0, "k3"),
+    ("cispo", "group", "token_mean", 0.0, "k3"),
+    ("cispo", "greedy", "constant", 0.2, "k3"),
+]
+
+
+@pytest.mark.parametrize(("loss", "advantage", "aggregation", "kl", "estimator"), COMBINATIONS)
+@pytest.mark.parametrize("budget", [10_000, 1])
+def test_loss_and_gradient_are_those_of_the_formulas(
+    tiny: Path, loss: str, advantage: str, aggregation: str, kl: float, estimator: str, budget: int
+) -> None:
+    cfg = section(
+        loss=loss,
+        advantage=advantage,
+        aggregation=aggregation,
+        kl=KlSection(weight=kl, estimator=estimator),
+        off_policy_cap=1.1,
+        micro_batch_tokens=budget,
+    )
+    policy = make_policy(tiny)
+    groups = make_groups(policy, noise=0.2)
+    rewards = make_rewards(groups)
+    expected = truth(policy, groups, cfg, rewards)
+    plan = make_plan(groups, cfg, rewards=rewards)
+    assert len(plan.micro_batches[0]) == (1 if budget > 1 else len(groups))
+    metrics = LearnerStep(policy, cfg).run(plan, payloads)
+    assert_close(gradient(policy), expected.gradient)
+    assert metrics["loss"] == pytest.approx(expected.loss, rel=1e-5, abs=1e-7)
+    assert metrics["loss/policy"] == pytest.approx(expected.policy, rel=1e-5, abs=1e-7)
+    assert metrics["loss/kl"] == pytest.approx(expected.kl, rel=1e-5, abs=1e-7)
+    assert metrics["grad_norm"] == pytest.approx(float(expected.gradient.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["clipped", "gspo", "cispo"])
+def test_a_second_pass_measures_its_ratio_from_the_start_of_the_step(tiny: Path, loss: str) -> None:
+    cfg = section(
+        loss=loss,
+        aggregation="sequence_mean",
+        passes=2,
+        lr=3e-3,
+        clip_low=0.05,
+        clip_high=0.05,
+        micro_batch_tokens=1,
+    )
+    policy = make_policy(tiny)
+    groups = make_groups(policy, noise=0.2)
+    rewards = make_rewards(groups)
+    start = truth(policy, groups, cfg, rewards)
+    metrics = LearnerStep(policy, cfg).run(make_plan(groups, cfg, rewards=rewards), payloads)
+    found = gradient(policy)
+    # The second gradient was taken between the updates: go back to where the first one led.
+    again = make_policy(tiny)
+    LearnerStep(again, cfg.model_copy(update={"passes": 1, "steps": 8})).run(
+        make_plan(groups, cfg, rewards=rewards), payloads
+    )
+    expected = truth(again, groups, cfg, rewards, proximal=start.logprobs)
+    assert_close(found, expected.gradient, 1e-4)
+    assert metrics["loss"] == pytest.approx(expected.loss, rel=1e-4)
+    assert metrics["clip_fraction"] > 0
+
+
+def test_on_policy_ratio_is_one(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    metrics = LearnerStep(policy, section()).run(make_plan(make_groups(policy), section()), payloads)
+    assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["behaviour_ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["effective_samples"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["behaviour_capped_fraction"] == 0
+
+
+def test_naive_and_shared_prefix_path_make_the_same_step(tiny: Path) -> None:
+    found = []
+    for path in ("shared_prefix", "naive"):
+        policy = make_policy(tiny)
+        cfg = section(kl=KlSection(weight=0.1))
+        metrics = LearnerStep(policy, cfg, path=path).run(make_plan(make_groups(policy), cfg), payloads)  # type: ignore[arg-type]
+        assert metrics["shared_prefix"] is (path == "shared_prefix")
+        found.append(gradient(policy))
+    assert_close(found[0], found[1])
+
+
+def test_entropy_kl_and_counts(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    cfg = section(kl=KlSection(weight=0.1, estimator="k2"), micro_batch_tokens=1)
+    metrics = LearnerStep(policy, cfg).run(make_plan(groups, cfg), payloads)
+    tokens = sum(c.token_ids.numel() for g in groups for c in g.completions)
+    k3 = sum(
+        float((torch.exp(c.reference_logprobs - c.logprobs) - 1 - (c.reference_logprobs - c.logprobs)).sum())
+        for g in groups
+        for c in g.completions
+        if c.reference_logprobs is not None
+    )
+    assert metrics["kl"] == pytest.approx(k3 / tokens, rel=1e-4)
+    assert metrics["tokens/completion"] == metrics["tokens/scored"] == tokens
+    assert metrics["vision/recomputed"] == len(groups)
+    assert 0 < metrics["entropy"] <= math.log(policy.vocab_size - 1)
+    without = make_groups(policy, reference=False)
+    assert math.isnan(LearnerStep(policy, section()).run(make_plan(without, section()), payloads)["kl"])
+
+
+def test_regularisers_enter_once_a_step(tiny: Path) -> None:
+    plain, regular = section(micro_batch_tokens=1), section(micro_batch_tokens=1, adapter_l2=0.3, l2_to_pretrained=0.2)
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    LearnerStep(policy, plain).run(make_plan(groups, plain), payloads)
+    without = gradient(policy).clone()
+    policy = make_policy(tiny)
+    # By the definitions: ‖φ‖² and ‖s·B·A‖² of each adapted layer, built in full.
+    phi = sum(p.double().square().sum() for p in policy.model.parameters() if p.requires_grad)
+    distance = torch.zeros((), dtype=torch.float64)
+    for module in policy.model.modules():
+        if hasattr(module, "lora_A") and len(module.lora_A):
+            b, a = module.lora_B["default"].weight.double(), module.lora_A["default"].weight.double()
+            distance = distance + (module.scaling["default"] * b @ a).square().sum()
+    penalty = 0.3 * phi + 0.2 * distance
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(penalty, parameters)]).float()
+    metrics = LearnerStep(policy, regular).run(make_plan(groups, regular), payloads)
+    assert_close(gradient(policy) - without, expected, 1e-4)
+    assert metrics["loss/adapter_l2"] == pytest.approx(0.3 * phi.item(), rel=1e-5)
+    assert metrics["loss/l2_to_pretrained"] == pytest.approx(0.2 * distance.item(), rel=1e-5)
+    terms = [metrics[f"loss/{name}"] for name in ("policy", "kl", "adapter_l2", "l2_to_pretrained")]
+    assert metrics["loss"] == pytest.approx(sum(terms))
+
+
+def test_a_group_without_signal_is_skipped_but_counts_in_the_denominator(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    rewards = make_rewards(groups)
+    rewards[1] = 0.5
+    cfg = section(aggregation="token_mean", micro_batch_tokens=1)
+    expected = truth(policy, groups, cfg, rewards)
+    fetched: list[str] = []
+
+    def watching(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
+        fetched.extend(g.sample_id for g in planned)
+        return payloads(planned)
+
+    plan = make_plan(groups, cfg, rewards=rewards)
+    metrics = LearnerStep(policy, cfg).run(plan, watching)
+    assert sorted(fetched) == ["s0", "s2"]
+    assert_close(gradient(policy), expected.gradient)
+    assert metrics["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    # With KL in the loss it has a gradient of its own.
+    fetched.clear()
+    cfg = section(aggregation="token_mean", kl=KlSection(weight=0.1))
+    policy = make_policy(tiny)
+    expected = truth(policy, groups, cfg, rewards)
+    LearnerStep(policy, cfg).run(make_plan(groups, cfg, rewards=rewards), watching)
+    assert sorted(fetched) == ["s0", "s1", "s2"]
+    assert_close(gradient(policy), expected.gradient)
+
+
+def test_a_step_without_any_signal_still_ends(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    before = weights(policy)
+    rewards = np.full((len(groups), 4), 0.5)
+    metrics = LearnerStep(policy, section()).run(make_plan(groups, section(), rewards=rewards), payloads)
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    assert math.isnan(metrics["entropy"])
+    assert torch.equal(weights(policy), before)
+
+
+class Together:
+    """Ranks in threads: the collectives of a process group, without one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.board: list[Any] = [None] * size
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.board[rank] = value
+        self.barrier.wait()
+        everything = list(self.board)
+        self.barrier.wait()
+        return everything
+
+
+class OneOf(Ranks):
+    def __init__(self, together: Together, rank: int) -> None:
+        super().__init__()
+        self._group, self._rank = together, rank
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return self._group.size
+
+    def sum_(self, values: torch.Tensor) -> None:
+        values.copy_(torch.stack(self._group.exchange(self._rank, values.clone())).sum(dim=0))
+
+    def any(self, flag: bool) -> bool:
+        return any(self._group.exchange(self._rank, flag))
+
+    def raise_first(self, error: MMRLError | None) -> None:
+        for found in self._group.exchange(self._rank, error):
+            if found is not None:
+                raise found
+
+
+def run_together(tiny: Path, cfg: LearnerSection, size: int, steps: int = 2, **changes: Any) -> list[Any]:
+    """[(policy, metrics of the last step) or the error] of each rank."""
+    together = Together(size)
+    results: list[Any] = [None] * size
+    policies: list[Policy] = [make_policy(tiny) for _ in range(size)]
+    groups = make_groups(policies[0])
+
+    def work(rank: int) -> None:
+        try:
+            learner = LearnerStep(policies[rank], cfg, ranks=OneOf(together, rank))
+            metrics: dict[str, Any] = {}
+            for step in range(steps):
+                plan = make_plan(groups, cfg, step=step, world_size=size)
+                metrics = learner.run(plan, changes.get(f"payloads{rank}", payloads))
+            results[rank] = (policies[rank], metrics)
+        except MMRLError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_ranks_make_the_step_of_one(tiny: Path, size: int) -> None:
+    cfg = section(kl=KlSection(weight=0.1), adapter_l2=0.01, l2_to_pretrained=0.01, micro_batch_tokens=1)
+    ((alone, metrics),) = run_together(tiny, cfg, 1)
+    ranks = run_together(tiny, cfg, size)  # of 4 ranks one has no group at all
+    for policy, others in ranks:
+        assert_close(gradient(policy), gradient(alone))
+        assert_close(weights(policy), weights(alone), 1e-4)
+        for name in set(metrics) - {n for n in metrics if n.startswith("seconds/")}:
+            assert others[name] == pytest.approx(metrics[name], rel=1e-4, nan_ok=True), name
+    assert torch.equal(weights(ranks[0][0]), weights(ranks[1][0]))
+
+
+def test_an_error_on_one_rank_is_raised_on_all(tiny: Path) -> None:
+    def lost(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
+        raise RolloutError("the group is gone")
+
+    for result in run_together(tiny, section(), 2, payloads1=lost):
+        assert isinstance(result, RolloutError)
+        assert str(result) == "the group is gone"
+
+
+@pytest.mark.parametrize("metric", ["loss", "gradient norm"])
+def test_nan_stops_before_the_optimiser_moves(tiny: Path, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    if metric == "loss":
+        broken = groups[1].completions[0]
+        bad = replace(broken, logprobs=torch.full_like(broken.logprobs, float("nan")))
+        groups[1] = replace(groups[1], completions=(bad, *groups[1].completions[1:]))
+    else:
+        # A finite loss whose gradient is not: what a saturated float does in the backward pass.
+        parameter = next(p for p in policy.model.parameters() if p.requires_grad)
+        parameter.register_hook(lambda g: g * float("inf"))
+    before = weights(policy)
+    cfg = section(micro_batch_tokens=1)
+    learner = LearnerStep(policy, cfg)
+    with pytest.raises(NonFiniteError, match=rf"step 3: {metric} is (nan|inf).* on samples .*s1"):
+        learner.run(make_plan(groups, cfg, step=3), payloads)
+    assert torch.equal(weights(policy), before)
+    assert learner.updates == 0
+    assert not any(name.startswith("optimizer/") for name in learner.state().tensors)
+
+
+def test_the_gradient_is_clipped_by_its_global_norm(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    expected = truth(policy, groups, section(), make_rewards(groups)).gradient
+    cfg = section(max_grad_norm=float(expected.norm()) / 4)
+    metrics = LearnerStep(policy, cfg).run(make_plan(groups, cfg), payloads)
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-5)
+    assert_close(gradient(policy), expected / 4)
+
+
+def test_updates_are_adamws_on_the_cosine_schedule(tiny: Path) -> None:
+    cfg = section(lr=1e-2, lr_min=1e-3, warmup_steps=1, weight_decay=0.1, betas=(0.8, 0.9), adapter_l2=0.05)
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    learner = LearnerStep(policy, cfg)
+    mine = weights(policy).double()
+    m, v = torch.zeros_like(mine), torch.zeros_like(mine)
+    for step in range(4):
+        t = step - 1
+        rate = 0.0 if step < 1 else 1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + math.cos(math.pi * t / 3))
+        metrics = learner.run(make_plan(groups, cfg, step=step), payloads)
+        assert metrics["lr"] == pytest.approx(rate)
+        g = gradient(policy).double()
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        bias = math.sqrt(1 - 0.9 ** (step + 1)) / (1 - 0.8 ** (step + 1))
+        eps = 1e-8 * math.sqrt(1 - 0.9 ** (step + 1))
+        mine = mine * (1 - rate * 0.1) - rate * bias * m / (v.sqrt() + eps)
+        assert_close(weights(policy).double(), mine, 1e-5)
+
+
+def test_steps_are_bitwise_the_same_again(tiny: Path) -> None:
+    results = []
+    for _ in range(2):
+        policy = make_policy(tiny)
+        groups = make_groups(policy)
+        learner = LearnerStep(policy, section(micro_batch_tokens=64))
+        for step in range(2):
+            learner.run(make_plan(groups, section(), step=step), payloads)
+        results.append(weights(policy))
+    assert torch.equal(*results)
+
+
+def test_the_plan_must_be_for_as_many_ranks(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    with pytest.raises(LearnerError, match="plan of step 0 is for 2 learners, and there are 1"):
+        LearnerStep(policy, section()).run(make_plan(make_groups(policy), section(), world_size=2), payloads)
+
+
+def test_float16_is_refused(tiny: Path) -> None:
+    policy = replace(make_policy(tiny), dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"model.dtype=float16"):
+        LearnerStep(policy, section())
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_each_preset_trains_two_steps(tiny: Path, name: str) -> None:
+    cfg = LearnerSection(steps=2, lr=1e-3, **PRESETS[name])
+    policy = make_policy(tiny, fresh=True)
+    groups = make_groups(policy)
+    rewards = make_rewards(groups)
+    learner = LearnerStep(policy, cfg)
+    before = weights(policy)
+    best = [(i, int(row.argmax())) for i, row in enumerate(rewards)]
+
+    def chosen() -> float:
+        with torch.no_grad():
+            found = [reference_logprobs(policy, groups[i], groups[i].completions[j].token_ids) for i, j in best]
+        return sum(float(logprobs.sum()) for logprobs in found)
+
+    start = chosen()
+    for step in range(2):
+        metrics = learner.run(make_plan(groups, cfg, step=step, rewards=rewards), payloads)
+        assert all(math.isfinite(metrics[key]) for key in ("loss", "grad_norm", "entropy", "lr"))
+        assert metrics["grad_norm"] > 0
+    assert learner.updates == 2
+    assert not torch.equal(weights(policy), before)
+    assert chosen() > start, "the best caption of each group became less likely"
