@@ -356,7 +356,8 @@ def _resolve(root: str, name: str, filesystem: fs.FileSystem | None) -> RunDir:
 
 def _taken(run: RunDir) -> RunError:
     return RunError(
-        f"run folder {run.location} exists already: continue it with --resume {run.location}, or choose another run.name"
+        f"run folder {run.location} exists already: "
+        f"continue it with --resume {run.location}, or choose another run.name"
     )
 
 
