@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -23,6 +25,7 @@ from mmrl_ray.policy.tokens import end_of_turn, end_tokens, image_tokens, placeh
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 
+_BRIEF = 300
 _PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
 
 _HASH_WHOLE = 64 << 20
@@ -201,8 +204,8 @@ def _resolve(path: str) -> str:
 def _load_config(path: str, cfg: ModelSection) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {cfg.path!r}: its config.json cannot be read: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"model {cfg.path!r}: its config.json cannot be read: {_brief(error)}") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or getattr(config, "vision_config", None) is None:
         raise ModelError(
             f"model {cfg.path!r} is a {config.model_type!r}, without a vision tower that transformers' "
@@ -216,11 +219,11 @@ def _load_processor(path: str, cfg: ModelSection, config: Any) -> Any:
         processor = load_processor(path, config, revision=cfg.revision)
     except ImportError as error:
         raise ModelError(
-            f"model {cfg.path!r}: its processor needs a library that is not installed ({_first_line(error)}); "
+            f"model {cfg.path!r}: its processor needs a library that is not installed ({_brief(error)}); "
             "install it (torchvision, most often)"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model {cfg.path!r}: its processor cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"model {cfg.path!r}: its processor cannot be loaded: {_brief(error)}") from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ModelError(
             f"model {cfg.path!r} has no processor with both an image processor and a tokenizer; "
@@ -247,8 +250,8 @@ def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedM
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model {cfg.path!r}: its weights cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {cfg.path!r}: its weights cannot be loaded: {_brief(error)}") from error
     model, info = loaded
     # transformers would go on with random weights and a warning.
     missing = sorted(info.get("missing_keys") or ())
@@ -290,5 +293,7 @@ def _hash_file(file: Path, size: int, digest: Any) -> None:
             digest.update(stream.read(_HASH_BLOCK))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _brief(error: BaseException) -> str:
+    """What another library says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 1]}…"

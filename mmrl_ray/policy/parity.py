@@ -5,10 +5,10 @@ are log-probs of one prompt's random completions of unequal length and, when som
 sum. Nothing falls back silently: the choice carries its reason, the caller logs it and shows it in every step's
 metrics.
 
-Tolerances are on |Δ log-prob| ÷ max(1, |log-prob|), and on the gradient's relative distance. The two paths round
-differently (other matrix shapes, other attention kernels): 1e-6 in float32 at a few layers, some 1e-5 at dozens; in
-bfloat16, whose steps are 2⁻⁸, differences of 0.05 nats are ordinary at a log-prob of −10. A real mistake (a shifted
-position, an image not seen, an open mask) costs tenths of nats at least, in every token.
+The tolerance is on |Δ log-prob| ÷ max(1, |log-prob|); four times as much is allowed to the gradient's relative distance.
+The two paths round differently (other matrix shapes, other attention kernels). In float32 that makes 1e-6 at a few
+layers and some 1e-5 at dozens. In bfloat16, whose steps are 2⁻⁸, it makes 0.004 (gradient 0.01) on tiny models, where
+a position shifted by one makes 0.2 (gradient 0.4) or more; a check in bfloat16 finds such mistakes, not subtle ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prefix import ScorePath, encode_prefix, score_completions
 from mmrl_ray.policy.vision import vision_features
 
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+GRADIENT_SLACK = 4
 _LENGTHS = (5, 3, 8)
 # What another library's forward may raise when it is called in a way that it was not made for.
 _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -62,7 +63,7 @@ def choose_path(
         policy: the model as it will be used, its adapter added.
         prompts: real ones; different lengths also check the padding.
         temperature: the rollout temperature.
-        tolerance: on both differences; by default `TOLERANCES` of the model's dtype.
+        tolerance: by default `TOLERANCES` of the model's dtype.
     """
     limit = TOLERANCES[policy.dtype] if tolerance is None else tolerance
     completions = _random_completions(policy, len(prompts))
@@ -80,7 +81,7 @@ def choose_path(
         reason = f"the shared-prefix forward failed: {_brief(error)}"
         return PathChoice("naive", reason + note, float("nan"), None, policy.inject_vision)
     difference, gradient = _differences(shared, truth)
-    if difference <= limit and (gradient is None or gradient <= limit):
+    if difference <= limit and (gradient is None or gradient <= GRADIENT_SLACK * limit):
         reason = f"shared prefix agrees with the model's own forward within {limit:g}"
         return PathChoice("shared_prefix", reason + note, difference, gradient, policy.inject_vision)
     reason = f"shared prefix differs from the model's own forward by {difference:.3g}"

@@ -76,22 +76,28 @@ def _encode(policy: Policy, sample: Sample) -> EncodedPrompt:
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
+    mark = getattr(processor, "image_token", None)
+    if isinstance(mark, str) and text.count(mark) != len(sample.images):
+        raise ModelError(
+            f"model {policy.path!r}: its chat template put {text.count(mark)} image tokens {mark!r} into a prompt of "
+            f"{len(sample.images)} images; its processor and its template do not fit together"
+        )
+    images = [decode_image(image) for image in sample.images]
     # Templates that write the beginning-of-sequence token themselves must not get a second one.
     bos = policy.tokenizer.bos_token
-    encoded = processor(
-        text=[text],
-        images=[[decode_image(image) for image in sample.images]],
-        return_tensors="pt",
-        return_mm_token_type_ids=True,
-        add_special_tokens=not (bos and text.startswith(bos)),
-        **({"images_kwargs": policy.processor_settings} if policy.processor_settings else {}),
-    )
-    input_ids = encoded["input_ids"][0]
-    if not bool((input_ids == policy.placeholder_id).any()):
-        raise ModelError(
-            f"model {policy.path!r}: its chat template put no image token into the prompt; "
-            "its processor and its template do not fit together"
+    try:
+        encoded = processor(
+            text=[text],
+            images=[images],
+            return_tensors="pt",
+            return_mm_token_type_ids=True,
+            add_special_tokens=not (bos and text.startswith(bos)),
+            **({"images_kwargs": policy.processor_settings} if policy.processor_settings else {}),
         )
+    except ValueError as error:
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+        raise DataError(f"sample {sample.id!r} (images {sizes}): the processor refuses it: {error}") from error
+    input_ids = encoded["input_ids"][0]
     inputs = {
         name: value[0] if name in PER_TOKEN else value
         for name, value in encoded.items()

@@ -144,9 +144,7 @@ def _concatenated(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _encode(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures]:
-    # On a CPU each sample goes alone: features must not depend, in their last bits, on what else was missing from the
-    # cache, or the same assignment would not give the same completions on every worker.
-    alone = policy.device.type == "cpu"
+    alone = _alone(policy)
     batches: dict[tuple[Any, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
         batches.setdefault((i,) if alone else _shape_key(prompt.model_inputs), []).append(i)
@@ -155,6 +153,12 @@ def _encode(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeat
         batch = [prompts[i] for i in indices]
         made.update(zip(indices, _encode_batch(policy, batch), strict=True))
     return [made[i] for i in range(len(prompts))]
+
+
+def _alone(policy: Policy) -> bool:
+    """On a CPU each sample goes through the tower by itself: its features must not depend, in their last bits, on what
+    else was missing from the cache, or the same assignment would not give the same completions on every worker."""
+    return policy.device.type == "cpu"
 
 
 def _shape_key(inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+
+from mmrl_ray.config.model import ModelSection
+from mmrl_ray.errors import AdapterError, ModelError
+from mmrl_ray.policy.load import Policy, load_policy, save_policy
+from mmrl_ray.policy.prompts import encode_prompts
+from tests.support.tiny_models import FAMILIES, make_samples
+
+Load = Callable[..., Policy]
+Copied = Callable[[str], Path]
+
+NEVER_SAMPLED = {
+    "llava": ["<image>"],
+    "qwen2_5_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
+    "qwen3_vl": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
+    "internvl": ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
+    "smolvlm": ["<image>", "<fake_token_around_image>", "<global-img>"]
+    + [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)],
+    "gemma3": ["<start_of_image>", "<end_of_image>", "<image_soft_token>"],
+}
+
+
+def section(folder: Path | str, **fields: object) -> ModelSection:
+    return ModelSection(path=str(folder), **fields)  # type: ignore[arg-type]
+
+
+def edit_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_policy(family: str, load: Load) -> None:
+    policy = load(family)
+    assert not any(parameter.requires_grad for parameter in policy.model.parameters())
+    assert not any(module.training for module in policy.model.modules())
+    tokens = policy.tokenizer.convert_ids_to_tokens(list(policy.image_token_ids))
+    assert sorted(tokens) == sorted(NEVER_SAMPLED[family])
+    assert policy.tokenizer.convert_ids_to_tokens(policy.placeholder_id) in NEVER_SAMPLED[family]
+    assert policy.eos_token_ids == (policy.tokenizer.eos_token_id,)
+    assert policy.end_id == policy.tokenizer.eos_token_id
+    assert policy.pad_token_id == policy.tokenizer.pad_token_id
+    assert policy.context_length == 512
+    assert policy.vocab_size == len(policy.tokenizer)
+    assert policy.core is policy.hf_model.model
+    assert policy.decoder is policy.hf_model.get_decoder()
+
+
+def test_the_end_of_a_turn_is_the_templates(copied: Copied) -> None:
+    """Chat models end a turn with another token than the tokenizer's end of sequence."""
+    folder = copied("smolvlm")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("</s>", "<end_of_utterance>"))
+    tokenizer = load_policy(section(folder), device="cpu").tokenizer
+    turn, end = tokenizer.convert_tokens_to_ids(["<end_of_utterance>", "</s>"])
+    edit_json(folder / "generation_config.json", eos_token_id=[end, turn])
+    policy = load_policy(section(folder), device="cpu")
+    assert policy.eos_token_ids == (end, turn)
+    assert policy.end_id == turn
+    assert turn not in policy.image_token_ids
+
+
+def test_the_revision_key_follows_weights_and_processor(copied: Copied) -> None:
+    folder = copied("llava")
+    before = load_policy(section(folder), device="cpu").revision_key
+    assert load_policy(section(folder), device="cpu").revision_key == before
+    weights = load_file(folder / "model.safetensors")
+    weights["language_model.lm_head.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_policy(section(folder), device="cpu").revision_key != before
+
+
+def test_dtype_and_attention_are_the_configs(load: Load) -> None:
+    policy = load("llava", dtype="bfloat16", attn_implementation="eager")
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    assert policy.dtype == torch.bfloat16
+    assert policy.hf_model.config._attn_implementation == "eager"
+    assert load("llava", dtype="auto").dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./no-such-model", "a/b/c", "builtin:tiny-llava"])
+def test_no_such_model(path: str) -> None:
+    with pytest.raises(ModelError, match=r"does not exist|made into a folder") as error:
+        load_policy(section(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_text("x")
+    with pytest.raises(ModelError, match="is not a folder"):
+        load_policy(section(file))
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        load_policy(section(tmp_path))
+
+
+def test_a_text_model_has_no_vision_tower(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'llama', without a vision tower"):
+        load_policy(section(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_no_chat_template(family: str, copied: Copied) -> None:
+    folder = copied(family)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="has no chat template"):
+        load_policy(section(folder))
+
+
+def test_a_chat_template_that_only_the_tokenizer_has(copied: Copied) -> None:
+    folder = copied("llava")
+    template = folder / "chat_template.jinja"
+    text = template.read_text()
+    template.unlink()
+    edit_json(folder / "tokenizer_config.json", chat_template=text)
+    assert load_policy(section(folder), device="cpu").processor.chat_template == text
+
+
+def test_no_processor(copied: Copied) -> None:
+    folder = copied("llava")
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(ModelError, match="processor"):
+        load_policy(section(folder))
+
+
+def test_no_image_token(copied: Copied) -> None:
+    folder = copied("llava")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("image_token_id", "image_token_index"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps({**config, "image_token_index": None}))
+    with pytest.raises(ModelError, match=r"config\.json cannot be read|names no image token"):
+        load_policy(section(folder))
+
+
+def test_missing_weights_are_not_made_up(copied: Copied) -> None:
+    folder = copied("llava")
+    weights = load_file(folder / "model.safetensors")
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 tensors, the first 'lm_head\.weight'"):
+        load_policy(section(folder))
+
+
+def test_pickled_weights_are_refused(copied: Copied) -> None:
+    folder = copied("llava")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="weights cannot be loaded"):
+        load_policy(section(folder))
+
+
+def test_truncated_weights_are_an_error(copied: Copied) -> None:
+    folder = copied("llava")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="weights cannot be loaded"):
+        load_policy(section(folder))
+
+
+@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+def test_a_saved_policy_is_an_ordinary_folder(family: str, load: Load, tmp_path: Path) -> None:
+    policy = load(family)
+    with torch.no_grad():
+        policy.hf_model.get_output_embeddings().weight.mul_(2)
+    save_policy(policy, tmp_path)
+    again = load_policy(section(tmp_path), device="cpu")
+    assert torch.equal(again.hf_model.get_output_embeddings().weight, policy.hf_model.get_output_embeddings().weight)
+    [sample] = make_samples([(64, 64)])
+    [mine], [theirs] = encode_prompts(policy, [sample]), encode_prompts(again, [sample])
+    assert torch.equal(mine.input_ids, theirs.input_ids)
+    assert torch.equal(mine.model_inputs["pixel_values"], theirs.model_inputs["pixel_values"])
+    AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_a_policy_with_an_adapter_is_not_saved_as_a_model(load: Load, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    policy = load()
+    policy.model = get_peft_model(policy.hf_model, LoraConfig(target_modules=r".*language_model.*q_proj"))
+    with pytest.raises(AdapterError, match="merge the adapter first"):
+        save_policy(policy, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

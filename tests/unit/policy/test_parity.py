@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from mmrl_ray.experience.carriers import VisionFeatures
+from mmrl_ray.policy import parity, prefix, vision
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prompts import encode_prompts
+from tests.support.tiny_models import FAMILIES, make_samples
+
+Load = Callable[..., Policy]
+
+
+def with_lora(policy: Policy) -> Policy:
+    config = LoraConfig(r=2, target_modules=r".*(language|text)_model.*\.(q|v)_proj", init_lora_weights=False)
+    torch.manual_seed(0)
+    policy.model = get_peft_model(policy.hf_model, config).eval()
+    return policy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_may_share_the_prefix(family: str, load: Load) -> None:
+    policy = with_lora(load(family))
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:2]), temperature=0.7)
+    assert choice.path == "shared_prefix"
+    assert choice.inject_vision
+    assert choice.max_difference <= 1e-5
+    assert choice.gradient_difference is not None
+    assert choice.gradient_difference <= 1e-5
+    assert "agrees" in choice.reason
+
+
+def test_bfloat16_passes_with_its_own_tolerance(load: Load) -> None:
+    policy = load("qwen3_vl", dtype="bfloat16")
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:2]))
+    assert choice.path == "shared_prefix"
+    assert choice.max_difference <= parity.TOLERANCES[torch.bfloat16]
+    assert choice.gradient_difference is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shifted_position_is_found(dtype: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load("qwen2_5_vl", dtype=dtype)
+    prompts = encode_prompts(policy, make_samples()[:1])
+    right = prefix.completion_positions
+
+    def wrong(policy: Policy, start: torch.Tensor, length: int) -> torch.Tensor:
+        return right(policy, start + 3, length)
+
+    original = prefix._shared_rows
+
+    def shared(*args: Any) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(prefix, "completion_positions", wrong)
+            return original(*args)
+
+    monkeypatch.setattr(prefix, "_shared_rows", shared)
+    choice = choose_path(policy, prompts)
+    assert choice.path == "naive"
+    assert "differs from the model's own forward by" in choice.reason
+    assert choice.max_difference > parity.TOLERANCES[policy.dtype]
+
+
+def test_a_gradient_that_stops_at_the_prefix_is_found(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = with_lora(load())
+    original = prefix.select_cache
+
+    def detached(cache: Any, indices: torch.Tensor) -> Any:
+        chosen = original(cache, indices)
+        for layer in chosen.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return chosen
+
+    monkeypatch.setattr(prefix, "select_cache", detached)
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]))
+    assert choice.path == "naive"
+    assert choice.max_difference <= 1e-5
+    assert choice.gradient_difference is not None
+    assert choice.gradient_difference > 1e-3
+
+
+def test_gradient_checkpointing_needs_the_naive_path(load: Load) -> None:
+    policy = with_lora(load())
+    prompts = encode_prompts(policy, make_samples()[:1])
+    policy.hf_model.gradient_checkpointing_enable()
+    assert choose_path(policy, prompts).path == "shared_prefix", "without train mode it does nothing"
+    policy.model.train()
+    choice = choose_path(policy, prompts)
+    assert choice.path == "naive"
+    assert choice.reason == "gradient checkpointing drops the prefix cache"
+    assert math.isnan(choice.max_difference)
+
+
+def test_a_recurrent_layer_needs_the_naive_path(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    class RecurrentLayer:
+        pass
+
+    policy = load()
+    original = parity.encode_prefix
+
+    def hybrid(*args: Any) -> prefix.Prefix:
+        made = original(*args)
+        made.cache.layers[1] = RecurrentLayer()
+        return made
+
+    monkeypatch.setattr(parity, "encode_prefix", hybrid)
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]))
+    assert choice.path == "naive"
+    assert choice.reason == "layer 1 keeps a RecurrentLayer, which cannot be repeated for several completions"
+
+
+def test_a_forward_that_fails_is_the_reason(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel\nand more")
+
+    policy = load()
+    monkeypatch.setattr(prefix, "_shared_rows", failing)
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]))
+    assert choice.path == "naive"
+    assert choice.reason == "the shared-prefix forward failed: RuntimeError: no such kernel"
+
+
+def test_features_that_do_not_stand_in_turn_the_injection_off_and_keep_the_prefix(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family whose forward works on the tower's output before it uses it (LLaVA-NeXT's packing, say)."""
+    policy = load("internvl")
+    original = vision._encode_batch
+
+    def other(*args: Any) -> list[VisionFeatures]:
+        return [VisionFeatures(f.tokens + 1) for f in original(*args)]
+
+    monkeypatch.setattr(vision, "_encode_batch", other)
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:2]))
+    assert choice.path == "shared_prefix"
+    assert not choice.inject_vision
+    assert not policy.inject_vision
+    assert "vision features are made in every forward (they change log-probs by" in choice.reason
