@@ -5,10 +5,10 @@ are log-probs of one prompt's random completions of unequal length and, when som
 sum. Nothing falls back silently: the choice carries its reason, the caller logs it and shows it in every step's
 metrics.
 
-The tolerance is on |Δ log-prob| ÷ max(1, |log-prob|); four times as much is allowed to the gradient's relative distance.
-The two paths round differently (other matrix shapes, other attention kernels). In float32 that makes 1e-6 at a few
-layers and some 1e-5 at dozens. In bfloat16, whose steps are 2⁻⁸, it makes 0.004 (gradient 0.01) on tiny models, where
-a position shifted by one makes 0.2 (gradient 0.4) or more; a check in bfloat16 finds such mistakes, not subtle ones.
+The tolerance is on |Δ log-prob| ÷ max(1, |log-prob|); the gradient's relative distance may be four times that. The
+two paths round differently (other matrix shapes, other attention kernels). In float32 that makes 1e-6 at a few layers
+and some 1e-5 at dozens. In bfloat16, whose steps are 2⁻⁸, it makes 0.004 (gradient 0.01) on tiny models, where a
+position shifted by one makes 0.2 (gradient 0.4) or more; a check in bfloat16 finds such mistakes, not subtle ones.
 """
 
 from __future__ import annotations
