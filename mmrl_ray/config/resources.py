@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmrl_ray.config.base import Section
 
@@ -24,7 +24,8 @@ class ResourcesSection(Section):
     """Learner and rollout workers on different devices, or sharing them."""
 
     placement: Literal["shared", "split"] = "shared"
-    """`shared`: learner and workers share the same devices; `split`: each has its own."""
+    """`shared`: a learner and a rollout worker take turns on one GPU, each with a fraction of it; `split`: every actor
+    has whole GPUs of its own. Without GPUs it changes nothing."""
     learner: ActorResources = ActorResources()
     """Each learner worker's share."""
     rollout: ActorResources = ActorResources()
@@ -33,3 +34,18 @@ class ResourcesSection(Section):
     """An actor that Ray has not placed by then is an error."""
     object_store_mb: int | None = Field(None, ge=80)
     """Size of a local Ray's object store; ignored on an existing cluster."""
+
+    @model_validator(mode="after")
+    def _placement_fits(self) -> Self:
+        learner, rollout = self.learner.gpus, self.rollout.gpus
+        if self.placement == "shared" and learner > 0 and rollout > 0 and learner + rollout > 1:
+            raise ValueError(
+                f"placement=shared puts a learner and a rollout worker on one GPU, but learner.gpus={learner:g} and "
+                f"rollout.gpus={rollout:g} add up to more than 1: write fractions, or placement: split"
+            )
+        if self.placement == "split" and (learner % 1 or rollout % 1):
+            raise ValueError(
+                f"placement=split gives every actor whole GPUs, but learner.gpus={learner:g} and "
+                f"rollout.gpus={rollout:g}: write whole numbers, or placement: shared"
+            )
+        return self

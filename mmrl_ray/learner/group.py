@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mmrl_ray.config import Config
-from mmrl_ray.errors import LearnerError, MMRLError, PlacementError
+from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, PlacementError
 from mmrl_ray.learner.train_loop import LearnerJob, LearnerOutcome, train_loop
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.run_dir import RunDir
@@ -33,7 +33,17 @@ class LearnerGroup:
     """Start it, wait for it, take its outcome."""
 
     def __init__(self, cfg: Config, run: RunDir, controller: ControllerClient) -> None:
-        """`cfg.model.path` is the folder (or hub id) that reinforcement learning starts from."""
+        """`cfg.model.path` is the folder (or hub id) that reinforcement learning starts from.
+
+        Raises:
+            ConfigError: two learners could land on one GPU.
+        """
+        share = cfg.resources.learner
+        if cfg.learner.workers > 1 and 0 < share.gpus <= 0.5:
+            raise ConfigError(
+                f"resources.learner.gpus={share.gpus:g} lets two of {cfg.learner.workers} learners land on one GPU, "
+                "where they cannot reduce gradients: set it above 0.5"
+            )
         self._cfg = cfg
         self._run = run
         # Ray Train changes its workers' directory: a relative path would mean something else there.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmrl_ray.config import Config
-from mmrl_ray.errors import LearnerError, NonFiniteError, PlacementError
+from mmrl_ray.errors import ConfigError, LearnerError, NonFiniteError, PlacementError
 from mmrl_ray.experience.carriers import RolloutGroup
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_steps
@@ -180,6 +180,14 @@ def test_no_room_for_the_learners_is_an_error_that_says_what_was_asked_for(
     _, client = start(cfg.learner, groups)
     with pytest.raises(PlacementError, match=r"1 learners with 64 CPUs and 0 GPUs each were not placed within 2 s"):
         run_group(cfg, RunDir.create(tmp_path, "r"), client)
+
+
+def test_learners_that_could_share_a_gpu_are_refused(tiny: Path, tmp_path: Path) -> None:
+    cfg = config(tiny, workers=2)
+    share = cfg.resources.learner.model_copy(update={"gpus": 0.5})
+    cfg = cfg.model_copy(update={"resources": cfg.resources.model_copy(update={"learner": share})})
+    with pytest.raises(ConfigError, match=r"resources.learner.gpus=0.5 lets two of 2 learners land on one GPU"):
+        LearnerGroup(cfg, RunDir.create(tmp_path, "r"), None)  # type: ignore[arg-type]
 
 
 def test_the_result_is_not_there_before_the_end(tiny: Path, groups: list[RolloutGroup], tmp_path: Path) -> None:

@@ -157,9 +157,9 @@ def test_duplicate_keys_are_refused_beside_other_problems() -> None:
 
 
 def test_a_merge_key_fills_in_and_is_overridden() -> None:
-    text = GOOD + "resources:\n  learner: &a {cpus: 2, gpus: 1}\n  rollout: {<<: *a, gpus: 0.5}\n"
+    text = GOOD + "resources:\n  learner: &a {cpus: 2, gpus: 0.5}\n  rollout: {<<: *a, gpus: 0.25}\n"
     cfg = parse_config(text, "c.yaml")
-    assert (cfg.resources.rollout.cpus, cfg.resources.rollout.gpus) == (2, 0.5)
+    assert (cfg.resources.rollout.cpus, cfg.resources.rollout.gpus) == (2, 0.25)
 
 
 def test_overrides_are_yaml_and_create_sections() -> None:
