@@ -121,6 +121,7 @@ class RolloutLoop:
             with self.pump.changed:
                 self.book.open(step, requests)
                 missing = {request.key for request in requests if not self._put_back(request)}
+                self.pump.changed.notify_all()
             for chunk in chunks(requests, self._cfg.rollout.groups_per_assignment):
                 if wanted := tuple(request for request in chunk if request.key in missing):
                     self._submit("train", wanted)

@@ -3,7 +3,7 @@
 What the manager leaves to its user, and where it is done here:
 
     it forgets a failed actor's pending calls       → `Ledger`, which knows what was lost
-    a stopped process counts as healthy             → deadlines: `_hung`
+    a stopped process counts as healthy             → deadlines: `_replace_hung`
     it has no probe loop                            → `_probe`, every few seconds, idle workers only
     it breaks on calls without explicit actor ids   → every call names its one actor
     an exception makes an actor unhealthy           → broken samples come back as values, and what raised is replaced
@@ -30,7 +30,8 @@ from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import Collected, EngineFactory
 from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 
-logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+# It logs a page for each worker that dies; the pool says it in a line, in its events.
+logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)
 
 MAX_START_FAILURES = 3
 """In a row, without any worker becoming ready in between; then the run ends, unless it has workers enough."""

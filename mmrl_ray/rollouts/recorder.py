@@ -74,6 +74,7 @@ class Recorder:
         self._queue: queue.Queue[StepRecord | None] = queue.Queue(QUEUE_STEPS)
         self._known_images: set[str] = set()
         self._error: Exception | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -107,12 +108,14 @@ class Recorder:
         self._check()
 
     def close(self, timeout_s: float = _QUEUE_TIMEOUT_S) -> None:
-        """`flush`, then ends the thread."""
+        """`flush`, then ends the thread; nothing more may be recorded."""
         try:
             self.flush(timeout_s)
         finally:
-            self._queue.put(None, timeout=timeout_s)
-            self._thread.join(timeout_s)
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None, timeout=timeout_s)
+                self._thread.join(timeout_s)
 
     def _check(self) -> None:
         if isinstance(self._error, MMRLError):
@@ -129,6 +132,7 @@ class Recorder:
                 self._error = error
             finally:
                 self._queue.task_done()
+        self._queue.task_done()
 
     def _write(self, record: StepRecord) -> None:
         for sample in record.samples:

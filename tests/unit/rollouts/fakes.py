@@ -125,13 +125,14 @@ class FakeEngineFactory:
     raise_on: frozenset[str] = frozenset()
     hang_once: tuple[str, str] | None = None
     start_error: str | None = None
-    dies_at_start: bool = False
+    stuck_while: str | None = None
+    """A file: while it is there, engines are not finished."""
 
     def __call__(self, worker: str) -> FakeEngine:
         if self.start_error is not None:
             raise ModelError(self.start_error)
-        if self.dies_at_start:
-            os._exit(1)
+        while self.stuck_while is not None and Path(self.stuck_while).exists():
+            time.sleep(0.05)
         return FakeEngine(worker, self.seconds, self.crash_on, self.broken, self.masked, self.raise_on, self.hang_once)
 
 

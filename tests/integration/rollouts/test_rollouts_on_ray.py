@@ -1,0 +1,293 @@
+"""The controller with real workers: what a run loses when they die, hang, come and go (nothing), and when it ends.
+
+The judge is the rollout log, read by duckdb, against what seeds and stream say about every group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import psutil
+import pytest
+import ray
+import torch
+from ray._raylet import AuthenticationMode, get_authentication_mode
+
+from mmrl_ray.data.samples import SampleStream, write_parquet
+from mmrl_ray.errors import ModelError, PlacementError, RolloutError
+from mmrl_ray.experience.carriers import SamplingParams, StepPlan
+from mmrl_ray.experience.seeds import group_seed
+from mmrl_ray.rollouts.controller import Controller
+from mmrl_ray.rollouts.controller_actor import start_controller
+from mmrl_ray.rollouts.pool import RayWorkerPool
+from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.rollouts.protocols import Stop
+from mmrl_ray.rollouts.weights import encode_state
+from mmrl_ray.run_dir import RunDir
+from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+WAIT_S = 40.0
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = WAIT_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+class World:
+    """A controller in this process with workers on Ray, and a learner that takes its steps."""
+
+    def __init__(self, folder: Path, factory: FakeEngineFactory, settings: dict[str, Any], sections: Any) -> None:
+        self.cfg = config(folder, **sections)
+        write_parquet(folder / "train", samples(40), rows_per_group=10)
+        self.run = RunDir.create(folder, "run")
+        limits = {"workers": self.cfg.rollout.workers, "probe_every_s": 0.2, "assignment_timeout_s": 30.0, **settings}
+        self.pool = RayWorkerPool("test-run", factory, PoolSettings(**limits))
+        self.controller = Controller(
+            self.cfg,
+            self.run,
+            pool=self.pool,
+            source=stream(self.cfg),
+            put=ray.put,
+            fetch=lambda value: ray.get(value, timeout=20) if isinstance(value, ray.ObjectRef) else value,
+        )
+        self.controller.start()
+
+    def plan(self, step: int) -> StepPlan:
+        answer = self.controller.next_plan(step, 1, wait_s=WAIT_S)
+        assert isinstance(answer, StepPlan), answer
+        return answer
+
+    def step(self, step: int) -> StepPlan:
+        plan = self.plan(step)
+        self.controller.publish(step + 1, encode_state({"version": torch.tensor(step + 1)}))
+        self.controller.finish_step(step, {})
+        return plan
+
+    def workers(self, state: str) -> dict[str, int]:
+        """Pids by name of the workers in a state."""
+        workers = self.controller.status()["pool"]["workers"]
+        return {name: each["pid"] for name, each in workers.items() if each["state"] == state}
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.run.read_lines("events.jsonl") if event["kind"] == kind]
+
+    def signal_one(self, state: str, number: signal.Signals) -> tuple[str, int]:
+        """Sends a signal to a worker that is in a state."""
+        until(lambda: self.workers(state), f"no worker was {state}")
+        name, pid = next(iter(self.workers(state).items()))
+        os.kill(pid, number)
+        return name, pid
+
+    def check_log(self, steps: int, missing: set[tuple[int, int]] = frozenset()) -> list[tuple[Any, ...]]:  # type: ignore[assignment]
+        """Every group of every step is there once, with the tokens that its seed stands for; returns the rows."""
+        self.controller.checkpoint_state(steps)
+        files = str(self.run.local_path("rollouts/*.parquet"))
+        rows = duckdb.sql(
+            f"select step, \"index\", completion, sample_id, token_ids, attempt from '{files}' order by all"
+        ).fetchall()
+        source = stream(self.cfg)
+        expected = []
+        for step in range(steps):
+            for index, sample in enumerate(source.take(4)):
+                digits = [int(d) for d in str(group_seed(3, step, index))]
+                if (step, index) not in missing:
+                    expected.append((step, index, 0, sample.id, digits[:2]))
+                    expected.append((step, index, 1, sample.id, digits[2:5]))
+        assert [row[:5] for row in rows] == expected
+        return rows
+
+
+def stream(cfg: Any) -> SampleStream:
+    return SampleStream(cfg.data.train, prompt="Describe.", seed=3, max_quarantined=2)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def build(factory: FakeEngineFactory, *, settings: dict[str, Any] | None = None, **sections: Any) -> World:
+        worlds.append(World(tmp_path, factory, settings or {}, sections))
+        return worlds[-1]
+
+    yield build
+    for world in worlds:
+        world.controller.close(10.0)
+
+
+def test_a_run_through_the_actor(tmp_path: Path) -> None:
+    """Staleness 2, through the client that learner and driver use; payloads outlive the workers that made them."""
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    cfg = config(tmp_path, rollout={"max_staleness": 2, "workers": 1}, learner={"steps": 4})
+    write_parquet(tmp_path / "train", samples(40))
+    run = RunDir.create(tmp_path, "run")
+    client = start_controller(cfg, run, FakeEngineFactory())
+    client.rewind(0)
+    seen = []
+    for step in range(4):
+        plan = client.next_plan(step, world_size=2)
+        assert isinstance(plan, StepPlan)
+        seen.append({group.staleness for group in plan.groups})
+        if step == 0:
+            until(lambda: client.status()["buffer"]["arrived"] == 8, "generation did not run ahead")
+            (worker,) = client.status()["pool"]["workers"].values()
+            os.kill(worker["pid"], signal.SIGKILL)
+        groups = client.groups([group.payload for group in plan.groups])
+        assert [group.sample.id for group in groups] == [group.sample_id for group in plan.groups]
+        client.publish(step + 1, {"version": torch.tensor(step + 1)})
+        client.finish_step(step, {"loss": 1.0})
+    assert seen == [{0}, {1}, {2}, {2}]
+    assert client.next_plan(4, 2) == Stop("all 4 steps are done")
+    assert client.fetch(4) == {"version": torch.tensor(4)}
+    generated = client.generate(samples(3), SamplingParams(greedy=True, max_new_tokens=4), timeout_s=WAIT_S)
+    assert generated.version == 4
+    captions = client.groups([group.payload for group in generated.groups if group is not None])
+    assert [group.sample.id for group in captions] == ["sample-000", "sample-001", "sample-002"]
+    with pytest.raises(RolloutError, match="its plan is not out"):
+        client.finish_step(9, {})
+    client.close()
+    counts = duckdb.sql(f"select step, count(*) from '{tmp_path}/run/rollouts/*.parquet' group by 1 order by 1")
+    assert counts.fetchall() == [(step, 8) for step in range(4)]
+    with pytest.raises(RolloutError, match="controller is gone"):
+        client.status()
+
+
+def test_killed_workers_cost_nothing_and_a_new_one_takes_their_place(make: Callable[..., World]) -> None:
+    """Strictly on-policy: one worker dies at its work, one while it has none."""
+    world = make(FakeEngineFactory(seconds=0.3))
+    world.controller.rewind(0)
+    world.step(0)
+    world.signal_one("busy", signal.SIGKILL)
+    plan = world.step(1)
+    assert {group.staleness for group in plan.groups} == {0}
+    world.plan(2)  # nothing is dispatched until it is learned from: workers are idle
+    until(lambda: len(world.workers("ready")) == 2, "the killed worker was not replaced")
+    idle, _ = world.signal_one("ready", signal.SIGKILL)
+    until(lambda: len(world.events("worker_lost")) == 2, "the death of an idle worker went unnoticed")
+    world.step(2)
+    world.step(3)
+    rows = world.check_log(4)
+    assert {(row[0], row[5]) for row in rows} == {(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)}
+    assert world.events("worker_lost")[1]["worker"] == idle
+    assert world.controller.status()["pool"]["assignments"] == {"accepted": 8, "retried": 1}
+
+
+def test_workers_come_and_go_while_the_run_goes_on(make: Callable[..., World]) -> None:
+    world = make(FakeEngineFactory(seconds=0.3), rollout={"workers": 1, "groups_per_assignment": 1})
+    world.controller.rewind(0)
+    world.controller.resize(3)
+    until(lambda: world.controller.status()["pool"]["ready"] == 3, "no third worker came")
+    world.step(0)
+    until(lambda: len(world.workers("busy")) == 3, "three workers did not work at once")
+    world.controller.resize(1)
+    until(lambda: len(world.workers("retiring")) == 2, "two workers should be on their way out")
+    world.step(1)
+    until(lambda: len(world.controller.status()["pool"]["workers"]) == 1, "more than one worker stayed")
+    world.step(2)
+    rows = world.check_log(3)
+    # Those that went finished what they had: nothing was tried twice.
+    assert {row[5] for row in rows} == {0}
+    assert world.events("worker_lost") == []
+    assert len(world.events("worker_retiring")) == 2
+
+
+def test_a_worker_that_hangs_is_replaced(make: Callable[..., World]) -> None:
+    """Stopped processes stay connected: only deadlines find them, at work and idle."""
+    settings = {"assignment_timeout_s": 2.0, "probe_timeout_s": 1.0}
+    world = make(FakeEngineFactory(seconds=0.2), settings=settings)
+    world.controller.rewind(0)
+    world.step(0)
+    _, busy = world.signal_one("busy", signal.SIGSTOP)
+    world.step(1)
+    world.plan(2)
+    until(lambda: len(world.workers("ready")) == 2, "the hung worker was not replaced")
+    _, idle = world.signal_one("ready", signal.SIGSTOP)
+    until(lambda: len(world.events("worker_lost")) == 2, "the idle worker that hangs went unnoticed")
+    world.step(2)
+    rows = world.check_log(3)
+    assert {(row[0], row[5]) for row in rows} == {(0, 0), (1, 0), (1, 1), (2, 0)}
+    reasons = [event["detail"] for event in world.events("worker_lost")]
+    assert reasons == ["no result within 2 s", "idle, and no answer within 1 s"]
+    until(lambda: not any(alive(pid) for pid in (busy, idle)), "a stopped process was left behind")
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_a_sample_that_kills_workers_is_quarantined(make: Callable[..., World]) -> None:
+    world = make(FakeEngineFactory(crash_on=frozenset({"sample-007"})), settings={"workers": 1})
+    victim = next(
+        (step, index)
+        for step in range(10)
+        for index, sample in enumerate(_step_samples(world.cfg, step))
+        if sample.id == "sample-007"
+    )
+    world.controller.rewind(0)
+    for step in range(victim[0] + 1):
+        world.step(step)
+    world.check_log(victim[0] + 1, missing={victim})
+    assert world.controller.status()["quarantined"] == 1
+    counts = world.controller.status()["pool"]["assignments"]
+    assert (counts["retried"], counts["split"], counts["quarantined"]) == (1, 1, 1)
+    assert [event["kind"] for event in world.events("worker_lost")] == ["worker_lost"] * 3
+    assert all("sample-007" in event["samples"] for event in world.events("worker_lost"))
+
+
+def _step_samples(cfg: Any, step: int) -> list[Any]:
+    source = stream(cfg)
+    source.take(4 * step)
+    return source.take(4)
+
+
+def test_too_few_workers_for_too_long_end_the_run(make: Callable[..., World], tmp_path: Path) -> None:
+    flag = tmp_path / "stuck"
+    settings = {"min_workers": 2, "worker_deadline_s": 1.0}
+    world = make(FakeEngineFactory(stuck_while=str(flag)), settings=settings)
+    until(lambda: len(world.workers("ready")) == 2, "two workers did not start")
+    flag.touch()
+    name, _ = world.signal_one("ready", signal.SIGKILL)
+    until(lambda: world.controller.failure() is not None, "the run did not end")
+    assert isinstance(world.controller.failure(), RolloutError)
+    message = str(world.controller.failure())
+    assert message.startswith(f"1 of at least 2 rollout workers were ready for 1 s; last loss: {name}: ActorDiedError")
+    assert "a new one asks for {CPU: 1}" in message
+    flag.unlink()
+
+
+def test_a_worker_that_cannot_be_placed_ends_the_run(make: Callable[..., World]) -> None:
+    settings = {"cpus": 64.0, "gpus": 2.0, "placement_timeout_s": 1.0}
+    world = make(FakeEngineFactory(), settings=settings)
+    world.controller.rewind(0)
+    answer = world.controller.next_plan(0, 1, wait_s=WAIT_S)
+    assert isinstance(answer, Stop)
+    assert answer.failed
+    assert isinstance(world.controller.failure(), PlacementError)
+    assert "asks for {CPU: 64, GPU: 2}, the cluster has {'CPU': 3.0} in all" in answer.reason
+
+
+@pytest.mark.parametrize("when", ["start", "work"])
+def test_an_error_that_every_worker_would_make_ends_the_run_at_once(make: Callable[..., World], when: str) -> None:
+    everyone = frozenset(sample.id for sample in samples(40))
+    at_start, at_work = FakeEngineFactory(start_error="no vision tower"), FakeEngineFactory(raise_on=everyone)
+    world = make(at_start if when == "start" else at_work, settings={"workers": 1})
+    world.controller.rewind(0)
+    answer = world.controller.next_plan(0, 1, wait_s=WAIT_S)
+    assert isinstance(answer, Stop)
+    failure = world.controller.failure()
+    assert type(failure) is ModelError
+    assert ("no vision tower" if when == "start" else "are NaN") in str(failure)
+    assert len(world.events("worker_created")) == 1

@@ -1,0 +1,125 @@
+"""The real backend on a tiny model; oracles are the model's own laws, not this code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmrl_ray.config.model import LoraSection
+from mmrl_ray.errors import ContextLengthError, ImageError
+from mmrl_ray.experience.carriers import GroupKey, SamplingParams
+from mmrl_ray.policy.adapter import adapter_state
+from mmrl_ray.policy.tiny import build_tiny_llava
+from mmrl_ray.rewards.multimodal import MultimodalReward
+from mmrl_ray.rewards.overlap import RougeReward
+from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
+from mmrl_ray.rollouts.engine import RolloutEngine
+from mmrl_ray.rollouts.factory import PolicyEngineFactory, torch_threads
+from tests.unit.rollouts.fakes import config, samples
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_llava(
+        tmp_path_factory.mktemp("model") / "tiny",
+        vocabulary=["a", "red", "green", "blue", "circle", "square", "left", "of", "Describe", "the", "image", "."],
+        image_size=16,
+        hidden=32,
+        layers=2,
+        heads=2,
+        vision_hidden=32,
+        vision_layers=2,
+        vision_heads=2,
+        context_length=64,
+    )
+
+
+@pytest.fixture
+def factory(model_folder: Path, tmp_path: Path) -> PolicyEngineFactory:
+    cfg = config(
+        tmp_path,
+        model={"path": str(model_folder), "lora": LoraSection(r=2).model_dump()},
+        rollout={"group_size": 3, "max_new_tokens": 5, "temperature": 0.8},
+        resources={"rollout": {"threads": 1}},
+    )
+    return PolicyEngineFactory(cfg, MultimodalReward({"rouge": RougeReward()}, {"rouge": 1.0}))
+
+
+@pytest.fixture
+def engine(factory: PolicyEngineFactory) -> RolloutEngine:
+    return pickle.loads(pickle.dumps(factory))("worker-0")
+
+
+def assignment(version: int = 0, count: int = 3, max_new_tokens: int = 5) -> Assignment:
+    groups = tuple(
+        GroupRequest(GroupKey(0, i), s, SamplingParams(0.8, max_new_tokens=max_new_tokens, seed=10 + i), 3)
+        for i, s in enumerate(samples(count))
+    )
+    return Assignment(1, "train", groups, version, greedy_baseline=True, reference_logprobs=True)
+
+
+def trained(engine: RolloutEngine) -> dict[str, torch.Tensor]:
+    state = adapter_state(engine._backend.policy.model)  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(5)
+    return {name: 0.3 * torch.randn(t.shape, generator=generator) for name, t in state.items()}
+
+
+def tokens(result: object) -> list[list[int]]:
+    return [c.token_ids.tolist() for g in result.groups for c in g.payload.completions]  # type: ignore[attr-defined]
+
+
+def test_a_fresh_adapter_is_the_reference_and_a_trained_one_is_not(engine: RolloutEngine) -> None:
+    """B = 0 changes nothing, so sampler and reference agree; that also ties the two code paths together."""
+    fresh = engine.run(assignment(), None)
+    for group in fresh.groups:
+        assert len(group.rewards) == 3
+        assert group.kl1 == pytest.approx((0.0, 0.0, 0.0), abs=1e-5)
+        for completion in group.payload.completions:
+            torch.testing.assert_close(completion.reference_logprobs, completion.logprobs, rtol=1e-5, atol=1e-5)
+    changed = engine.run(assignment(version=1), trained(engine))
+    assert max(abs(kl) for group in changed.groups for kl in group.kl1) > 1e-2
+
+
+def test_no_weights_means_the_adapter_as_it_was_made(engine: RolloutEngine) -> None:
+    before = engine.run(assignment(), None)
+    weights = trained(engine)
+    other = engine.run(assignment(version=1), weights)
+    after = engine.run(assignment(), None)
+    assert tokens(before) == tokens(after)
+    assert tokens(before) != tokens(other)
+    assert tokens(other) == tokens(engine.run(assignment(version=2), weights))
+
+
+def test_two_workers_give_the_same_bit_for_bit(factory: PolicyEngineFactory) -> None:
+    one, two = (factory(name).run(assignment(), None) for name in ("worker-0", "worker-1"))
+    assert tokens(one) == tokens(two)
+    for a, b in zip(one.groups, two.groups, strict=True):
+        assert a.rewards == b.rewards
+        for x, y in zip(a.payload.completions, b.payload.completions, strict=True):
+            assert torch.equal(x.logprobs, y.logprobs)
+            assert torch.equal(x.reference_logprobs, y.reference_logprobs)
+
+
+def test_the_vision_tower_runs_once_an_image(engine: RolloutEngine) -> None:
+    counts = [engine.run(assignment(), None).groups[0].counters for _ in range(2)]
+    assert [(c["vision_hits"], c["vision_misses"], c["naive_path"]) for c in counts] == [(0, 3, 0), (3, 0, 0)]
+
+
+def test_broken_and_overlong_samples_are_told_apart(engine: RolloutEngine) -> None:
+    backend = engine._backend
+    broken = samples(1)[0]
+    with pytest.raises(ImageError):
+        backend.encode(type(broken)(id="x", images=(b"no image",), prompt="Describe."), 5)
+    with pytest.raises(ContextLengthError, match="context of 64"):
+        backend.encode(broken, 64)
+
+
+def test_threads_follow_from_the_config_alone(tmp_path: Path) -> None:
+    assert torch_threads(config(tmp_path, rollout={"workers": 1}), cores=8) == 8
+    assert torch_threads(config(tmp_path, rollout={"workers": 2}), cores=8) == 1
+    assert torch_threads(config(tmp_path, rollout={"workers": 1, "max_staleness": 1}), cores=8) == 1
+    explicit = {"rollout": {"threads": 3, "cpus": 2}}
+    assert torch_threads(config(tmp_path, rollout={"workers": 1}, resources=explicit), cores=8) == 3

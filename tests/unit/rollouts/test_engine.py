@@ -1,0 +1,208 @@
+"""The engine around a backend and a reward that are told what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import ContextLengthError, ImageError, ModelError, RewardError
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, SamplingParams, VisionFeatures
+from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
+from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
+from mmrl_ray.rollouts.engine import RolloutEngine
+from tests.unit.rollouts.fakes import samples
+
+WEIGHTS = {"w": torch.ones(1)}
+
+
+@dataclass
+class FakeBackend:
+    """A completion's text is "<sample> <place>"; its tokens are as many as its place plus 1."""
+
+    ships_vision: bool = True
+    refused: Mapping[str, Exception] = field(default_factory=dict)
+    loads: list[Mapping[str, torch.Tensor] | None] = field(default_factory=list)
+    load_error: Exception | None = None
+    passes: list[int] = field(default_factory=list)
+
+    def load(self, weights: Mapping[str, torch.Tensor] | None) -> None:
+        if self.load_error is not None:
+            raise self.load_error
+        self.loads.append(weights)
+
+    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
+        if sample.id in self.refused:
+            raise self.refused[sample.id]
+        return EncodedPrompt(torch.arange(7), {"pixel_values": torch.ones(2), "grid": torch.ones(1)}, sample.id)
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+        self.passes.append(len(requests))
+        return [
+            GroupOutput(
+                completions=tuple(self._completion(r.prompt.image_key, i) for i in range(r.n)),
+                greedy=self._completion(r.prompt.image_key, 9) if r.greedy_extra else None,
+                vision=VisionFeatures(torch.zeros(4, 8)),
+            )
+            for r in requests
+        ]
+
+    def reference_logprobs(
+        self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
+    ) -> list[list[torch.Tensor]]:
+        return [[c.logprobs - 0.25 * temperature for c in output.completions] for output in outputs]
+
+    def counters(self) -> dict[str, float]:
+        return {"vision_hits": 3, "vision_misses": 1, "naive_path": 1}
+
+    def _completion(self, name: str, place: int) -> Completion:
+        tokens = torch.arange(place + 1)
+        reason = "stop" if place % 2 == 0 else "length"
+        return Completion(tokens, -tokens.float(), f"{name} {place}", reason)  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeReward:
+    """A caption earns its place; one that is told to fails, always or so many times."""
+
+    fails_for: str = ""
+    times: int = 1_000_000
+    batches: list[int] = field(default_factory=list)
+
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+        self.batches.append(len(captions))
+        assert all(caption.startswith(sample.id) for sample, caption in zip(samples, captions, strict=True))
+        if self.fails_for in {sample.id for sample in samples} and self.times > 0:
+            self.times -= 1
+            raise RewardError(f"{self.fails_for} has no references")
+        totals = [float(caption.split()[-1]) for caption in captions]
+        return [RewardBreakdown(total, {"place": total}, {"place": 1.0}) for total in totals]
+
+
+def engine(backend: FakeBackend, reward: FakeReward | None = None, *, ship: int = 10**6) -> RolloutEngine:
+    section = RewardSection(retries=0, timeout_s=5.0)
+    return RolloutEngine(backend, reward or FakeReward(), worker="w7", reward_cfg=section, ship_vision_bytes=ship)
+
+
+def assignment(version: int = 0, *, count: int = 3, greedy: bool = False, reference: bool = False) -> Assignment:
+    groups = tuple(
+        GroupRequest(GroupKey(4, i, i), sample, SamplingParams(temperature=2.0), completions=2)
+        for i, sample in enumerate(samples(count))
+    )
+    return Assignment(11, "train", groups, version, (), greedy, reference)
+
+
+def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
+    result = engine(FakeBackend()).run(assignment(version=5, greedy=True, reference=True), WEIGHTS)
+    assert (result.assignment_id, result.version, result.worker, result.failures) == (11, 5, "w7", ())
+    assert [g.key for g in result.groups] == [GroupKey(4, i, i) for i in range(3)]
+    group = result.groups[1]
+    assert (group.sample_id, group.policy_version, group.prompt_tokens) == ("sample-001", 5, 7)
+    assert group.completion_tokens == (1, 2)
+    assert [r.total for r in group.rewards] == [0.0, 1.0]
+    assert group.greedy_reward == 9.0
+    # behaviour − reference = 0.25 · temperature a token, of 1 and 2 tokens
+    assert group.kl1 == pytest.approx((0.5, 1.0))
+    assert group.payload.policy_version == 5
+    assert group.payload.greedy.text == "sample-001 9"
+    assert torch.equal(group.payload.completions[1].reference_logprobs, torch.tensor([-0.5, -1.5]))
+    assert set(result.timings) == {"load", "encode", "sample", "reference", "reward"}
+
+
+def test_without_reference_and_greedy_there_is_neither() -> None:
+    group = engine(FakeBackend()).run(assignment(), None).groups[0]
+    assert group.kl1 == ()
+    assert group.greedy_reward is None
+    assert group.payload.greedy is None
+    assert group.payload.completions[0].reference_logprobs is None
+
+
+def test_counters_of_the_assignment_are_on_its_first_group() -> None:
+    first, second, _ = engine(FakeBackend()).run(assignment(), None).groups
+    assert first.counters == {"finished": 1, "vision_hits": 3, "vision_misses": 1, "naive_path": 1}
+    assert second.counters == {"finished": 1, "naive_path": 1}
+
+
+def test_a_version_is_loaded_once() -> None:
+    backend = FakeBackend()
+    worker = engine(backend)
+    for version, weights in ((0, None), (0, None), (1, WEIGHTS), (1, WEIGHTS), (0, None)):
+        worker.run(assignment(version), weights)
+    assert backend.loads == [None, WEIGHTS, None]
+
+
+def test_after_a_failed_load_the_next_assignment_loads_again() -> None:
+    backend = FakeBackend()
+    worker = engine(backend)
+    worker.run(assignment(1), WEIGHTS)
+    backend.load_error = ModelError("does not fit")
+    with pytest.raises(ModelError, match="does not fit"):
+        worker.run(assignment(2), WEIGHTS)
+    backend.load_error = None
+    worker.run(assignment(1), WEIGHTS)
+    assert len(backend.loads) == 2
+
+
+def test_a_sample_that_cannot_be_encoded_is_a_failure_and_the_others_go_on() -> None:
+    refused = {"sample-000": ImageError("not a PNG"), "sample-002": ContextLengthError("900 tokens")}
+    backend = FakeBackend(refused=refused)
+    result = engine(backend).run(assignment(), None)
+    assert [g.sample_id for g in result.groups] == ["sample-001"]
+    assert [(f.key, f.sample_id, f.reason) for f in result.failures] == [
+        (GroupKey(4, 0, 0), "sample-000", "ImageError: not a PNG"),
+        (GroupKey(4, 2, 2), "sample-002", "ContextLengthError: 900 tokens"),
+    ]
+    assert backend.passes == [1]
+
+
+def test_an_assignment_of_nothing_but_broken_samples() -> None:
+    backend = FakeBackend(refused={f"sample-{i:03d}": ImageError("broken") for i in range(3)})
+    reward = FakeReward()
+    result = engine(backend, reward).run(assignment(greedy=True, reference=True), None)
+    assert (len(result.groups), len(result.failures)) == (0, 3)
+    assert backend.passes == []
+    assert reward.batches == []
+
+
+def test_a_group_whose_reward_fails_is_masked_and_never_scored_0() -> None:
+    result = engine(FakeBackend(), FakeReward(fails_for="sample-001")).run(assignment(greedy=True), None)
+    kept, masked, _ = result.groups
+    assert masked.masked == "sample-001 has no references"
+    assert masked.rewards == ()
+    assert masked.greedy_reward is None
+    assert masked.completion_tokens == (1, 2)
+    assert kept.masked is None
+    assert [r.total for r in kept.rewards] == [0.0, 1.0]
+
+
+def test_all_captions_are_scored_in_one_batch() -> None:
+    reward = FakeReward()
+    engine(FakeBackend(), reward).run(assignment(greedy=True), None)
+    assert reward.batches == [9]
+
+
+@pytest.mark.parametrize(("limit", "ships"), [(3 * 4 * 8 * 4, True), (3 * 4 * 8 * 4 - 1, False)])
+def test_vision_features_travel_up_to_a_size_and_pixels_never(limit: int, ships: bool) -> None:
+    result = engine(FakeBackend(), ship=limit).run(assignment(), None)
+    for group in result.groups:
+        assert (group.payload.vision is not None) == ships
+        assert set(group.payload.prompt.model_inputs) == {"grid"}
+
+
+def test_features_that_may_not_travel_stay() -> None:
+    result = engine(FakeBackend(ships_vision=False)).run(assignment(), None)
+    assert all(group.payload.vision is None for group in result.groups)
+
+
+def test_what_is_no_samples_fault_is_raised() -> None:
+    class Broken(FakeBackend):
+        def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+            raise ModelError("the model's logits are NaN")
+
+    with pytest.raises(ModelError, match="NaN"):
+        engine(Broken()).run(replace(assignment(), id=1), None)
