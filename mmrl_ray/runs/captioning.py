@@ -1,0 +1,104 @@
+"""Greedy captions by the one decode loop: of samples for an evaluation, of image files for `mmrl caption`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mmrl_ray.data.images import decode_image
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import ConfigError, DataError, ImageError
+from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.runs.progress import ProgressFn
+from mmrl_ray.runs.target import open_target
+
+BATCH = 64
+"""Images whose captions are decoded together."""
+
+
+def caption_samples(
+    policy: Policy,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    batch_size: int = BATCH,
+    progress: ProgressFn | None = None,
+) -> list[str]:
+    """One greedy caption a sample, in order.
+
+    Raises:
+        DataError, ImageError: a sample cannot be encoded.
+        ContextLengthError: a prompt leaves no room for `max_new_tokens`.
+    """
+    decoder = Decoder(policy, max_rows=max(1, batch_size))
+    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens)
+    captions: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        prompts = encode_prompts(policy, samples[start : start + batch_size])
+        outputs = decode_groups(decoder, [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
+        captions += [output.completions[0].text for output in outputs]
+        if progress is not None:
+            progress(len(captions), len(samples), {})
+    return captions
+
+
+def caption_images(
+    target: str,
+    images: Sequence[str | Path],
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    device: torch.device | str | None = None,
+) -> list[tuple[str, str]]:
+    """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
+
+    Args:
+        target: a run folder, a model folder or a hub id.
+        images: PNG, JPEG, WebP or GIF files.
+        prompt: what to ask; by default what the run asked.
+        max_new_tokens: by default the run's.
+        device: the first GPU by default where there is one.
+
+    Raises:
+        DataError: a file is missing or cannot be read.
+        ImageError: a file is no image of an accepted format; the message names it.
+        RunError, ModelError: the target cannot be used.
+    """
+    encoded = [_read_image(path) for path in images]  # before the model is loaded: a typo answers at once
+    opened = open_target(target, device=device)
+    asked = opened.prompt if prompt is None else prompt
+    samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
+    captions = caption_samples(opened.policy, samples, max_new_tokens=max_new_tokens or opened.max_new_tokens)
+    return [(str(path), text) for path, text in zip(images, captions, strict=True)]
+
+
+def caption(
+    images: Sequence[Path], *, run: str | None = None, model: str | None = None, prompt: str | None = None
+) -> None:
+    """`mmrl caption`: prints one caption a line, after its file's name where there are several.
+
+    Raises:
+        ConfigError: not exactly one of `run` and `model` is given.
+    """
+    target = run if run is not None else model
+    if target is None or (run is not None and model is not None):
+        raise ConfigError("give either a run or a model to caption with")
+    for path, text in caption_images(target, images, prompt=prompt):
+        print(text.strip() if len(images) == 1 else f"{path}: {text.strip()}")
+
+
+def _read_image(path: str | Path) -> bytes:
+    try:
+        data = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error.strerror or error}") from error
+    try:
+        decode_image(data)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    return data

@@ -1,0 +1,150 @@
+"""The captions of an evaluation in the run folder: `eval/NAME.parquet` and the pictures worth showing.
+
+Plain nested types, so that duckdb, pandas and Hugging Face `datasets` open the files as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmrl_ray.data.images import image_extension, image_hash
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import RunError
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.scores import CaptionScore, Evaluation
+
+FOLDER = "eval"
+IMAGES = "images"
+SHOWN = 12
+"""Samples a report shows."""
+
+_SEED_KEY = "mmrl.bootstrap_seed"
+_PART = pa.struct([("name", pa.string()), ("value", pa.float64()), ("weight", pa.float64())])
+_SCORE = pa.struct([("name", pa.string()), ("value", pa.float64())])
+EVAL_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image_hashes", pa.list_(pa.string()), nullable=False),  # SHA-256 of each encoded picture
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("references", pa.list_(pa.string()), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("reward_sigma", pa.float64()),
+        pa.field("reward_parts", pa.list_(_PART), nullable=False),  # weight null for parts of parts
+        pa.field("scores", pa.list_(_SCORE), nullable=False),  # cider_d, rouge_l, caption/words, …
+    ]
+)
+
+
+def save_evaluation(run: RunDir, name: str, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
+    """Writes `eval/NAME.parquet` and stores the pictures that a report will show.
+
+    Those are the first ones and, when `name` is "after" and "before" is there, the samples that changed most: a
+    large split's pictures need not be copied into every run.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    table = pa.Table.from_pylist([_row(c) for c in evaluation.captions], schema=EVAL_SCHEMA)
+    table = table.replace_schema_metadata({_SEED_KEY: str(evaluation.seed)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    run.write_bytes(f"{FOLDER}/{name}.parquet", sink.getvalue().to_pybytes())
+    shown = {c.sample_id for c in evaluation.captions[:SHOWN]}
+    before = load_evaluation(run, "before") if name == "after" else None
+    if before is not None:
+        chosen = highlights(before.captions, evaluation.captions)
+        shown |= {after.sample_id for pairs in chosen.values() for _, after in pairs}
+    _store_images(run, [sample for sample in samples if sample.id in shown])
+
+
+def load_evaluation(run: RunDir, name: str) -> Evaluation | None:
+    """What `save_evaluation` wrote under that name; None when it is not there.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    file = f"{FOLDER}/{name}.parquet"
+    if not run.exists(file):
+        return None
+    try:
+        table = pq.read_table(pa.BufferReader(run.read_bytes(file)))
+        seed = int((table.schema.metadata or {}).get(_SEED_KEY.encode(), 0))
+        return Evaluation(tuple(_caption_score(row) for row in table.to_pylist()), seed)
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{run.full_path(file)} is not an evaluation ({reason}); evaluate again") from error
+
+
+def highlights(
+    before: Sequence[CaptionScore], after: Sequence[CaptionScore], count: int = SHOWN
+) -> dict[str, list[tuple[CaptionScore, CaptionScore]]]:
+    """About `count` (before, after) pairs: a third each of the best gains, the middle, and the worst losses.
+
+    Under the keys "best", "middle" and "worst"; no sample twice, best and worst first where samples are few.
+    """
+    known = {c.sample_id: c for c in before}
+    pairs = [(known[c.sample_id], c) for c in after if c.sample_id in known]
+    ranked = sorted(pairs, key=lambda pair: pair[0].reward.total - pair[1].reward.total)  # largest gain first
+    third = max(1, min(count // 3, -(-len(ranked) // 3)))
+    best = ranked[:third]
+    rest = ranked[third:]
+    worst = rest[-third:][::-1] if rest else []
+    between = rest[: len(rest) - len(worst)]
+    start = max(0, (len(between) - third) // 2)
+    return {"best": best, "middle": between[start : start + third], "worst": worst}
+
+
+def find_image(run: RunDir, digest: str, names: Sequence[str]) -> bytes | None:
+    """The stored picture of that hash; `names` is `run.list("images")`."""
+    name = next((n for n in names if n.split(".", 1)[0] == digest), None)
+    return None if name is None else run.read_bytes(f"{IMAGES}/{name}")
+
+
+def _store_images(run: RunDir, samples: Sequence[Sample]) -> None:
+    there = {name.split(".", 1)[0] for name in run.list(IMAGES)}
+    for sample in samples:
+        for image in sample.images:
+            digest = image_hash([image])
+            if digest not in there:
+                run.write_bytes(f"{IMAGES}/{digest}.{image_extension(image)}", image)
+                there.add(digest)
+
+
+def _row(score: CaptionScore) -> dict[str, Any]:
+    reward = score.reward
+    return {
+        "sample_id": score.sample_id,
+        "image_hashes": list(score.image_hashes),
+        "prompt": score.prompt,
+        "references": list(score.references),
+        "caption": score.caption,
+        "reward": reward.total,
+        "reward_sigma": reward.sigma,
+        "reward_parts": [{"name": n, "value": v, "weight": reward.weights.get(n)} for n, v in reward.parts.items()],
+        "scores": [{"name": n, "value": v} for n, v in score.scores.items()],
+    }
+
+
+def _caption_score(row: dict[str, Any]) -> CaptionScore:
+    parts = row["reward_parts"]
+    reward = RewardBreakdown(
+        total=row["reward"],
+        parts={p["name"]: p["value"] for p in parts},
+        weights={p["name"]: p["weight"] for p in parts if p["weight"] is not None},
+        sigma=row["reward_sigma"],
+    )
+    return CaptionScore(
+        sample_id=row["sample_id"],
+        image_hashes=tuple(row["image_hashes"]),
+        prompt=row["prompt"],
+        references=tuple(row["references"]),
+        caption=row["caption"],
+        reward=reward,
+        scores={s["name"]: s["value"] for s in row["scores"]},
+    )

@@ -1,0 +1,145 @@
+"""`mmrl evaluate`: caption a split with a run or a model, score the captions, show and keep the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmrl_ray import atomic
+from mmrl_ray.data.samples import dataset_fingerprint, iter_references, read_split
+from mmrl_ray.errors import ConfigError, RunError
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.run_dir import to_json
+from mmrl_ray.runs.captioning import BATCH, caption_samples
+from mmrl_ray.runs.progress import RunProgress
+from mmrl_ray.runs.scores import (
+    CaptionScore,
+    Difference,
+    Evaluation,
+    compare,
+    comparison_json,
+    interval_json,
+    score_captions,
+)
+from mmrl_ray.runs.target import Target, open_target
+
+__all__ = [
+    "CaptionScore",
+    "Difference",
+    "Evaluation",
+    "compare",
+    "comparison_json",
+    "evaluate",
+    "interval_json",
+    "measures_table",
+    "score_captions",
+]
+
+
+def evaluate(
+    target: str,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = BATCH,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """Captions `data` greedily and scores it; prints a table, and writes JSON where `out` says.
+
+    CIDEr-D and the reward use the document frequencies stored with the run. A bare model has none: they are then
+    taken from the references of `data` itself, which the output says.
+
+    Args:
+        target: a run folder, a model folder or a hub id.
+        data: Parquet shards with references; by default the run's own held-out split.
+        limit: only the first so many rows.
+        out: a file, or a folder that gets `evaluation-NAME.json`.
+        prompt: for rows that bring none; by default the run's.
+        max_new_tokens: by default the run's.
+        batch_size: images decoded together.
+        device: the first GPU by default where there is one.
+
+    Raises:
+        ConfigError: no data is given and the run has none.
+        DataError, ModelError, RunError: what is read cannot be used, or `out` cannot be written.
+    """
+    opened = open_target(target, device=device)
+    data = data or opened.eval_data
+    if data is None:
+        raise ConfigError(f"{target} names no held-out split: give one with --data")
+    samples = read_split(data, prompt=prompt or opened.prompt, limit=limit)
+    statistics, source = _statistics(opened, data)
+    with RunProgress() as shown:
+        captions = caption_samples(
+            opened.policy,
+            samples,
+            max_new_tokens=max_new_tokens or opened.max_new_tokens,
+            batch_size=batch_size,
+            progress=shown.phase("caption"),
+        )
+    evaluation = score_captions(samples, captions, build_reward(opened.reward, statistics), statistics)
+    notes = [*opened.notes, source]
+    Console().print(measures_table(opened.name, evaluation))
+    for note in notes:
+        Console().print(note, markup=False, highlight=False)
+    if out is not None:
+        file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
+        _write(file, _document(target, data, evaluation, notes))
+        Console().print(f"written to {file}", markup=False, highlight=False)
+    return evaluation
+
+
+def measures_table(title: str, evaluation: Evaluation) -> Table:
+    """Every measure with its 95 % interval, for a terminal or plain."""
+    table = Table(title=f"{title}: {len(evaluation.captions)} samples", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, interval in evaluation.measures.items():
+        table.add_row(name, f"{interval.mean:.4f}", f"{interval.low:.4f} … {interval.high:.4f}")
+    return table
+
+
+def _statistics(opened: Target, data: str) -> tuple[CorpusStatistics, str]:
+    if opened.statistics is not None:
+        return opened.statistics, "document frequencies: of the run's training references"
+    own = CorpusStatistics.from_references(iter_references(data))
+    return own, f"document frequencies: of the references of {data} itself, not comparable with those of a run"
+
+
+def _document(target: str, data: str, evaluation: Evaluation, notes: list[str]) -> dict[str, Any]:
+    return {
+        "target": target,
+        "data": data,
+        "data_fingerprint": dataset_fingerprint(data),
+        "notes": notes,
+        **evaluation.to_json(),
+        "captions": [
+            {
+                "sample_id": score.sample_id,
+                "caption": score.caption,
+                "references": list(score.references),
+                "reward": score.reward.total,
+                "reward_parts": dict(score.reward.parts),
+                "scores": dict(score.scores),
+            }
+            for score in evaluation.captions
+        ],
+    }
+
+
+def _write(file: Path, document: dict[str, Any]) -> None:
+    text = json.dumps(to_json(document), indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        atomic.write_file(file, f"{text}\n".encode())
+    except OSError as error:
+        raise RunError(f"{file} cannot be written: {error.strerror or error}; choose another --out") from error

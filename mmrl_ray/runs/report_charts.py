@@ -1,0 +1,240 @@
+"""The curves of a report: metrics lines in, small SVG pictures out, readable on light and dark paper.
+
+Colours are CSS variables inside the picture, so that one picture follows the reader's light or dark setting. Text
+stays text. Nothing in a picture points outside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Metrics = Sequence[Mapping[str, Any]]
+
+MAX_POINTS = 300
+"""Points of one curve; longer runs are drawn as means of equal stretches of steps."""
+
+_SERIES = 8
+_INK, _GRID = 16, 17
+_LIGHT = ("#0b62a8", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#be185d", "#0f766e", "#475569")
+_DARK = ("#6cb6ff", "#ff9d5c", "#5fd68a", "#c3a6ff", "#f2c14e", "#ff8cc6", "#4fd6c4", "#a9b6c9")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One picture with the words that stand for it."""
+
+    title: str
+    data_uri: str
+    alt: str
+    """For those who cannot see it: what is drawn, and first, last, smallest and largest value of each curve."""
+    caption: str
+    """First and last values."""
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    """What one chart shows: metric names or `prefix/` families, in the order of the legend."""
+
+    title: str
+    names: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    unit: str = ""
+    stacked: bool = False
+    band: tuple[str, str] | None = None
+    """(mean, std): drawn as a band around the mean."""
+
+
+PANELS: tuple[_Panel, ...] = (
+    _Panel("Reward, mean ± standard deviation", ("reward/mean",), band=("reward/mean", "reward/std")),
+    _Panel(
+        "Reward parts",
+        ("reward/",),
+        exclude=("reward/mean", "reward/std", "reward/group_std", "reward/zero_variance_groups", "reward/with_kl"),
+    ),
+    _Panel("Loss and its terms", ("loss", "loss/")),
+    _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
+    _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
+    _Panel("Gradient norm", ("grad_norm",)),
+    _Panel("Ratio to the behaviour policy", ("ratio/", "clip_fraction", "clip/", "off_policy/")),
+    _Panel("Learning rate", ("lr",)),
+    _Panel(
+        "Completion length", ("completion_length", "completion/length_mean", "completion/length_max"), unit="tokens"
+    ),
+    _Panel("Staleness", ("staleness", "staleness/"), unit="policy versions"),
+    _Panel("Throughput", ("samples_per_second",), unit="completions a second"),
+    _Panel(
+        "Groups masked, dropped, without signal", ("masked", "dropped", "reward/zero_variance_groups"), unit="groups"
+    ),
+    _Panel("Seconds by phase", ("seconds/",), exclude=("seconds/total", "seconds/step"), unit="seconds", stacked=True),
+)
+
+
+def charts(metrics: Metrics) -> list[Chart]:
+    """Every chart that these metrics lines have values for, in reading order."""
+    made = (_chart(panel, metrics) for panel in PANELS)
+    return [chart for chart in made if chart is not None]
+
+
+def charted_names(metrics: Metrics) -> set[str]:
+    """Metric names that some chart shows."""
+    return {name for panel in PANELS for name in (*_names(panel, metrics), *(panel.band or ()))}
+
+
+def _names(panel: _Panel, metrics: Metrics) -> list[str]:
+    """The numeric metrics of a panel that occur, by the panel's order, then as first seen."""
+    seen = {k: None for line in metrics for k, v in line.items() if is_number(v)}
+    found: dict[str, None] = {}
+    for wanted in panel.names:
+        for name in seen:
+            if name == wanted or (wanted.endswith("/") and name.startswith(wanted)):
+                found[name] = None
+    return [n for n in found if n not in panel.exclude]
+
+
+def _chart(panel: _Panel, metrics: Metrics) -> Chart | None:
+    curves = {name: _curve(name, metrics) for name in _names(panel, metrics)}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    if panel.stacked or len(curves) > 1:  # a curve that is 0 all along only crowds the legend
+        curves = {name: c for name, c in curves.items() if any(y for _, y in c)} or curves
+    if not curves:
+        return None
+    figure = Figure(figsize=(7.6, 2.5) if panel.stacked else (4.4, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    if panel.stacked:
+        _stack(axes, curves)
+    else:
+        _lines(axes, curves)
+    if panel.band is not None:
+        _band(axes, *(_curve(name, metrics) for name in panel.band))
+    _dress(axes, panel, legend=len(curves) > 1)
+    return Chart(panel.title, _data_uri(figure), _alt(panel, curves), _first_last(curves), wide=panel.stacked)
+
+
+def _curve(name: str, metrics: Metrics) -> list[tuple[float, float]]:
+    """(step, value) of one metric, thinned to `MAX_POINTS` by means over equal stretches."""
+    points = [
+        (float(line.get("step", i)), float(line[name])) for i, line in enumerate(metrics) if is_number(line.get(name))
+    ]
+    if len(points) <= MAX_POINTS:
+        return points
+    edges = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
+    chunks = [points[a:b] for a, b in itertools.pairwise(edges)]
+    return [(math.fsum(x for x, _ in c) / len(c), math.fsum(y for _, y in c) / len(c)) for c in chunks]
+
+
+def _lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    for i, (name, points) in enumerate(curves.items()):
+        style = _DASHES[(i // _SERIES + i) % len(_DASHES)] if len(curves) > 1 else "-"
+        marker = "o" if len(points) == 1 else ""
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=_colour(i % _SERIES), linestyle=style, marker=marker, linewidth=1.6, label=name)
+
+
+def _stack(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    steps = sorted({x for points in curves.values() for x, _ in points})
+    heights = [[dict(points).get(x, 0.0) for x in steps] for points in curves.values()]
+    colours = [_colour(i % _SERIES) for i in range(len(curves))]
+    if len(steps) == 1:  # one step has no area
+        base = 0.0
+        for (height,), colour, name in zip(heights, colours, curves, strict=True):
+            axes.bar(steps, [height], bottom=base, color=colour, label=name, width=0.6)
+            base += height
+        return
+    axes.stackplot(steps, heights, labels=list(curves), colors=colours, linewidth=0, alpha=0.85)
+
+
+def _band(axes: Axes, mean: Sequence[tuple[float, float]], std: Sequence[tuple[float, float]]) -> None:
+    if len(mean) != len(std):
+        return
+    x = [p[0] for p in mean]
+    low = [m - s for (_, m), (_, s) in zip(mean, std, strict=True)]
+    high = [m + s for (_, m), (_, s) in zip(mean, std, strict=True)]
+    axes.fill_between(x, low, high, color=_colour(0), alpha=0.18, linewidth=0)
+
+
+def _dress(axes: Axes, panel: _Panel, *, legend: bool) -> None:
+    """Quiet axes; a legend beside the plot, where it hides nothing."""
+    ink, grid = _colour(_INK), _colour(_GRID)
+    axes.set_xlabel("step", color=ink, fontsize=8)
+    if panel.unit:
+        axes.set_ylabel(panel.unit, color=ink, fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
+    axes.yaxis.get_offset_text().set(color=ink, fontsize=7)
+    axes.tick_params(colors=ink, labelcolor=ink, labelsize=8, length=2, width=0.6)
+    axes.grid(axis="y", color=grid, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=grid, linewidth=0.8)
+    if legend:
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7, labelcolor=ink, handlelength=1.8
+        )
+
+
+def _colour(index: int) -> str:
+    """A stand-in that `_data_uri` turns into the CSS variable of that number."""
+    return f"#0000{index + 1:02x}"
+
+
+def _data_uri(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmrl"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]  # without the doctype, which names a host
+    svg = re.sub(r"#0000([0-9a-f]{2})", lambda m: f"var(--c{int(m[1], 16) - 1})" if m[1] != "00" else m[0], svg)
+    head, _, rest = svg.partition(">")
+    return "data:image/svg+xml;base64," + base64.b64encode(f"{head}>{_stylesheet()}{rest}".encode()).decode()
+
+
+def _stylesheet() -> str:
+    def variables(series: Sequence[str], ink: str, grid: str) -> str:
+        pairs = [*enumerate(series), (_INK, ink), (_GRID, grid)]
+        return "svg{" + "".join(f"--c{i}:{value};" for i, value in pairs) + "}"
+
+    light = variables(_LIGHT, "#374151", "#d5dae1")
+    dark = variables(_DARK, "#c5cdd8", "#3a424e")
+    fonts = "text{font-family:system-ui,sans-serif!important}"
+    return f"<style>{light}@media screen and (prefers-color-scheme:dark){{{dark}}}{fonts}</style>"
+
+
+def _alt(panel: _Panel, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    first, last = (f(p[0] for points in curves.values() for p in points) for f in (min, max))
+    told = [
+        f"{name} from {_figure(y[0])} to {_figure(y[-1])}, between {_figure(min(y))} and {_figure(max(y))}"
+        for name, y in ((name, [p[1] for p in points]) for name, points in curves.items())
+    ]
+    kind = "Stacked areas" if panel.stacked else "Line chart"
+    return f"{kind}: {panel.title}, steps {first:.0f} to {last:.0f}. {'; '.join(told)}."
+
+
+def _first_last(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    if len(curves) > 1:
+        return ""
+    ((_, points),) = curves.items()
+    return f"{_figure(points[0][1])} → {_figure(points[-1][1])}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value can be drawn: a finite number, not a flag."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,163 @@
+"""The facts, events and quarantined samples of a report, as plain rows of text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from mmrl_ray.runs.report_charts import charted_names, is_number
+
+Row = tuple[str, str]
+
+MAX_EVENTS = 60
+MAX_QUARANTINED = 20
+_WHEN = ("time", "timestamp", "at")
+_WHAT = ("event", "kind", "name")
+
+
+def fact_blocks(
+    summary: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+    quarantined: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Titled blocks of (name, value); a block without rows is left out."""
+    blocks = [
+        ("Seconds", list(_seconds(summary, metrics))),
+        ("Resources and path", list(_resources(summary, metrics, events))),
+        ("Counts over the run", list(_counts(metrics, quarantined))),
+        ("Other figures of the last step", list(_others(metrics))),
+        ("Versions", [(str(k), _text(v)) for k, v in _mapping(summary.get("versions")).items()]),
+    ]
+    return [{"title": title, "rows": rows} for title, rows in blocks if rows]
+
+
+def event_rows(events: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, str]], int]:
+    """The last events, and how many were left out."""
+    shown = events[-MAX_EVENTS:]
+    return [_event(event) for event in shown], len(events) - len(shown)
+
+
+def quarantine_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, str]], int]:
+    """The first quarantined samples, and how many were left out."""
+    shown = records[:MAX_QUARANTINED]
+    rows = [
+        {
+            "sample": str(r.get("sample_id", "")),
+            "reason": " – ".join(str(r[k]) for k in ("where", "reason") if r.get(k)),
+        }
+        for r in shown
+    ]
+    return rows, len(records) - len(shown)
+
+
+def duration(seconds: float) -> str:
+    """`59.3 s`, `12 min 05 s`, `3 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    if minutes < 60:
+        return f"{int(minutes)} min {int(seconds % 60):02d} s"
+    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+
+
+def _seconds(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    told = summary.get("seconds")
+    if is_number(told):
+        yield "whole run", duration(told)
+    for name, value in _mapping(told).items():
+        if is_number(value):
+            yield str(name).replace("_", " "), duration(value)
+    phases: dict[str, float] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if name.startswith("seconds/") and is_number(value):
+                phases[name] = phases.get(name, 0.0) + value
+    for name, total in phases.items():
+        yield f"steps: {name.removeprefix('seconds/')}", duration(total)
+
+
+def _resources(
+    summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
+) -> Iterator[Row]:
+    peak = summary.get("peak_memory_bytes")
+    if is_number(peak):
+        yield "peak memory, all processes", f"{peak / 2**30:.2f} GiB"
+    flags = [bool(line["shared_prefix"]) for line in metrics if line.get("shared_prefix") is not None]
+    if flags:
+        share = f" in {sum(flags)} of {len(flags)} steps" if any(flags) and not all(flags) else ""
+        yield (
+            "forward path",
+            f"shared prefix{share}" if any(flags) else "naive (every completion behind its own prompt)",
+        )
+    reason = _path_reason(summary, events)
+    if reason:
+        yield "why", reason
+    for name in ("device", "devices", "workers", "learner_workers", "rollout_workers"):
+        if name in summary:
+            yield name.replace("_", " "), _text(summary[name])
+
+
+def _path_reason(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+    """From the summary, or from the event that the start-up parity check left."""
+    told = summary.get("shared_prefix")
+    if isinstance(told, Mapping) and told.get("reason"):
+        return str(told["reason"])
+    for event in reversed(events):
+        if "prefix" in _event_name(event) or "parity" in _event_name(event):
+            return str(event.get("reason") or event.get("message") or "")
+    return ""
+
+
+def _counts(metrics: Sequence[Mapping[str, Any]], quarantined: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    if not metrics:
+        return
+    for name, label in (("masked", "groups masked"), ("dropped", "groups dropped as stale")):
+        values = [line[name] for line in metrics if is_number(line.get(name))]
+        if values:
+            yield label, f"{sum(values):g}"
+    yield "samples quarantined", str(len(quarantined))
+    values = [line["policy_version"] for line in metrics if is_number(line.get("policy_version"))]
+    if values:
+        yield "last policy version", f"{values[-1]:g}"
+
+
+def _others(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Whatever no chart shows, so that nothing in metrics.jsonl stays hidden."""
+    if not metrics:
+        return
+    hidden = charted_names(metrics) | {"step", "policy_version", "masked", "dropped", "shared_prefix", "run"}
+    for name, value in metrics[-1].items():
+        if name not in hidden and is_number(value):
+            yield name, f"{value:.4g}"
+
+
+def _event(event: Mapping[str, Any]) -> dict[str, str]:
+    used = {*_WHEN, *_WHAT}
+    details = ", ".join(f"{k}: {_text(v)}" for k, v in event.items() if k not in used)
+    return {"when": _when(event), "what": _event_name(event) or "event", "details": details}
+
+
+def _event_name(event: Mapping[str, Any]) -> str:
+    return next((str(event[k]) for k in _WHAT if k in event), "")
+
+
+def _when(event: Mapping[str, Any]) -> str:
+    value = next((event[k] for k in _WHEN if k in event), None)
+    if is_number(value):
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    if value is None:
+        return f"step {event['step']}" if "step" in event else ""
+    return str(value)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,147 @@
+"""The before/after table of a report: values, intervals, paired differences, and a plain verdict for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmrl_ray.errors import DataError
+from mmrl_ray.metrics.bootstrap import Interval
+from mmrl_ray.runs.scores import Difference, Evaluation, compare
+
+_LABELS = {
+    "reward": ("Total reward", ""),
+    "cider_d": ("CIDEr-D", "document frequencies of the training split"),
+    "bleu_1": ("BLEU-1", ""),
+    "bleu_2": ("BLEU-2", ""),
+    "bleu_3": ("BLEU-3", ""),
+    "bleu_4": ("BLEU-4", "of the corpus"),
+    "rouge_l": ("ROUGE-L", ""),
+    "attributes/precision": ("Attribute precision", "of what was said, how much is there"),
+    "attributes/recall": ("Attribute recall", "of what is there, how much was said"),
+    "attributes/f1": ("Attribute F1", ""),
+    "caption/words": ("Caption length", "words"),
+    "caption/distinct": ("Distinct captions", "share of all"),
+}
+_STRONG = ("reward", "cider_d")
+_NEUTRAL = ("caption/words", "caption/distinct")
+"""Neither more nor less of it is better by itself."""
+_WIDTH = 120
+_MARGIN = 6
+
+
+def measure_table(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """What the template draws; without rows when there is no evaluation."""
+    differences: dict[str, Difference] = {}
+    note = ""
+    if before is not None and after is not None:
+        try:
+            differences = compare(before, after)
+        except DataError as error:
+            note = f" {error}"
+    sides = [e.measures for e in (before, after) if e is not None]
+    names = dict.fromkeys(name for measures in sides for name in measures)
+    rows = [_row(name, _of(before, name), _of(after, name), differences.get(name)) for name in names]
+    return {
+        "rows": rows,
+        "before": before is not None,
+        "after": after is not None,
+        "paired": bool(differences),
+        "explanation": _explanation(before, after),
+        "footnote": f"Brackets: 95 % bootstrap intervals over samples; differences are paired by sample.{note}",
+    }
+
+
+def _of(evaluation: Evaluation | None, name: str) -> Interval | None:
+    return None if evaluation is None else evaluation.measures.get(name)
+
+
+def _explanation(before: Evaluation | None, after: Evaluation | None) -> str:
+    one = before or after
+    samples = "" if one is None else f"Greedy captions of {len(one.captions)} held-out samples."
+    if before is None or after is None:
+        return samples
+    return (
+        f"{samples} “Apart” means that the two intervals have no point in common; where they overlap, the interval of "
+        "the paired difference still tells whether the change is more than chance."
+    )
+
+
+def _row(name: str, before: Interval | None, after: Interval | None, difference: Difference | None) -> dict[str, Any]:
+    label, note = _LABELS.get(name, (_part_label(name), "reward part" if name.startswith("reward/") else ""))
+    row = {
+        "name": name,
+        "label": label,
+        "note": note,
+        "strong": name in _STRONG,
+        "before": _value(before),
+        "before_interval": _range(before),
+        "after": _value(after),
+        "after_interval": _range(after),
+        "difference": "",
+        "difference_interval": "",
+        "verdict": "",
+        "verdict_kind": "flat",
+        "sentence": "",
+        "bars": _bars(before, after),
+    }
+    if difference is not None:
+        row |= _verdict(name, difference)
+    return row
+
+
+def _part_label(name: str) -> str:
+    return name.removeprefix("reward/")
+
+
+def _verdict(name: str, difference: Difference) -> dict[str, str]:
+    interval = difference.difference
+    moved = interval.low > 0 or interval.high < 0
+    up = interval.mean > 0
+    if not moved:
+        word, kind, sentence = "no clear change", "flat", "a change that chance alone could make"
+    else:
+        direction = "higher" if up else "lower"
+        word = f"{direction}, apart" if difference.apart else f"{direction}, overlap"
+        kind = "flat" if name in _NEUTRAL or _is_penalty(name) else ("good" if up else "bad")
+        sentence = (
+            "the 95 % intervals do not overlap"
+            if difference.apart
+            else "the 95 % intervals overlap, the paired difference excludes 0"
+        )
+    return {
+        "difference": f"{interval.mean:+.3f}",
+        "difference_interval": f"[{interval.low:+.3f}, {interval.high:+.3f}]",
+        "verdict": word,
+        "verdict_kind": kind,
+        "sentence": sentence,
+    }
+
+
+def _is_penalty(name: str) -> bool:
+    """R_cap's length part counts against the total: more of it is not better."""
+    return name.startswith("reward/") and name.endswith("/length")
+
+
+def _value(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{interval.mean:.3f}"
+
+
+def _range(interval: Interval | None) -> str:
+    return "" if interval is None else f"[{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _bars(before: Interval | None, after: Interval | None) -> list[dict[str, Any]]:
+    """The intervals side by side, each row on its own scale."""
+    drawn = [("before", 6, before), ("after", 14, after)]
+    known = [interval for _, _, interval in drawn if interval is not None]
+    low, high = min(i.low for i in known), max(i.high for i in known)
+    scale = (_WIDTH - 2 * _MARGIN) / (high - low) if high > low else 0.0
+
+    def place(value: float) -> float:
+        return round(_MARGIN + (value - low) * scale, 1) if scale else _WIDTH / 2
+
+    return [
+        {"kind": kind, "y": y, "low": place(i.low), "high": place(i.high), "mean": place(i.mean)}
+        for kind, y, i in drawn
+        if i is not None
+    ]

@@ -1,0 +1,268 @@
+"""What captions are worth: every measure of an evaluation, with intervals. Pure: no model, no files.
+
+The measures, by name:
+
+    reward, reward/PART         the run's own reward and every part of it
+    cider_d, rouge_l            means of the sentence scores
+    bleu_1 … bleu_4             of the corpus
+    attributes/precision        for scenes, over all captions: facts that are true ÷ facts claimed
+    attributes/recall, /f1      required facts that are covered ÷ required facts; the harmonic mean of the two
+    caption/words               length
+    caption/distinct            share: distinct captions ÷ captions
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+
+from mmrl_ray.data.images import image_hash
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.data.scenes import attribute_scores
+from mmrl_ray.errors import DataError
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.metrics.bootstrap import Interval, bootstrap_difference, bootstrap_mean
+from mmrl_ray.metrics.cider import CiderD
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.rouge import rouge_l
+from mmrl_ray.metrics.text import MAX_ORDER, words
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.checks import check_breakdowns
+from mmrl_ray.runs.statistics import RESAMPLES, Counts, Figure, figure_difference, figure_interval
+
+_BATCH = 256
+_ATTRIBUTES = ("attributes/correct", "attributes/claimed", "attributes/covered", "attributes/required")
+_SCENE_OBJECT = {"shape", "colour", "size", "position"}
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionScore:
+    """One caption and what it is worth."""
+
+    sample_id: str
+    image_hashes: tuple[str, ...]
+    """Of each of the sample's images."""
+    prompt: str
+    references: tuple[str, ...]
+    caption: str
+    reward: RewardBreakdown
+    scores: Mapping[str, float]
+    """Sentence scores and counts: cider_d, rouge_l, caption/words, and for scenes how many facts were claimed, of these
+    are correct, were required, and of those were covered."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The captions of one policy on one split."""
+
+    captions: tuple[CaptionScore, ...]
+    seed: int = 0
+    """Of the bootstrap."""
+
+    @cached_property
+    def measures(self) -> dict[str, Interval]:
+        """Every measure with its 95 % bootstrap interval, the sample being what is resampled."""
+        found = {
+            name: bootstrap_mean(values, seed=self.seed, resamples=RESAMPLES) for name, values in self._means.items()
+        }
+        for name, (counts, figure) in self._figures.items():
+            found[name] = figure_interval(counts, figure, seed=self.seed)
+        return {name: found[name] for name in _ordered(found)}
+
+    def to_json(self) -> dict[str, Any]:
+        """How many samples, and each measure's value and interval; captions are in the records."""
+        return {
+            "samples": len(self.captions),
+            "measures": {name: interval_json(interval) for name, interval in self.measures.items()},
+        }
+
+    @cached_property
+    def _means(self) -> dict[str, list[float]]:
+        """Measures that are means: one value a sample."""
+        multiplicity = Counter(c.caption for c in self.captions)
+        columns: dict[str, list[float]] = {"reward": [c.reward.total for c in self.captions]}
+        for part in _shared([c.reward.parts for c in self.captions]):
+            columns[f"reward/{part}"] = [c.reward.parts[part] for c in self.captions]
+        for name in _shared([c.scores for c in self.captions]):
+            if name not in _ATTRIBUTES:
+                columns[name] = [c.scores[name] for c in self.captions]
+        # The mean of 1 ÷ (captions that read the same) is the share of distinct ones; counting distinct captions among
+        # resamples would not do, since drawing with replacement itself repeats captions.
+        columns["caption/distinct"] = [1.0 / multiplicity[c.caption] for c in self.captions]
+        return columns
+
+    @cached_property
+    def _figures(self) -> dict[str, tuple[Counts, Figure]]:
+        """Measures that are functions of summed counts: the counts [N, K], and the function."""
+        bleu = np.array([_bleu_counts(c.caption, c.references) for c in self.captions])
+        found: dict[str, tuple[Counts, Figure]] = {
+            f"bleu_{n}": (bleu, partial(_bleu, order=n)) for n in range(1, MAX_ORDER + 1)
+        }
+        if all(name in c.scores for c in self.captions for name in _ATTRIBUTES):
+            counts = np.array([[c.scores[name] for name in _ATTRIBUTES] for c in self.captions], dtype=np.float64)
+            found["attributes/precision"] = (counts, _precision)
+            found["attributes/recall"] = (counts, _recall)
+            found["attributes/f1"] = (counts, _f1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """After less before, of one measure."""
+
+    difference: Interval
+    """Paired by sample."""
+    apart: bool
+    """Whether the two measures' own intervals have no point in common: the stricter test."""
+
+
+def score_captions(
+    samples: Sequence[Sample],
+    captions: Sequence[str],
+    reward: RewardFn,
+    statistics: CorpusStatistics,
+    *,
+    seed: int = 0,
+) -> Evaluation:
+    """Scores one caption a sample by the reward and by every measure that the reward does not see.
+
+    Args:
+        samples: with references.
+        captions: one a sample, in order.
+        reward: the run's.
+        statistics: of the training references, for CIDEr-D.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: no samples, or a sample without references.
+        RewardError: the reward failed.
+    """
+    if not samples or len(samples) != len(captions):
+        raise DataError(f"an evaluation needs one caption a sample, got {len(captions)} for {len(samples)} samples")
+    bare = next((s.id for s in samples if not s.references), None)
+    if bare is not None:
+        raise DataError(f"sample {bare!r} has no references to evaluate against; add some or leave it out")
+    breakdowns: list[RewardBreakdown] = []
+    for start in range(0, len(samples), _BATCH):
+        batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
+        breakdowns += check_breakdowns(reward.score_batch(batch, said), len(said))
+    cider = CiderD(statistics)
+    rows = zip(samples, captions, breakdowns, strict=True)
+    return Evaluation(tuple(_score(*row, cider=cider) for row in rows), seed)
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
+    """The difference of every measure that both have, paired by sample.
+
+    Raises:
+        DataError: they are of different samples.
+    """
+    if [c.sample_id for c in before.captions] != [c.sample_id for c in after.captions]:
+        raise DataError("two evaluations of different samples cannot be compared; evaluate both on the same split")
+    found: dict[str, Difference] = {}
+    for name, interval in before.measures.items():
+        if name not in after.measures:
+            continue
+        found[name] = Difference(_difference(before, after, name), not interval.overlaps(after.measures[name]))
+    return found
+
+
+def comparison_json(differences: Mapping[str, Difference]) -> dict[str, Any]:
+    """`compare`'s answer for `summary.json`."""
+    return {name: {**interval_json(d.difference), "intervals_apart": d.apart} for name, d in differences.items()}
+
+
+def interval_json(interval: Interval) -> dict[str, float]:
+    """As it stands in JSON files."""
+    return {"value": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval:
+    if name in before._means:
+        return bootstrap_difference(before._means[name], after._means[name], seed=before.seed, resamples=RESAMPLES)
+    counts, figure = before._figures[name]
+    return figure_difference(counts, after._figures[name][0], figure, seed=before.seed)
+
+
+def _score(sample: Sample, caption: str, reward: RewardBreakdown, *, cider: CiderD) -> CaptionScore:
+    scores = {
+        "cider_d": cider.score(caption, sample.references),
+        "rouge_l": rouge_l(caption, sample.references),
+        "caption/words": float(len(words(caption))),
+    }
+    if _is_scene(sample):
+        facts = attribute_scores(caption, sample.metadata)
+        counts = (facts.correct, facts.claimed, facts.covered, facts.required)
+        scores.update(zip(_ATTRIBUTES, map(float, counts), strict=True))
+    return CaptionScore(
+        sample_id=sample.id,
+        image_hashes=tuple(image_hash([image]) for image in sample.images),
+        prompt=sample.prompt,
+        references=sample.references,
+        caption=caption,
+        reward=reward,
+        scores=scores,
+    )
+
+
+def _bleu_counts(caption: str, references: Sequence[str]) -> list[float]:
+    """[correct 1…4, total 1…4, words said, words of the closest reference], whose sums are the corpus' own counts."""
+    score = BLEU(lowercase=True).corpus_score([caption], [[reference] for reference in references])
+    return [*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len)]
+
+
+def _bleu(sums: Counts, *, order: int) -> float:
+    """Corpus BLEU up to `order` from summed counts, in [0, 1], as `metrics.bleu.corpus_bleu` has it."""
+    score = BLEU.compute_bleu(
+        correct=[int(c) for c in sums[:order]],
+        total=[int(t) for t in sums[MAX_ORDER : MAX_ORDER + order]],
+        sys_len=int(sums[-2]),
+        ref_len=int(sums[-1]),
+        smooth_method="exp",
+        max_ngram_order=order,
+    )
+    return min(1.0, float(score.score) / 100.0)
+
+
+def _precision(sums: Counts) -> float:
+    correct, claimed, _, _ = sums
+    return float(correct / claimed) if claimed else 0.0
+
+
+def _recall(sums: Counts) -> float:
+    _, _, covered, required = sums
+    return float(covered / required) if required else 0.0
+
+
+def _f1(sums: Counts) -> float:
+    precision, recall = _precision(sums), _recall(sums)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _is_scene(sample: Sample) -> bool:
+    """Whether the row was made by `data/scenes.py`: another data set may well have `objects` of its own."""
+    objects = sample.metadata.get("objects")
+    return (
+        isinstance(objects, list)
+        and bool(objects)
+        and all(isinstance(each, dict) and set(each) == _SCENE_OBJECT for each in objects)
+    )
+
+
+def _shared(rows: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """Names that every row has, in the first row's order."""
+    return (name for name in rows[0] if all(name in row for row in rows))
+
+
+def _ordered(names: Mapping[str, Any]) -> list[str]:
+    """Rewards first, then what no reward need have seen."""
+    leading = ["cider_d", "bleu_4", "bleu_3", "bleu_2", "bleu_1", "rouge_l"]
+    rewards = [n for n in names if n == "reward" or n.startswith("reward/")]
+    rest = [n for n in names if n not in rewards and n not in leading]
+    return [*rewards, *leading, *rest]

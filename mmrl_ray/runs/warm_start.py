@@ -1,0 +1,191 @@
+"""The model that reinforcement learning starts from: a built-in one made on the spot, and the supervised warm start.
+
+    config ──key──▶ cache has KEY/warm_start.json? ──yes──▶ that folder
+                         └─no─▶ build or load ──train──▶ .tmp-… ──rename──▶ KEY/
+
+A finished warm start is an ordinary Hugging Face folder (model, processor, chat template) named by a hash of all that
+made it. It appears by a rename, so that one which is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from mmrl_ray import atomic
+from mmrl_ray.config import Config
+from mmrl_ray.config.sft import SFT_CACHE
+from mmrl_ray.data.samples import dataset_fingerprint, iter_references
+from mmrl_ray.data.scenes import scenes_vocabulary, write_scenes
+from mmrl_ray.errors import ModelError, RunError
+from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
+from mmrl_ray.runs.progress import ProgressFn
+from mmrl_ray.runs.sft import train_supervised
+
+FACTS = "warm_start.json"
+"""In the folder: what it was made from, its first and last loss, seconds."""
+
+TINY_LLAVA: Mapping[str, int] = {"patch_size": 16, "hidden": 128, "layers": 4, "vision_hidden": 96, "vision_layers": 3}
+"""The size of `builtin:tiny-llava`: 1.2 M parameters, 16 image tokens for a picture."""
+_TINY_WORDS = 8000
+"""The most frequent words of the training references that a tiny model knows where the data set is not scenes."""
+_FORMAT = 1
+"""Raised when the same settings come to mean another model."""
+_WHOLE = 16 << 20
+"""Files of a model folder up to this size enter the key by content, larger ones by size and time of change."""
+
+
+def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
+    """What `model.path` stands for: a folder with a model ready for reinforcement learning.
+
+    A built-in model is made and, with an `sft` section, the model is trained; both are kept in `sft.cache` and found
+    there the next time. A checkpoint without `sft` is returned as it was written (it may be a hub id). Writes the
+    scenes first where the config asks for them.
+
+    Raises:
+        ModelError: no such built-in model, or the checkpoint cannot be used.
+        DataError: the training split cannot be used.
+        NonFiniteError: training diverged.
+        RunError: the cache cannot be written.
+    """
+    if cfg.sft is None and not _is_builtin(cfg):
+        return cfg.model.path
+    if cfg.data.scenes is not None:
+        write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
+    cache = Path(cfg.sft.cache if cfg.sft is not None else SFT_CACHE).expanduser().absolute()
+    made_from = _made_from(cfg)
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:20]
+    target = cache / key
+    if (target / FACTS).is_file():
+        return str(target)
+    with _staging(cache) as scratch:
+        facts = _make(cfg, scratch, progress)
+        (scratch / FACTS).write_text(json.dumps({"made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
+        if not (target / FACTS).is_file():  # another process may have been faster
+            atomic.commit_folder(scratch, target)
+    return str(target)
+
+
+def warm_start_facts(folder: str | Path) -> dict[str, Any]:
+    """What a folder from `warm_start` says of itself; nothing for any other model."""
+    file = Path(folder) / FACTS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, Any]:
+    """Fills `folder` with model and processor; returns how it went."""
+    started = time.monotonic()
+    logging.disable_progress_bar()  # of loading and saving weights: they would run through the program's own
+    path = cfg.model.path
+    if _is_builtin(cfg):
+        path = str(build_builtin(cfg, folder))
+    if cfg.sft is None:
+        return {"seconds": time.monotonic() - started}
+    # Weights that train are float32, whatever they are used in later; a frozen base under an adapter need not be.
+    dtype = "float32" if cfg.sft.mode == "full" else cfg.model.dtype
+    policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
+    losses = train_supervised(policy, cfg, cfg.sft, progress)
+    _save(policy, folder)
+    return {
+        "steps": len(losses),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _save(policy: Policy, folder: Path) -> None:
+    policy.hf_model.save_pretrained(folder)
+    policy.processor.save_pretrained(folder)
+
+
+def build_builtin(cfg: Config, folder: Path) -> Path:
+    """Makes the built-in model, untrained, in `folder`.
+
+    Raises:
+        DataError: its words come from the training references, and those cannot be read.
+    """
+    return build_tiny_llava(folder, vocabulary=_vocabulary(cfg), seed=cfg.run.seed, **TINY_LLAVA)
+
+
+def _is_builtin(cfg: Config) -> bool:
+    return cfg.model.path.startswith("builtin:")
+
+
+def _made_from(cfg: Config) -> dict[str, Any]:
+    """Everything that the result depends on, as JSON."""
+    found: dict[str, Any] = {"format": _FORMAT, "seed": cfg.run.seed, "model": _model_identity(cfg)}
+    if _is_builtin(cfg):
+        found["words"] = hashlib.sha256("\n".join(_vocabulary(cfg)).encode()).hexdigest()
+    if cfg.sft is not None:
+        found |= {
+            "sft": cfg.sft.model_dump(exclude={"cache"}),
+            "data": dataset_fingerprint(cfg.data.train),
+            "prompt": cfg.data.prompt,
+            "processor": cfg.model.processor,
+            "lora": cfg.model.lora.model_dump() if cfg.sft.mode == "lora" else None,
+            "dtype": cfg.model.dtype if cfg.sft.mode == "lora" else None,
+        }
+    return found
+
+
+def _model_identity(cfg: Config) -> dict[str, Any]:
+    path = cfg.model.path
+    if _is_builtin(cfg):
+        if path != BUILTIN_TINY_LLAVA:
+            raise ModelError(f"no built-in model {path!r}; there is {BUILTIN_TINY_LLAVA}")
+        return {"builtin": path, **TINY_LLAVA}
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return {"hub": path, "revision": cfg.model.revision, "commit": _commit(path, cfg.model.revision)}
+    return {"files": {file.name: _file_identity(file) for file in sorted(folder.iterdir()) if file.is_file()}}
+
+
+def _file_identity(file: Path) -> str:
+    stat = file.stat()
+    return atomic.sha256_of(file) if stat.st_size <= _WHOLE else f"{stat.st_size}@{stat.st_mtime_ns}"
+
+
+def _commit(path: str, revision: str | None) -> str | None:
+    """The hub's commit, so that a branch that moved is not taken for what it was."""
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"model {path!r} is no folder, and as a hub id it cannot be read: {reason}") from error
+    return getattr(config, "_commit_hash", None)
+
+
+def _vocabulary(cfg: Config) -> list[str]:
+    """The words of a tiny model, the prompt's among them."""
+    if cfg.data.scenes is not None:
+        return [*words_of([cfg.data.prompt]), *scenes_vocabulary()]
+    texts = (text for references in iter_references(cfg.data.train) for text in references)
+    return [*words_of([cfg.data.prompt]), *words_of(texts)[:_TINY_WORDS]]
+
+
+@contextmanager
+def _staging(cache: Path) -> Iterator[Path]:
+    """A scratch folder in the cache, gone afterwards unless it was renamed into place."""
+    try:
+        scratch = cache / f"{atomic.SCRATCH_PREFIXES[0]}{uuid.uuid4().hex}"
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"the warm start cannot be kept in {cache}: {reason}; make room or set sft.cache") from error

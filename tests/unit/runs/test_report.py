@@ -1,0 +1,308 @@
+"""`report.html` from made-up run folders: self-contained, escaped, complete, and honest about what is missing."""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pyarrow.parquet as pq
+import pytest
+
+from mmrl_ray.config.data import ScenesSection
+from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.data.scenes import generate_scenes
+from mmrl_ray.errors import RunError
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.eval_records import EVAL_SCHEMA, highlights, load_evaluation, save_evaluation
+from mmrl_ray.runs.report import write_report
+from mmrl_ray.runs.report_charts import MAX_POINTS, charts
+from mmrl_ray.runs.report_facts import duration
+from mmrl_ray.runs.scores import Evaluation, score_captions
+
+_, SCENES = generate_scenes(ScenesSection(train=1, eval=30, image_size=32))
+STATISTICS = CorpusStatistics.from_references(sample.references for sample in SCENES)
+REWARD = build_reward(RewardSection(), STATISTICS)
+EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x.png onerror=y>'
+VOID = {"meta", "link", "img", "br", "hr", "input", "line", "circle"}
+
+
+def scored(captions: list[str]) -> Evaluation:
+    return score_captions(SCENES, captions, REWARD, STATISTICS)
+
+
+BEFORE = scored([sample.metadata["terse"][0] for sample in SCENES])
+AFTER = scored([EVIL, *(sample.references[1] for sample in SCENES[1:])])
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text; complains about tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.stack: list[str] = []
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.stack:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.text).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def line(step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "policy_version": step + 1,
+        "reward/mean": 0.3 + 0.01 * step,
+        "reward/std": 0.1,
+        "reward/caption": 0.3,
+        "reward/caption/bleu": 0.2,
+        "loss": -0.01,
+        "loss/policy": -0.02,
+        "loss/kl": 0.01,
+        "kl": 0.02,
+        "entropy": 1.0,
+        "grad_norm": 0.5,
+        "lr": 1e-3,
+        "staleness/mean": 0.0,
+        "completion/length_mean": 7.5,
+        "samples_per_second": 100.0,
+        "seconds/sample": 1.0,
+        "seconds/forward_backward": 2.0,
+        "seconds/step": 3.5,
+        "shared_prefix": True,
+        "masked": 1,
+        "dropped": 2,
+        "vision/hits": 14,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, Page, str]:
+    run = RunDir.create(tmp_path_factory.mktemp("runs"), "done")
+    run.write_text("config.yaml", "run: {name: done}  # <b>\n")
+    save_evaluation(run, "before", BEFORE, SCENES)
+    save_evaluation(run, "after", AFTER, SCENES)
+    for step in range(5):
+        run.append_line("metrics.jsonl", line(step))
+    run.append_line("events.jsonl", {"time": 0, "kind": "shared_prefix", "reason": "agrees within 1e-4 <ok>"})
+    run.append_line("events.jsonl", {"kind": "worker_replaced", "step": 3, "worker": "w-1"})
+    run.append_line("quarantine.jsonl", {"sample_id": "train-7", "reason": "broken PNG", "where": "row 7"})
+    summary = {
+        "seconds": {"warm_start": 61.0, "total": 3725.0},
+        "peak_memory_bytes": 3 * 2**30,
+        "versions": {"ray": "2"},
+    }
+    run.write_json("summary.json", summary)
+    run.write_text("adapter/adapter_config.json", "{}")
+    html = Path(write_report(run)).read_text(encoding="utf-8")
+    return run, Page(html), html
+
+
+def test_nothing_points_outside_the_page(finished: tuple[RunDir, Page, str]) -> None:
+    _, page, html = finished
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes)
+    assert not page.all("script")
+    assert "@import" not in html
+    assert "url(" not in html
+    images = [image["src"] for image in page.all("img")]
+    pictures = [i for i in images if i.startswith("data:image/svg+xml")]
+    for picture in pictures:
+        svg = base64.b64decode(picture.split(",", 1)[1]).decode()
+        ElementTree.fromstring(svg)
+        assert not re.search(r'(?:href|src)="(?!#)', svg)
+        assert "<image" not in svg
+    assert len(pictures) >= 10
+
+
+def test_captions_are_escaped_and_shown(finished: tuple[RunDir, Page, str]) -> None:
+    _, page, html = finished
+    assert EVIL in page.words
+    assert "<script" not in html
+    assert "onerror" in html  # as text
+    assert not any("onerror" in attributes for _, attributes in page.tags)
+    assert "run: {name: done} # <b>" in page.words
+    assert "agrees within 1e-4 <ok>" in page.words
+
+
+def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
+    _, page, _ = finished
+    sections = [attributes["id"] for attributes in page.all("section") if "id" in attributes]
+    assert sections == ["summary", "captions", "curves", "facts", "events", "config"]
+    targets = {link["href"] for link in page.all("a")}
+    assert targets == {f"#{name}" for name in sections}
+    for words in (
+        "Total reward",
+        "CIDEr-D",
+        "BLEU-4",
+        "ROUGE-L",
+        "Attribute recall",
+        "intervals do not overlap",
+        "Reward, mean ± standard deviation",
+        "Reward parts",
+        "Loss and its terms",
+        "KL to the reference policy",
+        "Entropy",
+        "Gradient norm",
+        "Learning rate",
+        "Completion length",
+        "Staleness",
+        "Throughput",
+        "Seconds by phase",
+        "Where the reward rose most",
+        "Where the reward rose least or fell",
+        "1 min 01 s",
+        "1 h 02 min",
+        "3.00 GiB",
+        "groups masked",
+        "train-7",
+        "row 7 – broken PNG",
+        "worker_replaced",
+    ):
+        assert words in page.words, words
+    assert "What is missing" not in page.words
+
+
+def test_pictures_have_words_for_them(finished: tuple[RunDir, Page, str]) -> None:
+    _, page, _ = finished
+    alts = [image.get("alt", "") for image in page.all("img")]
+    assert all(len(alt) > 20 for alt in alts)
+    assert any("reward/mean from 0.3 to 0.34" in alt for alt in alts)
+    assert len(page.all("article")) == 12
+    assert "picture not stored" not in page.words
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_the_table_tells_the_figures_of_the_evaluations(finished: tuple[RunDir, Page, str]) -> None:
+    _, page, _ = finished
+    for evaluation in (BEFORE, AFTER):
+        reward = evaluation.measures["reward"]
+        assert f"{reward.mean:.3f} [{reward.low:.3f}, {reward.high:.3f}]" in page.words
+
+
+def test_a_half_finished_run_says_what_is_missing(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "half")
+    run.write_text("config.yaml", "run: {name: half}\n")
+    save_evaluation(run, "before", BEFORE, SCENES)
+    run.append_line("metrics.jsonl", line(0))
+    run.append_line("metrics.jsonl", {"step": 1, "reward/mean": None, "loss": 0.5})
+    with (run.local_path() / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')  # torn by a crash
+    page = Page(Path(write_report(run)).read_text())
+    for words in (
+        "What is missing",
+        "eval/after.parquet",
+        "summary.json",
+        "there is no final adapter",
+        "not finished",
+        "The first captions, before training",
+        "2 steps",
+    ):
+        assert words in page.words, words
+    assert len(page.all("article")) == 12
+
+
+def test_an_empty_and_a_damaged_run_still_give_a_page(tmp_path: Path) -> None:
+    empty = RunDir.create(tmp_path, "empty")
+    page = Page(Path(write_report(empty)).read_text())
+    assert "not started" in page.words
+    assert "No evaluation was stored" in page.words
+    damaged = RunDir.create(tmp_path, "damaged")
+    damaged.write_text("summary.json", "{")
+    damaged.write_text("eval/before.parquet", "no parquet")
+    page = Page(Path(write_report(damaged)).read_text())
+    assert "summary.json is not JSON" in page.words
+    assert "before.parquet is not an evaluation" in page.words
+    with pytest.raises(RunError, match="no run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_a_failed_run_shows_its_state(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "failed")
+    run.write_json("summary.json", {"status": "failed: loss is nan at step 3"})
+    page = Page(Path(write_report(run)).read_text())
+    assert {"class": "state bad"} in page.all("li")
+    assert "loss is nan at step 3" in page.words
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run")
+    save_evaluation(run, "before", BEFORE, SCENES)
+    assert load_evaluation(run, "before") == BEFORE
+    save_evaluation(run, "seeded", replace(BEFORE, seed=5), SCENES)
+    assert load_evaluation(run, "seeded") == replace(BEFORE, seed=5)
+    assert load_evaluation(run, "after") is None
+    table = pq.read_table(run.local_path("eval/before.parquet"))
+    assert table.schema == EVAL_SCHEMA
+    assert len(run.list("images")) == 12
+    save_evaluation(run, "after", AFTER, SCENES)
+    shown = highlights(BEFORE.captions, AFTER.captions)
+    hashes = {name.split(".")[0] for name in run.list("images")}
+    assert {after.image_hashes[0] for pairs in shown.values() for _, after in pairs} <= hashes
+
+
+def test_highlights_are_the_best_the_middle_and_the_worst() -> None:
+    chosen = highlights(BEFORE.captions, AFTER.captions)
+    gain = {a.sample_id: a.reward.total - b.reward.total for b, a in zip(BEFORE.captions, AFTER.captions, strict=True)}
+    ranked = sorted(gain, key=lambda name: gain[name])
+    told = {key: [after.sample_id for _, after in pairs] for key, pairs in chosen.items()}
+    assert {gain[n] for n in told["worst"]} == {gain[n] for n in ranked[:4]}
+    assert {gain[n] for n in told["best"]} == {gain[n] for n in ranked[-4:]}
+    assert told["worst"][0] == SCENES[0].id  # the script tag earned nothing
+    everything = [name for names in told.values() for name in names]
+    assert len(everything) == len(set(everything)) == 12
+    for few in (1, 2, 3, 5):
+        pairs = highlights(BEFORE.captions[:few], AFTER.captions[:few])
+        names = [after.sample_id for group in pairs.values() for _, after in group]
+        assert len(names) == len(set(names)) == few
+
+
+def test_long_runs_are_thinned_and_constant_zeros_left_out_of_legends() -> None:
+    lines = [{"step": i, "loss": float(i), "loss/policy": float(i), "loss/kl": 0.0} for i in range(5000)]
+    (chart,) = charts(lines)
+    svg = base64.b64decode(chart.data_uri.split(",", 1)[1]).decode()
+    assert "loss/kl" not in svg
+    assert svg.count(" L ") + svg.count("\nL ") < 4 * MAX_POINTS
+    assert "from 7.5 to" in chart.alt or "from 8" in chart.alt  # the mean of the first stretch
+
+
+def test_charts_survive_gaps_flags_and_single_steps() -> None:
+    lines = [{"step": 0, "loss": float("nan"), "kl": True, "entropy": 0.5, "seconds/sample": 1.0}]
+    assert [chart.title for chart in charts(lines)] == ["Entropy", "Seconds by phase"]
+    assert charts([]) == []
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.25, "4.2 s"), (125, "2 min 05 s"), (11220, "3 h 07 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
