@@ -121,8 +121,8 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None) 
 def save_policy(policy: Policy, folder: str | Path) -> None:
     """Saves a policy without adapter as an ordinary Hugging Face folder: safetensors, processor, chat template.
 
-    The processor's own files are copied where the policy came from a folder, so that nothing which this process left
-    out of it (a video processor, without torchvision) is lost.
+    The processor's own files are copied where the policy came from a folder, so that what this process left out of
+    it (a video processor) is not lost.
 
     Raises:
         AdapterError: the policy carries an adapter; merge it first.

@@ -1,25 +1,31 @@
-"""Processors for still pictures: those of Qwen-VL, InternVL and SmolVLM also hold a video processor, which transformers
-builds on torchvision alone. Captioning needs none, so where torchvision is missing they are loaded without it."""
+"""Processors for still pictures.
+
+Those of Qwen-VL, InternVL and SmolVLM also hold a video processor, which transformers builds on torchvision alone.
+Captioning needs none: they are loaded without it, with or without torchvision, so that a folder saved by one machine
+loads on the other. Pictures go through torchvision where it is installed, else through Pillow.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
+
+# Not from the top: transformers 5.17 hides it there where torchvision is missing, though its Pillow half works.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
 
 
 def load_processor(path: str, config: Any, *, revision: str | None = None) -> Any:
-    """`AutoProcessor.from_pretrained`, without a video processor where torchvision is not installed.
+    """What `AutoProcessor.from_pretrained` gives, without a video processor.
 
     Raises:
         ImportError: the processor needs a library that is not installed.
         OSError: a file is missing.
         ValueError: a file does not fit.
     """
-    if not is_torchvision_available() and type(config) in PROCESSOR_MAPPING:
+    if type(config) in PROCESSOR_MAPPING:
         known: Any = PROCESSOR_MAPPING[type(config)]
         if "video_processor" in known.get_attributes():
             return stills_only(known).from_pretrained(path, revision=revision or "main")

@@ -116,7 +116,7 @@ def injected(policy: Policy, features: Sequence[VisionFeatures]) -> Iterator[dic
     device, dtype = policy.device, policy.dtype
     tokens = _Pooled([f.tokens.to(device, dtype) for f in features])
     layers = zip(*(f.deepstack for f in features), strict=True)
-    deepstack = [[t.to(device, dtype) for t in layer] for layer in layers]
+    deepstack = [_Pooled([t.to(device, dtype) for t in layer]) for layer in layers]
     core = policy.core
     output = SimpleNamespace(pooler_output=tokens, deepstack_features=deepstack)
     core.get_image_features = lambda *args, **kwargs: output

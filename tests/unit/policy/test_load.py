@@ -131,6 +131,24 @@ def test_a_chat_template_that_only_the_tokenizer_has(copied: Copied) -> None:
     assert load_policy(section(folder), device="cpu").processor.chat_template == text
 
 
+@pytest.mark.parametrize("image_processor", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast"])
+def test_the_layout_of_older_checkpoints(image_processor: str, copied: Copied, load: Load) -> None:
+    """Most Qwen-VL folders on the hub: settings in preprocessor_config.json, the template in chat_template.json."""
+    folder = copied("qwen2_5_vl")
+    settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    settings |= {"image_processor_type": image_processor, "processor_class": "Qwen2_5_VLProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "processor_config.json").unlink()
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    policy = load_policy(section(folder), device="cpu")
+    [mine] = encode_prompts(policy, make_samples([(96, 64)]))
+    [theirs] = encode_prompts(load("qwen2_5_vl"), make_samples([(96, 64)]))
+    assert torch.equal(mine.input_ids, theirs.input_ids)
+    torch.testing.assert_close(mine.model_inputs["pixel_values"], theirs.model_inputs["pixel_values"])
+
+
 def test_no_processor(copied: Copied) -> None:
     folder = copied("llava")
     (folder / "processor_config.json").unlink()
