@@ -77,7 +77,7 @@ def vision_features(
     if not policy.inject_vision:
         return [VisionFeatures(torch.empty(0, 0, device=policy.device, dtype=policy.dtype)) for _ in prompts]
     if policy.vision_trainable:
-        return _encode(policy, prompts)
+        return _encode(policy, prompts, alone=False)
     found: dict[str, VisionFeatures] = {}
     missing: dict[str, EncodedPrompt] = {}
     for prompt in prompts:
@@ -89,7 +89,7 @@ def vision_features(
         else:
             found[prompt.image_key] = known
     with torch.no_grad():
-        made = _encode(policy, list(missing.values()))
+        made = _encode(policy, list(missing.values()), alone=_alone(policy))
     for key, features in zip(missing, made, strict=True):
         # A slice of a batch would keep (and pickle) the whole batch.
         found[key] = features = VisionFeatures(features.tokens.clone(), tuple(t.clone() for t in features.deepstack))
@@ -143,8 +143,7 @@ def _concatenated(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(padded)
 
 
-def _encode(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures]:
-    alone = _alone(policy)
+def _encode(policy: Policy, prompts: Sequence[EncodedPrompt], *, alone: bool) -> list[VisionFeatures]:
     batches: dict[tuple[Any, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
         batches.setdefault((i,) if alone else _shape_key(prompt.model_inputs), []).append(i)
@@ -156,8 +155,9 @@ def _encode(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeat
 
 
 def _alone(policy: Policy) -> bool:
-    """On a CPU each sample goes through the tower by itself: its features must not depend, in their last bits, on what
-    else was missing from the cache, or the same assignment would not give the same completions on every worker."""
+    """On a CPU each sample whose features are kept goes through the tower by itself: they must not depend, in their
+    last bits, on what else was missing from the cache, or the same assignment would not give the same completions on
+    every worker."""
     return policy.device.type == "cpu"
 
 

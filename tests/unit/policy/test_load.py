@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
-from mmrl_ray.policy.load import Policy, load_policy, save_policy
+from mmrl_ray.policy.load import Policy, load_policy, load_skeleton, save_policy
 from mmrl_ray.policy.prompts import encode_prompts
 from tests.support.tiny_models import FAMILIES, make_samples
 
@@ -215,3 +215,15 @@ def test_a_policy_with_an_adapter_is_not_saved_as_a_model(load: Load, tmp_path: 
     with pytest.raises(AdapterError, match="merge the adapter first"):
         save_policy(policy, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_skeleton_has_all_but_the_weights(family_folder: Copied, load: Load) -> None:
+    policy = load("gemma3")
+    skeleton = load_skeleton(section(family_folder("gemma3")))
+    assert {parameter.device.type for parameter in skeleton.model.parameters()} == {"meta"}
+    mine = {name: parameter.shape for name, parameter in skeleton.model.named_parameters()}
+    assert mine == {name: parameter.shape for name, parameter in policy.model.named_parameters()}
+    assert (skeleton.image_token_ids, skeleton.eos_token_ids) == (policy.image_token_ids, policy.eos_token_ids)
+    [a], [b] = (encode_prompts(p, make_samples([(64, 64)])) for p in (skeleton, policy))
+    assert torch.equal(a.input_ids, b.input_ids)
+    assert a.image_key == b.image_key
