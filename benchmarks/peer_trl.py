@@ -56,7 +56,7 @@ def main() -> None:
 
     def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
         return {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]}],
             "image": Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"),
             "sample": row["id"],
         }

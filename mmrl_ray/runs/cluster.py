@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import Config as RayConfig
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import RunError
@@ -48,10 +50,12 @@ def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False)
     configure_ray()
     address = address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if debug else logging.ERROR
-    if address is None:
-        own_token = not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH")
-        if own_token:
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    own_token = address is None and not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if own_token:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray read mode and token when it was imported, which may have been before they were set.
+    RayConfig.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
     try:
         if address is None:
             store = cfg.resources.object_store_mb
@@ -74,7 +78,7 @@ def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False)
         yield
     finally:
         ray.shutdown()
-        if address is None and own_token:
+        if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
 
 

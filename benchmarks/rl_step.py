@@ -1,0 +1,163 @@
+"""Samples a second of the whole RL step, against TRL's GRPOTrainer on the same model and batch, in one run.
+
+    python benchmarks/rl_step.py --peer trl
+
+The model is a 16 M-parameter LLaVA with random weights: a prompt of P = 261 tokens (256 of them the image), up to
+C = 24 completion tokens, 4 images of 8 completions a step, LoRA r = 8 on the language model's linear layers, KL on,
+2 threads, float32 on the CPU. What is timed here is the real pipeline: rollout actor, reward, step plan, learner
+worker, weight publishing, rollout log. Both sides are warmed up; each runs by itself.
+
+Prints a table of where the time goes; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mmrl_ray.runs.train import train
+from rich.console import Console
+from rich.table import Table
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.data import ScenesSection
+from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary
+from mmrl_ray.data.writing import write_parquet
+from mmrl_ray.policy.tiny import build_tiny_llava
+
+PROMPT = "describe"
+"""With the chat template's 4 tokens and 256 image tokens it makes P = 261."""
+IMAGES, GROUP_SIZE, COMPLETION, KL = 4, 8, 24, 0.04
+TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def build_inputs(folder: Path, steps: int) -> tuple[Path, Path]:
+    """(model folder, Parquet file): made, not downloaded."""
+    words = [*scenes_vocabulary(), *(f"word{i}" for i in range(1900))]
+    model = build_tiny_llava(
+        folder / "model",
+        vocabulary=words,
+        image_size=128,
+        patch_size=8,
+        hidden=384,
+        layers=6,
+        heads=6,
+        vision_hidden=256,
+        vision_layers=4,
+        vision_heads=4,
+    )
+    train_samples, _ = generate_scenes(ScenesSection(train=IMAGES * steps, eval=1, image_size=128))
+    data = folder / "data" / "train.parquet"
+    data.parent.mkdir()
+    write_parquet(data, train_samples)
+    return model, data
+
+
+def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
+    """One run of the product; figures of the steps after the warm-up, out of its metrics.jsonl."""
+    actor = {"cpus": 1, "threads": threads}
+    cfg = Config.model_validate(
+        {
+            "run": {"name": "bench", "root": str(folder / "runs")},
+            "model": {"path": str(model), "dtype": "float32", "lora": {"r": 8, "alpha": 16}},
+            "data": {"train": str(data), "prompt": PROMPT},
+            "algorithm": "grpo",
+            "rollout": {"group_size": GROUP_SIZE, "max_new_tokens": COMPLETION, "groups_per_assignment": IMAGES},
+            "learner": {
+                "steps": warmup + steps,
+                "groups_per_step": IMAGES,
+                "kl": {"weight": KL},
+                "checkpoint_every": warmup + steps,
+            },
+            "resources": {"learner": actor, "rollout": actor},
+        }
+    )
+    run = train(cfg)
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()][warmup:]
+    seconds = [line["seconds/step"] for line in lines]
+    phases = sorted({key for line in lines for key in line if key.startswith("seconds/") and key != "seconds/step"})
+    return {
+        "samples_per_second": IMAGES * GROUP_SIZE * len(lines) / sum(seconds),
+        "seconds_per_step": statistics.median(seconds),
+        "phases": {key.removeprefix("seconds/"): statistics.median(line[key] for line in lines) for key in phases},
+        "completion_length": statistics.mean(line["completion/length_mean"] for line in lines),
+        "shared_prefix": all(line["shared_prefix"] for line in lines),
+    }
+
+
+def measure_trl(folder: Path, model: Path, data: Path, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
+    """The peer, in a process of its own."""
+    arguments = {
+        "model": model,
+        "data": data,
+        "out": folder / "peer",
+        "images": IMAGES,
+        "group-size": GROUP_SIZE,
+        "completion": COMPLETION,
+        "targets": TARGETS,
+        "kl": KL,
+        "warmup": warmup,
+        "steps": steps,
+        "threads": threads,
+    }
+    command = [sys.executable, str(Path(__file__).with_name("peer_trl.py"))]
+    command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        sys.exit(f"the peer failed:\n{done.stderr[-2000:]}\nIs it installed? pip install -e '.[bench]'")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=["trl", "none"], default="trl")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--peer-steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="mmrl-bench-"))
+    try:
+        model, data = build_inputs(folder, args.steps + args.warmup)
+        ours = measure_mmrl(folder, model, data, warmup=args.warmup, steps=args.steps, threads=args.threads)
+        peer = None
+        if args.peer == "trl":
+            peer = measure_trl(folder, model, data, warmup=1, steps=args.peer_steps, threads=args.threads)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(ours, peer)
+
+
+def report(ours: dict[str, Any], peer: dict[str, Any] | None) -> None:
+    """The table, then the JSON line."""
+    table = Table(title=f"{IMAGES} images x {GROUP_SIZE} completions a step, P = 261, C <= {COMPLETION}")
+    table.add_column("")
+    table.add_column("seconds a step", justify="right")
+    table.add_column("samples a second", justify="right")
+    table.add_row("mmrl_ray", f"{ours['seconds_per_step']:.2f}", f"{ours['samples_per_second']:.2f}")
+    for phase, seconds in ours["phases"].items():
+        table.add_row(f"  {phase}", f"{seconds:.2f}", "")
+    if peer:
+        table.add_row("TRL GRPOTrainer", f"{peer['seconds_per_step']:.2f}", f"{peer['samples_per_second']:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"mean completion {ours['completion_length']:.1f} tokens; shared prefix: {ours['shared_prefix']}")
+    figures = {
+        "ratio": ours["samples_per_second"] / peer["samples_per_second"] if peer else None,
+        "samples_per_second": ours["samples_per_second"],
+        "peer_samples_per_second": peer["samples_per_second"] if peer else None,
+        "seconds": {"step": ours["seconds_per_step"], **ours["phases"]},
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What would stop a run, found in seconds and before its folder exists."""
+
+from __future__ import annotations
+
+from mmrl_ray.config import Config
+from mmrl_ray.data.samples import Sample, read_split
+from mmrl_ray.errors import DataError
+from mmrl_ray.policy.load import load_skeleton
+from mmrl_ray.policy.prompts import check_context, encode_prompts
+from mmrl_ray.policy.targets import resolve_targets
+
+
+def evaluation_split(cfg: Config) -> list[Sample]:
+    """The held-out samples a run is evaluated on; none without `data.eval`.
+
+    Raises:
+        DataError: the split is missing, empty or broken, or has rows without references.
+    """
+    if cfg.data.eval is None:
+        return []
+    samples = read_split(cfg.data.eval, prompt=cfg.data.prompt, limit=cfg.data.eval_samples)
+    bare = next((sample.id for sample in samples if not sample.references), None)
+    if bare is not None:
+        raise DataError(f"{cfg.data.eval}: sample {bare!r} has no references to evaluate against")
+    return samples
+
+
+def check_model(cfg: Config) -> None:
+    """Model, processor, adapter targets and the first training prompt, without loading weights.
+
+    Raises:
+        ModelError: the checkpoint, its processor or its chat template cannot be used.
+        AdapterError: LoRA targets that match nothing, or more than the language model.
+        ContextLengthError: prompt and longest completion do not fit the model.
+        DataError: the training split cannot be used.
+    """
+    policy = load_skeleton(cfg.model)
+    resolve_targets(policy.hf_model, cfg.model.lora)
+    for prompt in encode_prompts(policy, read_split(cfg.data.train, prompt=cfg.data.prompt, limit=1)):
+        check_context(policy, prompt, cfg.rollout.max_new_tokens)

@@ -1,0 +1,228 @@
+"""`mmrl train`: a config in, a finished run folder out.
+
+    scenes, warm start ──▶ checks ──▶ run folder ──▶ Ray ──▶ controller + rollout workers
+                                                              │  evaluate (before) ‖ learner group starts
+                                                              ▼
+                     report ◀── summary ◀── evaluate (after) ◀── steps, checkpoints ──▶ adapter/
+
+Nothing of a run is written before everything that can be checked was; whatever happens afterwards, summary and report
+say it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mmrl_ray
+from mmrl_ray.config import Config
+from mmrl_ray.config.load import dump_config
+from mmrl_ray.data.samples import Sample, iter_references
+from mmrl_ray.data.scenes import write_scenes
+from mmrl_ray.errors import Interrupted, MMRLError
+from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.learner.group import LearnerGroup
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
+from mmrl_ray.rollouts.factory import PolicyEngineFactory
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
+from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
+from mmrl_ray.runs.interrupts import StopOnInterrupt
+from mmrl_ray.runs.memory import PeakMemory
+from mmrl_ray.runs.preflight import check_model, evaluation_split
+from mmrl_ray.runs.progress import ProgressFn, RunProgress
+from mmrl_ray.runs.report import write_report
+from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, score_captions
+from mmrl_ray.runs.target import STATISTICS
+from mmrl_ray.runs.warm_start import warm_start
+
+SUMMARY = "summary.json"
+_WATCH_S = 0.5
+_VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
+_SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl", "samples_per_second": "samples/s"}
+
+
+def train(cfg: Config, *, resume: bool = False, address: str | None = None, debug: bool = False) -> str:
+    """Runs, or goes on with, a whole run; returns the folder.
+
+    Raises:
+        MMRLError: what stopped it; the run folder, if it came to that, says so too.
+        Interrupted: the user did, and what was finished is checkpointed.
+    """
+    with PeakMemory() as memory, RunProgress() as progress:
+        return _Run(cfg, progress, memory).whole(resume=resume, address=address, debug=debug)
+
+
+class _Run:
+    """One run from its config to its report."""
+
+    def __init__(self, cfg: Config, progress: RunProgress, memory: PeakMemory) -> None:
+        self._cfg = cfg
+        self._progress = progress
+        self._memory = memory
+        self._seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def whole(self, *, resume: bool, address: str | None, debug: bool) -> str:
+        """All phases; see the top of this file."""
+        cfg = self._cfg
+        if not resume:
+            RunDir.require_new(cfg.run.root, cfg.run.name)
+        with self._timed("data"):
+            if cfg.data.scenes is not None:
+                write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
+            samples = evaluation_split(cfg)
+        with self._timed("warm_start"):
+            model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
+        start = cfg.model_copy(update={"model": model})
+        with self._timed("checks"):
+            check_model(start)
+        run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
+        status = "failed"
+        try:
+            if not resume:
+                run.write_text("config.yaml", dump_config(cfg))
+            reward, statistics = self._reward(run)
+            with ray_session(cfg, address=address, debug=debug):
+                node_local_root_refused(cfg.run.root)
+                self._learn(start, run, reward, statistics, samples)
+            status = "finished"
+        except (KeyboardInterrupt, Interrupted):
+            status = "interrupted"
+            raise
+        except MMRLError as error:
+            status = f"failed: {error}"
+            raise
+        finally:
+            self._conclude(run, status)
+        return run.location
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def _reward(self, run: RunDir) -> tuple[RewardFn, CorpusStatistics]:
+        """The reward, with statistics of the training references that stay with the run."""
+        with self._timed("statistics"):
+            if run.exists(STATISTICS):
+                statistics = CorpusStatistics.from_json(run.read_text(STATISTICS))
+            else:
+                statistics = CorpusStatistics.from_references(iter_references(self._cfg.data.train))
+                run.write_text(STATISTICS, statistics.to_json())
+        return build_reward(self._cfg.reward, statistics), statistics
+
+    def _learn(
+        self, cfg: Config, run: RunDir, reward: RewardFn, statistics: CorpusStatistics, samples: Sequence[Sample]
+    ) -> None:
+        with self._timed("start"):
+            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, reward))
+        try:
+            with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
+                learner = LearnerGroup(cfg, run, controller)
+                learner.start()
+                if samples and load_evaluation(run, "before") is None:
+                    self._evaluate(run, "before", controller, reward, statistics, samples)
+                with self._timed("learning"):
+                    self._watch(controller, learner)
+                    outcome = learner.result()
+            if not outcome.finished:
+                raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
+            if samples:
+                self._evaluate(run, "after", controller, reward, statistics, samples)
+        finally:
+            controller.close()
+
+    def _evaluate(
+        self,
+        run: RunDir,
+        name: str,
+        controller: ControllerClient,
+        reward: RewardFn,
+        statistics: CorpusStatistics,
+        samples: Sequence[Sample],
+    ) -> None:
+        """Greedy captions of the held-out split, by the rollout workers, into `eval/NAME.parquet`."""
+        with self._timed(f"evaluate_{name}"):
+            self._progress.note(f"evaluate ({name}): {len(samples)} held-out samples")
+            sampling = SamplingParams(
+                temperature=self._cfg.rollout.temperature, max_new_tokens=self._cfg.rollout.max_new_tokens, greedy=True
+            )
+            generated = controller.generate(samples, sampling)
+            done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
+            for failure in generated.failures:
+                self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
+            groups = controller.groups([scored.payload for _, scored in done])
+            captions = [group.completions[0].text for group in groups]
+            kept = [sample for sample, _ in done]
+            evaluation = score_captions(kept, captions, reward, statistics, seed=self._cfg.run.seed)
+            save_evaluation(run, name, evaluation, kept)
+            measures = evaluation.measures
+            shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
+            self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
+
+    def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
+        """Shows the newest step until the learner group is done."""
+        update: ProgressFn = self._progress.phase("learning")
+        shown = -1
+        while not learner.wait(_WATCH_S):
+            status = controller.status()
+            step, steps = int(status["step"]), int(status["steps"])
+            if step > max(shown, 0):
+                shown = step
+                update(step, steps, _figures(status.get("metrics", {})))
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _conclude(self, run: RunDir, status: str) -> None:
+        """Summary and report, however the run ended."""
+        before, after = load_evaluation(run, "before"), load_evaluation(run, "after")
+        seconds = {**self._seconds, "total": time.monotonic() - self._began}
+        summary = {
+            "status": status,
+            "run": self._cfg.run.name,
+            "eval": evaluation_json(before, after),
+            "seconds": seconds,
+            "peak_memory_bytes": self._memory.peak_bytes,
+            "cpus": os.cpu_count(),
+            "versions": _versions(),
+        }
+        run.write_json(SUMMARY, summary)
+        report = write_report(run)
+        self._progress.note(f"{status}: {run.location}")
+        self._progress.note(f"report: {report}")
+        self._progress.note(f"wall {seconds['total']:.0f} s, peak resident {self._memory.peak_bytes / 1e9:.2f} GB")
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """`eval` of the summary: each side, and their paired differences where there are both."""
+    found: dict[str, Any] = {}
+    if before is not None:
+        found["before"] = before.to_json()
+    if after is not None:
+        found["after"] = after.to_json()
+    if before is not None and after is not None:
+        found["difference"] = comparison_json(compare(before, after))
+    return found
+
+
+def _figures(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(line[key]) for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"mmrl_ray": mmrl_ray.__version__, "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in _VERSIONS}
