@@ -1,0 +1,166 @@
+"""Whole runs through the command line, on a real Ray."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import duckdb
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from .conftest import DEADLINE_S, Workplace, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def assert_same_adapter(first: Path, second: Path) -> None:
+    a, b = adapter(first), adapter(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(workplace: Workplace) -> Path:
+    """Six steps without a break."""
+    workplace.mmrl("train", workplace.config("straight"))
+    return workplace.runs / "straight"
+
+
+def test_a_run_leaves_everything_a_user_looks_for(workplace: Workplace, straight: Path) -> None:
+    lines = metrics(straight)
+    assert [line["step"] for line in lines] == list(range(6))
+    wanted = ["policy_version", "reward/mean", "reward/std", "reward/caption/bleu", "loss", "loss/policy", "loss/kl"]
+    wanted += ["kl", "entropy", "grad_norm", "lr", "staleness/mean", "completion/length_mean", "samples_per_second"]
+    wanted += ["shared_prefix", "masked", "dropped", "seconds/sample", "seconds/forward_backward"]
+    for line in lines:
+        assert not [key for key in wanted if key not in line]
+        assert line["shared_prefix"] is True
+        assert line["staleness/max"] == 0
+        assert line["ratio_mean"] == pytest.approx(1.0, abs=1e-5), "on-policy: behaviour and learner agree"
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert {"before", "after", "difference"} <= summary["eval"].keys()
+    assert summary["peak_memory_bytes"] > 1e8
+    assert (straight / "config.yaml").exists()
+    assert list((straight / "tb").iterdir())
+    assert not list(straight.glob(".tmp*")), "nothing half-written stays"
+
+    page = (straight / "report.html").read_text()
+    html.parser.HTMLParser().feed(page)
+    assert "straight" in page
+
+    rows = duckdb.sql(
+        "select step, index, count(*), count(distinct completion) "
+        f"from '{straight}/rollouts/*.parquet' group by step, index"
+    ).fetchall()
+    assert len(rows) == 6 * 4
+    assert all(count == distinct == 3 for _, _, count, distinct in rows)
+
+
+def test_every_checkpoint_loads_into_its_base_with_peft(workplace: Workplace, straight: Path) -> None:
+    base = AutoModelForImageTextToText.from_pretrained(workplace.folder / "base")
+    names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000006"]
+    loaded = PeftModel.from_pretrained(base, str(straight / "checkpoints" / "step-000006"))
+    weights = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
+    final = adapter(straight)
+    assert len(weights) == len(final)
+    for name, value in final.items():
+        assert torch.equal(weights[name.replace(".weight", ".default.weight")], value)
+    assert any(value.abs().sum() > 0 for name, value in final.items() if "lora_B" in name), "it has learnt something"
+
+
+def test_killed_and_resumed_it_ends_where_the_straight_run_does(workplace: Workplace, straight: Path) -> None:
+    run = workplace.runs / "killed"
+    process = workplace.start("train", workplace.config("killed"))
+    wait_for(lambda: len(metrics(run)) >= 4, process, "four steps")
+    process.kill()
+    process.communicate(timeout=DEADLINE_S)
+    assert not (run / "adapter").exists()
+    workplace.mmrl("train", "--resume", run)
+    assert_same_adapter(run, straight)
+    assert [line["step"] for line in metrics(run)] == list(range(6))
+    same = ("reward/mean", "loss", "grad_norm", "lr", "entropy")
+    for a, b in zip(metrics(run), metrics(straight), strict=True):
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(workplace: Workplace, straight: Path) -> None:
+    run = workplace.runs / "damaged"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "adapter")
+    state = run / "checkpoints" / "step-000006" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    workplace.mmrl("train", "--resume", run)
+    assert_same_adapter(run, straight)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert any(event.get("kind") == "checkpoint_damaged" and event["step"] == 6 for event in events)
+
+
+def test_more_workers_change_nothing_but_the_time(workplace: Workplace, straight: Path) -> None:
+    workplace.mmrl("train", workplace.config("two", rollout={"workers": 2}))
+    assert_same_adapter(workplace.runs / "two", straight)
+    workers = duckdb.sql(f"select distinct worker from '{workplace.runs}/two/rollouts/*.parquet'").fetchall()
+    assert len(workers) == 2
+
+
+def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, straight: Path) -> None:
+    run = workplace.runs / "stopped"
+    process = workplace.start("train", workplace.config("stopped"))
+    wait_for(lambda: len(metrics(run)) >= 1, process, "a step")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, output
+    done = len(metrics(run))
+    assert done < 6
+    assert f"stopped after {done} steps" in output
+    assert "Traceback" not in output
+    assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    workplace.mmrl("train", "--resume", run)
+    assert_same_adapter(run, straight)
+
+
+def test_staleness_overlaps_and_stays_within_its_bound(workplace: Workplace) -> None:
+    config = workplace.config("stale", rollout={"max_staleness": 2, "workers": 2}, algorithm="rloo")
+    workplace.mmrl("train", config)
+    lines = metrics(workplace.runs / "stale")
+    assert [line["step"] for line in lines] == list(range(6))
+    assert max(line["staleness/max"] for line in lines) in (1, 2)
+
+
+def test_evaluate_and_caption_take_the_run(workplace: Workplace, straight: Path) -> None:
+    out = workplace.folder / "evaluation.json"
+    text = workplace.mmrl("evaluate", straight, "--data", workplace.folder / "eval", "--out", out)
+    assert "cider_d" in text.lower() or "cider" in text.lower()
+    after = json.loads((straight / "summary.json").read_text())["eval"]["after"]["measures"]
+    found = json.loads(out.read_text())
+    assert found["measures"]["reward"]["value"] == pytest.approx(after["reward"]["value"]), "the same greedy captions"
+    image = next((straight / "images").iterdir())
+    caption = workplace.mmrl("caption", "--run", straight, image)
+    assert caption.strip()
+
+
+def test_an_existing_folder_needs_resume(workplace: Workplace, straight: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
+    output = workplace.mmrl("train", workplace.config("straight"), code=1)
+    assert "exists already" in output
+    assert "--resume" in output
+    assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
