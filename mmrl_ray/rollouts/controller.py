@@ -230,24 +230,15 @@ class Controller:
     def status(self) -> dict[str, Any]:
         """Where the run stands, JSON-able."""
         with self._changed:
-            loop = self._loop
-            arrived, asked = loop.book.progress(self._next_plan)
             return {
                 "run": self._cfg.run.name,
                 "step": self._next_plan,
                 "steps": self._cfg.learner.steps,
-                "policy_version": loop.versions.newest,
-                "max_staleness": self._cfg.rollout.max_staleness,
-                "dispatched_steps": loop.composer.next_step,
-                "step_groups": {"arrived": arrived, "asked": asked},
-                "buffer": {"arrived": loop.book.buffer.arrived, "held": loop.book.buffer.held},
-                "evaluations": len(loop.evaluations),
-                "quarantined": loop.composer.quarantined,
-                "last_step": dict(self._writer.last_line),
-                "waiting": self._who_waits(arrived, asked),
+                "waiting": self._who_waits(),
                 "stopping": self._stop,
                 "error": None if self._pump.failure is None else str(self._pump.failure),
-                "pool": loop.pool.status(),
+                "metrics": dict(self._writer.last_line),
+                **self._loop.status(self._next_plan),
             }
 
     # -- inside, under the lock ------------------------------------------------------------------------------------
@@ -304,10 +295,11 @@ class Controller:
             "dropped": loop.book.buffer.counts["stale"],
         }
 
-    def _who_waits(self, arrived: int, asked: int) -> str:
+    def _who_waits(self) -> str:
         if self._planned is not None:
             return f"the learner works on step {self._planned.plan.step}"
         if self._asked_since is not None:
+            arrived, asked = self._loop.book.progress(self._next_plan)
             return f"the learner waits for step {self._next_plan}: {arrived} of {asked} groups have arrived"
         if self._loop.begun and not self._loop.pool.outstanding:
             return "rollouts wait for the learner"

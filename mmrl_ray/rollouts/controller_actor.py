@@ -29,9 +29,21 @@ PLAN_TIMEOUT_S = 3600.0
 
 
 class ControllerActor:
-    """A `Controller` with the run's stream and pool; its methods are the controller's."""
+    """A `Controller` with the run's stream and pool. Made empty: what an actor's constructor raises loses its type."""
 
-    def __init__(self, cfg: Config, run: RunDir, factory: EngineFactory, settings: PoolSettings) -> None:
+    def __init__(self) -> None:
+        self._controller: Controller | None = None
+
+    def ping(self) -> str:
+        """Answers when the actor is placed."""
+        return "pong"
+
+    def start(self, cfg: Config, run: RunDir, factory: EngineFactory, settings: PoolSettings) -> None:
+        """Opens the data and starts the pump.
+
+        Raises:
+            DataError: the training data cannot be read.
+        """
         # Imported here: RLlib takes seconds and hundreds of MB, which only this process should pay.
         from mmrl_ray.rollouts.pool import RayWorkerPool
 
@@ -48,6 +60,8 @@ class ControllerActor:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """One method of the controller."""
+        if self._controller is None:
+            raise RolloutError(f"the rollout controller was asked for {method} before it was started")
         return getattr(self._controller, method)(*args, **kwargs)
 
 
@@ -149,16 +163,7 @@ class ControllerClient:
             ray.kill(self._handle, no_restart=True)
 
     def _call(self, method: str, *args: Any, beyond_s: float = 0.0, **kwargs: Any) -> Any:
-        try:
-            return ray.get(self._handle.call.remote(method, *args, **kwargs), timeout=CALL_TIMEOUT_S + beyond_s)
-        except RayTaskError as error:
-            if isinstance(error.cause, MMRLError):
-                raise error.cause from None
-            raise RolloutError(f"the rollout controller failed in {method}: {_first_line(error.cause)}") from error
-        except GetTimeoutError as error:
-            raise RolloutError(f"the rollout controller did not answer {method} in time") from error
-        except RayActorError as error:
-            raise RolloutError(f"the rollout controller is gone: {_first_line(error)}") from error
+        return _answer(self._handle.call.remote(method, *args, **kwargs), method, CALL_TIMEOUT_S + beyond_s)
 
 
 def start_controller(
@@ -174,29 +179,30 @@ def start_controller(
     # A thread for each rank that waits for a plan, and some for whoever else calls.
     threads = cfg.learner.workers + 16
     actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=threads, max_restarts=0)
-    handle: Any = actor.remote(cfg, run, factory, settings)
+    handle: Any = actor.remote()
     try:
-        ray.get(handle.call.remote("failure"), timeout=settings.placement_timeout_s)
+        ray.get(handle.ping.remote(), timeout=settings.placement_timeout_s)
     except GetTimeoutError:
         raise PlacementError(
             f"the rollout controller was not placed within {settings.placement_timeout_s:g} s: it asks for no CPU, "
             "so the cluster has no node that takes actors"
         ) from None
-    except RayError as error:
-        raise _creation_error(error) from error
+    _answer(handle.start.remote(cfg, run, factory, settings), "start", CALL_TIMEOUT_S)
     return ControllerClient(handle)
 
 
-def _creation_error(error: RayError) -> MMRLError:
-    """The project's own error where the actor's start raised one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        original = getattr(cause, "cause", None)
-        for candidate in (cause, original):
-            if isinstance(candidate, MMRLError) and not isinstance(candidate, RayError):
-                return candidate
-        cause = original if isinstance(original, BaseException) else cause.__cause__
-    return RolloutError(f"the rollout controller did not start: {_first_line(error)}")
+def _answer(reference: Any, method: str, timeout_s: float) -> Any:
+    """What a call to the controller gives, with errors as the project's own."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, MMRLError):
+            raise error.cause from None
+        raise RolloutError(f"the rollout controller failed in {method}: {_first_line(error.cause)}") from error
+    except GetTimeoutError as error:
+        raise RolloutError(f"the rollout controller did not answer {method} in time") from error
+    except RayActorError as error:
+        raise RolloutError(f"the rollout controller is gone: {_first_line(error)}") from error
 
 
 def _fetch(value: Any) -> Any:

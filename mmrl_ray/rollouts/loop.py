@@ -62,6 +62,20 @@ class RolloutLoop:
         self._resample.extend(requests)
         self.pump.wake()
 
+    def status(self, step: int) -> dict[str, Any]:
+        """What there is to say about workers, buffer and `step`, the one that is due. JSON-able."""
+        arrived, asked = self.book.progress(step)
+        return {
+            "policy_version": self.versions.newest,
+            "max_staleness": self.book.buffer.max_staleness,
+            "dispatched_steps": self.composer.next_step,
+            "step_groups": {"arrived": arrived, "asked": asked},
+            "buffer": {"arrived": self.book.buffer.arrived, "held": self.book.buffer.held},
+            "evaluations": len(self.evaluations),
+            "quarantined": self.composer.quarantined,
+            "pool": self.pool.status(),
+        }
+
     # -- for other threads, through `pump.call` --------------------------------------------------------------------
 
     def seek(self, step: int, stream: Mapping[str, Any] | None, groups: BufferedGroups) -> None:

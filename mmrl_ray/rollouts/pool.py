@@ -33,11 +33,6 @@ from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join
 # It logs a page for each worker that dies; the pool says it in a line, in its events.
 logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)
 
-MAX_START_FAILURES = 3
-"""In a row, without any worker becoming ready in between; then the run ends, unless it has workers enough."""
-RETRY_START_S = 0.5
-"""After a worker that died before it was ready; doubles with each one in a row."""
-
 
 class RayWorkerPool:
     """A `WorkerPool` of Ray actors. One thread drives it; `resize`, `status` and `busy_seconds` are for any."""
@@ -180,8 +175,8 @@ class RayWorkerPool:
         self._end(worker)
         if worker.state != "ready":
             self._start_failures += 1
-            self._no_new_before = self._clock() + RETRY_START_S * 2 ** min(self._start_failures, 5)
-            if self._start_failures >= MAX_START_FAILURES and self._ready < self._settings.min_workers:
+            self._no_new_before = self._clock() + self._settings.retry_start_s * 2 ** min(self._start_failures, 5)
+            if self._start_failures >= self._settings.max_start_failures and self._ready < self._settings.min_workers:
                 raise RolloutError(f"{self._start_failures} rollout workers in a row died while starting: {reason}")
         return list(self.ledger.lose(worker.id, reason))
 

@@ -21,7 +21,11 @@ class PoolSettings:
     worker_deadline_s: float = 60.0
     """Fewer than `min_workers` ready for so long ends the run."""
     probe_every_s: float = 2.0
-    probe_timeout_s: float = 15.0
+    probe_timeout_s: float = 30.0
+    max_start_failures: int = 3
+    """In a row, without any worker becoming ready in between; then the run ends, unless it has workers enough."""
+    retry_start_s: float = 0.5
+    """After a worker that died before it was ready; doubles with each one in a row."""
 
     @property
     def demand(self) -> str:

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,10 @@ from mmrl_ray.experience.carriers import GroupKey, PlannedGroup
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
 from mmrl_ray.run_dir import RunDir
 
-QUEUE_STEPS = 4
+QUEUE_STEPS = 8
 """Steps that may wait to be written; beyond, whoever finishes a step waits for the disk."""
+IMAGE_WRITERS = 8
+"""Images written at a time: each waits for the disk, or for an object store, and costs no work meanwhile."""
 _QUEUE_TIMEOUT_S = 300.0
 
 
@@ -135,26 +138,25 @@ class Recorder:
         self._queue.task_done()
 
     def _write(self, record: StepRecord) -> None:
-        for sample in record.samples:
-            self._store_images(sample)
+        new = {image_hash(sample.images): sample.images for sample in record.samples}
+        new = {digest: images for digest, images in new.items() if digest not in self._known_images}
+        with ThreadPoolExecutor(IMAGE_WRITERS) as pool:
+            list(pool.map(self._store_images, new, new.values()))
+        self._known_images.update(new)
         tables = [self._resolve(table) for table in record.tables]
         rows = pa.concat_tables(tables) if tables else ROLLOUT_SCHEMA.empty_table()
         buffer = io.BytesIO()
         pq.write_table(step_table(record.keys, record.planned, rows), buffer, compression="zstd")
         self._run.write_bytes(rollouts_name(record.step), buffer.getvalue())
 
-    def _store_images(self, sample: Sample) -> None:
+    def _store_images(self, common: str, images: Sequence[bytes]) -> None:
         """`images/<sha256>.<extension>`; those of a sample with several also listed under their common hash."""
-        common = image_hash(sample.images)
-        if common in self._known_images:
-            return
-        names = [f"{image_hash([image])}.{image_extension(image)}" for image in sample.images]
-        for name, image in zip(names, sample.images, strict=True):
+        names = [f"{image_hash([image])}.{image_extension(image)}" for image in images]
+        for name, image in zip(names, images, strict=True):
             if not self._run.exists(f"images/{name}"):
                 self._run.write_bytes(f"images/{name}", image)
         if len(names) > 1 and not self._run.exists(f"images/{common}.json"):
             self._run.write_json(f"images/{common}.json", names)
-        self._known_images.add(common)
 
 
 def _keys(rows: pa.Table) -> list[GroupKey]:

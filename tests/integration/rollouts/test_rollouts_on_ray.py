@@ -21,7 +21,7 @@ import torch
 from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from mmrl_ray.data.samples import SampleStream, write_parquet
-from mmrl_ray.errors import ModelError, PlacementError, RolloutError
+from mmrl_ray.errors import DataError, ModelError, PlacementError, RolloutError
 from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.experience.seeds import group_seed
 from mmrl_ray.rollouts.controller import Controller
@@ -161,6 +161,11 @@ def test_a_run_through_the_actor(tmp_path: Path) -> None:
     assert counts.fetchall() == [(step, 8) for step in range(4)]
     with pytest.raises(RolloutError, match="controller is gone"):
         client.status()
+
+
+def test_data_that_cannot_be_read_is_said_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        start_controller(config(tmp_path), RunDir.create(tmp_path, "run"), FakeEngineFactory())
 
 
 def test_killed_workers_cost_nothing_and_a_new_one_takes_their_place(make: Callable[..., World]) -> None:
