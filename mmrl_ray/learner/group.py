@@ -11,13 +11,15 @@ import os
 import threading
 from pathlib import Path
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, PlacementError
-from mmrl_ray.learner.train_loop import LearnerJob, LearnerOutcome, train_loop
+from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
+from mmrl_ray.learner.train_loop import train_loop
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.run_dir import RunDir
 
@@ -27,6 +29,7 @@ _COLLECTIVE_TIMEOUT_S = 1800
 """Ranks wait for each other no longer than this: the longest forward and backward pass of one rank, and then some."""
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+_PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
 class LearnerGroup:
@@ -60,6 +63,9 @@ class LearnerGroup:
         # Ray Train reads these where `fit` is called and hands them to its own processes.
         os.environ[_START_TIMEOUT] = str(self._cfg.resources.placement_timeout_s)
         os.environ.setdefault(_POLL_INTERVAL, "0.2")
+        if len([node for node in ray.nodes() if node["Alive"]]) == 1:
+            # It watches for nodes that are about to be taken away: with one node, a process of 200 MB for nothing.
+            os.environ.setdefault(_PREEMPTION, "0")
         self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:

@@ -18,7 +18,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray.train
@@ -35,6 +34,7 @@ from mmrl_ray.learner.checkpoints import (
     save_adapter_folder,
     save_checkpoint,
 )
+from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.adapter import adapter_state, add_adapter
@@ -42,37 +42,12 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.rollouts.protocols import Stop
-from mmrl_ray.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 _MB = 2**20
-
-
-@dataclass(frozen=True)
-class LearnerJob:
-    """What every learner of a run is given; picklable."""
-
-    cfg: Config
-    """`model.path` is the folder (or hub id) that reinforcement learning starts from, as every node sees it."""
-    run: RunDir
-    controller: ControllerClient
-
-
-@dataclass(frozen=True)
-class LearnerOutcome:
-    """How a learner group ended."""
-
-    step: int
-    """Finished steps; a checkpoint holds them."""
-    finished: bool
-    """Whether these are all steps of the run, and `adapter/` is written."""
-    reason: str
-    error: MMRLError | None = None
-    """What ended it, when that was no request."""
 
 
 def train_loop(arguments: dict[str, Any]) -> LearnerOutcome:

@@ -17,8 +17,8 @@ from mmrl_ray.experience.carriers import RolloutGroup
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
+from mmrl_ray.learner.job import LearnerOutcome
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.learner.train_loop import LearnerOutcome
 from mmrl_ray.policy.adapter import adapter_state, add_adapter
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.run_dir import RunDir

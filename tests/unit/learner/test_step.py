@@ -376,6 +376,17 @@ def test_the_plan_must_be_for_as_many_ranks(tiny: Path) -> None:
         LearnerStep(policy, section()).run(make_plan(make_groups(policy), section(), world_size=2), payloads)
 
 
+def test_a_bfloat16_base_learns_in_float32(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    expected = truth(policy, groups, section(), make_rewards(groups))
+    half = make_policy(tiny, dtype="bfloat16")
+    metrics = LearnerStep(half, section()).run(make_plan(groups, section()), payloads)
+    assert {p.dtype for p in half.model.parameters() if p.requires_grad} == {torch.float32}
+    assert float(torch.cosine_similarity(gradient(half), expected.gradient, dim=0)) > 0.98
+    assert metrics["loss"] == pytest.approx(expected.loss, abs=0.05)
+
+
 def test_float16_is_refused(tiny: Path) -> None:
     policy = replace(make_policy(tiny), dtype=torch.float16)
     with pytest.raises(ConfigError, match=r"model.dtype=float16"):

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,9 +53,9 @@ def tiny_folder(folder: Path) -> Path:
     )
 
 
-def make_policy(folder: Path, *, fresh: bool = False) -> Policy:
+def make_policy(folder: Path, *, fresh: bool = False, dtype: Literal["float32", "bfloat16"] = "float32") -> Policy:
     """With an adapter that does something already (unless `fresh`), so that every gradient is other than 0."""
-    policy = load_policy(ModelSection(path=str(folder), dtype="float32"), device="cpu")
+    policy = load_policy(ModelSection(path=str(folder), dtype=dtype), device="cpu")
     model = add_adapter(policy, LoraSection(r=4, alpha=8.0), seed=0)
     if not fresh:
         generator = torch.Generator().manual_seed(1)
