@@ -100,7 +100,7 @@ class Controller:
             self._pump.wake()
 
     def weights(self, version: int) -> tuple[Any, ...]:
-        """(reference to the encoded weights,) of a version that is still held."""
+        """(reference to the encoded weights,) of a version that is held."""
         with self._changed:
             return self._loop.versions.reference(version)
 
@@ -117,7 +117,7 @@ class Controller:
                 raise RolloutError(f"step {step} was finished, but its plan is not out (due: {self._next_plan})")
             done, self._planned = self._planned, None
             self._next_plan = step + 1
-            line = self._writer.line(done, metrics, self._totals(), self._loop.pool.status()["ready"])
+            line = self._writer.line(done, metrics, self._loop.totals(), self._loop.pool.status()["ready"])
             self._pump.wake()
         try:
             self._writer.write(done, line)
@@ -158,8 +158,8 @@ class Controller:
             RolloutError: the state is of another format.
             DataError: it is of other data or another seed.
         """
-        if state.get("format") != _STATE_FORMAT:
-            raise RolloutError(f"the controller's checkpoint has format {state.get('format')!r}, not {_STATE_FORMAT}")
+        if (found := state.get("format")) != _STATE_FORMAT:
+            raise RolloutError(f"the controller's checkpoint has format {found!r}, not {_STATE_FORMAT}")
         self._begin(int(state["next_step"]), state["stream"], decode_groups(state[_BUFFER_KEY]))
 
     def rewind(self, step: int) -> None:
@@ -177,7 +177,7 @@ class Controller:
                     return
                 self._loop.seek(step, stream, groups)
                 self._planned, self._next_plan, self._asked_since = None, step, None
-                self._writer.begin(step, self._totals())
+                self._writer.begin(step, self._loop.totals())
 
         self._pump.call(go, COMMAND_TIMEOUT_S)
 
@@ -286,14 +286,6 @@ class Controller:
         self._changed.notify_all()
         self._pump.wake()
         return plan
-
-    def _totals(self) -> dict[str, Any]:
-        loop = self._loop
-        return {
-            "busy_s": loop.pool.busy_seconds(),
-            "quarantined": loop.composer.quarantined,
-            "dropped": loop.book.buffer.counts["stale"],
-        }
 
     def _who_waits(self) -> str:
         if self._planned is not None:

@@ -76,6 +76,14 @@ class RolloutLoop:
             "pool": self.pool.status(),
         }
 
+    def totals(self) -> dict[str, Any]:
+        """Counts since the start, for `StepMeter`."""
+        return {
+            "busy_s": self.pool.busy_seconds(),
+            "quarantined": self.composer.quarantined,
+            "dropped": self.book.buffer.counts["stale"],
+        }
+
     # -- for other threads, through `pump.call` --------------------------------------------------------------------
 
     def seek(self, step: int, stream: Mapping[str, Any] | None, groups: BufferedGroups) -> None:

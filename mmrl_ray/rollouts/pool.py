@@ -168,7 +168,6 @@ class RayWorkerPool:
 
     def _lose(self, worker: PoolWorker, reason: str) -> list[Collected | DataFailure]:
         """The worker is dead, stuck or not to be trusted: end it, and put its assignment back."""
-        reason = " ".join(reason.split())[:300]
         work = self.ledger.working_on(worker.id)
         self._note("worker_lost", worker, reason, samples=[g.sample.id for g in work.groups] if work else [])
         self._last_loss = f"{worker.name}: {reason}"
@@ -242,9 +241,8 @@ class RayWorkerPool:
         if isinstance(error, MMRLError):
             # The project's own errors say what is wrong with model, adapter or reward: another worker would say it too.
             raise getattr(error, "cause", None) or error
-        if isinstance(error, RayTaskError):
-            return self._lose(worker, f"{type(error.cause).__name__}: {error.cause}")
-        return self._lose(worker, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return self._lose(worker, f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}")
 
     # -- deadlines -------------------------------------------------------------------------------------------------
 
@@ -285,17 +283,16 @@ class RayWorkerPool:
         )
 
     def _check_minimum(self) -> None:
-        ready = self._ready
+        ready, minimum = self._ready, self._settings.min_workers
         self._complete = self._complete or ready >= min(self._settings.workers, self._target)
-        if ready >= self._settings.min_workers or not self._complete:
+        if ready >= minimum or not self._complete:
             self._below_since = None
         elif self._below_since is None:
             self._below_since = self._clock()
         elif self._clock() - self._below_since > self._settings.worker_deadline_s:
             raise RolloutError(
-                f"{ready} of at least {self._settings.min_workers} rollout workers were ready for "
-                f"{self._settings.worker_deadline_s:g} s; last loss: {self._last_loss or 'none'}; "
-                f"a new one asks for {self._settings.demand}"
+                f"{ready} of at least {minimum} rollout workers were ready for {self._settings.worker_deadline_s:g} s; "
+                f"last loss: {self._last_loss or 'none'}; a new one asks for {self._settings.demand}"
             )
 
     def _note(self, kind: str, worker: PoolWorker, detail: str, **more: Any) -> None:

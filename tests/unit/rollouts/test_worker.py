@@ -1,0 +1,107 @@
+"""The worker's plain half: what a run returns, and how the pool puts it together again. No Ray is started."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmrl_ray.errors import RolloutError
+from mmrl_ray.experience.carriers import GroupKey, SamplingParams
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
+from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
+from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.rollouts.weights import encode_state
+from mmrl_ray.rollouts.worker import RolloutWorker, WorkerCall, join_result
+from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
+
+
+def assignment(count: int = 3) -> Assignment:
+    groups = tuple(
+        GroupRequest(GroupKey(1, i, 2), sample, SamplingParams(seed=10**17 + i), 2)
+        for i, sample in enumerate(samples(count))
+    )
+    return Assignment(8, "train", groups, version=4)
+
+
+def test_a_result_is_taken_apart_and_put_together() -> None:
+    worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-001"})))
+    worker.start()
+    light, rows, *payloads = worker.run(assignment())
+    assert [payload and payload.sample.id for payload in payloads] == ["sample-000", None, "sample-002"]
+    assert all(group.payload is None for group in light.groups)
+    assert len(pickle.dumps(light)) < 2000
+    assert rows.schema.equals(ROLLOUT_SCHEMA)
+    assert rows.select(["run", "index", "attempt", "worker"]).to_pylist() == [
+        {"run": "my-run", "index": index, "attempt": 2, "worker": "w3"} for index in (0, 0, 2, 2)
+    ]
+    joined = join_result(assignment(), light, ["ref-0", "ref-1", "ref-2"])
+    assert [(group.sample_id, group.payload) for group in joined.groups] == [
+        ("sample-000", "ref-0"),
+        ("sample-002", "ref-2"),
+    ]
+    assert [failure.sample_id for failure in joined.failures] == ["sample-001"]
+
+
+def test_nothing_but_broken_samples_still_has_a_table() -> None:
+    worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-000"})))
+    worker.start()
+    light, rows, payload = worker.run(assignment(1))
+    assert (light.groups, payload, rows.num_rows) == ((), None, 0)
+    assert rows.schema.equals(ROLLOUT_SCHEMA)
+
+
+def test_a_worker_is_started_before_it_works() -> None:
+    worker = RolloutWorker("w3", "my-run", FakeEngineFactory())
+    assert worker.apply(lambda each, question: (each.ping(), question), "well?") == ("pong", "well?")
+    with pytest.raises(RolloutError, match="w3 was given assignment 8 before"):
+        worker.run(assignment())
+
+
+class FakeHandle:
+    """An actor's handle that notes how it is called."""
+
+    def __init__(self) -> None:
+        self.returns = 1
+        self.apply = self
+
+    def options(self, num_returns: int) -> FakeHandle:
+        self.returns = num_returns
+        return self
+
+    def remote(self, func: Any, **kwargs: Any) -> Any:
+        return [f"ref-{i}" for i in range(self.returns)] if self.returns > 1 else "ref"
+
+
+def test_the_manager_sees_one_reference_and_the_pool_has_the_others() -> None:
+    call = WorkerCall(FakeHandle())
+    assert call.apply.remote(func=len) == "ref"
+    assert call.parts == ()
+    assert call.apply.remote(func=len, assignment=assignment(3)) == "ref-0"
+    assert call.parts == ("ref-1", "ref-2", "ref-3", "ref-4")
+
+
+def test_settings_follow_from_the_config(tmp_path: Path) -> None:
+    cfg = config(
+        tmp_path,
+        rollout={"workers": 5, "min_workers": 2, "assignment_timeout_s": 7.0, "worker_deadline_s": 8.0},
+        resources={"rollout": {"cpus": 0.5, "gpus": 0.25}, "placement_timeout_s": 9.0},
+    )
+    settings = PoolSettings.of(cfg)
+    assert (settings.workers, settings.min_workers, settings.cpus, settings.gpus) == (5, 2, 0.5, 0.25)
+    assert (settings.assignment_timeout_s, settings.worker_deadline_s, settings.placement_timeout_s) == (7.0, 8.0, 9.0)
+    assert settings.demand == "{CPU: 0.5, GPU: 0.25}"
+    assert PoolSettings(workers=1).demand == "{CPU: 1}"
+
+
+def test_encoded_weights_are_what_the_engine_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = {"the reference": encode_state({"version": torch.tensor(4)})}
+    monkeypatch.setattr("mmrl_ray.rollouts.worker.ray.get", lambda reference, timeout: store[reference])
+    worker = RolloutWorker("w3", "my-run", FakeEngineFactory())
+    worker.start()
+    worker.run(replace(assignment(), weights=("the reference",)))
+    assert worker._engine.seen == [(4, 4)]  # type: ignore[union-attr]
