@@ -159,6 +159,7 @@ class Cohort:
         return (
             self.mergeable
             and other.mergeable
+            and not (self.is_fresh or other.is_fresh)
             and self.packed == other.packed
             and self.width <= 2 * other.width
             and other.width <= 2 * self.width
@@ -222,6 +223,7 @@ class Cohort:
         mask = torch.tensor(filled, device=index.device)[:, None]
         self.slots = [self.slots[i] if is_filled else None for i, is_filled in zip(flat, filled, strict=True)]
         self.sampler = self.sampler.select(index)
+        self._first = None if self._first is None else self._first[index]
         self._tokens = self._tokens.flatten()[index].view(-1, width)
         self._positions = self._positions.flatten()[index].view(-1, width)
         self._visible = (self._visible.flatten(0, 1)[index] & mask).view(len(slots), width, -1)

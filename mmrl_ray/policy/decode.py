@@ -16,57 +16,24 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from mmrl_ray.errors import ConfigError, ModelError
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, FinishReason, SamplingParams, VisionFeatures
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.policy.cohort import Cohort, Row, keeps_every_key, takes_4d_mask
 from mmrl_ray.policy.detokenize import TextStream
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prefix import encode_prefix
 from mmrl_ray.policy.prompts import check_context
+from mmrl_ray.policy.requests import DecodeRequest, Event, GroupOutput
 from mmrl_ray.policy.sampling import check_sampling
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
+__all__ = ["DecodeRequest", "Decoder", "Event", "GroupOutput", "decode_groups"]
+
 _COMPACT_TO = 0.75
 """Finished rows are dropped when that leaves at most this share of the slots."""
-
-
-class Event(NamedTuple):
-    """One token of one row."""
-
-    handle: int
-    row: int
-    """Place in the group; the greedy extra comes after the n samples."""
-    token_id: int
-    logprob: float
-    text: str
-    """What the token adds to the reported text; always empty unless the group was admitted with `stream`."""
-    finish_reason: FinishReason | None
-    """Set with the row's last token."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRequest:
-    """What `Decoder.admit` takes, as a value."""
-
-    prompt: EncodedPrompt
-    n: int
-    sampling: SamplingParams
-    greedy_extra: bool = False
-    features: VisionFeatures | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GroupOutput:
-    """What became of one admitted group."""
-
-    completions: tuple[Completion, ...]
-    greedy: Completion | None
-    vision: VisionFeatures | None
-    """The features that its prompt was encoded with; None if it was cancelled before."""
 
 
 @dataclass(slots=True, eq=False)

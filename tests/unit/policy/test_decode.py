@@ -244,6 +244,20 @@ def test_a_prompt_that_cannot_be_encoded_takes_only_its_own_batch_down(
     assert ids(decoder.take(good).completions) == ids(expected.completions)
 
 
+def test_what_started_beside_a_prompt_that_failed_goes_on(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    expected = decode_groups(Decoder(policy), [DecodeRequest(prompts[0], 2, SAMPLED)])[0]
+    decoder = Decoder(policy, prefill_tokens=40)
+    first = decoder.admit(prompts[1], 3, SAMPLED)
+    good = decoder.admit(prompts[0], 2, SAMPLED)
+    decoder.admit(dataclasses.replace(prompts[2], model_inputs={}), 1, SAMPLED)
+    with pytest.raises(ModelError):
+        decoder.step()
+    # Encoded, but without a token yet.
+    decoder.cancel(first)
+    decoder.drain()
+    assert ids(decoder.take(good).completions) == ids(expected.completions)
+
+
 def test_an_error_leaves_nothing_of_the_requests_behind(policy: Policy, prompts: list[EncodedPrompt]) -> None:
     decoder = Decoder(policy)
     with pytest.raises(ConfigError):
