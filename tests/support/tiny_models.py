@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig
 from transformers.models.gemma3.configuration_gemma3 import Gemma3Config, Gemma3TextConfig
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -123,10 +123,12 @@ def make_completions(policy: Policy, lengths: Sequence[Sequence[int]], *, seed: 
 def _tokenizer(named: dict[str, str], listed: Sequence[str] = (), *, bos: str | None = None) -> PreTrainedTokenizerFast:
     """Word-level; `named` are media tokens by attribute name, `listed` are further special tokens."""
     special = ["<pad>", "<unk>", "</s>", *([bos] if bos else []), *named.values(), *listed]
-    words = dict.fromkeys([*special, *WORDS])
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    words = {word: i for i, word in enumerate(dict.fromkeys([*special, *WORDS]))}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if bos:  # like Gemma's tokenizer: it adds the token itself unless it is told not to
+        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words[bos])])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
