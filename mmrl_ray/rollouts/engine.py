@@ -25,6 +25,7 @@ from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.scoring import RewardFailure, score_with_retry
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.backend import Backend
+from mmrl_ray.rollouts.protocols import FetchWeights
 
 Score = RewardBreakdown | RewardFailure
 
@@ -50,19 +51,19 @@ class RolloutEngine:
         self._ship_vision_bytes = ship_vision_bytes
         self._version: int | None = None
 
-    def run(self, assignment: Assignment, weights: Mapping[str, torch.Tensor] | None) -> AssignmentResult:
+    def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         """Groups in the order of the assignment, each `payload` its `RolloutGroup`.
 
         Args:
             assignment: what to sample.
-            weights: of `assignment.version`; None for the adapter as it was made.
+            fetch: gets the weights of `assignment.version`; called only when another version is loaded.
 
         Raises:
             MMRLError: the weights do not fit the adapter, or the model gives NaN: no sample is to blame.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
-            self._load(assignment.version, weights)
+            self._load(assignment.version, fetch)
         with _timed(seconds, "encode"):
             prompts, failures = self._encode(assignment.groups)
         with _timed(seconds, "sample"):
@@ -85,11 +86,11 @@ class RolloutEngine:
             timings=seconds,
         )
 
-    def _load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
+    def _load(self, version: int, fetch: FetchWeights) -> None:
         if version == self._version:
             return
         self._version = None  # whatever goes wrong in between, the next assignment loads again
-        self._backend.load(weights)
+        self._backend.load(fetch())
         self._version = version
 
     def _encode(

@@ -7,7 +7,7 @@ Controller ── submit ──▶ WorkerPool ──▶ Collected, DataFailure
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +55,10 @@ class Collected:
     """Rows of `ROLLOUT_SCHEMA` without advantages: a table, or a reference to one."""
 
 
+FetchWeights = Callable[[], Mapping[str, torch.Tensor] | None]
+"""Gets the weights of an assignment's version; None stands for the adapter as it was made."""
+
+
 class WeightStore(Protocol):
     """Adapter weights by policy version; a version is written once and never changes."""
 
@@ -74,8 +78,8 @@ class WeightStore(Protocol):
 class Engine(Protocol):
     """Turns an assignment into scored groups; no Ray."""
 
-    def run(self, assignment: Assignment, weights: Mapping[str, torch.Tensor] | None) -> AssignmentResult:
-        """Samples, scores and returns the groups, each `payload` the `RolloutGroup` itself; None weights: as made."""
+    def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
+        """Samples, scores and returns the groups, each `payload` the `RolloutGroup` itself."""
         ...
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
 import ray
+import torch
 
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
@@ -68,10 +69,13 @@ class RolloutWorker:
         """
         if self._engine is None:
             raise RolloutError(f"worker {self.name} was given assignment {assignment.id} before it was started")
-        weights = None
-        if assignment.weights:
-            weights = decode_state(ray.get(assignment.weights[0], timeout=WEIGHTS_TIMEOUT_S))
-        return split_result(assignment, self._engine.run(assignment, weights), self._run)
+        return split_result(assignment, self._engine.run(assignment, lambda: _fetch_weights(assignment)), self._run)
+
+
+def _fetch_weights(assignment: Assignment) -> Mapping[str, torch.Tensor] | None:
+    if not assignment.weights:
+        return None
+    return decode_state(ray.get(assignment.weights[0], timeout=WEIGHTS_TIMEOUT_S))
 
 
 def split_result(assignment: Assignment, result: AssignmentResult, run: str) -> tuple[Any, ...]:

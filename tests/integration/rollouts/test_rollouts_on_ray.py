@@ -35,7 +35,7 @@ from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-WAIT_S = 40.0
+WAIT_S = 120.0
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = WAIT_S) -> None:

@@ -19,7 +19,7 @@ from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
-from mmrl_ray.rollouts.protocols import Collected
+from mmrl_ray.rollouts.protocols import Collected, FetchWeights
 from mmrl_ray.rollouts.worker import join_result, split_result
 
 TEXT = "a red circle"
@@ -65,8 +65,9 @@ class FakeEngine:
     """(sample id, file that is made when it hangs: only the first time)."""
     seen: list[tuple[int, int]] = field(default_factory=list)
 
-    def run(self, assignment: Assignment, weights: Mapping[str, torch.Tensor] | None) -> AssignmentResult:
+    def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         time.sleep(self.seconds)
+        weights = fetch()
         self.seen.append((assignment.version, -1 if weights is None else int(weights["version"])))
         ids = {request.sample.id for request in assignment.groups}
         if ids & self.crash_on:
@@ -161,10 +162,13 @@ class FakePool:
         while self.queue and self.release > 0:
             self.release -= 1
             assignment = self.queue.pop(0)
-            weights = self._fetch_weights(assignment.weights[0]) if assignment.weights else None
-            light, rows, *payloads = split_result(assignment, self.engine.run(assignment, weights), "test-run")
+            result = self.engine.run(assignment, lambda assignment=assignment: self._weights(assignment))
+            light, rows, *payloads = split_result(assignment, result, "test-run")
             finished.append(Collected(join_result(assignment, light, payloads), rows))
         return finished
+
+    def _weights(self, assignment: Assignment) -> Any:
+        return self._fetch_weights(assignment.weights[0]) if assignment.weights else None
 
     def cancel(self, kind: str) -> None:
         self.queue = [a for a in self.queue if a.kind != kind]

@@ -73,28 +73,28 @@ def tokens(result: object) -> list[list[int]]:
 
 def test_a_fresh_adapter_is_the_reference_and_a_trained_one_is_not(engine: RolloutEngine) -> None:
     """B = 0 changes nothing, so sampler and reference agree; that also ties the two code paths together."""
-    fresh = engine.run(assignment(), None)
+    fresh = engine.run(assignment(), lambda: None)
     for group in fresh.groups:
         assert len(group.rewards) == 3
         assert group.kl1 == pytest.approx((0.0, 0.0, 0.0), abs=1e-5)
         for completion in group.payload.completions:
             torch.testing.assert_close(completion.reference_logprobs, completion.logprobs, rtol=1e-5, atol=1e-5)
-    changed = engine.run(assignment(version=1), trained(engine))
+    changed = engine.run(assignment(version=1), lambda: trained(engine))
     assert max(abs(kl) for group in changed.groups for kl in group.kl1) > 1e-2
 
 
 def test_no_weights_means_the_adapter_as_it_was_made(engine: RolloutEngine) -> None:
-    before = engine.run(assignment(), None)
+    before = engine.run(assignment(), lambda: None)
     weights = trained(engine)
-    other = engine.run(assignment(version=1), weights)
-    after = engine.run(assignment(), None)
+    other = engine.run(assignment(version=1), lambda: weights)
+    after = engine.run(assignment(), lambda: None)
     assert tokens(before) == tokens(after)
     assert tokens(before) != tokens(other)
-    assert tokens(other) == tokens(engine.run(assignment(version=2), weights))
+    assert tokens(other) == tokens(engine.run(assignment(version=2), lambda: weights))
 
 
 def test_two_workers_give_the_same_bit_for_bit(factory: PolicyEngineFactory) -> None:
-    one, two = (factory(name).run(assignment(), None) for name in ("worker-0", "worker-1"))
+    one, two = (factory(name).run(assignment(), lambda: None) for name in ("worker-0", "worker-1"))
     assert tokens(one) == tokens(two)
     for a, b in zip(one.groups, two.groups, strict=True):
         assert a.rewards == b.rewards
@@ -104,7 +104,7 @@ def test_two_workers_give_the_same_bit_for_bit(factory: PolicyEngineFactory) -> 
 
 
 def test_the_vision_tower_runs_once_an_image(engine: RolloutEngine) -> None:
-    counts = [engine.run(assignment(), None).groups[0].counters for _ in range(2)]
+    counts = [engine.run(assignment(), lambda: None).groups[0].counters for _ in range(2)]
     assert [(c["vision_hits"], c["vision_misses"], c["naive_path"]) for c in counts] == [(0, 3, 0), (3, 0, 0)]
 
 

@@ -21,6 +21,14 @@ from tests.unit.rollouts.fakes import samples
 WEIGHTS = {"w": torch.ones(1)}
 
 
+def as_made() -> None:
+    """The weights of version 0: none."""
+
+
+def trained() -> dict[str, torch.Tensor]:
+    return WEIGHTS
+
+
 @dataclass
 class FakeBackend:
     """A completion's text is "<sample> <place>"; its tokens are as many as its place plus 1."""
@@ -98,7 +106,7 @@ def assignment(version: int = 0, *, count: int = 3, greedy: bool = False, refere
 
 
 def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
-    result = engine(FakeBackend()).run(assignment(version=5, greedy=True, reference=True), WEIGHTS)
+    result = engine(FakeBackend()).run(assignment(version=5, greedy=True, reference=True), trained)
     assert (result.assignment_id, result.version, result.worker, result.failures) == (11, 5, "w7", ())
     assert [g.key for g in result.groups] == [GroupKey(4, i, i) for i in range(3)]
     group = result.groups[1]
@@ -115,7 +123,7 @@ def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
 
 
 def test_without_reference_and_greedy_there_is_neither() -> None:
-    group = engine(FakeBackend()).run(assignment(), None).groups[0]
+    group = engine(FakeBackend()).run(assignment(), as_made).groups[0]
     assert group.kl1 == ()
     assert group.greedy_reward is None
     assert group.payload.greedy is None
@@ -123,7 +131,7 @@ def test_without_reference_and_greedy_there_is_neither() -> None:
 
 
 def test_counters_of_the_assignment_are_on_its_first_group() -> None:
-    first, second, _ = engine(FakeBackend()).run(assignment(), None).groups
+    first, second, _ = engine(FakeBackend()).run(assignment(), as_made).groups
     assert first.counters == {"finished": 1, "vision_hits": 3, "vision_misses": 1, "naive_path": 1}
     assert second.counters == {"finished": 1, "naive_path": 1}
 
@@ -131,27 +139,27 @@ def test_counters_of_the_assignment_are_on_its_first_group() -> None:
 def test_a_version_is_loaded_once() -> None:
     backend = FakeBackend()
     worker = engine(backend)
-    for version, weights in ((0, None), (0, None), (1, WEIGHTS), (1, WEIGHTS), (0, None)):
-        worker.run(assignment(version), weights)
+    for version, fetch in ((0, as_made), (0, as_made), (1, trained), (1, trained), (0, as_made)):
+        worker.run(assignment(version), fetch)
     assert backend.loads == [None, WEIGHTS, None]
 
 
 def test_after_a_failed_load_the_next_assignment_loads_again() -> None:
     backend = FakeBackend()
     worker = engine(backend)
-    worker.run(assignment(1), WEIGHTS)
+    worker.run(assignment(1), trained)
     backend.load_error = ModelError("does not fit")
     with pytest.raises(ModelError, match="does not fit"):
-        worker.run(assignment(2), WEIGHTS)
+        worker.run(assignment(2), trained)
     backend.load_error = None
-    worker.run(assignment(1), WEIGHTS)
+    worker.run(assignment(1), trained)
     assert len(backend.loads) == 2
 
 
 def test_a_sample_that_cannot_be_encoded_is_a_failure_and_the_others_go_on() -> None:
     refused = {"sample-000": ImageError("not a PNG"), "sample-002": ContextLengthError("900 tokens")}
     backend = FakeBackend(refused=refused)
-    result = engine(backend).run(assignment(), None)
+    result = engine(backend).run(assignment(), as_made)
     assert [g.sample_id for g in result.groups] == ["sample-001"]
     assert [(f.key, f.sample_id, f.reason) for f in result.failures] == [
         (GroupKey(4, 0, 0), "sample-000", "ImageError: not a PNG"),
@@ -163,14 +171,14 @@ def test_a_sample_that_cannot_be_encoded_is_a_failure_and_the_others_go_on() -> 
 def test_an_assignment_of_nothing_but_broken_samples() -> None:
     backend = FakeBackend(refused={f"sample-{i:03d}": ImageError("broken") for i in range(3)})
     reward = FakeReward()
-    result = engine(backend, reward).run(assignment(greedy=True, reference=True), None)
+    result = engine(backend, reward).run(assignment(greedy=True, reference=True), as_made)
     assert (len(result.groups), len(result.failures)) == (0, 3)
     assert backend.passes == []
     assert reward.batches == []
 
 
 def test_a_group_whose_reward_fails_is_masked_and_never_scored_0() -> None:
-    result = engine(FakeBackend(), FakeReward(fails_for="sample-001")).run(assignment(greedy=True), None)
+    result = engine(FakeBackend(), FakeReward(fails_for="sample-001")).run(assignment(greedy=True), as_made)
     kept, masked, _ = result.groups
     assert masked.masked == "sample-001 has no references"
     assert masked.rewards == ()
@@ -182,20 +190,20 @@ def test_a_group_whose_reward_fails_is_masked_and_never_scored_0() -> None:
 
 def test_all_captions_are_scored_in_one_batch() -> None:
     reward = FakeReward()
-    engine(FakeBackend(), reward).run(assignment(greedy=True), None)
+    engine(FakeBackend(), reward).run(assignment(greedy=True), as_made)
     assert reward.batches == [9]
 
 
 @pytest.mark.parametrize(("limit", "ships"), [(3 * 4 * 8 * 4, True), (3 * 4 * 8 * 4 - 1, False)])
 def test_vision_features_travel_up_to_a_size_and_pixels_never(limit: int, ships: bool) -> None:
-    result = engine(FakeBackend(), ship=limit).run(assignment(), None)
+    result = engine(FakeBackend(), ship=limit).run(assignment(), as_made)
     for group in result.groups:
         assert (group.payload.vision is not None) == ships
         assert set(group.payload.prompt.model_inputs) == {"grid"}
 
 
 def test_features_that_may_not_travel_stay() -> None:
-    result = engine(FakeBackend(ships_vision=False)).run(assignment(), None)
+    result = engine(FakeBackend(ships_vision=False)).run(assignment(), as_made)
     assert all(group.payload.vision is None for group in result.groups)
 
 
@@ -205,4 +213,4 @@ def test_what_is_no_samples_fault_is_raised() -> None:
             raise ModelError("the model's logits are NaN")
 
     with pytest.raises(ModelError, match="NaN"):
-        engine(Broken()).run(replace(assignment(), id=1), None)
+        engine(Broken()).run(replace(assignment(), id=1), as_made)
