@@ -1,4 +1,4 @@
-"""One Ray for the module's runs, which join it as they would a cluster; data and base model are made once."""
+"""One Ray for this folder's runs, which join it as they would a cluster; data and base model are made once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Workplace:
         path.write_text(yaml.safe_dump(merged))
         return path
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+    def start(self, *arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "mmrl_ray.cli", *map(str, arguments)]
         return subprocess.Popen(
             command,
@@ -53,11 +53,11 @@ class Workplace:
             stderr=subprocess.STDOUT,
             text=True,
             env=self.environment,
-            cwd=self.folder,
+            cwd=cwd or self.folder,
         )
 
-    def mmrl(self, *arguments: str | Path, code: int = 0) -> str:
-        process = self.start(*arguments)
+    def mmrl(self, *arguments: str | Path, code: int = 0, cwd: Path | None = None) -> str:
+        process = self.start(*arguments, cwd=cwd)
         output, _ = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == code, output
         return output
@@ -75,7 +75,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     folder = tmp_path_factory.mktemp("workplace")
     write_scenes(ScenesSection(train=24, eval=6), folder / "train", folder / "eval")
