@@ -16,7 +16,7 @@ from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.carriers import RolloutGroup, StepPlan
 from mmrl_ray.rollouts.controller_actor import ControllerClient
-from mmrl_ray.rollouts.protocols import Stop, Wait
+from mmrl_ray.rollouts.protocols import Wait
 from mmrl_ray.rollouts.weights import decode_state
 from tests.unit.learner.worlds import make_plan
 
@@ -41,8 +41,8 @@ def _pull(group: RolloutGroup, pin: Path) -> RolloutGroup:
 class FakeController:
     """The methods of a controller that learners call, and a book of the calls."""
 
-    def __init__(self, cfg: LearnerSection, groups: Sequence[RolloutGroup], *, stop_at: int | None = None) -> None:
-        self.cfg, self.groups, self.stop_at = cfg, list(groups), stop_at
+    def __init__(self, cfg: LearnerSection, groups: Sequence[RolloutGroup]) -> None:
+        self.cfg, self.groups = cfg, list(groups)
         self.payloads: dict[int, list[Any]] = {}
         self.calls: list[str] = []
         self.metrics: dict[int, dict[str, Any]] = {}
@@ -62,13 +62,11 @@ class FakeController:
     def arm(self, step: int, pin: Path) -> None:
         self.replace_payloads(step, [Grenade(group, pin) for group in self.groups])
 
-    def next_plan(self, step: int, world_size: int, wait_s: float) -> StepPlan | Wait | Stop:
+    def next_plan(self, step: int, world_size: int, wait_s: float) -> StepPlan | Wait:
         assert step == self.due
         self.asked += 1
         if self.asked == 1:
             return Wait("not yet")
-        if step == self.stop_at:
-            return Stop("the test said so")
         if step not in self.payloads:
             self.replace_payloads(step, self.groups)
         plan = make_plan(self.groups, self.cfg, step=step, world_size=world_size)
@@ -101,6 +99,6 @@ class FakeController:
         return None
 
 
-def start(cfg: LearnerSection, groups: Sequence[RolloutGroup], **options: Any) -> tuple[Any, ControllerClient]:
-    handle: Any = ray.remote(FakeController).options(num_cpus=0, max_concurrency=8).remote(cfg, groups, **options)
+def start(cfg: LearnerSection, groups: Sequence[RolloutGroup]) -> tuple[Any, ControllerClient]:
+    handle: Any = ray.remote(FakeController).options(num_cpus=0, max_concurrency=8).remote(cfg, groups)
     return handle, ControllerClient(handle)

@@ -1,4 +1,4 @@
-"""The learner group on Ray Train: 1 and 2 workers, stop and resume, a killed worker, a NaN, no room."""
+"""The learner group on Ray Train: 1 and 2 workers, a NaN and a resume, a killed worker, no room."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(tiny: Path, **learner: Any) -> Config:
-    resources = {"learner": {"threads": 1}, "placement_timeout_s": 60.0}
+    resources = {"learner": {"threads": 1}, "placement_timeout_s": 300.0}
     return Config.model_validate(
         {
             "run": {"name": "r", "seed": 3},
@@ -84,7 +84,7 @@ def expected(tiny: Path, groups: list[RolloutGroup]) -> tuple[dict[str, torch.Te
 def run_group(cfg: Config, run: RunDir, controller: Any) -> LearnerOutcome:
     group = LearnerGroup(cfg, run, controller)
     group.start()
-    assert group.wait(120), "the learner group did not end"
+    assert group.wait(400), "the learner group did not end"
     return group.result()
 
 
@@ -92,26 +92,31 @@ def final_adapter(run: RunDir) -> dict[str, torch.Tensor]:
     return load_file(run.local_path("adapter/adapter_model.safetensors"))
 
 
-def test_stopped_and_resumed_it_makes_the_steps_of_one_process(
+def test_ended_by_an_error_and_resumed_it_makes_the_steps_of_one_process(
     tiny: Path, groups: list[RolloutGroup], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny.parent)
     cfg = config(tiny).model_copy(update={"model": config(tiny).model.model_copy(update={"path": tiny.name})})
     run = RunDir.create(tmp_path, "r")
-    handle, client = start(cfg.learner, groups, stop_at=3)
-    outcome = run_group(cfg, run, client)
-    assert (outcome.step, outcome.finished, outcome.reason) == (3, False, "the test said so")
-    assert checkpoint_steps(run) == [2, 3]
-    assert not run.exists("adapter")
+    handle, client = start(cfg.learner, groups)
+    bad = groups[1].completions[0]
+    bad = replace(bad, logprobs=torch.full_like(bad.logprobs, float("nan")))
+    broken = [groups[0], replace(groups[1], completions=(bad, *groups[1].completions[1:])), groups[2]]
+    ray.get(handle.replace_payloads.remote(3, broken))
+    with pytest.raises(NonFiniteError, match="step 3: loss is nan on samples s1; ") as caught:
+        run_group(cfg, run, client)
+    assert "Traceback" not in str(caught.value)
     first = ray.get(handle.book.remote())
-    assert first["calls"] == ["rewind 0"]
+    assert first["calls"] == ["rewind 0"], "it was tried again"
+    assert checkpoint_steps(run) == [2]
+    assert not run.exists("adapter")
 
     handle, client = start(cfg.learner, groups)
     outcome = run_group(cfg, run, client)
     assert (outcome.step, outcome.finished) == (STEPS, True)
     second = ray.get(handle.book.remote())
-    assert second["calls"] == ["restore 3"]
-    assert sorted(second["versions"]) == [3, 4]
+    assert second["calls"] == ["restore 2"]
+    assert sorted(second["versions"]) == [2, 3, 4]
 
     adapter, metrics = expected
     found = final_adapter(run)
@@ -123,7 +128,7 @@ def test_stopped_and_resumed_it_makes_the_steps_of_one_process(
         assert {name: lines[step][name] for name in plain} == pytest.approx(plain, nan_ok=True)
     # Nothing of Ray Train's own stays in the run folder.
     assert {p.name for p in run.local_path().iterdir()} == {"adapter", "checkpoints", "events.jsonl"}
-    assert checkpoint_steps(run) == [3, 4]
+    assert checkpoint_steps(run) == [2, 4]
 
 
 def test_two_learners_one_of_them_killed_make_the_same_adapter(
@@ -146,24 +151,6 @@ def test_two_learners_one_of_them_killed_make_the_same_adapter(
     for step, line in enumerate(metrics):
         for name in ("loss", "loss/policy", "loss/kl", "loss/adapter_l2", "grad_norm", "kl", "entropy"):
             assert book["metrics"][step][name] == pytest.approx(line[name], rel=1e-4, abs=1e-6), (step, name)
-
-
-def test_an_error_of_the_project_ends_it_at_once_with_its_own_message(
-    tiny: Path, groups: list[RolloutGroup], tmp_path: Path
-) -> None:
-    cfg = config(tiny)
-    run = RunDir.create(tmp_path, "r")
-    handle, client = start(cfg.learner, groups)
-    bad = groups[1].completions[0]
-    bad = replace(bad, logprobs=torch.full_like(bad.logprobs, float("nan")))
-    broken = [groups[0], replace(groups[1], completions=(bad, *groups[1].completions[1:])), groups[2]]
-    ray.get(handle.replace_payloads.remote(2, broken))
-    with pytest.raises(NonFiniteError, match="step 2: loss is nan on samples s1; ") as caught:
-        run_group(cfg, run, client)
-    assert "Traceback" not in str(caught.value)
-    assert ray.get(handle.book.remote())["calls"] == ["rewind 0"], "it was tried again"
-    assert checkpoint_steps(run) == [2]
-    assert not run.exists("adapter")
 
 
 def test_no_room_for_the_learners_is_an_error_that_says_what_was_asked_for(
