@@ -58,6 +58,9 @@ class _Panel:
     """(mean, std): drawn as a band around the mean."""
 
 
+_NOT_PHASES = ("seconds/total", "seconds/step", "seconds/wait_plan", "seconds/workers_idle")
+"""The step as a whole, and time that others spent meanwhile."""
+
 PANELS: tuple[_Panel, ...] = (
     _Panel("Reward, mean ± standard deviation", ("reward/mean",), band=("reward/mean", "reward/std")),
     _Panel(
@@ -69,7 +72,8 @@ PANELS: tuple[_Panel, ...] = (
     _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
     _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
     _Panel("Gradient norm", ("grad_norm",)),
-    _Panel("Ratio to the behaviour policy", ("ratio/", "clip_fraction", "clip/", "off_policy/")),
+    _Panel("Importance ratios", ("ratio_mean", "behaviour_ratio_mean", "effective_samples")),
+    _Panel("Share of tokens clipped or capped", ("clip_fraction", "behaviour_capped_fraction")),
     _Panel("Learning rate", ("lr",)),
     _Panel(
         "Completion length", ("completion_length", "completion/length_mean", "completion/length_max"), unit="tokens"
@@ -79,7 +83,7 @@ PANELS: tuple[_Panel, ...] = (
     _Panel(
         "Groups masked, dropped, without signal", ("masked", "dropped", "reward/zero_variance_groups"), unit="groups"
     ),
-    _Panel("Seconds by phase", ("seconds/",), exclude=("seconds/total", "seconds/step"), unit="seconds", stacked=True),
+    _Panel("Seconds by phase", ("seconds/",), exclude=_NOT_PHASES, unit="seconds", stacked=True),
 )
 
 
@@ -112,15 +116,17 @@ def _chart(panel: _Panel, metrics: Metrics) -> Chart | None:
         curves = {name: c for name, c in curves.items() if any(y for _, y in c)} or curves
     if not curves:
         return None
-    figure = Figure(figsize=(7.6, 2.5) if panel.stacked else (4.4, 2.5), layout="constrained")
+    figure = Figure(figsize=(9.0, 2.6) if panel.stacked else (4.4, 2.5), layout="constrained")
     axes = figure.add_subplot()
     if panel.stacked:
-        _stack(axes, curves)
+        _stack(axes, {_label(panel, name): curve for name, curve in curves.items()})
     else:
-        _lines(axes, curves)
+        _lines(axes, {_label(panel, name): curve for name, curve in curves.items()})
     if panel.band is not None:
         _band(axes, *(_curve(name, metrics) for name in panel.band))
     _dress(axes, panel, legend=len(curves) > 1)
+    if not any(value for curve in curves.values() for _, value in curve):
+        axes.set_ylim(-0.03, 1.0)  # matplotlib would show a stretch on both sides of 0
     return Chart(panel.title, _data_uri(figure), _alt(panel, curves), _first_last(curves), wide=panel.stacked)
 
 
@@ -134,6 +140,12 @@ def _curve(name: str, metrics: Metrics) -> list[tuple[float, float]]:
     edges = [round(i * len(points) / MAX_POINTS) for i in range(MAX_POINTS + 1)]
     chunks = [points[a:b] for a, b in itertools.pairwise(edges)]
     return [(math.fsum(x for x, _ in c) / len(c), math.fsum(y for _, y in c) / len(c)) for c in chunks]
+
+
+def _label(panel: _Panel, name: str) -> str:
+    """Without the family's name where the panel's title has it already; `loss` and `kl` are curves themselves."""
+    prefix = name.split("/", 1)[0] + "/"
+    return name.removeprefix(prefix) if panel.names == (prefix,) or prefix == "completion/" else name
 
 
 def _lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:

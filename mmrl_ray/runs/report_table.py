@@ -40,7 +40,12 @@ def measure_table(before: Evaluation | None, after: Evaluation | None) -> dict[s
             note = f" {error}"
     sides = [e.measures for e in (before, after) if e is not None]
     names = dict.fromkeys(name for measures in sides for name in measures)
-    rows = [_row(name, _of(before, name), _of(after, name), differences.get(name)) for name in names]
+    alone = _only_part(before or after)
+    rows = [
+        _row(name, _of(before, name), _of(after, name), differences.get(name))
+        for name in names
+        if name != f"reward/{alone}"
+    ]
     return {
         "rows": rows,
         "before": before is not None,
@@ -49,6 +54,13 @@ def measure_table(before: Evaluation | None, after: Evaluation | None) -> dict[s
         "explanation": _explanation(before, after),
         "footnote": f"Brackets: 95 % bootstrap intervals over samples; differences are paired by sample.{note}",
     }
+
+
+def _only_part(evaluation: Evaluation | None) -> str | None:
+    """The reward's one part where it has one alone, of weight 1: its row would repeat the total's."""
+    weights = evaluation.captions[0].reward.weights if evaluation is not None else {}
+    ((name, weight),) = weights.items() if len(weights) == 1 else ((None, 0.0),)
+    return name if weight == 1.0 else None
 
 
 def _of(evaluation: Evaluation | None, name: str) -> Interval | None:

@@ -34,6 +34,8 @@ from mmrl_ray.runs.progress import ProgressFn
 
 REPORT_EVERY = 10
 """Steps between two calls of the progress function."""
+_BETAS = (0.9, 0.95)
+"""A short memory of squared gradients: a warm start is a few hundred steps, whose gradients shrink all the time."""
 _SHOWN = 3
 
 Pair = tuple[EncodedPrompt, list[torch.Tensor]]
@@ -52,7 +54,7 @@ def train_supervised(policy: Policy, cfg: Config, sft: SftSection, progress: Pro
     """
     seed = derive_seed(cfg.run.seed, "sft")
     parameters = _trainable(policy, cfg, sft, seed)
-    optimizer = torch.optim.AdamW(parameters, lr=sft.lr, weight_decay=sft.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=sft.lr, betas=_BETAS, weight_decay=sft.weight_decay)
     scheduler = cosine_scheduler(optimizer, total_steps=sft.steps, lr_min=sft.lr_min, warmup_steps=sft.warmup_steps)
     cache = VisionCache(cfg.rollout.vision_cache_mb << 20)
     losses: list[float] = []

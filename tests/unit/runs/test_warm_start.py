@@ -36,7 +36,8 @@ _, SCENES = generate_scenes(ScenesSection(train=1, eval=8, image_size=32))
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)  # the default cache is relative
     monkeypatch.setattr(warm_start_module, "TINY_LLAVA", SMALL)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

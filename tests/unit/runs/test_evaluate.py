@@ -1,0 +1,205 @@
+"""`mmrl evaluate` and `mmrl caption` on a run folder, an unfinished one and a bare model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.load import dump_config
+from mmrl_ray.config.model import ModelSection
+from mmrl_ray.data.samples import iter_references, read_split
+from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError, RunError
+from mmrl_ray.learner.checkpoints import save_checkpoint
+from mmrl_ray.learner.state import LearnerState
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.policy.adapter import adapter_parameters, add_adapter, save_adapter
+from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs import warm_start as warm_start_module
+from mmrl_ray.runs.captioning import caption, caption_images, caption_samples
+from mmrl_ray.runs.evaluate import evaluate
+from mmrl_ray.runs.scores import score_captions
+from mmrl_ray.runs.target import STATISTICS, open_target
+from mmrl_ray.runs.warm_start import warm_start
+
+SMALL = {"patch_size": 32, "hidden": 32, "layers": 2, "vision_hidden": 32, "vision_layers": 1}
+
+
+@dataclass
+class World:
+    root: Path
+    cfg: Config
+    run: RunDir
+    base: str
+    adapted: Policy
+
+
+def trained_policy(cfg: Config, base: str) -> Policy:
+    """The base with an adapter that changes what it says."""
+    policy = load_policy(ModelSection(path=base, dtype="float32"), device="cpu")
+    add_adapter(policy, cfg.model.lora, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(policy.model):
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("world")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm_start_module, "TINY_LLAVA", SMALL)
+        cfg = Config.model_validate(
+            {
+                "run": {"name": "run", "root": str(root / "runs")},
+                "model": {"path": "builtin:tiny-llava", "dtype": "float32"},
+                "data": {
+                    "train": str(root / "train"),
+                    "eval": str(root / "eval"),
+                    "prompt": "describe it",
+                    "scenes": {"train": 12, "eval": 6, "image_size": 32},
+                },
+                "sft": {
+                    "steps": 30,
+                    "batch_size": 8,
+                    "lr": 3e-3,
+                    "warmup_steps": 0,
+                    "train_vision": True,
+                    "cache": str(root / "cache"),
+                },
+                "rollout": {"max_new_tokens": 9},
+                "learner": {"steps": 1},
+            }
+        )
+        base = warm_start(cfg)
+        run = RunDir.create(root / "runs", "run")
+        run.write_text("config.yaml", dump_config(cfg))
+        run.write_text(STATISTICS, CorpusStatistics.from_references(iter_references(cfg.data.train)).to_json())
+        adapted = trained_policy(cfg, base)
+        save_adapter(adapted.model, run.local_path("adapter"))
+        yield World(root, cfg, run, base, adapted)
+    torch.set_num_threads(threads)
+
+
+def hf_greedy(policy: Policy, image: Path | bytes, prompt: str, tokens: int) -> str:
+    """What plain transformers says, from the picture to the text."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = policy.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    picture = Image.open(image) if isinstance(image, Path) else image
+    inputs = policy.processor(text=text, images=picture, return_tensors="pt", add_special_tokens=False)
+    banned = [[token] for token in policy.image_token_ids]
+    out = policy.model.generate(**inputs, do_sample=False, max_new_tokens=tokens, bad_words_ids=banned)
+    return policy.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture
+def pictures(world: World, tmp_path: Path) -> list[Path]:
+    paths = []
+    for sample in read_split(world.cfg.data.eval or "", prompt="", limit=2):
+        paths.append(tmp_path / f"{sample.id}.png")
+        paths[-1].write_bytes(sample.images[0])
+    return paths
+
+
+def test_a_run_captions_as_transformers_does_with_base_and_adapter(world: World, pictures: list[Path]) -> None:
+    expected = [hf_greedy(world.adapted, path, "describe it", 9) for path in pictures]
+    assert caption_images(world.run.location, pictures) == [
+        (str(path), text) for path, text in zip(pictures, expected, strict=True)
+    ]
+    plain = load_policy(ModelSection(path=world.base, dtype="float32"), device="cpu")
+    bare = hf_greedy(plain, pictures[0], "describe it", 9)
+    assert caption_images(world.base, pictures[:1], prompt="describe it", max_new_tokens=9)[0][1] == bare
+    assert bare != expected[0]
+
+
+def test_the_command_prints_one_line_an_image(
+    world: World, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    caption(pictures, run=world.run.location)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ", 1)[0] for line in lines] == [str(path) for path in pictures]
+    caption(pictures[:1], model=world.base, prompt="describe it")
+    assert str(pictures[0]) not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="either a run or a model"):
+        caption(pictures)
+
+
+def test_files_that_are_no_images_are_named(world: World, pictures: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "rows.json"
+    broken.write_text('{"image": 1}')
+    with pytest.raises(ImageError, match=r"rows\.json: .*instead of an image"):
+        caption_images(world.run.location, [pictures[0], broken])
+    with pytest.raises(DataError, match=r"gone\.png cannot be read: No such file"):
+        caption_images("no/such/model", [tmp_path / "gone.png"])
+    with pytest.raises(ModelError):
+        caption_images(str(tmp_path / "missing"), pictures)
+
+
+def test_batches_do_not_change_captions(world: World) -> None:
+    samples = read_split(world.cfg.data.eval or "", prompt="describe it")
+    whole = caption_samples(world.adapted, samples, max_new_tokens=9)
+    seen: list[tuple[int, int]] = []
+    cut = caption_samples(
+        world.adapted, samples, max_new_tokens=9, batch_size=4, progress=lambda done, of, _: seen.append((done, of))
+    )
+    assert cut == whole
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_evaluating_a_run_uses_its_own_statistics(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.json"
+    found = evaluate(world.run.location, out=out)
+    samples = read_split(world.cfg.data.eval or "", prompt="describe it")
+    statistics = CorpusStatistics.from_references(iter_references(world.cfg.data.train))
+    captions = caption_samples(world.adapted, samples, max_new_tokens=9)
+    expected = score_captions(samples, captions, build_reward(world.cfg.reward, statistics), statistics)
+    assert found == expected
+    document = json.loads(out.read_text())
+    assert document["measures"] == expected.to_json()["measures"]
+    assert [c["caption"] for c in document["captions"]] == captions
+    printed = capsys.readouterr().out
+    assert "of the run's training references" in printed
+    assert f"{expected.measures['cider_d'].mean:.4f}" in printed
+
+
+def test_evaluating_a_model_says_whose_statistics_it_uses(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = evaluate(world.base, data=world.cfg.data.eval, limit=3, out=tmp_path)
+    assert len(evaluation.captions) == 3
+    document = json.loads((tmp_path / f"evaluation-{Path(world.base).name}.json").read_text())
+    assert document["samples"] == 3
+    assert any("not comparable" in note for note in document["notes"])
+    assert "not comparable" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(ConfigError, match="--data"):
+        evaluate(world.base)
+    with pytest.raises(RunError, match="cannot be written"):
+        evaluate(world.base, data=world.cfg.data.eval, limit=1, out=Path("/proc/none.json"))
+
+
+def test_an_unfinished_run_stands_for_its_newest_checkpoint(world: World) -> None:
+    run = RunDir.create(world.root / "runs", "half")
+    run.write_text("config.yaml", dump_config(world.cfg))
+    with pytest.raises(RunError, match="no adapter and no checkpoint"):
+        open_target(run.location)
+    state = LearnerState({"rng/torch": torch.zeros(1)}, {})
+    save_checkpoint(run, 3, policy=world.adapted, learner=state, controller={}, keep=1)
+    opened = open_target(run.location)
+    assert opened.notes == ("the run is not finished: this is its checkpoint of step 3",)
+    assert opened.statistics is None
+    assert not any(p.requires_grad for p in opened.policy.model.parameters())
