@@ -135,9 +135,9 @@ class RayWorkerPool:
 
     def _fit_to_target(self) -> None:
         staying = [w for w in self._workers.values() if not w.retiring]
-        for _ in range(self._target - len(staying) if self._clock() >= self._no_new_before else 0):
-            self._create()
         surplus = len(staying) - self._target
+        for _ in range(-surplus if self._clock() >= self._no_new_before else 0):
+            self._create()
         # Those that cost least first: not even placed, not yet built, idle, and only then at work; the youngest first.
         order = {"placing": 0, "starting": 1, "ready": 2}
         staying.sort(key=lambda w: (order[w.state] + (w.id in self.ledger.busy), -w.id))
@@ -158,7 +158,7 @@ class RayWorkerPool:
         first = self._made < self._settings.workers and not self._complete
         self._workers[actor_id] = PoolWorker(actor_id, name, call, "placing", self._clock(), first)
         self._made += 1
-        self._call("ping", actor_id)
+        self._call(RolloutWorker.ping, actor_id)
         self._note("worker_created", self._workers[actor_id], self._settings.demand)
 
     def _end(self, worker: PoolWorker) -> None:
@@ -181,8 +181,10 @@ class RayWorkerPool:
 
     # -- calls and their results -----------------------------------------------------------------------------------
 
-    def _call(self, method: str, actor_id: int, **kwargs: Any) -> bool:
-        return bool(self._manager.foreach_actor_async(method, tag=method, kwargs=kwargs, remote_actor_ids=[actor_id]))
+    def _call(self, method: Callable[..., Any], actor_id: int, **kwargs: Any) -> bool:
+        # The function rather than its name: the manager would make a closure of that, and pickle it each time.
+        call: dict[str, Any] = {"tag": method.__name__, "kwargs": kwargs, "remote_actor_ids": [actor_id]}
+        return bool(self._manager.foreach_actor_async(method, **call))
 
     def _answers(self, tags: tuple[str, ...], timeout_s: float) -> list[CallResult]:
         answers = self._manager.fetch_ready_async_reqs(tags=tags, timeout_seconds=timeout_s)
@@ -196,7 +198,7 @@ class RayWorkerPool:
             assignment = self.ledger.give(worker.id, self._clock())
             if assignment is None:
                 return
-            if not self._call("run", worker.id, assignment=assignment):
+            if not self._call(RolloutWorker.run, worker.id, assignment=assignment):
                 raise RolloutError(f"{worker.name} was idle, yet the actor manager refused it an assignment")
 
     def _collect_runs(self, timeout_s: float) -> list[Collected | DataFailure]:
@@ -222,12 +224,12 @@ class RayWorkerPool:
         for answer in self._answers(("ping", "start"), 0.0):
             worker = self._workers.get(answer.actor_id)
             if worker is None:
-                continue
+                continue  # a call before it in this list was the end of it
             if not answer.ok:
                 finished += self._on_error(worker, answer)
             elif worker.state == "placing":
                 worker.state, worker.since = "starting", self._clock()
-                self._call("start", worker.id)
+                self._call(RolloutWorker.start, worker.id)
             elif answer.tag == "start":
                 worker.state, worker.since, worker.place = "ready", self._clock(), answer.get()
                 self._start_failures = 0
@@ -251,7 +253,11 @@ class RayWorkerPool:
         now, busy = self._clock(), self.ledger.busy
         for worker in self._workers.values():
             idle = worker.state == "ready" and worker.id not in busy and not worker.probe_pending
-            if idle and now - worker.probed > self._settings.probe_every_s and self._call("ping", worker.id):
+            if (
+                idle
+                and now - worker.probed > self._settings.probe_every_s
+                and self._call(RolloutWorker.ping, worker.id)
+            ):
                 worker.probed, worker.probe_pending = now, True
 
     def _replace_hung(self) -> list[Collected | DataFailure]:
@@ -283,15 +289,15 @@ class RayWorkerPool:
         )
 
     def _check_minimum(self) -> None:
-        ready, minimum = self._ready, self._settings.min_workers
+        ready, minimum, limit = self._ready, self._settings.min_workers, self._settings.worker_deadline_s
         self._complete = self._complete or ready >= min(self._settings.workers, self._target)
         if ready >= minimum or not self._complete:
             self._below_since = None
         elif self._below_since is None:
             self._below_since = self._clock()
-        elif self._clock() - self._below_since > self._settings.worker_deadline_s:
+        elif self._clock() - self._below_since > limit:
             raise RolloutError(
-                f"{ready} of at least {minimum} rollout workers were ready for {self._settings.worker_deadline_s:g} s; "
+                f"{ready} of at least {minimum} rollout workers were ready for {limit:g} s; "
                 f"last loss: {self._last_loss or 'none'}; a new one asks for {self._settings.demand}"
             )
 
