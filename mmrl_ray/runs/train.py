@@ -88,6 +88,7 @@ class _Run:
         with self._timed("checks"):
             check_model(start)
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
+        run.remove_scratch()  # of a process that was killed
         status = "failed"
         try:
             if not resume:

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
-from mmrl_ray.data.images import image_hash
 
+from mmrl_ray.data.images import image_hash
 from mmrl_ray.experience.carriers import PlannedGroup
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
 
