@@ -21,11 +21,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Metrics = Sequence[Mapping[str, Any]]
+Curve = list[tuple[float, float]]
+"""(step, value)."""
 
 MAX_POINTS = 300
 """Points of one curve; longer runs are drawn as means of equal stretches of steps."""
 
 _SERIES = 8
+_SLIVER = 0.01
+"""Share of all the seconds below which a phase is not drawn by itself."""
+_ROUNDING = 1e-6
 _INK, _GRID = 16, 17
 _LIGHT = ("#0b62a8", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#be185d", "#0f766e", "#475569")
 _DARK = ("#6cb6ff", "#ff9d5c", "#5fd68a", "#c3a6ff", "#f2c14e", "#ff8cc6", "#4fd6c4", "#a9b6c9")
@@ -88,9 +93,15 @@ PANELS: tuple[_Panel, ...] = (
 
 
 def charts(metrics: Metrics) -> list[Chart]:
-    """Every chart that these metrics lines have values for, in reading order."""
-    made = (_chart(panel, metrics) for panel in PANELS)
+    """Every chart that these metrics lines have values for, in reading order; none of what never changes."""
+    made = (_chart(panel, metrics) for panel in PANELS if not _is_flat(panel, metrics))
     return [chart for chart in made if chart is not None]
+
+
+def constants(metrics: Metrics) -> dict[str, float]:
+    """The metrics of panels in which nothing ever changes: a sentence says that better than a chart."""
+    flat = [panel for panel in PANELS if _is_flat(panel, metrics)]
+    return {name: _values(name, metrics)[0] for panel in flat for name in _names(panel, metrics)}
 
 
 def charted_names(metrics: Metrics) -> set[str]:
@@ -109,10 +120,22 @@ def _names(panel: _Panel, metrics: Metrics) -> list[str]:
     return [n for n in found if n not in panel.exclude]
 
 
+def _is_flat(panel: _Panel, metrics: Metrics) -> bool:
+    """Whether every metric of the panel keeps its value over two steps or more, up to rounding."""
+    columns = [_values(name, metrics) for name in _names(panel, metrics)]
+    flat = all(max(c) - min(c) <= _ROUNDING * max(1.0, abs(max(c))) for c in columns)
+    return bool(columns) and max(map(len, columns)) > 1 and flat
+
+
+def _values(name: str, metrics: Metrics) -> list[float]:
+    return [float(line[name]) for line in metrics if is_number(line.get(name))]
+
+
 def _chart(panel: _Panel, metrics: Metrics) -> Chart | None:
     curves = {name: _curve(name, metrics) for name in _names(panel, metrics)}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    if panel.stacked or len(curves) > 1:  # a curve that is 0 all along only crowds the legend
+    if panel.stacked:
+        curves = _without_slivers(curves)
+    elif len(curves) > 1:  # a curve that is 0 all along only crowds the legend
         curves = {name: c for name, c in curves.items() if any(y for _, y in c)} or curves
     if not curves:
         return None
@@ -125,12 +148,23 @@ def _chart(panel: _Panel, metrics: Metrics) -> Chart | None:
     if panel.band is not None:
         _band(axes, *(_curve(name, metrics) for name in panel.band))
     _dress(axes, panel, legend=len(curves) > 1)
-    if not any(value for curve in curves.values() for _, value in curve):
-        axes.set_ylim(-0.03, 1.0)  # matplotlib would show a stretch on both sides of 0
     return Chart(panel.title, _data_uri(figure), _alt(panel, curves), _first_last(curves), wide=panel.stacked)
 
 
-def _curve(name: str, metrics: Metrics) -> list[tuple[float, float]]:
+def _without_slivers(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """The largest areas; those too thin to be seen, or beyond the number of colours, as one called "other"."""
+    total = {name: math.fsum(y for _, y in curve) for name, curve in curves.items()}
+    whole = math.fsum(total.values())
+    large = sorted((n for n in curves if total[n] > _SLIVER * whole), key=lambda n: -total[n])[: _SERIES - 1]
+    kept = {name: curve for name, curve in curves.items() if name in large}
+    rest: dict[float, float] = {}
+    for name in curves.keys() - kept.keys():
+        for x, y in curves[name]:
+            rest[x] = rest.get(x, 0.0) + y
+    return {**kept, "other": sorted(rest.items())} if any(rest.values()) else kept
+
+
+def _curve(name: str, metrics: Metrics) -> Curve:
     """(step, value) of one metric, thinned to `MAX_POINTS` by means over equal stretches."""
     points = [
         (float(line.get("step", i)), float(line[name])) for i, line in enumerate(metrics) if is_number(line.get(name))
@@ -148,7 +182,7 @@ def _label(panel: _Panel, name: str) -> str:
     return name.removeprefix(prefix) if panel.names == (prefix,) or prefix == "completion/" else name
 
 
-def _lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _lines(axes: Axes, curves: Mapping[str, Curve]) -> None:
     for i, (name, points) in enumerate(curves.items()):
         style = _DASHES[(i // _SERIES + i) % len(_DASHES)] if len(curves) > 1 else "-"
         marker = "o" if len(points) == 1 else ""
@@ -156,7 +190,7 @@ def _lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> N
         axes.plot(x, y, color=_colour(i % _SERIES), linestyle=style, marker=marker, linewidth=1.6, label=name)
 
 
-def _stack(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _stack(axes: Axes, curves: Mapping[str, Curve]) -> None:
     steps = sorted({x for points in curves.values() for x, _ in points})
     heights = [[dict(points).get(x, 0.0) for x in steps] for points in curves.values()]
     colours = [_colour(i % _SERIES) for i in range(len(curves))]
@@ -169,7 +203,7 @@ def _stack(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> N
     axes.stackplot(steps, heights, labels=list(curves), colors=colours, linewidth=0, alpha=0.85)
 
 
-def _band(axes: Axes, mean: Sequence[tuple[float, float]], std: Sequence[tuple[float, float]]) -> None:
+def _band(axes: Axes, mean: Curve, std: Curve) -> None:
     if len(mean) != len(std):
         return
     x = [p[0] for p in mean]
@@ -226,7 +260,7 @@ def _stylesheet() -> str:
     return f"<style>{light}@media screen and (prefers-color-scheme:dark){{{dark}}}{fonts}</style>"
 
 
-def _alt(panel: _Panel, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def _alt(panel: _Panel, curves: Mapping[str, Curve]) -> str:
     first, last = (f(p[0] for points in curves.values() for p in points) for f in (min, max))
     told = [
         f"{name} from {_figure(y[0])} to {_figure(y[-1])}, between {_figure(min(y))} and {_figure(max(y))}"
@@ -236,7 +270,7 @@ def _alt(panel: _Panel, curves: Mapping[str, Sequence[tuple[float, float]]]) -> 
     return f"{kind}: {panel.title}, steps {first:.0f} to {last:.0f}. {'; '.join(told)}."
 
 
-def _first_last(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def _first_last(curves: Mapping[str, Curve]) -> str:
     if len(curves) > 1:
         return ""
     ((_, points),) = curves.items()

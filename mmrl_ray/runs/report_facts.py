@@ -13,6 +13,7 @@ Row = tuple[str, str]
 
 MAX_EVENTS = 60
 MAX_QUARANTINED = 20
+_PATH_EVENTS = ("learner_path", "shared_prefix")
 _WHEN = ("time", "timestamp", "at")
 _WHAT = ("event", "kind", "name")
 
@@ -25,7 +26,8 @@ def fact_blocks(
 ) -> list[dict[str, Any]]:
     """Titled blocks of (name, value); a block without rows is left out."""
     blocks = [
-        ("Seconds", list(_seconds(summary, metrics))),
+        ("Time by phase", list(_phases(summary))),
+        ("Time in steps, summed", list(_step_seconds(metrics))),
         ("Resources and path", list(_resources(summary, metrics, events))),
         ("Counts over the run", list(_counts(metrics, quarantined))),
         ("Other figures of the last step", list(_others(metrics))),
@@ -63,20 +65,24 @@ def duration(seconds: float) -> str:
     return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
 
 
-def _seconds(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+def _phases(summary: Mapping[str, Any]) -> Iterator[Row]:
     told = summary.get("seconds")
     if is_number(told):
         yield "whole run", duration(told)
     for name, value in _mapping(told).items():
         if is_number(value):
             yield str(name).replace("_", " "), duration(value)
-    phases: dict[str, float] = {}
+
+
+def _step_seconds(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Of workers and learner alike, so that overlapping phases add up to more than the steps."""
+    totals: dict[str, float] = {}
     for line in metrics:
         for name, value in line.items():
             if name.startswith("seconds/") and is_number(value):
-                phases[name] = phases.get(name, 0.0) + value
-    for name, total in phases.items():
-        yield f"steps: {name.removeprefix('seconds/')}", duration(total)
+                totals[name] = totals.get(name, 0.0) + value
+    for name, total in sorted(totals.items(), key=lambda item: -item[1]):
+        yield name.removeprefix("seconds/").replace("_", " "), duration(total)
 
 
 def _resources(
@@ -106,7 +112,7 @@ def _path_reason(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
     if isinstance(told, Mapping) and told.get("reason"):
         return str(told["reason"])
     for event in reversed(events):
-        if "prefix" in _event_name(event) or "parity" in _event_name(event):
+        if _event_name(event) in _PATH_EVENTS:
             return str(event.get("reason") or event.get("message") or "")
     return ""
 
@@ -130,7 +136,7 @@ def _others(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
         return
     hidden = charted_names(metrics) | {"step", "policy_version", "masked", "dropped", "shared_prefix", "run"}
     for name, value in metrics[-1].items():
-        if name not in hidden and is_number(value):
+        if name not in hidden and not name.startswith("seconds/") and is_number(value):
             yield name, f"{value:.4g}"
 
 

@@ -22,7 +22,7 @@ from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import EVAL_SCHEMA, highlights, load_evaluation, save_evaluation
 from mmrl_ray.runs.report import write_report
-from mmrl_ray.runs.report_charts import MAX_POINTS, charts
+from mmrl_ray.runs.report_charts import MAX_POINTS, charts, constants
 from mmrl_ray.runs.report_facts import duration
 from mmrl_ray.runs.scores import Evaluation, score_captions
 
@@ -83,19 +83,20 @@ def line(step: int) -> dict[str, Any]:
         "policy_version": step + 1,
         "reward/mean": 0.3 + 0.01 * step,
         "reward/std": 0.1,
-        "reward/caption": 0.3,
-        "reward/caption/bleu": 0.2,
-        "loss": -0.01,
-        "loss/policy": -0.02,
+        "reward/caption": 0.3 + 0.01 * step,
+        "reward/caption/bleu": 0.2 + 0.02 * step,
+        "loss": -0.01 * step,
+        "loss/policy": -0.02 * step,
         "loss/kl": 0.01,
-        "kl": 0.02,
-        "entropy": 1.0,
-        "grad_norm": 0.5,
-        "lr": 1e-3,
+        "kl": 0.02 * step,
+        "entropy": 1.0 - 0.1 * step,
+        "grad_norm": 0.5 + 0.1 * (step % 2),
+        "lr": 1e-3 / (1 + step),
         "staleness/mean": 0.0,
-        "completion/length_mean": 7.5,
-        "samples_per_second": 100.0,
-        "seconds/sample": 1.0,
+        "completion/length_mean": 7.5 + step,
+        "samples_per_second": 100.0 + step,
+        "seconds/sample": 1.0 + 0.1 * step,
+        "seconds/reward": 0.001,
         "seconds/forward_backward": 2.0,
         "seconds/step": 3.5,
         "shared_prefix": True,
@@ -143,7 +144,7 @@ def test_nothing_points_outside_the_page(finished: tuple[RunDir, Page, str]) -> 
         ElementTree.fromstring(svg)
         assert not re.search(r'(?:href|src)="(?!#)', svg)
         assert "<image" not in svg
-    assert len(pictures) >= 10
+    assert len(pictures) == 10
 
 
 def test_captions_are_escaped_and_shown(finished: tuple[RunDir, Page, str]) -> None:
@@ -177,7 +178,7 @@ def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
         "Gradient norm",
         "Learning rate",
         "Completion length",
-        "Staleness",
+        "Constant over the run, so not drawn: staleness/mean 0",
         "Throughput",
         "Seconds by phase",
         "Where the reward rose most",
@@ -295,6 +296,18 @@ def test_long_runs_are_thinned_and_constant_zeros_left_out_of_legends() -> None:
     assert "loss/kl" not in svg
     assert svg.count(" L ") + svg.count("\nL ") < 4 * MAX_POINTS
     assert "from 7.5 to" in chart.alt or "from 8" in chart.alt  # the mean of the first stretch
+
+
+def test_what_never_changes_is_told_and_thin_phases_are_one() -> None:
+    lines = [
+        {"step": i, "grad_norm": 0.5, "staleness/max": 0, "seconds/a": 1.0 + i, "seconds/b": 0.001, "seconds/c": 0.002}
+        for i in range(3)
+    ]
+    (chart,) = charts(lines)
+    assert constants(lines) == {"grad_norm": 0.5, "staleness/max": 0.0}
+    assert "other from 0.003 to 0.003" in chart.alt
+    assert "seconds/b" not in chart.alt
+    assert constants(lines[:1]) == {}
 
 
 def test_charts_survive_gaps_flags_and_single_steps() -> None:
