@@ -210,7 +210,8 @@ def test_workers_come_and_go_while_the_run_goes_on(make: Callable[..., World]) -
 def test_a_worker_that_hangs_is_replaced(make: Callable[..., World]) -> None:
     """Stopped processes stay connected: only deadlines find them, at work and idle."""
     settings = {"assignment_timeout_s": 2.0, "probe_timeout_s": 1.0}
-    world = make(FakeEngineFactory(seconds=0.2), settings=settings)
+    # At work long enough that a worker seen busy still is when the signal reaches it, on a machine that is busy too.
+    world = make(FakeEngineFactory(seconds=0.8), settings=settings)
     world.controller.rewind(0)
     world.step(0)
     _, busy = world.signal_one("busy", signal.SIGSTOP)
