@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="keep activations, which TRL by default does not"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -90,7 +93,7 @@ def main() -> None:
             learning_rate=1e-4,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,  # the faster choice for it: memory is plenty
+            gradient_checkpointing=not args.no_checkpointing,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,

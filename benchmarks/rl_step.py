@@ -5,7 +5,9 @@
 The model is a 16 M-parameter LLaVA with random weights: a prompt of P = 261 tokens (256 of them the image), up to
 C = 24 completion tokens, 4 images of 8 completions a step, LoRA r = 8 on the language model's linear layers, KL on,
 2 threads, float32 on the CPU. What is timed here is the real pipeline: rollout actor, reward, step plan, learner
-worker, weight publishing, rollout log. Both sides are warmed up; each runs by itself.
+worker, weight publishing, rollout log. Both sides are warmed up; each runs by itself. The peer runs twice: as it ships,
+with gradient checkpointing (`ratio`), and without, the faster choice where memory is plenty
+(`ratio_no_checkpointing`).
 
 Prints a table of where the time goes; the last line is one JSON object.
 """
@@ -92,8 +94,10 @@ def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: i
     }
 
 
-def measure_trl(folder: Path, model: Path, data: Path, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
-    """The peer, in a process of its own."""
+def measure_trl(
+    folder: Path, model: Path, data: Path, *, checkpointing: bool, steps: int, threads: int
+) -> dict[str, Any]:
+    """The peer, in a process of its own, after one step of warm-up."""
     arguments = {
         "model": model,
         "data": data,
@@ -103,12 +107,14 @@ def measure_trl(folder: Path, model: Path, data: Path, *, warmup: int, steps: in
         "completion": COMPLETION,
         "targets": TARGETS,
         "kl": KL,
-        "warmup": warmup,
+        "warmup": 1,
         "steps": steps,
         "threads": threads,
     }
     command = [sys.executable, str(Path(__file__).with_name("peer_trl.py"))]
     command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    if not checkpointing:
+        command.append("--no-checkpointing")
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
         sys.exit(f"the peer failed:\n{done.stderr[-2000:]}\nIs it installed? pip install -e '.[bench]'")
@@ -128,32 +134,37 @@ def main() -> None:
     try:
         model, data = build_inputs(folder, args.steps + args.warmup)
         ours = measure_mmrl(folder, model, data, warmup=args.warmup, steps=args.steps, threads=args.threads)
-        peer = None
-        if args.peer == "trl":
-            peer = measure_trl(folder, model, data, warmup=1, steps=args.peer_steps, threads=args.threads)
+        peers = {
+            name: measure_trl(folder, model, data, checkpointing=on, steps=args.peer_steps, threads=args.threads)
+            for name, on in (("", True), ("no_checkpointing", False))
+            if args.peer == "trl"
+        }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    report(ours, peer)
+    report(ours, peers)
 
 
-def report(ours: dict[str, Any], peer: dict[str, Any] | None) -> None:
+def report(ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> None:
     """The table, then the JSON line."""
     table = Table(title=f"{IMAGES} images x {GROUP_SIZE} completions a step, P = 261, C <= {COMPLETION}")
-    table.add_column("")
-    table.add_column("seconds a step", justify="right")
-    table.add_column("samples a second", justify="right")
-    table.add_row("mmrl_ray", f"{ours['seconds_per_step']:.2f}", f"{ours['samples_per_second']:.2f}")
+    for column in ("", "seconds a step", "samples a second", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("mmrl_ray", f"{ours['seconds_per_step']:.2f}", f"{ours['samples_per_second']:.2f}", "")
     for phase, seconds in ours["phases"].items():
-        table.add_row(f"  {phase}", f"{seconds:.2f}", "")
-    if peer:
-        table.add_row("TRL GRPOTrainer", f"{peer['seconds_per_step']:.2f}", f"{peer['samples_per_second']:.2f}")
+        table.add_row(f"  {phase}", f"{seconds:.2f}", "", "")
+    ratios = {name: ours["samples_per_second"] / peer["samples_per_second"] for name, peer in peers.items()}
+    for name, peer in peers.items():
+        title = f"TRL GRPOTrainer {name.replace('_', ' ')}"
+        rate = f"{peer['samples_per_second']:.2f}"
+        table.add_row(title, f"{peer['seconds_per_step']:.2f}", rate, f"{ratios[name]:.2f}")
     console = Console()
     console.print(table)
     console.print(f"mean completion {ours['completion_length']:.1f} tokens; shared prefix: {ours['shared_prefix']}")
     figures = {
-        "ratio": ours["samples_per_second"] / peer["samples_per_second"] if peer else None,
+        "ratio": ratios.get(""),
+        "ratio_no_checkpointing": ratios.get("no_checkpointing"),
         "samples_per_second": ours["samples_per_second"],
-        "peer_samples_per_second": peer["samples_per_second"] if peer else None,
+        "peer_samples_per_second": peers[""]["samples_per_second"] if peers else None,
         "seconds": {"step": ours["seconds_per_step"], **ours["phases"]},
     }
     print(json.dumps(figures))
