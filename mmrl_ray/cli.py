@@ -11,7 +11,6 @@ import errno
 import functools
 import inspect
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -317,9 +316,6 @@ def _show(text: str, language: str) -> None:
 
 def main() -> None:
     """The `mmrl` program."""
-    # Idle threads sleep instead of spinning: processes that take turns on few cores would spin in each other's way.
-    # Read when torch is first imported, here and in whatever this process starts.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 
