@@ -32,7 +32,7 @@ def write_file(target: Path, data: bytes) -> None:
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def append(target: Path, data: bytes) -> None:
@@ -70,14 +70,14 @@ def commit_folder(folder: Path, target: Path) -> None:
             shutil.rmtree(copy, ignore_errors=True)
         return
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
     # A folder cannot be renamed onto one that holds files, so the old one steps aside for a moment. A crash in that
     # moment costs this folder only, and a resume takes the checkpoint before it.
     aside = _scratch(target, SCRATCH_PREFIXES[1])
     if target.exists():
         os.rename(target, aside)
     os.rename(folder, target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -100,7 +100,8 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the system write a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from mmrl_ray.atomic import sync
 from mmrl_ray.data.location import is_local, is_occupied, locate
 from mmrl_ray.data.row import Sample, sample_schema, table_from_samples
 from mmrl_ray.errors import DataError
@@ -171,7 +172,7 @@ class ShardWriter:
                 _sync_tree(Path(self._scratch))
                 # Fails when another process made the folder meanwhile, unless that is empty.
                 os.rename(self._scratch, self._target)
-                _sync(Path(self._target).parent)
+                sync(Path(self._target).parent)
                 return
             self._filesystem.create_dir(self._target, recursive=True)
             for old, new in [*((name, name) for name in sorted(self._files)), *zip(self._shards, final, strict=True)]:
@@ -183,9 +184,9 @@ class ShardWriter:
             self._filesystem.create_dir(posixpath.dirname(target), recursive=True)
             self._filesystem.move(source, target)
             return
-        _sync(Path(source))
+        sync(Path(source))
         os.rename(source, target)
-        _sync(Path(target).parent)
+        sync(Path(target).parent)
 
     def _discard(self) -> None:
         """Removes what is left under the temporary name; after a commit that is at most an empty folder."""
@@ -251,13 +252,5 @@ def write_parquet(
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)
