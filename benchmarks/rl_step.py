@@ -4,10 +4,11 @@
 
 The model is a 16 M-parameter LLaVA with random weights: a prompt of P = 261 tokens (256 of them the image), up to
 C = 24 completion tokens, 4 images of 8 completions a step, LoRA r = 8 on the language model's linear layers, KL on,
-2 threads, float32 on the CPU. What is timed here is the real pipeline: rollout actor, reward, step plan, learner
-worker, weight publishing, rollout log. Both sides are warmed up; each runs by itself. The peer runs twice: as it ships,
-with gradient checkpointing (`ratio`), and without, the faster choice where memory is plenty
-(`ratio_no_checkpointing`).
+2 threads, float32 on the CPU. What is timed here is the real pipeline: rollout actors, reward, step plan, learner
+workers, weight publishing, rollout log. Its two threads are two rollout workers, and then two learners, of one thread
+each: two threads inside one process would wait for each other at every matrix product, and for whatever else the
+machine does. Both sides are warmed up; each runs by itself. The peer runs twice: as it ships, with gradient
+checkpointing (`ratio`), and without, the faster choice where memory is plenty (`ratio_no_checkpointing`).
 
 Prints a table of where the time goes; the last line is one JSON object.
 """
@@ -64,19 +65,25 @@ def build_inputs(folder: Path, steps: int) -> tuple[Path, Path]:
 
 def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
     """One run of the product; figures of the steps after the warm-up, out of its metrics.jsonl."""
-    actor = {"cpus": 1, "threads": threads}
+    actor = {"cpus": 1 / threads, "threads": 1}
     cfg = Config.model_validate(
         {
             "run": {"name": "bench", "root": str(folder / "runs")},
             "model": {"path": str(model), "dtype": "float32", "lora": {"r": 8, "alpha": 16}},
             "data": {"train": str(data), "prompt": PROMPT},
             "algorithm": "grpo",
-            "rollout": {"group_size": GROUP_SIZE, "max_new_tokens": COMPLETION, "groups_per_assignment": IMAGES},
+            "rollout": {
+                "group_size": GROUP_SIZE,
+                "max_new_tokens": COMPLETION,
+                "groups_per_assignment": IMAGES // threads,
+                "workers": threads,
+            },
             "learner": {
                 "steps": warmup + steps,
                 "groups_per_step": IMAGES,
                 "kl": {"weight": KL},
                 "checkpoint_every": warmup + steps,
+                "workers": threads,
             },
             "resources": {"learner": actor, "rollout": actor},
         }
@@ -84,6 +91,7 @@ def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: i
     run = train(cfg)
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()][warmup:]
     seconds = [line["seconds/step"] for line in lines]
+    # Sampling, reference and the like are sums over the workers, which run side by side.
     phases = sorted({key for line in lines for key in line if key.startswith("seconds/") and key != "seconds/step"})
     return {
         "samples_per_second": IMAGES * GROUP_SIZE * len(lines) / sum(seconds),

@@ -28,7 +28,6 @@ _TRAIN_FOLDER = ".tmp-train"
 _COLLECTIVE_TIMEOUT_S = 1800
 """Ranks wait for each other no longer than this: the longest forward and backward pass of one rank, and then some."""
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-_POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
@@ -62,7 +61,6 @@ class LearnerGroup:
         """Returns at once; the group resumes from the run folder's newest valid checkpoint, if there is one."""
         # Ray Train reads these where `fit` is called and hands them to its own processes.
         os.environ[_START_TIMEOUT] = str(self._cfg.resources.placement_timeout_s)
-        os.environ.setdefault(_POLL_INTERVAL, "0.2")
         if len([node for node in ray.nodes() if node["Alive"]]) == 1:
             # It watches for nodes that are about to be taken away: with one node, a process of 200 MB for nothing.
             os.environ.setdefault(_PREEMPTION, "0")

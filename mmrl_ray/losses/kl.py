@@ -90,11 +90,11 @@ def kl_loss(
     return KlLoss(loss, value, mask.sum().to(value.dtype))
 
 
-def kl_penalty(behaviour_logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """k1 of each whole completion, Σ_t (log μ − log π_ref), [B]; detached. The reward loses `kl.weight` times it.
+def kl_penalty(behaviour_logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> float:
+    """k1 of one whole completion: Σ over its tokens [T] of log μ − log π_ref, in float64. The reward loses `kl.weight`
+    times it.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes differ.
     """
-    check_tokens(behaviour_logprobs, mask)
-    return masked_sum(kl_per_token("k1", behaviour_logprobs.detach(), reference_logprobs.detach()), mask, dim=1)
+    return float(kl_per_token("k1", behaviour_logprobs.double(), reference_logprobs.double()).sum())

@@ -36,39 +36,26 @@ def sentence_bleu(caption: str, references: Sequence[str]) -> float:
     return min(1.0, score / 100.0)  # a perfect match comes out as 100.00000000000004
 
 
-def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Corpus BLEU over N captions, each with its own references: `{"bleu_1": …, …, "bleu_4": …}`, in [0, 1].
-
-    All four come from the same counts; `bleu_4` equals sacrebleu's corpus score (lower-cased, `exp` smoothing).
+def bleu_counts(caption: str, references: Sequence[str]) -> list[float]:
+    """[correct 1…4, total 1…4, words said, words of the closest reference]; their sums are the corpus' own counts.
 
     Raises:
-        ValueError: there are no captions, a caption has no references, or the lengths differ.
+        ValueError: there are no references.
     """
-    if len(captions) != len(references) or not captions:
-        raise ValueError(
-            f"corpus BLEU needs one list of references a caption, got {len(captions)} and {len(references)}"
-        )
-    if not all(references):
-        missing = next(i for i, refs in enumerate(references) if not refs)
-        raise ValueError(f"corpus BLEU needs references for every caption, caption {missing} has none")
-    most = max(len(refs) for refs in references)
-    streams = [[refs[k] if k < len(refs) else None for refs in references] for k in range(most)]
-    # None marks a missing reference: sacrebleu documents it, its annotations do not.
-    counts = BLEU(lowercase=True).corpus_score(list(captions), streams)  # type: ignore[arg-type]
-    return {
-        f"bleu_{n}": min(1.0, _from_counts(counts.counts, counts.totals, counts.sys_len, counts.ref_len, n) / 100.0)
-        for n in range(1, MAX_ORDER + 1)
-    }
+    if not references:
+        raise ValueError("BLEU needs at least one reference, got none")
+    score = BLEU(lowercase=True).corpus_score([caption], [[reference] for reference in references])
+    return [*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len)]
 
 
-def _from_counts(correct: list[int], total: list[int], sys_len: int, ref_len: int, order: int) -> float:
-    """BLEU up to one order, 0 to 100, from corpus counts."""
+def corpus_bleu(sums: Sequence[float], order: int) -> float:
+    """Corpus BLEU up to `order`, in [0, 1], from the captions' summed `bleu_counts`; 4 is sacrebleu's corpus score."""
     score = BLEU.compute_bleu(
-        correct=correct[:order],
-        total=total[:order],
-        sys_len=sys_len,
-        ref_len=ref_len,
+        correct=[int(c) for c in sums[:order]],
+        total=[int(t) for t in sums[MAX_ORDER : MAX_ORDER + order]],
+        sys_len=int(sums[-2]),
+        ref_len=int(sums[-1]),
         smooth_method="exp",
         max_ngram_order=order,
     )
-    return float(score.score)
+    return min(1.0, float(score.score) / 100.0)

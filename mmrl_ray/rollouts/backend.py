@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.adapter import adapter_state, load_adapter_state, reference_policy
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
 from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.merged import MergedAdapter
 from mmrl_ray.policy.parity import PathChoice, choose_path
 from mmrl_ray.policy.prefix import score_completions
 from mmrl_ray.policy.prompts import check_context, encode_prompts
@@ -67,6 +69,7 @@ class PolicyBackend:
         self._cache = VisionCache(vision_cache_bytes)
         policy.model.requires_grad_(False)
         self._as_made = adapter_state(policy.model)
+        self._merged = MergedAdapter(policy.model) if policy.dtype == torch.float32 else None
         self._decoder = Decoder(policy, vision_cache=None if self._vision_trains else self._cache, max_rows=max_rows)
         self._temperature = temperature
         self._choice: PathChoice | None = None
@@ -84,6 +87,8 @@ class PolicyBackend:
             AdapterError: the weights do not fit the adapter.
         """
         load_adapter_state(self.policy.model, self._as_made if weights is None else weights)
+        if self._merged is not None:
+            self._merged.refresh()
 
     def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
         """See `Backend`."""
@@ -94,7 +99,8 @@ class PolicyBackend:
     def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """See `Backend`."""
         self._check_path([request.prompt for request in requests[:2]])
-        return decode_groups(self._decoder, requests)
+        with self._merged.active() if self._merged is not None else nullcontext():
+            return decode_groups(self._decoder, requests)
 
     @torch.no_grad()
     def reference_logprobs(

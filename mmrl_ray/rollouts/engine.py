@@ -19,6 +19,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.losses.kl import kl_penalty
 from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels
 from mmrl_ray.rewards.base import RewardFn
@@ -191,12 +192,8 @@ def _referenced(completions: Sequence[Completion], rows: Sequence[torch.Tensor])
 
 
 def _kl1(completions: Sequence[Completion]) -> tuple[float, ...]:
-    """Σ over tokens of behaviour minus reference log-prob, in float64; empty without a reference."""
-    return tuple(
-        float((c.logprobs.double() - c.reference_logprobs.double()).sum())
-        for c in completions
-        if c.reference_logprobs is not None
-    )
+    """Of each completion; empty without a reference."""
+    return tuple(kl_penalty(c.logprobs, c.reference_logprobs) for c in completions if c.reference_logprobs is not None)
 
 
 @contextmanager

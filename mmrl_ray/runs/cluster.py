@@ -19,8 +19,9 @@ from mmrl_ray.errors import RunError
 _SETTINGS = {
     # Ray is a control plane: whoever reaches it runs code. Never without its token, not even on a laptop.
     "RAY_AUTH_MODE": "token",
-    # `ray.train.report` and a dead worker are seen at the controller's next poll, 2 s apart by default.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # A dead learner and the end of a run are seen at Ray Train's next poll, 2 s apart by default; each takes some time
+    # away from the learners.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -86,6 +87,8 @@ def demanded_cpus(cfg: Config) -> int:
     """CPUs that the run's actors ask Ray for, all together."""
     resources = cfg.resources
     demand = cfg.rollout.workers * resources.rollout.cpus + cfg.learner.workers * resources.learner.cpus
+    if cfg.reward.host == "serve":
+        demand += resources.reward.cpus
     return int(-(-demand // 1))
 
 

@@ -33,6 +33,8 @@ class ModelShape:
     weight_bytes: int
     adapter_parameters: int
     adapted_layers: int
+    adapted_parameters: int
+    """Of the base, under the adapter."""
     itemsize: int
     """b."""
     layers: int
@@ -59,6 +61,7 @@ def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -
         weight_bytes=parameters * dtype.itemsize,
         adapter_parameters=sum(lora.r * (m.in_features + m.out_features) for m in linears if isinstance(m, nn.Linear)),
         adapted_layers=len(targets),
+        adapted_parameters=sum(m.weight.numel() for m in linears if isinstance(m, nn.Linear)),
         itemsize=dtype.itemsize,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -143,7 +146,7 @@ def rollout_memory(
     """Bytes of one rollout worker at its peak, by kind.
 
     - weights: parameters × b
-    - adapter: adapter parameters × 4
+    - adapter: adapter parameters × 4, and in float32 the adapted weights once more, with the adapter merged in
     - key-value cache: groups an assignment × G × (P + T) × 2 k × L × b
     - logits: a row each × V × 4 × 2 while decoding; where the reference scores, one chunk of completion tokens
     - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset
@@ -153,9 +156,10 @@ def rollout_memory(
     scored = rows * (cfg.rollout.max_new_tokens if cfg.learner.kl.weight else 1)
     one = image_tokens * shape.hidden * shape.itemsize
     budget = cfg.rollout.vision_cache_mb * 2**20
+    merged = shape.adapted_parameters if shape.itemsize == _FLOAT32 else 0
     return {
         "weights": shape.weight_bytes,
-        "adapter": shape.adapter_parameters * _FLOAT32,
+        "adapter": (shape.adapter_parameters + merged) * _FLOAT32,
         "key-value cache": rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
         "logits": _logit_bytes(shape, scored),
         "vision features": groups * one + (budget if images is None else min(budget, images * one)),

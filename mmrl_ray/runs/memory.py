@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
 import psutil
+
+_SHARE_OF_A_CORE = 0.02
+"""What watching may cost."""
 
 
 class PeakMemory:
     """Samples the resident memory of this process and all its descendants on a thread.
 
     A local Ray's processes descend from the driver, so this covers them. Pages that processes share (the object store,
-    libraries) count once where the kernel tells (PSS, Linux), else once a process (RSS).
+    libraries) count once where the kernel tells (PSS, Linux), else once a process (RSS). The kernel walks every page
+    for that, on cores that learners and workers want: it is asked less often the longer it takes.
     """
 
     def __init__(self, interval_s: float = 1.0) -> None:
@@ -34,8 +39,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
+            began = time.thread_time()
             self.peak_bytes = max(self.peak_bytes, resident_bytes())
-            if self._stop.wait(self._interval):
+            spent = time.thread_time() - began
+            if self._stop.wait(max(self._interval, spent / _SHARE_OF_A_CORE)):
                 return
 
 

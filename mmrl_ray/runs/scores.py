@@ -20,13 +20,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes import attribute_scores
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.metrics.bleu import bleu_counts, corpus_bleu
 from mmrl_ray.metrics.bootstrap import Interval, bootstrap_difference, bootstrap_mean
 from mmrl_ray.metrics.cider import CiderD
 from mmrl_ray.metrics.corpus import CorpusStatistics
@@ -100,7 +100,7 @@ class Evaluation:
     @cached_property
     def _figures(self) -> dict[str, tuple[Counts, Figure]]:
         """Measures that are functions of summed counts: the counts [N, K], and the function."""
-        bleu = np.array([_bleu_counts(c.caption, c.references) for c in self.captions])
+        bleu = np.array([bleu_counts(c.caption, c.references) for c in self.captions])
         found: dict[str, tuple[Counts, Figure]] = {
             f"bleu_{n}": (bleu, partial(_bleu, order=n)) for n in range(1, MAX_ORDER + 1)
         }
@@ -211,23 +211,8 @@ def _score(sample: Sample, caption: str, reward: RewardBreakdown, *, cider: Cide
     )
 
 
-def _bleu_counts(caption: str, references: Sequence[str]) -> list[float]:
-    """[correct 1…4, total 1…4, words said, words of the closest reference], whose sums are the corpus' own counts."""
-    score = BLEU(lowercase=True).corpus_score([caption], [[reference] for reference in references])
-    return [*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len)]
-
-
 def _bleu(sums: Counts, *, order: int) -> float:
-    """Corpus BLEU up to `order` from summed counts, in [0, 1], as `metrics.bleu.corpus_bleu` has it."""
-    score = BLEU.compute_bleu(
-        correct=[int(c) for c in sums[:order]],
-        total=[int(t) for t in sums[MAX_ORDER : MAX_ORDER + order]],
-        sys_len=int(sums[-2]),
-        ref_len=int(sums[-1]),
-        smooth_method="exp",
-        max_ngram_order=order,
-    )
-    return min(1.0, float(score.score) / 100.0)
+    return corpus_bleu(sums.tolist(), order)
 
 
 def _precision(sums: Counts) -> float:

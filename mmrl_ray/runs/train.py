@@ -28,6 +28,7 @@ from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import write_scenes
 from mmrl_ray.errors import Interrupted, MMRLError
 from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
@@ -125,12 +126,16 @@ class _Run:
     ) -> None:
         with self._timed("start"):
             controller = start_controller(cfg, run, PolicyEngineFactory(cfg, reward))
+        is_beginning = not checkpoint_steps(run)
         try:
             with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
                 learner = LearnerGroup(cfg, run, controller)
                 learner.start()
                 if samples and load_evaluation(run, "before") is None:
-                    self._evaluate(run, "before", controller, reward, statistics, samples)
+                    if is_beginning:
+                        self._evaluate(run, "before", controller, reward, statistics, samples)
+                    else:  # a later version's captions would pass for the first one's
+                        self._progress.note("evaluate (before): left out, the run is past its beginning")
                 with self._timed("learning"):
                     self._watch(controller, learner)
                     outcome = learner.result()

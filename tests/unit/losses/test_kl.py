@@ -97,10 +97,11 @@ def test_micro_batches_add_up() -> None:
 
 
 def test_penalty() -> None:
-    behaviour = torch.tensor([[-1.0, -2.0, math.nan], [-1.0, math.nan, math.nan]])
-    reference = torch.tensor([[-1.5, -1.0, 0.0], [-4.0, 0.0, 0.0]])
-    mask = ~behaviour.isnan()
-    assert kl_penalty(behaviour, reference, mask).tolist() == [-0.5, 3.0]
+    behaviour, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    assert kl_penalty(behaviour, reference) == pytest.approx(-0.5, rel=1e-12)
+    assert kl_penalty(torch.tensor([-1.0]), torch.tensor([-4.0])) == 3.0
+    with pytest.raises(ValueError, match="must match"):
+        kl_penalty(behaviour, reference[:1])
 
 
 def test_refuses() -> None:

@@ -145,6 +145,9 @@ def test_rollout_estimate_by_hand(policy: Policy) -> None:
     parts = rollout_memory(cfg, shape, 70, 64)
     rows = 4 * 4  # groups of an assignment × completions
     assert parts["key-value cache"] == rows * (70 + 16) * 2 * 128 * 4 * 4  # keys and values, width, layers, bytes
+    # Per layer: q, k, v, o of 128 × 128 and three of 128 × 384, once more as merged; r = 4 on both sides of each.
+    adapted, adapter = 4 * (4 * 128 * 128 + 3 * 128 * 384), 4 * 4 * (4 * 2 * 128 + 3 * (128 + 384))
+    assert parts["adapter"] == 4 * (adapted + adapter)
     assert parts["logits"] == rows * 16 * 50 * 4 * 2  # grpo's KL has the reference score every token
     assert parts["vision features"] == 4 * 64 * 128 * 4 + 2**20
     few = rollout_memory(cfg, shape, 70, 64, images=3)

@@ -1,0 +1,35 @@
+"""Peak memory over a run's processes, against processes that really hold what they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from mmrl_ray.runs.memory import PeakMemory, resident_bytes
+
+MB = 2**20
+CHILD = "import sys; held = b'x' * int(sys.argv[1]); print('ready', flush=True); sys.stdin.readline()"
+
+
+def hold(nbytes: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, str(nbytes)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def test_a_childs_memory_counts_and_the_peak_outlives_it() -> None:
+    alone = resident_bytes()
+    with PeakMemory(interval_s=0.01) as memory:
+        child = hold(100 * MB)
+        try:
+            deadline = time.monotonic() + 30
+            while memory.peak_bytes < alone + 95 * MB:
+                assert time.monotonic() < deadline, f"{memory.peak_bytes - alone:,} bytes seen of 100 MB"
+                time.sleep(0.01)
+        finally:
+            child.communicate("\n", timeout=30)
+    assert resident_bytes() < alone + 50 * MB
+    assert memory.peak_bytes >= alone + 95 * MB
