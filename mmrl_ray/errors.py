@@ -15,6 +15,11 @@ MMRLError
 │   └── NonFiniteError         loss or gradient norm is NaN or infinite
 ├── RunError               a run folder: exists, missing, not resumable
 │   └── CheckpointError        no valid checkpoint, or a broken one was asked for
+├── ServingError           the served model, its gateway or a client of it
+│   ├── UnknownModelError      no model or adapter of that id
+│   ├── UnknownImageError      no picture of that hash
+│   ├── OverloadedError        a queue or a limit is full: try again later
+│   └── AccessError            no key, a wrong one, or one without the role
 └── Interrupted            the user stopped the run
 """
 
@@ -77,6 +82,26 @@ class RunError(MMRLError):
 
 class CheckpointError(RunError):
     """A checkpoint is missing, truncated or fails its hashes."""
+
+
+class ServingError(MMRLError):
+    """The served model, its gateway or a client of it failed."""
+
+
+class UnknownModelError(ServingError):
+    """No model or adapter of that id is served."""
+
+
+class UnknownImageError(ServingError):
+    """No picture of that hash is known here; send the picture itself."""
+
+
+class OverloadedError(ServingError):
+    """A queue or a limit is full; the same request may succeed later."""
+
+
+class AccessError(ServingError):
+    """No key, a wrong or revoked one, or one whose role does not allow this."""
 
 
 class Interrupted(MMRLError):

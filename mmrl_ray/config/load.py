@@ -7,14 +7,18 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from mmrl_ray.config.base import Section
 from mmrl_ray.config.problems import dotted, problem_lines
 from mmrl_ray.config.schema import Config
+from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.config.yaml_tree import Tree, dump_yaml, parse_yaml
 from mmrl_ray.errors import ConfigError
+
+Whole = TypeVar("Whole", Config, ServeConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -27,30 +31,48 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(_read(Path(path)), str(path), overrides)
 
 
+def load_serve_config(path: str | Path, overrides: Sequence[str] = ()) -> ServeConfig:
+    """`load_config` of a config of `mmrl serve`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return parse_as(ServeConfig, _read(Path(path)), str(path), overrides)
+
+
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """`load_config` of text that is already read; `source` is what its errors call the file.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    sections = ", ".join(f"`{name}:`" for name, info in Config.model_fields.items() if info.is_required())
+    return parse_as(Config, text, source, overrides)
+
+
+def parse_as(kind: type[Whole], text: str, source: str, overrides: Sequence[str] = ()) -> Whole:
+    """`parse_config` of any kind of config file.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    sections = ", ".join(f"`{name}:`" for name, info in kind.model_fields.items() if info.is_required())
     tree = parse_yaml(text, source)
     if tree.value is None:
         raise ConfigError(f"{source}: the file is empty; a config needs the sections {sections}")
     if not isinstance(tree.value, dict):
-        kind = "a list" if isinstance(tree.value, list) else f"one value ({str(tree.value)[:40]!r})"
-        raise ConfigError(f"{source}: holds {kind}, not a config; a config has the sections {sections}")
+        found = "a list" if isinstance(tree.value, list) else f"one value ({str(tree.value)[:40]!r})"
+        raise ConfigError(f"{source}: holds {found}, not a config; a config has the sections {sections}")
     problems = tree.problems + [line for override in overrides for line in _apply_override(tree, override)]
     try:
-        cfg = Config.model_validate(tree.value)
+        cfg = kind.model_validate(tree.value)
     except ValidationError as error:
-        problems += problem_lines(error, Config, tree)
+        problems += problem_lines(error, kind, tree)
     if problems:
         raise ConfigError("\n".join(sorted(problems, key=_line_number)))
     return cfg
 
 
-def dump_config(cfg: Config) -> str:
+def dump_config(cfg: Section) -> str:
     """The resolved config, preset applied and every default written out; `load_config` reads an equal one back."""
     return dump_yaml(cfg.model_dump(mode="json"))
 

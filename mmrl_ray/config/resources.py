@@ -30,6 +30,9 @@ class ResourcesSection(Section):
     """Each learner worker's share."""
     rollout: ActorResources = ActorResources()
     """Each rollout worker's share."""
+    reward: ActorResources = ActorResources(cpus=0.0)
+    """Each replica's share where `reward.host` is `serve`. A reward of words needs no CPU of its own: the worker whose
+    captions it scores waits meanwhile."""
     placement_timeout_s: float = Field(300.0, gt=0)
     """An actor that Ray has not placed by then is an error."""
     object_store_mb: int | None = Field(None, ge=80)

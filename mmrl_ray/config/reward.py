@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ from mmrl_ray.config.base import Section, refuse
 class CaptionPart(Section):
     """R_cap = alpha * BLEU + beta * Detail - gamma * Length."""
 
+    needs_statistics: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = False
     kind: Literal["caption"] = "caption"
     """Names the part."""
     alpha: float = Field(0.5, ge=0)
@@ -29,6 +31,8 @@ class CaptionPart(Section):
 class CiderPart(Section):
     """CIDEr-D against the references, with document frequencies from the training split."""
 
+    needs_statistics: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = False
     kind: Literal["cider_d"]
     """Names the part."""
 
@@ -36,6 +40,8 @@ class CiderPart(Section):
 class RougePart(Section):
     """ROUGE-L against the references."""
 
+    needs_statistics: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
     kind: Literal["rouge_l"]
     """Names the part."""
 
@@ -50,12 +56,22 @@ class RewardSection(Section):
     """Reward parts by name; the names are what metrics call them."""
     weights: dict[str, float] = Field({"caption": 1.0})
     """One weight a part."""
-    host: Literal["inline"] = "inline"
-    """Where rewards are computed: in the rollout workers."""
+    host: Literal["serve", "inline"] = "serve"
+    """Where rewards are computed: in a Ray Serve deployment of the run, or `inline`, in the rollout workers."""
     timeout_s: float = Field(60.0, gt=0)
     """For one batch of captions."""
     retries: int = Field(2, ge=0)
     """Tries after the first; then the sample is masked and counted, never scored 0."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether a part looks at the picture; otherwise it need not travel."""
+        return any(part.needs_images for part in self.parts.values())
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a part weighs words by how common they are in the training references."""
+        return any(part.needs_statistics for part in self.parts.values())
 
     @model_validator(mode="after")
     def _same_names(self) -> Self:

@@ -15,6 +15,7 @@ from mmrl_ray.config.resources import ResourcesSection
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.rollout import RolloutSection
 from mmrl_ray.config.run import RunSection
+from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.config.sft import SftSection
 
 
@@ -39,6 +40,8 @@ class Config(Section):
     """Loss, optimiser and steps."""
     resources: ResourcesSection = ResourcesSection()
     """What the actors ask Ray for."""
+    serving: ServingSection | None = None
+    """How the policy is served, while it trains or after; the defaults of `mmrl serve` where it is not written."""
 
     @model_validator(mode="before")
     @classmethod

@@ -33,6 +33,11 @@ from mmrl_ray.run_dir import MANIFEST, RunDir
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+ADAPTER_FOLDER = "adapter"
+"""Of a run that took all its steps."""
+LIVE_FOLDER = "live"
+"""Adapters of the versions that were published last, where the policy is served while it trains."""
+_LIVE_KEPT = 3
 _NAME = re.compile(r"step-(\d{6,})")
 _FORMAT = 1
 
@@ -54,7 +59,11 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoint_steps(run: RunDir) -> list[int]:
     """Steps that have a checkpoint folder, ascending, valid or not."""
-    return sorted(int(match[1]) for name in run.list(FOLDER) if (match := _NAME.fullmatch(name)))
+    return _steps_in(run, FOLDER)
+
+
+def _steps_in(run: RunDir, folder: str) -> list[int]:
+    return sorted(int(match[1]) for name in run.list(folder) if (match := _NAME.fullmatch(name)))
 
 
 def save_checkpoint(
@@ -151,15 +160,31 @@ def load_checkpoint(run: RunDir, step: int, policy: Policy) -> Checkpoint:
     )
 
 
-def save_adapter_folder(run: RunDir, name: str, policy: Policy) -> None:
-    """Commits the policy's adapter as the folder `name` of the run, in the PEFT layout.
+def save_adapter_folder(run: RunDir, name: str, policy: Policy, step: int) -> None:
+    """Commits the policy's adapter after `step` steps as the folder `name` of the run, in the PEFT layout.
 
     Raises:
         RunError: it cannot be written.
     """
     with run.staging_folder() as folder:
         _write_adapter(policy, folder, run.full_path(name))
-        run.commit_folder(name, folder)
+        run.commit_folder(name, folder, facts={"step": step})
+
+
+def save_live_version(run: RunDir, policy: Policy, step: int) -> None:
+    """Puts the adapter after `step` steps where whoever serves the run finds it, and removes all but the newest few.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    save_adapter_folder(run, f"{LIVE_FOLDER}/step-{step:06d}", policy, step)
+    for old in live_versions(run)[:-_LIVE_KEPT]:
+        run.delete(f"{LIVE_FOLDER}/step-{old:06d}")
+
+
+def live_versions(run: RunDir) -> list[int]:
+    """Steps of the versions in `live/`, ascending."""
+    return _steps_in(run, LIVE_FOLDER)
 
 
 def _write_adapter(policy: Policy, folder: Path, target: str) -> None:

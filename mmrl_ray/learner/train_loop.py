@@ -29,10 +29,13 @@ from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.checkpoints import (
+    ADAPTER_FOLDER,
+    LIVE_FOLDER,
     load_checkpoint,
     newest_valid_checkpoint,
     save_adapter_folder,
     save_checkpoint,
+    save_live_version,
 )
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.ranks import Ranks
@@ -46,7 +49,6 @@ from mmrl_ray.rollouts.protocols import Stop
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"
 _MB = 2**20
 
 
@@ -81,6 +83,7 @@ class _Learner:
         self._path_chosen = False
         self._late_seconds: dict[str, float] = {}
         cfg = job.cfg
+        self._serves_live = cfg.serving is not None and cfg.serving.live_policy
         self._policy = load_policy(cfg.model, device=device)
         add_adapter(self._policy, cfg.model.lora, derive_seed(cfg.run.seed, "adapter"))
         cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
@@ -108,6 +111,7 @@ class _Learner:
 
         def find() -> None:
             found[0] = newest_valid_checkpoint(self._run)
+            self._run.delete(LIVE_FOLDER)  # versions beyond that checkpoint are going to be made anew
 
         self._on_first(find)
         step = self._ranks.from_first(found[0])
@@ -155,6 +159,8 @@ class _Learner:
         def publish() -> None:
             start = time.perf_counter()
             self._controller.publish(plan.step + 1, adapter_state(self._policy.model))
+            if self._serves_live:
+                save_live_version(self._run, self._policy, plan.step + 1)
             seconds = {**self._late_seconds, "seconds/publish": time.perf_counter() - start}
             self._controller.finish_step(plan.step, {**metrics, **seconds})
 
@@ -182,7 +188,7 @@ class _Learner:
         if self._step > 0 and self._saved != self._step:
             self._save()
         if self._step == self._cfg.learner.steps:
-            save_adapter_folder(self._run, ADAPTER_FOLDER, self._policy)
+            save_adapter_folder(self._run, ADAPTER_FOLDER, self._policy, self._step)
 
     def _choose_path(self, plan: StepPlan) -> None:
         """The start-up check, on a real prompt; rank 0's finding holds for all."""

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
@@ -28,13 +29,17 @@ __all__ = [
     "adapter_parameters",
     "adapter_state",
     "add_adapter",
+    "forget_adapters",
     "load_adapter",
     "load_adapter_state",
     "merge_adapter",
+    "read_adapter_config",
     "reference_policy",
     "resolve_targets",
     "save_adapter",
 ]
+
+M = TypeVar("M", bound=nn.Module)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -147,7 +152,7 @@ def load_adapter(policy: Policy | PreTrainedModel, folder: Path | str) -> PeftMo
     for file in (folder / CONFIG_FILE, weights):
         if not file.is_file():
             raise AdapterError(f"{folder} is not an adapter: it has no {file.name}")
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     try:
         state = load_file(str(weights))
     except SafetensorError as error:
@@ -162,11 +167,38 @@ def load_adapter(policy: Policy | PreTrainedModel, folder: Path | str) -> PeftMo
     try:
         load_adapter_state(model, state)
     except AdapterError as error:
-        _forget(model.unload())  # the base is as it was
+        forget_adapters(model.unload())  # the base is as it was
         raise AdapterError(f"{weights}: {error}") from error
     if isinstance(policy, Policy):
         policy.model = model
     return model
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The config of the LoRA adapter saved in `folder`, without dropout.
+
+    Raises:
+        AdapterError: it cannot be read, or is of a kind that is not supported.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
+    if config.peft_type != PeftType.LORA:
+        raise AdapterError(f"{folder} is a {config.peft_type} adapter; only LoRA is supported")
+    # These rewrite the base's weights when they are put on, or add trained parts that other code here does not know.
+    unsupported = {
+        "use_dora": config.use_dora,
+        "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
+        "modules_to_save": config.modules_to_save,
+        "bias": config.bias != "none",
+    }
+    found = [f"{name}={getattr(config, name)!r}" for name, is_set in unsupported.items() if is_set]
+    if found:
+        raise AdapterError(f"{folder} is a LoRA variant that is not supported ({', '.join(found)})")
+    config.inference_mode = False
+    config.lora_dropout = 0.0
+    return config
 
 
 def merge_adapter(policy: Policy | PeftModel) -> PreTrainedModel:
@@ -180,7 +212,7 @@ def merge_adapter(policy: Policy | PeftModel) -> PreTrainedModel:
         model = peft.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise AdapterError(f"the adapter cannot be merged: {error}") from error
-    _forget(model)
+    forget_adapters(model)
     if isinstance(policy, Policy):
         policy.model = model
     return model
@@ -216,10 +248,11 @@ def _wrap(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     return model
 
 
-def _forget(base: nn.Module) -> None:
+def forget_adapters(base: M) -> M:
     """Removes what PEFT leaves on a model without adapter: it would take a later one for a second."""
     if hasattr(base, "peft_config"):
         del base.peft_config
+    return base
 
 
 def _require_adapter(model: nn.Module) -> PeftModel:
@@ -236,25 +269,3 @@ def _live_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _adapted_names(peft: PeftModel) -> list[str]:
     return [name for name, module in peft.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
-    if config.peft_type != PeftType.LORA:
-        raise AdapterError(f"{folder} is a {config.peft_type} adapter; only LoRA is supported")
-    # These rewrite the base's weights when they are put on, or add trained parts that other code here does not know.
-    unsupported = {
-        "use_dora": config.use_dora,
-        "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
-        "modules_to_save": config.modules_to_save,
-        "bias": config.bias != "none",
-    }
-    found = [f"{name}={getattr(config, name)!r}" for name, is_set in unsupported.items() if is_set]
-    if found:
-        raise AdapterError(f"{folder} is a LoRA variant that is not supported ({', '.join(found)})")
-    config.inference_mode = False
-    config.lora_dropout = 0.0
-    return config

@@ -18,6 +18,7 @@ and to those they were admitted with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from mmrl_ray.policy.detokenize import TextStream
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.positions import has_multi_axis_positions
 from mmrl_ray.policy.prefix import Prefix
+from mmrl_ray.policy.row_adapters import RowAdapters
 from mmrl_ray.policy.sampling import RowSampler
 
 _TAKES_4D_MASK = ("sdpa", "eager")
@@ -48,6 +50,8 @@ class Row:
     greedy: bool
     text: TextStream | None
     """Followed token by token when somebody reads along or a stop string may end the row."""
+    adapter: str | None = None
+    """PEFT's name of the adapter it goes through; None is whatever is active on the model."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -79,8 +83,19 @@ def _attention(policy: Policy) -> str:
 class Cohort:
     """Rows decoded together. Made of a prefix, whose logits are the first that it gives."""
 
-    def __init__(self, policy: Policy, prefix: Prefix, groups: Sequence[Sequence[Row]], *, packed: bool) -> None:
-        """Takes over `prefix`, cache and all; `groups[i]` are the rows of its i-th prompt, at least one."""
+    def __init__(
+        self,
+        policy: Policy,
+        prefix: Prefix,
+        groups: Sequence[Sequence[Row]],
+        *,
+        packed: bool,
+        adapters: RowAdapters | None = None,
+    ) -> None:
+        """Takes over `prefix`, cache and all; `groups[i]` are the rows of its i-th prompt, at least one.
+
+        `adapters` switches between the rows' adapters, where they name any.
+        """
         self.packed = packed
         steps = max(row.sampling.max_new_tokens for rows in groups for row in rows)
         self.mergeable = keeps_every_key(prefix.cache, steps)
@@ -93,6 +108,8 @@ class Cohort:
             self.slots += [*rows, *[None] * (self.width - len(rows) if packed else 0)]
             prompts += [i] * (1 if packed else len(rows))
         self._policy = policy
+        self._adapters = adapters
+        self._note_adapters()
         self._cache = prefix.cache
         self._keys = prefix.attention_mask.shape[1]
         index = torch.tensor(prompts, device=prefix.logits.device)
@@ -140,15 +157,17 @@ class Cohort:
             return first
         self._add_own_keys()
         positions = self._positions
-        output = self._policy.core(
-            input_ids=self._tokens,
-            attention_mask=self._attention_mask(),
-            position_ids=positions.expand(3, -1, -1) if has_multi_axis_positions(self._policy) else positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with nullcontext() if self._adapters is None else self._adapters.on(self._names):
+            output = self._policy.core(
+                input_ids=self._tokens,
+                attention_mask=self._attention_mask(),
+                position_ids=positions.expand(3, -1, -1) if has_multi_axis_positions(self._policy) else positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            logits = self._policy.hf_model.get_output_embeddings()(output.last_hidden_state)
         self._positions = positions + 1
-        return self._policy.hf_model.get_output_embeddings()(output.last_hidden_state).flatten(0, 1)
+        return logits.flatten(0, 1)
 
     def put(self, tokens: torch.Tensor) -> None:
         """Takes the token, int64 [S], that each slot goes on with."""
@@ -181,6 +200,7 @@ class Cohort:
         self._positions = torch.cat([self._positions, other._positions])
         self.sampler = self.sampler.join(other.sampler)
         self.slots += other.slots
+        self._names += other._names
 
     def compact(self) -> None:
         """Drops finished rows, and the keys that only they could see; at least one row must go on."""
@@ -229,6 +249,13 @@ class Cohort:
         self._visible = (self._visible.flatten(0, 1)[index] & mask).view(len(slots), width, -1)
         self._own = torch.eye(width, dtype=torch.bool, device=index.device)
         self.width = width
+        self._note_adapters()
+
+    def _note_adapters(self) -> None:
+        """The adapter of each batch row: rows of one prompt share it."""
+        starts = range(0, len(self.slots), self.width)
+        prompts = [self.slots[start : start + self.width] for start in starts]
+        self._names = [next(row.adapter for row in prompt if row is not None) for prompt in prompts]
 
     def _add_own_keys(self) -> None:
         """Each slot's next token gets a key that only the slot itself sees."""

@@ -5,16 +5,15 @@
 Admitted groups wait until there are rows for them, strictly in their order. Those that start together are one cohort,
 which joins a running one where their caches allow it (`cohort.py`). What a group samples depends on its logits and its
 seed alone, and the logits on its neighbours by no more than rounding; the same calls in the same order give the same
-tokens bit for bit on the CPU.
-
-An adapter for each row (PEFT's `adapter_names`) would be one more field of `Row` and one more argument of the forward
-in `Cohort.logits`: a batch row never mixes groups.
+tokens bit for bit on the CPU. Groups of several adapters share passes (`row_adapters.py`): a batch row belongs to one
+group.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -26,11 +25,12 @@ from mmrl_ray.policy.detokenize import TextStream
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prefix import encode_prefix
 from mmrl_ray.policy.prompts import check_context
-from mmrl_ray.policy.requests import DecodeRequest, Event, GroupOutput
+from mmrl_ray.policy.requests import DecodeRequest, Event, Failure, GroupOutput
+from mmrl_ray.policy.row_adapters import RowAdapters
 from mmrl_ray.policy.sampling import check_sampling
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
-__all__ = ["DecodeRequest", "Decoder", "Event", "GroupOutput", "decode_groups"]
+__all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
 
 _COMPACT_TO = 0.75
 """Finished rows are dropped when that leaves at most this share of the slots."""
@@ -44,6 +44,10 @@ class _Group:
     streams: bool
     vision: VisionFeatures | None = field(default=None)
 
+    @property
+    def adapter(self) -> str | None:
+        return self.rows[0].adapter
+
 
 class Decoder:
     """Decodes completions of prompts that come and go. Not thread-safe."""
@@ -56,6 +60,7 @@ class Decoder:
         max_rows: int = 256,
         prefill_tokens: int = 32768,
         packed: bool | None = None,
+        adapters: RowAdapters | None = None,
     ) -> None:
         """Decodes with `policy`, whose weights may change between groups but not while some are running.
 
@@ -66,6 +71,7 @@ class Decoder:
             prefill_tokens: prompt tokens, padding included, that one pass encodes at most (one prompt always may).
             packed: decode the completions of a prompt on one copy of its keys; by default wherever that is possible.
                 False is for comparison.
+            adapters: lets every group name its adapter; without it all go through whatever is active on the model.
         """
         self.counters: Counter[str] = Counter()
         """Since the start: steps, passes (forwards of cohorts), prefills, prompts, rows, merges, compactions, and
@@ -75,6 +81,7 @@ class Decoder:
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
         self._packed = packed
+        self._adapters = adapters
         self._forbidden = torch.tensor(policy.image_token_ids, dtype=torch.int64, device=policy.device)
         self._eos = torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=policy.device)
         self._ends = frozenset(policy.eos_token_ids)
@@ -107,6 +114,7 @@ class Decoder:
         greedy_extra: bool = False,
         features: VisionFeatures | None = None,
         stream: bool = False,
+        adapter: str | None = None,
     ) -> int:
         """Puts a group of `n` completions of `prompt` in the queue; it starts at the next step that has rows for it.
 
@@ -117,6 +125,8 @@ class Decoder:
             greedy_extra: one more row that takes the likeliest token each time, beside the n.
             features: the prompt's vision features where the caller has them.
             stream: report text with each event.
+            adapter: PEFT's name of the group's adapter, or `row_adapters.BASE`; exactly where the decoder has
+                `adapters`. It must stay on the model until the group has ended.
 
         Returns:
             the handle that events and `take` name the group by.
@@ -124,7 +134,10 @@ class Decoder:
         Raises:
             ConfigError: `n` or `sampling` is out of range, or the group has more rows than `max_rows`.
             ContextLengthError: prompt and completion exceed the model's context.
+            ValueError: an adapter is named without `adapters`, or none is with them.
         """
+        if (adapter is None) != (self._adapters is None):
+            raise ValueError(f"adapter={adapter!r}: groups name an adapter exactly where the decoder was given them")
         rows = n + greedy_extra
         if n < 1 or rows > self._max_rows:
             raise ConfigError(
@@ -139,7 +152,14 @@ class Decoder:
             handle=handle,
             request=DecodeRequest(prompt, n, sampling, greedy_extra, features),
             rows=[
-                Row(handle, i, sampling, sampling.greedy or i == n, self._text_stream(sampling) if follow else None)
+                Row(
+                    handle,
+                    i,
+                    sampling,
+                    sampling.greedy or i == n,
+                    self._text_stream(sampling) if follow else None,
+                    adapter,
+                )
                 for i in range(rows)
             ],
             streams=stream,
@@ -149,15 +169,19 @@ class Decoder:
         return handle
 
     @torch.no_grad()
-    def step(self) -> list[Event]:
+    def step(self, failures: list[Failure] | None = None) -> list[Event]:
         """Starts what there are rows for, then gives every running row one token.
+
+        Args:
+            failures: is given what goes wrong, by group. Those groups are gone then, with everything they held, and the
+                others go on. Without it the first error is raised.
 
         Raises:
             ModelError: a row's logits are NaN, or a prompt's vision features do not fit it; the groups that were to
                 start are dropped then.
         """
-        self._start_waiting()
-        events = [event for cohort in self._cohorts for event in self._advance(cohort)]
+        self._start_waiting(failures)
+        events = [event for cohort in self._cohorts for event in self._advance(cohort, failures)]
         self._settle()
         self.counters["steps"] += 1
         return events
@@ -205,32 +229,51 @@ class Decoder:
         while not self.idle:
             self.step()
 
-    def _start_waiting(self) -> None:
+    def _start_waiting(self, failures: list[Failure] | None) -> None:
         free = self._max_rows - self.running_rows
         batch: list[_Group] = []
         while self._waiting and len(self._waiting[0].rows) <= free:
             group = self._waiting[0]
             width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
-            if batch and width * (len(batch) + 1) > self._prefill_tokens:
-                self._start(batch)
+            if batch and (width * (len(batch) + 1) > self._prefill_tokens or self._keeps_apart(batch[0], group)):
+                self._try_to_start(batch, failures)
                 batch = []
             batch.append(self._waiting.popleft())
             free -= len(group.rows)
         if batch:
+            self._try_to_start(batch, failures)
+
+    def _keeps_apart(self, first: _Group, second: _Group) -> bool:
+        """Whether two prompts cannot share a pass: PEFT does not tell the rows of a vision tower inside it apart."""
+        return first.adapter != second.adapter and not self._policy.inject_vision
+
+    def _try_to_start(self, batch: list[_Group], failures: list[Failure] | None) -> None:
+        if failures is None:
             self._start(batch)
+            return
+        try:
+            self._start(batch)
+        except Exception as error:  # noqa: BLE001 - whatever a model's forward raises is this batch's affair
+            if len(batch) == 1:
+                failures.append(Failure(batch[0].handle, error))
+                return
+            for group in batch:  # one of them is to blame, or all together were too much
+                self._try_to_start([group], failures)
 
     def _start(self, batch: list[_Group]) -> None:
         """Encodes the prompts of `batch` in one pass and makes a cohort of its rows."""
         # Out of the books while it can fail: a group that cannot be encoded is gone, the others go on.
         for group in batch:
-            del self._groups[group.handle]
+            self._groups.pop(group.handle, None)
         self._find_features(batch)
         prompts = [group.request.prompt for group in batch]
-        prefix = encode_prefix(self._policy, prompts, [g.vision for g in batch if g.vision is not None])
+        with self._on([group.adapter for group in batch]):
+            prefix = encode_prefix(self._policy, prompts, [g.vision for g in batch if g.vision is not None])
         self._groups.update((group.handle, group) for group in batch)
         steps = max(group.request.sampling.max_new_tokens for group in batch)
         packed = self._packed is not False and takes_4d_mask(self._policy) and keeps_every_key(prefix.cache, steps)
-        cohort = Cohort(self._policy, prefix, [group.rows for group in batch], packed=packed)
+        rows_of = [group.rows for group in batch]
+        cohort = Cohort(self._policy, prefix, rows_of, packed=packed, adapters=self._adapters)
         self._cohorts.append(cohort)
         rows = sum(len(group.rows) for group in batch)
         self.counters.update(prefills=1, prompts=len(batch), rows=rows)
@@ -238,29 +281,58 @@ class Decoder:
 
     def _find_features(self, batch: list[_Group]) -> None:
         missing = [group for group in batch if group.request.features is None]
-        made = vision_features(self._policy, [g.request.prompt for g in missing], self._cache) if missing else []
-        for group, features in zip(missing, made, strict=True):
-            group.vision = features
+        # Features that adapters have a part in are made under one at a time.
+        apart = self._adapters is not None and self._adapters.adapts_vision
+        by_adapter: dict[str | None, list[_Group]] = {}
+        for group in missing:
+            by_adapter.setdefault(group.adapter if apart else None, []).append(group)
+        for adapter, groups in by_adapter.items():
+            with self._on([adapter]):
+                made = vision_features(self._policy, [g.request.prompt for g in groups], self._cache)
+            for group, features in zip(groups, made, strict=True):
+                group.vision = features
         for group in batch:
             group.vision = group.request.features or group.vision
 
-    def _advance(self, cohort: Cohort) -> list[Event]:
+    def _on(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        return nullcontext() if self._adapters is None else self._adapters.on(names)
+
+    def _advance(self, cohort: Cohort, failures: list[Failure] | None) -> list[Event]:
         """One token for every row of `cohort`."""
         self.counters["passes"] += not cohort.is_fresh
-        tokens, logprobs = cohort.sampler.sample(cohort.logits(), self._forbidden, self._eos)
-        cohort.put(tokens)
+        try:
+            tokens, logprobs = cohort.sampler.sample(cohort.logits(), self._forbidden, self._eos)
+            cohort.put(tokens)
+            drawn = list(zip(cohort.slots, tokens.tolist(), logprobs.tolist(), strict=True))
+        except Exception as error:
+            if failures is None:
+                raise
+            self._fail({row.handle for row in cohort.slots if row is not None}, error, failures)
+            return []
         events = []
-        for row, token, logprob in zip(cohort.slots, tokens.tolist(), logprobs.tolist(), strict=True):
-            if row is not None and row.finish_reason is None:
+        for row, token, logprob in drawn:
+            if row is None or row.finish_reason is not None:
+                continue
+            if logprob == logprob:
                 events.append(self._add_token(row, token, logprob))
-        return events
-
-    def _add_token(self, row: Row, token: int, logprob: float) -> Event:
-        if logprob != logprob:
-            raise ModelError(
+                continue
+            broken = ModelError(
                 f"the model's logits are NaN at token {len(row.tokens)} of row {row.index}; "
                 "its weights or its adapter are broken: take an earlier checkpoint"
             )
+            if failures is None:
+                raise broken
+            self._fail({row.handle}, broken, failures)
+        return events
+
+    def _fail(self, handles: set[int], error: Exception, failures: list[Failure]) -> None:
+        for handle in sorted(handles):
+            if self.unfinished(handle):
+                for row in self._groups.pop(handle).rows:
+                    row.finish_reason = row.finish_reason or "cancelled"
+                failures.append(Failure(handle, error))
+
+    def _add_token(self, row: Row, token: int, logprob: float) -> Event:
         row.tokens.append(token)
         row.logprobs.append(logprob)
         text, stopped = "", False

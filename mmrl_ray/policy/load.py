@@ -183,7 +183,7 @@ def _assemble(
         pad_token_id=eos[0] if pad is None else int(pad),
         reserved_texts=reserved_texts(processor),
         context_length=int(context),
-        revision_key=_revision_key(path, cfg, getattr(config, "_commit_hash", None)),
+        revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
         path=path,
         processor_settings=dict(cfg.processor),
     )
@@ -269,7 +269,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def _revision_key(path: str, cfg: ModelSection, commit: str | None) -> str:
+def revision_key_of(path: str, cfg: ModelSection, commit: str | None) -> str:
     """16 hex digits: of the hub's commit, or of the folder's configs and weights (large files by samples)."""
     digest = hashlib.sha256(repr(sorted(cfg.processor.items())).encode())
     if not os.path.isdir(path):

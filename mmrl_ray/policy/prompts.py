@@ -1,4 +1,4 @@
-"""Samples to encoded prompts: chat template, processor, and what a user may not write."""
+"""Samples and conversations to encoded prompts: chat template, processor, and what a user may not write."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jinja2 import TemplateError
 
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.load import Policy
+
+Turns = Sequence[tuple[str, Sequence[str | int]]]
+"""A conversation: for each message its role and its parts, texts and indices of images."""
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 """Processor outputs with one value a token; everything else belongs to images."""
@@ -26,7 +30,47 @@ def encode_prompts(policy: Policy, samples: Sequence[Sample]) -> list[EncodedPro
         ImageError: an image cannot be decoded.
         ModelError: the processor made no place for the image.
     """
-    return [_encode(policy, sample) for sample in samples]
+    prompts = []
+    for sample in samples:
+        what = f"sample {sample.id!r}"
+        if not sample.images:
+            raise DataError(f"{what} has no image")
+        _check_text(policy, sample.prompt, f"prompt of {what}")
+        turns = [("user", [*range(len(sample.images)), sample.prompt])]
+        prompts.append(_encode(policy, turns, sample.images, what))
+    return prompts
+
+
+def encode_conversation(policy: Policy, turns: Turns, images: Sequence[bytes]) -> EncodedPrompt:
+    """A conversation that goes on with the assistant's turn.
+
+    Args:
+        policy: the model.
+        turns: messages of the roles "system", "user" and "assistant".
+        images: encoded files; each is named once, by a part of a user's message.
+
+    Raises:
+        DataError: a text holds a special token or is no Unicode text, there is no image, images and parts do not
+            match, or the chat template refuses this order of messages.
+        ImageError: an image cannot be decoded.
+        ModelError: the processor made no place for an image.
+    """
+    for i, (role, parts) in enumerate(turns):
+        what = f"message {i} ({role})"
+        if role != "user" and any(isinstance(part, int) for part in parts):
+            raise DataError(f"{what} holds an image; images belong into the user's messages")
+        for text in _runs_of_text(parts):
+            _check_text(policy, text, what)
+    if not turns:
+        raise DataError("the conversation has no message")
+    if not images:
+        raise DataError("the conversation has no image, and this model describes images: add an image to a message")
+    if turns[-1][0] == "assistant":
+        raise DataError("the conversation ends with an assistant's message: nothing is left to answer; add a user's")
+    order = [part for _, parts in turns for part in parts if isinstance(part, int)]
+    if sorted(order) != list(range(len(images))):
+        raise DataError(f"the messages place the images {order}, of {len(images)} given: each must stand in one place")
+    return _encode(policy, turns, [images[i] for i in order], "the conversation")
 
 
 def encode_caption(policy: Policy, text: str) -> torch.Tensor:
@@ -35,7 +79,7 @@ def encode_caption(policy: Policy, text: str) -> torch.Tensor:
     Raises:
         DataError: the text holds a special token.
     """
-    _refuse_reserved(text, policy.reserved_texts, "caption")
+    _check_text(policy, text, "caption")
     ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
     return torch.tensor([*ids, policy.end_id], dtype=torch.int64)
 
@@ -67,46 +111,71 @@ def image_key(policy: Policy, images: Sequence[bytes]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _encode(policy: Policy, sample: Sample) -> EncodedPrompt:
-    if not sample.images:
-        raise DataError(f"sample {sample.id!r} has no image")
-    _refuse_reserved(sample.prompt, policy.reserved_texts, f"prompt of sample {sample.id!r}")
-    content = [{"type": "image"} for _ in sample.images] + [{"type": "text", "text": sample.prompt}]
+def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) -> EncodedPrompt:
+    """`turns` whose texts were checked and that place `images` in their order."""
+    messages = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in turns]
     processor = policy.processor
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise DataError(f"{what}: the model's chat template refuses it: {error}") from error
     mark = getattr(processor, "image_token", None)
-    if isinstance(mark, str) and text.count(mark) != len(sample.images):
+    if isinstance(mark, str) and text.count(mark) != len(images):
         raise ModelError(
             f"model {policy.path!r}: its chat template put {text.count(mark)} image tokens {mark!r} into a prompt of "
-            f"{len(sample.images)} images; its processor and its template do not fit together"
+            f"{len(images)} images; its processor and its template do not fit together"
         )
-    images = [decode_image(image) for image in sample.images]
+    pictures = [decode_image(image) for image in images]
     # Templates that write the beginning-of-sequence token themselves must not get a second one.
     bos = policy.tokenizer.bos_token
     try:
         encoded = processor(
             text=[text],
-            images=[images],
+            images=[pictures],
             return_tensors="pt",
             return_mm_token_type_ids=True,
             add_special_tokens=not (bos and text.startswith(bos)),
             **({"images_kwargs": policy.processor_settings} if policy.processor_settings else {}),
         )
     except ValueError as error:
-        sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
-        raise DataError(f"sample {sample.id!r} (images {sizes}): the processor refuses it: {error}") from error
+        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+        raise DataError(f"{what} (images {sizes}): the processor refuses it: {error}") from error
     input_ids = encoded["input_ids"][0]
     inputs = {
         name: value[0] if name in PER_TOKEN else value
         for name, value in encoded.items()
         if name not in ("input_ids", "attention_mask") and isinstance(value, torch.Tensor)
     }
-    return EncodedPrompt(input_ids=input_ids, model_inputs=inputs, image_key=image_key(policy, sample.images))
+    return EncodedPrompt(input_ids=input_ids, model_inputs=inputs, image_key=image_key(policy, images))
 
 
-def _refuse_reserved(text: str, reserved: Sequence[str], what: str) -> None:
-    found = next((token for token in reserved if token in text), None)
+def _content(part: str | int) -> dict[str, str]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def _runs_of_text(parts: Sequence[str | int]) -> list[str]:
+    """Each text, and neighbouring texts as one: a template may write them without anything in between."""
+    runs = [""]
+    for part in parts:
+        if isinstance(part, str):
+            runs[-1] += part
+        else:
+            runs.append("")
+    texts = [part for part in parts if isinstance(part, str)]
+    return list(dict.fromkeys([*texts, *runs]))
+
+
+def _check_text(policy: Policy, text: str, what: str) -> None:
+    """Refuses control tokens, also those that only the tokenizer's own normalisation makes of a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} is no Unicode text: character {error.start} is a lone surrogate") from None
+    found = next((token for token in policy.reserved_texts if token in text), None)
+    if found is None:
+        # An unknown word is a special token too, and anybody may write one.
+        control = {*policy.image_token_ids, *policy.tokenizer.all_special_ids} - {policy.tokenizer.unk_token_id}
+        ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = next((policy.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control), None)
     if found is not None:
         raise DataError(f"{what} contains the special token {found!r}; remove it: such tokens are the model's own")

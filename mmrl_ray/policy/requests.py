@@ -22,6 +22,13 @@ class Event(NamedTuple):
     """Set with the row's last token."""
 
 
+class Failure(NamedTuple):
+    """A group that could not go on, and why."""
+
+    handle: int
+    error: Exception
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
     """What `Decoder.admit` takes, as a value."""

@@ -78,7 +78,7 @@ def _score_sample(
     reward: RewardFn, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float
 ) -> Sequence[RewardBreakdown | RewardFailure]:
     try:
-        return _score_once(reward, samples, captions, timeout_s)
+        return score_once(reward, samples, captions, timeout_s)
     except RewardError as error:
         return [RewardFailure(_reason(error))] * len(captions)
 
@@ -92,13 +92,13 @@ def _score_retrying(
         retry=retry_if_exception_type(RewardError),
         reraise=True,
     )
-    return attempts(_score_once, reward, samples, captions, timeout_s)
+    return attempts(score_once, reward, samples, captions, timeout_s)
 
 
-def _score_once(
+def score_once(
     reward: RewardFn, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float
 ) -> list[RewardBreakdown]:
-    """One checked call under a deadline.
+    """One call under a deadline, its result checked; what the call may leave behind: see `score_with_retry`.
 
     Raises:
         RewardError: it raised, ran past the deadline, or returned something else than finite scores.

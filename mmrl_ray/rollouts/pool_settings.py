@@ -30,7 +30,7 @@ class PoolSettings:
     @property
     def demand(self) -> str:
         """What one worker asks for, in Ray's words."""
-        return "{" + ", ".join(f"{k}: {v:g}" for k, v in (("CPU", self.cpus), ("GPU", self.gpus)) if v) + "}"
+        return demand_of(self.cpus, self.gpus)
 
     @classmethod
     def of(cls, cfg: Config) -> PoolSettings:
@@ -44,3 +44,8 @@ class PoolSettings:
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
         )
+
+
+def demand_of(cpus: float, gpus: float) -> str:
+    """What one actor asks for, in Ray's words."""
+    return "{" + ", ".join(f"{k}: {v:g}" for k, v in (("CPU", cpus), ("GPU", gpus)) if v) + "}"

@@ -39,11 +39,25 @@ def configure_ray() -> None:
 
 @contextmanager
 def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False) -> Iterator[None]:
-    """A Ray for one run.
+    """A Ray for one run. A local one has at least the CPUs that the run's actors ask for: on one small machine learner
+    and rollout workers take turns, so that more actors than cores is no error.
 
-    Without an address (and without `RAY_ADDRESS`) a local one is started, with a token of its own, and ended when the
-    block is left. It has at least the CPUs that the run's actors ask for: on one small machine learner and rollout
-    workers take turns, so that more actors than cores is no error.
+    Raises:
+        RunError: the cluster at `address` cannot be joined.
+    """
+    store = cfg.resources.object_store_mb
+    with ray_at(address, cpus=demanded_cpus(cfg), object_store_mb=store, namespace=cfg.run.name, debug=debug):
+        yield
+
+
+@contextmanager
+def ray_at(
+    address: str | None, *, cpus: int, object_store_mb: int | None, namespace: str, debug: bool = False
+) -> Iterator[None]:
+    """The Ray at an address (or at `RAY_ADDRESS`), or else a local one.
+
+    A local one is started with a token of its own, at least `cpus` CPUs and an object store of that size, and ended
+    when the block is left.
 
     Raises:
         RunError: the cluster at `address` cannot be joined.
@@ -59,18 +73,17 @@ def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False)
     AuthenticationTokenLoader.instance().reset_cache()
     try:
         if address is None:
-            store = cfg.resources.object_store_mb
             ray.init(
-                num_cpus=max(os.cpu_count() or 1, demanded_cpus(cfg)),
-                object_store_memory=store * 2**20 if store else None,
+                num_cpus=max(os.cpu_count() or 1, cpus),
+                object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
                 include_dashboard=False,
                 log_to_driver=debug,
                 logging_level=level,
-                namespace=cfg.run.name,
+                namespace=namespace,
             )
         else:
             try:
-                ray.init(address=address, log_to_driver=debug, logging_level=level, namespace=cfg.run.name)
+                ray.init(address=address, log_to_driver=debug, logging_level=level, namespace=namespace)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise RunError(
@@ -89,6 +102,8 @@ def demanded_cpus(cfg: Config) -> int:
     demand = cfg.rollout.workers * resources.rollout.cpus + cfg.learner.workers * resources.learner.cpus
     if cfg.reward.host == "serve":
         demand += resources.reward.cpus
+    if cfg.serving is not None and cfg.serving.live_policy:
+        demand += cfg.serving.gateway.resources.cpus + cfg.serving.policy.resources.cpus
     return int(-(-demand // 1))
 
 

@@ -16,7 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,18 @@ from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
 from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
+from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory
 from mmrl_ray.runs.preflight import check_model, evaluation_split
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
+from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, score_captions
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import warm_start
@@ -94,10 +95,15 @@ class _Run:
         try:
             if not resume:
                 run.write_text("config.yaml", dump_config(cfg))
-            reward, statistics = self._reward(run)
-            with ray_session(cfg, address=address, debug=debug):
+            statistics = self._statistics(run)
+            with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
-                self._learn(start, run, reward, statistics, samples)
+                with self._timed("serve"):
+                    live = stack.enter_context(LivePolicy(cfg, run, model.path))
+                    hosted = stack.enter_context(RunReward(cfg, run, statistics))
+                for line in live.greeting():
+                    self._progress.note(line)
+                self._learn(start, run, hosted, statistics, samples)
             status = "finished"
         except (KeyboardInterrupt, Interrupted):
             status = "interrupted"
@@ -111,29 +117,30 @@ class _Run:
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
-    def _reward(self, run: RunDir) -> tuple[RewardFn, CorpusStatistics]:
-        """The reward, with statistics of the training references that stay with the run."""
+    def _statistics(self, run: RunDir) -> CorpusStatistics:
+        """Of the training references; they stay with the run."""
         with self._timed("statistics"):
             if run.exists(STATISTICS):
                 statistics = CorpusStatistics.from_json(run.read_text(STATISTICS))
             else:
                 statistics = CorpusStatistics.from_references(iter_references(self._cfg.data.train))
                 run.write_text(STATISTICS, statistics.to_json())
-        return build_reward(self._cfg.reward, statistics), statistics
+        return statistics
 
     def _learn(
-        self, cfg: Config, run: RunDir, reward: RewardFn, statistics: CorpusStatistics, samples: Sequence[Sample]
+        self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
     ) -> None:
         with self._timed("start"):
-            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, reward))
+            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
         is_beginning = not checkpoint_steps(run)
         try:
             with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
                 learner = LearnerGroup(cfg, run, controller)
                 learner.start()
+                hosted.wait()
                 if samples and load_evaluation(run, "before") is None:
                     if is_beginning:
-                        self._evaluate(run, "before", controller, reward, statistics, samples)
+                        self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
                     else:  # a later version's captions would pass for the first one's
                         self._progress.note("evaluate (before): left out, the run is past its beginning")
                 with self._timed("learning"):
@@ -142,7 +149,7 @@ class _Run:
             if not outcome.finished:
                 raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
             if samples:
-                self._evaluate(run, "after", controller, reward, statistics, samples)
+                self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
         finally:
             controller.close()
 

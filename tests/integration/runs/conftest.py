@@ -96,6 +96,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         "data": {"train": str(folder / "train"), "eval": str(folder / "eval"), "prompt": "describe the image ."},
         "algorithm": "grpo",
         "rollout": {"group_size": 3, "max_new_tokens": 6, "groups_per_assignment": 2},
+        "reward": {"host": "inline"},  # Serve has tests of its own, and costs every run seconds
         "learner": {"steps": 6, "groups_per_step": 4, "lr": 1e-2, "checkpoint_every": 3},
         "resources": {"learner": actor, "rollout": actor},
     }

@@ -7,11 +7,11 @@ from unittest.mock import Mock
 
 from typer.testing import CliRunner, Result
 
-from mmrl_ray import cli
+from mmrl_ray.cli import app
 
 Patch = Callable[..., Mock]
 
 
 def mmrl(*arguments: object) -> Result:
     """What the program printed, and its exit code."""
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    return CliRunner().invoke(app, [str(a) for a in arguments])

@@ -13,7 +13,8 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from mmrl_ray import cli
+from mmrl_ray.cli import app
+from mmrl_ray.cli.guard import guarded
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, Interrupted, MMRLError, RolloutError, RunError
 from tests.unit.cli.program import Patch, mmrl
@@ -23,7 +24,14 @@ from tests.unit.cli.program import Patch, mmrl
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["config", "schema"], ["config", "show", "CONFIG"], ["config", "show", "/nope"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["serve", "--help"],
+        ["config", "schema"],
+        ["config", "show", "CONFIG"],
+        ["config", "show", "/nope"],
+    ],
 )
 def test_answers_without_importing_anything_heavy(arguments: list[str], config: Path) -> None:
     code = (
@@ -223,14 +231,14 @@ def test_an_unknown_command_gets_a_suggestion() -> None:
 
 
 def test_every_command_has_help_and_debug() -> None:
-    def walk(app: Any, path: tuple[str, ...]) -> list[tuple[str, ...]]:
-        found = [(*path, c.name) for c in app.registered_commands]
-        for group in app.registered_groups:
-            found += walk(group.typer_instance, (*path, group.typer_instance.info.name))
+    def walk(group: Any, path: tuple[str, ...]) -> list[tuple[str, ...]]:
+        found = [(*path, c.name) for c in group.registered_commands]
+        for inner in group.registered_groups:
+            found += walk(inner.typer_instance, (*path, inner.typer_instance.info.name))
         return found
 
-    commands = walk(cli.app, ())
-    assert len(commands) == 10
+    commands = walk(app, ())
+    assert len(commands) == 15
     for command in commands:
         text = mmrl(*command, "--help").stdout
         assert "--debug" in text
@@ -240,5 +248,5 @@ def test_every_command_has_help_and_debug() -> None:
 def test_all_errors_but_the_named_ones_exit_1() -> None:
     for kind in MMRLError.__subclasses__():
         with pytest.raises(Exception) as raised:  # noqa: PT011  # typer's Exit, whose class is an internal of its
-            cli._guarded(Mock(side_effect=kind("x")), debug=False)
+            guarded(Mock(side_effect=kind("x")), debug=False)
         assert raised.value.exit_code == {ConfigError: 2, Interrupted: 130}.get(kind, 1)  # type: ignore[attr-defined]

@@ -140,6 +140,6 @@ def test_caption_needs_one_source(patched: Patch) -> None:
     caption = patched("mmrl_ray.runs.captioning.caption")
     for sources in ((), ("--run", "r", "--model", "m")):
         done = mmrl("caption", *sources, "a.png")
-        assert (done.exit_code, done.stderr) == (2, "error: give either --run RUN or --model MODEL\n")
+        assert (done.exit_code, done.stderr) == (2, "error: give --run RUN, --model MODEL or --url URL\n")
     assert mmrl("caption", "--run", "r", "a.png", "b.png").exit_code == 0
     caption.assert_called_once_with([Path("a.png"), Path("b.png")], run="r", model=None, prompt=None)

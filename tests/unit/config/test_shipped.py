@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmrl_ray.config.load import dump_config, load_config, parse_config
+from mmrl_ray.config.load import dump_config, load_config, load_serve_config, parse_as, parse_config
+from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.runs.dry_run import dry_run
 
 ROOT = Path(__file__).parents[3]
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SERVE = ROOT / "configs" / "serve.yaml"
+SHIPPED = sorted(set((ROOT / "configs").glob("*.yaml")) - {SERVE})
 
 
 def test_the_promised_ones_are_there() -> None:
@@ -35,3 +37,8 @@ def test_parses_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert bool(missing_data) == (cfg.data.scenes is None)
     assert (found.shape is not None) == cfg.model.path.startswith("builtin:")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_serve_config_parses() -> None:
+    cfg = load_serve_config(SERVE)
+    assert parse_as(ServeConfig, dump_config(cfg), "again.yaml") == cfg

@@ -109,7 +109,7 @@ def test_any_checkpoint_is_a_peft_adapter(tiny: Path, local: RunDir) -> None:
         assert torch.equal(loaded(input_ids=ids).logits, policy.model(input_ids=ids).logits)
         with loaded.disable_adapter():
             assert not torch.equal(loaded(input_ids=ids).logits, policy.model(input_ids=ids).logits)
-    save_adapter_folder(local, "adapter", policy)
+    save_adapter_folder(local, "adapter", policy, 3)
     assert local.list("adapter") == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
     name = f"{checkpoint_name(1)}/adapter_model.safetensors"
     assert local.read_bytes("adapter/adapter_model.safetensors") == local.read_bytes(name)

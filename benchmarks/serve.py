@@ -1,0 +1,275 @@
+"""Captions a second over HTTP, against `transformers serve` with the same model, images and texts, in one run.
+
+    python benchmarks/serve.py --peer transformers
+
+Two models: the 16 M-parameter LLaVA of `rl_step.py` (P = 261), and the tiny one of the quickstart, where nearly
+everything is overhead. Greedy captions of at most 24 tokens, a different picture in every request, 16 clients at the
+same time and then one. Each server runs by itself, with the threads it takes by default, and is warmed up. Both must
+say the same.
+
+Prints a table; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rl_step import COMPLETION, PROMPT, build_inputs
+
+from mmrl_ray.config.data import ScenesSection
+from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary
+from mmrl_ray.data.writing import write_parquet
+from mmrl_ray.policy.tiny import build_tiny_llava
+
+CLIENTS = 16
+START_S = 180.0
+STOP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    model: str
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one model is asked."""
+
+    name: str
+    folder: Path
+    pictures: Sequence[bytes]
+    many: int
+    """Requests of the 16 clients together."""
+    one: int
+    """Requests of the one client."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One server on one model."""
+
+    per_second: float
+    """With 16 clients."""
+    p50_ms: float
+    """With one client."""
+    p99_ms: float
+    """With 16 clients."""
+    texts: dict[int, str]
+
+
+def pictures_of(data: Path, count: int) -> list[bytes]:
+    """`count` PNG files, no two alike: the data set's pictures with one pixel of each changed."""
+    files = [row["image"]["bytes"] for row in pq.read_table(data).to_pylist()]
+    made = []
+    for i in range(count):
+        with Image.open(io.BytesIO(files[i % len(files)])) as opened:
+            image = opened.convert("RGB")
+        image.putpixel((0, 0), (i & 255, i >> 8, 7))
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        made.append(out.getvalue())
+    return made
+
+
+def body(model: str, picture: bytes, prompt: str = PROMPT, max_tokens: int = COMPLETION) -> bytes:
+    """One greedy chat completion."""
+    uri = "data:image/png;base64," + base64.b64encode(picture).decode()
+    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": prompt}]
+    message = {"role": "user", "content": content}
+    return json.dumps(
+        {"model": model, "messages": [message], "max_tokens": max_tokens, "temperature": 0, "stream": False}
+    ).encode()
+
+
+async def ask(server: Server, bodies: Sequence[tuple[int, bytes]], clients: int) -> tuple[float, list[float], Any]:
+    """(wall seconds, seconds of each request, text by request); each client asks again once it is answered."""
+    waiting, taken, texts = iter(bodies), [], {}
+    headers = {"Content-Type": "application/json", **server.headers}
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        for i, data in waiting:
+            began = time.perf_counter()
+            async with session.post(f"{server.url}/v1/chat/completions", data=data, headers=headers) as response:
+                answer = await response.json()
+                if response.status != 200:
+                    raise RuntimeError(f"{server.url}: {response.status} {answer}")
+            taken.append(time.perf_counter() - began)
+            texts[i] = answer["choices"][0]["message"]["content"].strip()
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+        began = time.perf_counter()
+        await asyncio.gather(*(client(session) for _ in range(clients)))
+        return time.perf_counter() - began, taken, texts
+
+
+def measure(server: Server, load: Load) -> Measured:
+    """Warm-up, then 16 clients, then one."""
+    bodies = [(i, body(server.model, picture)) for i, picture in enumerate(load.pictures)]
+    warm, many, one = bodies[:CLIENTS], bodies[CLIENTS : CLIENTS + load.many], bodies[CLIENTS + load.many :]
+    asyncio.run(ask(server, warm, CLIENTS))
+    asyncio.run(ask(server, warm, 1))
+    wall, taken, texts = asyncio.run(ask(server, many, CLIENTS))
+    _, alone, more = asyncio.run(ask(server, one[: load.one], 1))
+    p99 = statistics.quantiles(taken, n=100)[98]
+    return Measured(len(many) / wall, 1000 * statistics.median(alone), 1000 * p99, {**texts, **more})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def process(command: list[str], log: Path, ready: str, env: dict[str, str]) -> Iterator[None]:
+    """A server from when it answers on `ready` until the block ends; only what was started here is ended."""
+    with log.open("wb") as out:
+        started = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+        try:
+            deadline = time.monotonic() + START_S
+            while not answers(ready):
+                if started.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"{command[:3]} did not start:\n{log.read_text(errors='replace')[-3000:]}")
+                time.sleep(0.2)
+            yield
+        finally:
+            started.send_signal(signal.SIGINT)
+            try:
+                started.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                started.wait(STOP_S)
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=2).status_code < 500
+    return False
+
+
+@contextlib.contextmanager
+def peer(load: Load, folder: Path) -> Iterator[Server]:
+    port = free_port()
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", str(load.folder), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--device", "cpu", "--dtype", "float32"]
+    with process(command, folder / "peer.log", f"http://127.0.0.1:{port}/health", dict(os.environ)):
+        yield Server(f"http://127.0.0.1:{port}", str(load.folder), {})
+
+
+@contextlib.contextmanager
+def ours(load: Load, folder: Path, settings: Sequence[str] = ()) -> Iterator[Server]:
+    port = free_port()
+    database = f"sqlite:///{folder}/keys-{load.name}.db"
+    program = [sys.executable, "-m", "mmrl_ray.cli"]
+    made = subprocess.run(
+        [*program, "keys", "create", "bench", "--database", database], capture_output=True, text=True, check=True
+    )
+    key = next(word for line in made.stdout.splitlines() for word in line.split() if word.startswith("mmrl-"))
+    command = [*program, "serve", str(load.folder), "--port", str(port), "--set", f"serving.database={database}"]
+    # The limits of one key are for the many who share a server.
+    command += ["--set", "serving.rate.requests_per_minute=1000000", "--set", "serving.rate.burst=100000"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    with process(command, folder / "ours.log", f"http://127.0.0.1:{port}/health/live", dict(os.environ)):
+        server = Server(f"http://127.0.0.1:{port}", "", {"Authorization": f"Bearer {key}"})
+        deadline = time.monotonic() + START_S
+        while httpx.get(f"{server.url}/health/ready", headers=server.headers, timeout=10).status_code != 200:
+            if time.monotonic() > deadline:
+                sys.exit("the server did not get ready:\n" + (folder / "ours.log").read_text()[-3000:])
+            time.sleep(0.2)
+        models = httpx.get(f"{server.url}/v1/models", headers=server.headers, timeout=10).json()
+        yield Server(server.url, models["data"][0]["id"], server.headers)
+
+
+def build_loads(folder: Path) -> list[Load]:
+    large = folder / "large"
+    large.mkdir()
+    model, data = build_inputs(large, 16)
+    tiny = build_tiny_llava(folder / "tiny", vocabulary=scenes_vocabulary())
+    small = folder / "small.parquet"
+    write_parquet(small, generate_scenes(ScenesSection(train=64, eval=1, image_size=64))[0])
+    return [
+        Load("16M", model, pictures_of(data, CLIENTS + 128 + 16), many=128, one=16),
+        Load("tiny", tiny, pictures_of(small, CLIENTS + 1600 + 100), many=1600, one=100),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="mmrl-bench-"))
+    figures: dict[str, dict[str, Measured]] = {}
+    try:
+        for load in build_loads(folder):
+            figures[load.name] = {}
+            for name, start in (("mmrl_ray", ours), ("transformers serve", peer)):
+                if name == "mmrl_ray" or args.peer == "transformers":
+                    with start(load, folder) as server:
+                        figures[load.name][name] = measure(server, load)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(figures)
+
+
+def report(figures: dict[str, dict[str, Measured]]) -> None:
+    """The table, then the JSON line."""
+    table = Table(title=f"greedy captions of at most {COMPLETION} tokens over HTTP")
+    columns = ("model", "server", f"captions a second, {CLIENTS} clients", "p99 ms", "p50 ms, one client")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for model, servers in figures.items():
+        for name, m in servers.items():
+            table.add_row(model, name, f"{m.per_second:.1f}", f"{m.p99_ms:.0f}", f"{m.p50_ms:.1f}")
+    Console().print(table)
+    line: dict[str, Any] = {
+        "p50_ms": figures["16M"]["mmrl_ray"].p50_ms,
+        "p99_ms": figures["16M"]["mmrl_ray"].p99_ms,
+        "tiny_p50_ms": figures["tiny"]["mmrl_ray"].p50_ms,
+    }
+    if "transformers serve" in figures["16M"]:
+        (large, large_peer), (tiny, tiny_peer) = (
+            (figures[m]["mmrl_ray"], figures[m]["transformers serve"]) for m in ("16M", "tiny")
+        )
+        same = [large.texts[i] == text for i, text in large_peer.texts.items()]
+        line = {
+            "ratio": large.per_second / large_peer.per_second,
+            "ratio_tiny": tiny.per_second / tiny_peer.per_second,
+            "ratio_one_client": large_peer.p50_ms / large.p50_ms,
+            "tiny_p50_above_peer_ms": tiny.p50_ms - tiny_peer.p50_ms,
+            "same_texts": sum(same) / len(same),
+            **line,
+        }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

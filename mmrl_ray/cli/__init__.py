@@ -1,0 +1,19 @@
+"""`mmrl …`: parses the command line, then imports what the command needs.
+
+Nothing heavy is imported at the top: `mmrl --help` and `mmrl config schema` answer at once. Exit codes: 0 done, 1 a
+failure, 2 a wrong config or command line, 130 interrupted.
+"""
+
+# These register their commands, in the order in which help lists them.
+from mmrl_ray.cli import training  # noqa: F401
+
+# isort: split
+from mmrl_ray.cli import data, keys, serving  # noqa: F401
+from mmrl_ray.cli.groups import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The `mmrl` program."""
+    app()

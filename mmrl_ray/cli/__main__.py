@@ -1,0 +1,5 @@
+"""`python -m mmrl_ray.cli`."""
+
+from mmrl_ray.cli import main
+
+main()

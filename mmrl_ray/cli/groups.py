@@ -1,0 +1,29 @@
+"""The program and its groups of commands, which the other modules fill."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import typer
+
+# Boxes and colours on a terminal, plain lines elsewhere; typer decides once for help and usage errors.
+_MARKUP: Literal["rich"] | None = "rich" if sys.stdout.isatty() and sys.stderr.isatty() else None
+
+app = typer.Typer(
+    name="mmrl",
+    help="Reinforcement-learning fine-tuning of vision-language models on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=_MARKUP,
+)
+config_app = typer.Typer(name="config", help="Look at configs.", no_args_is_help=True, rich_markup_mode=_MARKUP)
+data_app = typer.Typer(name="data", help="Make datasets.", no_args_is_help=True, rich_markup_mode=_MARKUP)
+import_app = typer.Typer(
+    name="import", help="Bring a dataset in as Parquet shards.", no_args_is_help=True, rich_markup_mode=_MARKUP
+)
+keys_app = typer.Typer(name="keys", help="Who may call the gateway.", no_args_is_help=True, rich_markup_mode=_MARKUP)
+data_app.add_typer(import_app)
+app.add_typer(config_app)
+app.add_typer(data_app)
+app.add_typer(keys_app)

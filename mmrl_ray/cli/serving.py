@@ -1,0 +1,107 @@
+"""Commands around a served model: start the gateway, caption and score through it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmrl_ray.cli.groups import app
+from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.options import Overrides
+from mmrl_ray.errors import ConfigError
+
+_AT_A_TIME = 16
+_URL = typer.Option("--url", help="A gateway; its key comes from MMRL_API_KEY.")
+
+
+@command(app, "serve")
+def serve(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET…", help="A serve config, a model, or run folders: adapters served beside their base."
+        ),
+    ],
+    address: Annotated[str | None, typer.Option("--address", help="A Ray to serve on; a new local one else.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Where the gateway listens.")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65_535, help="And on which port.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No keys; on a loopback address only.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the Serve config file, and do nothing.")
+    ] = False,
+    set_: Overrides = None,
+) -> None:
+    """Serve a policy and its reward behind an OpenAI-compatible HTTP gateway."""
+    from mmrl_ray.runs.serve import serve as run
+
+    run(
+        targets,
+        address=address,
+        host=host,
+        port=port,
+        insecure=insecure,
+        print_config=print_config,
+        overrides=set_ or (),
+    )
+
+
+@command(app, "caption")
+def caption(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="PNG, JPEG, WebP or GIF files.")],
+    run: Annotated[str | None, typer.Option("--run", help="A run folder: its base and its trained adapter.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model folder or hub id instead; with --url a served model's id.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask; the run's own by default.")] = None,
+    url: Annotated[str | None, _URL] = None,
+) -> None:
+    """Print one caption an image."""
+    if url is not None:
+        if run is not None:
+            raise ConfigError("give either --url URL, with --model ID if it serves several, or --run RUN")
+        _caption_by(url, images, model, prompt)
+        return
+    if (run is None) == (model is None):
+        raise ConfigError("give --run RUN, --model MODEL or --url URL")
+    from mmrl_ray.runs.captioning import caption as make
+
+    make(images, run=run, model=model, prompt=prompt)
+
+
+@command(app, "score")
+def score(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG, WebP or GIF file.")],
+    captions: Annotated[list[str], typer.Argument(metavar="CAPTION…", help="What to score.")],
+    url: Annotated[str, _URL],
+    references: Annotated[
+        list[str] | None, typer.Option("--reference", help="A right caption; may be repeated.")
+    ] = None,
+) -> None:
+    """Print the reward of each caption of an image, and its parts."""
+    from mmrl_ray.client import Client
+
+    with Client(url) as client:
+        rewards = client.rewards(image, captions, references=references or ()).rewards
+    for caption, reward in zip(captions, rewards, strict=True):
+        parts = "  ".join(f"{name}={value:.4f}" for name, value in reward.parts.items())
+        sigma = "" if reward.sigma is None else f" ± {reward.sigma:.4f}"
+        typer.echo(f"{reward.total:.4f}{sigma}  {caption}  ({parts})")
+
+
+def _caption_by(url: str, images: list[Path], model: str | None, prompt: str | None) -> None:
+    """Asks for several captions at a time: the policy decodes them together."""
+    from mmrl_ray.client import Client
+
+    pool = ThreadPoolExecutor(_AT_A_TIME)
+    with Client(url) as client:
+        try:
+            for path, made in zip(
+                images, pool.map(lambda path: client.caption(path, model=model, prompt=prompt), images), strict=True
+            ):
+                text = made.captions[0].text.strip()
+                typer.echo(text if len(images) == 1 else f"{path}: {text}")
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,111 @@
+"""Commands around a training run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmrl_ray.cli.groups import app, config_app
+from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.options import ConfigFile, Overrides, load, show
+from mmrl_ray.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from mmrl_ray.config import Config
+
+
+@command(app, "train")
+def train(
+    target: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A YAML config, or with --resume a run folder.")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
+    *,
+    debug: bool = False,
+) -> None:
+    """Fine-tune by reinforcement learning: config in, finished run folder out."""
+    cfg = _config_of(target, set_, resume)
+    if dry_run:
+        from mmrl_ray.runs.dry_run import dry_run as show
+
+        show(cfg, resume=resume)
+        return
+    from mmrl_ray.runs.train import train as run
+
+    run(cfg, resume=resume, debug=debug)
+
+
+@command(app, "sft")
+def sft(config: ConfigFile, set_: Overrides = None) -> None:
+    """Only the supervised warm start: train on the references, print the folder of the result."""
+    cfg = load(config, set_)
+    if cfg.sft is None:
+        raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
+    from mmrl_ray.runs.progress import RunProgress
+    from mmrl_ray.runs.warm_start import warm_start
+
+    with RunProgress() as shown:
+        folder = warm_start(cfg, progress=shown.phase("warm start"))
+    typer.echo(folder)
+
+
+@command(app, "evaluate")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a hub id.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Parquet shards; a run's own held-out split otherwise.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write the figures and captions here, as JSON.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="For rows that bring none; a run's own else.")] = None,
+) -> None:
+    """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
+    from mmrl_ray.runs.evaluate import evaluate as run
+
+    run(target, data=data, limit=limit, out=out, prompt=prompt)
+
+
+@command(app, "report")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write a run's report.html again."""
+    from mmrl_ray.runs.report import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@command(config_app, "schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a config."""
+    from mmrl_ray.config.load import config_schema as schema
+
+    show(json.dumps(schema(), indent=2, ensure_ascii=False), "json")
+
+
+@command(config_app, "show")
+def configshow(config: ConfigFile, set_: Overrides = None) -> None:
+    """Print a config with its preset and every default written out."""
+    from mmrl_ray.config.load import dump_config
+
+    show(dump_config(load(config, set_)), "yaml")
+
+
+def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config:
+    """The config to train: a file, or the resolved one of the run folder that is resumed, wherever it lies now."""
+    if not resume or (Path(target).suffix in (".yaml", ".yml") and not Path(target).is_dir()):
+        return load(Path(target), overrides)
+    from mmrl_ray.config.load import parse_config
+    from mmrl_ray.run_dir import RunDir
+
+    run = RunDir.at(target)
+    cfg = parse_config(run.read_text("config.yaml"), f"{target.rstrip('/')}/config.yaml", overrides or ())
+    with contextlib.suppress(RunError):  # its folder was renamed or is reached by another path
+        if RunDir.open(cfg.run.root, cfg.run.name).location == run.location:
+            return cfg
+    root = run.location[: -len(run.name)].rstrip("/")
+    return cfg.model_copy(update={"run": cfg.run.model_copy(update={"root": root, "name": run.name})})

@@ -1,0 +1,229 @@
+"""`serving:` — the gateway, what it allows, and the deployments behind it; and a whole config of `mmrl serve`."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from mmrl_ray.config.base import Section, refuse
+from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.resources import ActorResources
+from mmrl_ray.config.reward import RewardSection
+
+MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What a served model or adapter may be called; never a path."""
+MAX_ITEMS = 16_384
+"""What the limits on lists may be at most: longer bodies are refused before they are parsed."""
+_DOMAIN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[?[0-9a-f:.]+\]?")
+
+
+class DeploymentSection(Section):
+    """How many replicas a deployment has, and what one of them takes on."""
+
+    min_replicas: int = Field(1, ge=1)
+    """Replicas that always run."""
+    max_replicas: int = Field(1, ge=1)
+    """Replicas under load."""
+    target_ongoing_requests: float = Field(8.0, gt=0)
+    """Requests a replica should have under way; above it replicas are added, up to `max_replicas`."""
+    max_ongoing_requests: int = Field(256, ge=1)
+    """Requests sent to one replica at a time; more of them wait."""
+    max_queued_requests: int = Field(256, ge=1)
+    """Requests that wait for a replica, in each of their senders; more of them are refused with 503."""
+    health_check_period_s: float = Field(5.0, gt=0)
+    """How often a replica is asked whether it is well."""
+    health_check_timeout_s: float = Field(30.0, gt=0)
+    """A replica that has not answered by then is replaced."""
+    graceful_shutdown_timeout_s: float = Field(30.0, gt=0)
+    """A replica that is to go has so long to finish what it is at."""
+    graceful_shutdown_wait_loop_s: float = Field(1.0, gt=0)
+    """How often a replica that is to go looks whether it is done."""
+    resources: ActorResources = ActorResources(cpus=0.0)
+    """What one replica asks Ray for. Less than a CPU by default: the policy does the work."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> Self:
+        refuse(
+            {
+                f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}": self.min_replicas
+                > self.max_replicas,
+                f"target_ongoing_requests={self.target_ongoing_requests:g} is above "
+                f"max_ongoing_requests={self.max_ongoing_requests}: replicas would never be added": (
+                    self.target_ongoing_requests > self.max_ongoing_requests
+                ),
+            }
+        )
+        return self
+
+
+class GatewayDeployment(DeploymentSection):
+    """The HTTP front: keys, limits, OpenAI's types."""
+
+    target_ongoing_requests: float = Field(64.0, gt=0)
+    """Requests a replica should have under way; above it replicas are added, up to `max_replicas`."""
+    max_ongoing_requests: int = Field(512, ge=1)
+    """Requests sent to one replica at a time; more of them wait."""
+
+
+class PolicyDeployment(DeploymentSection):
+    """The model with its adapters; one replica decodes many requests together."""
+
+    target_ongoing_requests: float = Field(16.0, gt=0)
+    """Requests a replica should have under way; above it replicas are added, up to `max_replicas`."""
+    resources: ActorResources = ActorResources()
+    """What one replica asks Ray for."""
+    max_rows: int = Field(64, ge=1)
+    """Completions that one replica decodes at a time; requests beyond them wait in it."""
+    max_queue: int = Field(192, ge=1)
+    """Requests that wait in one replica; more of them are refused with 503."""
+    vision_cache_mb: int = Field(256, ge=0)
+    """Bytes of vision features one replica keeps."""
+
+
+class LimitsSection(Section):
+    """What one request may ask for; anything above is refused."""
+
+    max_body_mb: float = Field(32.0, gt=0)
+    """Bytes of a request, refused while they arrive."""
+    max_images: int = Field(4, ge=1)
+    """Images in one conversation, or in one item to score."""
+    max_image_mb: float = Field(20.0, gt=0)
+    """Bytes of one encoded image."""
+    max_n: int = Field(16, ge=1)
+    """Completions of one request."""
+    max_tokens: int = Field(512, ge=1)
+    """Tokens of one completion."""
+    default_max_tokens: int = Field(64, ge=1)
+    """Tokens of one completion where the request does not say."""
+    max_messages: int = Field(64, ge=1, le=MAX_ITEMS)
+    """Messages in one conversation."""
+    max_text_chars: int = Field(16_384, ge=1)
+    """Characters of all texts of one conversation, or of one caption or reference."""
+    max_captions: int = Field(1024, ge=1, le=MAX_ITEMS)
+    """Captions scored in one request."""
+    max_references: int = Field(64, ge=1, le=MAX_ITEMS)
+    """References of one image."""
+
+    @model_validator(mode="after")
+    def _default_fits(self) -> Self:
+        if self.default_max_tokens > self.max_tokens:
+            raise ValueError(f"default_max_tokens={self.default_max_tokens} is above max_tokens={self.max_tokens}")
+        return self
+
+
+class RateSection(Section):
+    """What one key may do; counted in each gateway replica on its own."""
+
+    requests_per_minute: float = Field(60_000.0, gt=0)
+    """Requests of one key in the long run."""
+    burst: int = Field(1000, ge=1)
+    """Requests of one key at once after a pause."""
+    concurrency: int = Field(256, ge=1)
+    """Requests of one key under way at a time."""
+
+
+class RemoteImagesSection(Section):
+    """Images by URL; off by default."""
+
+    enabled: bool = False
+    """Fetch `https://` images that clients name."""
+    allowed_domains: list[str] = []
+    """The only hosts that are asked: `images.example.com`, or `*.example.com` for every name below it."""
+    max_mb: float = Field(10.0, gt=0)
+    """Bytes of one image."""
+    timeout_s: float = Field(5.0, gt=0)
+    """For one image, names, redirects and all."""
+    max_redirects: int = Field(3, ge=0)
+    """Redirects that are followed; each is checked like the first URL."""
+    allow_http: bool = False
+    """Also fetch without TLS."""
+
+    @model_validator(mode="after")
+    def _domains_fit(self) -> Self:
+        wrong = [domain for domain in self.allowed_domains if not _DOMAIN.fullmatch(domain)]
+        refuse(
+            {
+                "enabled=True needs allowed_domains: any host at all would be asked otherwise": self.enabled
+                and not self.allowed_domains,
+                f"allowed_domains={wrong} are no lower-case host names, nor *. before one": bool(wrong),
+            }
+        )
+        return self
+
+
+class ServingSection(Section):
+    """The gateway and the deployments behind it."""
+
+    host: str = "127.0.0.1"
+    """Address the gateway listens on; `0.0.0.0` for every one this machine has."""
+    port: int = Field(8000, ge=1, le=65_535)
+    """Port the gateway listens on."""
+    database: str | None = None
+    """SQLAlchemy URL of the keys, for example `postgresql+psycopg://…`; by default an SQLite file under
+    `~/.local/share/mmrl_ray`."""
+    model_id: str | None = Field(None, pattern=f"^{MODEL_ID}$")
+    """What clients call the base model; by default the last part of its path."""
+    adapters_root: str | None = None
+    """Folder of runs or adapters: each one in it is served under its folder's name once a client asks for it."""
+    max_adapters: int = Field(8, ge=1)
+    """Adapters loaded at a time in one replica; the least recently used goes."""
+    max_rank: int = Field(256, ge=1)
+    """Rank of an adapter at most."""
+    refresh_s: float = Field(2.0, gt=0)
+    """How often adapters are looked at for newer versions."""
+    live_policy: bool = False
+    """Serve the policy while `mmrl train` trains it, each version as it is published."""
+    request_timeout_s: float = Field(120.0, gt=0)
+    """A request that has no answer by then is given up with 504."""
+    gateway: GatewayDeployment = GatewayDeployment()
+    """The HTTP front."""
+    policy: PolicyDeployment = PolicyDeployment()
+    """The model."""
+    reward: DeploymentSection = DeploymentSection()
+    """The reward."""
+    limits: LimitsSection = LimitsSection()
+    """What one request may ask for."""
+    rate: RateSection = RateSection()
+    """What one key may do."""
+    remote_images: RemoteImagesSection = RemoteImagesSection()
+    """Images by URL."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        rows, n = self.policy.max_rows, self.limits.max_n
+        if rows < n:
+            raise ValueError(f"policy.max_rows={rows} is below limits.max_n={n}: such a request could never be decoded")
+        return self
+
+
+class ServeConfig(Section):
+    """Everything `mmrl serve CONFIG` needs: what is served, without a training run around it."""
+
+    model: ModelSection
+    """The checkpoint; its `lora:` is not used."""
+    adapters: dict[str, str] = {}
+    """Adapters by the id that clients call them: folders of runs or of PEFT adapters."""
+    prompt: str = "Describe the image."
+    """The user's turn of a caption that is asked for without one."""
+    reward: RewardSection | None = RewardSection()
+    """What a caption earns; null serves no reward."""
+    statistics: str | None = None
+    """File with the statistics of the training references (a run's `reward/statistics.json`); parts that need
+    document frequencies need it."""
+    serving: ServingSection = ServingSection()
+    """The gateway and the deployments."""
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        wrong = [name for name in self.adapters if not re.fullmatch(MODEL_ID, name)]
+        base = self.serving.model_id
+        refuse(
+            {
+                f"adapters {wrong}: an id has up to 64 letters, digits, dots, dashes and underscores, and begins with "
+                "a letter or digit": bool(wrong),
+                f"adapters: {base!r} is serving.model_id already": base in self.adapters,
+            }
+        )
+        return self

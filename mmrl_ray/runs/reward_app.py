@@ -1,0 +1,74 @@
+"""The reward of a run on Ray Serve: deployed before the first rollout, taken away after the last."""
+
+from __future__ import annotations
+
+import hashlib
+from types import TracebackType
+from typing import Self
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.rollouts.pool_settings import demand_of
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.target import STATISTICS
+
+
+class RunReward:
+    """What a run scores with, hosted as `reward.host` says. Needs a Ray, and the statistics in the run folder."""
+
+    def __init__(self, cfg: Config, run: RunDir, statistics: CorpusStatistics) -> None:
+        self._cfg = cfg
+        self._run = run
+        self._app: str | None = None
+        self.reward: RewardFn = build_reward(cfg.reward, statistics)
+        """Picklable. Behind Serve it may be called before `wait`: the call waits for the replica."""
+
+    def __enter__(self) -> Self:
+        reward, share = self._cfg.reward, self._cfg.resources.reward
+        if reward.host == "serve":
+            # Imported here: it takes a second, which a run with `inline` rewards need not pay.
+            from mmrl_ray.serving import launch
+            from mmrl_ray.serving.deployments import reward_application
+            from mmrl_ray.serving.reward_handle import ServeReward
+            from mmrl_ray.serving.serve_config import options_of
+
+            app = app_name(self._run)
+            launch.start_serve()
+            # Bounds as they are for `mmrl serve`, resources as for every actor of a run.
+            serving = self._cfg.serving or ServingSection()
+            options = options_of(serving.reward.model_copy(update={"resources": share}))
+            application = reward_application(reward, self._run.filesystem, self._run.full_path(STATISTICS), options)
+            launch.deploy(application, app, route_prefix=None)
+            self._app = app
+            self.reward = ServeReward(app, timeout_s=reward.timeout_s, images=reward.needs_images)
+        return self
+
+    def wait(self) -> None:
+        """Until the reward answers.
+
+        Raises:
+            ServingError: its replica cannot be made.
+            PlacementError: Ray has no room for it within `resources.placement_timeout_s`.
+        """
+        if self._app is not None:
+            from mmrl_ray.serving import launch
+
+            share = self._cfg.resources.reward
+            timeout_s = self._cfg.resources.placement_timeout_s
+            launch.wait_until_running(self._app, timeout_s, demand=demand_of(share.cpus, share.gpus))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._app is not None:
+            from mmrl_ray.serving import launch
+
+            launch.delete(self._app)
+
+
+def app_name(run: RunDir) -> str:
+    """Runs of one name in different places may share a cluster."""
+    return f"reward-{run.name}-{hashlib.sha256(run.location.encode()).hexdigest()[:8]}"

@@ -1,0 +1,236 @@
+"""`mmrl serve`: from what the user names to a gateway that answers, until Ctrl-C.
+
+targets ──▶ ServeConfig ──▶ Ray's switches ──▶ Ray ──▶ Serve: gateway, policy, reward ──▶ wait ──▶ drain, stop
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.load import dump_config, load_serve_config, parse_as, parse_config
+from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.serving import ServeConfig, ServingSection
+from mmrl_ray.config.yaml_tree import dump_yaml
+from mmrl_ray.errors import ConfigError
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.cluster import ray_at
+from mmrl_ray.runs.interrupts import StopOnInterrupt
+from mmrl_ray.runs.target import STATISTICS
+from mmrl_ray.runs.warm_start import warm_start
+from mmrl_ray.serving.flags import set_flags
+from mmrl_ray.serving.names import APP
+
+_RUN_CONFIG = "config.yaml"
+_START_TIMEOUT_S = 600.0
+"""For all deployments to run: mostly the loading of a model."""
+
+
+def serve(
+    targets: Sequence[str],
+    *,
+    address: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    insecure: bool = False,
+    print_config: bool = False,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Serves a policy and its reward over HTTP until it is interrupted, then lets what is under way finish.
+
+    Args:
+        targets: one config of `mmrl serve`, or a model, or run folders with one base, each an adapter beside it.
+        address: a Ray to join; a local one is started otherwise.
+        host: in place of `serving.host`.
+        port: in place of `serving.port`.
+        insecure: without keys, on a loopback address of a local Ray only.
+        print_config: prints the Serve config file instead.
+        overrides: `a.b=value` each.
+
+    Raises:
+        ConfigError: the targets do not go together, or `insecure` does not go with the rest.
+        ServingError: a deployment cannot be made.
+        PlacementError: Ray has no room for one.
+        RunError: the cluster cannot be joined.
+    """
+    cfg = serving_config(targets, overrides, host=host, port=port)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if insecure:
+        _refuse_insecure(cfg.serving.host, address)
+    if print_config:
+        from mmrl_ray.serving.serve_config import serve_config
+
+        print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
+        return
+    if address is None:
+        set_flags(insecure=insecure)
+    with ray_at(address, cpus=demanded_cpus(cfg), object_store_mb=None, namespace=APP):
+        _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
+
+
+def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
+    # Imported here: Serve reads its switches when it is imported.
+    from mmrl_ray.serving import launch
+    from mmrl_ray.serving.deployments import application
+
+    stop = threading.Event()
+    with StopOnInterrupt(stop.set):
+        mine = launch.start_serve(host=cfg.serving.host, port=cfg.serving.port)
+        launch.refuse_taken(APP)
+        try:
+            launch.deploy(application(cfg, insecure=insecure), APP, route_prefix="/")
+            demand = f"{demanded_cpus(cfg)} CPUs and {cfg.serving.policy.resources.gpus:g} GPUs a policy replica"
+            if launch.wait_until_running(APP, _START_TIMEOUT_S, demand=demand, stop=stop):
+                print("\n".join(greeting(cfg, insecure=insecure)), flush=True)
+                stop.wait()
+                print("stopping: what is under way may finish; press Ctrl-C again to stop at once", flush=True)
+        finally:
+            launch.delete(APP, wait=True)
+            if mine and joined:  # a local Ray takes it along
+                launch.stop_serve()
+
+
+# -- what is served ----------------------------------------------------------------------------------------------------
+
+
+def serving_config(
+    targets: Sequence[str], overrides: Sequence[str] = (), *, host: str | None = None, port: int | None = None
+) -> ServeConfig:
+    """The config that the targets stand for, with overrides; `host` and `port` come last.
+
+    Raises:
+        ConfigError: see `serve`.
+    """
+    written = [
+        *overrides,
+        *(f"serving.{k}={json.dumps(v)}" for k, v in (("host", host), ("port", port)) if v is not None),
+    ]
+    if len(targets) == 1 and Path(targets[0]).suffix in (".yaml", ".yml"):
+        cfg = load_serve_config(targets[0], written)
+    else:
+        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets)), "mmrl serve", written)
+    if cfg.reward is not None and cfg.reward.needs_statistics and cfg.statistics is None:
+        raise ConfigError(
+            "reward: its parts need the statistics of the training references: name the file with `statistics:` "
+            "(a run has them in reward/statistics.json), or serve no reward with `reward: null`"
+        )
+    return cfg
+
+
+def _of_targets(targets: Sequence[str]) -> ServeConfig:
+    runs = [target for target in targets if _is_run(target)]
+    models = [target for target in targets if not _is_run(target)]
+    if len(models) > 1:
+        raise ConfigError(f"{' and '.join(models)} are two models: a server has one, and adapters of it")
+    base = ServeConfig(model=ModelSection(path=models[0]), reward=None) if models else None
+    for target in runs:
+        base = _with_run(base, RunDir.at(target))
+    if base is None:
+        raise ConfigError("name a run folder, a model or a config to serve")
+    return base
+
+
+def _is_run(target: str) -> bool:
+    return "://" in target or (Path(target).expanduser() / _RUN_CONFIG).is_file()
+
+
+def _with_run(base: ServeConfig | None, run: RunDir) -> ServeConfig:
+    """One more adapter; the first run also brings prompt, reward and how to serve."""
+    cfg = parse_config(run.read_text(_RUN_CONFIG), run.full_path(_RUN_CONFIG))
+    path = warm_start(cfg)
+    if base is not None and base.adapters:
+        if path != base.model.path:
+            raise ConfigError(f"{run.location} was trained on {path}, not on {base.model.path}: serve it by itself")
+        if run.name in base.adapters:
+            raise ConfigError(f"two runs are called {run.name}: give them ids in a config, under `adapters:`")
+        return base.model_copy(update={"adapters": {**base.adapters, run.name: run.location}})
+    alone = config_of_run(cfg, run, path)
+    return alone if base is None else alone.model_copy(update={"model": base.model})
+
+
+def config_of_run(cfg: Config, run: RunDir, base: str) -> ServeConfig:
+    """A run alone: its base model, which lies at `base`, and its adapter under the run's name."""
+    serving = cfg.serving or ServingSection()
+    if serving.model_id is None and base != cfg.model.path:  # made by the run, in a folder that is named by a hash
+        serving = serving.model_copy(update={"model_id": f"{run.name}-base"})
+    known = run.exists(STATISTICS)
+    return ServeConfig(
+        model=cfg.model.model_copy(update={"path": base}),
+        adapters={run.name: run.location},
+        prompt=cfg.data.prompt,
+        reward=cfg.reward if known else None,
+        statistics=f"{run.location}/{STATISTICS}" if known else None,
+        serving=serving,
+    )
+
+
+def demanded_cpus(cfg: ServeConfig) -> int:
+    """CPUs that all replicas ask Ray for when there are as many as there may be."""
+    serving = cfg.serving
+    sections = [serving.gateway, serving.policy, *([serving.reward] if cfg.reward is not None else [])]
+    return int(-(-sum(s.max_replicas * s.resources.cpus for s in sections) // 1))
+
+
+# -- who may ask -------------------------------------------------------------------------------------------------------
+
+
+def greeting(cfg: ServeConfig, *, insecure: bool) -> list[str]:
+    """Where the gateway is and how to ask it; makes the first key where there is none.
+
+    Raises:
+        ServingError: the key database cannot be used.
+    """
+    serving = cfg.serving
+    host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
+    lines = [f"serving {', '.join(cfg.adapters) or cfg.model.path} at {url}/v1  (docs: {url}/docs)"]
+    if insecure:
+        return [*lines, "without keys: whoever reaches this address may use it", f"curl {_ask(cfg, url)}"]
+    key = first_key(serving.database)
+    if key is None:
+        lines.append("keys: those of `mmrl keys list`; put yours into MMRL_API_KEY")
+        return [*lines, f'curl -H "Authorization: Bearer $MMRL_API_KEY" {_ask(cfg, url)}']
+    lines.append(f"first key, shown this one time: {key}")
+    return [*lines, f'curl -H "Authorization: Bearer {key}" {_ask(cfg, url)}']
+
+
+def first_key(database: str | None) -> str | None:
+    """A new key that may do everything, if there is no key that works; None otherwise.
+
+    Raises:
+        ServingError: the database cannot be used.
+    """
+    from mmrl_ray.serving.keys import KeyStore, default_database
+
+    store = KeyStore(database or default_database())
+    now = datetime.now(UTC)
+    try:
+        works = any(record.works_at(now) for record in store.list())
+        return None if works else store.create("first", ["admin"])[0]
+    finally:
+        store.close()
+
+
+def _ask(cfg: ServeConfig, url: str) -> str:
+    model = f" -F model={next(iter(cfg.adapters))}" if cfg.adapters else ""
+    return f"-F image=@photo.jpg{model} {url}/v1/captions"
+
+
+def _refuse_insecure(host: str, address: str | None) -> None:
+    """Without keys only this machine may ask."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(f"--insecure serves without keys, on a loopback address only: serving.host={host} is none")
+    if address is not None:
+        raise ConfigError(f"--insecure is for a local Ray: others could reach the gateway on Ray at {address}")
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise ConfigError("--insecure does not go with HAProxy, parts of which listen on every interface")

@@ -1,0 +1,8 @@
+"""Ray Serve hosts the policy and the reward; one HTTP gateway in front of both.
+
+    client ──HTTP──▶ gateway (keys, limits, OpenAI's types) ──handle──▶ policy replica (continuous batching)
+                                                            └──handle──▶ reward replica
+
+Only these import Ray: `deployments.py` (the shells), `services.py` and `reward_handle.py` (their callers, with
+`handle_errors.py`), `serve_config.py` and `launch.py`. All else is plain Python, tested without it.
+"""

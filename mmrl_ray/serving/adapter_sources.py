@@ -1,0 +1,151 @@
+"""Where served adapters come from: run folders, which get new versions while they train, and plain adapter folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyarrow import fs
+
+from mmrl_ray.errors import AdapterError, CheckpointError, ConfigError, RunError
+from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, LIVE_FOLDER, checkpoint_name, checkpoint_steps, live_versions
+from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE
+from mmrl_ray.policy.adapters import ID_PATTERN, AdapterSource, AdapterVersion
+from mmrl_ray.run_dir import MANIFEST, RunDir
+
+logger = logging.getLogger(__name__)
+
+_RUN_CONFIG = "config.yaml"
+
+
+class FolderSource:
+    """One folder in the PEFT layout, of a step that nobody knows. It may be replaced by another at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def newest(self) -> AdapterVersion | None:
+        """See `AdapterSource`."""
+        files = [self._folder / CONFIG_FILE, self._folder / WEIGHTS_FILE]
+        if not all(file.is_file() for file in files):
+            return None
+        stats = [file.stat() for file in files]
+        stamp = ",".join(f"{stat.st_mtime_ns}:{stat.st_size}:{stat.st_ino}" for stat in stats)
+        return AdapterVersion(0, stamp, int(max(stat.st_mtime for stat in stats)))
+
+    @contextmanager
+    def open(self, version: AdapterVersion) -> Iterator[Path]:
+        """See `AdapterSource`."""
+        yield self._folder
+
+
+class RunSource:
+    """A run: its newest version, be it the finished `adapter/`, a checkpoint, or one published for serving.
+
+    The same weights are one version wherever they lie. What a version holds is checked by the hashes of its manifest
+    when it is opened; a damaged one is passed over from then on, for the one before.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._places: dict[str, str] = {}
+        """Folder in the run by stamp, of the last look."""
+        self._damaged: set[tuple[str, str]] = set()
+
+    def newest(self) -> AdapterVersion | None:
+        """See `AdapterSource`."""
+        for name, step in self._candidates():
+            info = self._run.filesystem.get_file_info(self._run.full_path(f"{name}/{MANIFEST}"))
+            if info.type != fs.FileType.File:
+                continue
+            stamp = self._stamp(name)
+            if stamp is not None and (name, stamp) not in self._damaged:
+                self._places = {stamp: name}
+                return AdapterVersion(step, stamp, int(info.mtime.timestamp()) if info.mtime is not None else 0)
+        return None
+
+    @contextmanager
+    def open(self, version: AdapterVersion) -> Iterator[Path]:
+        """See `AdapterSource`."""
+        name = self._places.get(version.stamp)
+        if name is None:
+            raise AdapterError(f"step {version.step} of {self._run.location} has been replaced meanwhile")
+        try:
+            self._run.verify_manifest(name)
+        except CheckpointError:
+            self._damaged.add((name, version.stamp))
+            raise
+        with self._run.local_copy(name) as folder:
+            yield folder
+
+    def _stamp(self, name: str) -> str | None:
+        """What the manifest says of the adapter's two files; None if it does not."""
+        try:
+            files = self._run.read_json(f"{name}/{MANIFEST}")["files"]
+            return ":".join(files[file]["sha256"] for file in (CONFIG_FILE, WEIGHTS_FILE))
+        except (RunError, KeyError, TypeError):
+            return None
+
+    def _candidates(self) -> list[tuple[str, int]]:
+        """Folder names and steps, the newest first; of equal steps the one that stays longest."""
+        steps = checkpoint_steps(self._run)
+        found = [(checkpoint_name(step), step) for step in steps]
+        found += [(f"{LIVE_FOLDER}/step-{step:06d}", step) for step in live_versions(self._run)]
+        if self._run.exists(f"{ADAPTER_FOLDER}/{MANIFEST}"):
+            written = self._run.read_json(f"{ADAPTER_FOLDER}/{MANIFEST}").get("step", max(steps, default=0))
+            found.insert(0, (ADAPTER_FOLDER, int(written)))
+        return sorted(found, key=lambda candidate: -candidate[1])
+
+
+class AdapterFolders:
+    """Adapters that were named, and whatever lies in folders that were named (`runs/`), each folder one adapter.
+
+    Raises:
+        ConfigError: an id is none.
+    """
+
+    def __init__(self, adapters: Mapping[str, str], folders: Sequence[str] = ()) -> None:
+        """`adapters` are locations by id; in `folders` the id is the folder's name. A named adapter has precedence."""
+        for id in adapters:
+            if ID_PATTERN.fullmatch(id) is None:
+                raise ConfigError(f"adapter id {id!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+        self._folders = [Path(folder).expanduser() for folder in folders]
+        self._named = {id: open_source(location) for id, location in adapters.items()}
+        self._found: dict[Path, AdapterSource] = {}
+
+    def __call__(self) -> Mapping[str, AdapterSource]:
+        """The adapters there are at present."""
+        found: dict[str, AdapterSource] = {}
+        for folder in self._folders:
+            for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+                # A link may lead anywhere; what is served lies where the operator said.
+                if ID_PATTERN.fullmatch(entry.name) is None or entry.is_symlink() or not _is_source(entry):
+                    continue
+                if entry not in self._found:
+                    self._found[entry] = open_source(str(entry))
+                found.setdefault(entry.name, self._found[entry])
+        return {**found, **self._named}
+
+
+def open_source(location: str) -> AdapterSource:
+    """The source at a location: a run folder (any file system), or an adapter folder in the PEFT layout.
+
+    Raises:
+        AdapterError: it is neither.
+    """
+    local = "://" not in location
+    if not local or (Path(location).expanduser() / _RUN_CONFIG).is_file():
+        try:
+            return RunSource(RunDir.at(location))
+        except RunError as error:
+            raise AdapterError(str(error)) from error
+    folder = Path(location).expanduser()
+    if not folder.is_dir():
+        raise AdapterError(f"adapter folder {location!r} does not exist; name a run or a folder in the PEFT layout")
+    return FolderSource(folder)
+
+
+def _is_source(folder: Path) -> bool:
+    return (folder / _RUN_CONFIG).is_file() or (folder / CONFIG_FILE).is_file()

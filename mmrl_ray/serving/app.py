@@ -1,0 +1,71 @@
+"""The gateway: one FastAPI app in front of the policy and the reward, made without Ray.
+
+Nothing here keeps state between requests but limits and counts, so that any number of replicas may stand side by side.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from mmrl_ray import __version__
+from mmrl_ray.errors import ConfigError
+from mmrl_ray.serving.auth import Envelope, Gate, is_loopback
+from mmrl_ray.serving.http_errors import error_response
+from mmrl_ray.serving.limits import KeyLimits
+from mmrl_ray.serving.metrics import GatewayMetrics
+from mmrl_ray.serving.openai_types import ChatRequest
+from mmrl_ray.serving.routes.captions import CaptionRequest, add_captions
+from mmrl_ray.serving.routes.chat import add_chat
+from mmrl_ray.serving.routes.deps import GatewayDeps
+from mmrl_ray.serving.routes.documents import ERRORS, document
+from mmrl_ray.serving.routes.models import add_models
+from mmrl_ray.serving.routes.operations import add_operations
+from mmrl_ray.serving.routes.pictures import Pictures
+from mmrl_ray.serving.routes.rewards import RewardRequest, add_rewards
+from mmrl_ray.serving.routes.score import ScoreRequest, add_score
+from mmrl_ray.serving.routes.tools import Tools
+
+__all__ = ["GatewayDeps", "make_app"]
+
+
+def make_app(deps: GatewayDeps) -> FastAPI:
+    """An ASGI app over these services.
+
+    Raises:
+        ConfigError: keys are missing, or `insecure` on a host that others reach.
+    """
+    settings = deps.settings
+    if deps.insecure and not is_loopback(settings.host):
+        raise ConfigError(f"insecure on serving.host={settings.host!r}: without keys only 127.0.0.1 is served")
+    if not deps.insecure and deps.keys is None:
+        raise ConfigError("the gateway needs a key store, unless it is insecure on a loopback host")
+    metrics = GatewayMetrics()
+    tools = Tools(deps, Pictures(settings), metrics)
+    gate = Middleware(
+        Gate,
+        keys=None if deps.insecure else deps.keys,
+        limits=KeyLimits(settings.rate),
+        max_body_bytes=int(settings.limits.max_body_mb * 2**20),
+    )
+    app = FastAPI(
+        title="mmrl_ray",
+        version=__version__,
+        description="Captions and their rewards. Every path but `/health/live` takes a key as a bearer token.",
+        openapi_url=None,  # served by a route of its own, behind the gate like any other
+        redirect_slashes=False,
+        responses=ERRORS,
+        middleware=[Middleware(Envelope, metrics=metrics), gate],
+        exception_handlers={HTTPException: _refused, RequestValidationError: _refused},
+    )
+    for add in (add_chat, add_captions, add_models, add_rewards, add_score, add_operations):
+        add(app, tools)
+    document(app, [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest])
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return error_response(error)

@@ -1,0 +1,214 @@
+"""Who may come in: what stands between the server and the routes.
+
+    request ──▶ Envelope: an id, every failure as an error object, counts
+            ──▶ Gate: a key, its rate, its requests under way, the size of the body
+            ──▶ routes, each of which says what role it takes
+
+The gate refuses whatever it was not told to let through, so that a route that is added later is closed until a key
+opens it; only liveness is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+
+from fastapi import Depends, Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mmrl_ray.errors import ServingError
+from mmrl_ray.serving.http_errors import CLIENT_GONE, error_response, is_expected, problem, rate_limited
+from mmrl_ray.serving.keys import KeyRecord, KeyRole, KeyStore
+from mmrl_ray.serving.limits import KeyLimits
+from mmrl_ray.serving.metrics import GatewayMetrics
+
+LIVE = "/health/live"
+"""The one path that needs no key."""
+BROWSER_PATHS = ("/docs", "/openapi.json")
+"""A browser, which sends no bearer token, may show these for a key given as the password of HTTP Basic."""
+_CALLER = "mmrl.caller"
+_ANYBODY = "insecure"
+"""What limits call everybody where no key is asked for."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LOG = logging.getLogger(__name__)
+
+
+class Envelope:
+    """Around everything: gives each request an id and turns whatever is raised into an answer."""
+
+    def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        status = CLIENT_GONE  # unless an answer begins
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        began = self._clock()
+        self._metrics.under_way.inc()
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - the boundary: a traceback is for the log, never for a client
+            if not is_expected(error):
+                _LOG.exception("request %s failed", request_id)
+            if status == CLIENT_GONE:
+                await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._metrics.under_way.dec()
+            route = getattr(scope.get("route"), "path", "(none)")
+            self._metrics.answered(scope["method"], route, status, self._clock() - began)
+
+
+class Gate:
+    """Lets in who has a key that works and has not used it up; reads no more of a body than is allowed."""
+
+    def __init__(self, app: ASGIApp, *, keys: KeyStore | None, limits: KeyLimits, max_body_bytes: int) -> None:
+        """Without `keys` everybody gets in who comes to a loopback address by its name."""
+        self._app = app
+        self._keys = keys
+        self._limits = limits
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == LIVE):
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = Headers(scope=scope)
+        caller = await self._caller(scope["path"], headers)
+        scope[_CALLER] = caller
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+        key_id = _ANYBODY if caller is None else caller.id
+        if (refusal := self._limits.enter(key_id)) is not None:
+            raise rate_limited(refusal.message, refusal.retry_after_s)
+        try:
+            await self._app(scope, _capped(receive, self._max_body_bytes), send)
+        finally:
+            self._limits.leave(key_id)
+
+    async def _caller(self, path: str, headers: Headers) -> KeyRecord | None:
+        if self._keys is None:
+            _check_host(headers.get("host", ""))
+            return None
+        browser = path in BROWSER_PATHS
+        key = _key(headers.get("authorization", ""), basic=browser)
+        if key is None:
+            raise _no_key("no key was sent: send the header `Authorization: Bearer mmrl-…`", browser)
+        record = self._keys.cached(key)
+        if record is None:
+            try:
+                record = await asyncio.to_thread(self._keys.verify, key)
+            except ServingError as error:
+                _LOG.error("%s", error)
+                raise problem(
+                    503, "keys cannot be checked now: try again later", code="keys_unavailable", type="server_error"
+                ) from error
+        if record is None:
+            raise _no_key("this key is unknown, expired or revoked", browser)
+        return record
+
+
+def needs(role: KeyRole) -> Callable[[Request], Awaitable[None]]:
+    """A dependency of routes that take `role`."""
+
+    async def check(request: Request) -> None:
+        caller: KeyRecord | None = request.scope[_CALLER]
+        if caller is not None and not caller.allows(role):
+            raise problem(
+                403,
+                f"this key has the role {', '.join(sorted(caller.roles))}, and this path takes {role}",
+                code="forbidden",
+                type="permission_error",
+            )
+
+    return check
+
+
+INFER = Depends(needs("infer"))
+"""Of routes that ask the policy or the reward."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, as one writes it to listen on, is this machine alone."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _key(authorization: str, *, basic: bool) -> str | None:
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip() or None
+    if basic and scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode("latin-1").partition(":")[2] or None
+        except binascii.Error:
+            return None
+    return None
+
+
+def _no_key(message: str, browser: bool) -> Exception:
+    scheme = 'Basic realm="mmrl", charset="UTF-8"' if browser else 'Bearer realm="mmrl"'
+    return problem(
+        401, message, code="invalid_api_key", type="authentication_error", headers={"www-authenticate": scheme}
+    )
+
+
+def _check_host(host: str) -> None:
+    """Refuses names that a stranger's web page had made to point here."""
+    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+    if not is_loopback(name):
+        raise problem(
+            403,
+            f"without keys only loopback names are answered, not {name[:64]!r}",
+            code="forbidden",
+            type="permission_error",
+        )
+
+
+def _capped(receive: Receive, max_bytes: int) -> Receive:
+    """The same messages, until their bodies are together too large."""
+    so_far = 0
+
+    async def capped() -> Message:
+        nonlocal so_far
+        message = await receive()
+        so_far += len(message.get("body", b""))
+        if so_far > max_bytes:
+            raise _too_large(max_bytes)
+        return message
+
+    return capped
+
+
+def _too_large(max_bytes: int) -> Exception:
+    return problem(413, f"the body is larger than {max_bytes:,} bytes, the most accepted", code="body_too_large")

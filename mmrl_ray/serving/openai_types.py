@@ -1,0 +1,207 @@
+"""OpenAI's chat completions as far as they are served here: what comes in.
+
+It is strict: a parameter that would change the answer and is not served here is refused, one that changes
+nothing is taken and ignored, and one that nobody knows is refused too, for it is most likely misspelt.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.serving.http_errors import TAG
+from mmrl_ray.serving.protocols import Role
+
+_GREEDY_BELOW = 1e-3
+"""A temperature so low that only rounding errors would compete with the likeliest token."""
+_SEEDS = 2**64
+
+
+class Strict(BaseModel):
+    """What a client sends."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _list_tag(value: Any) -> str:
+    return TAG + ("list" if isinstance(value, list) else "text")
+
+
+TextOrTexts = Annotated[
+    Annotated[str, Tag(TAG + "text")] | Annotated[list[str], Tag(TAG + "list")], Discriminator(_list_tag)
+]
+
+
+class Sampled(Strict):
+    """How completions are drawn."""
+
+    n: Annotated[int | None, Field(ge=1)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**64)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    """0 takes the likeliest token."""
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=0, le=2**31)] = None
+    """Not OpenAI's; 0 keeps every token."""
+    min_tokens: Annotated[int | None, Field(ge=0)] = None
+    """Not OpenAI's."""
+    stop: TextOrTexts | None = None
+    """Up to 4 texts that end a completion and are not part of it."""
+
+    @model_validator(mode="after")
+    def _stops_fit(self) -> Self:
+        if len(self.stops) > 4 or not all(self.stops):
+            raise ValueError("stop: send up to 4 texts, none of them empty")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop`, always as several."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(self, max_tokens: int, temperature: float) -> SamplingParams:
+        """What the policy is asked for; `temperature` where the request names none. Without a seed, a random one."""
+        chosen = temperature if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        greedy = chosen < _GREEDY_BELOW or top_p == 0
+        return SamplingParams(
+            temperature=1.0 if greedy else chosen,
+            max_new_tokens=max_tokens,
+            min_new_tokens=min(self.min_tokens or 0, max_tokens),
+            top_k=self.top_k or 0,
+            top_p=1.0 if greedy else top_p,
+            greedy=greedy,
+            stop=self.stops,
+            seed=secrets.randbits(63) if self.seed is None else self.seed % _SEEDS,
+        )
+
+
+class ImageUrl(Strict):
+    """Where a picture is."""
+
+    url: str
+    """`data:image/png;base64,…`, or an `https://` URL where the server allows it."""
+    detail: Literal["auto", "low", "high"] | None = None
+    """Taken and ignored: the model's processor decides."""
+
+
+class TextPart(Strict):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Strict):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _part_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return TAG + str(kind)
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag(TAG + "text")] | Annotated[ImagePart, Tag(TAG + "image_url")],
+    Discriminator(
+        _part_tag,
+        custom_error_type="unknown_part",
+        custom_error_message='type must be "text" or "image_url"',
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag(TAG + "text")] | Annotated[list[Part], Tag(TAG + "list")], Discriminator(_list_tag)
+]
+
+
+class Message(Strict):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = None
+    """Taken and ignored."""
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """`content`, always as parts."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+    @property
+    def turn_role(self) -> Role:
+        """As the policy knows it."""
+        return "system" if self.role == "developer" else self.role
+
+
+class StreamOptions(Strict):
+    """What a stream holds beside text."""
+
+    include_usage: bool | None = None
+    """End with a chunk that counts the tokens."""
+    include_obfuscation: bool | None = None
+    """Taken and ignored."""
+
+
+class TextFormat(Strict):
+    """The only format there is."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Sampled):
+    """`POST /v1/chat/completions`."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    """OpenAI's newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    """Log-probabilities of the distribution that was drawn from."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Served only with the value that changes nothing.
+    top_logprobs: Annotated[Literal[0] | None, Field(description="Not served.")] = None
+    frequency_penalty: Annotated[float | None, Field(ge=0, le=0, description="Not served.")] = None
+    presence_penalty: Annotated[float | None, Field(ge=0, le=0, description="Not served.")] = None
+    logit_bias: Annotated[dict[str, float] | None, Field(max_length=0, description="Not served.")] = None
+    tools: Annotated[list[Any] | None, Field(max_length=0, description="Not served.")] = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, Field(description="Not served.")] = None
+    functions: Annotated[list[Any] | None, Field(max_length=0, description="Not served.")] = None
+    function_call: Annotated[Literal["none", "auto"] | None, Field(description="Not served.")] = None
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+
+    # Taken and ignored: they change no answer.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    parallel_tool_calls: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are two names of one limit: send one of them")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with `stream: true`")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens of a completion, under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

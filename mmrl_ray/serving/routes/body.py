@@ -1,0 +1,90 @@
+"""Reads bodies: within the time a request has, JSON that names what is wrong with it, forms with one file."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from mmrl_ray.config.serving import MAX_ITEMS
+from mmrl_ray.serving.http_errors import invalid_body, problem
+
+Body = TypeVar("Body", bound=BaseModel)
+
+_FORM_FIELDS = 32
+_MOST_COMMAS = 10 * MAX_ITEMS
+"""Or brackets: parsing millions of small values holds everybody up for seconds, and pictures have neither."""
+_MOST_PROBLEMS = 100
+"""To list more of them takes longer than they are worth."""
+
+
+def is_json(request: Request) -> bool:
+    """Whether the body is said to be JSON."""
+    mime = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return mime == "application/json" or mime.endswith("+json")
+
+
+async def read_json(request: Request, model: type[Body], timeout_s: float) -> Body:
+    """The body as `model`. One strict parser reads it: no NaN, no half characters, no nesting without end.
+
+    Raises:
+        HTTPException: 400, 408, 413 or 415.
+    """
+    if not is_json(request):
+        raise problem(415, "send JSON, with the header `content-type: application/json`", code="unsupported_media_type")
+    async with _in_time(timeout_s):
+        raw = await request.body()
+    if raw.count(b",") > _MOST_COMMAS or raw.count(b"[") > _MOST_COMMAS:
+        raise problem(400, "the body has too many values", code="above_limit")
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        if error.error_count() > _MOST_PROBLEMS:
+            raise problem(400, f"the body has {error.error_count():,} mistakes", code="invalid_value") from None
+        raise invalid_body(error.errors(include_url=False)) from error
+
+
+async def read_form(
+    request: Request, model: type[Body], file: str, timeout_s: float, max_file_bytes: int
+) -> tuple[Body, bytes]:
+    """The fields of a multipart body as `model`, and its one file.
+
+    Raises:
+        HTTPException: 400, 408, 413 or 415.
+    """
+    mime = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if mime != "multipart/form-data":
+        raise problem(415, f"send multipart/form-data with a file `{file}`, or JSON", code="unsupported_media_type")
+    try:
+        async with _in_time(timeout_s), request.form(max_files=2, max_fields=_FORM_FIELDS) as form:
+            uploads = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+            if [name for name, _ in uploads] != [file]:
+                raise problem(400, f"{file}: send one file of this name", code="invalid_value", param=file)
+            fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+            data = await uploads[0][1].read(max_file_bytes + 1)
+    except HTTPException:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # The parser lets through what broken headers make its helpers raise.
+        raise problem(
+            400, "the form cannot be read: its parts or their headers are broken", code="invalid_form"
+        ) from error
+    try:
+        return model.model_validate_strings(fields), data
+    except ValidationError as error:
+        raise invalid_body(error.errors(include_url=False)) from error
+
+
+@contextlib.asynccontextmanager
+async def _in_time(timeout_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise problem(408, f"the body did not arrive within {timeout_s:g} s", code="request_timeout") from None

@@ -1,0 +1,78 @@
+"""For whoever runs the gateway: health, metrics, version, documentation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+from fastapi import FastAPI, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from mmrl_ray import __version__
+from mmrl_ray.serving.auth import LIVE
+from mmrl_ray.serving.http_errors import problem
+from mmrl_ray.serving.routes.documents import json_answer
+from mmrl_ray.serving.routes.tools import Tools
+
+_READY_S = 5.0
+"""A service that has not said by then that it is ready is not."""
+
+
+class Status(BaseModel):
+    """How the gateway is."""
+
+    status: str
+
+
+class Version(BaseModel):
+    """What runs here."""
+
+    name: str
+    version: str
+
+
+def add_operations(app: FastAPI, tools: Tools) -> None:
+    """Routes that any key opens, and liveness, which needs none."""
+
+    @app.get(LIVE, response_model=Status, tags=["operations"], summary="The gateway runs")
+    async def live() -> Response:
+        return json_answer(Status(status="live"))
+
+    @app.get(
+        "/health/ready", response_model=Status, tags=["operations"], summary="The model is warm and the reward answers"
+    )
+    async def ready() -> Response:
+        checks = {"policy": _within_deadline(tools.deps.policy.ready())}
+        if tools.deps.reward is not None:
+            checks["reward"] = _within_deadline(tools.deps.reward.ready())
+        found = dict(zip(checks, await asyncio.gather(*checks.values()), strict=True))
+        if missing := [name for name, is_ready in found.items() if not is_ready]:
+            message = f"not ready: {' and '.join(missing)}"
+            raise problem(503, message, code="not_ready", type="server_error")
+        return json_answer(Status(status="ready"))
+
+    @app.get("/metrics", response_class=Response, tags=["operations"], summary="Counts for Prometheus, of this replica")
+    async def metrics() -> Response:
+        return Response(tools.metrics.exposition(), headers={"content-type": tools.metrics.content_type})
+
+    @app.get("/version", response_model=Version, tags=["operations"], summary="What runs here")
+    async def version() -> Response:
+        return json_answer(Version(name="mmrl_ray", version=__version__))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return JSONResponse(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="openapi.json", title=app.title)
+
+
+async def _within_deadline(check: Awaitable[bool]) -> bool:
+    try:
+        async with asyncio.timeout(_READY_S):
+            return await check
+    except Exception:  # noqa: BLE001 - whatever is wrong with a service, it is not ready
+        return False

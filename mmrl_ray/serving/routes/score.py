@@ -1,0 +1,169 @@
+"""`POST /v1/score` in vLLM's shape: one number a pair.
+
+Here a query is a picture with its references, and a document is a caption of it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+
+from mmrl_ray.errors import UnknownModelError
+from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.http_errors import TAG, problem
+from mmrl_ray.serving.names import REWARD
+from mmrl_ray.serving.openai_answers import Usage
+from mmrl_ray.serving.openai_types import ImagePart, Part, Strict
+from mmrl_ray.serving.protocols import RewardItem
+from mmrl_ray.serving.routes.body import read_json
+from mmrl_ray.serving.routes.documents import json_answer, takes_json
+from mmrl_ray.serving.routes.rewards import check_texts, score_items, served_reward
+from mmrl_ray.serving.routes.tools import Tools, at_most
+from mmrl_ray.serving.routes.work import for_client
+
+
+class MultimodalInput(Strict):
+    """Texts and pictures together."""
+
+    content: Annotated[list[Part], Field(min_length=1)]
+
+
+def _tag(value: Any) -> str:
+    if isinstance(value, list):
+        return TAG + "list"
+    return TAG + ("text" if isinstance(value, str) else "content")
+
+
+One = Annotated[
+    Annotated[str, Tag(TAG + "text")] | Annotated[MultimodalInput, Tag(TAG + "content")], Discriminator(_tag)
+]
+Side = Annotated[
+    Annotated[str, Tag(TAG + "text")]
+    | Annotated[MultimodalInput, Tag(TAG + "content")]
+    | Annotated[list[One], Tag(TAG + "list")],
+    Discriminator(_tag),
+]
+_NAMES = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"))
+
+
+class ScoreRequest(Strict):
+    """One query for one or several documents, or as many of both; under newer or older names."""
+
+    model: str | None = None
+    """`reward`, or what an answer calls it."""
+    queries: Side | None = None
+    """Text parts are references of the picture; a text alone is one reference."""
+    documents: Side | None = None
+    """Captions."""
+    text_1: Side | None = None
+    text_2: Side | None = None
+    data_1: Side | None = None
+    data_2: Side | None = None
+    user: Any = None
+    """Taken and ignored."""
+
+    @model_validator(mode="after")
+    def _one_pair(self) -> Self:
+        sent = {name for pair in _NAMES for name in pair if getattr(self, name) is not None}
+        if not any(sent == set(pair) for pair in _NAMES):
+            raise ValueError("send `queries` and `documents` (or `text_1` and `text_2`, or `data_1` and `data_2`)")
+        queries, documents = len(self.sides[0]), len(self.sides[1])
+        if not documents or queries not in (1, documents):
+            raise ValueError(f"{queries} queries and {documents} documents: send one query, or as many as documents")
+        return self
+
+    @property
+    def sides(self) -> tuple[list[str | MultimodalInput], list[str | MultimodalInput]]:
+        """Queries and documents, always as several."""
+        for pair in _NAMES:
+            left, right = (getattr(self, name) for name in pair)
+            if left is not None and right is not None:
+                return _several(left), _several(right)
+        raise AssertionError("one pair was sent")
+
+
+class ScoreOfPair(BaseModel):
+    """One number."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class Scores(BaseModel):
+    """One for each document."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[ScoreOfPair]
+    usage: Usage
+    """All 0: the reward has no tokens of its own."""
+
+
+def add_score(app: FastAPI, tools: Tools) -> None:
+    """The route."""
+
+    @app.post(
+        "/v1/score",
+        response_model=Scores,
+        tags=["reward"],
+        dependencies=[INFER],
+        summary="Score captions as vLLM does",
+        **takes_json(ScoreRequest),
+    )
+    async def score(request: Request) -> Response:
+        service = served_reward(tools)
+        body = await read_json(request, ScoreRequest, tools.timeout_s)
+        queries, documents = body.sides
+        references, urls = zip(*map(_texts_and_urls, queries), strict=True)
+        captions = [_caption(document) for document in documents]
+        at_most("queries", max(map(len, urls)), tools.limits.max_images, "images")
+        check_texts(tools, [(captions, [], ""), *(([], texts, "") for texts in references)])
+        # One query holds all captions of its picture; several hold one each.
+        groups = [tuple(captions)] if len(queries) == 1 else [(caption,) for caption in captions]
+        items = [
+            RewardItem(await tools.pictures.at(urls[i]), group, tuple(references[i])) for i, group in enumerate(groups)
+        ]
+        async with for_client(request.receive, tools.timeout_s):
+            scored = await score_items(tools, service, items)
+        if body.model not in (None, REWARD, scored.reward):
+            raise UnknownModelError(f"no reward {body.model[:64]!r} is served here: send `{REWARD}`, or no model")
+        totals = [breakdown.total for breakdowns in scored.breakdowns for breakdown in breakdowns]
+        answer = Scores(
+            id=f"score-{secrets.token_hex(12)}",
+            object="list",
+            created=int(time.time()),
+            model=scored.reward,
+            data=[ScoreOfPair(index=i, object="score", score=total) for i, total in enumerate(totals)],
+            usage=Usage.of(0, 0),
+        )
+        return json_answer(answer)
+
+
+def _several(side: str | MultimodalInput | list[str | MultimodalInput]) -> list[str | MultimodalInput]:
+    return side if isinstance(side, list) else [side]
+
+
+def _texts_and_urls(one: str | MultimodalInput) -> tuple[list[str], list[str]]:
+    if isinstance(one, str):
+        return [one], []
+    texts = [part.text for part in one.content if not isinstance(part, ImagePart)]
+    return texts, [part.image_url.url for part in one.content if isinstance(part, ImagePart)]
+
+
+def _caption(document: str | MultimodalInput) -> str:
+    texts, urls = _texts_and_urls(document)
+    if urls:
+        raise problem(
+            400,
+            "documents: a document is a caption, and its picture belongs into the query",
+            code="invalid_value",
+            param="documents",
+        )
+    return "".join(texts)

@@ -1,0 +1,116 @@
+"""Policy and reward as the gateway sees them, over Serve handles."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from ray.serve.exceptions import ReplicaUnavailableError
+
+from mmrl_ray.errors import ServingError
+from mmrl_ray.serving.handle_errors import ATTEMPTS, FIRST_WAIT_S, project_error, replica_lost
+from mmrl_ray.serving.names import POLICY, REWARD
+from mmrl_ray.serving.protocols import (
+    Delta,
+    Generated,
+    GenerateRequest,
+    ModelInfo,
+    RewardItem,
+    Scored,
+    Served,
+)
+
+
+class ServePolicy:
+    """`PolicyService` over the handle of the policy deployment."""
+
+    def __init__(self, handle: Any) -> None:
+        self._generate = handle.generate
+        self._stream = handle.options(method_name="stream", stream=True)
+        self._models = handle.models
+        self._ready = handle.ready
+
+    async def generate(self, request: GenerateRequest) -> Generated:
+        """See `PolicyService`."""
+        return await _call(POLICY, self._generate.remote, request)
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
+        """See `PolicyService`. Goes to another replica only while nothing has come yet."""
+        for attempt in range(ATTEMPTS):
+            response = self._stream.remote(request)
+            began = False
+            try:
+                async for item in response:
+                    began = True
+                    yield item
+                return
+            except (asyncio.CancelledError, Exception) as error:
+                found = _not_ours(error, POLICY)
+                if began and replica_lost(found):
+                    raise ServingError("the replica that streamed this answer was lost: ask again") from error
+                await _wait_or_raise(found, POLICY, attempt)
+            finally:
+                response.cancel()  # a finished one takes no notice
+
+    async def models(self) -> list[ModelInfo]:
+        """See `PolicyService`."""
+        return await _call(POLICY, self._models.remote)
+
+    async def ready(self) -> bool:
+        """See `PolicyService`."""
+        return await _call(POLICY, self._ready.remote)
+
+
+class ServedReward:
+    """`RewardService` over the handle of the reward deployment."""
+
+    def __init__(self, handle: Any) -> None:
+        self._score = handle.score
+        self._describe = handle.describe
+        self._ready = handle.ready
+
+    async def score(self, items: tuple[RewardItem, ...]) -> Scored:
+        """See `RewardService`."""
+        return await _call(REWARD, self._score.remote, items)
+
+    async def describe(self) -> Mapping[str, str]:
+        """See `RewardService`."""
+        return await _call(REWARD, self._describe.remote)
+
+    async def ready(self) -> bool:
+        """See `RewardService`."""
+        return await _call(REWARD, self._ready.remote)
+
+
+async def _call(who: str, remote: Callable[..., Any], *arguments: Any) -> Any:
+    """One call, again where its replica was lost; cancelling it cancels the replica's work."""
+    for attempt in range(ATTEMPTS):
+        response = remote(*arguments)
+        try:
+            return await response
+        except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - becomes the project's own
+            response.cancel()
+            await _wait_or_raise(_not_ours(error, who), who, attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _not_ours(error: BaseException, who: str) -> Exception:
+    """An error to deal with; raises the cancellation of this very task.
+
+    Serve also reports as cancelled what a replica let go of as it ended, with nobody here having cancelled anything.
+    """
+    if not isinstance(error, asyncio.CancelledError):
+        assert isinstance(error, Exception)
+        return error
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        raise error
+    return ReplicaUnavailableError(who)
+
+
+async def _wait_or_raise(error: Exception, who: str, attempt: int) -> None:
+    """Before another attempt, if another replica may do better."""
+    if not replica_lost(error) or attempt + 1 == ATTEMPTS:
+        raise project_error(error, who) from error
+    await asyncio.sleep(FIRST_WAIT_S * 2**attempt)

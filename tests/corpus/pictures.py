@@ -1,0 +1,127 @@
+"""Encoded pictures: broken, enormous or of a wrong kind, and odd ones that are pictures nevertheless."""
+
+from __future__ import annotations
+
+import functools
+import struct
+import zlib
+from collections.abc import Callable
+
+from PIL import Image
+
+from tests.unit.data.pictures import encode, picture, png, png_chunk
+
+Make = Callable[[], bytes]
+
+SMALL = (24, 16)
+"""Width and height of the odd ones, after they were turned upright."""
+
+
+def _header_only(kind: str, width: int, height: int) -> bytes:
+    """A file of a few bytes that announces a picture of any size."""
+    if kind == "PNG":
+        return png(width, height, 8, 2, b"\0" * 1000)
+    if kind == "GIF":
+        return b"GIF89a" + struct.pack("<HH", width, height) + b"\0\0\0," + struct.pack("<4H", 0, 0, width, height)
+    if kind == "WEBP":
+        body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0"
+        body += (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little") + b"\0" * 32
+        return b"RIFF" + struct.pack("<I", len(body)) + body
+    data = bytearray(encode(Image.new("RGB", (16, 16)), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def _text_bomb() -> bytes:
+    """A small PNG with compressed text that unpacks to 80 MB."""
+    packed = zlib.compress(b"a" * 80_000_000)
+    return png(8, 8, 8, 2, b"\0" * 200, png_chunk(b"zTXt", b"Comment\0\0" + packed))
+
+
+def many_scans(count: int, side: int, *, between: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes again and again: each one goes through the whole picture."""
+    data = encode(Image.new("L", (side, side), 77), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + (between + scan) * count + b"\xff\xd9"
+
+
+def _tiff() -> bytes:
+    return encode(Image.new("RGB", (4, 4)), "TIFF")
+
+
+def _fits() -> bytes:
+    cards = (
+        "SIMPLE  =                    T",
+        "BITPIX  =                    8",
+        "NAXIS   =                    0",
+        "END",
+    )
+    return "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+
+
+BAD: dict[str, Make] = {
+    "empty": lambda: b"",
+    "text": lambda: b"hello",
+    "truncated-png": lambda: picture(1, "PNG", (64, 64))[:70],
+    "truncated-jpeg": lambda: picture(1, "JPEG", (64, 64))[:400],
+    "truncated-webp": lambda: picture(1, "WEBP", (64, 64))[:40],
+    "truncated-gif": lambda: picture(1, "GIF", (64, 64))[:30],
+    "png-signature-alone": lambda: b"\x89PNG\r\n\x1a\n",
+    "png-wrong-checksum": lambda: picture(1)[:40] + b"\xff" + picture(1)[41:],
+    "svg": lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    "svg-entities": lambda: b"<?xml version='1.0'?><!DOCTYPE x [<!ENTITY a 'aaaa'>]><svg>&a;</svg>",
+    "tiff": _tiff,
+    "fits": _fits,
+    "bmp": lambda: encode(Image.new("RGB", (4, 4)), "BMP"),
+    "pdf": lambda: b"%PDF-1.7\n",
+    "postscript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "html": lambda: b"<!DOCTYPE html><html></html>",
+    "zip": lambda: b"PK\3\4" + b"\0" * 100,
+    "pickle": lambda: b"\x80\x04cposix\nsystem\n(S'true'\ntR.",
+    "1x100000": lambda: png(1, 100_000, 8, 0, b"\0\0" * 100_000),
+    "100000x1": lambda: png(100_000, 1, 8, 0, b"\0" * 100_001),
+    "strip": lambda: png(1, 201, 8, 0, b"\0\0" * 201),
+    "empty-png": lambda: png(0, 5, 8, 0, b""),
+    "30000x30000-png": lambda: _header_only("PNG", 30_000, 30_000),
+    "16000x16000-png": lambda: png(16_000, 16_000, 1, 0, b"\0" * 2001 * 16_000),
+    "30000x30000-gif": lambda: _header_only("GIF", 30_000, 30_000),
+    "16384x16384-webp": lambda: _header_only("WEBP", 16_384, 16_384),
+    "30000x30000-jpeg": lambda: _header_only("JPEG", 30_000, 30_000),
+    "jpeg-of-20000-scans": lambda: many_scans(20_000, 4000),
+    "jpeg-whose-scans-hide-behind-an-end": lambda: many_scans(500, 4000, between=b"\xff\xfe\0\4\xff\xd9"),
+    "jpeg-of-100000-comments": lambda: b"\xff\xd8" + b"\xff\xfe\0\2" * 100_000 + _as("RGB", "JPEG")[2:],
+    "png-text-bomb": _text_bomb,
+}
+"""Each is an `ImageError`."""
+
+
+def _exif_turned() -> bytes:
+    turned = Image.new("RGB", (SMALL[1], SMALL[0]), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(turned, "JPEG", exif=exif)
+
+
+def _animated() -> bytes:
+    frames = [Image.new("RGB", SMALL, (255, 0, 0)), *(Image.new("RGB", SMALL, (0, 0, n)) for n in range(1, 200))]
+    return encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=1)
+
+
+def _as(mode: str, kind: str) -> bytes:
+    return encode(Image.new("RGB", SMALL, (255, 0, 0)).convert(mode), kind)
+
+
+ODD: dict[str, Make] = {
+    "animated-gif": _animated,
+    "cmyk-jpeg": functools.partial(_as, "CMYK", "JPEG"),
+    "palette-png": functools.partial(_as, "P", "PNG"),
+    "rgba-png": functools.partial(_as, "RGBA", "PNG"),
+    "rgba-webp": functools.partial(_as, "RGBA", "WEBP"),
+    "16-bit-png": lambda: png(*SMALL, 16, 2, (b"\0" + b"\xff\xff\0\0\0\0" * SMALL[0]) * SMALL[1]),
+    "exif-rotated-jpeg": _exif_turned,
+    "progressive-jpeg": lambda: encode(Image.new("RGB", SMALL, (255, 0, 0)), "JPEG", progressive=True),
+    "jpeg-with-a-film-behind-it": lambda: _as("RGB", "JPEG") + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\1" * 1000,
+    "jpeg-with-marks-in-a-comment": lambda: b"\xff\xd8\xff\xfe\x0f\xa2" + b"\xff\xda" * 2000 + _as("RGB", "JPEG")[2:],
+}
+"""Each is a plain red picture of size `SMALL`."""

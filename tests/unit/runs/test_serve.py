@@ -1,0 +1,92 @@
+"""What `mmrl serve` is pointed at, and whom it lets in without keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmrl_ray.config.serving import ServeConfig
+from mmrl_ray.errors import ConfigError
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.serve import first_key, greeting, serve, serving_config
+from mmrl_ray.runs.target import STATISTICS
+
+CONFIG = """
+run: {{name: {name}, root: {root}}}
+model: {{path: {base}}}
+data: {{train: x, prompt: Say it.}}
+learner: {{steps: 1}}
+"""
+
+
+def make_run(root: Path, name: str, base: str = "some/base") -> str:
+    run = RunDir.create(root, name)
+    run.write_text("config.yaml", CONFIG.format(name=name, root=root, base=base))
+    run.write_text(STATISTICS, "{}")
+    return run.location
+
+
+def test_a_run_is_an_adapter_on_its_base_with_its_reward(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "one")
+    cfg = serving_config([run])
+    assert (cfg.model.path, cfg.adapters, cfg.prompt) == ("some/base", {"one": run}, "Say it.")
+    assert cfg.statistics == f"{run}/{STATISTICS}"
+    assert cfg.reward is not None
+
+
+def test_several_runs_of_one_base_go_together_and_others_do_not(tmp_path: Path) -> None:
+    one, two, other = make_run(tmp_path, "one"), make_run(tmp_path, "two"), make_run(tmp_path, "far", "another/base")
+    assert serving_config([one, two]).adapters == {"one": one, "two": two}
+    with pytest.raises(ConfigError, match=r"trained on another/base, not on some/base"):
+        serving_config([one, other])
+    with pytest.raises(ConfigError, match="two runs are called one"):
+        serving_config([one, one])
+    with pytest.raises(ConfigError, match="two models"):
+        serving_config(["some/base", "another/base"])
+
+
+def test_a_model_alone_has_no_reward(tmp_path: Path) -> None:
+    cfg = serving_config(["some/base"])
+    assert (cfg.model.path, cfg.adapters, cfg.reward) == ("some/base", {}, None)
+
+
+def test_overrides_and_then_host_and_port_win(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: {path: b}\nreward: null\nserving: {port: 1, max_rank: 5}\n")
+    cfg = serving_config([str(file)], ["serving.port=2", "serving.max_rank=7"], port=3, host="0.0.0.0")
+    assert (cfg.serving.port, cfg.serving.max_rank, cfg.serving.host) == (3, 7, "0.0.0.0")
+
+
+def test_a_reward_without_its_statistics_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: {path: b}\n")
+    with pytest.raises(ConfigError, match="statistics"):
+        serving_config([str(file)])
+    rouge = ["reward.parts.r.kind=rouge_l", "reward.weights.r=1.0"]
+    assert serving_config([str(file)], rouge).statistics is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com"])
+def test_without_keys_only_on_loopback(host: str) -> None:
+    with pytest.raises(ConfigError, match="loopback address only"):
+        serve(["some/base"], host=host, insecure=True, print_config=True)
+
+
+def test_without_keys_only_on_a_local_ray_and_without_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="local Ray"):
+        serve(["some/base"], address="10.0.0.1:6379", insecure=True, print_config=True)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(ConfigError, match="HAProxy"):
+        serve(["some/base"], insecure=True, print_config=True)
+
+
+def test_the_first_key_is_made_once(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path / 'keys.db'}"
+    cfg = ServeConfig.model_validate({"model": {"path": "b"}, "reward": None, "serving": {"database": database}})
+    first = "\n".join(greeting(cfg, insecure=False))
+    assert "Bearer mmrl-" in first
+    assert first_key(database) is None
+    again = "\n".join(greeting(cfg, insecure=False))
+    assert "mmrl-" not in again
+    assert "$MMRL_API_KEY" in again

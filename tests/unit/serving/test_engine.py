@@ -1,0 +1,447 @@
+"""The engine without Ray: answers as Hugging Face gives them, coming and going, limits, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmrl_ray.config.model import ModelSection
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import (
+    ConfigError,
+    ContextLengthError,
+    DataError,
+    ImageError,
+    OverloadedError,
+    ServingError,
+    UnknownModelError,
+)
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
+from mmrl_ray.policy.decode import Decoder
+from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
+from mmrl_ray.serving import engine as engine_module
+from mmrl_ray.serving.engine import Engine
+from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, Served, Turn
+from tests.support.tiny_models import FAMILIES, build_family, image_bytes
+
+DEADLINE_S = 60.0
+PROMPT = "describe the image ."
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def find(family: str = "llava") -> Path:
+        if family not in made:
+            made[family] = build_family(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return find
+
+
+def load(path: Path) -> Policy:
+    return load_policy(ModelSection(path=str(path), dtype="float32"), device="cpu")
+
+
+@contextmanager
+def started(policy: Policy, **settings: Any) -> Iterator[Engine]:
+    values = {"vision_cache_bytes": 1 << 22, "max_rows": 16, "max_queue": 32, "timeout_s": DEADLINE_S, **settings}
+    engine = Engine(policy, None, model_id="tiny", created=5, **values)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture
+def policy(folder: Callable[..., Path]) -> Policy:
+    return load(folder())
+
+
+def ask(
+    picture: int = 0,
+    *,
+    n: int = 1,
+    tokens: int = 10,
+    prompt: str = PROMPT,
+    size: tuple[int, int] = (64, 64),
+    **sampling: Any,
+) -> GenerateRequest:
+    """About a picture of its own."""
+    params = {"greedy": True, "max_new_tokens": tokens, **sampling}
+    turns = (Turn("user", (0, prompt)),)
+    return GenerateRequest(
+        f"r{picture}", "tiny", turns, (image_bytes(*size, seed=picture),), SamplingParams(**params), n
+    )
+
+
+def by_transformers(policy: Policy, request: GenerateRequest) -> list[int]:
+    """Greedy tokens by Hugging Face `generate`, on the one prompt alone."""
+    text = request.turns[0].parts[1]
+    assert isinstance(text, str)
+    [prompt] = encode_prompts(policy, [Sample("s", request.images, text)])
+    inputs = {n: value[None] if n in PER_TOKEN else value for n, value in prompt.model_inputs.items()}
+    if policy.hf_model.config.model_type in ("llava", "internvl", "smolvlm"):
+        inputs.pop("mm_token_type_ids", None)
+    ids = prompt.input_ids[None]
+    out = policy.hf_model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        suppress_tokens=list(policy.image_token_ids),
+        eos_token_id=list(policy.eos_token_ids),
+        pad_token_id=policy.pad_token_id,
+        max_new_tokens=request.sampling.max_new_tokens,
+        **inputs,
+    )
+    return out[0, ids.shape[1] :].tolist()
+
+
+def run(work: Awaitable[Any]) -> Any:
+    async def within() -> Any:
+        return await asyncio.wait_for(work, DEADLINE_S)
+
+    return asyncio.run(within())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def tokens_of(made: Generated, choice: int = 0) -> list[int]:
+    return [token.token_id for token in made.choices[choice].tokens]
+
+
+async def read(stream: AsyncIterator[Served | Delta]) -> tuple[Served, list[Delta]]:
+    items = [item async for item in stream]
+    assert isinstance(items[0], Served)
+    return items[0], [item for item in items[1:] if isinstance(item, Delta)]
+
+
+class Gate:
+    """Holds the decode thread at a step until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        step = Decoder.step
+        self.reached = threading.Event()
+
+        def held(decoder: Decoder, *args: Any) -> Any:
+            self.reached.set()
+            assert self._open.wait(DEADLINE_S)
+            return step(decoder, *args)
+
+        monkeypatch.setattr(Decoder, "step", held)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+# -- what is answered --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_what_generate_gives_alone_and_under_load(family: str, folder: Callable[..., Path]) -> None:
+    policy = load(folder(family))
+    sizes = ((64, 64), (96, 64), (64, 128))
+    requests = [ask(i, tokens=6 + i % 4, size=sizes[i % 3], prompt=PROMPT * (1 + i % 2)) for i in range(8)]
+    expected = [by_transformers(policy, request) for request in requests]
+
+    async def work(engine: Engine) -> None:
+        alone = await engine.generate(requests[0])
+        assert tokens_of(alone) == expected[0]
+        # Some come while others run, some sample, some are streamed, some are given up.
+        others = [asyncio.create_task(engine.generate(ask(90 + i, n=3, greedy=False, seed=i))) for i in range(3)]
+        first = [asyncio.create_task(engine.generate(request)) for request in requests[:4]]
+        await until(lambda: engine.stats()["running_requests"] > 0)
+        others.pop().cancel()
+        second = [asyncio.create_task(engine.generate(request)) for request in requests[4:]]
+        _, deltas = await read(engine.stream(requests[1]))
+        assert [token.token_id for delta in deltas for token in delta.tokens] == expected[1]
+        assert [tokens_of(made) for made in await asyncio.gather(*first, *second)] == expected
+        await asyncio.gather(*others)
+
+    with started(policy) as engine:
+        run(work(engine))
+        stats = engine.stats()
+    assert stats["decode_passes"] < sum(len(tokens) for tokens in expected), "requests share passes"
+    assert stats["images_encoded"] >= 8
+    assert stats["vision_cache_hits"] >= 1
+
+
+def test_an_answer_is_whole(policy: Policy) -> None:
+    with started(policy) as engine:
+        request = ask(n=3, greedy=False, seed=4, temperature=1.5, tokens=12)
+        made = run(engine.generate(request))
+        again = run(engine.generate(request))
+        models = run(engine.models())
+        assert run(engine.ready())
+    assert made == again, "a seed decides"
+    assert [choice.index for choice in made.choices] == [0, 1, 2]
+    assert len({choice.text for choice in made.choices}) > 1
+    [prompt] = encode_prompts(policy, [Sample("s", request.images, PROMPT)])
+    assert made.served == Served("tiny", 0, prompt.input_ids.numel())
+    for choice in made.choices:
+        ids = [token.token_id for token in choice.tokens]
+        assert choice.text == policy.tokenizer.decode(ids, skip_special_tokens=True)
+        assert choice.finish_reason == ("stop" if ids[-1] in policy.eos_token_ids else "length")
+        assert all(token.logprob <= 0 for token in choice.tokens)
+        texts = [policy.tokenizer.decode([i], skip_special_tokens=True) for i in ids]
+        assert [token.text for token in choice.tokens] == texts
+    assert [(m.id, m.created, m.root, m.parent, m.version) for m in models] == [("tiny", 5, "tiny", None, 0)]
+    assert not run(engine.ready())
+
+
+def test_a_stream_adds_up_to_the_answer(policy: Policy) -> None:
+    async def work(engine: Engine) -> None:
+        free = (await engine.generate(ask(greedy=False, seed=1, temperature=5.0))).choices[0].text
+        stop = free[len(free) // 2 : len(free) // 2 + 4]
+        for request in (ask(n=3, greedy=False, seed=2), ask(greedy=False, seed=1, temperature=5.0, stop=(stop,))):
+            whole = await engine.generate(request)
+            served, deltas = await read(engine.stream(request))
+            assert served == whole.served
+            for choice in whole.choices:
+                mine = [delta for delta in deltas if delta.index == choice.index]
+                assert "".join(delta.text for delta in mine) == choice.text
+                assert sum((delta.tokens for delta in mine), ()) == choice.tokens
+                assert [delta.finish_reason for delta in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
+                assert stop not in choice.text or request.sampling.stop == ()
+
+    with started(policy) as engine:
+        run(work(engine))
+
+
+def test_steps_that_nobody_has_read_come_as_one_delta(policy: Policy) -> None:
+    async def work(engine: Engine) -> None:
+        stream = engine.stream(ask(tokens=40))
+        assert isinstance(await anext(stream), Served)
+        await until(lambda: engine.stats()["tokens"] >= 20)
+        rest = [item async for item in stream]
+        assert len(rest) < 30
+        assert sum(len(item.tokens) for item in rest if isinstance(item, Delta)) == 40
+
+    policy.eos_token_ids = (policy.vocab_size - 1,)
+    with started(policy) as engine:
+        run(work(engine))
+
+
+# -- coming and going --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_who_goes_away_frees_their_rows(policy: Policy, streamed: bool) -> None:
+    policy.eos_token_ids = (policy.vocab_size - 1,)
+
+    async def work(engine: Engine) -> None:
+        long = ask(n=4, tokens=400)
+        if streamed:
+            stream = engine.stream(long)
+            await anext(stream)
+            await anext(stream)
+            assert engine.stats()["running_rows"] == 4
+            await stream.aclose()
+        else:
+            task = asyncio.create_task(engine.generate(long))
+            await until(lambda: engine.stats()["running_rows"] == 4)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await until(lambda: engine.stats()["running_rows"] == 0)
+        stats = engine.stats()
+        assert stats["tokens"] < 4 * 400
+        assert (stats["running_requests"], stats["waiting_requests"]) == (0, 0)
+        assert len(tokens_of(await engine.generate(ask(tokens=3)))) == 3
+
+    with started(policy, max_rows=4) as engine:
+        run(work(engine))
+
+
+def test_a_full_queue_refuses_at_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(policy, max_queue=2) as engine:
+        gate = Gate(monkeypatch)
+
+        async def work() -> None:
+            tasks = [asyncio.create_task(engine.generate(ask(i))) for i in range(2)]
+            await until(lambda: engine.stats()["waiting_requests"] == 2)
+            with pytest.raises(OverloadedError, match="2 requests are waiting already"):
+                await engine.generate(ask(2))
+            with pytest.raises(OverloadedError):
+                await anext(engine.stream(ask(2)))
+            gate.open()
+            assert len(await asyncio.gather(*tasks)) == 2
+            await engine.generate(ask(3))
+
+        run(work())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_request_that_takes_too_long_ends(policy: Policy, monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
+    with started(policy, timeout_s=0.3) as engine:
+        gate = Gate(monkeypatch)
+
+        async def work() -> None:
+            with pytest.raises(ServingError, match=r"did not finish within 0\.3 s"):
+                await (read(engine.stream(ask())) if streamed else engine.generate(ask()))
+            gate.open()
+            await until(lambda: engine.stats()["running_rows"] == 0)
+            assert engine.stats()["waiting_requests"] == 0
+
+        run(work())
+
+
+def test_before_and_after_nothing_is_answered(policy: Policy) -> None:
+    values = {"vision_cache_bytes": 0, "max_rows": 4, "max_queue": 4, "timeout_s": 1.0}
+    engine = Engine(policy, None, model_id="tiny", created=0, **values)
+    assert not run(engine.ready())
+    with pytest.raises(OverloadedError, match="not ready"):
+        run(engine.generate(ask()))
+    engine.start()
+    engine.close()
+    assert not engine.healthy
+    with pytest.raises(OverloadedError, match="not ready"):
+        run(engine.generate(ask()))
+
+
+def test_closing_answers_those_who_wait(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(policy) as engine:
+        gate = Gate(monkeypatch)
+
+        async def work() -> None:
+            task = asyncio.create_task(engine.generate(ask(tokens=50)))
+            await until(gate.reached.is_set)
+            closing = asyncio.get_running_loop().run_in_executor(None, engine.close)
+            gate.open()
+            with pytest.raises(ServingError, match="shutting down"):
+                await task
+            await closing
+
+        policy.eos_token_ids = (policy.vocab_size - 1,)
+        run(work())
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"prompt": "a <image> b"}, DataError),
+        ({"prompt": "a \udcff"}, DataError),
+        ({"tokens": 100_000}, ContextLengthError),
+        ({"tokens": 0}, ConfigError),
+        ({"temperature": float("nan")}, ConfigError),
+        ({"n": 17}, ConfigError),
+        ({"n": 0}, ConfigError),
+    ],
+)
+def test_a_request_that_cannot_be_answered_says_so(policy: Policy, change: dict[str, Any], error: type) -> None:
+    with started(policy) as engine:
+        for streamed in (False, True):
+            with pytest.raises(error):
+                run(read(engine.stream(ask(**change))) if streamed else engine.generate(ask(**change)))
+        request = ask()
+        with pytest.raises(UnknownModelError, match="no model 'other'"):
+            run(engine.generate(GenerateRequest("r", "other", request.turns, request.images, request.sampling)))
+        with pytest.raises(ImageError):
+            run(engine.generate(GenerateRequest("r", "tiny", request.turns, (b"x",), request.sampling)))
+        with pytest.raises(DataError, match="no image"):
+            run(engine.generate(GenerateRequest("r", "tiny", (Turn("user", ("a",)),), (), request.sampling)))
+        assert run(engine.generate(request)).choices[0].text
+        assert engine.stats()["waiting_requests"] == 0
+
+
+def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = engine_module.encode_conversation
+
+    def poison(policy: Policy, turns: Any, images: Any) -> EncodedPrompt:
+        prompt = encode(policy, turns, images)
+        if "circle" in str(turns):
+            prompt.input_ids[prompt.input_ids == policy.placeholder_id] = 7  # no place for the features
+        return prompt
+
+    expected = [by_transformers(policy, ask(i)) for i in range(3)]
+    with started(policy) as engine:
+        monkeypatch.setattr(engine_module, "encode_conversation", poison)
+        gate = Gate(monkeypatch)
+
+        async def work() -> list[Any]:
+            bad = engine.generate(ask(8, prompt="a circle"))
+            tasks = [
+                asyncio.create_task(work)
+                for work in (engine.generate(ask(0)), bad, *map(engine.generate, map(ask, (1, 2))))
+            ]
+            await until(lambda: engine.stats()["waiting_requests"] == 4)
+            gate.open()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+        first, bad, *others = run(work())
+        assert isinstance(bad, ServingError)
+        assert [tokens_of(made) for made in (first, *others)] == expected
+        assert engine.stats()["failed_requests"] == 1
+        assert engine.healthy
+
+
+def test_a_pass_that_fails_ends_its_rows_and_the_loop_goes_on(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = by_transformers(policy, ask())
+    with started(policy) as engine:
+        core = policy.core
+        forward = core.forward
+        left = [3]
+
+        def fail_once(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise RuntimeError("out of memory in /secret/path")
+            return forward(*args, **kwargs)
+
+        fail_once.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+        monkeypatch.setattr(core, "forward", fail_once)
+        with pytest.raises(ServingError, match=r"failed on this request \(RuntimeError\)") as raised:
+            run(engine.generate(ask()))
+        assert "secret" not in str(raised.value)
+        assert tokens_of(run(engine.generate(ask()))) == expected
+
+
+def test_a_loop_beyond_repair_starts_anew(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(policy) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "_settle", lambda self, freed=None: 1 / 0)
+            with pytest.raises(ServingError, match="ZeroDivisionError"):
+                run(engine.generate(ask()))
+        assert tokens_of(run(engine.generate(ask()))) == by_transformers(policy, ask())
+        assert engine.healthy
+
+
+def test_an_accelerator_that_is_gone_makes_the_engine_unhealthy(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with started(policy) as engine:
+        monkeypatch.setattr(Decoder, "_start", gone)
+        with pytest.raises(ServingError):
+            run(engine.generate(ask()))
+        assert not engine.healthy
+        assert not run(engine.ready())
