@@ -24,6 +24,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
+from mmrl_ray.policy.last_layer import mlp_at_last_position
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.logprobs import token_logprobs
 from mmrl_ray.policy.positions import completion_positions, prompt_positions
@@ -229,7 +230,8 @@ def _forward_prompts(
     features: Sequence[VisionFeatures] | None,
     batch: _PromptBatch,
 ) -> Any:
-    with _vision_arguments(policy, prompts, features) as vision:
+    """Its cache is whole; its `last_hidden_state` means something at the last position only."""
+    with _vision_arguments(policy, prompts, features) as vision, mlp_at_last_position(policy):
         return policy.core(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
@@ -182,9 +183,9 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine:
     from mmrl_ray.serving.adapter_sources import AdapterFolders
     from mmrl_ray.serving.engine import Engine
 
-    serving, share = cfg.serving, cfg.serving.policy.resources
-    torch.set_num_threads(share.threads or max(1, int(share.cpus)))
-    policy = load_policy(cfg.model, device="cuda" if share.gpus else "cpu")
+    serving = cfg.serving
+    torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
+    policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
     engine = Engine(
@@ -199,6 +200,14 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine:
     )
     engine.start()
     return engine
+
+
+def torch_threads(cfg: ServeConfig, cores: int) -> int:
+    """Threads of one policy replica: what is written, else on a CPU its part of the cores when all replicas run."""
+    policy = cfg.serving.policy
+    if policy.resources.threads is not None:
+        return policy.resources.threads
+    return max(1, int(policy.resources.cpus), 0 if policy.resources.gpus else cores // policy.max_replicas)
 
 
 def base_id(cfg: ServeConfig) -> str:

@@ -6,7 +6,12 @@ import json
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +19,7 @@ import yaml
 
 from mmrl_ray.data.samples import read_split
 
-from .conftest import Workplace
+from .conftest import DEADLINE_S, Workplace
 
 ROOT = Path(__file__).parents[3]
 
@@ -74,13 +79,60 @@ def place(workplace: Workplace, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@dataclass
+class Served:
+    """The server of the README, on a port and with a key database of its own."""
+
+    workplace: Workplace
+    place: Path
+    port: int
+    process: subprocess.Popen[str] | None = None
+
+    def start(self, arguments: list[str]) -> None:
+        """Returns when it has printed its URL; later commands have its key."""
+        environment = {name: value for name, value in self.workplace.environment.items() if name != "RAY_ADDRESS"}
+        key = self.workplace.mmrl("keys", "create", "test", cwd=self.place).split()
+        alone = replace(self.workplace, environment=environment)
+        self.process = alone.start(*arguments, "--port", str(self.port), cwd=self.place)
+        assert self.process.stdout is not None
+        output = ""
+        while "curl" not in output:
+            line = self.process.stdout.readline()
+            assert line, f"it ended: {output}"
+            output += line
+        found = next(word for word in key if word.startswith("mmrl-"))
+        self.workplace = replace(self.workplace, environment={**self.workplace.environment, "MMRL_API_KEY": found})
+
+
+@contextmanager
+def served(workplace: Workplace, place: Path) -> Iterator[Served]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**workplace.environment, "HOME": str(place / "home")}
+    server = Served(replace(workplace, environment=environment), place, port)
+    try:
+        yield server
+    finally:
+        if server.process is not None:
+            server.process.send_signal(signal.SIGINT)
+            output, _ = server.process.communicate(timeout=DEADLINE_S)
+            assert "Traceback" not in output
+
+
 @pytest.mark.timeout(600)
 def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path) -> None:
     found = commands("mmrl")
-    assert len(found) >= 12
-    for command in found:
-        output = workplace.mmrl(*shlex.split(command)[1:], cwd=place)
-        assert "Traceback" not in output, command
+    assert len(found) >= 16
+    with served(workplace, place) as server:
+        for command in found:
+            arguments = shlex.split(command)[1:]
+            if arguments[0] == "serve" and "--print-config" not in arguments:
+                server.start(arguments)
+                continue
+            output = server.workplace.mmrl(*(a.replace(":8000", f":{server.port}") for a in arguments), cwd=place)
+            assert "Traceback" not in output, command
+        assert server.process is not None
     assert (place / "runs" / "again" / "report.html").exists()
     assert len(read_split(place / "data" / "coco" / "train", prompt="")) == 6
     summary = json.loads((place / "runs" / "again" / "summary.json").read_text())
