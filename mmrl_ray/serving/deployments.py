@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MB = 2**20
+_LATER_S = 5.0
+"""The gateway's time-out comes first: it is the one that answers 504. The engine's frees rows that nobody waits for."""
 _CONSTRUCTOR_TRIES = 3
 """For one replica: what is missing from a model is missing the next time, too."""
 
@@ -196,7 +198,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine:
         vision_cache_bytes=serving.policy.vision_cache_mb * _MB,
         max_rows=serving.policy.max_rows,
         max_queue=serving.policy.max_queue,
-        timeout_s=serving.request_timeout_s,
+        timeout_s=serving.request_timeout_s + _LATER_S,
     )
     engine.start()
     return engine
