@@ -23,8 +23,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Unit tests use little more than one core each: two processes of one thread. The others start clusters of their own.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/integration
 
 # The run prints its seconds and its peak resident memory last. A second quickstart gets a name of its own.
 quickstart: setup
