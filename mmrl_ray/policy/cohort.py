@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from mmrl_ray.experience.carriers import FinishReason, SamplingParams
 from mmrl_ray.policy.detokenize import TextStream
+from mmrl_ray.policy.kept_keys import KeptLayer, fill_holes
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.positions import has_multi_axis_positions
 from mmrl_ray.policy.prefix import Prefix
@@ -37,6 +38,8 @@ from mmrl_ray.policy.sampling import RowSampler
 _TAKES_4D_MASK = ("sdpa", "eager")
 _ROOM_STEPS = 64
 """Steps for which room is made at a time."""
+_COMPACT_TO = 0.75
+"""Where dropping finished rows copies all others, it is done when it leaves at most this share of the slots."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,11 +93,12 @@ class Cohort:
         groups: Sequence[Sequence[Row]],
         *,
         packed: bool,
+        max_rows: int,
         adapters: RowAdapters | None = None,
     ) -> None:
         """Takes over `prefix`, cache and all; `groups[i]` are the rows of its i-th prompt, at least one.
 
-        `adapters` switches between the rows' adapters, where they name any.
+        `max_rows` may be decoded at the same time; `adapters` switches between the rows' adapters, where they name any.
         """
         self.packed = packed
         steps = max(row.sampling.max_new_tokens for rows in groups for row in rows)
@@ -108,6 +112,7 @@ class Cohort:
             self.slots += [*rows, *[None] * (self.width - len(rows) if packed else 0)]
             prompts += [i] * (1 if packed else len(rows))
         self._policy = policy
+        self._max_rows = max_rows
         self._adapters = adapters
         self._note_adapters()
         self._cache = prefix.cache
@@ -115,7 +120,7 @@ class Cohort:
         index = torch.tensor(prompts, device=prefix.logits.device)
         if self.mergeable:
             room = self.width * min(steps, _ROOM_STEPS)
-            self._layers = [_KeptLayer(*_tensors(layer, index), room) for layer in self._cache.layers]
+            self._layers = [KeptLayer(*_keys_of(layer, prompts, index), room) for layer in self._cache.layers]
             self._cache.layers = list(self._layers)
         else:
             self._reorder(index)
@@ -144,11 +149,13 @@ class Cohort:
         return self._first is not None
 
     @property
-    def shrinks_to(self) -> int:
-        """Slots that `compact` would leave: as many for each prompt as the prompt with most live rows needs."""
+    def is_wasteful(self) -> bool:
+        """Whether `compact` would make up for what it costs."""
         live = self.live
         counts = [sum(live[start : start + self.width]) for start in range(0, len(live), self.width)]
-        return sum(count > 0 for count in counts) * max(counts)
+        left = sum(count > 0 for count in counts) * max(counts)
+        # One slot a batch row: the last ones take the places of those that have finished, and the rest stays in place.
+        return left < len(live) if self.mergeable and self.width == 1 else left <= _COMPACT_TO * len(live)
 
     def logits(self) -> torch.Tensor:
         """[S, V] of every slot's next token: the prefix's, and then one forward pass over the tokens put in."""
@@ -189,10 +196,8 @@ class Cohort:
         width, keys = max(self.width, other.width), max(self._keys, other._keys)
         for cohort in (self, other):
             cohort._widen(width)
-        room = width * _ROOM_STEPS
-        pairs = zip(self._layers, other._layers, strict=True)
-        self._layers = [_joined(mine, theirs, keys, room) for mine, theirs in pairs]
-        self._cache.layers = list(self._layers)
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine.join(theirs, most_rows=self._max_rows // width)
         parts = [pad(c._visible[:, :, : c._keys], (keys - c._keys, 0)) for c in (self, other)]
         self._visible = torch.cat(parts)
         self._keys = keys
@@ -208,21 +213,25 @@ class Cohort:
         by_prompt = [
             [i for i in range(start, start + self.width) if live[i]] for start in range(0, len(live), self.width)
         ]
-        kept = [b for b, slots in enumerate(by_prompt) if slots]
+        kept = fill_holes([b for b, slots in enumerate(by_prompt) if slots])
         width = max(len(slots) for slots in by_prompt)
         self._take([by_prompt[b] for b in kept], width)
-        device = self._positions.device
-        batch = torch.tensor(kept, device=device)
+        batch = torch.tensor(kept, device=self._positions.device)
         if not self.mergeable:
             self._reorder(batch)
             return
         seen = self._visible[:, :, : self._keys].any(dim=1)
         keys = int(seen.sum(dim=1).max())
-        # Stable: what is seen goes to the end, in the order it was in.
-        order = seen.long().argsort(dim=1, stable=True)[:, self._keys - keys :]
-        for layer in self._layers:
-            layer.take(batch, order)
-        self._visible = self._visible.gather(2, order[:, None].expand(-1, self.width, -1))
+        if not bool(seen[:, : self._keys - keys].any()):
+            for layer in self._layers:
+                layer.keep(kept, keys)
+            self._visible = self._visible[:, :, self._keys - keys : self._keys]
+        else:
+            # Stable: what is seen goes to the end, in the order it was in.
+            order = seen.long().argsort(dim=1, stable=True)[:, self._keys - keys :]
+            for layer in self._layers:
+                layer.gather(batch, order)
+            self._visible = self._visible.gather(2, order[:, None].expand(-1, self.width, -1))
         self._keys = keys
 
     def _reorder(self, batch: torch.Tensor) -> None:
@@ -276,53 +285,8 @@ class Cohort:
         return hidden.masked_fill(~visible, lowest)[:, None]
 
 
-class _KeptLayer(DynamicLayer):
-    """Keys and values [B, heads, K, d] with room to grow: a step writes its own instead of copying all of them."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self._room = room
-        self._hold(keys, values)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends one step's keys and values; returns all of them."""
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if end > self._all_keys.shape[2]:
-            self._hold(self.keys, self.values)
-        self._all_keys[:, :, start:end] = key_states
-        self._all_values[:, :, start:end] = value_states
-        self.keys, self.values = self._all_keys[:, :, :end], self._all_values[:, :, :end]
-        return self.keys, self.values
-
-    def take(self, batch: torch.Tensor, order: torch.Tensor) -> None:
-        """Keeps the batch rows `batch` [B'] and, of each, the keys `order` [B', K']."""
-        index = order[:, None, :, None]
-        kept = [t[batch].gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (self.keys, self.values)]
-        self._hold(*kept)
-
-    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        used = keys.shape[2]
-        self._all_keys, self._all_values = (
-            t.new_empty(*t.shape[:2], used + self._room, t.shape[3]) for t in (keys, values)
-        )
-        self._all_keys[:, :, :used] = keys
-        self._all_values[:, :, :used] = values
-        self.keys, self.values = self._all_keys[:, :, :used], self._all_values[:, :, :used]
-
-
-def _tensors(layer: Any, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_of(layer: Any, prompts: list[int], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each slot's prompt."""
+    if prompts == list(range(layer.keys.shape[0])):
+        return layer.keys, layer.values
     return layer.keys[index], layer.values[index]
-
-
-def _joined(first: _KeptLayer, second: _KeptLayer, keys: int, room: int) -> _KeptLayer:
-    def both(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.cat([pad(t, (0, 0, keys - t.shape[2], 0)) for t in (a, b)])
-
-    return _KeptLayer(both(first.keys, second.keys), both(first.values, second.values), room)

@@ -32,9 +32,6 @@ from mmrl_ray.policy.vision import VisionCache, vision_features
 
 __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
 
-_COMPACT_TO = 0.75
-"""Finished rows are dropped when that leaves at most this share of the slots."""
-
 
 @dataclass(slots=True, eq=False)
 class _Group:
@@ -273,7 +270,7 @@ class Decoder:
         steps = max(group.request.sampling.max_new_tokens for group in batch)
         packed = self._packed is not False and takes_4d_mask(self._policy) and keeps_every_key(prefix.cache, steps)
         rows_of = [group.rows for group in batch]
-        cohort = Cohort(self._policy, prefix, rows_of, packed=packed, adapters=self._adapters)
+        cohort = Cohort(self._policy, prefix, rows_of, packed=packed, max_rows=self._max_rows, adapters=self._adapters)
         self._cohorts.append(cohort)
         rows = sum(len(group.rows) for group in batch)
         self.counters.update(prefills=1, prompts=len(batch), rows=rows)
@@ -355,7 +352,7 @@ class Decoder:
         settled: list[Cohort] = []
         for cohort in self._cohorts:
             held = freed is not None and any(row in freed.rows for row in cohort.slots)
-            if held or cohort.shrinks_to <= _COMPACT_TO * len(cohort.slots):
+            if held or cohort.is_wasteful:
                 cohort.compact()
                 self.counters["compactions"] += 1
             host = next((other for other in settled if other.accepts(cohort)), None)

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
+from mmrl_ray.policy.cpu_linear import use_onednn
 from mmrl_ray.policy.processors import load_processor
 from mmrl_ray.policy.tokens import end_of_turn, end_tokens, image_tokens, placeholder, reserved_texts
 
@@ -115,6 +116,7 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None) 
     model = _load_model(path, cfg, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
+    use_onednn(model)
     return _assemble(model, processor, config, cfg, path, device, dtype)
 
 

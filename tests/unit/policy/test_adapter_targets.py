@@ -26,7 +26,7 @@ def test_by_default_every_linear_layer_of_the_language_model_and_no_other(load: 
     layers = policy.hf_model.config.get_text_config().num_hidden_layers
     assert len(names) == len(set(names)) == 7 * layers
     inside = {id(module) for module in policy.decoder.modules()}
-    assert all(id(modules[name]) in inside and type(modules[name]) is nn.Linear for name in names)
+    assert all(id(modules[name]) in inside and isinstance(modules[name], nn.Linear) for name in names)
     # Every linear layer that is left out belongs to the vision tower, the projector or the head.
     left_out = {n for n, m in modules.items() if isinstance(m, nn.Linear)} - set(names)
     towers = ("vision", "visual", "multi_modal_projector", "connector", "lm_head")
