@@ -2,7 +2,8 @@
 
 PyTorch hands float32 products to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which PyTorch
 brings too, uses whatever the processor has: on an AMD core with AVX-512 it is twice as fast in both directions, and for
-a single row too, where it reads weights that are not in the cache at twice the rate.
+a single row too, where it reads weights that are not in the cache at twice the rate. Small products are left to MKL: it
+sets them up in 2 µs where oneDNN takes 12.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
+
+_LARGE_PRODUCT = 1 << 20
+"""Multiplications from which oneDNN is the faster."""
+_LARGE_WEIGHT = 1 << 17
+"""Elements from which a weight is read faster by oneDNN, however few the rows."""
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -37,7 +43,8 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[.., in] → [.., out]."""
         weight, bias = self.weight, self.bias
-        if input.numel() == 0 or not _fits(input) or not _fits(weight) or torch.is_autocast_enabled("cpu"):
+        large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
+        if not large or not _fits(input) or not _fits(weight) or input.numel() == 0 or torch.is_autocast_enabled("cpu"):
             return linear(input, weight, bias)
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         if torch.is_grad_enabled() and (input.requires_grad or trains):
