@@ -201,11 +201,11 @@ def ours(load: Load, folder: Path, settings: Sequence[str] = ()) -> Iterator[Ser
     with process(command, folder / "ours.log", f"http://127.0.0.1:{port}/health/live", dict(os.environ)):
         server = Server(f"http://127.0.0.1:{port}", "", {"Authorization": f"Bearer {key}"})
         deadline = time.monotonic() + START_S
-        while httpx.get(f"{server.url}/health/ready", headers=server.headers, timeout=10).status_code != 200:
+        while httpx.get(f"{server.url}/health/ready", headers=server.headers, timeout=60).status_code != 200:
             if time.monotonic() > deadline:
                 sys.exit("the server did not get ready:\n" + (folder / "ours.log").read_text()[-3000:])
             time.sleep(0.2)
-        models = httpx.get(f"{server.url}/v1/models", headers=server.headers, timeout=10).json()
+        models = httpx.get(f"{server.url}/v1/models", headers=server.headers, timeout=60).json()
         yield Server(server.url, models["data"][0]["id"], server.headers)
 
 

@@ -7,8 +7,8 @@
 
 A step writes its own keys at `hi` instead of copying all of them; a row that joins is written behind the others, with
 its last key at `hi`; a row that leaves is overwritten by the last one; keys at the left that nobody sees any more are
-left behind by moving `lo`. What is in use holds numbers everywhere, also where a mask hides them: it is zeros or
-what was left over, never NaN.
+left behind by moving `lo`. What is in use holds numbers everywhere, also where a mask hides them: zeros or what was
+left over, never memory as it was found, which might be NaN.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ class KeptLayer(DynamicLayer):
             fit = self._all_keys.shape[0]
             grown = fit if rows <= fit else max(rows, min(2 * rows, most_rows))
             self._move(self.keys, self.values, rows=grown, width=keys)
-        start = self._hi - (other._hi - other._lo)
-        self._all_keys[self._rows : rows, :, start : self._hi] = other.keys
-        self._all_values[self._rows : rows, :, start : self._hi] = other.values
-        self._rows, self._lo = rows, self._hi - keys
+        low, start = self._hi - keys, self._hi - (other._hi - other._lo)
+        for all_, theirs in ((self._all_keys, other.keys), (self._all_values, other.values)):
+            all_[: self._rows, :, low : self._lo] = 0
+            all_[self._rows : rows, :, low:start] = 0
+            all_[self._rows : rows, :, start : self._hi] = theirs
+        self._rows, self._lo = rows, low
         self._look()
 
     def keep(self, rows: Sequence[int], keys: int) -> None:
@@ -88,9 +90,8 @@ class KeptLayer(DynamicLayer):
         used, count = keys.shape[2], keys.shape[0]
         self._rows, self._hi = count, max(used, width)
         self._lo = self._hi - used
-        # Zeros that nobody has written to yet take no memory on the CPU.
         self._all_keys, self._all_values = (
-            t.new_zeros(rows, t.shape[1], self._hi + self._room, t.shape[3]) for t in (keys, values)
+            t.new_empty(rows, t.shape[1], self._hi + self._room, t.shape[3]) for t in (keys, values)
         )
         self._all_keys[:count, :, self._lo : self._hi] = keys
         self._all_values[:count, :, self._lo : self._hi] = values

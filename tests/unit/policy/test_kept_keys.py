@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmrl_ray.policy.kept_keys import KeptLayer, fill_holes
 
 HEADS, WIDTH = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def memory_as_found_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *shape: t.new_full(shape, float("nan")))
 
 
 def numbers(rows: int, keys: int, start: float = 0.0) -> torch.Tensor:
@@ -43,6 +48,7 @@ def histories(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
     return draw(st.lists(st.tuples(kinds, number, number, st.integers(0, 2**16)), max_size=12))
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(histories(), st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(1, 9))
 def test_whatever_comes_and_goes_each_row_keeps_its_own_keys(
     history: list[tuple[str, int, int, int]], rows: int, keys: int, room: int, most_rows: int
@@ -72,6 +78,7 @@ def test_whatever_comes_and_goes_each_row_keeps_its_own_keys(
         model.check()
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.integers(0, 20)))
 def test_holes_are_filled_by_the_last_rows_and_nothing_is_written_over_too_early(kept: set[int]) -> None:
     order = fill_holes(sorted(kept))
