@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private import auto_init_hook
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
@@ -25,6 +26,8 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
 
@@ -35,6 +38,8 @@ def configure_ray() -> None:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    # Ray read this one when it was imported.
+    auto_init_hook.enable_auto_connect = os.environ["RAY_ENABLE_AUTO_CONNECT"] != "0"
 
 
 @contextmanager

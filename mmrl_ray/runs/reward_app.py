@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +24,7 @@ class RunReward:
         self._cfg = cfg
         self._run = run
         self._app: str | None = None
+        self._close: Callable[[], None] = _nothing
         self.reward: RewardFn = build_reward(cfg.reward, statistics)
         """Picklable. Behind Serve it may be called before `wait`: the call waits for the replica."""
 
@@ -43,7 +45,8 @@ class RunReward:
             application = reward_application(reward, self._run.filesystem, self._run.full_path(STATISTICS), options)
             launch.deploy(application, app, route_prefix=None)
             self._app = app
-            self.reward = ServeReward(app, timeout_s=reward.timeout_s, images=reward.needs_images)
+            self.reward = served = ServeReward(app, timeout_s=reward.timeout_s, images=reward.needs_images)
+            self._close = served.close
         return self
 
     def wait(self) -> None:
@@ -66,7 +69,12 @@ class RunReward:
         if self._app is not None:
             from mmrl_ray.serving import launch
 
+            self._close()
             launch.delete(self._app)
+
+
+def _nothing() -> None:
+    """An inline reward holds nothing to close."""
 
 
 def app_name(run: RunDir) -> str:

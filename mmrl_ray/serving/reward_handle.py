@@ -49,6 +49,12 @@ class ServeReward:
                 time.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 
+    def close(self) -> None:
+        """Ends the handle's thread, which would go on asking Serve for news. A later call makes a new one."""
+        if self._method is not None:
+            self._method.shutdown()
+            self._method = None
+
     def _call(self, batch: CaptionBatch, timeout_s: float) -> list[RewardBreakdown]:
         if self._method is None:
             handle = serve.get_deployment_handle(REWARD, self._app)
