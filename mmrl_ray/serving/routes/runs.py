@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmrl_ray.config.serving import MODEL_ID
 from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.jobs.control import RunControl
-from mmrl_ray.rollouts.control_files import MAX_WORKERS
+from mmrl_ray.rollouts.control_files import MAX_WORKERS, STATUS_FILE
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.serving.auth import needs
 from mmrl_ray.serving.http_errors import problem
@@ -67,10 +67,12 @@ def add_runs(app: FastAPI, tools: Tools) -> None:
             raise _unknown(id)
         try:
             run = RunDir.open(root, id)
+            # A link may lead anywhere; a folder that never said anything is no run.
+            is_run = not (run.is_local and run.local_path().is_symlink()) and run.exists(STATUS_FILE)
         except RunError as error:
             raise _unknown(id) from error
-        if run.is_local and run.local_path().is_symlink():
-            raise _unknown(id)  # a link may lead anywhere
+        if not is_run:
+            raise _unknown(id)
         return run
 
     @app.get(
