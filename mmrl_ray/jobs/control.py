@@ -121,7 +121,7 @@ def what_is_missing(status: Mapping[str, Any]) -> str | None:
     ready = len(by_state.get("ready", [])) + len(by_state.get("busy", []))
     parts = [f"{ready} of {pool['target']} rollout workers are ready"] if ready != pool["target"] else []
     if placing := by_state.get("placing"):
-        free = "" if pool["free"] is None else f", and {_amounts(pool['free'])} is free in the cluster"
+        free = "" if pool["free"] is None else f", and {amounts(pool['free'])} is free in the cluster"
         longest = max(workers[name]["seconds"] for name in placing)
         each = f"each asks for {pool['demand']}" if len(placing) > 1 else f"it asks for {pool['demand']}"
         parts.append(f"being placed for {longest:.0f} s: {', '.join(placing)} ({each}{free})")
@@ -132,5 +132,7 @@ def what_is_missing(status: Mapping[str, Any]) -> str | None:
     return "; ".join(parts) or None
 
 
-def _amounts(resources: Mapping[str, float]) -> str:
-    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in sorted(resources.items())) + "}"
+def amounts(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs in Ray's words."""
+    parts = [f"{name}: {amount:g}" for name, amount in sorted(resources.items()) if amount]
+    return "{" + ", ".join(parts) + "}" if parts else "nothing"

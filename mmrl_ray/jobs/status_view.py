@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmrl_ray.jobs.control import amounts
+
 _DECISIONS = 5
 _WALL = ("step", "wait_plan")
 """Phases of the wall's time; others are sums over workers or learners."""
@@ -93,7 +95,7 @@ def _workers(pool: Mapping[str, Any]) -> Table:
         told = (f"{worker['seconds']:.0f} s", _or(worker["version"]), worker["at"] or "", str(worker["groups"]), where)
         table.add_row(name, worker["state"], *told)
     if pool["free"] is not None:
-        table.caption = f"each worker asks for {pool['demand']}; free in the cluster: {pool['free']}"
+        table.caption = f"each worker asks for {pool['demand']}; free in the cluster: {amounts(pool['free'])}"
     return table
 
 
