@@ -39,8 +39,8 @@ def test_it_settles_where_both_wait_about_as_long_and_stays(
     # Sampling takes as long as learning with this many workers: neither side should wait for more than the rounding.
     balanced = sampling / learning
     assert math.floor(0.75 * balanced) <= seen[-1] <= max(1, math.ceil(1.3 * balanced)), seen
-    ups = [b > a for a, b in itertools.pairwise(seen) if a != b]
-    assert ups == sorted(ups), "up and down again"
+    ups = {b > a for a, b in itertools.pairwise(seen) if a != b}
+    assert len(ups) <= 1, f"up and down: {seen}"
     assert "in balance" in policy.finding or "too" in policy.finding
 
 
