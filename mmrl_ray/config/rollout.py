@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from mmrl_ray.config.base import Section, refuse
+
+
+class WorkersRange(Section):
+    """Workers that come and go with what there is to do: the run begins with `min`."""
+
+    min: int = Field(..., ge=1)
+    """Rollout workers at least."""
+    max: int = Field(..., ge=1)
+    """Rollout workers at most."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}")
+        return self
 
 
 class RolloutSection(Section):
@@ -26,8 +41,9 @@ class RolloutSection(Section):
     """Refused unless 0."""
     max_staleness: int = Field(0, ge=0)
     """Policy versions a group may lag behind when the learner consumes it; 0 is strictly on-policy."""
-    workers: int = Field(1, ge=1)
-    """Rollout worker actors."""
+    workers: Annotated[int, Field(ge=1)] | WorkersRange = 1
+    """Rollout worker actors: a number, or `{min, max}` to have the run add and retire them itself, by what the learner
+    waits for them and they for it. `mmrl scale` changes them while a run goes on."""
     min_workers: int = Field(1, ge=1)
     """Below so many healthy workers for `worker_deadline_s` the run stops."""
     groups_per_assignment: int = Field(8, ge=1)
@@ -43,6 +59,16 @@ class RolloutSection(Section):
     ship_vision_mb: int = Field(64, ge=0)
     """Vision features of one assignment travel to the learner up to this size; beyond it they are made again."""
 
+    @property
+    def first_workers(self) -> int:
+        """Workers that a run begins with."""
+        return self.workers.min if isinstance(self.workers, WorkersRange) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a run has at most, unless it is told otherwise while it goes on."""
+        return self.workers.max if isinstance(self.workers, WorkersRange) else self.workers
+
     @model_validator(mode="after")
     def _no_filters(self) -> Self:
         problems = {
@@ -54,7 +80,9 @@ class RolloutSection(Section):
         refuse(
             {
                 **problems,
-                f"min_workers={self.min_workers} is above workers={self.workers}": self.min_workers > self.workers,
+                f"min_workers={self.min_workers} is above workers={self.first_workers}": (
+                    self.min_workers > self.first_workers
+                ),
             }
         )
         return self

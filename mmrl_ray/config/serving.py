@@ -167,6 +167,9 @@ class ServingSection(Section):
     """What clients call the base model; by default the last part of its path."""
     adapters_root: str | None = None
     """Folder of runs or adapters: each one in it is served under its folder's name once a client asks for it."""
+    runs_root: str | None = None
+    """Folder, or location that pyarrow knows, of runs whose status admins may see, and whose rollout workers they may
+    scale, each under its folder's name."""
     max_adapters: int = Field(8, ge=1)
     """Adapters loaded at a time in one replica; the least recently used goes."""
     max_rank: int = Field(256, ge=1)

@@ -68,6 +68,8 @@ class SampleStream:
         self._seed = seed
         self._epoch = 0
         self._position = 0
+        # Decoding is most of what a sample costs here, and its bytes are the same in every epoch.
+        self._decoded: set[tuple[int, int]] = set()
         self._order = self._shuffled_rows()
 
     @property
@@ -130,7 +132,7 @@ class SampleStream:
                 place = next(self._order)
             # Before the checks: a place is passed whatever becomes of its row.
             self._position += 1
-            sample = _checked_sample(self.dataset, *place, self._prompt, self.quarantine)
+            sample = _checked_sample(self.dataset, *place, self._prompt, self.quarantine, self._decoded)
             if sample is not None:
                 return sample
         raise DataError(f"every row of {self.dataset.location} is quarantined")
@@ -160,7 +162,7 @@ def iter_samples(path: str | Path, *, prompt: str, quarantine: Quarantine | None
     dataset = ParquetDataset(path)
     for group in dataset.groups:
         for offset in range(group.rows):
-            sample = _checked_sample(dataset, group, offset, prompt, quarantine)
+            sample = _checked_sample(dataset, group, offset, prompt, quarantine, set())
             if sample is not None:
                 yield sample
 
@@ -214,9 +216,17 @@ def _windows(groups: Sequence[RowGroup]) -> Iterator[list[RowGroup]]:
 
 
 def _checked_sample(
-    dataset: ParquetDataset, group: RowGroup, offset: int, prompt: str, quarantine: Quarantine | None
+    dataset: ParquetDataset,
+    group: RowGroup,
+    offset: int,
+    prompt: str,
+    quarantine: Quarantine | None,
+    decoded: set[tuple[int, int]],
 ) -> Sample | None:
-    """A sample whose images decode, or None when it went to quarantine now or before."""
+    """A sample whose images decode, or None when it went to quarantine now or before.
+
+    `decoded` are rows, by shard and number, whose images did so before: they are not decoded again. It adds to them.
+    """
     where = dataset.where(group, offset)
     sample_id = dataset.sample_id(None, group, offset)
     # Outside the try: a row group that cannot be read is no broken sample but a broken data set.
@@ -227,8 +237,10 @@ def _checked_sample(
         if quarantine is not None and quarantine.holds(sample_id, where):
             return None
         sample = dataset.sample(row, group, offset, prompt)
-        for image in sample.images:
-            decode_image(image)
+        if (place := (group.shard, group.first_row + offset)) not in decoded:
+            for image in sample.images:
+                decode_image(image)
+            decoded.add(place)
     except DataError as error:
         if quarantine is None:
             raise type(error)(f"{dataset.location}, {where} ({sample_id}): {error}") from error

@@ -38,6 +38,12 @@ class Assignment:
     reference_logprobs: bool = False
     """Also score the completions under the reference policy."""
 
+    def describe(self) -> str:
+        """For the run's status, in a few words."""
+        first, last = self.groups[0].key, self.groups[-1].key
+        places = f"group {first.index}" if len(self.groups) == 1 else f"groups {first.index} to {last.index}"
+        return f"{places} of {f'step {first.step}' if self.kind == 'train' else 'an evaluation'}"
+
 
 @dataclass(frozen=True, slots=True)
 class DataFailure:

@@ -22,9 +22,11 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
+from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.group_codec import decode_groups, encode_groups
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
 from mmrl_ray.rollouts.protocols import Generated, SampleSource, Stop, Wait, WorkerPool
+from mmrl_ray.rollouts.status_desk import StatusDesk
 from mmrl_ray.rollouts.step_writer import PlannedStep, StepWriter
 from mmrl_ray.run_dir import RunDir
 
@@ -57,13 +59,16 @@ class Controller:
         self._planned: PlannedStep | None = None
         self._asked_since: float | None = None
         self._stop: str | None = None
+        self._desk = StatusDesk(run, self.status, self.resize, self._loop.note)
 
     def start(self) -> None:
         """Starts the pump: workers come up, evaluations are served; steps begin with `rewind` or `restore`."""
         self._pump.start()
+        self._desk.start()
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends pump, workers and log; what was handed to the log is written."""
+        self._desk.close(timeout_s)
         self._pump.stop(timeout_s)
         self._loop.pool.close()
         self._writer.close(timeout_s)
@@ -117,7 +122,9 @@ class Controller:
                 raise RolloutError(f"step {step} was finished, but its plan is not out (due: {self._next_plan})")
             done, self._planned = self._planned, None
             self._next_plan = step + 1
-            line = self._writer.line(done, metrics, self._loop.totals(), self._loop.pool.status()["ready"])
+            workers = self._loop.pool.status()["ready"]
+            line = self._writer.line(done, metrics, self._loop.totals(), workers)
+            self._loop.scaling.after_step(line, workers)
             self._pump.wake()
         try:
             self._writer.write(done, line)
@@ -178,6 +185,7 @@ class Controller:
                 self._loop.seek(step, stream, groups)
                 self._planned, self._next_plan, self._asked_since = None, step, None
                 self._writer.begin(step, self._loop.totals())
+                self._loop.scaling.began()
 
         self._pump.call(go, COMMAND_TIMEOUT_S)
 
@@ -207,14 +215,16 @@ class Controller:
                 self._loop.evaluations.close(ticket)
         return ticket.answer()
 
-    def resize(self, workers: int) -> None:
-        """Sets how many rollout workers there should be.
+    def resize(self, workers: int | None, by: str = "the driver") -> ScaleAnswer:
+        """Sets how many rollout workers there should be, or leaves it to the run.
 
         Raises:
-            ConfigError: fewer than the minimum.
+            ConfigError: outside the bounds of `rollout.workers` and `rollout.min_workers`.
+            RolloutError: the run has ended.
         """
-        self._loop.pool.resize(workers)
-        self._pump.wake()
+        self._pump.check()
+        with self._changed:
+            return self._loop.scale(workers, by)
 
     def request_stop(self, reason: str) -> None:
         """No further step is planned; the one that is out may finish."""
@@ -238,6 +248,7 @@ class Controller:
                 "stopping": self._stop,
                 "error": None if self._pump.failure is None else str(self._pump.failure),
                 "metrics": dict(self._writer.last_line),
+                "throughput": self._writer.throughput(),
                 **self._loop.status(self._next_plan),
             }
 
@@ -289,10 +300,11 @@ class Controller:
 
     def _who_waits(self) -> str:
         if self._planned is not None:
-            return f"the learner works on step {self._planned.plan.step}"
+            waiting = "" if self._loop.pool.outstanding else ", and the workers wait for it"
+            return f"the learner works on step {self._planned.plan.step}{waiting}"
         if self._asked_since is not None:
             arrived, asked = self._loop.book.progress(self._next_plan)
             return f"the learner waits for step {self._next_plan}: {arrived} of {asked} groups have arrived"
         if self._loop.begun and not self._loop.pool.outstanding:
             return "rollouts wait for the learner"
-        return "nobody"
+        return "an evaluation waits for its captions" if self._loop.evaluations else "nobody"

@@ -13,6 +13,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import MMRLError, PlacementError, RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
+from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.loop import QUARANTINE_FILE
 from mmrl_ray.rollouts.pool_settings import PoolSettings
@@ -139,9 +140,9 @@ class ControllerClient:
             "generate", samples, sampling, completions=completions, timeout_s=timeout_s, beyond_s=timeout_s
         )
 
-    def resize(self, workers: int) -> None:
+    def resize(self, workers: int | None) -> ScaleAnswer:
         """See `Controller.resize`."""
-        self._call("resize", workers)
+        return self._call("resize", workers)
 
     def request_stop(self, reason: str) -> None:
         """See `Controller.request_stop`."""

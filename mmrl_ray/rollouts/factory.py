@@ -57,11 +57,12 @@ class PolicyEngineFactory:
 def torch_threads(cfg: Config, cores: int) -> int:
     """Threads of a rollout worker; from the config and the machine alone, since sums depend on it bit for bit.
 
-    A single worker that takes turns with the learner (strictly on-policy, no GPU) may have all cores.
+    A single worker that takes turns with the learner (strictly on-policy, no GPU) may have all cores. How many workers
+    there are later on does not count: those that come must give the same sums.
     """
     share = cfg.resources.rollout
     if share.threads is not None:
         return share.threads
-    if cfg.rollout.workers == 1 and cfg.rollout.max_staleness == 0 and not share.gpus:
+    if cfg.rollout.first_workers == 1 and cfg.rollout.max_staleness == 0 and not share.gpus:
         return cores
     return max(1, int(share.cpus))

@@ -144,6 +144,11 @@ class Ledger:
         work = self._at_work.get(worker)
         return None if work is None else work.entry.assignment
 
+    def since(self, worker: int) -> float | None:
+        """When a worker was given what it has."""
+        work = self._at_work.get(worker)
+        return None if work is None else work.since
+
     def _requeue(self, entries: Iterable[_Entry]) -> None:
         self._queue.extendleft(reversed(list(entries)))
 

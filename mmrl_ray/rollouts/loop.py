@@ -1,7 +1,8 @@
 """What the pump does in each turn: dispatch steps and evaluations, take in what workers give, read ahead.
 
-Everything here runs on the pump thread. `book`, `versions` and `evaluations` are also read and changed by the
-controller's other methods, so they are touched under `pump.changed` only; pool and composer belong to the pump alone.
+Everything here runs on the pump thread. `book`, `versions`, `evaluations` and `scaling` are also read and changed
+by the controller's other methods, so they are touched under `pump.changed` only; pool and composer belong to the pump
+alone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGro
 from mmrl_ray.experience.schema import group_table
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.composer import StepComposer
+from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.evaluations import Evaluations, Ticket, chunks
 from mmrl_ray.rollouts.protocols import Collected, SampleSource, WorkerPool
 from mmrl_ray.rollouts.pump import Pump
+from mmrl_ray.rollouts.scaling import Scaling
 from mmrl_ray.rollouts.step_book import StepBook
 from mmrl_ray.rollouts.weights import VersionTable
 from mmrl_ray.run_dir import RunDir
@@ -47,6 +50,7 @@ class RolloutLoop:
         self.book = StepBook(cfg.rollout.buffer_groups or (staleness + 1) * per_step, staleness)
         self.versions = VersionTable(put)
         self.evaluations = Evaluations()
+        self.scaling = Scaling(cfg, pool.resize)
         self.begun = False
         """Whether steps are dispatched: not before the learner (or the driver) said where to begin."""
         self.stopping = False
@@ -54,6 +58,7 @@ class RolloutLoop:
         self._assignments = 0
         self._restored: dict[tuple[int, int], tuple[ScoredGroup, RolloutGroup]] = {}
         self._resample: list[GroupRequest] = []
+        self._notes: list[Mapping[str, Any]] = []
 
     # -- for other threads, while they hold `pump.changed` ---------------------------------------------------------
 
@@ -61,6 +66,22 @@ class RolloutLoop:
         """Dispatches these groups once more, with the newest version."""
         self._resample.extend(requests)
         self.pump.wake()
+
+    def scale(self, workers: int | None, by: str) -> ScaleAnswer:
+        """Changes how many workers there should be.
+
+        Raises:
+            ConfigError: outside the run's bounds.
+        """
+        message = self.scaling.request(workers, by)
+        self.pump.wake()
+        scaling = self.scaling
+        return ScaleAnswer(accepted=True, message=message, target=scaling.target, number=scaling.requests)
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Has the pump's thread, which alone writes the event log, write this down; may be called without the lock."""
+        with self.pump.changed:
+            self._notes.append(event)
 
     def status(self, step: int) -> dict[str, Any]:
         """What there is to say about workers, buffer and `step`, the one that is due. JSON-able."""
@@ -70,10 +91,15 @@ class RolloutLoop:
             "max_staleness": self.book.buffer.max_staleness,
             "dispatched_steps": self.composer.next_step,
             "step_groups": {"arrived": arrived, "asked": asked},
-            "buffer": {"arrived": self.book.buffer.arrived, "held": self.book.buffer.held},
+            "buffer": {
+                "arrived": self.book.buffer.arrived,
+                "held": self.book.buffer.held,
+                "capacity": self.book.buffer.capacity,
+            },
             "evaluations": len(self.evaluations),
             "quarantined": self.composer.quarantined,
             "pool": self.pool.status(),
+            "scaling": self.scaling.status(),
         }
 
     def totals(self) -> dict[str, Any]:
@@ -126,12 +152,17 @@ class RolloutLoop:
         finished = self.pool.poll(POLL_S)
         for item in finished:
             self._take_in(item)
-        for event in self.pool.events():
+        for event in self._events():
             self._run.append_line(EVENTS_FILE, {"time": time.time(), **event})
         if self.begun and not self.stopping and self.composer.next_step < self._cfg.learner.steps:
             self.composer.read_ahead()
         if not finished and time.monotonic() - began < POLL_S:
             self.pump.rest(POLL_S)
+
+    def _events(self) -> list[Mapping[str, Any]]:
+        with self.pump.changed:
+            notes, self._notes = self._notes, []
+            return [*self.scaling.events(), *notes, *self.pool.events()]
 
     def _dispatch(self) -> None:
         with self.pump.changed:

@@ -17,7 +17,7 @@ From the plan: `reward/…`, `completion/length_…`. From the rollouts: those b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mmrl_ray.errors import RunError
@@ -25,6 +25,8 @@ from mmrl_ray.experience.carriers import ScoredGroup, StepPlan
 from mmrl_ray.run_dir import RunDir
 
 METRICS_FILE = "metrics.jsonl"
+RECENT_STEPS = 10
+"""Of which the status gives the throughput."""
 
 
 def rollout_metrics(
@@ -54,6 +56,25 @@ def rollout_metrics(
         "vision/hits": counters["vision_hits"],
         "vision/misses": counters["vision_misses"],
         **{f"seconds/{phase}": value for phase, value in sorted(seconds.items())},
+    }
+
+
+def recent_throughput(lines: Collection[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the run got through in a mean step of these, for its status; empty before the first.
+
+    `seconds` are those a step, by phase: `step` and `wait_plan` of the wall, others as the top of this file says.
+    """
+    if not lines:
+        return {}
+    seconds: Counter[str] = Counter()
+    for line in lines:
+        seconds.update({k.removeprefix("seconds/"): v for k, v in line.items() if k.startswith("seconds/")})
+    wall = max(seconds["step"], 1e-9)
+    return {
+        "steps": len(lines),
+        "groups_per_second": sum(line["groups"] for line in lines) / wall,
+        "samples_per_second": sum(line["samples_per_second"] * line["seconds/step"] for line in lines) / wall,
+        "seconds": {phase: total / len(lines) for phase, total in seconds.items()},
     }
 
 

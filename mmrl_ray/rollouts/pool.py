@@ -26,6 +26,7 @@ from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError
 from mmrl_ray.rollouts.assignments import Assignment, DataFailure
 from mmrl_ray.rollouts.ledger import Ledger
+from mmrl_ray.rollouts.nodes import Nodes
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import Collected, EngineFactory
 from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
@@ -57,6 +58,7 @@ class RayWorkerPool:
         self._complete = False  # whether the workers that the run began with were all ready once
         self._below_since: float | None = None
         self._last_loss = ""
+        self._nodes = Nodes(settings, clock)
 
     # -- what the controller calls ---------------------------------------------------------------------------------
 
@@ -91,11 +93,14 @@ class RayWorkerPool:
             MMRLError: what an engine could not be built from.
         """
         self._fit_to_target()
+        self._events += self._nodes.ask_for(self._target)
         self._dispatch()
         finished = self._collect_runs(timeout_s if self.ledger.busy else 0.0)
         finished += self._collect_health()
         finished += self._replace_hung()
         self._probe()
+        placing = [self._clock() - w.since for w in self._workers.values() if w.state == "placing"]
+        self._nodes.look(max(placing, default=0.0))
         self._dispatch()
         self._check_minimum()
         return finished
@@ -111,9 +116,13 @@ class RayWorkerPool:
 
     def status(self) -> dict[str, Any]:
         """Workers by name with their state, queue and counts."""
-        busy = self.ledger.busy
+        now, workers = self._clock(), list(self._workers.values())
         return {
-            "workers": {w.name: w.describe(busy=w.id in busy) for w in list(self._workers.values())},
+            "workers": {
+                w.name: w.describe(now, self.ledger.working_on(w.id), self.ledger.since(w.id)) for w in workers
+            },
+            "demand": self._settings.demand,
+            "free": self._nodes.free,
             "ready": self._ready,
             "target": self._target,
             "min": self._settings.min_workers,
@@ -123,7 +132,8 @@ class RayWorkerPool:
         }
 
     def close(self) -> None:
-        """Ends every worker."""
+        """Ends every worker, and gives back the nodes that were asked for."""
+        self._nodes.close()
         for worker in list(self._workers.values()):
             self._end(worker)
 
@@ -198,6 +208,7 @@ class RayWorkerPool:
             assignment = self.ledger.give(worker.id, self._clock())
             if assignment is None:
                 return
+            worker.version = assignment.version
             if not self._call(RolloutWorker.run, worker.id, assignment=assignment):
                 raise RolloutError(f"{worker.name} was idle, yet the actor manager refused it an assignment")
 
@@ -212,10 +223,11 @@ class RayWorkerPool:
                 continue
             assignment, parts = self.ledger.working_on(worker.id), worker.call.parts
             worker.call.parts = ()
-            light = answer.get()
+            light, worker.since = answer.get(), self._clock()
             began = self.ledger.accept(worker.id, light.assignment_id)
             if began is not None and assignment is not None:
-                self._busy_s += self._clock() - began
+                self._busy_s += worker.since - began
+                worker.groups += len(light.groups)
                 finished.append(Collected(join_result(assignment, light, list(parts[1:])), parts[0]))
         return finished
 

@@ -24,6 +24,8 @@ class PoolSettings:
     probe_timeout_s: float = 30.0
     max_start_failures: int = 3
     """In a row, without any worker becoming ready in between; then the run ends, unless it has workers enough."""
+    beside: tuple[tuple[float, float], ...] = ()
+    """(CPUs, GPUs) of each of the run's other actors, which nodes have to hold, too."""
     retry_start_s: float = 0.5
     """After a worker that died before it was ready; doubles with each one in a row."""
 
@@ -32,17 +34,23 @@ class PoolSettings:
         """What one worker asks for, in Ray's words."""
         return demand_of(self.cpus, self.gpus)
 
+    def bundles(self, workers: int) -> list[dict[str, float]]:
+        """What the run's actors ask for with so many workers, an actor each, in the autoscaler's words."""
+        actors = [*self.beside, *[(self.cpus, self.gpus)] * workers]
+        return [{k: v for k, v in (("CPU", cpus), ("GPU", gpus)) if v} for cpus, gpus in actors if cpus or gpus]
+
     @classmethod
     def of(cls, cfg: Config) -> PoolSettings:
         """A run's settings."""
         return cls(
-            workers=cfg.rollout.workers,
+            workers=cfg.rollout.first_workers,
             min_workers=cfg.rollout.min_workers,
             cpus=cfg.resources.rollout.cpus,
             gpus=cfg.resources.rollout.gpus,
             placement_timeout_s=cfg.resources.placement_timeout_s,
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
+            beside=((cfg.resources.learner.cpus, cfg.resources.learner.gpus),) * cfg.learner.workers,
         )
 
 

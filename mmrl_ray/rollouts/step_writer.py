@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mmrl_ray.experience.carriers import StepPlan
-from mmrl_ray.rollouts.metrics import StepLog, StepMeter, rollout_metrics
+from mmrl_ray.rollouts.metrics import RECENT_STEPS, StepLog, StepMeter, recent_throughput, rollout_metrics
 from mmrl_ray.rollouts.recorder import Recorder, StepRecord
 from mmrl_ray.rollouts.step_book import TakenStep
 from mmrl_ray.run_dir import RunDir
@@ -30,6 +31,7 @@ class StepWriter:
     def __init__(self, run: RunDir, fetch: Callable[[Any], Any], clock: Callable[[], float]) -> None:
         """`fetch` turns a reference to a table into the table."""
         self.last_line: Mapping[str, Any] = {}
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT_STEPS)
         self._recorder = Recorder(run, fetch)
         self._log = StepLog(run)
         self._meter = StepMeter(clock)
@@ -37,6 +39,7 @@ class StepWriter:
     def begin(self, step: int, totals: Mapping[str, Any]) -> None:
         """A (re)start at `step`: what was written about it and later steps is taken back."""
         self._meter.begin(**totals)
+        self._recent.clear()
         self._log.rewind(step)
 
     def line(
@@ -46,7 +49,7 @@ class StepWriter:
         plan, taken = done.plan, done.taken
         rollouts = rollout_metrics(plan, taken.groups, taken.timings)
         completions = sum(len(group.completion_tokens) for group in plan.groups)
-        return {
+        line = {
             "step": plan.step,
             "policy_version": plan.step + 1,
             **plan.metrics,
@@ -56,6 +59,12 @@ class StepWriter:
             **learner,
             "shared_prefix": bool(rollouts["shared_prefix"]) and bool(learner.get("shared_prefix", True)),
         }
+        self._recent.append({**line, "groups": len(taken.groups)})
+        return line
+
+    def throughput(self) -> dict[str, Any]:
+        """Of the last few steps; see `recent_throughput`."""
+        return recent_throughput(self._recent)
 
     def write(self, done: PlannedStep, line: Mapping[str, Any]) -> None:
         """Writes the line now, the groups in the background.

@@ -129,15 +129,27 @@ class PoolWorker:
     call: WorkerCall
     state: Literal["placing", "starting", "ready"]
     since: float
-    """When it entered `state`."""
+    """When it entered `state`, or last had nothing more to do."""
     first: bool
     """One of those the run began with."""
     place: Started | None = None
     probed: float = 0.0
     probe_pending: bool = False
     retiring: bool = False
+    version: int | None = None
+    """Policy version of the assignment it was given last."""
+    groups: int = 0
+    """Groups that it has handed back."""
 
-    def describe(self, *, busy: bool) -> dict[str, Any]:
-        """For the run's status."""
-        state = "retiring" if self.retiring else "busy" if busy else self.state
-        return {"state": state, "pid": self.place and self.place.pid, "node": self.place and self.place.node}
+    def describe(self, now: float, assignment: Assignment | None, since: float | None) -> dict[str, Any]:
+        """For the run's status: what it is at, and for how long, by the clock that says `now`."""
+        state = "retiring" if self.retiring else "busy" if assignment is not None else self.state
+        return {
+            "state": state,
+            "seconds": now - (self.since if since is None else since),
+            "version": self.version,
+            "at": None if assignment is None else assignment.describe(),
+            "groups": self.groups,
+            "pid": self.place and self.place.pid,
+            "node": self.place and self.place.node,
+        }

@@ -195,7 +195,7 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
 def _device_lines(cfg: Config, found: DryRun) -> list[str]:
     kinds = {
         "learner": (cfg.learner.workers, cfg.resources.learner),
-        "rollout": (cfg.rollout.workers, cfg.resources.rollout),
+        "rollout": (cfg.rollout.first_workers, cfg.resources.rollout),
     }
     lines = [
         f"{name:<11} {count} worker(s) × {share.cpus:g} CPU, {share.gpus:g} GPU"
@@ -255,7 +255,7 @@ def _capacity_lines(cfg: Config, learner: int, rollout: int) -> Sequence[str]:
         needed = learner + rollout if shared else max(learner, rollout)
         what = "one GPU"
     else:
-        needed = cfg.learner.workers * learner + cfg.rollout.workers * rollout
+        needed = cfg.learner.workers * learner + cfg.rollout.most_workers * rollout
         there = psutil.virtual_memory().total
         what = "this machine"
     verdict = "fits" if needed < 0.9 * there else "may not fit"

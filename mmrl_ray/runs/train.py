@@ -32,6 +32,7 @@ from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rollouts.control_files import STARTING_S, conclude_status, write_status
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
@@ -91,6 +92,7 @@ class _Run:
             check_model(start)
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
+        write_status(run, "starting", STARTING_S)
         status = "failed"
         try:
             if not resume:
@@ -208,6 +210,7 @@ class _Run:
             "versions": _versions(),
         }
         run.write_json(SUMMARY, summary)
+        conclude_status(run, status)
         report = write_report(run)
         self._progress.note(f"{status}: {run.location}")
         self._progress.note(f"report: {report}")

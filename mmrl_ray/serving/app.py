@@ -26,6 +26,7 @@ from mmrl_ray.serving.routes.models import add_models
 from mmrl_ray.serving.routes.operations import add_operations
 from mmrl_ray.serving.routes.pictures import Pictures
 from mmrl_ray.serving.routes.rewards import RewardRequest, add_rewards
+from mmrl_ray.serving.routes.runs import WorkersRequest, add_runs
 from mmrl_ray.serving.routes.score import ScoreRequest, add_score
 from mmrl_ray.serving.routes.tools import Tools
 
@@ -61,9 +62,9 @@ def make_app(deps: GatewayDeps) -> FastAPI:
         middleware=[Middleware(Envelope, metrics=metrics), gate],
         exception_handlers={HTTPException: _refused, RequestValidationError: _refused},
     )
-    for add in (add_chat, add_captions, add_models, add_rewards, add_score, add_operations):
+    for add in (add_chat, add_captions, add_models, add_rewards, add_score, add_runs, add_operations):
         add(app, tools)
-    document(app, [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest])
+    document(app, [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, WorkersRequest])
     return app
 
 

@@ -60,6 +60,7 @@ def test_import_contracts_hold() -> None:
         ("mmrl_ray.rewards.build", ("torch", "ray", "transformers")),
         ("mmrl_ray.data.samples", ("torch", "ray", "transformers")),
         ("mmrl_ray.run_dir", ("torch", "ray", "transformers")),
+        ("mmrl_ray.jobs.control, mmrl_ray.jobs.status_view", ("torch", "ray", "transformers")),
         ("mmrl_ray.learner.step, mmrl_ray.policy.decode", ("ray",)),
     ],
 )

@@ -6,6 +6,7 @@ The judge is the rollout log, read by duckdb, against what seeds and stream say 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -21,9 +22,10 @@ import torch
 from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from mmrl_ray.data.samples import SampleStream, write_parquet
-from mmrl_ray.errors import DataError, ModelError, PlacementError, RolloutError
+from mmrl_ray.errors import DataError, ModelError, PlacementError, RolloutError, RunError
 from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.experience.seeds import group_seed
+from mmrl_ray.jobs.control import RunControl
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.controller_actor import start_controller
 from mmrl_ray.rollouts.pool import RayWorkerPool
@@ -52,7 +54,12 @@ class World:
         self.cfg = config(folder, **sections)
         write_parquet(folder / "train", samples(40), rows_per_group=10)
         self.run = RunDir.create(folder, "run")
-        limits = {"workers": self.cfg.rollout.workers, "probe_every_s": 0.2, "assignment_timeout_s": 30.0, **settings}
+        limits = {
+            "workers": self.cfg.rollout.first_workers,
+            "probe_every_s": 0.2,
+            "assignment_timeout_s": 30.0,
+            **settings,
+        }
         self.pool = RayWorkerPool("test-run", factory, PoolSettings(**limits))
         self.controller = Controller(
             self.cfg,
@@ -189,22 +196,56 @@ def test_killed_workers_cost_nothing_and_a_new_one_takes_their_place(make: Calla
 
 
 def test_workers_come_and_go_while_the_run_goes_on(make: Callable[..., World]) -> None:
-    world = make(FakeEngineFactory(seconds=0.3), rollout={"workers": 1, "groups_per_assignment": 1})
+    """As `mmrl scale` has it: through the run's folder, answered by the run, over when it is so."""
+    rollout = {"workers": 1, "groups_per_assignment": 1}
+    world = make(FakeEngineFactory(seconds=0.3), settings={"beside": ((1.0, 0.0),)}, rollout=rollout)
+    control = RunControl(world.run)
+    until(lambda: world.run.exists("status.json"), "the run said nothing")
     world.controller.rewind(0)
-    world.controller.resize(3)
-    until(lambda: world.controller.status()["pool"]["ready"] == 3, "no third worker came")
+    answer = control.request(3, by="a test", timeout_s=WAIT_S)
+    assert answer.message == "1 → 3 rollout workers"
+    assert control.wait_in_effect(answer, timeout_s=WAIT_S) == "3 rollout workers are ready"
+    assert len(autoscaler_wish()) == 4, "a learner and three workers"
     world.step(0)
     until(lambda: len(world.workers("busy")) == 3, "three workers did not work at once")
-    world.controller.resize(1)
-    until(lambda: len(world.workers("retiring")) == 2, "two workers should be on their way out")
+    busy = world.controller.status()["pool"]["workers"].values()
+    assert {(worker["version"], worker["at"][:5], worker["at"][-6:]) for worker in busy} == {(1, "group", "step 1")}
+    answer = control.request(1, by="a test", timeout_s=WAIT_S)
     world.step(1)
-    until(lambda: len(world.controller.status()["pool"]["workers"]) == 1, "more than one worker stayed")
+    control.wait_in_effect(answer, timeout_s=WAIT_S)
+    assert len(world.controller.status()["pool"]["workers"]) == 1
     world.step(2)
+    too_many = control.request(4, by="a test", timeout_s=WAIT_S)
+    with pytest.raises(RunError, match=r"3 of 4 .* are ready; being placed .*it asks for \{CPU: 1\}, and nothing is"):
+        control.wait_in_effect(too_many, timeout_s=8)
     rows = world.check_log(3)
     # Those that went finished what they had: nothing was tried twice.
     assert {row[5] for row in rows} == {0}
     assert world.events("worker_lost") == []
     assert len(world.events("worker_retiring")) == 2
+    assert [(e["before"], e["workers"]) for e in world.events("workers_scaled")] == [(1, 3), (3, 1), (1, 4)]
+
+
+def autoscaler_wish() -> list[dict[str, float]]:
+    """What Ray's autoscaler would read."""
+    state = ray._private.worker.global_worker.gcs_client.internal_kv_get(b"autoscaler_resource_request", None)
+    return json.loads(state or b"[]")
+
+
+def test_a_run_scales_itself_by_what_it_measures(make: Callable[..., World]) -> None:
+    """Sampling of 4 × 0.2 worker-seconds a step, and a learner that takes no time: more workers, up to the most."""
+    world = make(FakeEngineFactory(seconds=0.2), rollout={"workers": {"min": 1, "max": 2}, "groups_per_assignment": 1})
+    world.controller.rewind(0)
+    step = 0
+    while world.controller.status()["scaling"]["target"] < 2:
+        assert step < 6, world.controller.status()["scaling"]
+        world.step(step)
+        step += 1
+    until(lambda: world.controller.status()["pool"]["ready"] == 2, "no second worker came")
+    (event,) = world.events("workers_scaled")
+    assert "the learner waited" in event["reason"]
+    assert step == 4, "one to begin with, three to measure"
+    world.check_log(step)
 
 
 def test_a_worker_that_hangs_is_replaced(make: Callable[..., World]) -> None:

@@ -130,7 +130,12 @@ def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path
             if arguments[0] == "serve" and "--print-config" not in arguments:
                 server.start(arguments)
                 continue
-            output = server.workplace.mmrl(*(a.replace(":8000", f":{server.port}") for a in arguments), cwd=place)
+            # The run is over by now: another test scales one in progress.
+            code = 1 if arguments[0] == "scale" else 0
+            output = server.workplace.mmrl(
+                *(a.replace(":8000", f":{server.port}") for a in arguments), cwd=place, code=code
+            )
+            assert ("the run is finished; only a run in progress" in output) == (code == 1), output
             assert "Traceback" not in output, command
         assert server.process is not None
     assert (place / "runs" / "again" / "report.html").exists()

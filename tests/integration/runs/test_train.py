@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -14,6 +15,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+
+from mmrl_ray.jobs.control import RunControl
+from mmrl_ray.run_dir import RunDir
 
 from .conftest import DEADLINE_S, Workplace, wait_for
 
@@ -114,11 +118,37 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(workplace: Wor
     assert any(event.get("kind") == "checkpoint_damaged" and event["step"] == 6 for event in events)
 
 
-def test_more_workers_change_nothing_but_the_time(workplace: Workplace, straight: Path) -> None:
-    workplace.mmrl("train", workplace.config("two", rollout={"workers": 2}))
-    assert_same_adapter(workplace.runs / "two", straight)
-    workers = duckdb.sql(f"select distinct worker from '{workplace.runs}/two/rollouts/*.parquet'").fetchall()
-    assert len(workers) == 2
+def test_scaled_from_one_to_three_to_one_nothing_changes_but_the_time(workplace: Workplace, straight: Path) -> None:
+    """The judge is the run that nobody scaled."""
+    run = workplace.runs / "scaled"
+    share = {"cpus": 0.5, "threads": 1}
+    process = workplace.start("train", workplace.config("scaled", resources={"rollout": share, "learner": share}))
+    wait_for(lambda: (run / "status.json").exists() and status(run)["state"] == "running", process, "a status")
+    assert "3 rollout workers are ready" in workplace.mmrl("scale", run, "--rollout-workers", "3")
+    shown = workplace.mmrl("status", run)
+    assert all(f"worker-{i}" in shown for i in range(3)), shown
+    wait_for(lambda: len(metrics(run)) >= 2, process, "two steps")
+    control = RunControl(RunDir.at(run))  # here, since steps may be over before a program has started
+    answer = control.request(1, by="a test", timeout_s=DEADLINE_S)
+    assert answer.message == "3 → 1 rollout workers"
+    control.wait_in_effect(answer, timeout_s=DEADLINE_S)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert_same_adapter(run, straight)
+    same = ("reward/mean", "loss", "grad_norm", "lr", "entropy")
+    for a, b in zip(metrics(run), metrics(straight), strict=True):
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+    log = f"'{run}/rollouts/*.parquet'"
+    counts = duckdb.sql(f"select count(*), max(attempt) from {log} group by step, index, completion").fetchall()
+    assert counts == [(1, 0)] * (6 * 4 * 3)
+    assert len(duckdb.sql(f"select distinct worker from {log}").fetchall()) >= 2
+    assert status(run)["state"] == "finished"
+    assert "the run is finished" in workplace.mmrl("scale", run, "--rollout-workers", "2", code=1)
+
+
+def status(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return found
 
 
 def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, straight: Path) -> None:

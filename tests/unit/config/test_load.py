@@ -80,7 +80,7 @@ learner:
         "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
         "'dapo', 'gspo' or 'cispo'; did you mean `grpo`?",
         'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
-        "c.yaml:10: rollout.workers: must be a whole number, not true",
+        "c.yaml:10: rollout.workers: must be a whole number or a section of `key: value` lines, not true",
         "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",
         "c.yaml:14: learner.kl: must be a section of `key: value` lines, not 5",
     ]

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import (
     Quarantine,
     QuarantineRecord,
@@ -144,6 +145,22 @@ def test_broken_images_are_quarantined_once_with_their_reason(dataset: Path) -> 
     assert reasons["s5"].startswith("JSON instead of an image")
     assert reasons["s20"].startswith("broken PNG image")
     assert all(record.where.endswith(f" row {int(record.sample_id[1:]) % 13}") for record in heard)
+
+
+def test_a_picture_is_decoded_once_and_a_broken_row_never_comes(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+
+    def decode(image: bytes) -> object:
+        decoded.append(image)
+        return decode_image(image)
+
+    monkeypatch.setattr("mmrl_ray.data.samples.decode_image", decode)
+    source = stream(dataset)
+    first = {sample.id for sample in source.take(source.rows - 3)}
+    once = len(decoded)
+    again = {sample.id for sample in source.take(2 * (source.rows - 3))}
+    assert (source.epoch, again) == (2, first)
+    assert len(decoded) == once
 
 
 def test_past_the_budget_is_an_error_that_shows_reasons(dataset: Path) -> None:

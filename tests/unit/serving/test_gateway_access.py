@@ -81,7 +81,7 @@ def test_every_route_but_liveness_needs_a_key(gateway: Gateway) -> None:
     paths = {route.path for route in walked}
     assert paths >= {"/v1/chat/completions", "/health/live", "/health/ready", "/docs", "/openapi.json", "/metrics"}
     for route in walked:
-        path = route.path.replace("{model}", ADAPTER)
+        path = route.path.replace("{model}", ADAPTER).replace("{id}", "a-run")
         for method in route.methods or ():
             for headers in ({}, {"authorization": "Bearer mmrl-" + "A" * 43}, {"authorization": "Bearer"}):
                 response = gateway.stranger.request(method, path, headers=headers)

@@ -1,0 +1,138 @@
+"""A run seen from outside, through its folder: how it stands, and how many rollout workers it should have.
+
+Whoever may write the folder may scale the run. See `rollouts/control_files.py` for what lies in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mmrl_ray.errors import ConfigError, RunError
+from mmrl_ray.rollouts.control_files import (
+    ScaleAnswer,
+    ScaleRequest,
+    put_request,
+    read_status,
+    take_answer,
+    withdraw,
+)
+from mmrl_ray.run_dir import RunDir
+
+ALIVE = ("starting", "running", "ending")
+_LOCAL_S = 0.2
+_REMOTE_S = 1.0
+
+
+class RunControl:
+    """One run's folder, and what time it is."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`clock` gives Unix time."""
+        self._run = run
+        self._clock = clock
+        self._sleep = sleep
+        self._period_s = _LOCAL_S if run.is_local else _REMOTE_S
+
+    def status(self) -> dict[str, Any]:
+        """The run's newest status, with `alive` and `age_s` added: seconds since the run last said something.
+
+        Raises:
+            RunError: there is none.
+        """
+        status = read_status(self._run)
+        age = max(0.0, self._clock() - status["time"])
+        alive = status["state"] in ALIVE and age <= status["next_within_s"]
+        return {**status, "age_s": age, "alive": alive}
+
+    def request(self, workers: int | None, *, by: str, timeout_s: float) -> ScaleAnswer:
+        """Asks the run for so many rollout workers, or None to leave it to the run; returns once it said yes.
+
+        Raises:
+            ConfigError: the run refuses, and why.
+            RunError: it does not live, or did not answer within `timeout_s`; then it will not come to that later.
+        """
+        self._require_alive(self.status())
+        deadline = self._clock() + timeout_s
+        name = put_request(self._run, ScaleRequest(workers=workers, by=by, expires=deadline))
+        while (answer := take_answer(self._run, name)) is None:
+            if self._clock() >= deadline:
+                withdraw(self._run, name)
+                raise RunError(self._unanswered(timeout_s))
+            self._sleep(self._period_s)
+        if not answer.accepted:
+            raise ConfigError(answer.message)
+        return answer
+
+    def wait_in_effect(self, answer: ScaleAnswer, *, timeout_s: float) -> str:
+        """Returns, with a line about it, when the run has just the workers that `answer` promised, each ready.
+
+        Raises:
+            RunError: somebody asked for another number meanwhile, the run ended, or it did not come to that in time;
+                the message says what is missing. What was asked for stays asked for.
+        """
+        deadline = self._clock() + timeout_s
+        while True:
+            status = self.status()
+            self._require_alive(status)
+            missing: str | None = "the run has not said anything since"
+            if status.get("scaling", {}).get("requests", 0) >= answer.number:
+                if (now := status["scaling"]["target"]) != answer.target:
+                    why = status["scaling"]["decisions"][-1]["reason"]
+                    raise RunError(f"{now} rollout workers are wanted by now, not {answer.target}: {why}")
+                missing = what_is_missing(status)
+                if missing is None:
+                    return f"{answer.target} rollout workers are ready"
+            if self._clock() >= deadline:
+                raise RunError(f"not in effect after {timeout_s:g} s, but still asked for: {missing}")
+            self._sleep(self._period_s)
+
+    def _require_alive(self, status: Mapping[str, Any]) -> None:
+        if status["alive"] and status["state"] != "ending":
+            return
+        if status["state"] not in ALIVE:
+            told = f"the run is {status['state']}" + (f": {status['error']}" if status.get("error") else "")
+        elif status["alive"]:
+            told = "the run has taken its last step and is about to end"
+        else:
+            told = f"the run has died: it last said something {status['age_s']:.0f} s ago"
+        raise RunError(f"{self._run.location}: {told}; only a run in progress can be scaled")
+
+    def _unanswered(self, timeout_s: float) -> str:
+        state = self.status()["state"]
+        why = "it is still starting: try again later" if state == "starting" else "mmrl status says how it stands"
+        return f"{self._run.location} did not answer within {timeout_s:g} s, and was not changed; {why}"
+
+
+def what_is_missing(status: Mapping[str, Any]) -> str | None:
+    """Why a run has not yet the workers that it should have, or None when it has."""
+    pool = status["pool"]
+    workers: Mapping[str, Mapping[str, Any]] = pool["workers"]
+    by_state: dict[str, list[str]] = {}
+    for name, worker in workers.items():
+        by_state.setdefault(worker["state"], []).append(name)
+    ready = len(by_state.get("ready", [])) + len(by_state.get("busy", []))
+    parts = [f"{ready} of {pool['target']} rollout workers are ready"] if ready != pool["target"] else []
+    if placing := by_state.get("placing"):
+        free = "" if pool["free"] is None else f", and {amounts(pool['free'])} is free in the cluster"
+        longest = max(workers[name]["seconds"] for name in placing)
+        each = f"each asks for {pool['demand']}" if len(placing) > 1 else f"it asks for {pool['demand']}"
+        parts.append(f"being placed for {longest:.0f} s: {', '.join(placing)} ({each}{free})")
+    if starting := by_state.get("starting"):
+        parts.append(f"loading the model: {', '.join(starting)}")
+    if retiring := by_state.get("retiring"):
+        parts.append(f"finishing what they are at: {', '.join(retiring)}")
+    return "; ".join(parts) or None
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs in Ray's words."""
+    parts = [f"{name}: {amount:g}" for name, amount in sorted(resources.items()) if amount]
+    return "{" + ", ".join(parts) + "}" if parts else "nothing"
