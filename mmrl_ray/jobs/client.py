@@ -34,6 +34,7 @@ _STATUSES: Mapping[str, Status] = {
     "STOPPED": "stopped",
 }
 _MS = 1000.0
+_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 _LONGEST_REASON = 500
 
 T = TypeVar("T")
@@ -89,8 +90,8 @@ class JobsClient:
                 f"--address {address}: jobs go to the HTTP address of a cluster's job server: write for example "
                 "http://head:8265"
             )
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # what it uploads is not the user's affair
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)  # what is uploaded is not the user's affair
         self._sdk = self._asked(lambda: _Sdk(self.address))
 
     def hosts(self) -> list[str]:
