@@ -14,6 +14,7 @@ import aiohttp
 import ray
 import requests
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+from ray.dashboard.utils import ray_address_to_api_server_url
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
@@ -34,7 +35,11 @@ _STATUSES: Mapping[str, Status] = {
     "STOPPED": "stopped",
 }
 _MS = 1000.0
-_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _LONGEST_REASON = 500
 
 T = TypeVar("T")
@@ -216,6 +221,20 @@ class JobsClient:
             f"no job server answers at {self.address}: is the cluster up, and its dashboard's port open from here? "
             f"({_first_line(error)})"
         )
+
+
+def own_address() -> str:
+    """The job server of the Ray that this process has joined.
+
+    Raises:
+        JobServerError: it has none.
+    """
+    try:
+        return str(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address))
+    except (ValueError, RuntimeError, ConnectionError) as error:
+        raise JobServerError(
+            f"this Ray has no job server ({_first_line(error)}): start it with its dashboard, or name another's address"
+        ) from error
 
 
 def _job(details: JobDetails) -> Job | None:
