@@ -69,7 +69,7 @@ def submit(
 def show(address: _ADDRESS = _DEFAULT_ADDRESS) -> None:
     """List the jobs that the cluster remembers, the newest first."""
     rows = [("JOB", "STATUS", "RUN", "BEGAN", "BY")]
-    rows += [(j.id, j.status, j.facts.run, _time(j.created), j.facts.by) for j in _client(address).list()]
+    rows += [(j.id, j.status, j.facts.run, _time(j.created), j.facts.by) for j in _client(address).jobs()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())

@@ -123,7 +123,7 @@ class JobsClient:
             id,
         )
 
-    def list(self) -> list[Job]:
+    def jobs(self) -> list[Job]:
         """This project's jobs that the cluster remembers, the newest first."""
         found = (_job(details) for details in self._asked(self._sdk.list_jobs))
         return sorted((job for job in found if job is not None), key=lambda job: (-job.created, job.id))
@@ -145,7 +145,7 @@ class JobsClient:
         Raises:
             UnknownJobError: neither is known.
         """
-        jobs = self.list()
+        jobs = self.jobs()
         found = next((job for job in jobs if job.id == name), None) or next(
             (job for job in jobs if job.facts.run == name), None
         )

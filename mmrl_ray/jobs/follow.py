@@ -75,7 +75,9 @@ class _Follower:
         """Connects as often as it takes."""
         while True:
             try:
-                job = await self._connection() or await asyncio.to_thread(self._source.get, self._id)
+                job = await self._connection()
+                if job is None:
+                    job = await asyncio.to_thread(self._source.get, self._id)
                 self._heard = time.monotonic()
                 if job.is_over:
                     self._catch_up(await asyncio.to_thread(self._source.logs, self._id))

@@ -34,7 +34,7 @@ class JobServer(Protocol):
         """Host names of the cluster's nodes."""
         ...
 
-    def list(self) -> list[Job]:
+    def jobs(self) -> list[Job]:
         """This project's jobs, the newest first."""
         ...
 
@@ -103,7 +103,7 @@ def submitter() -> str:
 
 
 def _send(server: JobServer, facts: JobFacts, command: str, config: str | None, python: str, id: str | None) -> str:
-    busy = next((job for job in server.list() if not job.is_over and job.facts.location == facts.location), None)
+    busy = next((job for job in server.jobs() if not job.is_over and job.facts.location == facts.location), None)
     if busy is not None:
         raise JobError(
             f"job {busy.id} is {busy.status} and writes {facts.location}: stop it first (mmrl jobs stop {busy.id}), "

@@ -263,5 +263,5 @@ class CheckpointPage(_Page):
     @classmethod
     def of(cls, cards: Sequence[CheckpointCard], has_more: bool) -> Self:
         """With the ids at both ends."""
-        ids = [card.id for card in cards] or [None]
-        return cls(data=list(cards), has_more=has_more, first_id=ids[0], last_id=ids[-1])
+        ends = (cards[0].id, cards[-1].id) if cards else (None, None)
+        return cls(data=list(cards), has_more=has_more, first_id=ends[0], last_id=ends[1])

@@ -55,7 +55,7 @@ class RayJobService:
         """See `JobService`."""
         return await asyncio.to_thread(lambda: _told(self._job(id)))
 
-    async def list(self) -> list[TuningJob]:
+    async def jobs(self) -> list[TuningJob]:
         """See `JobService`."""
         return await asyncio.to_thread(lambda: [_told(job) for job in self._jobs()])
 
@@ -103,7 +103,7 @@ class RayJobService:
 
     def _jobs(self) -> list[Job]:
         """Those that were asked for over HTTP."""
-        return [job for job in self._server.list() if job.facts.request]
+        return [job for job in self._server.jobs() if job.facts.request]
 
     def _job(self, id: str) -> Job:
         job = self._server.get(id) if id.startswith(_PREFIX) and ID.fullmatch(id) else None

@@ -258,7 +258,7 @@ class JobService(Protocol):
         """One job."""
         ...
 
-    async def list(self) -> list[TuningJob]:
+    async def jobs(self) -> list[TuningJob]:
         """All of them, the newest first."""
         ...
 

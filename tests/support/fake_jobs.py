@@ -29,29 +29,29 @@ class FakeJobs:
     """Creates jobs that run until they are told otherwise."""
 
     error: Exception | None = None
-    jobs: dict[str, TuningJob] = field(default_factory=dict)
+    known: dict[str, TuningJob] = field(default_factory=dict)
     told: dict[str, list[TuningEvent]] = field(default_factory=dict)
     kept: dict[str, list[TuningCheckpoint]] = field(default_factory=dict)
 
     async def create(self, order: TuningOrder) -> TuningJob:
         if self.error is not None:
             raise self.error
-        number = len(self.jobs)
+        number = len(self.known)
         job = TuningJob(f"ftjob-{number}", order, f"{order.model}-{number}", "queued", 1_700_000_000 + number)
-        self.jobs[job.id] = job
+        self.known[job.id] = job
         return job
 
     async def get(self, id: str) -> TuningJob:
         if self.error is not None:
             raise self.error
-        if id not in self.jobs:
+        if id not in self.known:
             raise UnknownJobError(f"there is no fine-tuning job {id!r}")
-        return self.jobs[id]
+        return self.known[id]
 
-    async def list(self) -> list[TuningJob]:
+    async def jobs(self) -> list[TuningJob]:
         if self.error is not None:
             raise self.error
-        return list(reversed(self.jobs.values()))
+        return list(reversed(self.known.values()))
 
     async def cancel(self, id: str) -> TuningJob:
         return self.change(id, status="cancelled", finished_at=1_800_000_000)
@@ -63,7 +63,7 @@ class FakeJobs:
         return self.kept.get((await self.get(id)).id, [])
 
     def change(self, id: str, **facts: object) -> TuningJob:
-        if id not in self.jobs:
+        if id not in self.known:
             raise UnknownJobError(f"there is no fine-tuning job {id!r}")
-        self.jobs[id] = replace(self.jobs[id], **facts)  # type: ignore[arg-type]
-        return self.jobs[id]
+        self.known[id] = replace(self.known[id], **facts)  # type: ignore[arg-type]
+        return self.known[id]

@@ -35,7 +35,8 @@ _EMPTY_BODY: dict[str, Any] = {
 
 
 class _Named(Protocol):
-    id: str
+    @property
+    def id(self) -> str: ...
 
 
 Item = TypeVar("Item", bound=_Named)
@@ -65,7 +66,7 @@ def _add_jobs(app: FastAPI, tools: Tools) -> None:
     async def jobs(request: Request, after: _After = None, limit: _Limit = 20) -> Response:
         service, _ = _service(tools)
         async with asyncio.timeout(tools.timeout_s):
-            found = [job for job in await service.list() if _has_notes(job, request)]
+            found = [job for job in await service.jobs() if _has_notes(job, request)]
         page, has_more = _page(found, after, limit)
         return json_answer(JobPage(data=[JobCard.of(job) for job in page], has_more=has_more))
 

@@ -11,18 +11,26 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import openai
 import psutil
 import pytest
 import ray
 import yaml
 from ray._raylet import AuthenticationTokenLoader, Config
 
+from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.jobs.client import JobsClient
+from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.cluster import configure_ray
+from mmrl_ray.serving.app import GatewayDeps, make_app
+from mmrl_ray.serving.job_service import RayJobService
+from mmrl_ray.serving.tuning_runs import run_checkpoints, run_events, trained_tokens
 from tests.integration.runs.conftest import Workplace, prepare
 from tests.integration.runs.test_readme import ELSEWHERE, commands
 from tests.integration.serving.conftest import free_port, wait_for
+from tests.support.fake_services import FakePolicy, running_gateway
 from tests.unit.cli.program import mmrl
 
 pytestmark = pytest.mark.timeout(600)
@@ -122,6 +130,10 @@ def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: Jobs
     assert lines(run) == STEPS
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert readme("mmrl jobs logs") in output
+    left = RunDir.at(run)
+    assert [checkpoint.step for checkpoint in run_checkpoints(left, "j")] == [STEPS, STEPS - 2]
+    assert trained_tokens(left) >= STEPS
+    assert [event.data["step"] for event in run_events(left, "j", 0) if event.data] == list(range(1, STEPS + 1))
     assert [line.split()[1] for line in readme("mmrl jobs list").splitlines()] == ["STATUS", "succeeded", "failed"]
     assert "is over already: succeeded" in readme("mmrl jobs stop")
     assert "exists already" in call("submit", "my.yaml", "--set", "run.name=far", code=1)
@@ -145,6 +157,12 @@ def drivers(id: str) -> list[psutil.Process]:
 def test_how_a_job_ends_is_how_its_command_ends(workplace: Workplace, client: JobsClient) -> None:
     """The interpreter is a script here, which stands for what a run does."""
     config = workplace.config("ends")
+    careful = script(
+        workplace.folder / "careful", "trap 'echo saved; exit 0' INT; echo up; while :; do sleep 0.1; done"
+    )
+    told = call("submit", workplace.config("careful"), "--id", "careful", "--python", careful, "--no-wait")
+    assert told == "careful\n"
+
     asks = script(workplace.folder / "asks", 'echo "$@"; ls; exit 7')
     output = call("submit", config, "--id", "seven", "--python", asks, code=7)
     assert "-m mmrl_ray.cli train config.yaml\nconfig.yaml\nmmrl_ray\n" in output
@@ -152,15 +170,10 @@ def test_how_a_job_ends_is_how_its_command_ends(workplace: Workplace, client: Jo
     assert "go on with: mmrl jobs resume seven" in output
     assert "there is a job seven" in call("submit", config, "--id", "seven", "--python", asks, code=1)
 
-    careful = script(
-        workplace.folder / "careful", "trap 'sleep 4; echo saved; exit 0' INT; echo up; while :; do sleep 0.1; done"
-    )
-    assert call("submit", config, "--id", "careful", "--python", careful, "--no-wait") == "careful\n"
     wait_for(lambda: "up\n" in client.logs("careful"), "the job's first word", SECONDS)
     call("jobs", "stop", "careful")
     output = call("jobs", "logs", "careful", "--follow", code=130)
-    assert "up\n" in output
-    assert "\nsaved\n" in output, "it was asked as Ctrl-C asks, and left the time that it took"
+    assert "\nsaved\n" in output, "it was asked as Ctrl-C asks"
     assert "error: job careful was stopped" in output
     assert "exit code 130" in call("jobs", "status", "careful")
 
@@ -178,3 +191,40 @@ def test_what_is_wrong_is_said_in_one_line(workplace: Workplace, monkeypatch: py
         output = replace(workplace, environment=environment).mmrl("jobs", "list", code=1)
         assert told in output
         assert "Traceback" not in output
+
+
+def test_jobs_over_http(workplace: Workplace, client: JobsClient, tmp_path: Path) -> None:
+    """The gateway's job service at the Ray that it has joined; the interpreter is a script."""
+    asks = script(
+        workplace.folder / "trains", "grep -A9 ^learner: config.yaml; grep path: config.yaml; echo up; sleep 60"
+    )
+    recipe = {name: workplace.settings[name] for name in ("model", "algorithm", "rollout", "learner", "resources")}
+    tuning = {
+        "models": {"tiny": recipe}, "datasets": {"scenes": str(workplace.folder / "train")}, "python": str(asks),
+        "max_active": 1, "root": str(tmp_path),
+    }  # fmt: skip
+    settings = ServingSection.model_validate({"fine_tuning": tuning})
+    app = make_app(GatewayDeps(FakePolicy(), None, None, settings, insecure=True, jobs=RayJobService(settings)))
+    with running_gateway(app) as url:
+        jobs = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0).fine_tuning.jobs
+        ask: Any = {"model": "tiny", "training_file": "scenes", "hyperparameters": {"n_epochs": 2, "batch_size": 5}}
+        job = jobs.create(**ask, suffix="mine", metadata={"who": "me"})
+        assert job.status in ("queued", "running")
+        wait_for(lambda: "up\n" in client.logs(job.id), "the job's first word", SECONDS)
+        said = client.logs(job.id)
+        assert "steps: 10\n  groups_per_step: 5" in said, "24 images twice, 5 a step"
+        assert f"path: {workplace.folder / 'base'}" in said
+        with pytest.raises(openai.InternalServerError, match="1 jobs are under way"):
+            jobs.create(**ask)
+        assert [each.id for each in jobs.list()] == [job.id], "jobs of the command line are none of its own"
+        jobs.cancel(job.id)
+        wait_for(lambda: jobs.retrieve(job.id).status == "cancelled", "end of the job", SECONDS)
+        ended = jobs.retrieve(job.id)
+        assert ended.metadata == {"who": "me"}
+        assert ended.finished_at is not None
+        assert ended.finished_at >= ended.created_at
+        messages = [event.message for event in jobs.list_events(job.id)]
+        assert messages == ["The job was cancelled", f"Created fine-tuning job: {job.id}"]
+        assert list(jobs.checkpoints.list(job.id)) == []
+        with pytest.raises(openai.NotFoundError):
+            jobs.retrieve("far-1234")

@@ -48,7 +48,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(running: Server) -> Server:
-    running.fakes.jobs, running.fakes.told, running.fakes.kept, running.fakes.error = {}, {}, {}, None
+    running.fakes.known, running.fakes.told, running.fakes.kept, running.fakes.error = {}, {}, {}, None
     return running
 
 
@@ -57,7 +57,7 @@ def test_a_job_from_its_order_to_its_result(server: Server) -> None:
     method: Any = {"type": "reinforcement", "reinforcement": {"hyperparameters": hyperparameters}}
     job = server.create(method=method, seed=7, suffix="mine", validation_file="held-out", metadata={"who": "me"})
     order = TuningOrder("smol", "coco", "held-out", "mine", 7, 2, None, 16, 0.5, {"who": "me"})
-    assert server.fakes.jobs[job.id].order == order
+    assert server.fakes.known[job.id].order == order
     assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "queued", "smol", 7)
     assert (job.training_file, job.validation_file, job.metadata) == ("coco", "held-out", {"who": "me"})
     assert (job.fine_tuned_model, job.finished_at, job.trained_tokens, job.error) == (None, None, None, None)
@@ -80,7 +80,7 @@ def test_a_job_from_its_order_to_its_result(server: Server) -> None:
 
 def test_what_is_left_to_the_recipe_is_auto(server: Server) -> None:
     job = server.create(hyperparameters={"n_epochs": "auto", "steps": 9})
-    order = server.fakes.jobs[job.id].order
+    order = server.fakes.known[job.id].order
     assert (order.epochs, order.steps, order.batch_size, order.lr_multiplier) == (None, 9, None, None)
     assert job.hyperparameters.model_dump() == {
         "n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto", "steps": 9,
@@ -155,7 +155,7 @@ def test_what_is_not_allowed_is_400_and_begins_nothing(
     assert message in str(error.value)
     if param is not None:
         assert error.value.param == param
-    assert server.fakes.jobs == {}
+    assert server.fakes.known == {}
 
 
 def test_only_an_admin_may(server: Server) -> None:
@@ -166,8 +166,8 @@ def test_only_an_admin_may(server: Server) -> None:
         for call in (partial(jobs.create, **ASK), jobs.list, *(partial(each, id) for each in one)):
             with pytest.raises(openai.PermissionDeniedError):
                 call()
-    assert len(server.fakes.jobs) == 1
-    assert server.fakes.jobs[id].status == "queued"
+    assert len(server.fakes.known) == 1
+    assert server.fakes.known[id].status == "queued"
 
 
 @pytest.mark.parametrize(
