@@ -15,6 +15,9 @@ MMRLError
 │   └── NonFiniteError         loss or gradient norm is NaN or infinite
 ├── RunError               a run folder: exists, missing, not resumable
 │   └── CheckpointError        no valid checkpoint, or a broken one was asked for
+├── JobError               a job on a cluster: not taken, not to be had
+│   ├── UnknownJobError        no job of that id
+│   └── JobServerError         the job server is out of reach
 ├── ServingError           the served model, its gateway or a client of it
 │   ├── UnknownModelError      no model or adapter of that id
 │   ├── UnknownImageError      no picture of that hash
@@ -82,6 +85,18 @@ class RunError(MMRLError):
 
 class CheckpointError(RunError):
     """A checkpoint is missing, truncated or fails its hashes."""
+
+
+class JobError(MMRLError):
+    """A job on a cluster cannot be submitted, found, followed or stopped."""
+
+
+class UnknownJobError(JobError):
+    """The cluster knows no job of that id."""
+
+
+class JobServerError(JobError):
+    """The cluster's job server is out of reach, or cannot do it now; it may be another time."""
 
 
 class ServingError(MMRLError):

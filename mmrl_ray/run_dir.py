@@ -337,14 +337,23 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def run_location(root: str, name: str) -> str:
+    """What the folder `name` under `root` is called: an absolute path, or a URI."""
+    return _uri(root, name) if "://" in root else str(Path(root).expanduser().absolute() / name)
+
+
+def _uri(root: str, name: str) -> str:
+    if not name:
+        return root.rstrip("/")
+    parts = urlsplit(root)  # the name goes into the path of a URI, before its options
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
 def _resolve(root: str, name: str, filesystem: fs.FileSystem | None) -> RunDir:
     if filesystem is None and "://" not in root:
-        location = str(Path(root).expanduser().absolute() / name)
+        location = run_location(root, name)
         return RunDir(fs.LocalFileSystem(), location, location)
-    location = root.rstrip("/")
-    if name:  # the name goes into the path of a URI, before its options
-        parts = urlsplit(root)
-        location = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+    location = _uri(root, name)
     if filesystem is not None:
         return RunDir(filesystem, f"{root.rstrip('/')}/{name}".rstrip("/"), location)
     try:

@@ -62,3 +62,12 @@ def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> di
         nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
         merged[key] = with_defaults(value, defaults[key]) if nested else value
     return merged
+
+
+def with_preset(config: Any) -> Any:
+    """A config that is not validated yet, the defaults of its preset written into its `learner:`."""
+    if not isinstance(config, dict) or not isinstance(config.get("learner"), dict):
+        return config  # the ordinary validation says what is wrong
+    algorithm = config.get("algorithm", "grpo")
+    preset = PRESETS.get(algorithm) if isinstance(algorithm, str) else None
+    return config if preset is None else {**config, "learner": with_defaults(config["learner"], preset)}

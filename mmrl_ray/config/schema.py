@@ -10,7 +10,7 @@ from mmrl_ray.config.base import Section, refuse
 from mmrl_ray.config.data import DataSection
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.model import ModelSection
-from mmrl_ray.config.presets import PRESETS, Algorithm, with_defaults
+from mmrl_ray.config.presets import Algorithm, with_preset
 from mmrl_ray.config.resources import ResourcesSection
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.rollout import RolloutSection
@@ -46,11 +46,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not isinstance(value.get("learner"), dict):
-            return value  # the ordinary validation says what is wrong
-        algorithm = value.get("algorithm", "grpo")
-        preset = PRESETS.get(algorithm) if isinstance(algorithm, str) else None
-        return value if preset is None else {**value, "learner": with_defaults(value["learner"], preset)}
+        return with_preset(value)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

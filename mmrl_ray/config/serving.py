@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from mmrl_ray.config.base import Section, refuse
+from mmrl_ray.config.fine_tuning import FineTuningSection
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.resources import ActorResources
 from mmrl_ray.config.reward import RewardSection
@@ -192,12 +193,16 @@ class ServingSection(Section):
     """What one key may do."""
     remote_images: RemoteImagesSection = RemoteImagesSection()
     """Images by URL."""
+    fine_tuning: FineTuningSection | None = None
+    """Jobs over HTTP; none by default."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         rows, n = self.policy.max_rows, self.limits.max_n
         if rows < n:
             raise ValueError(f"policy.max_rows={rows} is below limits.max_n={n}: such a request could never be decoded")
+        if self.fine_tuning is not None and self.fine_tuning.root is None and self.adapters_root is None:
+            raise ValueError("fine_tuning needs a root for its runs: write fine_tuning.root, or adapters_root")
         return self
 
 

@@ -1,1 +1,1 @@
-"""Jobs on a cluster, and what one does to a run from outside while it goes on."""
+"""Runs as jobs of a cluster, and what is done to a run from outside while it goes on."""

@@ -42,6 +42,12 @@ def configure_ray() -> None:
     auto_init_hook.enable_auto_connect = os.environ["RAY_ENABLE_AUTO_CONNECT"] != "0"
 
 
+def read_token_again() -> None:
+    """Ray reads mode and token when it is imported, which may have been before they were set."""
+    RayConfig.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 @contextmanager
 def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False) -> Iterator[None]:
     """A Ray for one run. A local one has at least the CPUs that the run's actors ask for: on one small machine learner
@@ -57,12 +63,18 @@ def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False)
 
 @contextmanager
 def ray_at(
-    address: str | None, *, cpus: int, object_store_mb: int | None, namespace: str, debug: bool = False
+    address: str | None,
+    *,
+    cpus: int,
+    object_store_mb: int | None,
+    namespace: str,
+    debug: bool = False,
+    dashboard: bool = False,
 ) -> Iterator[None]:
     """The Ray at an address (or at `RAY_ADDRESS`), or else a local one.
 
     A local one is started with a token of its own, at least `cpus` CPUs and an object store of that size, and ended
-    when the block is left.
+    when the block is left; with `dashboard` it takes jobs, too.
 
     Raises:
         RunError: the cluster at `address` cannot be joined.
@@ -73,15 +85,13 @@ def ray_at(
     own_token = address is None and not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH")
     if own_token:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # Ray read mode and token when it was imported, which may have been before they were set.
-    RayConfig.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    read_token_again()
     try:
         if address is None:
             ray.init(
                 num_cpus=max(os.cpu_count() or 1, cpus),
                 object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 log_to_driver=debug,
                 logging_level=level,
                 namespace=namespace,

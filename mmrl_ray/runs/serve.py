@@ -70,7 +70,8 @@ def serve(
         return
     if address is None:
         set_flags(insecure=insecure)
-    with ray_at(address, cpus=demanded_cpus(cfg), object_store_mb=None, namespace=APP):
+    jobs = cfg.serving.fine_tuning is not None
+    with ray_at(address, cpus=demanded_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs):
         _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
 
 

@@ -17,13 +17,12 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import mmrl_ray
 from mmrl_ray.config import Config
-from mmrl_ray.config.base import Section
 from mmrl_ray.config.load import dump_config
+from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import write_scenes
 from mmrl_ray.errors import Interrupted, MMRLError
@@ -223,24 +222,6 @@ class _Run:
             yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
-
-
-def with_absolute_paths(cfg: Config) -> Config:
-    """The same config, meaning the same files from whichever folder: that of a Ray worker, or of a later resume."""
-    data = {"train": _absolute(cfg.data.train), "eval": _absolute(cfg.data.eval) if cfg.data.eval is not None else None}
-    model = _absolute(cfg.model.path) if Path(cfg.model.path).expanduser().exists() else cfg.model.path
-    sections: dict[str, Section] = {
-        "run": cfg.run.model_copy(update={"root": _absolute(cfg.run.root)}),
-        "model": cfg.model.model_copy(update={"path": model}),
-        "data": cfg.data.model_copy(update=data),
-    }
-    if cfg.sft is not None:
-        sections["sft"] = cfg.sft.model_copy(update={"cache": _absolute(cfg.sft.cache)})
-    return cfg.model_copy(update=sections)
-
-
-def _absolute(location: str) -> str:
-    return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
 def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:

@@ -4,5 +4,5 @@
                                                             └──handle──▶ reward replica
 
 Only these import Ray: `deployments.py` (the shells), `services.py` and `reward_handle.py` (their callers, with
-`handle_errors.py`), `serve_config.py` and `launch.py`. All else is plain Python, tested without it.
+`handle_errors.py`), `job_service.py`, `serve_config.py` and `launch.py`. All else is plain Python, tested without it.
 """

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from mmrl_ray import __version__
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.serving.auth import Envelope, Gate, is_loopback
+from mmrl_ray.serving.fine_tuning_types import FineTuningRequest
 from mmrl_ray.serving.http_errors import error_response
 from mmrl_ray.serving.limits import KeyLimits
 from mmrl_ray.serving.metrics import GatewayMetrics
@@ -22,6 +23,7 @@ from mmrl_ray.serving.routes.captions import CaptionRequest, add_captions
 from mmrl_ray.serving.routes.chat import add_chat
 from mmrl_ray.serving.routes.deps import GatewayDeps
 from mmrl_ray.serving.routes.documents import ERRORS, document
+from mmrl_ray.serving.routes.fine_tuning import add_fine_tuning
 from mmrl_ray.serving.routes.models import add_models
 from mmrl_ray.serving.routes.operations import add_operations
 from mmrl_ray.serving.routes.pictures import Pictures
@@ -37,13 +39,15 @@ def make_app(deps: GatewayDeps) -> FastAPI:
     """An ASGI app over these services.
 
     Raises:
-        ConfigError: keys are missing, or `insecure` on a host that others reach.
+        ConfigError: keys are missing, or `insecure` on a host that others reach, or jobs without their settings.
     """
     settings = deps.settings
     if deps.insecure and not is_loopback(settings.host):
         raise ConfigError(f"insecure on serving.host={settings.host!r}: without keys only 127.0.0.1 is served")
     if not deps.insecure and deps.keys is None:
         raise ConfigError("the gateway needs a key store, unless it is insecure on a loopback host")
+    if deps.jobs is not None and settings.fine_tuning is None:
+        raise ConfigError("the gateway has jobs but no serving.fine_tuning, which says what may be trained")
     metrics = GatewayMetrics()
     tools = Tools(deps, Pictures(settings), metrics)
     gate = Middleware(
@@ -62,9 +66,10 @@ def make_app(deps: GatewayDeps) -> FastAPI:
         middleware=[Middleware(Envelope, metrics=metrics), gate],
         exception_handlers={HTTPException: _refused, RequestValidationError: _refused},
     )
-    for add in (add_chat, add_captions, add_models, add_rewards, add_score, add_runs, add_operations):
+    parts = (add_chat, add_captions, add_models, add_rewards, add_score, add_runs, add_fine_tuning, add_operations)
+    for add in parts:
         add(app, tools)
-    document(app, [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, WorkersRequest])
+    document(app, [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, WorkersRequest, FineTuningRequest])
     return app
 
 

@@ -152,6 +152,8 @@ def needs(role: KeyRole) -> Callable[[Request], Awaitable[None]]:
 
 INFER = Depends(needs("infer"))
 """Of routes that ask the policy or the reward."""
+ADMIN = Depends(needs("admin"))
+"""Of routes that start or end work on the cluster."""
 
 
 def is_loopback(host: str) -> bool:

@@ -24,7 +24,16 @@ from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.serving.names import GATEWAY, POLICY, REWARD
-from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, RewardItem, Scored, Served
+from mmrl_ray.serving.protocols import (
+    Delta,
+    Generated,
+    GenerateRequest,
+    JobService,
+    ModelInfo,
+    RewardItem,
+    Scored,
+    Served,
+)
 from mmrl_ray.serving.reward_service import CaptionBatch
 from mmrl_ray.serving.serve_config import deployment_options
 
@@ -141,6 +150,7 @@ class GatewayReplica:
             prompt=cfg.prompt,
             default_model=next(iter(cfg.adapters), None),
             insecure=self._insecure,
+            jobs=_job_service(cfg),
         )
         return make_app(deps)
 
@@ -169,6 +179,14 @@ def reward_application(
 ) -> Application:
     """The reward alone, without an HTTP front: what a training run asks."""
     return _shell(RewardReplica, REWARD, options).bind(cfg, filesystem, statistics)
+
+
+def _job_service(cfg: ServeConfig) -> JobService | None:
+    if cfg.serving.fine_tuning is None:
+        return None
+    from mmrl_ray.serving.job_service import RayJobService
+
+    return RayJobService(cfg.serving)
 
 
 def _shell(replica: type, name: str, options: Mapping[str, Any]) -> Any:

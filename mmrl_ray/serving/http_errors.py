@@ -21,9 +21,11 @@ from mmrl_ray.errors import (
     ContextLengthError,
     DataError,
     ImageError,
+    JobServerError,
     OverloadedError,
     RewardError,
     UnknownImageError,
+    UnknownJobError,
     UnknownModelError,
 )
 
@@ -47,6 +49,8 @@ class _Kind(NamedTuple):
 _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (UnknownModelError, _Kind(404, _INVALID, "model_not_found", "model")),
     (UnknownImageError, _Kind(404, _INVALID, "image_not_found", "image_hash")),
+    (UnknownJobError, _Kind(404, _INVALID, "job_not_found", "fine_tuning_job_id")),
+    (JobServerError, _Kind(503, _SERVER, "jobs_unavailable")),
     (OverloadedError, _Kind(503, _SERVER, "overloaded")),
     (AccessError, _Kind(403, "permission_error", "forbidden")),
     (RewardError, _Kind(502, _SERVER, "reward_failed")),
@@ -108,8 +112,8 @@ def is_expected(error: Exception) -> bool:
 def error_response(error: Exception) -> Response:
     """The answer to a request that ended in `error`."""
     headers: dict[str, str] = {}
-    if isinstance(error, RequestValidationError):
-        error = invalid_body(error.errors())
+    if isinstance(error, RequestValidationError):  # of a path or a query, whose name is no part of the parameter's
+        error = invalid_body([{**item, "loc": item["loc"][1:]} for item in error.errors()])
     if isinstance(error, AnyHTTPException):
         status = error.status_code
         headers |= error.headers or {}

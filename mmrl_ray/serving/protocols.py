@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import SamplingParams
 
 Role = Literal["system", "user", "assistant"]
 ServedFinishReason = Literal["stop", "length"]
+TuningStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +168,108 @@ class RewardService(Protocol):
 
     async def ready(self) -> bool:
         """Whether the reward answers."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TuningOrder:
+    """What a client asked to have trained; ids are on the allow-list."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    """Begins the name of the result, in place of the model's id."""
+    seed: int = 0
+    epochs: int | None = None
+    """Passes over the training data; gives the steps."""
+    steps: int | None = None
+    """Optimiser steps; the recipe's where neither is given."""
+    batch_size: int | None = None
+    """Images a step."""
+    lr_multiplier: float | None = None
+    """Scales the recipe's learning rate."""
+    metadata: Mapping[str, str] | None = None
+    """The client's own notes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningJob:
+    """One job as it stands."""
+
+    id: str
+    order: TuningOrder
+    run: str
+    """Name of its run, which is what its result is called."""
+    status: TuningStatus
+    created_at: int
+    """Unix seconds."""
+    finished_at: int | None = None
+    error: str | None = None
+    """Why it failed."""
+    trained_tokens: int | None = None
+    """Completion tokens that it learnt from; known when it is over."""
+    result_files: tuple[str, ...] = ()
+    """Names in the run's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningEvent:
+    """Something that a job has to tell."""
+
+    id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    data: Mapping[str, Any] | None = None
+    """Figures of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningCheckpoint:
+    """A step that a job could go on from."""
+
+    id: str
+    step: int
+    created_at: int
+    name: str
+    """Of the run at that step."""
+    metrics: Mapping[str, float]
+
+
+class JobService(Protocol):
+    """Fine-tuning jobs.
+
+    Raises (every method): `UnknownJobError` no such job; `JobServerError` the cluster's job server is out of reach;
+    `JobError` it refuses.
+    """
+
+    async def create(self, order: TuningOrder) -> TuningJob:
+        """Begins a job.
+
+        Raises:
+            ConfigError: the order does not fit the recipe.
+            DataError: the dataset cannot be read.
+            OverloadedError: too many jobs are under way.
+        """
+        ...
+
+    async def get(self, id: str) -> TuningJob:
+        """One job."""
+        ...
+
+    async def jobs(self) -> list[TuningJob]:
+        """All of them, the newest first."""
+        ...
+
+    async def cancel(self, id: str) -> TuningJob:
+        """Asks a job to stop; it finishes its step first."""
+        ...
+
+    async def events(self, id: str) -> list[TuningEvent]:
+        """What it has to tell, the newest first."""
+        ...
+
+    async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
+        """Those that are there, the newest first."""
         ...

@@ -75,9 +75,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="package")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    folder = tmp_path_factory.mktemp("workplace")
+def prepare(folder: Path) -> dict[str, Any]:
+    """Makes data and base model; returns what all configs here share."""
     write_scenes(ScenesSection(train=24, eval=6), folder / "train", folder / "eval")
     build_tiny_llava(
         folder / "base",
@@ -91,7 +90,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         vision_heads=2,
     )
     actor = {"cpus": 0.5, "threads": 1}
-    settings = {
+    return {
         "model": {"path": str(folder / "base"), "dtype": "float32"},
         "data": {"train": str(folder / "train"), "eval": str(folder / "eval"), "prompt": "describe the image ."},
         "algorithm": "grpo",
@@ -100,6 +99,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         "learner": {"steps": 6, "groups_per_step": 4, "lr": 1e-2, "checkpoint_every": 3},
         "resources": {"learner": actor, "rollout": actor},
     }
+
+
+@pytest.fixture(scope="package")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    folder = tmp_path_factory.mktemp("workplace")
+    settings = prepare(folder)
     with pytest.MonkeyPatch.context() as patch:
         configure_ray()
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))

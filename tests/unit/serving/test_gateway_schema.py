@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.serving.app import GatewayDeps, make_app
+from tests.support.fake_jobs import SETTINGS, FakeJobs
 from tests.support.fake_services import FakePolicy, FakeReward
 
-APP = make_app(GatewayDeps(FakePolicy(), FakeReward(), None, ServingSection(), insecure=True))
+APP = make_app(GatewayDeps(FakePolicy(), FakeReward(), None, SETTINGS, insecure=True, jobs=FakeJobs()))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP, headers={"host": "localhost"})
 
 

@@ -1,0 +1,166 @@
+"""Commands that put runs onto a cluster as jobs, and look after them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmrl_ray.cli.groups import app, jobs_app
+from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.options import ConfigFile, Overrides, load
+
+if TYPE_CHECKING:
+    from mmrl_ray.jobs.client import JobsClient
+    from mmrl_ray.jobs.records import Job
+
+_DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_ADDRESS = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        envvar="RAY_API_SERVER_ADDRESS",
+        metavar="URL",
+        help="The cluster's job server; its token comes from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.",
+    ),
+]
+_JOB = Annotated[str, typer.Argument(metavar="JOB|RUN", help="A job's id, or the name of its run.")]
+_PYTHON = Annotated[
+    str | None,
+    typer.Option(
+        "--python",
+        metavar="PROGRAM",
+        help="The cluster's interpreter: python3 of its PATH, or this one where the cluster is this machine.",
+        show_default=False,
+    ),
+]
+_WAIT = Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log and end with the job's exit code.")]
+_ID = Annotated[str | None, typer.Option("--id", help="What the job is called; made of the run's name otherwise.")]
+
+
+@command(app, "submit")
+def submit(
+    config: ConfigFile,
+    address: _ADDRESS = _DEFAULT_ADDRESS,
+    set_: Overrides = None,
+    shared: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shared-paths",
+            metavar="FOLDER",
+            help="Paths below it are the same on every node; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    python: _PYTHON = None,
+    id: _ID = None,
+    wait: _WAIT = True,
+) -> None:
+    """Train on a cluster: send the config and this program as a job, follow it, end with its exit code."""
+    cfg = load(config, set_)
+    from mmrl_ray.runs import jobs
+
+    client = jobs.connect(address)
+    _begun(client, jobs.submit(client, cfg, python=python, shared=shared or (), id=id), wait)
+
+
+@command(jobs_app, "list")
+def show(address: _ADDRESS = _DEFAULT_ADDRESS) -> None:
+    """List the jobs that the cluster remembers, the newest first."""
+    rows = [("JOB", "STATUS", "RUN", "BEGAN", "BY")]
+    rows += [(j.id, j.status, j.facts.run, _time(j.created), j.facts.by) for j in _client(address).jobs()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+@command(jobs_app, "status")
+def status(name: _JOB, address: _ADDRESS = _DEFAULT_ADDRESS) -> None:
+    """Say how a job is."""
+    job = _client(address).find(name)
+    lines = {
+        "job": job.id,
+        "status": job.status,
+        "run": job.facts.location,
+        "task": job.facts.task,
+        "by": job.facts.by,
+        "began": _time(job.created),
+        "ended": _time(job.ended),
+        "exit code": str(job.exit_code) if job.is_over else "",
+        "reason": job.reason if job.status == "failed" else "",
+    }
+    for label, value in lines.items():
+        if value:
+            typer.echo(f"{label:<10}{value}")
+
+
+@command(jobs_app, "logs")
+def logs(
+    name: _JOB,
+    address: _ADDRESS = _DEFAULT_ADDRESS,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+) -> None:
+    """Print a job's log; with --follow end with the job's exit code."""
+    client = _client(address)
+    job = client.find(name)
+    if follow:
+        _follow(client, job.id)
+    else:
+        typer.echo(client.logs(job.id), nl=False)
+
+
+@command(jobs_app, "stop")
+def stop(name: _JOB, address: _ADDRESS = _DEFAULT_ADDRESS) -> None:
+    """Let a job finish its step, write a checkpoint and end, as Ctrl-C does."""
+    from mmrl_ray.jobs.submit import STOP_S
+
+    client = _client(address)
+    job = client.find(name)
+    if client.stop(job.id):
+        typer.echo(f"job {job.id} is asked to stop: it finishes its step, and is killed if that takes {STOP_S} s")
+    else:
+        typer.echo(f"job {job.id} is over already: {client.get(job.id).status}")
+
+
+@command(jobs_app, "resume")
+def resume(
+    name: _JOB, address: _ADDRESS = _DEFAULT_ADDRESS, python: _PYTHON = None, id: _ID = None, wait: _WAIT = True
+) -> None:
+    """Go on with a job's run from its newest checkpoint, in a new job."""
+    from mmrl_ray.runs import jobs
+
+    client = _client(address)
+    _begun(client, jobs.resume(client, name, python=python, id=id), wait)
+
+
+def _client(address: str) -> JobsClient:
+    from mmrl_ray.runs.jobs import connect
+
+    return connect(address)
+
+
+def _begun(client: JobsClient, id: str, wait: bool) -> None:
+    if not wait:
+        typer.echo(id)
+        return
+    typer.echo(f"job {id}: Ctrl-C leaves it running; mmrl jobs stop {id} ends it", err=True)
+    _follow(client, id)
+
+
+def _follow(client: JobsClient, id: str) -> None:
+    from mmrl_ray.runs.jobs import outcome, show_to_end
+
+    try:
+        job: Job = show_to_end(client, id)
+    except KeyboardInterrupt:
+        typer.echo(f"job {id} goes on; follow it again with: mmrl jobs logs {id} --follow", err=True)
+        raise
+    line = outcome(job)
+    if line is not None:
+        typer.echo(f"{typer.style('error:', fg='red')} {line}", err=True)
+        raise typer.Exit(job.exit_code)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,99 @@
+"""Which keys of a config name places, and what they mean from another folder or another machine."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from mmrl_ray.config.base import Section
+from mmrl_ray.config.schema import Config
+from mmrl_ray.errors import ConfigError
+
+_BUILTIN = "builtin:"
+
+
+def with_absolute_paths(cfg: Config) -> Config:
+    """The same config, meaning the same files from whichever folder: that of a Ray worker, or of a later resume."""
+    data = {"train": _absolute(cfg.data.train), "eval": _absolute(cfg.data.eval) if cfg.data.eval is not None else None}
+    model = _absolute(cfg.model.path) if _is_folder(cfg.model.path) else cfg.model.path
+    sections: dict[str, Section] = {
+        "run": cfg.run.model_copy(update={"root": _absolute(cfg.run.root)}),
+        "model": cfg.model.model_copy(update={"path": model}),
+        "data": cfg.data.model_copy(update=data),
+    }
+    if cfg.sft is not None:
+        sections["sft"] = cfg.sft.model_copy(update={"cache": _absolute(cfg.sft.cache)})
+    return cfg.model_copy(update=sections)
+
+
+def local_paths(cfg: Config) -> dict[str, str]:
+    """Paths of a file system, by the keys that name them; not the URIs, nor the ids of a hub."""
+    places = {"run.root": cfg.run.root, "data.train": cfg.data.train}
+    if cfg.data.eval is not None:
+        places["data.eval"] = cfg.data.eval
+    if _is_folder(cfg.model.path):
+        places["model.path"] = cfg.model.path
+    if cfg.sft is not None:
+        places["sft.cache"] = cfg.sft.cache
+    return {key: place for key, place in places.items() if "://" not in place}
+
+
+def refuse_unseen(cfg: Config, shared: Sequence[str], cluster: str) -> None:
+    """Refuses paths that other machines would look for in vain.
+
+    Args:
+        cfg: with absolute paths.
+        shared: absolute folders that the machines share, each under the same path.
+        cluster: what errors call it.
+
+    Raises:
+        ConfigError: one line a path.
+    """
+    unseen = {key: path for key, path in local_paths(cfg).items() if not _is_below(path, shared)}
+    if unseen:
+        raise ConfigError(
+            "\n".join(
+                f"{key}={path} is a path of this machine, which {cluster} is not: {_remedy(key, path)}"
+                for key, path in unseen.items()
+            )
+        )
+
+
+def refuse_missing(cfg: Config) -> None:
+    """Refuses paths that are not there, where the job will see the same files as this process.
+
+    Raises:
+        ConfigError: one line a path.
+    """
+    needed = {key: path for key, path in local_paths(cfg).items() if key not in ("run.root", "sft.cache")}
+    if cfg.data.scenes is not None:  # the run makes them
+        needed = {key: path for key, path in needed.items() if not key.startswith("data.")}
+    missing = {key: path for key, path in needed.items() if not Path(path).expanduser().exists()}
+    if missing:
+        raise ConfigError("\n".join(f"{key}={path} does not exist: check the path" for key, path in missing.items()))
+
+
+def _remedy(key: str, path: str) -> str:
+    what = {
+        "run.root": "name storage that every node sees, such as --set run.root=s3://bucket/runs",
+        "model.path": "name a hub id, or a folder on storage that every node sees",
+        "sft.cache": "name a folder on storage that every node sees",
+    }.get(key, f"copy it to storage that every node sees, and name that, such as --set {key}=s3://bucket/data")
+    return f"{what}; or, if all nodes have it under this very path, add --shared-paths {PurePosixPath(path).parent}"
+
+
+def _is_below(path: str, folders: Sequence[str]) -> bool:
+    place = PurePosixPath(posixpath.normpath(path))
+    return any(place.is_relative_to(posixpath.normpath(folder)) for folder in folders)
+
+
+def _is_folder(model: str) -> bool:
+    """Whether a model is a path: it is there, or it is written as only paths are."""
+    return not model.startswith(_BUILTIN) and (
+        model.startswith(("/", "./", "../", "~")) or Path(model).expanduser().exists()
+    )
+
+
+def _absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).expanduser().absolute())

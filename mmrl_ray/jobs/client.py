@@ -1,0 +1,263 @@
+"""The job server of a Ray cluster (its dashboard, port 8265 by default), with deadlines and the project's errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+import requests
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+from ray.dashboard.utils import ray_address_to_api_server_url
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobSubmissionClient, JobType
+
+from mmrl_ray.errors import ConfigError, JobError, JobServerError, UnknownJobError
+from mmrl_ray.jobs.records import Job, JobFacts, Status, check_id
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_TIMEOUT_S = 60.0
+"""For one request; a submission waits for an agent on the head node."""
+_OLDEST_RAY = "2.9"
+_HOSTS_S = 10.0
+"""A cluster that has just come up knows its nodes by then."""
+_STATUSES: Mapping[str, Status] = {
+    "PENDING": "pending",
+    "RUNNING": "running",
+    "SUCCEEDED": "succeeded",
+    "FAILED": "failed",
+    "STOPPED": "stopped",
+}
+_MS = 1000.0
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+_LONGEST_REASON = 500
+
+T = TypeVar("T")
+
+
+class _Sdk(JobSubmissionClient):
+    """Ray's client of the address that it is given (Ray's own prefers `RAY_ADDRESS`), with a deadline a request."""
+
+    def __init__(self, url: str) -> None:
+        self._client_ray_version = ray.__version__
+        SubmissionClient.__init__(self, url)
+        self._check_connection_and_version(_OLDEST_RAY)
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=_TIMEOUT_S, **options)
+
+    def hosts(self) -> list[str]:
+        """Host names of the nodes that are up."""
+        answer = self._do_request("GET", "/nodes?view=hostNameList")
+        answer.raise_for_status()
+        return list(answer.json()["data"]["hostNameList"])
+
+    async def tail(self, id: str) -> AsyncIterator[str]:
+        """See `JobsClient.tail`."""
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT_S)
+        async with aiohttp.ClientSession(cookies=self._cookies, headers=self._headers, timeout=limit) as session:
+            socket = await session.ws_connect(f"{self._address}/api/jobs/{id}/logs/tail", ssl=self._ssl_context or True)
+            async with socket:
+                async for message in socket:
+                    if message.type == aiohttp.WSMsgType.TEXT:
+                        yield message.data
+                if socket.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
+                    raise aiohttp.ClientConnectionError("the connection broke off")
+
+
+class JobsClient:
+    """Jobs of one cluster. The token is the one that Ray finds: `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, its file.
+
+    Raises (every method): `JobServerError` nothing answers at the address; `JobError` the token is wrong or missing,
+    or what answers is no job server.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        """Looks whether a job server is there.
+
+        Raises:
+            ConfigError: the address is no HTTP URL.
+        """
+        self.address = address.rstrip("/")
+        parts = urlsplit(self.address)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(
+                f"--address {address}: jobs go to the HTTP address of a cluster's job server: write for example "
+                "http://head:8265"
+            )
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)  # what is uploaded is not the user's affair
+        self._sdk = self._asked(lambda: _Sdk(self.address))
+
+    def hosts(self) -> list[str]:
+        """Host names of the cluster's nodes, sorted."""
+        deadline = time.monotonic() + _HOSTS_S
+        while not (found := self._asked(self._sdk.hosts)):
+            if time.monotonic() > deadline:
+                raise JobServerError(f"Ray at {self.address} names no node of its own: is it still starting?")
+            time.sleep(0.2)
+        return sorted(found)
+
+    def submit(self, id: str, entrypoint: str, folder: Path, facts: JobFacts, environment: Mapping[str, str]) -> None:
+        """Sends `folder` and lets `entrypoint`, a shell's line, work in it on the head node.
+
+        Raises:
+            JobError: there is a job of that id, or Ray does not take it.
+        """
+        check_id(id)
+        runtime = {"working_dir": str(folder), "env_vars": dict(environment)}
+        self._asked(
+            lambda: self._sdk.submit_job(
+                entrypoint=entrypoint, submission_id=id, runtime_env=runtime, metadata=facts.metadata()
+            ),
+            id,
+        )
+
+    def jobs(self) -> list[Job]:
+        """This project's jobs that the cluster remembers, the newest first."""
+        found = (_job(details) for details in self._asked(self._sdk.list_jobs))
+        return sorted((job for job in found if job is not None), key=lambda job: (-job.created, job.id))
+
+    def get(self, id: str) -> Job:
+        """One of them.
+
+        Raises:
+            UnknownJobError: there is no such job, or it is not this project's.
+        """
+        job = _job(self._asked(lambda: self._sdk.get_job_info(check_id(id)), id))
+        if job is None:
+            raise UnknownJobError(f"job {id} at {self.address} was not submitted by mmrl")
+        return job
+
+    def find(self, name: str) -> Job:
+        """By its id, or by the name of its run: then the newest.
+
+        Raises:
+            UnknownJobError: neither is known.
+        """
+        jobs = self.jobs()
+        found = next((job for job in jobs if job.id == name), None) or next(
+            (job for job in jobs if job.facts.run == name), None
+        )
+        if found is None:
+            known = ", ".join(job.id for job in jobs[:5]) or "none"
+            raise UnknownJobError(
+                f"no job and no run of a job is called {name} at {self.address}; the newest jobs are: {known}"
+            )
+        return found
+
+    def stop(self, id: str) -> bool:
+        """Asks the job to stop; False where it was over.
+
+        Raises:
+            UnknownJobError: there is no such job.
+        """
+        return bool(self._asked(lambda: self._sdk.stop_job(check_id(id)), id))
+
+    def logs(self, id: str) -> str:
+        """See `LogSource`."""
+        return str(self._asked(lambda: self._sdk.get_job_logs(check_id(id)), id))
+
+    async def tail(self, id: str) -> AsyncIterator[str]:
+        """See `LogSource`."""
+        try:
+            async for piece in self._sdk.tail(check_id(id)):
+                yield piece
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status == 404:
+                raise self._unknown(id) from error
+            raise JobServerError(f"Ray at {self.address} shows no log of {id}: {error.message}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._away(error) from error
+
+    def _asked(self, ask: Callable[[], T], id: str = "") -> T:
+        """What `ask` gives; whatever Ray's client raises becomes an error of the project."""
+        try:
+            return ask()
+        except AuthenticationError as error:
+            raise JobError(
+                f"Ray at {self.address} refuses the token: put the cluster's into RAY_AUTH_TOKEN, or the path of a "
+                f"file that holds it into RAY_AUTH_TOKEN_PATH ({_first_line(error)})"
+            ) from error
+        except (requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) as error:
+            raise self._away(error) from error
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            raise JobError(
+                f"what answers at {self.address} is no job server of Ray: name the address of the dashboard, "
+                f"http://head:8265 by default ({_first_line(error)})"
+            ) from error
+        except RuntimeError as error:
+            raise self._refusal(error, id) from error
+
+    def _refusal(self, error: RuntimeError, id: str) -> JobError:
+        """Of an answer that is no success; Ray's client gives its status in words."""
+        told = re.match(r"Request failed with status code (\d+): (.*)\.$", str(error), re.DOTALL)
+        if told is None:
+            return JobError(f"Ray at {self.address}: {_first_line(error)}")
+        status, reason = int(told[1]), _last_line(told[2])
+        if status == 404 and id:
+            return self._unknown(id)
+        if "already exists" in told[2] or "already been used" in told[2]:
+            return JobError(f"there is a job {id} at {self.address} already: choose another --id")
+        if status >= 500:
+            return JobServerError(f"Ray at {self.address} cannot do it now: {reason}")
+        return JobError(f"Ray at {self.address} refuses it: {reason}")
+
+    def _unknown(self, id: str) -> UnknownJobError:
+        return UnknownJobError(f"no job {id} is known at {self.address}: mmrl jobs list shows those that are")
+
+    def _away(self, error: BaseException) -> JobServerError:
+        return JobServerError(
+            f"no job server answers at {self.address}: is the cluster up, and its dashboard's port open from here? "
+            f"({_first_line(error)})"
+        )
+
+
+def own_address() -> str:
+    """The job server of the Ray that this process has joined.
+
+    Raises:
+        JobServerError: it has none.
+    """
+    try:
+        return str(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address))
+    except (ValueError, RuntimeError, ConnectionError) as error:
+        raise JobServerError(
+            f"this Ray has no job server ({_first_line(error)}): start it with its dashboard, or name another's address"
+        ) from error
+
+
+def _job(details: JobDetails) -> Job | None:
+    """Ray's record as ours; None of a job that is not ours."""
+    facts = JobFacts.of(details.metadata)
+    if details.type != JobType.SUBMISSION or details.submission_id is None or facts is None:
+        return None
+    return Job(
+        id=details.submission_id,
+        status=_STATUSES[details.status.value],
+        facts=facts,
+        created=(details.start_time or 0) / _MS,
+        ended=details.end_time / _MS if details.end_time else None,
+        driver_code=details.driver_exit_code,
+        message=details.message or "",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST_REASON]
+
+
+def _last_line(text: str) -> str:
+    """Of a traceback, what was raised."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:_LONGEST_REASON] if lines else "it does not say why"

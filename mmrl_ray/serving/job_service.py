@@ -1,0 +1,174 @@
+"""`JobService` over a Ray cluster's job server and the run folders of its jobs. Keeps nothing between two calls."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownJobError
+from mmrl_ray.jobs.client import JobsClient, own_address
+from mmrl_ray.jobs.records import ID, Job, Status
+from mmrl_ray.jobs.submit import python_for, submit_run
+from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningJob, TuningOrder, TuningStatus
+from mmrl_ray.serving.recipes import check_recipes, compose, run_name
+from mmrl_ray.serving.tuning_runs import open_run, results, run_checkpoints, run_events, trained_tokens
+
+_PREFIX = "ftjob-"
+_MARK_CHARS = 8
+_STATUSES: dict[Status, TuningStatus] = {
+    "pending": "queued",
+    "running": "running",
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "stopped": "cancelled",
+}
+
+T = TypeVar("T")
+
+
+class RayJobService:
+    """See `JobService`. Everything that waits does so in a thread."""
+
+    def __init__(self, settings: ServingSection) -> None:
+        """Looks at the recipes; the job server is looked for when the first request comes.
+
+        Raises:
+            ConfigError: a recipe is wrong, or there is no `fine_tuning` section.
+        """
+        allowed, root = settings.fine_tuning, settings.adapters_root
+        if allowed is None:
+            raise ConfigError("jobs need serving.fine_tuning, which says what may be trained")
+        check_recipes(allowed)
+        self._allowed = allowed
+        self._root = str(allowed.root or root)
+        self._client: JobsClient | None = None
+
+    async def create(self, order: TuningOrder) -> TuningJob:
+        """See `JobService`."""
+        return await asyncio.to_thread(self._create, order)
+
+    async def get(self, id: str) -> TuningJob:
+        """See `JobService`."""
+        return await asyncio.to_thread(lambda: _told(self._job(id)))
+
+    async def jobs(self) -> list[TuningJob]:
+        """See `JobService`."""
+        return await asyncio.to_thread(lambda: [_told(job) for job in self._jobs()])
+
+    async def cancel(self, id: str) -> TuningJob:
+        """See `JobService`."""
+        return await asyncio.to_thread(self._cancel, id)
+
+    async def events(self, id: str) -> list[TuningEvent]:
+        """See `JobService`."""
+        return await asyncio.to_thread(lambda: _events(self._job(id)))
+
+    async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
+        """See `JobService`."""
+
+        def read() -> list[TuningCheckpoint]:
+            run = open_run(self._job(id).facts.location)
+            return [] if run is None else run_checkpoints(run, id)
+
+        return await asyncio.to_thread(read)
+
+    # -- in a thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def _server(self) -> JobsClient:
+        if self._client is None:
+            self._client = JobsClient(self._allowed.address or own_address())
+        return self._client
+
+    def _create(self, order: TuningOrder) -> TuningJob:
+        active = sum(not job.is_over for job in self._jobs())
+        if active >= self._allowed.max_active:
+            raise OverloadedError(f"{active} jobs are under way, the most there may be: wait for one, or cancel it")
+        mark = secrets.token_hex(12)
+        run = run_name(order, mark[-_MARK_CHARS:])
+        cfg = compose(self._allowed, self._root, run, order, _rows)
+        python = python_for(self._server, self._allowed.python)
+        id = submit_run(self._server, cfg, python=python, id=_PREFIX + mark, request=asdict(order))
+        return _told(self._server.get(id))
+
+    def _cancel(self, id: str) -> TuningJob:
+        job = self._job(id)
+        if not job.is_over:
+            self._server.stop(id)
+        return _told(self._server.get(id))
+
+    def _jobs(self) -> list[Job]:
+        """Those that were asked for over HTTP."""
+        return [job for job in self._server.jobs() if job.facts.request]
+
+    def _job(self, id: str) -> Job:
+        job = self._server.get(id) if id.startswith(_PREFIX) and ID.fullmatch(id) else None
+        if job is None or not job.facts.request:
+            raise UnknownJobError(f"there is no fine-tuning job {id[:64]!r}: GET /v1/fine_tuning/jobs lists them")
+        return job
+
+
+def _rows(location: str) -> int:
+    from mmrl_ray.data.shards import ParquetDataset
+
+    return ParquetDataset(location).rows
+
+
+def _order(job: Job) -> TuningOrder:
+    request: dict[str, Any] = dict(job.facts.request)
+    return TuningOrder(**request)
+
+
+def _told(job: Job) -> TuningJob:
+    tokens: int | None = None
+    files: tuple[str, ...] = ()
+    if job.is_over:
+        tokens = _of_run(job, trained_tokens)
+        files = _of_run(job, results) or ()
+    return TuningJob(
+        id=job.id,
+        order=_order(job),
+        run=job.facts.run,
+        status=_STATUSES[job.status],
+        created_at=int(job.created),
+        finished_at=int(job.ended) if job.is_over and job.ended is not None else None,
+        error=job.reason if job.status == "failed" else None,
+        trained_tokens=tokens,
+        result_files=files,
+    )
+
+
+def _of_run(job: Job, read: Callable[[Any], T]) -> T | None:
+    """What the run folder tells; None where it is not to be had: the job itself is known all the same."""
+    try:
+        run = open_run(job.facts.location)
+        return None if run is None else read(run)
+    except RunError:
+        return None
+
+
+def _events(job: Job) -> list[TuningEvent]:
+    """In the order of what they tell of; of one second the later told first."""
+    run = open_run(job.facts.location)
+    told = [*_first(job), *(run_events(run, job.id, int(job.created)) if run is not None else ()), *_last(job)]
+    numbered = sorted(enumerate(told), key=lambda item: (item[1].created_at, item[0]))
+    return [event for _, event in reversed(numbered)]
+
+
+def _first(job: Job) -> Iterator[TuningEvent]:
+    yield TuningEvent(f"ftevent-{job.id}-created", int(job.created), "info", f"Created fine-tuning job: {job.id}")
+
+
+def _last(job: Job) -> Iterator[TuningEvent]:
+    messages: dict[Status, str] = {
+        "succeeded": "The job has successfully completed",
+        "failed": f"The job failed: {job.reason}",
+        "stopped": "The job was cancelled",
+    }
+    if job.status in messages:
+        level: Any = "error" if job.status == "failed" else "info"
+        yield TuningEvent(f"ftevent-{job.id}-end", int(job.ended or job.created), level, messages[job.status])

@@ -1,0 +1,151 @@
+"""`/v1/fine_tuning/jobs`: OpenAI's fine-tuning jobs, for keys with the role admin."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Protocol, TypeVar
+
+from fastapi import FastAPI, Query, Request, Response
+
+from mmrl_ray.config.fine_tuning import FineTuningSection
+from mmrl_ray.serving.auth import ADMIN
+from mmrl_ray.serving.fine_tuning_types import (
+    CheckpointCard,
+    CheckpointPage,
+    EventCard,
+    EventPage,
+    FineTuningRequest,
+    JobCard,
+    JobPage,
+)
+from mmrl_ray.serving.http_errors import problem
+from mmrl_ray.serving.protocols import JobService, TuningJob
+from mmrl_ray.serving.routes.body import read_json
+from mmrl_ray.serving.routes.documents import json_answer, takes_json
+from mmrl_ray.serving.routes.tools import Tools
+
+_PATH = "/v1/fine_tuning/jobs"
+_SHOWN = 64
+_After = Annotated[str | None, Query(max_length=128, description="Id of the last item of the page before.")]
+_Limit = Annotated[int, Query(ge=1, le=100, description="Items of one page at most.")]
+_EMPTY_BODY: dict[str, Any] = {
+    "requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}
+}
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=_Named)
+
+
+def add_fine_tuning(app: FastAPI, tools: Tools) -> None:
+    """All of its routes."""
+    _add_jobs(app, tools)
+    _add_details(app, tools)
+
+
+def _add_jobs(app: FastAPI, tools: Tools) -> None:
+    options: dict[str, Any] = {"tags": ["fine-tuning"], "dependencies": [ADMIN]}
+
+    @app.post(_PATH, response_model=JobCard, summary="Train an adapter", **options, **takes_json(FineTuningRequest))
+    async def create(request: Request) -> Response:
+        service, allowed = _service(tools)
+        body = await read_json(request, FineTuningRequest, tools.timeout_s)
+        _on_list("model", body.model, allowed.models)
+        _on_list("training_file", body.training_file, allowed.datasets)
+        if body.validation_file is not None:
+            _on_list("validation_file", body.validation_file, allowed.datasets)
+        # To its end, even if the client goes: a job that was begun is not half begun.
+        return json_answer(JobCard.of(await service.create(body.order)))
+
+    @app.get(_PATH, response_model=JobPage, summary="Jobs, the newest first", **options)
+    async def jobs(request: Request, after: _After = None, limit: _Limit = 20) -> Response:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            found = [job for job in await service.jobs() if _has_notes(job, request)]
+        page, has_more = _page(found, after, limit)
+        return json_answer(JobPage(data=[JobCard.of(job) for job in page], has_more=has_more))
+
+    @app.get(_PATH + "/{job_id}", response_model=JobCard, summary="One of them", **options)
+    async def job(job_id: str) -> Response:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            return json_answer(JobCard.of(await service.get(job_id)))
+
+    @app.post(
+        _PATH + "/{job_id}/cancel",
+        response_model=JobCard,
+        summary="Let a job finish its step and end",
+        openapi_extra=_EMPTY_BODY,
+        **options,
+    )
+    async def cancel(job_id: str) -> Response:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            return json_answer(JobCard.of(await service.cancel(job_id)))
+
+
+def _add_details(app: FastAPI, tools: Tools) -> None:
+    options: dict[str, Any] = {"tags": ["fine-tuning"], "dependencies": [ADMIN]}
+
+    @app.get(
+        _PATH + "/{job_id}/events", response_model=EventPage, summary="What a job tells, the newest first", **options
+    )
+    async def events(job_id: str, after: _After = None, limit: _Limit = 20) -> Response:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            page, has_more = _page(await service.events(job_id), after, limit)
+        return json_answer(EventPage(data=[EventCard.of(event) for event in page], has_more=has_more))
+
+    @app.get(
+        _PATH + "/{job_id}/checkpoints",
+        response_model=CheckpointPage,
+        summary="Checkpoints that a job has kept, the newest first",
+        **options,
+    )
+    async def checkpoints(job_id: str, after: _After = None, limit: _Limit = 10) -> Response:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            page, has_more = _page(await service.checkpoints(job_id), after, limit)
+        return json_answer(CheckpointPage.of([CheckpointCard.of(job_id, each) for each in page], has_more))
+
+
+def _service(tools: Tools) -> tuple[JobService, FineTuningSection]:
+    jobs, allowed = tools.deps.jobs, tools.deps.settings.fine_tuning
+    if jobs is None or allowed is None:
+        message = "fine-tuning is off here: whoever runs this gateway turns it on with serving.fine_tuning"
+        raise problem(404, message, code="fine_tuning_off")
+    return jobs, allowed
+
+
+def _on_list(param: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        message = f"{param}: {value[:_SHOWN]!r} may not be used here; there is {', '.join(sorted(allowed))}"
+        raise problem(400, message, code="not_allowed", param=param)
+
+
+def _has_notes(job: TuningJob, request: Request) -> bool:
+    """Whether the job's metadata has all of `?metadata[key]=value`."""
+    wanted = {
+        name[len("metadata[") : -1]: value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    return wanted.items() <= dict(job.order.metadata or {}).items()
+
+
+def _page(items: Sequence[Item], after: str | None, limit: int) -> tuple[Sequence[Item], bool]:
+    """The items behind `after`, and whether there are more."""
+    begin = 0
+    if after is not None:
+        places = {item.id: place for place, item in enumerate(items)}
+        if after not in places:
+            raise problem(
+                400, f"after: there is no {after[:_SHOWN]!r} in this list", code="invalid_value", param="after"
+            )
+        begin = places[after] + 1
+    return items[begin : begin + limit], begin + limit < len(items)

@@ -1,0 +1,230 @@
+"""One run's life as jobs of a real cluster, by the commands of the README: sent, stopped, resumed, killed, resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import ray
+import yaml
+from ray._raylet import AuthenticationTokenLoader, Config
+
+from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.jobs.client import JobsClient
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.cluster import configure_ray
+from mmrl_ray.serving.app import GatewayDeps, make_app
+from mmrl_ray.serving.job_service import RayJobService
+from mmrl_ray.serving.tuning_runs import run_checkpoints, run_events, trained_tokens
+from tests.integration.runs.conftest import Workplace, prepare
+from tests.integration.runs.test_readme import ELSEWHERE, commands
+from tests.integration.serving.conftest import free_port, wait_for
+from tests.support.fake_services import FakePolicy, running_gateway
+from tests.unit.cli.program import mmrl
+
+pytestmark = pytest.mark.timeout(600)
+STEPS = 8
+SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """A Ray with a job server, whose token commands find in their environment."""
+    folder = tmp_path_factory.mktemp("jobs")
+    settings = prepare(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        configure_ray()
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        port = free_port()
+        ray.init(
+            num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
+            object_store_memory=100 * 2**20, log_to_driver=False,
+        )  # fmt: skip
+        try:
+            environment = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "COLUMNS": "200"}
+            # A variable that Ray's own client would prefer to the address it is given.
+            environment["RAY_ADDRESS"] = "127.0.0.1:1"
+            yield Workplace(folder, environment, settings)
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(workplace: Workplace) -> JobsClient:
+    return JobsClient(workplace.environment["RAY_API_SERVER_ADDRESS"])
+
+
+@pytest.fixture
+def here(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in this process, which has imported everything already, as if a user had started them."""
+    monkeypatch.chdir(workplace.folder)
+    for name, value in workplace.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    done = mmrl(*arguments)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def readme(begin: str, *more: str, code: int = 0) -> str:
+    """The README's command that begins so, at this cluster."""
+    found = [command for command in commands("mmrl") if command.startswith(ELSEWHERE)]
+    assert len(found) == 6
+    (command,) = [command for command in found if command.startswith(begin)]
+    arguments = [a.replace("http://head:8265", os.environ["RAY_API_SERVER_ADDRESS"]) for a in shlex.split(command)[1:]]
+    return call(*arguments, *more, code=code)
+
+
+def lines(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: JobsClient) -> None:
+    run = workplace.runs / "far"
+    learner = {**workplace.settings["learner"], "steps": STEPS, "checkpoint_every": 2}
+    data = {**workplace.settings["data"], "eval": None}
+    settings = {**workplace.settings, "run": {"name": "mine", "root": "runs"}, "learner": learner, "data": data}
+    Path("my.yaml").write_text(yaml.safe_dump(settings))
+
+    first = readme("mmrl submit", "--no-wait").split()[-1]
+    assert first.startswith("far-")
+    busy = call("submit", "my.yaml", "--set", "run.name=far", code=1)
+    assert f"job {first} is" in busy
+    assert f"writes {run}: stop it first" in busy
+
+    wait_for(lambda: lines(run) >= 3 or client.get(first).is_over, "three steps", SECONDS)
+    (driver,) = drivers(first)
+    driver.send_signal(signal.SIGKILL)
+    wait_for(lambda: client.get(first).is_over, "end of the killed job", SECONDS)
+    assert client.get(first).exit_code == 128 + signal.SIGKILL
+    assert lines(run) < STEPS
+    assert "exit code 137" in readme("mmrl jobs status")
+
+    output = readme("mmrl jobs resume")
+    assert output.count("Running entrypoint for job") == 1
+    assert "finished: " in output
+    assert output.endswith("GB\n"), "the log to its end"
+    assert lines(run) == STEPS
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    assert readme("mmrl jobs logs") in output
+    left = RunDir.at(run)
+    assert [checkpoint.step for checkpoint in run_checkpoints(left, "j")] == [STEPS, STEPS - 2]
+    assert trained_tokens(left) >= STEPS
+    assert [event.data["step"] for event in run_events(left, "j", 0) if event.data] == list(range(1, STEPS + 1))
+    assert [line.split()[1] for line in readme("mmrl jobs list").splitlines()] == ["STATUS", "succeeded", "failed"]
+    assert "is over already: succeeded" in readme("mmrl jobs stop")
+    assert "exists already" in call("submit", "my.yaml", "--set", "run.name=far", code=1)
+
+
+def drivers(id: str) -> list[psutil.Process]:
+    """The process of the job's entry point."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            arguments = process.cmdline()
+            if (
+                arguments[1:4] == ["-m", "mmrl_ray.cli", "train"]
+                and id in process.environ()["RAY_JOB_CONFIG_JSON_ENV_VAR"]
+            ):
+                found.append(process)
+    return found
+
+
+@pytest.mark.usefixtures("here")
+def test_how_a_job_ends_is_how_its_command_ends(workplace: Workplace, client: JobsClient) -> None:
+    """The interpreter is a script here, which stands for what a run does."""
+    config = workplace.config("ends")
+    careful = script(
+        workplace.folder / "careful", "trap 'echo saved; exit 0' INT; echo up; while :; do sleep 0.1; done"
+    )
+    told = call("submit", workplace.config("careful"), "--id", "careful", "--python", careful, "--no-wait")
+    assert told == "careful\n"
+
+    asks = script(workplace.folder / "asks", 'echo "$@"; ls; exit 7')
+    output = call("submit", config, "--id", "seven", "--python", asks, code=7)
+    assert "-m mmrl_ray.cli train config.yaml\nconfig.yaml\nmmrl_ray\n" in output
+    assert "error: job seven failed (exit code 7): " in output
+    assert "go on with: mmrl jobs resume seven" in output
+    assert "there is a job seven" in call("submit", config, "--id", "seven", "--python", asks, code=1)
+
+    wait_for(lambda: "up\n" in client.logs("careful"), "the job's first word", SECONDS)
+    call("jobs", "stop", "careful")
+    output = call("jobs", "logs", "careful", "--follow", code=130)
+    assert "\nsaved\n" in output, "it was asked as Ctrl-C asks"
+    assert "error: job careful was stopped" in output
+    assert "exit code 130" in call("jobs", "status", "careful")
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_wrong_is_said_in_one_line(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no job and no run of a job is called nobody" in call("jobs", "status", "nobody", code=1)
+    absent = workplace.config("absent", data={"train": "/nowhere/train"})
+    assert call("submit", absent, code=2) == "error: data.train=/nowhere/train does not exist: check the path\n"
+    nobody = f"http://127.0.0.1:{free_port()}"
+    assert f"no job server answers at {nobody}" in call("jobs", "list", "--address", nobody, code=1)
+    # In processes of their own: this one has a Ray, whose token is not to change.
+    for token, told in (("f" * 64, "refuses the token: put the cluster's into RAY_AUTH_TOKEN"), ("", "token")):
+        environment = {**workplace.environment, "RAY_AUTH_TOKEN": token, "HOME": str(workplace.folder)}
+        output = replace(workplace, environment=environment).mmrl("jobs", "list", code=1)
+        assert told in output
+        assert "Traceback" not in output
+
+
+def test_jobs_over_http(workplace: Workplace, client: JobsClient, tmp_path: Path) -> None:
+    """The gateway's job service at the Ray that it has joined; the interpreter is a script."""
+    asks = script(
+        workplace.folder / "trains", "grep -A9 ^learner: config.yaml; grep path: config.yaml; echo up; sleep 60"
+    )
+    recipe = {name: workplace.settings[name] for name in ("model", "algorithm", "rollout", "learner", "resources")}
+    tuning = {
+        "models": {"tiny": recipe}, "datasets": {"scenes": str(workplace.folder / "train")}, "python": str(asks),
+        "max_active": 1, "root": str(tmp_path),
+    }  # fmt: skip
+    settings = ServingSection.model_validate({"fine_tuning": tuning})
+    app = make_app(GatewayDeps(FakePolicy(), None, None, settings, insecure=True, jobs=RayJobService(settings)))
+    with running_gateway(app) as url:
+        jobs = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0).fine_tuning.jobs
+        ask: Any = {"model": "tiny", "training_file": "scenes", "hyperparameters": {"n_epochs": 2, "batch_size": 5}}
+        job = jobs.create(**ask, suffix="mine", metadata={"who": "me"})
+        assert job.status in ("queued", "running")
+        wait_for(lambda: "up\n" in client.logs(job.id), "the job's first word", SECONDS)
+        said = client.logs(job.id)
+        assert "steps: 10\n  groups_per_step: 5" in said, "24 images twice, 5 a step"
+        assert f"path: {workplace.folder / 'base'}" in said
+        with pytest.raises(openai.InternalServerError, match="1 jobs are under way"):
+            jobs.create(**ask)
+        assert [each.id for each in jobs.list()] == [job.id], "jobs of the command line are none of its own"
+        jobs.cancel(job.id)
+        wait_for(lambda: jobs.retrieve(job.id).status == "cancelled", "end of the job", SECONDS)
+        ended = jobs.retrieve(job.id)
+        assert ended.metadata == {"who": "me"}
+        assert ended.finished_at is not None
+        assert ended.finished_at >= ended.created_at
+        messages = [event.message for event in jobs.list_events(job.id)]
+        assert messages == ["The job was cancelled", f"Created fine-tuning job: {job.id}"]
+        assert list(jobs.checkpoints.list(job.id)) == []
+        with pytest.raises(openai.NotFoundError):
+            jobs.retrieve("far-1234")

@@ -1,0 +1,144 @@
+"""What a job is: what is packed, what is run, what is known of it, how it ends."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mmrl_ray
+from mmrl_ray.config import Config
+from mmrl_ray.config.load import load_config, parse_config
+from mmrl_ray.errors import JobError
+from mmrl_ray.jobs.package import packed
+from mmrl_ray.jobs.records import Job, JobFacts, check_id, new_id
+from mmrl_ray.jobs.submit import python_for, resume_run, submit_run
+
+HERE = socket.gethostname()
+
+
+@dataclass
+class Cluster:
+    """Keeps what was submitted, files and all."""
+
+    nodes: list[str] = field(default_factory=lambda: [HERE])
+    known: list[Job] = field(default_factory=list)
+    sent: list[tuple[str, str, JobFacts, Mapping[str, str]]] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def hosts(self) -> list[str]:
+        return self.nodes
+
+    def jobs(self) -> list[Job]:
+        return self.known
+
+    def submit(self, id: str, entrypoint: str, folder: Path, facts: JobFacts, environment: Mapping[str, str]) -> None:
+        self.sent.append((id, entrypoint, facts, environment))
+        self.files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> Config:
+    text = (
+        "run: {name: far, root: /shared/runs}\nmodel: {path: hub/base}\ndata: {train: s3://b/d}\nlearner: {steps: 3}\n"
+    )
+    return parse_config(text, "test")
+
+
+def test_a_job_is_the_resolved_config_and_this_package(cfg: Config, tmp_path: Path) -> None:
+    cluster = Cluster()
+    id = submit_run(cluster, cfg, python="/opt/my python/bin/python")
+    ((sent, entrypoint, facts, environment),) = cluster.sent
+    assert sent == id
+    assert id.startswith("far-")
+    assert entrypoint == "exec '/opt/my python/bin/python' -m mmrl_ray.cli train config.yaml"
+    assert (facts.run, facts.location, facts.task) == ("far", "/shared/runs/far", "train")
+    assert facts.by.endswith(f"@{HERE}")
+    assert environment["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    (tmp_path / "again.yaml").write_bytes(cluster.files.pop("config.yaml"))
+    assert load_config(tmp_path / "again.yaml") == cfg
+    package = Path(mmrl_ray.__file__).parent
+    expected = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert sorted(cluster.files) == sorted(f"mmrl_ray/{p.relative_to(package)}" for p in expected)
+    assert any(name.startswith("mmrl_ray/runs/templates/") for name in cluster.files)
+
+
+def test_a_resume_takes_the_config_of_its_run(cfg: Config) -> None:
+    cluster = Cluster()
+    facts = JobFacts("far", "/shared/my runs/far", "you@there", request={"model": "smol"})
+    resume_run(cluster, facts)
+    ((_, entrypoint, again, _),) = cluster.sent
+    assert entrypoint == "exec python3 -m mmrl_ray.cli train --resume '/shared/my runs/far'"
+    assert (again.location, again.task, again.request) == (facts.location, "resume", facts.request)
+    assert "config.yaml" not in cluster.files
+
+
+def test_one_job_at_a_run(cfg: Config) -> None:
+    at_it = JobFacts("far", "/shared/runs/far", "you@there")
+    cluster = Cluster(known=[Job("old", "failed", at_it, 0.0), Job("new", "running", at_it, 1.0)])
+    for send in (lambda: submit_run(cluster, cfg), lambda: resume_run(cluster, at_it)):
+        with pytest.raises(JobError, match=r"job new is running and writes /shared/runs/far: stop it first"):
+            send()
+    cluster.known.pop()
+    submit_run(cluster, cfg)
+    assert len(cluster.sent) == 1
+
+
+def test_the_interpreter() -> None:
+    assert python_for(Cluster(), "py") == "py"
+    assert python_for(Cluster(), None) == sys.executable
+    for nodes in (["head"], [HERE, "other"], []):
+        assert python_for(Cluster(nodes), None) == "python3", "another machine has another Python"
+
+
+def test_a_package_that_holds_data_is_refused_with_its_largest_files(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text("x = 1\n")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "big.pyc").write_bytes(b"x" * 5000)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "pack").write_bytes(b"x" * 5000)
+    with packed(None, source=tmp_path, max_bytes=1000) as folder:
+        assert [p.name for p in (folder / "mmrl_ray").iterdir()] == ["small.py"]
+    assert not folder.exists()
+    (tmp_path / "weights.bin").write_bytes(b"x" * 2000)
+    with (
+        pytest.raises(JobError, match=r"2,006 bytes, and a job takes 1,000 at most: .*weights\.bin \(2,000 bytes\)"),
+        packed(None, source=tmp_path, max_bytes=1000),
+    ):
+        pass
+
+
+def test_facts_go_through_rays_metadata() -> None:
+    facts = JobFacts("far", "/runs/far", "me@here", "resume", {"model": "smol", "metadata": {"ü": "\n"}})
+    kept = facts.metadata()
+    assert all(isinstance(value, str) for value in kept.values())
+    assert JobFacts.of(kept) == facts
+    for foreign in (None, {}, {"run": "far"}, {"mmrl.run": "far"}, {**kept, "mmrl.request": "{"}):
+        assert JobFacts.of(foreign) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [("succeeded", 0, 0), ("failed", 2, 2), ("failed", -9, 137), ("failed", None, 1), ("stopped", None, 130)],
+)
+def test_exit_codes(status: Any, driver: int | None, code: int) -> None:
+    assert Job("j", status, JobFacts("a", "b", "c"), 0.0, driver_code=driver).exit_code == code
+
+
+def test_the_reason_is_the_last_error_that_the_log_has() -> None:
+    message = "Job failed with exit code 1, last logs:\n[1.0s] x\nerror: no such model: try another\n[2s] bye\n"
+    assert Job("j", "failed", JobFacts("a", "b", "c"), 0.0, message=message).reason == "no such model: try another"
+    assert Job("j", "failed", JobFacts("a", "b", "c"), 0.0, message="a\n\nb\n").reason == "b"
+    assert Job("j", "failed", JobFacts("a", "b", "c"), 0.0).reason == "no reason is known"
+
+
+def test_ids() -> None:
+    assert check_id(new_id("a" * 128)).startswith("a" * 100)
+    for wrong in ("", "../x", "a/b", "a b", "a?b", "x" * 129, "a\n"):
+        with pytest.raises(JobError, match="is no id of a job"):
+            check_id(wrong)
