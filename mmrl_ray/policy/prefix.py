@@ -6,8 +6,8 @@
     prompts [K, P] ──forward, cache kept──▶ Prefix ──repeated per completion──▶ completions [N, T−1] attend to it
 
 Autograd sums the G gradients into the one prefix. The first completion token is predicted by the last prompt position,
-so only T − 1 tokens go through the second call. `path="packed"` puts a prompt and its completions into one row and needs
-one call and no cache (`packed.py`), `path="naive"` runs every completion behind its own copy of the prompt; nothing here
+so only T − 1 tokens go through the second call. `path="packed"` puts a prompt and its completions into one row, for one
+call without a cache (`packed.py`); `path="naive"` runs every completion behind its own copy of the prompt. Nothing here
 changes the path by itself (see `parity.py`).
 """
 

@@ -101,7 +101,7 @@ def batch_plan(cfg: Config, prompt_tokens: int) -> BatchPlan:
     """The split that a step of equally long prompts and longest completions gets."""
     groups, size = cfg.learner.groups_per_step, cfg.rollout.group_size
     sizes = [GroupSize(prompt_tokens, size, cfg.rollout.max_new_tokens)] * groups
-    split = split_micro_batches(sizes, cfg.learner.micro_batch_tokens, cfg.learner.workers)
+    split = split_micro_batches(sizes, cfg.learner.micro_batch_tokens, cfg.learner.max_workers)
     batches = [batch for rank in split for batch in rank]
     return BatchPlan(
         groups=groups,
@@ -132,7 +132,7 @@ def learner_memory(
     a_token = (8 * shape.hidden + 4 * shape.intermediate) * shape.itemsize + copies
     return {
         "weights": shape.weight_bytes,
-        "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.workers > 1)),
+        "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.max_workers > 1)),
         "activations": plan.micro_batch_tokens * shape.layers * a_token,
         "repeated prefix": rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
         "logits": _logit_bytes(shape, rows * cfg.rollout.max_new_tokens),
