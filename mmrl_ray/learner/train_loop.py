@@ -121,6 +121,8 @@ class _Learner:
         found: list[int | None] = [None]
 
         def find() -> None:
+            if not isinstance(self._cfg.learner.workers, int):
+                self._run.append_line("events.jsonl", {"kind": "learners", "count": self._ranks.size})
             found[0] = newest_valid_checkpoint(self._run)
             self._run.delete(LIVE_FOLDER)  # versions beyond that checkpoint are going to be made anew
 

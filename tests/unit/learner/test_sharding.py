@@ -86,5 +86,7 @@ def test_the_start_up_check_runs_on_sharded_layers(tiny: Path, alone: None) -> N
 def test_a_decoder_without_layers_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(tiny)
     monkeypatch.setattr(policy.hf_model, "get_decoder", lambda: SimpleNamespace())
-    with pytest.raises(ConfigError, match=r"SimpleNamespace has no list of layers to split; set learner.sharding: none"):
+    with pytest.raises(
+        ConfigError, match=r"SimpleNamespace has no list of layers to split; set learner.sharding: none"
+    ):
         shard_layers(policy, CPU)
