@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,20 @@ class KlSection(Section):
     """0 turns it off, and with it the pass that makes reference log-probs."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """k1 enters the reward; k2 and k3 are loss terms (k3's gradient is biased)."""
+
+
+class LearnerRange(Section):
+    """As many learners as there is room for, between the two."""
+
+    min: int = Field(..., ge=1)
+    """Below it the run waits for room."""
+    max: int = Field(..., ge=1)
+    """Above it the run does not grow."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        refuse({f"min={self.min} is above max={self.max}": self.min > self.max})
+        return self
 
 
 class LearnerSection(Section):
@@ -65,14 +79,33 @@ class LearnerSection(Section):
     """Gradients are clipped to this norm."""
     micro_batch_tokens: int = Field(16384, ge=1)
     """Prompt and completion tokens one forward and backward pass holds at most."""
-    workers: int = Field(1, ge=1)
-    """Learner workers (Ray Train)."""
+    gradient_checkpointing: bool = False
+    """Make activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
+    workers: Annotated[int, Field(ge=1)] | LearnerRange = 1
+    """Learner workers (Ray Train): a number, or `{min, max}` to follow what the cluster has room for."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """none: each learner holds the whole base; fsdp2: the frozen layers are split over the learners."""
     max_failures: int = Field(3, ge=0)
     """Restarts of the learner group from the newest valid checkpoint."""
     checkpoint_every: int = Field(20, ge=1)
     """Steps."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+
+    @property
+    def min_workers(self) -> int:
+        """With fewer learners the run does not start."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """Never more learners than these."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def wants_packed_rows(self) -> bool:
+        """Whether layers are called once a pass, without a cache of the prompt."""
+        return self.gradient_checkpointing or self.sharding != "none"
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

@@ -56,8 +56,8 @@ class Config(Section):
                 f"rollout.buffer_groups={rollout.buffer_groups} is smaller than one step "
                 f"(learner.groups_per_step={groups}): the run would wait for ever": (rollout.buffer_groups or groups)
                 < groups,
-                f"learner.workers={learner.workers} is above learner.groups_per_step={groups}: "
-                "some learners would never work": groups < learner.workers,
+                f"learner.workers={learner.max_workers} is above learner.groups_per_step={groups}: "
+                "some learners would never work": groups < learner.max_workers,
                 f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
                 "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
             }

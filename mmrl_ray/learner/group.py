@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import ray
@@ -18,6 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, PlacementError
+from mmrl_ray.learner.elastic import Room
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.train_loop import train_loop
 from mmrl_ray.rollouts.controller_actor import ControllerClient
@@ -27,6 +29,8 @@ _TRAIN_FOLDER = ".tmp-train"
 """Ray Train's own bookkeeping, inside the run folder while the group runs: all nodes see it there."""
 _COLLECTIVE_TIMEOUT_S = 1800
 """Ranks wait for each other no longer than this: the longest forward and backward pass of one rank, and then some."""
+_LOOK_S = 2.0
+"""How often the room for a range of learners is looked at."""
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
@@ -40,10 +44,10 @@ class LearnerGroup:
         Raises:
             ConfigError: two learners could land on one GPU.
         """
-        share = cfg.resources.learner
-        if cfg.learner.workers > 1 and 0 < share.gpus <= 0.5:
+        share, most = cfg.resources.learner, cfg.learner.max_workers
+        if most > 1 and 0 < share.gpus <= 0.5:
             raise ConfigError(
-                f"resources.learner.gpus={share.gpus:g} lets two of {cfg.learner.workers} learners land on one GPU, "
+                f"resources.learner.gpus={share.gpus:g} lets two of {most} learners land on one GPU, "
                 "where they cannot reduce gradients: set it above 0.5"
             )
         self._cfg = cfg
@@ -55,10 +59,13 @@ class LearnerGroup:
         self._job = LearnerJob(cfg, run, controller)
         self._outcome: LearnerOutcome | None = None
         self._error: BaseException | None = None
+        self._room = None if isinstance(cfg.learner.workers, int) else Room(cfg, run.name)
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
 
     def start(self) -> None:
         """Returns at once; the group resumes from the run folder's newest valid checkpoint, if there is one."""
+        if self._room is not None:
+            self._room.check()  # before Ray Train counts
         # Ray Train reads these where `fit` is called and hands them to its own processes.
         os.environ[_START_TIMEOUT] = str(self._cfg.resources.placement_timeout_s)
         if len([node for node in ray.nodes() if node["Alive"]]) == 1:
@@ -67,9 +74,24 @@ class LearnerGroup:
         self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the group has ended, after at most `timeout_s`."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        """Whether the group has ended, after at most `timeout_s`; call it again until it has."""
+        deadline = time.monotonic() + timeout_s
+        while self._thread.is_alive() and self._error is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._thread.join(min(left, _LOOK_S))
+            self._look_for_room()
+        return True
+
+    def _look_for_room(self) -> None:
+        if self._room is None or not self._thread.is_alive():
+            return
+        try:
+            self._room.check()
+        except PlacementError as error:
+            # Ray Train goes on waiting in its thread, which ends with the process.
+            self._error = error
 
     def result(self) -> LearnerOutcome:
         """How the group ended; call it after `wait` said so.
@@ -78,7 +100,7 @@ class LearnerGroup:
             MMRLError: what ended it: the error of a learner or of the rollouts as it was raised there, PlacementError
                 when Ray had no room for the learners, LearnerError when they died more often than `max_failures`.
         """
-        if self._thread.is_alive() or (self._outcome is None and self._error is None):
+        if self._error is None and (self._thread.is_alive() or self._outcome is None):
             raise LearnerError("the learner group has not ended yet: wait for it first")
         if self._error is not None:
             raise self._explained(self._error) from self._error
@@ -93,16 +115,22 @@ class LearnerGroup:
         except BaseException as error:  # noqa: BLE001 - the thread's boundary: `result` raises it
             self._error = error
         finally:
+            if self._room is not None:
+                self._room.close()
             self._run.delete(_TRAIN_FOLDER)
 
     def _trainer(self) -> TorchTrainer:
         learner, share = self._cfg.learner, self._cfg.resources.learner
         resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
+        elastic = self._room is not None
+        counts = (learner.min_workers, learner.max_workers) if elastic else learner.max_workers
         return TorchTrainer(
             train_loop,  # type: ignore[arg-type]  # a return value is new in Ray Train's second API
             train_loop_config={"job": self._job},
             scaling_config=ScalingConfig(
-                num_workers=learner.workers, use_gpu=share.gpus > 0, resources_per_worker=resources
+                num_workers=counts,
+                use_gpu=share.gpus > 0,
+                resources_per_worker=resources,
             ),
             run_config=RunConfig(
                 name=_TRAIN_FOLDER,
@@ -111,7 +139,8 @@ class LearnerGroup:
                 # Not to be placed in time is final; a group that died is started again.
                 failure_config=FailureConfig(
                     max_failures=learner.max_failures,
-                    controller_failure_limit=0,  # type: ignore[call-arg]  # new there, too
+                    # With a range it is not: what was counted on may be gone a moment later, and is counted again.
+                    controller_failure_limit=learner.max_failures if elastic else 0,  # type: ignore[call-arg]  # new there, too
                 ),
             ),
             torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
@@ -129,7 +158,7 @@ class LearnerGroup:
             )
         if isinstance(error, ControllerError) and "StartupTimeout" in type(error.controller_failure).__name__:
             return PlacementError(
-                f"{learner.workers} learners with {share.cpus:g} CPUs and {share.gpus:g} GPUs each were not placed "
+                f"{learner.min_workers} learners with {share.cpus:g} CPUs and {share.gpus:g} GPUs each were not placed "
                 f"within {self._cfg.resources.placement_timeout_s:g} s: lower learner.workers or resources.learner, or "
                 "add nodes"
             )

@@ -6,34 +6,34 @@
 
 Every loss share is over the plan's one denominator, so shares add up over micro-batches and ranks, and the ranks need
 not agree on how many backward passes they make: a rank without work adds zeros. Nothing is divided by the world size.
+
+Where the base is sharded they do have to: each pass gathers the layers' weights from all ranks. They are then in
+lockstep: a rank with fewer micro-batches keeps the others company with passes whose gradient is 0.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, NonFiniteError
+from mmrl_ray.errors import ConfigError, LearnerError, MMRLError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
 from mmrl_ray.learner.objective import WIDTH, Share, kl_in_loss, micro_batch_share, regularisers, step_figures
+from mmrl_ray.learner.parts import Clock, check_finite, flat_gradient
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.schedule import cosine_scheduler
 from mmrl_ray.learner.state import LearnerState, capture_rng, restore_rng
 from mmrl_ray.policy.adapter import adapter_parameters
 from mmrl_ray.policy.collate import LearnerBatch, collate
 from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.prefix import ScorePath, score_completions
+from mmrl_ray.policy.prefix import ScorePath, Scores, score_completions
 from mmrl_ray.policy.vision import VisionCache
 
 Payloads = Callable[[Sequence[PlannedGroup]], Sequence[RolloutGroup]]
 """Fetches the groups behind the payloads of a micro-batch, in order."""
-
-_SHOWN_SAMPLES = 8
 
 
 class LearnerStep:
@@ -45,6 +45,7 @@ class LearnerStep:
         path: which forward is active on this model (`policy/parity.py` decides).
         vision_cache: for groups whose vision features did not travel with them.
         ranks: the learners that share a step.
+        in_lockstep: all ranks make the same number of passes (`learner/sharding.py`).
 
     Raises:
         ConfigError: the policy's dtype cannot be trained.
@@ -59,6 +60,7 @@ class LearnerStep:
         path: ScorePath = "shared_prefix",
         vision_cache: VisionCache | None = None,
         ranks: Ranks | None = None,
+        in_lockstep: bool = False,
     ) -> None:
         if policy.dtype == torch.float16:
             raise ConfigError("model.dtype=float16 would need loss scaling to train: use bfloat16 or float32")
@@ -70,8 +72,9 @@ class LearnerStep:
         """Which forward is active."""
         self._cache = vision_cache
         self._ranks = ranks if ranks is not None else Ranks()
+        self._in_lockstep = in_lockstep
         self._parameters = adapter_parameters(policy.model)
-        self._gradient = _flat_gradient(self._parameters)
+        self._gradient = flat_gradient(self._parameters)
         self._optimizer = torch.optim.AdamW(self._parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         self._scheduler = cosine_scheduler(
             self._optimizer, total_steps=cfg.steps * cfg.passes, lr_min=cfg.lr_min, warmup_steps=cfg.warmup_steps
@@ -91,17 +94,18 @@ class LearnerStep:
             raise LearnerError(
                 f"plan of step {plan.step} is for {len(plan.micro_batches)} learners, and there are {self._ranks.size}"
             )
-        batches = self._worth_a_pass(plan)
+        batches = self._worth_a_pass(plan, self._ranks.rank)
         # π_prox is π_θ before the first update: the first pass sees it anyway, and later ones remember it.
         proximal: list[torch.Tensor | None] = [None] * len(batches)
-        clock = _Clock()
+        clock = Clock()
         metrics: dict[str, float] = {}
         for _ in range(self.cfg.passes):
             metrics = self._update(plan, batches, proximal, payloads, clock)
         return {
             **metrics,
             "tokens/completion": float(sum(sum(g.completion_tokens) for g in plan.groups)),
-            "shared_prefix": self.path == "shared_prefix",
+            "shared_prefix": self.path != "naive",
+            "packed_rows": self.path == "packed",
             **clock.seconds,
         }
 
@@ -140,7 +144,7 @@ class LearnerStep:
         batches: Sequence[Sequence[PlannedGroup]],
         proximal: list[torch.Tensor | None],
         payloads: Payloads,
-        clock: _Clock,
+        clock: Clock,
     ) -> dict[str, float]:
         sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.policy.device)
         local: MMRLError | None = None
@@ -172,32 +176,74 @@ class LearnerStep:
         proximal: list[torch.Tensor | None],
         payloads: Payloads,
         sums: torch.Tensor,
-        clock: _Clock,
+        clock: Clock,
     ) -> None:
         """Forward and backward over this rank's micro-batches."""
         losses: list[torch.Tensor] = []
         for i, planned in enumerate(batches):
-            with clock.phase("seconds/fetch"):
-                groups = payloads(planned)
-            with clock.phase("seconds/forward_backward"):
-                try:
-                    batch = collate(self.policy, list(zip(groups, planned, strict=True)), self._cache)
-                    share, logprobs = self._one(plan, batch, proximal[i])
-                except torch.OutOfMemoryError as error:
-                    raise LearnerError(
-                        f"step {plan.step}: a micro-batch of {len(planned)} groups does not fit the device's memory; "
-                        f"lower learner.micro_batch_tokens={self.cfg.micro_batch_tokens}"
-                    ) from error
+            batch = self._batch(plan, planned, payloads, clock)
+            with clock.phase("seconds/forward_backward"), self._within_memory(plan, planned):
+                share, logprobs = self._one(plan, batch, proximal[i])
                 proximal[i] = logprobs if proximal[i] is None else proximal[i]
                 losses.append(share.loss.detach())
                 sums += share.sums
+        self._keep_company(plan, len(batches), payloads, clock)
         with clock.phase("seconds/forward_backward"):
             for planned, loss in zip(batches, losses, strict=True):
-                _check_finite("loss", float(loss), plan.step, planned)
+                check_finite("loss", float(loss), plan.step, planned)
+
+    def _batch(self, plan: StepPlan, planned: Sequence[PlannedGroup], payloads: Payloads, clock: Clock) -> LearnerBatch:
+        """A micro-batch's tensors; in lockstep, an error of one rank is met by all before they gather weights."""
+        batch: LearnerBatch | None = None
+        error: MMRLError | None = None
+        try:
+            with clock.phase("seconds/fetch"):
+                groups = payloads(planned)
+            with clock.phase("seconds/forward_backward"), self._within_memory(plan, planned):
+                batch = collate(self.policy, list(zip(groups, planned, strict=True)), self._cache)
+        except MMRLError as failed:
+            error = failed
+        if self._in_lockstep:
+            self._ranks.raise_first(error)
+        if batch is None:
+            assert error is not None
+            raise error
+        return batch
+
+    def _keep_company(self, plan: StepPlan, done: int, payloads: Payloads, clock: Clock) -> None:
+        """In lockstep, as many passes more as the busiest rank has: over the step's smallest group, with gradient 0."""
+        if not self._in_lockstep:
+            return
+        most = max(len(self._worth_a_pass(plan, rank)) for rank in range(self._ranks.size))
+        smallest = min(plan.groups, key=lambda group: group.prompt_tokens + sum(group.completion_tokens))
+        for _ in range(most - done):
+            batch = self._batch(plan, [smallest], payloads, clock)
+            with clock.phase("seconds/forward_backward"), self._within_memory(plan, [smallest]):
+                logprobs = self._score(batch).logprobs
+                logprobs.backward(torch.zeros_like(logprobs))
+
+    @contextmanager
+    def _within_memory(self, plan: StepPlan, planned: Sequence[PlannedGroup]) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            reason = (
+                f"step {plan.step}: a micro-batch of {len(planned)} groups does not fit the device's memory; "
+                f"lower learner.micro_batch_tokens={self.cfg.micro_batch_tokens}"
+            )
+            if self._in_lockstep:  # the others wait in a gather, where only a restart of the group reaches them
+                raise RuntimeError(reason) from error
+            raise LearnerError(reason) from error
 
     def _one(self, plan: StepPlan, batch: LearnerBatch, proximal: torch.Tensor | None) -> tuple[Share, torch.Tensor]:
+        scores = self._score(batch)
+        share = micro_batch_share(self.cfg, plan.denominator, batch, scores, proximal)
+        share.loss.backward()
+        return share, scores.logprobs.detach()
+
+    def _score(self, batch: LearnerBatch) -> Scores:
         with self._autocast():
-            scores = score_completions(
+            return score_completions(
                 self.policy,
                 batch.prompts,
                 batch.features,
@@ -206,9 +252,6 @@ class LearnerStep:
                 path=self.path,
                 entropy=True,
             )
-        share = micro_batch_share(self.cfg, plan.denominator, batch, scores, proximal)
-        share.loss.backward()
-        return share, scores.logprobs.detach()
 
     def _add_regularisers(self) -> dict[str, float]:
         """Once an update: rank 0 adds the gradient, every rank reports the value."""
@@ -224,14 +267,14 @@ class LearnerStep:
             NonFiniteError: the norm is NaN or infinite.
         """
         norm = float(torch.linalg.vector_norm(self._gradient))
-        _check_finite("gradient norm", norm, plan.step, plan.groups)
+        check_finite("gradient norm", norm, plan.step, plan.groups)
         if norm > self.cfg.max_grad_norm:
             self._gradient.mul_(self.cfg.max_grad_norm / norm)
         return norm
 
-    def _worth_a_pass(self, plan: StepPlan) -> list[list[PlannedGroup]]:
-        """This rank's micro-batches without the groups whose every gradient is 0."""
-        mine = [[plan.groups[i] for i in batch] for batch in plan.micro_batches[self._ranks.rank]]
+    def _worth_a_pass(self, plan: StepPlan, rank: int) -> list[list[PlannedGroup]]:
+        """A rank's micro-batches without the groups whose every gradient is 0."""
+        mine = [[plan.groups[i] for i in batch] for batch in plan.micro_batches[rank]]
         if not kl_in_loss(self.cfg):
             mine = [[group for group in batch if group.has_signal] for batch in mine]
         return [batch for batch in mine if batch]
@@ -240,42 +283,3 @@ class LearnerStep:
         if self.policy.device.type == "cuda" and self.policy.dtype == torch.bfloat16:
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
-
-
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(
-            ("seconds/fetch", "seconds/forward_backward", "seconds/reduce", "seconds/optimizer"), 0.0
-        )
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time inside to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-
-def _flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """One buffer whose pieces are the parameters' `.grad`: backward adds into it, one reduction sums it over ranks."""
-    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
-    offset = 0
-    for parameter in parameters:
-        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-        offset += parameter.numel()
-    return flat
-
-
-def _check_finite(metric: str, value: float, step: int, groups: Sequence[PlannedGroup]) -> None:
-    if math.isfinite(value):
-        return
-    ids = [group.sample_id for group in groups]
-    more = f" and {len(ids) - _SHOWN_SAMPLES} more" if len(ids) > _SHOWN_SAMPLES else ""
-    raise NonFiniteError(
-        f"step {step}: {metric} is {value} on samples {', '.join(ids[:_SHOWN_SAMPLES])}{more}; this update was "
-        "not made and the last checkpoint is good: lower learner.lr, or look at these samples"
-    )

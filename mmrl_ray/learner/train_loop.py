@@ -39,10 +39,13 @@ from mmrl_ray.learner.checkpoints import (
 )
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.ranks import Ranks
+from mmrl_ray.learner.sharding import shard_layers
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.adapter import adapter_state, add_adapter
+from mmrl_ray.policy.checkpointing import checkpoint_layers
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prefix import ScorePath
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rollouts.protocols import Stop
@@ -68,7 +71,7 @@ def torch_threads(cfg: Config, cores: int) -> int:
     if share.threads is not None:
         return share.threads
     if cfg.rollout.max_staleness == 0 and not share.gpus:
-        return max(1, cores // cfg.learner.workers)
+        return max(1, cores // cfg.learner.max_workers)
     return max(1, int(share.cpus))
 
 
@@ -84,10 +87,18 @@ class _Learner:
         self._late_seconds: dict[str, float] = {}
         cfg = job.cfg
         self._serves_live = cfg.serving is not None and cfg.serving.live_policy
-        self._policy = load_policy(cfg.model, device=device)
+        # One learner has nothing to split.
+        sharded = cfg.learner.sharding == "fsdp2" and self._ranks.size > 1
+        self._policy = load_policy(cfg.model, device=device, on_host=sharded)
         add_adapter(self._policy, cfg.model.lora, derive_seed(cfg.run.seed, "adapter"))
+        if sharded:
+            shard_layers(self._policy, device)
+        if cfg.learner.gradient_checkpointing:
+            checkpoint_layers(self._policy)
         cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
-        self._learner = LearnerStep(self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks)
+        self._learner = LearnerStep(
+            self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks, in_lockstep=sharded
+        )
 
     def run(self) -> LearnerOutcome:
         """Until all steps are taken, the controller says stop, or an error of the project ends it on any rank."""
@@ -110,6 +121,8 @@ class _Learner:
         found: list[int | None] = [None]
 
         def find() -> None:
+            if not isinstance(self._cfg.learner.workers, int):
+                self._run.append_line("events.jsonl", {"kind": "learners", "count": self._ranks.size})
             found[0] = newest_valid_checkpoint(self._run)
             self._run.delete(LIVE_FOLDER)  # versions beyond that checkpoint are going to be made anew
 
@@ -193,13 +206,17 @@ class _Learner:
     def _choose_path(self, plan: StepPlan) -> None:
         """The start-up check, on a real prompt; rank 0's finding holds for all."""
         (group,) = self._fetch(plan.groups[:1])
+        wanted: ScorePath = "packed" if self._cfg.learner.wants_packed_rows else "shared_prefix"
         choice = choose_path(
-            self._policy, encode_prompts(self._policy, [group.sample]), temperature=self._cfg.rollout.temperature
+            self._policy,
+            encode_prompts(self._policy, [group.sample]),
+            temperature=self._cfg.rollout.temperature,
+            wanted=wanted,
         )
         self._learner.path = self._ranks.from_first(choice.path)
         self._path_chosen = True
         if self._ranks.rank == 0:
-            level = logging.INFO if choice.path == "shared_prefix" else logging.WARNING
+            level = logging.INFO if choice.path == wanted else logging.WARNING
             logger.log(level, "learner scores completions by the %s path: %s", choice.path, choice.reason)
             event = {"kind": "learner_path", "path": choice.path, "reason": choice.reason}
             self._run.append_line("events.jsonl", event)

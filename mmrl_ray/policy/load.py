@@ -99,10 +99,11 @@ class Policy:
         )
 
 
-def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None) -> Policy:
+def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, on_host: bool = False) -> Policy:
     """Loads model and processor, freezes every weight and switches dropout off.
 
-    `device` is the first GPU by default where there is one, else the CPU.
+    `device` is the first GPU by default where there is one, else the CPU. With `on_host` the weights wait in host
+    memory for whoever puts them there in parts.
 
     Raises:
         ModelError: the folder is missing, the checkpoint has no vision tower, no processor, no chat template or no
@@ -114,7 +115,8 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None) 
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)
     model = _load_model(path, cfg, dtype)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
+    if not on_host:
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
     use_onednn(model)
     return _assemble(model, processor, config, cfg, path, device, dtype)

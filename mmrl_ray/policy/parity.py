@@ -21,13 +21,16 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
+from mmrl_ray.policy.checkpointing import is_checkpointing
 from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.packed import unpackable
 from mmrl_ray.policy.prefix import ScorePath, encode_prefix, score_completions
 from mmrl_ray.policy.vision import vision_features
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 GRADIENT_SLACK = 4
 _LENGTHS = (5, 3, 8)
+_NAMES: dict[ScorePath, str] = {"shared_prefix": "shared prefix", "packed": "packed row"}
 # What another library's forward may raise when it is called in a way that it was not made for.
 _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 
@@ -53,9 +56,14 @@ class _Outcome:
 
 
 def choose_path(
-    policy: Policy, prompts: Sequence[EncodedPrompt], *, temperature: float = 1.0, tolerance: float | None = None
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    temperature: float = 1.0,
+    tolerance: float | None = None,
+    wanted: ScorePath = "shared_prefix",
 ) -> PathChoice:
-    """Compares shared prefix and naive path on `prompts` (one or two are enough) and picks what the run may use.
+    """Compares the wanted path and the naive one on `prompts` (one or two are enough) and picks what the run may use.
 
     Sets `policy.inject_vision` to the finding. Prompts need their pixels.
 
@@ -64,27 +72,29 @@ def choose_path(
         prompts: real ones; different lengths also check the padding.
         temperature: the rollout temperature.
         tolerance: by default `TOLERANCES` of the model's dtype.
+        wanted: "packed" where there can be no cache (checkpointed or sharded layers).
     """
     limit = TOLERANCES[policy.dtype] if tolerance is None else tolerance
+    name = _NAMES[wanted]
     completions = _random_completions(policy, len(prompts))
     policy.inject_vision = True
     truth = _score(policy, prompts, None, completions, temperature, "naive")
     injected = _vision_agrees(policy, prompts, completions, temperature, truth, limit)
     policy.inject_vision = injected is None
     note = "" if injected is None else f"; vision features are made in every forward ({injected})"
-    blocked = _unsharable(policy, prompts)
+    blocked = unpackable(policy) if wanted == "packed" else _unsharable(policy, prompts)
     if blocked is not None:
         return PathChoice("naive", blocked + note, float("nan"), None, policy.inject_vision)
     try:
-        shared = _score(policy, prompts, _features(policy, prompts), completions, temperature, "shared_prefix")
+        found = _score(policy, prompts, _features(policy, prompts), completions, temperature, wanted)
     except _FORWARD_ERRORS as error:
-        reason = f"the shared-prefix forward failed: {_brief(error)}"
+        reason = f"the {name.replace(' ', '-')} forward failed: {_brief(error)}"
         return PathChoice("naive", reason + note, float("nan"), None, policy.inject_vision)
-    difference, gradient = _differences(shared, truth)
+    difference, gradient = _differences(found, truth)
     if difference <= limit and (gradient is None or gradient <= GRADIENT_SLACK * limit):
-        reason = f"shared prefix agrees with the model's own forward within {limit:g}"
-        return PathChoice("shared_prefix", reason + note, difference, gradient, policy.inject_vision)
-    reason = f"shared prefix differs from the model's own forward by {difference:.3g}"
+        reason = f"{name} agrees with the model's own forward within {limit:g}"
+        return PathChoice(wanted, reason + note, difference, gradient, policy.inject_vision)
+    reason = f"{name} differs from the model's own forward by {difference:.3g}"
     reason += "" if gradient is None else f" (gradient {gradient:.3g})"
     return PathChoice("naive", f"{reason}, above {limit:g}{note}", difference, gradient, policy.inject_vision)
 
@@ -99,7 +109,7 @@ def unsharable_layer(cache: Cache) -> str | None:
 
 def _unsharable(policy: Policy, prompts: Sequence[EncodedPrompt]) -> str | None:
     """Why a shared prefix is out of the question, before any number is compared."""
-    if any(getattr(m, "gradient_checkpointing", False) and m.training for m in policy.hf_model.modules()):
+    if is_checkpointing(policy):
         return "gradient checkpointing drops the prefix cache"
     try:
         with torch.no_grad():

@@ -6,16 +6,15 @@
     prompts [K, P] ──forward, cache kept──▶ Prefix ──repeated per completion──▶ completions [N, T−1] attend to it
 
 Autograd sums the G gradients into the one prefix. The first completion token is predicted by the last prompt position,
-so only T − 1 tokens go through the second call. `path="naive"` runs every completion behind its own copy of the prompt;
-nothing here changes the path by itself (see `parity.py`).
+so only T − 1 tokens go through the second call. `path="packed"` puts a prompt and its completions into one row, for one
+call without a cache (`packed.py`); `path="naive"` runs every completion behind its own copy of the prompt. Nothing here
+changes the path by itself (see `parity.py`).
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,11 +26,11 @@ from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.last_layer import mlp_at_last_position
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.logprobs import token_logprobs
-from mmrl_ray.policy.positions import completion_positions, prompt_positions
-from mmrl_ray.policy.prompts import PER_TOKEN
-from mmrl_ray.policy.vision import image_inputs, injected
+from mmrl_ray.policy.packed import packed_rows
+from mmrl_ray.policy.positions import completion_positions
+from mmrl_ray.policy.prompt_batch import PromptBatch, output_head, pad_prompts, vision_arguments
 
-ScorePath = Literal["shared_prefix", "naive"]
+ScorePath = Literal["shared_prefix", "packed", "naive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +71,6 @@ class Scores:
     """float32 [N, T] without gradient, 0 where `mask` is False; when asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class _PromptBatch:
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    next_position: torch.Tensor
-    per_token: Mapping[str, torch.Tensor]
-
-
 def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
     """A copy of `cache` that holds the given batch rows (repeats allowed); `cache` itself is left as it is."""
     copied = copy.copy(cache)
@@ -100,12 +90,12 @@ def encode_prefix(
         features: what `vision_features` made of them; None runs the vision tower inside the forward, on the pixels (so
             do any where `policy.inject_vision` is False).
     """
-    batch = _pad_prompts(policy, prompts)
+    batch = pad_prompts(policy, prompts)
     output = _forward_prompts(policy, prompts, features, batch)
     hidden = output.last_hidden_state[:, -1]
     return Prefix(
         cache=output.past_key_values,
-        logits=_head(policy)(hidden),
+        logits=output_head(policy)(hidden),
         hidden=hidden,
         attention_mask=batch.attention_mask,
         next_position=batch.next_position,
@@ -130,11 +120,12 @@ def score_completions(
         features: K of them from `vision_features`, or None to run the vision tower inside.
         completions: K groups of int64 [T] token ids; G and T may differ.
         temperature: the rollout temperature.
-        path: "shared_prefix" or "naive"; both give the same numbers, up to rounding.
+        path: "shared_prefix", "packed" or "naive"; they give the same numbers, up to rounding.
         entropy: also return the entropy at every token.
 
     Raises:
         ValueError: the numbers of prompts, features and groups differ, or there is no completion.
+        ModelError: path="packed" on a model that cannot take packed rows.
     """
     counts = [len(group) for group in completions]
     if len(completions) != len(prompts) or (features is not None and len(features) != len(prompts)):
@@ -146,12 +137,15 @@ def score_completions(
     targets, mask = _pad_completions(policy, [c for group in completions for c in group])
     if path == "shared_prefix":
         rows = _shared_rows(policy, prompts, features, index, targets, mask)
-        head: Any = _head(policy)
+        head: Any = output_head(policy)
+    elif path == "packed":
+        rows = packed_rows(policy, prompts, features, index, targets, mask)
+        head = output_head(policy)
     elif path == "naive":
         rows = _naive_rows(policy, prompts, features, index, targets, mask)
         head = nn.Identity()
     else:
-        raise ValueError(f"path={path!r} is neither 'shared_prefix' nor 'naive'")
+        raise ValueError(f"path={path!r} is none of 'shared_prefix', 'packed' and 'naive'")
     logprobs, entropies = token_logprobs(
         rows[mask],
         targets[mask],
@@ -173,7 +167,7 @@ def _shared_rows(
     mask: torch.Tensor,
 ) -> torch.Tensor:
     """Hidden states [N, T, d] that predict `targets`."""
-    batch = _pad_prompts(policy, prompts)
+    batch = pad_prompts(policy, prompts)
     output = _forward_prompts(policy, prompts, features, batch)
     first = output.last_hidden_state[:, -1][index][:, None]
     length = targets.shape[1] - 1
@@ -201,17 +195,17 @@ def _naive_rows(
     picks = index.tolist()
     prompts = [prompts[i] for i in picks]
     features = None if features is None else [features[i] for i in picks]
-    batch = _pad_prompts(policy, prompts)
+    batch = pad_prompts(policy, prompts)
     length = targets.shape[1]
     positions = completion_positions(policy, batch.next_position, length)
-    row = _PromptBatch(
+    row = PromptBatch(
         input_ids=torch.cat([batch.input_ids, targets], dim=1),
         attention_mask=torch.cat([batch.attention_mask, mask.long()], dim=1),
         position_ids=torch.cat([batch.position_ids, positions], dim=-1),
         next_position=batch.next_position,
         per_token={name: nn.functional.pad(value, (0, length)) for name, value in batch.per_token.items()},
     )
-    with _vision_arguments(policy, prompts, features) as vision:
+    with vision_arguments(policy, prompts, features) as vision:
         output = policy.model(
             input_ids=row.input_ids,
             attention_mask=row.attention_mask,
@@ -228,10 +222,10 @@ def _forward_prompts(
     policy: Policy,
     prompts: Sequence[EncodedPrompt],
     features: Sequence[VisionFeatures] | None,
-    batch: _PromptBatch,
+    batch: PromptBatch,
 ) -> Any:
     """Its cache is whole; its `last_hidden_state` means something at the last position only."""
-    with _vision_arguments(policy, prompts, features) as vision, mlp_at_last_position(policy):
+    with vision_arguments(policy, prompts, features) as vision, mlp_at_last_position(policy):
         return policy.core(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -240,53 +234,6 @@ def _forward_prompts(
             **batch.per_token,
             **vision,
         )
-
-
-@contextmanager
-def _vision_arguments(
-    policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[VisionFeatures] | None
-) -> Iterator[dict[str, Any]]:
-    if features is not None and policy.inject_vision:
-        with injected(policy, features) as arguments:
-            yield arguments
-        return
-    accepted = _accepted(policy)
-    inputs = {name: value.to(policy.device) for name, value in image_inputs(prompts).items() if name in accepted}
-    yield {name: value.to(policy.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-def _accepted(policy: Policy) -> Mapping[str, inspect.Parameter]:
-    """Named arguments of the model's forward: others would end up deep in the attention, unread."""
-    return inspect.signature(policy.core.forward).parameters
-
-
-def _head(policy: Policy) -> nn.Module:
-    return policy.hf_model.get_output_embeddings()
-
-
-def _pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> _PromptBatch:
-    width = max(prompt.input_ids.numel() for prompt in prompts)
-    input_ids = _left_padded([p.input_ids for p in prompts], width, policy.pad_token_id).to(policy.device)
-    attention_mask = _left_padded([torch.ones_like(p.input_ids) for p in prompts], width, 0).to(policy.device)
-    per_token = {
-        name: _left_padded([p.model_inputs[name] for p in prompts], width, 0).to(policy.device)
-        for name in PER_TOKEN
-        if name in prompts[0].model_inputs
-    }
-    images = {n: v.to(policy.device) for n, v in image_inputs(prompts, without_pixels=True).items()}
-    position_ids, next_position = prompt_positions(policy, input_ids, attention_mask, {**images, **per_token})
-    accepted = _accepted(policy)
-    return _PromptBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        next_position=next_position,
-        per_token={name: value for name, value in per_token.items() if name in accepted},
-    )
-
-
-def _left_padded(rows: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:
-    return torch.stack([nn.functional.pad(row, (width - row.numel(), 0), value=value) for row in rows])
 
 
 def _pad_completions(policy: Policy, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

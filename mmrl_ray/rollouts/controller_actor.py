@@ -178,7 +178,7 @@ def start_controller(
     """
     settings = settings or PoolSettings.of(cfg)
     # A thread for each rank that waits for a plan, and some for whoever else calls.
-    threads = cfg.learner.workers + 16
+    threads = cfg.learner.max_workers + 16
     actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=threads, max_restarts=0)
     handle: Any = actor.remote()
     try:

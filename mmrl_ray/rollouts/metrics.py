@@ -5,7 +5,7 @@ From the plan: `reward/…`, `completion/length_…`. From the rollouts: those b
     staleness/mean, staleness/max     policy versions between sampling and learning, over the step's groups
     masked, dropped, quarantined      groups without a reward; too stale and sampled anew; samples left out since
     completion/finish_fraction        of completions that ended by themselves, not by max_new_tokens
-    shared_prefix                     whether every forward of the step ran on the shared prefix
+    shared_prefix                     whether every forward of the step computed its prompts once a group
     vision/hits, vision/misses        of the vision cache in the rollout workers
     samples_per_second                completions consumed ÷ `seconds/step`
     seconds/step                      wall time since the step before ended

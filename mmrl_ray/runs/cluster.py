@@ -114,7 +114,7 @@ def ray_at(
 def demanded_cpus(cfg: Config) -> int:
     """CPUs that the run's actors ask Ray for, all together."""
     resources = cfg.resources
-    demand = cfg.rollout.most_workers * resources.rollout.cpus + cfg.learner.workers * resources.learner.cpus
+    demand = cfg.rollout.most_workers * resources.rollout.cpus + cfg.learner.max_workers * resources.learner.cpus
     if cfg.reward.host == "serve":
         demand += resources.reward.cpus
     if cfg.serving is not None and cfg.serving.live_policy:

@@ -186,7 +186,7 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
         *lines,
         f"assignments {plan.assignments} a step, up to {cfg.rollout.groups_per_assignment} groups each",
         f"prompt      {found.prompt_tokens} tokens, {found.image_tokens} of them image tokens",
-        f"micro-batches {batches} over {cfg.learner.workers} learner worker(s) a step, at most "
+        f"micro-batches {batches} over {cfg.learner.max_workers} learner worker(s) a step, at most "
         f"{plan.micro_batch_groups} groups, {plan.micro_batch_tokens:,} of {cfg.learner.micro_batch_tokens:,} tokens",
         f"tokens      {plan.step_tokens:,} a step at most; {plan.naive_tokens:,} if prompts were not shared",
     ]
@@ -194,7 +194,7 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
 
 def _device_lines(cfg: Config, found: DryRun) -> list[str]:
     kinds = {
-        "learner": (cfg.learner.workers, cfg.resources.learner),
+        "learner": (cfg.learner.max_workers, cfg.resources.learner),
         "rollout": (cfg.rollout.first_workers, cfg.resources.rollout),
     }
     lines = [
@@ -255,7 +255,7 @@ def _capacity_lines(cfg: Config, learner: int, rollout: int) -> Sequence[str]:
         needed = learner + rollout if shared else max(learner, rollout)
         what = "one GPU"
     else:
-        needed = cfg.learner.workers * learner + cfg.rollout.most_workers * rollout
+        needed = cfg.learner.max_workers * learner + cfg.rollout.most_workers * rollout
         there = psutil.virtual_memory().total
         what = "this machine"
     verdict = "fits" if needed < 0.9 * there else "may not fit"

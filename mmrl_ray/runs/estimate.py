@@ -31,6 +31,8 @@ class ModelShape:
 
     parameters: int
     weight_bytes: int
+    layer_bytes: int
+    """Of `weight_bytes`, the decoder's layers: what sharding splits."""
     adapter_parameters: int
     adapted_layers: int
     adapted_parameters: int
@@ -59,6 +61,7 @@ def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -
     return ModelShape(
         parameters=parameters,
         weight_bytes=parameters * dtype.itemsize,
+        layer_bytes=_layer_parameters(model) * dtype.itemsize,
         adapter_parameters=sum(lora.r * (m.in_features + m.out_features) for m in linears if isinstance(m, nn.Linear)),
         adapted_layers=len(targets),
         adapted_parameters=sum(m.weight.numel() for m in linears if isinstance(m, nn.Linear)),
@@ -69,6 +72,11 @@ def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -
         kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_width,
         vocabulary=text.vocab_size,
     )
+
+
+def _layer_parameters(model: PreTrainedModel) -> int:
+    layers = getattr(model.get_decoder(), "layers", None)
+    return sum(p.numel() for p in layers.parameters()) if isinstance(layers, nn.ModuleList) else 0
 
 
 def _mlp_width(text: Any) -> int:
@@ -101,7 +109,7 @@ def batch_plan(cfg: Config, prompt_tokens: int) -> BatchPlan:
     """The split that a step of equally long prompts and longest completions gets."""
     groups, size = cfg.learner.groups_per_step, cfg.rollout.group_size
     sizes = [GroupSize(prompt_tokens, size, cfg.rollout.max_new_tokens)] * groups
-    split = split_micro_batches(sizes, cfg.learner.micro_batch_tokens, cfg.learner.workers)
+    split = split_micro_batches(sizes, cfg.learner.micro_batch_tokens, cfg.learner.max_workers)
     batches = [batch for rank in split for batch in rank]
     return BatchPlan(
         groups=groups,
@@ -120,24 +128,40 @@ def learner_memory(
 ) -> Mapping[str, int]:
     """Bytes of one learner worker at its peak, by kind.
 
-    - weights: parameters × b
+    - weights: parameters × b; of sharded layers only the part of one of the fewest learners, and two layers whole
     - adapter, gradients, AdamW: adapter parameters × 4 × (1 + 1 + 2), and once more for the reduction's flat buffer
     - activations: tokens × L × (8 h + 4 I) × b, and (6 h + I) × 4 where b < 4: PEFT's float32 copies of its inputs
-    - repeated prefix: the micro-batch's completions × (P + T) × 2 k × L × b
+      checkpointed layers keep tokens × L × h × b, and the rest for one layer only
+    - packed rows (checkpointed or sharded layers): their masks, the micro-batch's groups × (P + G T)²
+    - repeated prefix (otherwise): the micro-batch's completions × (P + T) × 2 k × L × b
     - logits: completion tokens × V × 4 × 2 (logits, gradient), at most one chunk of them
     - vision features: the micro-batch's images × image tokens × h × b
     """
     rows = plan.micro_batch_groups * cfg.rollout.group_size
     copies = (6 * shape.hidden + shape.intermediate) * _FLOAT32 if shape.itemsize < _FLOAT32 else 0
     a_token = (8 * shape.hidden + 4 * shape.intermediate) * shape.itemsize + copies
+    length = prompt_tokens + cfg.rollout.group_size * cfg.rollout.max_new_tokens
+    packed = cfg.learner.wants_packed_rows
+    kept = shape.layers * a_token
+    if cfg.learner.gradient_checkpointing:
+        kept = shape.layers * shape.hidden * shape.itemsize + a_token
     return {
-        "weights": shape.weight_bytes,
-        "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.workers > 1)),
-        "activations": plan.micro_batch_tokens * shape.layers * a_token,
-        "repeated prefix": rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
+        "weights": _learner_weights(cfg, shape),
+        "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.max_workers > 1)),
+        "activations": plan.micro_batch_tokens * kept,
+        "packed rows": plan.micro_batch_groups * length**2 if packed else 0,
+        "repeated prefix": 0 if packed else rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
         "logits": _logit_bytes(shape, rows * cfg.rollout.max_new_tokens),
         "vision features": plan.micro_batch_groups * image_tokens * shape.hidden * shape.itemsize,
     }
+
+
+def _learner_weights(cfg: Config, shape: ModelShape) -> int:
+    parts = cfg.learner.min_workers if cfg.learner.sharding == "fsdp2" else 1
+    if parts == 1:
+        return shape.weight_bytes
+    gathered = min(2, shape.layers) * shape.layer_bytes // shape.layers
+    return shape.weight_bytes - shape.layer_bytes + shape.layer_bytes // parts + gathered
 
 
 def rollout_memory(

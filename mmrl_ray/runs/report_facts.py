@@ -96,7 +96,9 @@ def _resources(
         share = f" in {sum(flags)} of {len(flags)} steps" if any(flags) and not all(flags) else ""
         yield (
             "forward path",
-            f"shared prefix{share}" if any(flags) else "naive (every completion behind its own prompt)",
+            f"shared prefix{share}{_packed(metrics)}"
+            if any(flags)
+            else "naive (every completion behind its own prompt)",
         )
     reason = _path_reason(summary, events)
     if reason:
@@ -104,6 +106,11 @@ def _resources(
     for name in ("device", "devices", "workers", "learner_workers", "rollout_workers"):
         if name in summary:
             yield name.replace("_", " "), _text(summary[name])
+
+
+def _packed(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What checkpointed or sharded layers make of it."""
+    return ", in the learner as packed rows" if any(line.get("packed_rows") for line in metrics) else ""
 
 
 def _path_reason(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
@@ -134,7 +141,15 @@ def _others(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """Whatever no chart shows, so that nothing in metrics.jsonl stays hidden."""
     if not metrics:
         return
-    hidden = charted_names(metrics) | {"step", "policy_version", "masked", "dropped", "shared_prefix", "run"}
+    hidden = charted_names(metrics) | {
+        "step",
+        "policy_version",
+        "masked",
+        "dropped",
+        "shared_prefix",
+        "packed_rows",
+        "run",
+    }
     for name, value in metrics[-1].items():
         if name not in hidden and not name.startswith("seconds/") and is_number(value):
             yield name, f"{value:.4g}"

@@ -47,6 +47,7 @@ class FakeController:
         self.calls: list[str] = []
         self.metrics: dict[int, dict[str, Any]] = {}
         self.versions: dict[int, dict[str, Any]] = {}
+        self.worlds: set[int] = set()
         self.asked = 0
         self.due = 0
 
@@ -54,7 +55,7 @@ class FakeController:
         return getattr(self, method)(*args)
 
     def book(self) -> dict[str, Any]:
-        return {"calls": self.calls, "metrics": self.metrics, "versions": self.versions}
+        return {"calls": self.calls, "metrics": self.metrics, "versions": self.versions, "worlds": self.worlds}
 
     def replace_payloads(self, step: int, payloads: Sequence[Any]) -> None:
         self.payloads[step] = [ray.put(p) for p in payloads]
@@ -64,6 +65,7 @@ class FakeController:
 
     def next_plan(self, step: int, world_size: int, wait_s: float) -> StepPlan | Wait:
         assert step == self.due
+        self.worlds.add(world_size)
         self.asked += 1
         if self.asked == 1:
             return Wait("not yet")

@@ -88,6 +88,15 @@ def run_group(cfg: Config, run: RunDir, controller: Any) -> LearnerOutcome:
     return group.result()
 
 
+def assert_close_to_expected(expected: Any, found: dict[str, torch.Tensor], lines: dict[int, dict[str, Any]]) -> None:
+    adapter, metrics = expected
+    for name, value in adapter.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5 * float(value.abs().max().clamp_min(0.1)))
+    for step, line in enumerate(metrics):
+        for name in ("loss", "loss/policy", "loss/kl", "loss/adapter_l2", "grad_norm", "kl", "entropy"):
+            assert lines[step][name] == pytest.approx(line[name], rel=1e-4, abs=1e-6), (step, name)
+
+
 def final_adapter(run: RunDir) -> dict[str, torch.Tensor]:
     return load_file(run.local_path("adapter/adapter_model.safetensors"))
 
@@ -144,13 +153,51 @@ def test_two_learners_one_of_them_killed_make_the_same_adapter(
     assert pin.exists(), "no learner was killed"
     book = ray.get(handle.book.remote())
     assert book["calls"] == ["rewind 0", "restore 2"]
-    adapter, metrics = expected
-    found = final_adapter(run)
-    for name, value in adapter.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5 * float(value.abs().max().clamp_min(0.1)))
-    for step, line in enumerate(metrics):
-        for name in ("loss", "loss/policy", "loss/kl", "loss/adapter_l2", "grad_norm", "kl", "entropy"):
-            assert book["metrics"][step][name] == pytest.approx(line[name], rel=1e-4, abs=1e-6), (step, name)
+    assert_close_to_expected(expected, final_adapter(run), book["metrics"])
+
+
+def test_a_base_split_over_two_learners_learns_as_a_whole_one_and_is_resumed_by_one(
+    tiny: Path, groups: list[RolloutGroup], expected: Any, tmp_path: Path
+) -> None:
+    """The range finds room for 2 of 3 learners beside the rollout worker; the resumed run has one, unsharded."""
+    split = {"sharding": "fsdp2", "gradient_checkpointing": True, "workers": {"min": 1, "max": 3}}
+    cfg = config(tiny, checkpoint_every=1, keep_checkpoints=3, **split)
+    run = RunDir.create(tmp_path, "r")
+    handle, client = start(cfg.learner, groups)
+    bad = replace(groups[1].completions[0], logprobs=torch.full_like(groups[1].completions[0].logprobs, float("nan")))
+    broken = [groups[0], replace(groups[1], completions=(bad, *groups[1].completions[1:])), groups[2]]
+    ray.get(handle.replace_payloads.remote(3, broken))
+    with pytest.raises(NonFiniteError, match="step 3: loss is nan on samples s1; "):
+        run_group(cfg, run, client)
+    first = ray.get(handle.book.remote())
+    assert first["worlds"] == {2}
+    assert [e["count"] for e in run.read_lines("events.jsonl") if e["kind"] == "learners"] == [2]
+    assert [e["path"] for e in run.read_lines("events.jsonl") if e["kind"] == "learner_path"] == ["packed"]
+    _, metrics = expected
+    assert first["metrics"][0]["packed_rows"] is True
+    for name in ("loss", "loss/policy", "loss/kl", "loss/adapter_l2", "grad_norm", "kl", "entropy"):
+        assert first["metrics"][0][name] == pytest.approx(metrics[0][name], rel=1e-5, abs=1e-7), name
+    assert_same_gradient(cfg, groups, run)
+
+    cfg = config(tiny)
+    handle, client = start(cfg.learner, groups)
+    assert run_group(cfg, run, client).finished
+    second = ray.get(handle.book.remote())
+    assert (second["calls"], second["worlds"]) == (["restore 3"], {1})
+    assert_close_to_expected(expected, final_adapter(run), {**first["metrics"], **second["metrics"]})
+
+
+def assert_same_gradient(cfg: Config, groups: list[RolloutGroup], run: RunDir) -> None:
+    """AdamW's first moment after one step is the gradient times 1 − β₁."""
+    policy = fresh_policy(cfg)
+    learner = LearnerStep(policy, cfg.learner)
+    learner.run(make_plan(groups, cfg.learner), payloads)
+    found = load_file(run.local_path("checkpoints/step-000001/state.safetensors"))
+    moments = {name: value for name, value in learner.state().tensors.items() if name.endswith("/exp_avg")}
+    assert moments
+    theirs = torch.cat([value.flatten() for value in moments.values()])
+    mine = torch.cat([found[name].flatten() for name in moments])
+    assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
 
 def test_no_room_for_the_learners_is_an_error_that_says_what_was_asked_for(

@@ -258,7 +258,9 @@ class OneOf(Ranks):
                 raise found
 
 
-def run_together(tiny: Path, cfg: LearnerSection, size: int, steps: int = 2, **changes: Any) -> list[Any]:
+def run_together(
+    tiny: Path, cfg: LearnerSection, size: int, steps: int = 2, *, in_lockstep: bool = False, **changes: Any
+) -> list[Any]:
     """[(policy, metrics of the last step) or the error] of each rank."""
     together = Together(size)
     results: list[Any] = [None] * size
@@ -267,7 +269,7 @@ def run_together(tiny: Path, cfg: LearnerSection, size: int, steps: int = 2, **c
 
     def work(rank: int) -> None:
         try:
-            learner = LearnerStep(policies[rank], cfg, ranks=OneOf(together, rank))
+            learner = LearnerStep(policies[rank], cfg, ranks=OneOf(together, rank), in_lockstep=in_lockstep)
             metrics: dict[str, Any] = {}
             for step in range(steps):
                 plan = make_plan(groups, cfg, step=step, world_size=size)
@@ -297,11 +299,34 @@ def test_several_ranks_make_the_step_of_one(tiny: Path, size: int) -> None:
     assert torch.equal(weights(ranks[0][0]), weights(ranks[1][0]))
 
 
-def test_an_error_on_one_rank_is_raised_on_all(tiny: Path) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_in_lockstep_make_as_many_passes_as_the_busiest(tiny: Path, size: int) -> None:
+    cfg = section(kl=KlSection(weight=0.1), adapter_l2=0.01, micro_batch_tokens=1)
+    ((alone, metrics),) = run_together(tiny, cfg, 1, steps=1)
+    fetched: dict[int, list[str]] = {rank: [] for rank in range(size)}
+
+    def counting(rank: int) -> Any:
+        def watching(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
+            fetched[rank].extend(g.sample_id for g in planned)
+            return payloads(planned)
+
+        return watching
+
+    changes = {f"payloads{rank}": counting(rank) for rank in range(size)}
+    ranks = run_together(tiny, cfg, size, steps=1, in_lockstep=True, **changes)
+    assert [len(fetched[rank]) for rank in range(size)] == [2 if size == 2 else 1] * size
+    for policy, others in ranks:
+        assert_close(gradient(policy), gradient(alone))
+        for name in ("loss", "loss/policy", "loss/kl", "grad_norm", "tokens/scored", "entropy"):
+            assert others[name] == pytest.approx(metrics[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("in_lockstep", [False, True])
+def test_an_error_on_one_rank_is_raised_on_all(tiny: Path, in_lockstep: bool) -> None:
     def lost(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
         raise RolloutError("the group is gone")
 
-    for result in run_together(tiny, section(), 2, payloads1=lost):
+    for result in run_together(tiny, section(), 2, in_lockstep=in_lockstep, payloads1=lost):
         assert isinstance(result, RolloutError)
         assert str(result) == "the group is gone"
 

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mmrl_ray.experience.carriers import VisionFeatures
-from mmrl_ray.policy import parity, prefix, vision
+from mmrl_ray.policy import packed, parity, prefix, vision
+from mmrl_ray.policy.checkpointing import checkpoint_layers
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
@@ -96,6 +97,37 @@ def test_gradient_checkpointing_needs_the_naive_path(load: Load) -> None:
     assert choice.path == "naive"
     assert choice.reason == "gradient checkpointing drops the prefix cache"
     assert math.isnan(choice.max_difference)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_may_pack_their_rows(family: str, load: Load) -> None:
+    policy = with_lora(load(family))
+    checkpoint_layers(policy)
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:2]), temperature=0.7, wanted="packed")
+    assert choice.path == "packed"
+    assert choice.inject_vision
+    assert choice.reason == "packed row agrees with the model's own forward within 0.0001"
+    assert max(choice.max_difference, choice.gradient_difference or 0.0) <= 1e-5
+
+
+def test_packed_rows_whose_completions_see_each_other_are_found(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind_to_segments(places: Any) -> torch.Tensor:
+        return places.order[:, None, :] <= places.order[:, :, None]
+
+    monkeypatch.setattr(packed, "_visible", blind_to_segments)
+    policy = with_lora(load())
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]), wanted="packed")
+    assert choice.path == "naive"
+    assert choice.reason.startswith("packed row differs from the model's own forward by")
+
+
+def test_a_model_that_takes_no_mask_of_its_own_needs_the_naive_path(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "unpackable", lambda policy: "layer 1 is a linear_attention layer")
+    policy = load()
+    choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]), wanted="packed")
+    assert (choice.path, choice.reason) == ("naive", "layer 1 is a linear_attention layer")
 
 
 def test_a_recurrent_layer_needs_the_naive_path(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,8 @@ def test_logprobs_and_lora_gradients_equal_the_models_own(family: str, load: Loa
     for name, path, given in (
         ("shared prefix, features", "shared_prefix", features),
         ("shared prefix, pixels", "shared_prefix", None),
+        ("packed, features", "packed", features),
+        ("packed, pixels", "packed", None),
         ("naive, features", "naive", features),
     ):
         scores = score_completions(policy, prompts, given, completions, TEMPERATURE, path=path)
@@ -221,5 +223,5 @@ def test_refuses_what_does_not_fit_together(load: Load) -> None:
         score_completions(policy, prompts, features[:1], completions, 1.0)
     with pytest.raises(ValueError, match="no completion"):
         score_completions(policy, prompts, features, [[], []], 1.0)
-    with pytest.raises(ValueError, match="path='fast'"):
+    with pytest.raises(ValueError, match="path='fast' is none of"):
         score_completions(policy, prompts, features, completions, 1.0, path="fast")  # type: ignore[arg-type]
