@@ -29,7 +29,7 @@ _ROUNDING = 1e-6
 
 def others(cfg: Config) -> list[Bundle]:
     """What the run's rollout workers and rewards ask Ray for, one bundle an actor."""
-    bundles = [_bundle(cfg.resources.rollout)] * cfg.rollout.workers
+    bundles = [_bundle(cfg.resources.rollout)] * cfg.rollout.most_workers
     if cfg.reward.host == "serve":
         bundles.append(_bundle(cfg.resources.reward))
     return [bundle for bundle in bundles if bundle]

@@ -50,7 +50,7 @@ class PoolSettings:
             placement_timeout_s=cfg.resources.placement_timeout_s,
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
-            beside=((cfg.resources.learner.cpus, cfg.resources.learner.gpus),) * cfg.learner.workers,
+            beside=((cfg.resources.learner.cpus, cfg.resources.learner.gpus),) * cfg.learner.max_workers,
         )
 
 
