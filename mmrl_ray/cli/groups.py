@@ -23,7 +23,9 @@ import_app = typer.Typer(
     name="import", help="Bring a dataset in as Parquet shards.", no_args_is_help=True, rich_markup_mode=_MARKUP
 )
 keys_app = typer.Typer(name="keys", help="Who may call the gateway.", no_args_is_help=True, rich_markup_mode=_MARKUP)
+deploy_app = typer.Typer(name="deploy", help="Run on Kubernetes.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 data_app.add_typer(import_app)
 app.add_typer(config_app)
 app.add_typer(data_app)
 app.add_typer(keys_app)
+app.add_typer(deploy_app)

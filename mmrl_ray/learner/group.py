@@ -102,7 +102,10 @@ class LearnerGroup:
             train_loop,  # type: ignore[arg-type]  # a return value is new in Ray Train's second API
             train_loop_config={"job": self._job},
             scaling_config=ScalingConfig(
-                num_workers=learner.workers, use_gpu=share.gpus > 0, resources_per_worker=resources
+                num_workers=learner.workers,
+                use_gpu=share.gpus > 0,
+                resources_per_worker=resources,
+                label_selector=dict(share.node_labels) or None,  # type: ignore[call-arg]  # new in the second API
             ),
             run_config=RunConfig(
                 name=_TRAIN_FOLDER,
