@@ -48,8 +48,10 @@ def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> Config |
     """
     text = _read(Path(path))
     value = parse_yaml(text, str(path)).value
-    serves = isinstance(value, dict) and not value.keys() & (Config.model_fields.keys() - ServeConfig.model_fields.keys())
-    return parse_as(ServeConfig if serves else Config, text, str(path), overrides)
+    only_of_runs = Config.model_fields.keys() - ServeConfig.model_fields.keys()
+    if isinstance(value, dict) and not value.keys() & only_of_runs:
+        return parse_as(ServeConfig, text, str(path), overrides)
+    return parse_config(text, str(path), overrides)
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:

@@ -44,7 +44,7 @@ def render(cfg: Config | ServeConfig, kind: Kind) -> list[Manifest]:
     if kind == "rayservice":
         return _service(cfg if isinstance(cfg, ServeConfig) else server_of_run(cfg))
     if isinstance(cfg, ServeConfig):
-        raise ConfigError(f"--kind {kind} trains, and this config only serves: give a run's config, or --kind rayservice")
+        raise ConfigError(f"--kind {kind} is for a run, and this config only serves: use --kind rayservice")
     return _job(cfg) if kind == "rayjob" else _cluster(cfg)
 
 
@@ -145,9 +145,7 @@ def _service(cfg: ServeConfig) -> list[Manifest]:
         "serveConfigV2": dump_yaml(serve_config(server_in_pods(cfg))),
         # Clients come to pods with a replica; the head keeps to its own work.
         "excludeHeadPodFromServeSvc": True,
-        "rayClusterConfig": cluster_spec(
-            deploy, name, groups_of_server(cfg), port=serving.port, env=FAST, serves=True
-        ),
+        "rayClusterConfig": cluster_spec(deploy, name, groups_of_server(cfg), port=serving.port, env=FAST, serves=True),
     }
     return [
         *_claim(deploy, name),
@@ -211,7 +209,7 @@ def _name(deploy: DeploySection, said: str) -> str:
     name = deploy.name or re.sub(r"[^a-z0-9]+", "-", said.lower()).strip("-")
     if not re.match("[a-z]", name) or len(name) > _LONGEST_NAME:
         raise ConfigError(
-            f"deploy.name={name}: Kubernetes wants up to {_LONGEST_NAME} lower-case letters, digits and dashes, a letter "
-            "first: set deploy.name"
+            f"deploy.name={name}: Kubernetes wants up to {_LONGEST_NAME} lower-case letters, digits and dashes, a "
+            "letter first: set deploy.name"
         )
     return name

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.base import Section
 from mmrl_ray.config.deploy import StorageSection
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.errors import ConfigError
@@ -33,7 +34,7 @@ def run_in_pods(cfg: Config) -> Config:
     if cfg.sft is not None:
         places["sft.cache"] = cfg.sft.cache
     seen = _seen(places, storage)
-    update = {
+    update: dict[str, Section | None] = {
         "run": cfg.run.model_copy(update={"root": seen["run.root"]}),
         "data": cfg.data.model_copy(update={"train": seen["data.train"], "eval": seen.get("data.eval")}),
         "model": cfg.model.model_copy(update={"path": seen.get("model.path", cfg.model.path)}),

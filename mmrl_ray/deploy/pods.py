@@ -100,7 +100,12 @@ def _pod_security() -> Manifest:
 
 
 def _template(
-    deploy: DeploySection, name: str, container: Manifest, where: HeadSection | PodsSection, *, config: str | None = None
+    deploy: DeploySection,
+    name: str,
+    container: Manifest,
+    where: HeadSection | PodsSection,
+    *,
+    config: str | None = None,
 ) -> Manifest:
     volumes: list[Manifest] = []
     mounts: list[Manifest] = []
@@ -124,7 +129,13 @@ def _template(
 
 
 def _container(
-    name: str, deploy: DeploySection, env: Mapping[str, str], cpus: int, gpus: int, memory: str, ports: Mapping[str, int]
+    name: str,
+    deploy: DeploySection,
+    env: Mapping[str, str],
+    cpus: int,
+    gpus: int,
+    memory: str,
+    ports: Mapping[str, int],
 ) -> Manifest:
     """Requests are limits for memory and GPUs: Ray plans with what it was given."""
     amounts: Manifest = {"cpu": str(cpus), "memory": memory} | ({deploy.gpu_resource: str(gpus)} if gpus else {})
@@ -154,4 +165,3 @@ def _probes(alive: Manifest, ready: Manifest) -> Manifest:
 
 def _http(path: str, port: int) -> Manifest:
     return {"httpGet": {"path": path, "port": port}}
-

@@ -96,24 +96,17 @@ class LearnerGroup:
             self._run.delete(_TRAIN_FOLDER)
 
     def _trainer(self) -> TorchTrainer:
-        learner, share = self._cfg.learner, self._cfg.resources.learner
-        resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
         return TorchTrainer(
             train_loop,  # type: ignore[arg-type]  # a return value is new in Ray Train's second API
             train_loop_config={"job": self._job},
-            scaling_config=ScalingConfig(
-                num_workers=learner.workers,
-                use_gpu=share.gpus > 0,
-                resources_per_worker=resources,
-                label_selector=dict(share.node_labels) or None,  # type: ignore[call-arg]  # new in the second API
-            ),
+            scaling_config=scaling_config(self._cfg),
             run_config=RunConfig(
                 name=_TRAIN_FOLDER,
                 storage_path=self._run.full_path(),
                 storage_filesystem=self._run.filesystem,
                 # Not to be placed in time is final; a group that died is started again.
                 failure_config=FailureConfig(
-                    max_failures=learner.max_failures,
+                    max_failures=self._cfg.learner.max_failures,
                     controller_failure_limit=0,  # type: ignore[call-arg]  # new there, too
                 ),
             ),
@@ -122,6 +115,8 @@ class LearnerGroup:
 
     def _explained(self, error: BaseException) -> MMRLError:
         learner, share = self._cfg.learner, self._cfg.resources.learner
+        labels = ", ".join(f"{key}={value}" for key, value in share.node_labels.items())
+        each = f"{share.cpus:g} CPUs and {share.gpus:g} GPUs each{f', on nodes labelled {labels},' if labels else ''}"
         if isinstance(error, MMRLError):
             return error
         if isinstance(error, WorkerGroupError):
@@ -132,13 +127,24 @@ class LearnerGroup:
             )
         if isinstance(error, ControllerError) and "StartupTimeout" in type(error.controller_failure).__name__:
             return PlacementError(
-                f"{learner.workers} learners with {share.cpus:g} CPUs and {share.gpus:g} GPUs each were not placed "
-                f"within {self._cfg.resources.placement_timeout_s:g} s: lower learner.workers or resources.learner, or "
+                f"{learner.workers} learners with {each} were not placed within "
+                f"{self._cfg.resources.placement_timeout_s:g} s: lower learner.workers or resources.learner, or "
                 "add nodes"
             )
         if isinstance(error, ControllerError):
             return LearnerError(f"the learner group did not start: {_one_line(error.controller_failure)}")
         return LearnerError(f"the learner group ended: {_one_line(error)}")
+
+
+def scaling_config(cfg: Config) -> ScalingConfig:
+    """How many learners, and what each asks Ray for."""
+    share = cfg.resources.learner
+    return ScalingConfig(
+        num_workers=cfg.learner.workers,
+        use_gpu=share.gpus > 0,
+        resources_per_worker={"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {}),
+        label_selector=dict(share.node_labels) or None,  # type: ignore[call-arg]  # Ray types its first API
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -54,9 +54,7 @@ class DryRun:
     """Actors that the cluster has no room for; they block, too."""
 
 
-def dry_run(
-    cfg: Config, *, resume: bool = False, address: str | None = None, console: Console | None = None
-) -> DryRun:
+def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, console: Console | None = None) -> DryRun:
     """Prints the resolved config, one sample, the batch plan, the device plan and a memory estimate.
 
     Args:

@@ -119,7 +119,10 @@ def _unplaced_line(demand: Demand, short: int, nodes: Sequence[Node]) -> str:
         there = f"no node is labelled {_pairs(demand.labels)}"
     elif labelled:
         most_gpus, most_cpus = max(node.gpus for node in labelled), max(node.cpus for node in labelled)
-        there = f"the {len(labelled)} nodes have up to {most_cpus:g} CPU and {most_gpus:g} GPU each"
+        there = (
+            f"the {len(labelled)} nodes have up to {most_cpus:g} CPU and {most_gpus:g} GPU each, some of it for the "
+            "run's other actors"
+        )
     else:
         there = "the cluster has no node"
     remedies = [f"add room for {short} more"]
@@ -127,8 +130,8 @@ def _unplaced_line(demand: Demand, short: int, nodes: Sequence[Node]) -> str:
         remedies.append(f"set {demand.count_key}={fitting}")
     remedies.append(f"lower {demand.share_key}")
     return (
-        f"{short} of {demand.count} {demand.kind} actors have no node, each asks for {demand.amounts}; {there}, "
-        f"some of it for the run's other actors: {', or '.join(remedies)}"
+        f"{short} of {demand.count} {demand.kind} actors have no node, each asks for {demand.amounts}; {there}: "
+        f"{', or '.join(remedies)}"
     )
 
 

@@ -281,7 +281,7 @@ def test_a_gateway_is_reached_at_its_pods() -> None:
         (run(serving={"database": None, "live_policy": True}), "rayjob", "serving.database: gateways on several"),
         (run(run={"name": "x" * 60}), "rayjob", "deploy.name=xxxx"),
         (run(run={"name": "3b"}), "rayjob", "deploy.name=3b"),
-        (server(), "rayjob", "--kind rayjob trains"),
+        (server(), "rayjob", "--kind rayjob is for a run"),
         (server(reward={}), "rayservice", "statistics: the reward's parts need them"),
     ],
 )
