@@ -92,6 +92,7 @@ def test_what_workers_ask_ray_for_is_what_is_planned() -> None:
         ([demand("learner", 2, 1, 0.6), demand("rollout", 2, 1, 0.4)], [Node("a", 4, 2)], {}),
         # a fraction must not take a whole GPU that the learner needs, whatever is asked for first
         ([demand("rollout", 2, 0, 0.5), demand("learner", 1, 0, 1)], [Node("a", 8, 2)], {}),
+        ([demand("rollout", 2, 0, 0.5, pool="x"), demand("learner", 1, 0, 1)], [Node("a", 8, 2, {"pool": "x"})], {}),
         ([demand("rollout", 1, 1, 0), demand("learner", 1, 8, 0)], [Node("a", 8, 0), Node("b", 1, 0)], {}),
         # a node that is partly taken
         ([demand("rollout", 1, 0, 0.5)], [Node("a", 8, 0.4)], {"rollout": 1}),
