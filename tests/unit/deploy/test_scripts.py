@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ trap 'echo "mmrl interrupted" >> "$LOG"; exit 130' INT
 until [[ $(grep -c '^ray start' "$LOG") == 3 ]]; do sleep 0.02; done
 echo "mmrl $*" >> "$LOG"
 [[ -z ${LONG:-} ]] && exit "${STATUS:-0}"
-while true; do sleep 0.05; done
+for _ in {1..600}; do sleep 0.05; done
 """
 
 
@@ -77,6 +78,7 @@ class Slurm:
         self.folder = folder
         self.log = folder / "log"
         self.log.touch()
+        self.started: list[subprocess.Popen[str]] = []
         stubs = {"srun": _SRUN, "ray": _RAY, "mmrl": _MMRL, "scontrol": '#!/bin/sh\nprintf "n1\\nn2\\nn3\\n"\n'}
         for name, text in stubs.items():
             path = folder / "bin" / name
@@ -98,7 +100,18 @@ class Slurm:
             **environment,
         }
         command = ["bash", SLURM, *arguments]
-        return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True, cwd=self.folder)
+        process = subprocess.Popen(
+            command, env=variables, stderr=subprocess.PIPE, text=True, cwd=self.folder, start_new_session=True
+        )
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Whatever a failed test has left; the session is its own."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(timeout=10)
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, list[str], str]:
         process = self.start(*arguments, **environment)
@@ -110,8 +123,10 @@ class Slurm:
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Slurm:
-    return Slurm(tmp_path)
+def slurm(tmp_path: Path) -> Iterator[Slurm]:
+    stubbed = Slurm(tmp_path)
+    yield stubbed
+    stubbed.end()
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
