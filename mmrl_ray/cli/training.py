@@ -12,7 +12,7 @@ import typer
 from mmrl_ray.cli.groups import app, config_app
 from mmrl_ray.cli.guard import command
 from mmrl_ray.cli.options import ConfigFile, Overrides, load, show
-from mmrl_ray.errors import ConfigError, RunError
+from mmrl_ray.errors import ConfigError, PlacementError, RunError
 
 if TYPE_CHECKING:
     from mmrl_ray.config import Config
@@ -23,20 +23,29 @@ def train(
     target: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A YAML config, or with --resume a run folder.")],
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--resume-or-start", help="Go on where there is a run of that name, else begin it.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A Ray to train on; with --dry-run, to check the plan against.")
+    ] = None,
     *,
     debug: bool = False,
 ) -> None:
     """Fine-tune by reinforcement learning: config in, finished run folder out."""
     cfg = _config_of(target, set_, resume)
+    resume = resume or (go_on and _is_there(cfg))
     if dry_run:
         from mmrl_ray.runs.dry_run import dry_run as show
 
-        show(cfg, resume=resume)
+        unplaced = show(cfg, resume=resume, address=address).unplaced
+        if unplaced:
+            raise PlacementError("\n".join(unplaced))
         return
     from mmrl_ray.runs.train import train as run
 
-    run(cfg, resume=resume, debug=debug)
+    run(cfg, resume=resume, address=address, debug=debug)
 
 
 @command(app, "sft")
@@ -93,6 +102,16 @@ def configshow(config: ConfigFile, set_: Overrides = None) -> None:
     from mmrl_ray.config.load import dump_config
 
     show(dump_config(load(config, set_)), "yaml")
+
+
+def _is_there(cfg: Config) -> bool:
+    from mmrl_ray.run_dir import RunDir
+
+    try:
+        RunDir.open(cfg.run.root, cfg.run.name)
+    except RunError:
+        return False
+    return True
 
 
 def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config:

@@ -40,6 +40,20 @@ def load_serve_config(path: str | Path, overrides: Sequence[str] = ()) -> ServeC
     return parse_as(ServeConfig, _read(Path(path)), str(path), overrides)
 
 
+def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> Config | ServeConfig:
+    """Either of the two, told apart by the sections that only a run has.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    text = _read(Path(path))
+    value = parse_yaml(text, str(path)).value
+    only_of_runs = Config.model_fields.keys() - ServeConfig.model_fields.keys()
+    if isinstance(value, dict) and not value.keys() & only_of_runs:
+        return parse_as(ServeConfig, text, str(path), overrides)
+    return parse_config(text, str(path), overrides)
+
+
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """`load_config` of text that is already read; `source` is what its errors call the file.
 

@@ -18,6 +18,9 @@ class ActorResources(Section):
     """GPUs of one actor; a fraction shares a GPU."""
     threads: int | None = Field(None, ge=1)
     """Torch threads; by default `cpus`, and on a single machine where learner and workers take turns all its cores."""
+    node_labels: dict[str, str] = {}
+    """Only nodes with these labels take the actor (`ray start --labels`); any node by default. What `mmrl deploy
+    render` writes has a label for each group of pods and names it here."""
 
 
 class ResourcesSection(Section):

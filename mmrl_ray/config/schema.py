@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from mmrl_ray.config.base import Section, refuse
 from mmrl_ray.config.data import DataSection
+from mmrl_ray.config.deploy import DeploySection
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.presets import Algorithm, with_preset
@@ -42,6 +43,8 @@ class Config(Section):
     """What the actors ask Ray for."""
     serving: ServingSection | None = None
     """How the policy is served, while it trains or after; the defaults of `mmrl serve` where it is not written."""
+    deploy: DeploySection = DeploySection()
+    """Where the run's pods get what they need, on Kubernetes."""
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from mmrl_ray.config.base import Section, refuse
+from mmrl_ray.config.deploy import DeploySection
 from mmrl_ray.config.fine_tuning import FineTuningSection
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.resources import ActorResources
@@ -222,6 +223,8 @@ class ServeConfig(Section):
     document frequencies need it."""
     serving: ServingSection = ServingSection()
     """The gateway and the deployments."""
+    deploy: DeploySection = DeploySection()
+    """Where its pods get what they need, on Kubernetes."""
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:

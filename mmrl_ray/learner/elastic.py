@@ -42,8 +42,8 @@ def learners_that_fit(nodes: Sequence[Bundle], taken: Sequence[Bundle], learner:
     free = [dict(node) for node in nodes]
     for bundle in taken:
         home = next((node for node in free if _times(node, bundle) >= 1), None)
-        for name, amount in bundle.items() if home is not None else ():
-            home[name] -= amount
+        if home is not None:
+            home.update({name: home[name] - amount for name, amount in bundle.items()})
     return min(most, sum(_times(node, learner) for node in free))
 
 

@@ -120,18 +120,11 @@ class LearnerGroup:
             self._run.delete(_TRAIN_FOLDER)
 
     def _trainer(self) -> TorchTrainer:
-        learner, share = self._cfg.learner, self._cfg.resources.learner
-        resources = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
-        elastic = self._room is not None
-        counts = (learner.min_workers, learner.max_workers) if elastic else learner.max_workers
+        learner = self._cfg.learner
         return TorchTrainer(
             train_loop,  # type: ignore[arg-type]  # a return value is new in Ray Train's second API
             train_loop_config={"job": self._job},
-            scaling_config=ScalingConfig(
-                num_workers=counts,
-                use_gpu=share.gpus > 0,
-                resources_per_worker=resources,
-            ),
+            scaling_config=scaling_config(self._cfg),
             run_config=RunConfig(
                 name=_TRAIN_FOLDER,
                 storage_path=self._run.full_path(),
@@ -140,7 +133,7 @@ class LearnerGroup:
                 failure_config=FailureConfig(
                     max_failures=learner.max_failures,
                     # With a range it is not: what was counted on may be gone a moment later, and is counted again.
-                    controller_failure_limit=learner.max_failures if elastic else 0,  # type: ignore[call-arg]  # new there, too
+                    controller_failure_limit=learner.max_failures if self._room is not None else 0,  # type: ignore[call-arg]  # new there, too
                 ),
             ),
             torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
@@ -148,6 +141,8 @@ class LearnerGroup:
 
     def _explained(self, error: BaseException) -> MMRLError:
         learner, share = self._cfg.learner, self._cfg.resources.learner
+        labels = ", ".join(f"{key}={value}" for key, value in share.node_labels.items())
+        each = f"{share.cpus:g} CPUs and {share.gpus:g} GPUs each{f', on nodes labelled {labels},' if labels else ''}"
         if isinstance(error, MMRLError):
             return error
         if isinstance(error, WorkerGroupError):
@@ -158,13 +153,26 @@ class LearnerGroup:
             )
         if isinstance(error, ControllerError) and "StartupTimeout" in type(error.controller_failure).__name__:
             return PlacementError(
-                f"{learner.min_workers} learners with {share.cpus:g} CPUs and {share.gpus:g} GPUs each were not placed "
-                f"within {self._cfg.resources.placement_timeout_s:g} s: lower learner.workers or resources.learner, or "
+                f"{learner.min_workers} learners with {each} were not placed within "
+                f"{self._cfg.resources.placement_timeout_s:g} s: lower learner.workers or resources.learner, or "
                 "add nodes"
             )
         if isinstance(error, ControllerError):
             return LearnerError(f"the learner group did not start: {_one_line(error.controller_failure)}")
         return LearnerError(f"the learner group ended: {_one_line(error)}")
+
+
+def scaling_config(cfg: Config) -> ScalingConfig:
+    """How many learners, and what each asks Ray for."""
+    learner, share = cfg.learner, cfg.resources.learner
+    fixed = isinstance(learner.workers, int)
+    count = learner.max_workers if fixed else (learner.min_workers, learner.max_workers)
+    return ScalingConfig(
+        num_workers=count,  # type: ignore[arg-type]  # a range is new there, too
+        use_gpu=share.gpus > 0,
+        resources_per_worker={"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {}),
+        label_selector=dict(share.node_labels) or None,  # type: ignore[call-arg]  # Ray types its first API
+    )
 
 
 def _one_line(error: BaseException) -> str:

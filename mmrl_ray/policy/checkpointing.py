@@ -7,6 +7,7 @@ It costs a second forward pass, and the prefix cache: see `packed.py` for the pa
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -34,7 +35,8 @@ def checkpoint_layers(policy: Policy) -> int:
     for layer in layers:
         layer.gradient_checkpointing = True
         # Without dropout a layer draws nothing, so there is no random state to bring back.
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        function: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer._gradient_checkpointing_func = function
         # A layer checkpoints in train mode only. Its own flag, not `train()`: what is inside stays without dropout.
         layer.training = True
     return len(layers)

@@ -146,12 +146,13 @@ def _attention(policy: Policy, places: _Places) -> torch.Tensor | Mapping[str, t
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     visible = _visible(places)
+    near = visible if window is None else visible & _near(places, window)
     if not kinds:  # one kind of layers, with the window if there is one
-        return _as_mask(policy, visible if window is None else visible & _near(places, window))
+        return _as_mask(policy, near)
     masks = {"full_attention": _as_mask(policy, visible)}
     if kinds == {"full_attention"}:
         return masks["full_attention"]
-    return {**masks, "sliding_attention": _as_mask(policy, visible & _near(places, window))}
+    return {**masks, "sliding_attention": _as_mask(policy, near)}
 
 
 def _visible(places: _Places) -> torch.Tensor:

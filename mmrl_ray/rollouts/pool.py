@@ -159,8 +159,8 @@ class RayWorkerPool:
 
     def _create(self) -> None:
         name = f"worker-{self._made}"
-        options = {"num_cpus": self._settings.cpus, "num_gpus": self._settings.gpus, "max_restarts": 0}
-        handle = ray.remote(RolloutWorker).options(**options).remote(name, self._run, self._factory)
+        options = self._settings.actor_options
+        handle = ray.remote(RolloutWorker).options(max_restarts=0, **options).remote(name, self._run, self._factory)
         call = WorkerCall(handle)
         known = set(self._manager.actor_ids())
         self._manager.add_actors([call])  # type: ignore[list-item]  # annotated for handles, uses `.apply.remote`

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from mmrl_ray.config import Config
 
@@ -15,6 +17,8 @@ class PoolSettings:
     min_workers: int = 1
     cpus: float = 1.0
     gpus: float = 0.0
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    """A node without them takes no worker."""
     placement_timeout_s: float = 300.0
     """From asking Ray for a worker to its first answer, and again until its engine is built."""
     assignment_timeout_s: float = 300.0
@@ -32,7 +36,12 @@ class PoolSettings:
     @property
     def demand(self) -> str:
         """What one worker asks for, in Ray's words."""
-        return demand_of(self.cpus, self.gpus)
+        return demand_of(self.cpus, self.gpus, self.node_labels)
+
+    @property
+    def actor_options(self) -> dict[str, Any]:
+        """The same as options of a Ray actor."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "label_selector": dict(self.node_labels) or None}
 
     def bundles(self, workers: int) -> list[dict[str, float]]:
         """What the run's actors ask for with so many workers, an actor each, in the autoscaler's words."""
@@ -47,6 +56,7 @@ class PoolSettings:
             min_workers=cfg.rollout.min_workers,
             cpus=cfg.resources.rollout.cpus,
             gpus=cfg.resources.rollout.gpus,
+            node_labels=cfg.resources.rollout.node_labels,
             placement_timeout_s=cfg.resources.placement_timeout_s,
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
@@ -54,6 +64,8 @@ class PoolSettings:
         )
 
 
-def demand_of(cpus: float, gpus: float) -> str:
+def demand_of(cpus: float, gpus: float, node_labels: Mapping[str, str] | None = None) -> str:
     """What one actor asks for, in Ray's words."""
-    return "{" + ", ".join(f"{k}: {v:g}" for k, v in (("CPU", cpus), ("GPU", gpus)) if v) + "}"
+    amounts = "{" + ", ".join(f"{k}: {v:g}" for k, v in (("CPU", cpus), ("GPU", gpus)) if v) + "}"
+    labels = ", ".join(f"{key}={value}" for key, value in (node_labels or {}).items())
+    return f"{amounts} on a node labelled {labels}" if labels else amounts

@@ -1,4 +1,6 @@
-"""`mmrl train --dry-run`: what a run would do and need, without weights, without Ray, and without writing anything.
+"""`mmrl train --dry-run`: what a run would do and need, without weights and without writing anything.
+
+No Ray is started; the one at `--address`, where it is given, is asked what it has.
 
 What cannot be found out here (a hub that is out of reach, a dataset that is not there yet) is said, not guessed.
 """
@@ -30,6 +32,7 @@ from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
+from mmrl_ray.runs.placement import demands_of
 from mmrl_ray.runs.warm_start import build_builtin
 
 
@@ -47,10 +50,22 @@ class DryRun:
     """What would stop the run as things are."""
     unchecked: list[str] = field(default_factory=list)
     """What could not be looked at from here, and why."""
+    unplaced: list[str] = field(default_factory=list)
+    """Actors that the cluster has no room for; they block, too."""
 
 
-def dry_run(cfg: Config, *, resume: bool = False, console: Console | None = None) -> DryRun:
-    """Prints the resolved config, one sample, the batch plan, the device plan and a memory estimate."""
+def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, console: Console | None = None) -> DryRun:
+    """Prints the resolved config, one sample, the batch plan, the device plan and a memory estimate.
+
+    Args:
+        cfg: the run's.
+        resume: it is to go on.
+        address: a cluster that the run's actors are to fit on.
+        console: where to print.
+
+    Raises:
+        RunError: the cluster at `address` cannot be joined.
+    """
     console = console or Console(highlight=False)
     found = DryRun()
     _look_at_run_folder(cfg, resume, found)
@@ -63,8 +78,8 @@ def dry_run(cfg: Config, *, resume: bool = False, console: Console | None = None
         "Config": dump_config(cfg).rstrip("\n").split("\n"),
         "Sample": _sample_lines(found),
         "Batch plan": _batch_lines(cfg, plan, found),
-        "Devices": _device_lines(cfg, found),
-        "Memory": _memory_lines(cfg, plan, found),
+        "Devices": _device_lines(cfg, found, address),
+        "Memory": _memory_lines(cfg, plan, found, address),
         "Not checked": found.unchecked,
         "Would stop the run": found.blocking,
     }
@@ -192,20 +207,20 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
     ]
 
 
-def _device_lines(cfg: Config, found: DryRun) -> list[str]:
-    kinds = {
-        "learner": (cfg.learner.max_workers, cfg.resources.learner),
-        "rollout": (cfg.rollout.first_workers, cfg.resources.rollout),
-    }
-    lines = [
-        f"{name:<11} {count} worker(s) × {share.cpus:g} CPU, {share.gpus:g} GPU"
-        for name, (count, share) in kinds.items()
-    ]
-    cpus = sum(count * share.cpus for count, share in kinds.values())
-    gpus = sum(count * share.gpus for count, share in kinds.values())
+def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
+    demands = demands_of(cfg)
+    lines = [f"{d.kind:<11} {d.count} × {d.cpus:g} CPU, {d.gpus:g} GPU{d.where}" for d in demands]
+    cpus, gpus = sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands)
     lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
+    if address is not None:
+        from mmrl_ray.runs.placement_check import check_placement
+
+        checked = check_placement(cfg, address)
+        found.unplaced += checked.unplaced
+        found.blocking += checked.blocking
+        return [*lines, *checked.lines]
     if os.environ.get("RAY_ADDRESS"):
-        found.unchecked.append("the devices of the Ray cluster at RAY_ADDRESS (a dry run does not join it)")
+        found.unchecked.append("the devices of the Ray cluster at RAY_ADDRESS: add --address to compare with them")
         return lines
     here = torch.cuda.device_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(here)}))
@@ -220,7 +235,7 @@ def _device_lines(cfg: Config, found: DryRun) -> list[str]:
     return lines
 
 
-def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str]:
+def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: str | None) -> list[str]:
     shape = found.shape
     if shape is None:
         return ["unknown without the model's config"]
@@ -235,6 +250,8 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[st
     if cfg.sft is not None:
         found.unchecked.append("the memory of the supervised warm start")
     lines += _one_worker("learner", learner) + _one_worker("rollout", rollout)
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        return lines
     return [*lines, *_capacity_lines(cfg, sum(learner.values()), sum(rollout.values()))]
 
 
@@ -244,9 +261,7 @@ def _one_worker(name: str, parts: Mapping[str, int]) -> list[str]:
 
 
 def _capacity_lines(cfg: Config, learner: int, rollout: int) -> Sequence[str]:
-    """Compares with this machine, where the workers would run on it."""
-    if os.environ.get("RAY_ADDRESS"):
-        return []
+    """Compares with this machine, which the workers would run on."""
     if cfg.resources.learner.gpus or cfg.resources.rollout.gpus:
         if not torch.cuda.is_available():
             return []

@@ -61,7 +61,7 @@ class RunReward:
 
             share = self._cfg.resources.reward
             timeout_s = self._cfg.resources.placement_timeout_s
-            launch.wait_until_running(self._app, timeout_s, demand=demand_of(share.cpus, share.gpus))
+            launch.wait_until_running(self._app, timeout_s, demand=demand_of(share.cpus, share.gpus, share.node_labels))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

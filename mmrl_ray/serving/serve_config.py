@@ -35,7 +35,7 @@ def serve_config(cfg: ServeConfig, *, insecure: bool = False) -> dict[str, Any]:
                 "name": APP,
                 "route_prefix": "/",
                 "import_path": BUILDER,
-                "args": {"config": cfg.model_dump(mode="json"), "insecure": insecure},
+                "args": {"config": cfg.model_dump(mode="json", exclude={"deploy"}), "insecure": insecure},
                 "deployments": [{"name": name, **options} for name, options in deployment_options(cfg).items()],
             }
         ],
@@ -55,6 +55,8 @@ def deployment_options(cfg: ServeConfig) -> dict[str, dict[str, Any]]:
 
 def options_of(section: DeploymentSection) -> dict[str, Any]:
     """A deployment's section in Serve's words."""
+    share = section.resources
+    labels = {"label_selector": dict(share.node_labels)} if share.node_labels else {}
     return {
         "autoscaling_config": {
             "min_replicas": section.min_replicas,
@@ -67,7 +69,7 @@ def options_of(section: DeploymentSection) -> dict[str, Any]:
         "health_check_timeout_s": section.health_check_timeout_s,
         "graceful_shutdown_timeout_s": section.graceful_shutdown_timeout_s,
         "graceful_shutdown_wait_loop_s": section.graceful_shutdown_wait_loop_s,
-        "ray_actor_options": {"num_cpus": section.resources.cpus, "num_gpus": section.resources.gpus},
+        "ray_actor_options": {"num_cpus": share.cpus, "num_gpus": share.gpus, **labels},
         "logging_config": {"enable_access_log": False},
     }
 

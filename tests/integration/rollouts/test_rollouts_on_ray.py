@@ -315,15 +315,23 @@ def test_too_few_workers_for_too_long_end_the_run(make: Callable[..., World], tm
     flag.unlink()
 
 
-def test_a_worker_that_cannot_be_placed_ends_the_run(make: Callable[..., World]) -> None:
-    settings = {"cpus": 64.0, "gpus": 2.0, "placement_timeout_s": 1.0}
-    world = make(FakeEngineFactory(), settings=settings)
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"cpus": 64.0, "gpus": 2.0}, "{CPU: 64, GPU: 2}"),
+        ({"node_labels": {"pool": "other"}}, "{CPU: 1} on a node labelled pool=other"),
+    ],
+)
+def test_a_worker_that_cannot_be_placed_ends_the_run(
+    make: Callable[..., World], asked: dict[str, Any], words: str
+) -> None:
+    world = make(FakeEngineFactory(), settings={**asked, "placement_timeout_s": 1.0})
     world.controller.rewind(0)
     answer = world.controller.next_plan(0, 1, wait_s=WAIT_S)
     assert isinstance(answer, Stop)
     assert answer.failed
     assert isinstance(world.controller.failure(), PlacementError)
-    assert "asks for {CPU: 64, GPU: 2}, the cluster has {'CPU': 3.0} in all" in answer.reason
+    assert f"asks for {words}, the cluster has {{'CPU': 3.0}} in all" in answer.reason
 
 
 @pytest.mark.parametrize("when", ["start", "work"])

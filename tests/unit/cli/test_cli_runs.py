@@ -18,9 +18,20 @@ def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
     assert mmrl("train", config, "--set", "learner.steps=3").exit_code == 0
     ((cfg,), options) = train.call_args
     assert cfg.learner.steps == 3
-    assert options == {"resume": False, "debug": False}
+    assert options == {"resume": False, "address": None, "debug": False}
     assert mmrl("train", config, "--resume", "--debug").exit_code == 0
-    assert train.call_args.kwargs == {"resume": True, "debug": True}
+    assert train.call_args.kwargs == {"resume": True, "address": None, "debug": True}
+
+
+def test_a_retry_goes_on_where_there_is_a_run_and_begins_it_where_there_is_none(config: Path, patched: Patch) -> None:
+    train = patched("mmrl_ray.runs.train.train")
+    again = ("train", config, "--resume-or-start", "--address", "10.0.0.1:6379")
+    assert mmrl(*again).exit_code == 0
+    assert train.call_args.kwargs == {"resume": False, "address": "10.0.0.1:6379", "debug": False}
+    cfg = train.call_args.args[0]
+    (Path(cfg.run.root) / cfg.run.name).mkdir(parents=True)
+    assert mmrl(*again).exit_code == 0
+    assert train.call_args.kwargs["resume"] is True
 
 
 @pytest.mark.parametrize("order", [("--resume", "RUN"), ("RUN", "--resume")])
