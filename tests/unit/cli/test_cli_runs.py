@@ -114,7 +114,7 @@ def _without_template(folder: Path) -> Path:
         (None, ["rollout.max_new_tokens=5000"], "exceeds the model's context of 512"),
         (None, ["data.prompt=look at <image>"], "special token '<image>'"),
         (None, ["model.path=builtin:huge-llava"], "no built-in model 'builtin:huge-llava'"),
-        (None, ["model.path=./gone"], "'./gone'"),
+        (None, ["model.path=./gone"], "/gone' does not exist"),
         (_text_model, [], "without a vision tower"),
         (_without_template, [], "has no chat template"),
     ],
