@@ -16,7 +16,7 @@ _BUILTIN = "builtin:"
 def with_absolute_paths(cfg: Config) -> Config:
     """The same config, meaning the same files from whichever folder: that of a Ray worker, or of a later resume."""
     data = {"train": _absolute(cfg.data.train), "eval": _absolute(cfg.data.eval) if cfg.data.eval is not None else None}
-    model = _absolute(cfg.model.path) if _is_folder(cfg.model.path) else cfg.model.path
+    model = _absolute(cfg.model.path) if Path(cfg.model.path).expanduser().exists() else cfg.model.path
     sections: dict[str, Section] = {
         "run": cfg.run.model_copy(update={"root": _absolute(cfg.run.root)}),
         "model": cfg.model.model_copy(update={"path": model}),

@@ -123,7 +123,12 @@ def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: Jobs
     assert lines(run) < STEPS
     assert "exit code 137" in readme("mmrl jobs status")
 
-    output = readme("mmrl jobs resume")
+    second = readme("mmrl jobs resume", "--no-wait").split()[-1]
+    # Meanwhile, since most of a run this small is waiting for processes to start:
+    jobs_end_as_their_commands_do(workplace, client)
+    jobs_over_http(workplace, client)
+
+    output = call("jobs", "logs", second, "--follow")
     assert output.count("Running entrypoint for job") == 1
     assert "finished: " in output
     assert output.endswith("GB\n"), "the log to its end"
@@ -134,7 +139,9 @@ def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: Jobs
     assert [checkpoint.step for checkpoint in run_checkpoints(left, "j")] == [STEPS, STEPS - 2]
     assert trained_tokens(left) >= STEPS
     assert [event.data["step"] for event in run_events(left, "j", 0) if event.data] == list(range(1, STEPS + 1))
-    assert [line.split()[1] for line in readme("mmrl jobs list").splitlines()] == ["STATUS", "succeeded", "failed"]
+    listed = [line.split() for line in readme("mmrl jobs list").splitlines()]
+    assert listed[0][:2] == ["JOB", "STATUS"]
+    assert [line[:2] for line in listed if line[2] == "far"] == [[second, "succeeded"], [first, "failed"]]
     assert "is over already: succeeded" in readme("mmrl jobs stop")
     assert "exists already" in call("submit", "my.yaml", "--set", "run.name=far", code=1)
 
@@ -153,8 +160,7 @@ def drivers(id: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.usefixtures("here")
-def test_how_a_job_ends_is_how_its_command_ends(workplace: Workplace, client: JobsClient) -> None:
+def jobs_end_as_their_commands_do(workplace: Workplace, client: JobsClient) -> None:
     """The interpreter is a script here, which stands for what a run does."""
     config = workplace.config("ends")
     careful = script(
@@ -193,7 +199,7 @@ def test_what_is_wrong_is_said_in_one_line(workplace: Workplace, monkeypatch: py
         assert "Traceback" not in output
 
 
-def test_jobs_over_http(workplace: Workplace, client: JobsClient, tmp_path: Path) -> None:
+def jobs_over_http(workplace: Workplace, client: JobsClient) -> None:
     """The gateway's job service at the Ray that it has joined; the interpreter is a script."""
     asks = script(
         workplace.folder / "trains", "grep -A9 ^learner: config.yaml; grep path: config.yaml; echo up; sleep 60"
@@ -201,7 +207,7 @@ def test_jobs_over_http(workplace: Workplace, client: JobsClient, tmp_path: Path
     recipe = {name: workplace.settings[name] for name in ("model", "algorithm", "rollout", "learner", "resources")}
     tuning = {
         "models": {"tiny": recipe}, "datasets": {"scenes": str(workplace.folder / "train")}, "python": str(asks),
-        "max_active": 1, "root": str(tmp_path),
+        "max_active": 1, "root": str(workplace.runs),
     }  # fmt: skip
     settings = ServingSection.model_validate({"fine_tuning": tuning})
     app = make_app(GatewayDeps(FakePolicy(), None, None, settings, insecure=True, jobs=RayJobService(settings)))

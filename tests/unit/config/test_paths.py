@@ -45,6 +45,7 @@ def test_every_path_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest
 
 def test_shared_paths_and_uris_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
     refuse_unseen(absolute(REMOTE), (), "it")
     refuse_unseen(absolute(LOCAL), ("/mnt/shared/", str(tmp_path)), "it")
     for shared in (("/mnt/share", str(tmp_path)), ("/mnt/shared/eval/x", str(tmp_path)), ("/mnt/shared",)):
