@@ -128,6 +128,7 @@ class RowSampler:
     has_top_p: bool = field(init=False, default=False)
     has_min_new: bool = field(init=False, default=False)
     has_greedy: bool = field(init=False, default=False)
+    has_drawn: bool = field(init=False, default=False)
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams, int, bool] | None], device: torch.device) -> RowSampler:
@@ -168,11 +169,12 @@ class RowSampler:
             top_k=self.top_k if self.has_top_k else None,
             top_p=self.top_p if self.has_top_p else None,
         )
-        at = self.age.clamp(max=self.uniforms.shape[1] - 1)[:, None]
-        tokens = draw(logprobs, self.uniforms.gather(1, at).squeeze(1))
-        if self.has_greedy:
-            # Of the logits, not the log-probs: a temperature or a normaliser can round two of them to one value.
-            tokens = torch.where(self.greedy, logits.argmax(dim=-1), tokens)
+        # Of the logits, not the log-probs: a temperature or a normaliser can round two of them to one value.
+        tokens = logits.argmax(dim=-1) if self.has_greedy else None
+        if tokens is None or self.has_drawn:
+            at = self.age.clamp(max=self.uniforms.shape[1] - 1)[:, None]
+            drawn = draw(logprobs, self.uniforms.gather(1, at).squeeze(1))
+            tokens = drawn if tokens is None else torch.where(self.greedy, tokens, drawn)
         self.age += 1
         return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
@@ -197,4 +199,5 @@ class RowSampler:
         self.has_top_p = bool((self.top_p < 1).any())
         self.has_min_new = bool((self.min_new > 0).any())
         self.has_greedy = bool(self.greedy.any())
+        self.has_drawn = not bool(self.greedy.all())
         return self
