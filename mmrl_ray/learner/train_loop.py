@@ -85,9 +85,9 @@ class _Learner:
     """One rank's life. Whatever only rank 0 does, the others learn how it went."""
 
     def __init__(self, job: LearnerJob, device: torch.device, meter: Meter | None = None) -> None:
-        self._meter = meter or Meter()
         self._cfg, self._run, self._controller = job.cfg, job.run, job.controller
         self._ranks = Ranks()
+        self._meter = meter or Meter(run=job.cfg.run.name, rank=str(self._ranks.rank))
         self._step = 0
         self._saved: int | None = None
         self._path_chosen = False

@@ -54,7 +54,7 @@ class Controller:
     ) -> None:
         """`put` makes an object-store reference, `fetch` the object again (and leaves what is none as it is)."""
         self._cfg, self._fetch, self._clock = cfg, fetch, clock
-        self._meter = meter or Meter()
+        self._meter = meter or Meter(run=cfg.run.name)
         self._told = RunMeter(self._meter, cfg.learner.steps)
         self._loop = RolloutLoop(cfg, run, pool, source, put, self._told.event)
         self._pump = self._loop.pump

@@ -110,11 +110,8 @@ def test_rows_and_places() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in shipped["panels"]:
         place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
+        x, y, w, h = (place[side] for side in "xywh")
+        cells = {(x + i, y + j) for i in range(w) for j in range(h)}
         assert not cells & taken, f"{panel['title']} lies on another panel"
         assert x + w <= 24
         taken |= cells
