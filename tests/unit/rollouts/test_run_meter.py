@@ -80,6 +80,10 @@ def test_steps_are_measured_as_they_are_written_down(
     caplog.set_level(logging.INFO, "mmrl_ray.rollouts.run_meter")
     for step in range(3):
         world.step(step, loss=0.5 * step, **{"seconds/fetch": 0.25})
+    (failed,) = world.events("reward_failed")
+    assert (failed["step"], failed["groups"], failed["detail"]) == (0, 1, "no references")
+    (broken,) = world.events("sample_quarantined")
+    assert (broken["sample"], broken["detail"]) == ("sample-006", "ImageError: broken")
     world.look()
     lines, values = world.run.read_lines("metrics.jsonl"), world.meter.values
     run = "test-run"
@@ -96,15 +100,12 @@ def test_steps_are_measured_as_they_are_written_down(
     assert values["learned_tokens", run, "prompt"] == 10 * 5
     assert {values["workers", run, state] for state in ("placing", "starting", "busy", "retiring")} == {0}
     assert (values["workers", run, "ready"], values["workers_target", run]) == (1, 1)
-    assert values["queued_assignments", run] == values["buffered_groups", run, "arrived"] == 0
+    # Step 3 is sampled already, and nobody has asked for it.
+    assert (values["queued_assignments", run], values["buffered_groups", run, "arrived"]) == (0, 4)
     assert values["assignments", run, "accepted"] == len(world.pool.submitted)
     assert [round(s, 9) for s in world.meter.observed["step_seconds", run]] == [
         round(line["seconds/step"], 9) for line in lines
     ]
-    (failed,) = world.events("reward_failed")
-    assert (failed["step"], failed["groups"], failed["detail"]) == (0, 1, "no references")
-    (broken,) = world.events("sample_quarantined")
-    assert (broken["sample"], broken["detail"]) == ("sample-006", "ImageError: broken")
     assert values["events", run, "reward_failed"] == values["events", run, "sample_quarantined"] == 1
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert any(level == "INFO" and text.startswith("step 3 of 6: reward ") for level, text in said)
