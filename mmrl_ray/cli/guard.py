@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import logging
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
@@ -12,6 +13,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mmrl_ray.errors import ConfigError, Interrupted, MMRLError
+from mmrl_ray.telemetry.logs import logs_json
+
+logger = logging.getLogger(__name__)
 
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", show_default=False)]
 
@@ -74,6 +78,9 @@ def _fail_or_raise(error: Exception, debug: bool) -> NoReturn:
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
+    if logs_json():
+        logger.error(message, exc_info=error)
+        raise typer.Exit(code)
     for line in message.splitlines() or [type(error).__name__]:
         typer.echo(f"{typer.style('error:', fg='red')} {line}", err=True)
     raise typer.Exit(code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mmrl_ray.config.base import Section
@@ -16,3 +18,5 @@ class RunSection(Section):
     """Every random choice of the run derives from it."""
     root: str = "runs"
     """Folder, or any pyarrow.fs URI, that every node sees."""
+    log_format: Literal["text", "json"] = "text"
+    """What the log lines of all its processes are: text for people, or a JSON object each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -223,6 +223,8 @@ class ServeConfig(Section):
     document frequencies need it."""
     serving: ServingSection = ServingSection()
     """The gateway and the deployments."""
+    log_format: Literal["text", "json"] = "text"
+    """What the log lines of all replicas are: text for people, or a JSON object each."""
     deploy: DeploySection = DeploySection()
     """Where its pods get what they need, on Kubernetes."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,8 @@ def newest_valid_checkpoint(run: RunDir) -> int | None:
             run.verify_manifest(checkpoint_name(step))
         except CheckpointError as error:
             logger.warning("checkpoint of step %d is damaged, falling back to the one before: %s", step, error)
-            run.append_line("events.jsonl", {"kind": "checkpoint_damaged", "step": step, "reason": str(error)})
+            event = {"time": time.time(), "kind": "checkpoint_damaged", "step": step, "reason": str(error)}
+            run.append_line("events.jsonl", event)
             damaged += run.exists(f"{checkpoint_name(step)}/{MANIFEST}")
         else:
             return step

@@ -38,6 +38,7 @@ from mmrl_ray.learner.checkpoints import (
     save_live_version,
 )
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
+from mmrl_ray.learner.learner_meter import measure_checkpoint, measure_learner
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.sharding import shard_layers
 from mmrl_ray.learner.step import LearnerStep
@@ -49,6 +50,9 @@ from mmrl_ray.policy.prefix import ScorePath
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rollouts.protocols import Stop
+from mmrl_ray.telemetry.logs import CONTEXT, start_logging
+from mmrl_ray.telemetry.meter import Meter
+from mmrl_ray.telemetry.ray_meter import RayMeter
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +63,9 @@ def train_loop(arguments: dict[str, Any]) -> LearnerOutcome:
     """The function that `TorchTrainer` runs on each worker, with `{"job": LearnerJob}`."""
     job: LearnerJob = arguments["job"]
     torch.set_num_threads(torch_threads(job.cfg, os.cpu_count() or 1))
-    return _Learner(job, ray.train.torch.get_device()).run()
+    run, rank = job.cfg.run, Ranks().rank
+    start_logging(run.log_format, run=run.name, role=f"learner-{rank}", rank=rank)
+    return _Learner(job, ray.train.torch.get_device(), RayMeter(run=run.name, rank=str(rank))).run()
 
 
 def torch_threads(cfg: Config, cores: int) -> int:
@@ -78,9 +84,10 @@ def torch_threads(cfg: Config, cores: int) -> int:
 class _Learner:
     """One rank's life. Whatever only rank 0 does, the others learn how it went."""
 
-    def __init__(self, job: LearnerJob, device: torch.device) -> None:
+    def __init__(self, job: LearnerJob, device: torch.device, meter: Meter | None = None) -> None:
         self._cfg, self._run, self._controller = job.cfg, job.run, job.controller
         self._ranks = Ranks()
+        self._meter = meter or Meter(run=job.cfg.run.name, rank=str(self._ranks.rank))
         self._step = 0
         self._saved: int | None = None
         self._path_chosen = False
@@ -122,7 +129,9 @@ class _Learner:
 
         def find() -> None:
             if not isinstance(self._cfg.learner.workers, int):
-                self._run.append_line("events.jsonl", {"kind": "learners", "count": self._ranks.size})
+                self._run.append_line(
+                    "events.jsonl", {"time": time.time(), "kind": "learners", "count": self._ranks.size}
+                )
             found[0] = newest_valid_checkpoint(self._run)
             self._run.delete(LIVE_FOLDER)  # versions beyond that checkpoint are going to be made anew
 
@@ -167,7 +176,9 @@ class _Learner:
     def _take(self, plan: StepPlan) -> None:
         if not self._path_chosen:
             self._choose_path(plan)
+        CONTEXT.put(step=plan.step)
         metrics = self._learner.run(plan, self._fetch)
+        measure_learner(self._meter, plan, self._ranks.rank, metrics)
 
         def publish() -> None:
             start = time.perf_counter()
@@ -195,7 +206,10 @@ class _Learner:
         )
         self._saved = self._step
         # The step's own line is written already: the time shows up in the next one's.
-        self._late_seconds = {"seconds/checkpoint": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        self._late_seconds = {"seconds/checkpoint": seconds}
+        measure_checkpoint(self._meter, seconds)
+        logger.info("checkpoint of %d finished steps written in %.1f s", self._step, seconds)
 
     def _end(self) -> None:
         if self._step > 0 and self._saved != self._step:
@@ -218,7 +232,7 @@ class _Learner:
         if self._ranks.rank == 0:
             level = logging.INFO if choice.path == wanted else logging.WARNING
             logger.log(level, "learner scores completions by the %s path: %s", choice.path, choice.reason)
-            event = {"kind": "learner_path", "path": choice.path, "reason": choice.reason}
+            event = {"time": time.time(), "kind": "learner_path", "path": choice.path, "reason": choice.reason}
             self._run.append_line("events.jsonl", event)
 
     def _fetch(self, planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:

@@ -26,9 +26,11 @@ from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.group_codec import decode_groups, encode_groups
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
 from mmrl_ray.rollouts.protocols import Generated, SampleSource, Stop, Wait, WorkerPool
+from mmrl_ray.rollouts.run_meter import RunMeter, reward_failures
 from mmrl_ray.rollouts.status_desk import StatusDesk
 from mmrl_ray.rollouts.step_writer import PlannedStep, StepWriter
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.telemetry.meter import Meter
 
 COMMAND_TIMEOUT_S = 120.0
 _STATE_FORMAT = 1
@@ -48,10 +50,13 @@ class Controller:
         put: Callable[[Any], Any],
         fetch: Callable[[Any], Any],
         clock: Callable[[], float] = time.monotonic,
+        meter: Meter | None = None,
     ) -> None:
         """`put` makes an object-store reference, `fetch` the object again (and leaves what is none as it is)."""
         self._cfg, self._fetch, self._clock = cfg, fetch, clock
-        self._loop = RolloutLoop(cfg, run, pool, source, put)
+        self._meter = meter or Meter(run=cfg.run.name)
+        self._told = RunMeter(self._meter, cfg.learner.steps)
+        self._loop = RolloutLoop(cfg, run, pool, source, put, self._told.event)
         self._pump = self._loop.pump
         self._changed = self._pump.changed
         self._writer = StepWriter(run, fetch, clock)
@@ -65,6 +70,7 @@ class Controller:
         """Starts the pump: workers come up, evaluations are served; steps begin with `rewind` or `restore`."""
         self._pump.start()
         self._desk.start()
+        self._meter.watch(lambda: self._told.look(self.status()))
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends pump, workers and log; what was handed to the log is written."""
@@ -131,6 +137,9 @@ class Controller:
         except MMRLError as error:
             self._pump.fail(error)
             raise
+        self._told.step(done, line)
+        if (failed := reward_failures(done)) is not None:
+            self._loop.note(failed)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -182,10 +191,13 @@ class Controller:
             with self._changed:
                 if self._loop.begun and self._next_plan == step and self._planned is None:
                     return
+                if self._loop.begun:
+                    self._loop.note({"kind": "learner_restarted", "at_step": self._next_plan, "step": step})
                 self._loop.seek(step, stream, groups)
                 self._planned, self._next_plan, self._asked_since = None, step, None
                 self._writer.begin(step, self._loop.totals())
                 self._loop.scaling.began()
+                self._told.begin(step)
 
         self._pump.call(go, COMMAND_TIMEOUT_S)
 

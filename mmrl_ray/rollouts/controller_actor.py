@@ -20,6 +20,8 @@ from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import EngineFactory, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.telemetry.logs import start_logging
+from mmrl_ray.telemetry.ray_meter import RayMeter
 
 FETCH_TIMEOUT_S = 120.0
 """For one object out of the store."""
@@ -48,6 +50,7 @@ class ControllerActor:
         # Imported here: RLlib takes seconds and hundreds of MB, which only this process should pay.
         from mmrl_ray.rollouts.pool import RayWorkerPool
 
+        start_logging(cfg.run.log_format, run=cfg.run.name, role="controller")
         source = SampleStream(
             cfg.data.train,
             prompt=cfg.data.prompt,
@@ -56,7 +59,8 @@ class ControllerActor:
             on_quarantine=lambda record: run.append_line(QUARANTINE_FILE, record.as_dict()),
         )
         pool = RayWorkerPool(cfg.run.name, factory, settings)
-        self._controller = Controller(cfg, run, pool=pool, source=source, put=ray.put, fetch=_fetch)
+        meter = RayMeter(run=cfg.run.name)
+        self._controller = Controller(cfg, run, pool=pool, source=source, put=ray.put, fetch=_fetch, meter=meter)
         self._controller.start()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:

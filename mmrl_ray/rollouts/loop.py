@@ -40,9 +40,15 @@ class RolloutLoop:
     """The moving parts of a run's rollouts, and the thread that moves them."""
 
     def __init__(
-        self, cfg: Config, run: RunDir, pool: WorkerPool, source: SampleSource, put: Callable[[Any], Any]
+        self,
+        cfg: Config,
+        run: RunDir,
+        pool: WorkerPool,
+        source: SampleSource,
+        put: Callable[[Any], Any],
+        on_event: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        """`put` makes an object-store reference."""
+        """`put` makes an object-store reference; `on_event` hears of every event that is written down."""
         self.pump = Pump(self._turn)
         self.pool = pool
         self.composer = StepComposer(source, cfg)
@@ -59,6 +65,8 @@ class RolloutLoop:
         self._restored: dict[tuple[int, int], tuple[ScoredGroup, RolloutGroup]] = {}
         self._resample: list[GroupRequest] = []
         self._notes: list[Mapping[str, Any]] = []
+        self._on_event = on_event
+        self._told_quarantined = 0
 
     # -- for other threads, while they hold `pump.changed` ---------------------------------------------------------
 
@@ -127,6 +135,7 @@ class RolloutLoop:
         self._restored = {(scored.key.step, scored.key.index): (scored, group) for scored, group in groups}
         self.begun = True
         known = [record.as_dict() for record in self._source.quarantine.records]
+        self._told_quarantined = len(known)
         self._run.truncate_lines(QUARANTINE_FILE, lambda line: line in known)
 
     def submit_evaluation(self, samples: Sequence[Sample], sampling: SamplingParams, completions: int) -> Ticket:
@@ -154,6 +163,7 @@ class RolloutLoop:
             self._take_in(item)
         for event in self._events():
             self._run.append_line(EVENTS_FILE, {"time": time.time(), **event})
+            self._on_event(event)
         if self.begun and not self.stopping and self.composer.next_step < self._cfg.learner.steps:
             self.composer.read_ahead()
         if not finished and time.monotonic() - began < POLL_S:
@@ -162,7 +172,12 @@ class RolloutLoop:
     def _events(self) -> list[Mapping[str, Any]]:
         with self.pump.changed:
             notes, self._notes = self._notes, []
-            return [*self.scaling.events(), *notes, *self.pool.events()]
+            return [*self.scaling.events(), *notes, *self._newly_quarantined(), *self.pool.events()]
+
+    def _newly_quarantined(self) -> list[Mapping[str, Any]]:
+        records = self._source.quarantine.records[self._told_quarantined :]
+        self._told_quarantined += len(records)
+        return [{"kind": "sample_quarantined", "sample": r.sample_id, "detail": r.reason} for r in records]
 
     def _dispatch(self) -> None:
         with self.pump.changed:

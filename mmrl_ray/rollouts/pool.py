@@ -159,8 +159,8 @@ class RayWorkerPool:
 
     def _create(self) -> None:
         name = f"worker-{self._made}"
-        options = self._settings.actor_options
-        handle = ray.remote(RolloutWorker).options(max_restarts=0, **options).remote(name, self._run, self._factory)
+        actor = ray.remote(RolloutWorker).options(max_restarts=0, **self._settings.actor_options)
+        handle = actor.remote(name, self._run, self._factory, self._settings.log_format)
         call = WorkerCall(handle)
         known = set(self._manager.actor_ids())
         self._manager.add_actors([call])  # type: ignore[list-item]  # annotated for handles, uses `.apply.remote`

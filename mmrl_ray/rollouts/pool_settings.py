@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmrl_ray.config import Config
+from mmrl_ray.telemetry.logs import LogFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class PoolSettings:
     """(CPUs, GPUs) of each of the run's other actors, which nodes have to hold, too."""
     retry_start_s: float = 0.5
     """After a worker that died before it was ready; doubles with each one in a row."""
+    log_format: LogFormat = "text"
+    """Of the workers' log lines."""
 
     @property
     def demand(self) -> str:
@@ -60,6 +63,7 @@ class PoolSettings:
             placement_timeout_s=cfg.resources.placement_timeout_s,
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
+            log_format=cfg.run.log_format,
             beside=((cfg.resources.learner.cpus, cfg.resources.learner.gpus),) * cfg.learner.max_workers,
         )
 

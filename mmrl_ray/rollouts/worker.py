@@ -7,6 +7,7 @@ itself, and none passes through the caller. (`ray.put(..., _owner=)`, which was 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -22,6 +23,12 @@ from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult
 from mmrl_ray.rollouts.protocols import Engine, EngineFactory
 from mmrl_ray.rollouts.weights import decode_state
+from mmrl_ray.rollouts.worker_meter import measure_assignment
+from mmrl_ray.telemetry.logs import CONTEXT, LogFormat, start_logging
+from mmrl_ray.telemetry.meter import Meter
+from mmrl_ray.telemetry.ray_meter import RayMeter
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_TIMEOUT_S = 120.0
 """A worker that has not got a version's weights from the object store by then is lost."""
@@ -38,8 +45,10 @@ class Started:
 class RolloutWorker:
     """Runs one assignment at a time. Started empty, so that being placed and being loaded are told apart."""
 
-    def __init__(self, name: str, run: str, factory: EngineFactory) -> None:
+    def __init__(self, name: str, run: str, factory: EngineFactory, log_format: LogFormat = "text") -> None:
         self.name = name
+        self._log_format = log_format
+        self._meter: Meter = RayMeter(run=run, worker=name)
         self._run = run
         self._factory = factory
         self._engine: Engine | None = None
@@ -58,7 +67,9 @@ class RolloutWorker:
         Raises:
             MMRLError: model, adapter or reward cannot be used, on any worker.
         """
+        start_logging(self._log_format, run=self._run, role=self.name, worker=self.name)
         self._engine = self._factory(self.name)
+        logger.info("the engine is built")
         return Started(os.getpid(), socket.gethostname())
 
     def run(self, assignment: Assignment) -> tuple[Any, ...]:
@@ -69,7 +80,11 @@ class RolloutWorker:
         """
         if self._engine is None:
             raise RolloutError(f"worker {self.name} was given assignment {assignment.id} before it was started")
-        return split_result(assignment, self._engine.run(assignment, lambda: _fetch_weights(assignment)), self._run)
+        step = assignment.groups[0].key.step
+        CONTEXT.put(step=step if step >= 0 else None)  # an evaluation is of no step
+        result = self._engine.run(assignment, lambda: _fetch_weights(assignment))
+        measure_assignment(self._meter, result)
+        return split_result(assignment, result, self._run)
 
 
 def _fetch_weights(assignment: Assignment) -> Mapping[str, torch.Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+logger = logging.getLogger(__name__)
 
 ProgressFn = Callable[[int, int, Mapping[str, float]], None]
 """(done, total, figures): what a long piece of work calls as it goes."""
@@ -20,15 +23,17 @@ _PLAIN_INTERVAL_S = 5.0
 class RunProgress:
     """One line for each phase of a run, on standard error; figures of the newest step beside it."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, as_log: bool = False) -> None:
+        """With `as_log` its lines are lines of the log instead."""
         self.console = console or Console(stderr=True, highlight=False)
         self._start = time.monotonic()
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         self._last_plain = 0.0
+        self._as_log = as_log
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self._as_log:
             self._bars = Progress(
                 TextColumn("{task.description:<22}"),
                 BarColumn(bar_width=24),
@@ -48,6 +53,9 @@ class RunProgress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
+        if self._as_log:
+            logger.info(text)
+            return
         self.console.print(f"[{time.monotonic() - self._start:6.1f}s] {text}", markup=False, soft_wrap=True)
 
     def phase(self, name: str) -> ProgressFn:

@@ -20,7 +20,8 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import load_evaluation
 from mmrl_ray.runs.report_captions import caption_groups
 from mmrl_ray.runs.report_charts import charts, constants
-from mmrl_ray.runs.report_facts import event_rows, fact_blocks, quarantine_rows
+from mmrl_ray.runs.report_events import event_rows, happened
+from mmrl_ray.runs.report_facts import fact_blocks, quarantine_rows
 from mmrl_ray.runs.report_table import measure_table
 from mmrl_ray.runs.scores import Evaluation
 
@@ -67,6 +68,7 @@ def render_report(run: RunDir) -> str:
         charts=charts(metrics),
         constants=[f"{name} {value:.4g}" for name, value in constants(metrics).items()],
         facts=fact_blocks(summary, metrics, events, quarantined),
+        happened=happened(events, metrics, quarantined),
         events=event_list,
         events_left_out=events_left,
         quarantined=quarantine_list,

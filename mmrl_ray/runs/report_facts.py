@@ -1,21 +1,16 @@
-"""The facts, events and quarantined samples of a report, as plain rows of text."""
+"""The facts and quarantined samples of a report, as plain rows of text."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from mmrl_ray.runs.report_charts import charted_names, is_number
+from mmrl_ray.runs.report_events import path_reason, text_of
 
 Row = tuple[str, str]
 
-MAX_EVENTS = 60
 MAX_QUARANTINED = 20
-_PATH_EVENTS = ("learner_path", "shared_prefix")
-_WHEN = ("time", "timestamp", "at")
-_WHAT = ("event", "kind", "name")
 
 
 def fact_blocks(
@@ -31,15 +26,9 @@ def fact_blocks(
         ("Resources and path", list(_resources(summary, metrics, events))),
         ("Counts over the run", list(_counts(metrics, quarantined))),
         ("Other figures of the last step", list(_others(metrics))),
-        ("Versions", [(str(k), _text(v)) for k, v in _mapping(summary.get("versions")).items()]),
+        ("Versions", [(str(k), text_of(v)) for k, v in _mapping(summary.get("versions")).items()]),
     ]
     return [{"title": title, "rows": rows} for title, rows in blocks if rows]
-
-
-def event_rows(events: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, str]], int]:
-    """The last events, and how many were left out."""
-    shown = events[-MAX_EVENTS:]
-    return [_event(event) for event in shown], len(events) - len(shown)
 
 
 def quarantine_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, str]], int]:
@@ -105,7 +94,7 @@ def _resources(
         yield "why", reason
     for name in ("device", "devices", "workers", "learner_workers", "rollout_workers"):
         if name in summary:
-            yield name.replace("_", " "), _text(summary[name])
+            yield name.replace("_", " "), text_of(summary[name])
 
 
 def _packed(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -118,10 +107,7 @@ def _path_reason(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
     told = summary.get("shared_prefix")
     if isinstance(told, Mapping) and told.get("reason"):
         return str(told["reason"])
-    for event in reversed(events):
-        if _event_name(event) in _PATH_EVENTS:
-            return str(event.get("reason") or event.get("message") or "")
-    return ""
+    return path_reason(events)
 
 
 def _counts(metrics: Sequence[Mapping[str, Any]], quarantined: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
@@ -155,30 +141,5 @@ def _others(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
             yield name, f"{value:.4g}"
 
 
-def _event(event: Mapping[str, Any]) -> dict[str, str]:
-    used = {*_WHEN, *_WHAT}
-    details = ", ".join(f"{k}: {_text(v)}" for k, v in event.items() if k not in used)
-    return {"when": _when(event), "what": _event_name(event) or "event", "details": details}
-
-
-def _event_name(event: Mapping[str, Any]) -> str:
-    return next((str(event[k]) for k in _WHAT if k in event), "")
-
-
-def _when(event: Mapping[str, Any]) -> str:
-    value = next((event[k] for k in _WHEN if k in event), None)
-    if is_number(value):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    if value is None:
-        return f"step {event['step']}" if "step" in event else ""
-    return str(value)
-
-
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)

@@ -42,7 +42,8 @@ class RunReward:
             # Bounds as they are for `mmrl serve`, resources as for every actor of a run.
             serving = self._cfg.serving or ServingSection()
             options = options_of(serving.reward.model_copy(update={"resources": share}))
-            application = reward_application(reward, self._run.filesystem, self._run.full_path(STATISTICS), options)
+            statistics = self._run.full_path(STATISTICS)
+            application = reward_application(reward, self._run.filesystem, statistics, options, self._cfg.run)
             launch.deploy(application, app, route_prefix=None)
             self._app = app
             self.reward = served = ServeReward(app, timeout_s=reward.timeout_s, images=reward.needs_images)

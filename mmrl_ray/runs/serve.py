@@ -168,6 +168,7 @@ def config_of_run(cfg: Config, run: RunDir, base: str) -> ServeConfig:
         reward=cfg.reward if known else None,
         statistics=f"{run.location}/{STATISTICS}" if known else None,
         serving=serving,
+        log_format=cfg.run.log_format,
     )
 
 

@@ -12,6 +12,7 @@ say it.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import time
@@ -47,6 +48,8 @@ from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, score_captions
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import warm_start
+from mmrl_ray.runs.watch import note_event, scrape_targets
+from mmrl_ray.telemetry.logs import start_logging
 
 SUMMARY = "summary.json"
 _WATCH_S = 0.5
@@ -61,7 +64,10 @@ def train(cfg: Config, *, resume: bool = False, address: str | None = None, debu
         MMRLError: what stopped it; the run folder, if it came to that, says so too.
         Interrupted: the user did, and what was finished is checkpointed.
     """
-    with PeakMemory() as memory, RunProgress() as progress:
+    as_json = cfg.run.log_format == "json"
+    level = logging.INFO if as_json else logging.WARNING  # on a terminal the progress says it already
+    start_logging(cfg.run.log_format, run=cfg.run.name, role="driver", level=level)
+    with PeakMemory() as memory, RunProgress(as_log=as_json) as progress:
         return _Run(with_absolute_paths(cfg), progress, memory).whole(resume=resume, address=address, debug=debug)
 
 
@@ -92,6 +98,7 @@ class _Run:
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
         write_status(run, "starting", STARTING_S)
+        note_event(run, "run_resumed" if resume else "run_started")
         status = "failed"
         try:
             if not resume:
@@ -99,6 +106,7 @@ class _Run:
             statistics = self._statistics(run)
             with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
+                stack.enter_context(scrape_targets(run))
                 with self._timed("serve"):
                     live = stack.enter_context(LivePolicy(cfg, run, model.path))
                     hosted = stack.enter_context(RunReward(cfg, run, statistics))
@@ -210,6 +218,7 @@ class _Run:
         }
         run.write_json(SUMMARY, summary)
         conclude_status(run, status)
+        note_event(run, "run_ended", status=status)
         report = write_report(run)
         self._progress.note(f"{status}: {run.location}")
         self._progress.note(f"report: {report}")

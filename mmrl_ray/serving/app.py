@@ -48,7 +48,7 @@ def make_app(deps: GatewayDeps) -> FastAPI:
         raise ConfigError("the gateway needs a key store, unless it is insecure on a loopback host")
     if deps.jobs is not None and settings.fine_tuning is None:
         raise ConfigError("the gateway has jobs but no serving.fine_tuning, which says what may be trained")
-    metrics = GatewayMetrics()
+    metrics = GatewayMetrics(deps.meter)
     tools = Tools(deps, Pictures(settings), metrics)
     gate = Middleware(
         Gate,

@@ -66,7 +66,7 @@ class Envelope:
             await send(message)
 
         began = self._clock()
-        self._metrics.under_way.inc()
+        self._metrics.began()
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:  # noqa: BLE001 - the boundary: a traceback is for the log, never for a client
@@ -75,7 +75,6 @@ class Envelope:
             if status == CLIENT_GONE:
                 await error_response(error)(scope, receive, send_with_id)
         finally:
-            self._metrics.under_way.dec()
             route = getattr(scope.get("route"), "path", "(none)")
             self._metrics.answered(scope["method"], route, status, self._clock() - began)
 

@@ -20,10 +20,12 @@ from ray import serve
 from ray.serve import Application
 
 from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.config.run import RunSection
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.serving.names import GATEWAY, POLICY, REWARD
+from mmrl_ray.serving.policy_meter import watch_engine
 from mmrl_ray.serving.protocols import (
     Delta,
     Generated,
@@ -36,6 +38,8 @@ from mmrl_ray.serving.protocols import (
 )
 from mmrl_ray.serving.reward_service import CaptionBatch
 from mmrl_ray.serving.serve_config import deployment_options
+from mmrl_ray.telemetry.logs import LogFormat, start_logging
+from mmrl_ray.telemetry.ray_meter import RayMeter
 
 if TYPE_CHECKING:
     from mmrl_ray.serving.engine import Engine
@@ -53,7 +57,10 @@ class PolicyReplica:
     """`Engine` on Serve."""
 
     async def __init__(self, cfg: ServeConfig, created: int) -> None:  # type: ignore[misc]  # Serve awaits it
+        start_logging(cfg.log_format, run=None, role=POLICY)
         self._engine = await asyncio.to_thread(_start_engine, cfg, created)
+        self._meter = RayMeter(model=base_id(cfg))
+        watch_engine(self._meter, self._engine.stats)
         self._refreshing = asyncio.create_task(self._refresh_every(cfg.serving.refresh_s))
 
     async def generate(self, request: GenerateRequest) -> Generated:
@@ -88,6 +95,8 @@ class PolicyReplica:
                 logger.warning("adapters cannot be looked up, those that are loaded go on: %s", error)
 
     def __del__(self) -> None:
+        if hasattr(self, "_meter"):
+            self._meter.close()
         if hasattr(self, "_engine"):
             self._engine.close()
 
@@ -95,8 +104,19 @@ class PolicyReplica:
 class RewardReplica:
     """`HostedReward` on Serve."""
 
-    def __init__(self, cfg: RewardSection, filesystem: fs.FileSystem, statistics: str | None) -> None:
-        """`statistics` is the file that holds those of the training references; None where no part needs them."""
+    def __init__(
+        self,
+        cfg: RewardSection,
+        filesystem: fs.FileSystem,
+        statistics: str | None,
+        log_format: LogFormat = "text",
+        run: str | None = None,
+    ) -> None:
+        """`statistics` is the file that holds those of the training references; None where no part needs them.
+
+        `run` is the run that asks, where there is one.
+        """
+        start_logging(log_format, run=run, role=REWARD)
         from mmrl_ray.metrics.corpus import CorpusStatistics
         from mmrl_ray.metrics.text import MAX_ORDER
         from mmrl_ray.serving.reward_service import HostedReward
@@ -142,6 +162,7 @@ class GatewayReplica:
         from mmrl_ray.serving.services import ServedReward, ServePolicy
 
         cfg = self._cfg
+        start_logging(cfg.log_format, run=None, role=GATEWAY)
         deps = GatewayDeps(
             policy=ServePolicy(self._policy),
             reward=ServedReward(self._reward) if self._reward is not None else None,
@@ -151,6 +172,7 @@ class GatewayReplica:
             default_model=next(iter(cfg.adapters), None),
             insecure=self._insecure,
             jobs=_job_service(cfg),
+            meter=RayMeter(),
         )
         return make_app(deps)
 
@@ -169,16 +191,16 @@ def application(cfg: ServeConfig, *, insecure: bool) -> Application:
     reward = None
     if cfg.reward is not None:
         filesystem, path = locate(cfg.statistics) if cfg.statistics is not None else (fs.LocalFileSystem(), None)
-        reward = _shell(RewardReplica, REWARD, options[REWARD]).bind(cfg.reward, filesystem, path)
+        reward = _shell(RewardReplica, REWARD, options[REWARD]).bind(cfg.reward, filesystem, path, cfg.log_format)
     gateway = _shell(serve.ingress()(GatewayReplica), GATEWAY, options[GATEWAY])
     return gateway.bind(cfg, policy, reward, insecure=insecure)
 
 
 def reward_application(
-    cfg: RewardSection, filesystem: fs.FileSystem, statistics: str, options: Mapping[str, Any]
+    cfg: RewardSection, filesystem: fs.FileSystem, statistics: str, options: Mapping[str, Any], run: RunSection
 ) -> Application:
     """The reward alone, without an HTTP front: what a training run asks."""
-    return _shell(RewardReplica, REWARD, options).bind(cfg, filesystem, statistics)
+    return _shell(RewardReplica, REWARD, options).bind(cfg, filesystem, statistics, run.log_format, run.name)
 
 
 def _job_service(cfg: ServeConfig) -> JobService | None:

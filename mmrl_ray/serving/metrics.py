@@ -1,61 +1,58 @@
-"""What the gateway counts for Prometheus, in a registry of its own: one replica's numbers."""
+"""What the gateway counts for Prometheus: in a registry of its own, which `/metrics` shows, and once more for Ray."""
 
 from __future__ import annotations
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from mmrl_ray.telemetry import table
+from mmrl_ray.telemetry.meter import Meter, PrometheusMeter
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS"))
-_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+_METRICS = tuple(metric for metric in table.METRICS if metric.name.startswith("mmrl_gateway_"))
 
 
 class GatewayMetrics:
-    """Labels hold route templates, never what a client wrote: their number is fixed."""
+    """One replica's numbers. Labels hold route templates, never what a client wrote: their number is fixed."""
 
-    content_type = CONTENT_TYPE_LATEST
+    content_type = PrometheusMeter.content_type
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "mmrl_gateway_requests",
-            "Requests by route and status",
-            ["method", "route", "status"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "mmrl_gateway_request_seconds",
-            "From the request's head to the answer's end",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.under_way = Gauge("mmrl_gateway_requests_under_way", "Requests without an answer", registry=self._registry)
-        self._first = Histogram(
-            "mmrl_gateway_first_token_seconds",
-            "From the request's head to the first text of a streamed answer",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._tokens = Counter("mmrl_gateway_tokens", "Tokens by kind", ["kind"], registry=self._registry)
-        self._scored = Counter("mmrl_gateway_scored_captions", "Captions scored", registry=self._registry)
+    def __init__(self, meter: Meter | None = None) -> None:
+        """`meter` takes the same measurements as `/metrics`."""
+        self._own = PrometheusMeter(_METRICS)
+        self._meters = (self._own, meter or Meter())
+        self._under_way = 0
+
+    def began(self) -> None:
+        """A request is here."""
+        self._count(1)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A request is over."""
-        self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        """A request that `began` is over."""
+        self._count(-1)
+        method = method if method in _METHODS else "other"
+        for meter in self._meters:
+            meter.add(table.GATEWAY_REQUESTS, method=method, route=route, status=str(status))
+            meter.observe(table.GATEWAY_SECONDS, seconds, route=route)
 
     def first_token(self, seconds: float) -> None:
         """A streamed answer began to say something."""
-        self._first.observe(seconds)
+        for meter in self._meters:
+            meter.observe(table.GATEWAY_FIRST_TOKEN, seconds)
 
     def generated(self, prompt_tokens: int, completion_tokens: int) -> None:
         """The policy read and wrote so many tokens."""
-        self._tokens.labels("prompt").inc(prompt_tokens)
-        self._tokens.labels("completion").inc(completion_tokens)
+        for meter in self._meters:
+            meter.add(table.GATEWAY_TOKENS, prompt_tokens, kind="prompt")
+            meter.add(table.GATEWAY_TOKENS, completion_tokens, kind="completion")
 
     def scored(self, captions: int) -> None:
         """The reward scored so many captions."""
-        self._scored.inc(captions)
+        for meter in self._meters:
+            meter.add(table.GATEWAY_SCORED, captions)
 
     def exposition(self) -> bytes:
         """All of it, in Prometheus's text format."""
-        return generate_latest(self._registry)
+        return self._own.exposition()
+
+    def _count(self, more: int) -> None:
+        self._under_way += more
+        for meter in self._meters:
+            meter.set(table.GATEWAY_UNDER_WAY, self._under_way)

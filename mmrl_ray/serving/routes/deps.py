@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.serving.keys import KeyStore
 from mmrl_ray.serving.protocols import JobService, PolicyService, RewardService
+from mmrl_ray.telemetry.meter import Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,5 +26,7 @@ class GatewayDeps:
     """Answers captions that name no model; by default the first of `policy.models()`."""
     insecure: bool = False
     """Ask for no key; only on a loopback host."""
+    meter: Meter | None = None
+    """Takes the same measurements as `/metrics`, for a Prometheus that asks Ray."""
     jobs: JobService | None = None
     """Fine-tuning jobs; None where `settings.fine_tuning` is not written."""

@@ -21,6 +21,8 @@ def local_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         configure_ray()
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Metrics go to each node's agent every second, not every ten.
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
         # Workers unpickle the fakes by their module's name.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
         # Ray reads both when it is imported, which was long ago, and a module before may have had another token.

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import ray
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from mmrl_ray.data.samples import SampleStream, write_parquet
@@ -33,11 +35,13 @@ from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import Stop
 from mmrl_ray.rollouts.weights import encode_state
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.telemetry.table import METRICS
 from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 WAIT_S = 120.0
+RAYS_OWN = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = WAIT_S) -> None:
@@ -346,3 +350,94 @@ def test_an_error_that_every_worker_would_make_ends_the_run_at_once(make: Callab
     assert type(failure) is ModelError
     assert ("no vision tower" if when == "start" else "are NaN") in str(failure)
     assert len(world.events("worker_created")) == 1
+
+
+def test_metrics_reach_prometheus_and_logs_are_json(tmp_path: Path) -> None:
+    """What a run through the actor exports at its node's metrics port, against what it wrote down; and its logs."""
+    cfg = config(
+        tmp_path,
+        run={"name": "watched", "log_format": "json"},
+        rollout={"workers": 1},
+        learner={"steps": 3},
+    )
+    write_parquet(tmp_path / "train", samples(40))
+    run = RunDir.create(tmp_path, "run")
+    without_reward = _step_samples(cfg, 0)[0].id
+    client = start_controller(cfg, run, FakeEngineFactory(seconds=0.05, masked=frozenset({without_reward})))
+    client.rewind(0)
+    for step in range(3):
+        plan = client.next_plan(step, world_size=1)
+        assert isinstance(plan, StepPlan)
+        client.publish(step + 1, {"version": torch.tensor(step + 1)})
+        client.finish_step(step, {"loss": 0.5 + step, "seconds/fetch": 0.25})
+    lines = run.read_lines("metrics.jsonl")
+    try:
+        expected = {
+            ("ray_mmrl_finished_steps", ""): 3.0,
+            ("ray_mmrl_loss", ""): 2.5,
+            ("ray_mmrl_reward_mean", ""): lines[2]["reward/mean"],
+            ("ray_mmrl_reward_part", "sum"): lines[2]["reward/sum"],
+            ("ray_mmrl_groups_total", ""): 12.0,
+            ("ray_mmrl_masked_groups_total", ""): float(sum(line["masked"] for line in lines)),
+            ("ray_mmrl_phase_seconds_total", "fetch"): 0.75,
+            ("ray_mmrl_phase_seconds_total", "sample"): sum(line["seconds/sample"] for line in lines),
+            ("ray_mmrl_step_seconds_count", ""): 3.0,
+            ("ray_mmrl_worker_groups_total", "worker-0"): 12.0,
+            ("ray_mmrl_worker_reward_failures_total", "worker-0"): 1.0,
+            ("ray_mmrl_assignment_seconds_count", ""): 6.0,
+            # Only a look at the controller every few seconds tells of these:
+            ("ray_mmrl_workers", "ready"): 1.0,
+            ("ray_mmrl_assignments_total", "accepted"): 6.0,
+        }
+        found: dict[tuple[str, str], float] = {}
+
+        def all_there() -> bool:
+            found.update(scraped("watched"))
+            return all(found.get(key) == pytest.approx(value) for key, value in expected.items())
+
+        until(all_there, "the metrics did not reach the agent", 40.0)
+    finally:
+        print("expected, found:", {key: (value, found.get(key)) for key, value in expected.items()})
+        client.close()
+    said = json_lines("watched")
+    assert {line["role"] for line in said} == {"controller", "worker-0"}
+    steps = [line for line in said if line["message"].startswith("step 3 of 3: reward ")]
+    assert [(line["role"], line["logger"]) for line in steps] == [("controller", "mmrl_ray.rollouts.run_meter")]
+    (failed,) = [line for line in said if line["message"].startswith("reward failed: step 0")]
+    assert (failed["level"], failed["run"]) == ("warning", "watched")
+    assert all(line["worker"] == "worker-0" for line in said if line["role"] == "worker-0")
+
+
+def scraped(run: str) -> dict[tuple[str, str], float]:
+    """Samples of a run at the node's metrics port, by series and the value of the label that is its own.
+
+    Every one of the project's has exactly the labels that the table says, beside Ray's.
+    """
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        text = answer.read().decode()
+    by_series = {series: metric for metric in METRICS for series in metric.series}
+    found: dict[tuple[str, str], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.labels.get("run") != run or not sample.name.startswith("ray_mmrl_"):
+                continue
+            metric = by_series[sample.name]
+            own = {name for name in sample.labels if name not in RAYS_OWN and not name.startswith("otel_")}
+            assert own == set(metric.labels) | ({"le"} if sample.name.endswith("_bucket") else set()), sample
+            if "le" not in own:
+                first = next((sample.labels[name] for name in metric.labels if name != "run"), "")
+                found[sample.name, first] = sample.value
+    return found
+
+
+def json_lines(run: str) -> list[dict[str, Any]]:
+    """Log lines of a run in Ray's own log files."""
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    found = []
+    for path in logs.glob("worker-*.err"):
+        for line in path.read_text().splitlines():
+            if line.startswith('{"time"') and (parsed := json.loads(line))["run"] == run:
+                found.append(parsed)
+    return found

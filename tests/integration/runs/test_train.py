@@ -42,8 +42,9 @@ def assert_same_adapter(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(workplace: Workplace) -> Path:
-    """Six steps without a break."""
-    workplace.mmrl("train", workplace.config("straight"))
+    """Six steps without a break, with its log as JSON."""
+    told = workplace.mmrl("train", workplace.config("straight"), "--set", "run.log_format=json")
+    (workplace.folder / "straight.log").write_text(told)
     return workplace.runs / "straight"
 
 
@@ -65,6 +66,14 @@ def test_a_run_leaves_everything_a_user_looks_for(workplace: Workplace, straight
     assert (straight / "config.yaml").exists()
     assert list((straight / "tb").iterdir())
     assert not list(straight.glob(".tmp*")), "nothing half-written stays"
+
+    told = [json.loads(line) for line in (workplace.folder / "straight.log").read_text().splitlines()]
+    assert {(line["run"], line["role"]) for line in told} == {("straight", "driver")}
+    assert any(line["message"] == f"finished: {straight}" for line in told)
+    kinds = [event["kind"] for event in RunDir.at(straight).read_lines("events.jsonl")]
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
+    assert {"worker_created", "worker_ready", "learner_path"} <= set(kinds)
+    assert not (straight / "prometheus.json").exists(), "its metrics are gone"
 
     page = (straight / "report.html").read_text()
     html.parser.HTMLParser().feed(page)

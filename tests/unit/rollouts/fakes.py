@@ -184,7 +184,13 @@ class FakePool:
         return []
 
     def status(self) -> dict[str, Any]:
-        return {"ready": 1, "target": self.target}
+        return {
+            "ready": 1,
+            "target": self.target,
+            "workers": {"w0": {"state": "busy" if self.queue else "ready"}},
+            "queued_assignments": len(self.queue),
+            "assignments": {"accepted": len(self.submitted) - len(self.queue)},
+        }
 
     def busy_seconds(self) -> float:
         return 0.0

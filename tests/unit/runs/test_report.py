@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import EVAL_SCHEMA, highlights, load_evaluation, save_evaluation
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.report_charts import MAX_POINTS, charts, constants
+from mmrl_ray.runs.report_events import event_rows, happened, replacements
 from mmrl_ray.runs.report_facts import duration
 from mmrl_ray.runs.scores import Evaluation, score_captions
 
@@ -114,8 +116,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, Page, st
     save_evaluation(run, "after", AFTER, SCENES)
     for step in range(5):
         run.append_line("metrics.jsonl", line(step))
-    run.append_line("events.jsonl", {"time": 0, "kind": "shared_prefix", "reason": "agrees within 1e-4 <ok>"})
-    run.append_line("events.jsonl", {"kind": "worker_replaced", "step": 3, "worker": "w-1"})
+    run.append_line("events.jsonl", {"time": 0, "kind": "learner_path", "reason": "agrees within 1e-4 <ok>"})
+    run.append_line("events.jsonl", {"kind": "worker_unheard_of", "step": 3, "worker": "w-1"})
     run.append_line("quarantine.jsonl", {"sample_id": "train-7", "reason": "broken PNG", "where": "row 7"})
     summary = {
         "seconds": {"warm_start": 61.0, "total": 3725.0},
@@ -189,7 +191,7 @@ def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
         "groups masked",
         "train-7",
         "row 7 – broken PNG",
-        "worker_replaced",
+        "worker unheard of",
     ):
         assert words in page.words, words
     assert "What is missing" not in page.words
@@ -319,3 +321,82 @@ def test_charts_survive_gaps_flags_and_single_steps() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(4.25, "4.2 s"), (125, "2 min 05 s"), (11220, "3 h 07 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+FAULTS: list[dict[str, Any]] = [
+    {"time": 0.0, "kind": "run_started"},
+    {"time": 1.0, "kind": "worker_created", "worker": "worker-0", "detail": "{CPU: 1}"},
+    {"time": 1.0, "kind": "worker_created", "worker": "worker-1", "detail": "{CPU: 1}"},
+    {"time": 3.0, "kind": "worker_ready", "worker": "worker-0", "detail": "pid 1 on n"},
+    {"time": 3.0, "kind": "worker_ready", "worker": "worker-1", "detail": "pid 2 on n"},
+    {"time": 10.0, "kind": "worker_lost", "worker": "worker-1", "detail": "ActorDiedError: killed", "samples": ["a"]},
+    {"time": 10.0, "kind": "worker_created", "worker": "worker-2", "detail": "{CPU: 1}"},
+    {"time": 12.5, "kind": "worker_ready", "worker": "worker-2", "detail": "pid 3 on n"},
+    {"time": 20.0, "kind": "worker_lost", "worker": "worker-0", "detail": "no result within 2 s", "samples": []},
+    {"time": 20.0, "kind": "worker_created", "worker": "worker-3", "detail": "{CPU: 1}"},
+    {"time": 24.0, "kind": "worker_ready", "worker": "worker-3", "detail": "pid 4 on n"},
+    {"time": 30.0, "kind": "workers_scaled", "before": 2, "workers": 3, "reason": "the command line asked for 3"},
+    {"time": 30.0, "kind": "worker_created", "worker": "worker-4", "detail": "{CPU: 1}"},
+    {"time": 31.0, "kind": "worker_ready", "worker": "worker-4", "detail": "pid 5 on n"},
+    {"time": 40.0, "kind": "worker_retiring", "worker": "worker-4", "detail": "resized to 2"},
+    {"time": 50.0, "kind": "sample_quarantined", "sample": "train-7", "detail": "crashed 3 workers"},
+    {"time": 55.0, "kind": "reward_failed", "step": 2, "groups": 3, "detail": "the reward raised <Boom>"},
+    {"time": 60.0, "kind": "worker_lost", "worker": "worker-3", "detail": "ActorDiedError: killed", "samples": []},
+    {"time": 70.0, "kind": "run_resumed"},
+    {"time": 71.0, "kind": "checkpoint_damaged", "step": 6, "reason": "state.json: hash differs"},
+    {"time": 72.0, "kind": "worker_created", "worker": "worker-0", "detail": "{CPU: 1}"},
+    {"time": 74.0, "kind": "worker_ready", "worker": "worker-0", "detail": "pid 6 on n"},
+    {"time": 80.0, "kind": "learner_restarted", "at_step": 5, "step": 4},
+    {"time": 90.0, "kind": "run_ended", "status": "finished"},
+]
+
+
+def test_the_report_says_what_happened(tmp_path: Path) -> None:
+    """Two losses made good, one overtaken by a resume; a worker that scaling brought is nobody's replacement."""
+    quarantined = [{"sample_id": "train-7", "reason": "crashed 3 workers", "where": ""}]
+    rows = {row["what"]: (row["count"], row["details"]) for row in happened(FAULTS, [line(0), line(1)], quarantined)}
+    assert rows == {
+        "rollout workers lost": ("3", "no result within 2 s; ActorDiedError: killed"),
+        "rollout workers replaced": ("2", "ready within 4.0 s of the loss"),
+        "rollout workers retired": ("1", ""),
+        "changes of scale": ("1", "the command line asked for 3"),
+        "learner restarts": ("1", "at step 5, back to 4"),
+        "resumed": ("1", ""),
+        "samples quarantined": ("1", "crashed 3 workers"),
+        "groups without a reward": ("3", "the reward raised <Boom>"),
+        "groups sampled again as too stale": ("4", ""),
+        "checkpoints damaged": ("1", "of step 6; state.json: hash differs"),
+    }
+    run = RunDir.create(tmp_path, "faults")
+    for event in FAULTS:
+        run.append_line("events.jsonl", event)
+    run.append_line("quarantine.jsonl", quarantined[0])
+    html = Path(write_report(run)).read_text(encoding="utf-8")
+    Page(html)
+    text = " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
+    for words in (
+        "rollout workers lost 3 no result within 2 s; ActorDiedError: killed",
+        "learner restarts 1 at step 5, back to 4",
+        "groups without a reward 3 the reward raised <Boom>",
+        "1970-01-01 00:01:20 UTC learners restarted at_step: 5, step: 4",
+        "rollout worker lost worker: worker-1, detail: ActorDiedError: killed",
+    ):
+        assert words in text
+
+
+def test_a_loss_that_nobody_has_made_good_is_told() -> None:
+    assert list(replacements(FAULTS[:6])) == []
+    assert list(replacements(FAULTS[:7])) == [None]
+    (row,) = [row for row in happened(FAULTS[:7], [], []) if row["what"] == "rollout workers replaced"]
+    assert row["details"] == "1 not ready (yet)"
+    assert happened(FAULTS[:5], [], []) == []
+
+
+def test_many_events_leave_the_ordinary_ones_out_first() -> None:
+    many = [*FAULTS, *({"time": float(i), "kind": "worker_ready", "worker": f"worker-{i}"} for i in range(100))]
+    rows, left_out = event_rows(many)
+    assert (len(rows), left_out) == (12, 112)
+    assert "rollout worker ready" not in {row["what"] for row in rows}
+    rows, left_out = event_rows([{"time": float(i), "kind": "worker_lost"} for i in range(100)])
+    assert (len(rows), left_out) == (60, 40)
+    assert rows[-1]["when"] == "1970-01-01 00:01:39 UTC"

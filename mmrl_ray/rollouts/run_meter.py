@@ -1,0 +1,94 @@
+"""What the controller tells those who watch a run: its steps, workers and queues as metrics, its events in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from mmrl_ray.rollouts.step_writer import PlannedStep
+from mmrl_ray.telemetry import table
+from mmrl_ray.telemetry.logs import CONTEXT
+from mmrl_ray.telemetry.meter import Meter, Totals
+from mmrl_ray.telemetry.steps import measure_step
+
+logger = logging.getLogger(__name__)
+
+_STATES = ("placing", "starting", "ready", "busy", "retiring")
+_WARNINGS = frozenset(
+    (
+        "worker_lost",
+        "worker_unplaced",
+        "learner_restarted",
+        "reward_failed",
+        "sample_quarantined",
+        "scale_refused",
+        "nodes_not_asked_for",
+    )
+)
+_SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl", "seconds/step": "seconds"}
+
+
+class RunMeter:
+    """Measures with a `Meter`, and says the same in words. Its methods may be called from any thread."""
+
+    def __init__(self, meter: Meter, steps: int) -> None:
+        """`steps` is how many the run is to take."""
+        self._meter = meter
+        self._totals = Totals(meter)
+        self._steps = steps
+
+    def begin(self, step: int) -> None:
+        """Goes on with `step`."""
+        CONTEXT.put(step=step)
+        self._meter.set(table.PLANNED_STEPS, self._steps)
+        self._meter.set(table.FINISHED_STEPS, step)
+
+    def step(self, done: PlannedStep, line: Mapping[str, Any]) -> None:
+        """A step is finished, with its line of figures."""
+        meter, groups = self._meter, done.plan.groups
+        measure_step(meter, line)
+        meter.set(table.FINISHED_STEPS, done.plan.step + 1)
+        meter.add(table.GROUPS, len(done.taken.groups))
+        meter.add(table.COMPLETIONS, sum(len(group.completion_tokens) for group in groups))
+        meter.add(table.LEARNED_TOKENS, sum(sum(group.completion_tokens) for group in groups), kind="completion")
+        meter.add(table.LEARNED_TOKENS, sum(group.prompt_tokens for group in groups), kind="prompt")
+        figures = (f"{name} {line[key]:.4g}" for key, name in _SHOWN.items() if isinstance(line.get(key), int | float))
+        logger.info("step %d of %d: %s", done.plan.step + 1, self._steps, "  ".join(figures))
+        CONTEXT.put(step=done.plan.step + 1)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Something was written to the run's events."""
+        kind = str(event["kind"])
+        self._meter.add(table.EVENTS, kind=kind)
+        told = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("kind", "time"))
+        logger.log(logging.WARNING if kind in _WARNINGS else logging.INFO, "%s: %s", kind.replace("_", " "), told)
+
+    def look(self, status: Mapping[str, Any]) -> None:
+        """What the controller's status says at this moment."""
+        meter, pool = self._meter, status["pool"]
+        states = Counter(worker["state"] for worker in pool["workers"].values())
+        for state in _STATES:
+            meter.set(table.WORKERS, states[state], state=state)
+        meter.set(table.WORKERS_TARGET, pool["target"])
+        meter.set(table.QUEUED_ASSIGNMENTS, pool["queued_assignments"])
+        if status["policy_version"] is not None:
+            meter.set(table.POLICY_VERSION, status["policy_version"])
+        for state in ("arrived", "held"):
+            meter.set(table.BUFFERED_GROUPS, status["buffer"][state], state=state)
+        for outcome, total in pool["assignments"].items():
+            self._totals.reach(table.ASSIGNMENTS, total, outcome=outcome)
+
+
+def reward_failures(done: PlannedStep) -> dict[str, Any] | None:
+    """The event of a step some of whose groups have no reward, with up to three of the reasons; None for any other."""
+    reasons = Counter(group.masked for group in done.taken.groups if group.masked is not None)
+    if not reasons:
+        return None
+    return {
+        "kind": "reward_failed",
+        "step": done.plan.step,
+        "groups": reasons.total(),
+        "detail": "; ".join(reason for reason, _ in reasons.most_common(3)),
+    }
