@@ -21,15 +21,16 @@ def hold(nbytes: int) -> subprocess.Popen[str]:
 
 
 def test_a_childs_memory_counts_and_the_peak_outlives_it() -> None:
-    alone = resident_bytes()
+    # Libraries that other processes map, too, count by their share, which changes as those come and go: some 100 MB.
+    alone, held, about = resident_bytes(), 800 * MB, 400 * MB
     with PeakMemory(interval_s=0.01) as memory:
-        child = hold(100 * MB)
+        child = hold(held)
         try:
             deadline = time.monotonic() + 30
-            while memory.peak_bytes < alone + 95 * MB:
-                assert time.monotonic() < deadline, f"{memory.peak_bytes - alone:,} bytes seen of 100 MB"
+            while memory.peak_bytes < alone + about:
+                assert time.monotonic() < deadline, f"{memory.peak_bytes - alone:,} bytes seen of {held:,}"
                 time.sleep(0.01)
         finally:
             child.communicate("\n", timeout=30)
-    assert resident_bytes() < alone + 50 * MB
-    assert memory.peak_bytes >= alone + 95 * MB
+    assert resident_bytes() < alone + about
+    assert memory.peak_bytes >= alone + about
