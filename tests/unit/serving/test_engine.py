@@ -30,7 +30,9 @@ from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
 from mmrl_ray.serving import engine as engine_module
 from mmrl_ray.serving.engine import Engine
+from mmrl_ray.serving.policy_meter import watch_engine
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, Served, Turn
+from tests.support.meters import MemoryMeter
 from tests.support.tiny_models import FAMILIES, build_family, image_bytes
 
 DEADLINE_S = 60.0
@@ -183,8 +185,17 @@ def test_greedy_answers_are_what_generate_gives_alone_and_under_load(family: str
         await asyncio.gather(*others)
 
     with started(policy) as engine:
+        meter = MemoryMeter(model="base")
+        watch_engine(meter, engine.stats)
         run(work(engine))
         stats = engine.stats()
+        (look,) = meter.watched
+        look()
+        look()  # counts nothing twice
+    assert meter.values["policy_requests", "base"] == stats["requests"] == 12
+    assert meter.values["policy_sampled_tokens", "base"] == stats["tokens"]
+    assert meter.values["policy_vision_lookups", "base", "hit"] == stats["vision_cache_hits"]
+    assert meter.values["policy_running_rows", "base"] == 0
     assert stats["decode_passes"] < sum(len(tokens) for tokens in expected), "requests share passes"
     assert stats["images_encoded"] >= 8
     assert stats["vision_cache_hits"] >= 1

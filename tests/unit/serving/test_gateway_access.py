@@ -30,6 +30,7 @@ from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.auth import is_loopback
 from mmrl_ray.serving.keys import KeyStore
 from tests.support.fake_services import ADAPTER, FakePolicy, FakeReward, png, wait_until
+from tests.support.meters import MemoryMeter
 
 DATA_URI = "data:image/png;base64," + base64.b64encode(png()).decode()
 CAPTION = {"image": DATA_URI}
@@ -40,7 +41,8 @@ class Gateway:
 
     def __init__(self, store: KeyStore, settings: ServingSection) -> None:
         self.policy, self.reward, self.store = FakePolicy(), FakeReward(), store
-        self.app = make_app(GatewayDeps(self.policy, self.reward, store, settings))
+        self.meter = MemoryMeter()
+        self.app = make_app(GatewayDeps(self.policy, self.reward, store, settings, meter=self.meter))
         self.stranger = TestClient(self.app, raise_server_exceptions=False)
         self.infer, self.feedback, self.admin = (self.client(role) for role in ("infer", "feedback", "admin"))
 
@@ -282,5 +284,8 @@ def test_metrics_count_by_route_and_never_by_what_clients_write(gateway: Gateway
     assert 'mmrl_gateway_tokens_total{kind="completion"} 6.0' in text
     assert "mmrl_gateway_scored_captions_total 2.0" in text
     assert "mmrl_gateway_requests_under_way 1.0" in text
+    assert gateway.meter.values["gateway_requests", "POST", "/v1/captions", "200"] == 1, "Ray hears the same"
+    assert gateway.meter.values["gateway_tokens", "completion"] == 6
+    assert gateway.meter.values["gateway_requests_under_way",] == 0
     assert "hatever" not in text
     assert "WHATEVER" not in text
