@@ -192,7 +192,7 @@ def test_greedy_answers_are_what_generate_gives_alone_and_under_load(family: str
         (look,) = meter.watched
         look()
         look()  # counts nothing twice
-    assert meter.values["policy_requests", "base"] == stats["requests"] == 12
+    assert meter.values["policy_requests", "base"] == stats["requests"] == 13
     assert meter.values["policy_sampled_tokens", "base"] == stats["tokens"]
     assert meter.values["policy_vision_lookups", "base", "hit"] == stats["vision_cache_hits"]
     assert meter.values["policy_running_rows", "base"] == 0
