@@ -25,6 +25,7 @@ from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.group_codec import decode_groups, encode_groups
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
+from mmrl_ray.rollouts.parcels import open_payload
 from mmrl_ray.rollouts.protocols import Generated, SampleSource, Stop, Wait, WorkerPool
 from mmrl_ray.rollouts.run_meter import RunMeter, reward_failures
 from mmrl_ray.rollouts.status_desk import StatusDesk
@@ -164,7 +165,7 @@ class Controller:
                 return stream, [g for g in self._loop.book.waiting(step) if g.policy_version < step]
 
         stream, groups = self._pump.call(gather, COMMAND_TIMEOUT_S)
-        buffered = encode_groups((group, self._fetch(group.payload)) for group in groups)
+        buffered = encode_groups((group, open_payload(group.payload, self._fetch)) for group in groups)
         return {"format": _STATE_FORMAT, "next_step": step, "stream": stream, _BUFFER_KEY: buffered}
 
     def restore(self, state: Mapping[str, Any]) -> None:

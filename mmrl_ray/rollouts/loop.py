@@ -16,7 +16,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGroup
-from mmrl_ray.experience.schema import group_table
+from mmrl_ray.experience.schema import encode_records, group_rows
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.composer import StepComposer
 from mmrl_ray.rollouts.control_files import ScaleAnswer
@@ -251,5 +251,5 @@ class RolloutLoop:
             return False
         scored = replace(scored, payload=self._put(group))
         result = AssignmentResult(0, scored.policy_version, scored.worker, (scored,))
-        self.book.add(Collected(result, group_table(self._run.name, scored, group, None)))
+        self.book.add(Collected(result, encode_records(group_rows(self._run.name, scored, group, None))))
         return True

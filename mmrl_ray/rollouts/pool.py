@@ -221,14 +221,13 @@ class RayWorkerPool:
             if not answer.ok:
                 finished += self._on_error(worker, answer)
                 continue
-            assignment, parts = self.ledger.working_on(worker.id), worker.call.parts
-            worker.call.parts = ()
+            parts, worker.call.parts = worker.call.parts, ()
             light, worker.since = answer.get(), self._clock()
             began = self.ledger.accept(worker.id, light.assignment_id)
-            if began is not None and assignment is not None:
+            if began is not None:
                 self._busy_s += worker.since - began
                 worker.groups += len(light.groups)
-                finished.append(Collected(join_result(assignment, light, list(parts[1:])), parts[0]))
+                finished.append(Collected(join_result(light, parts[1:]), parts[0]))
         return finished
 
     def _collect_health(self) -> list[Collected | DataFailure]:
