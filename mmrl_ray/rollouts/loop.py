@@ -110,6 +110,18 @@ class RolloutLoop:
             "scaling": self.scaling.status(),
         }
 
+    def who_waits(self, out: int | None, due: int, asked: bool) -> str:
+        """In words, when the plan of step `out` is with the learner, or it has `asked` for that of step `due`."""
+        if out is not None:
+            waiting = "" if self.pool.outstanding else ", and the workers wait for it"
+            return f"the learner works on step {out}{waiting}"
+        if asked:
+            arrived, wanted = self.book.progress(due)
+            return f"the learner waits for step {due}: {arrived} of {wanted} groups have arrived"
+        if self.begun and not self.pool.outstanding:
+            return "rollouts wait for the learner"
+        return "an evaluation waits for its captions" if self.evaluations else "nobody"
+
     def totals(self) -> dict[str, Any]:
         """Counts since the start, for `StepMeter`."""
         return {
@@ -152,6 +164,25 @@ class RolloutLoop:
         for requests in chunks(ticket.requests, self._cfg.rollout.groups_per_assignment):
             self._submit("eval", requests)
         return ticket
+
+    def await_evaluation(self, ticket: Ticket, timeout_s: float, clock: Callable[[], float]) -> None:
+        """On the caller's own thread: returns when every sample has its answer. Closes the ticket.
+
+        Raises:
+            RolloutError: not within `timeout_s`.
+            MMRLError: the run has ended.
+        """
+        deadline = clock() + timeout_s
+        with self.pump.changed:
+            try:
+                while not ticket.done:
+                    self.pump.check()
+                    if (left := deadline - clock()) <= 0:
+                        came, asked = len(ticket.groups) + len(ticket.failures), len(ticket.requests)
+                        raise RolloutError(f"{came} of {asked} samples were captioned within {timeout_s:g} s")
+                    self.pump.changed.wait(left)
+            finally:
+                self.evaluations.close(ticket)
 
     # -- the turn --------------------------------------------------------------------------------------------------
 
