@@ -69,7 +69,7 @@ def caption_images(
         ImageError: a file is no image of an accepted format; the message names it.
         RunError, ModelError: the target cannot be used.
     """
-    encoded = [_read_image(path) for path in images]  # before the model is loaded: a typo answers at once
+    encoded = [read_image(path) for path in images]  # before the model is loaded: a typo answers at once
     opened = open_target(target, device=device)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
@@ -92,7 +92,13 @@ def caption(
         print(text.strip() if len(images) == 1 else f"{path}: {text.strip()}")
 
 
-def _read_image(path: str | Path) -> bytes:
+def read_image(path: str | Path) -> bytes:
+    """An image file's bytes, found to be an image.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+        ImageError: it is no image of an accepted format; the message names it.
+    """
     try:
         data = Path(path).expanduser().read_bytes()
     except OSError as error:
