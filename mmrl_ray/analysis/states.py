@@ -70,9 +70,9 @@ def _batch(
 
 
 def _words(policy: Policy, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """bool [N, T]: what a caption says, without the end of the turn, which says nothing; that alone if there is no word.
+    """bool [N, T]: what a caption says, without the end of the turn: with it, a mean would also measure the length.
 
-    With it, every mean would also measure how short the caption is.
+    A caption of nothing else keeps it.
     """
     ends = torch.tensor(policy.eos_token_ids, device=targets.device)
     words = mask & ~torch.isin(targets, ends)
@@ -80,6 +80,5 @@ def _words(policy: Policy, targets: torch.Tensor, mask: torch.Tensor) -> torch.T
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """float32 [d]: the mean over the rows of [·, d] where the mask is True. Each by itself, so that equal tokens give equal means
-    whatever else is in the batch."""
+    """float32 [d]: of the rows of [·, d] where the mask is True. Equal tokens give equal means in any batch."""
     return values[mask].float().mean(dim=0).cpu()
