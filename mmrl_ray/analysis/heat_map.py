@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import torch
 from matplotlib.colorbar import ColorbarBase
 from matplotlib.colors import Normalize
@@ -62,7 +63,7 @@ def heat_map_png(grid: ImageGrid, weights: torch.Tensor, *, title: str, facts: S
     return buffer.getvalue()
 
 
-def _blend(view: Image.Image, relative: np.ndarray) -> Image.Image:
+def _blend(view: Image.Image, relative: npt.NDArray[np.float32]) -> Image.Image:
     """The picture in grey under the heat: the darker a place, the less hangs on it."""
     colours = (matplotlib.colormaps[_COLOURS](relative)[..., :3] * 255).astype(np.uint8)
     layer = Image.fromarray(colours).resize(view.size, Image.Resampling.NEAREST)

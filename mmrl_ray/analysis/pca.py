@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
@@ -48,13 +49,12 @@ def fit_pca(x: torch.Tensor, components: int) -> PCAResult:
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"a PCA needs finite numbers; x of shape {list(x.shape)} holds NaN or infinity")
     rows = x.detach().to("cpu", torch.float64)
-    fit = PCA(n_components=components, svd_solver="full").fit(rows.numpy())
+    with np.errstate(invalid="ignore"):  # shares of no variance are nan
+        fit = PCA(n_components=components, svd_solver="full").fit(rows.numpy())
     directions = torch.from_numpy(fit.components_.T.copy())
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
-    variances = torch.from_numpy(fit.explained_variance_.copy())
-    ratios = variances / rows.var(dim=0, correction=1).sum()  # scikit-learn's own warns where all samples are equal
     return PCAResult(
         mean=torch.from_numpy(fit.mean_.copy()).to(x),
         directions=(directions * torch.where(largest < 0, -1.0, 1.0)).to(x),
-        explained_variance_ratio=ratios.to(x),
+        explained_variance_ratio=torch.from_numpy(fit.explained_variance_ratio_.copy()).to(x),
     )
