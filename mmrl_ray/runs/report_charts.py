@@ -176,8 +176,8 @@ def _stack(axes: Axes, curves: Mapping[str, Curve]) -> None:
     colours = [colour(i % _SERIES) for i in range(len(curves))]
     if len(steps) == 1:  # one step has no area
         base = 0.0
-        for (height,), colour, name in zip(heights, colours, curves, strict=True):
-            axes.bar(steps, [height], bottom=base, color=colour, label=name, width=0.6)
+        for (height,), shade, name in zip(heights, colours, curves, strict=True):
+            axes.bar(steps, [height], bottom=base, color=shade, label=name, width=0.6)
             base += height
         return
     axes.stackplot(steps, heights, labels=list(curves), colors=colours, linewidth=0, alpha=0.85)
