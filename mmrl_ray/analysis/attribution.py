@@ -14,7 +14,9 @@ Embeddings = Mapping[str, torch.Tensor]
 """By modality, [B, L_m, d]; what the loss was computed of, with gradient."""
 
 
-def token_importance(loss: torch.Tensor, embeddings: Embeddings) -> dict[str, torch.Tensor]:
+def token_importance(
+    loss: torch.Tensor, embeddings: Embeddings, *, retain_graph: bool = False
+) -> dict[str, torch.Tensor]:
     """‖∂L/∂E_m‖ of every single token: [B, L_m] for each modality; 0 for a modality that the loss does not touch.
 
     No `.grad` is written.
@@ -22,13 +24,14 @@ def token_importance(loss: torch.Tensor, embeddings: Embeddings) -> dict[str, to
     Args:
         loss: a scalar, the sum over samples that do not see each other.
         embeddings: leaves (or any tensors) that `loss` was computed of.
+        retain_graph: `loss` is asked for further gradients.
 
     Raises:
         ValueError: `loss` is no scalar with gradient, there is no modality, or an embedding is not [B, L_m, d] with
             gradient and of one B with the others.
     """
     _check(loss, embeddings)
-    gradients = torch.autograd.grad(loss, list(embeddings.values()), allow_unused=True)
+    gradients = torch.autograd.grad(loss, list(embeddings.values()), retain_graph=retain_graph, allow_unused=True)
     return {
         name: each.new_zeros(each.shape[:2]) if gradient is None else torch.linalg.vector_norm(gradient, dim=-1)
         for (name, each), gradient in zip(embeddings.items(), gradients, strict=True)

@@ -22,6 +22,7 @@ COMBINED = "combined"
 PERMUTATIONS = 2000
 """The smallest p-value that can come out is 1 ÷ (this + 1)."""
 
+_CONSTANT = "no correlation: "
 _ROUNDING = 1e-12
 _CHUNK = 1 << 22
 
@@ -43,7 +44,12 @@ def modality_correlation(actions: torch.Tensor, state: torch.Tensor) -> float:
         ValueError: other ranks, different N, fewer than two samples, or numbers that are not finite.
     """
     a, s = _sides(actions, state)
-    return _rho(a, s)
+    variances = float(a @ a), float(s @ s)
+    if 0.0 in variances:
+        which = "the actions do" if variances[0] == 0.0 else "the state does"
+        warnings.warn(f"{_CONSTANT}{which} not vary over {a.numel()} samples", RuntimeWarning, stacklevel=2)
+        return math.nan
+    return max(-1.0, min(1.0, float(a @ s) / math.sqrt(variances[0]) / math.sqrt(variances[1])))
 
 
 def absolute_correlation(
@@ -55,7 +61,7 @@ def absolute_correlation(
         ValueError: as `modality_correlation`.
     """
     a, s = _sides(actions, state)
-    rho = abs(_rho(a, s))
+    rho = abs(modality_correlation(a, s))
     if math.isnan(rho):
         return Correlation(math.nan, math.nan)
     # A component does not depend on the pairing, so that its scores can be permuted instead of the vectors.
@@ -108,9 +114,6 @@ def correlations(
         }
 
 
-_CONSTANT = "no correlation: "
-
-
 def _sides(actions: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as centred scores, float64 [N]."""
     shapes = f"actions {list(actions.shape)} and state {list(state.shape)}"
@@ -133,12 +136,3 @@ def _centred(x: torch.Tensor) -> torch.Tensor:
     centred = x - x.mean(dim=0)
     constant = centred.abs().amax(dim=0) <= _ROUNDING * x.abs().amax(dim=0)
     return torch.where(constant, 0.0, centred)
-
-
-def _rho(a: torch.Tensor, s: torch.Tensor) -> float:
-    variances = float(a @ a), float(s @ s)
-    if 0.0 in variances:
-        which = "the actions do" if variances[0] == 0.0 else "the state does"
-        warnings.warn(f"{_CONSTANT}{which} not vary over {a.numel()} samples", RuntimeWarning, stacklevel=3)
-        return math.nan
-    return max(-1.0, min(1.0, float(a @ s) / math.sqrt(variances[0]) / math.sqrt(variances[1])))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmrl_ray.analysis.attribution import importance_rms, importance_share, token_importance
+from mmrl_ray.analysis.attribution import importance_rms, importance_share, modality_importance, token_importance
 from mmrl_ray.analysis.rows import IMAGE, MODALITIES, forward_rows, places
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.load import Policy
@@ -30,8 +30,8 @@ class Importance:
     """I_m ÷ ΣI; nan where all are 0."""
     rms: Mapping[str, float]
     """I_m ÷ √(L_m d), nats a unit of embedding: comparable between modalities of different numbers of tokens."""
-    image_tokens: torch.Tensor
-    """float32 [L_image]: of each image token, in the order of the prompt; on the CPU."""
+    image_tokens: torch.Tensor | None
+    """float32 [L_image]: of each image token, in the order of the prompt, on the CPU; when asked for."""
 
 
 def caption_importance(
@@ -41,6 +41,7 @@ def caption_importance(
     caption: torch.Tensor,
     *,
     temperature: float = 1.0,
+    by_token: bool = False,
 ) -> Importance:
     """One forward and backward pass of one prompt with one caption. Parameters get no gradient.
 
@@ -50,6 +51,7 @@ def caption_importance(
         features: from `vision_features`, or None to run the vision tower inside.
         caption: int64 [T], one token or more.
         temperature: π's.
+        by_token: also of each image token, by a second backward pass.
 
     Raises:
         ValueError: the caption has no token.
@@ -77,12 +79,11 @@ def caption_importance(
             vocab_size=policy.vocab_size,
         )
         loss = -logprobs.sum()
-        tokens = token_importance(loss, leaves)
-    # Norms of many small numbers: float32 whatever the policy's dtype.
-    whole = {name: torch.linalg.vector_norm(each.float(), dim=-1) for name, each in tokens.items()}
+        tokens = token_importance(loss, {IMAGE: leaves[IMAGE]}, retain_graph=True)[IMAGE][0] if by_token else None
+        whole = modality_importance(loss, leaves)
     return Importance(
         loss=float(loss.detach()),
         share={name: float(each) for name, each in importance_share(whole).items()},
         rms={name: float(each) for name, each in importance_rms(whole, leaves).items()},
-        image_tokens=tokens[IMAGE][0].float().cpu(),
+        image_tokens=None if tokens is None else tokens.float().cpu(),
     )

@@ -34,10 +34,11 @@ class Explanation:
     @property
     def heat_map(self) -> bytes | None:
         """A PNG; None where the places of the image tokens are not known."""
-        if isinstance(self.grid, str):
+        tokens = self.importance.image_tokens
+        if isinstance(self.grid, str) or tokens is None:
             return None
         facts = list(figures(self.importance))
-        return heat_map_png(self.grid, self.importance.image_tokens, title=self.caption, facts=facts)
+        return heat_map_png(self.grid, tokens, title=self.caption, facts=facts)
 
 
 def explain_image(
@@ -72,7 +73,7 @@ def explain_image(
     check_context(policy, encoded, tokens.numel())
     with torch.no_grad():
         (features,) = vision_features(policy, [encoded])
-    importance = caption_importance(policy, encoded, features, tokens)
+    importance = caption_importance(policy, encoded, features, tokens, by_token=True)
     return Explanation(caption.strip(), importance, image_grid(policy, encoded, sample.images), opened.notes)
 
 

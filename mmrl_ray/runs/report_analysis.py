@@ -31,7 +31,7 @@ def state_map(sides: Sides) -> Chart | None:
         return None
     points = {name: fit.transform(states.hidden.double()) for name, states in sides.items()}
     ratios = [float(ratio) for ratio in fit.explained_variance_ratio]
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
     if len(points) == 2 and sides["before"].sample_ids == sides["after"].sample_ids:
         pairs = torch.stack([points["before"], points["after"]], dim=1)[:_LINKS]

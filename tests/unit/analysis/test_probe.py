@@ -50,7 +50,8 @@ def test_an_importance_is_how_much_a_small_step_of_an_embedding_changes_the_loss
     """The gradient of one image token by central differences, in the same forward but without autograd."""
     policy = family(name)
     (prompt, *_), (features, *_), (caption, *_) = inputs(policy)
-    found = caption_importance(policy, prompt, features, caption)
+    found = caption_importance(policy, prompt, features, caption, by_token=True)
+    assert found.image_tokens is not None
     where = places(policy, [prompt], [caption]).image[0].nonzero()[:, 0]
     token = int(found.image_tokens.argmax())
     width = policy.hf_model.get_input_embeddings().weight.shape[1]
@@ -79,7 +80,8 @@ def test_figures_fit_together_and_nothing_is_left_behind() -> None:
         policy = load_family("llava", folder)
     add_adapter(policy, LoraSection(), seed=0)
     (prompt, *_), (features, *_), (caption, *_) = inputs(policy)
-    found = caption_importance(policy, prompt, features, caption)
+    found = caption_importance(policy, prompt, features, caption, by_token=True)
+    assert found.image_tokens is not None
     assert sum(found.share.values()) == pytest.approx(1.0)
     image = float(found.image_tokens.norm())
     assert found.image_tokens.shape == (9,)
@@ -89,6 +91,7 @@ def test_figures_fit_together_and_nothing_is_left_behind() -> None:
     assert all(parameter.grad is None for parameter in policy.model.parameters())
     assert not policy.decoder._forward_pre_hooks
     again = caption_importance(policy, prompt, None, caption)
+    assert again.image_tokens is None
     assert again.share["image"] == pytest.approx(found.share["image"], rel=1e-4), "the tower inside gives the same"
 
 
