@@ -112,7 +112,7 @@ def forward_rows(
 @contextmanager
 def _exchanged(policy: Policy, exchange: Exchange) -> Iterator[None]:
     """Whatever else changes the embeddings on their way into the layers comes after, and counts as the policy's."""
-    calls = []
+    calls: list[bool] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         embeddings = kwargs.get("inputs_embeds")

@@ -36,12 +36,14 @@ def state_map(sides: Sides) -> Chart | None:
     if len(points) == 2 and sides["before"].sample_ids == sides["after"].sample_ids:
         pairs = torch.stack([points["before"], points["after"]], dim=1)[:_LINKS]
         for pair in pairs.tolist():
-            axes.plot(*zip(*pair, strict=True), color=colour(INK), linewidth=0.4, alpha=0.25)
+            x, y = zip(*pair, strict=True)
+            axes.plot(x, y, color=colour(INK), linewidth=0.4, alpha=0.25)
     for name, z in points.items():
-        axes.scatter(*z.T.tolist(), s=10, alpha=0.75, linewidths=0, marker=_MARKS[name], color=colour(_COLOURS[name]),
-                     label=name)  # fmt: skip
-    for label, axis, ratio in zip(("first", "second"), (axes.set_xlabel, axes.set_ylabel), ratios, strict=True):
-        axis(f"{label} component, {ratio:.0%} of the variance", color=colour(INK), fontsize=8)
+        x, y = z.T.tolist()
+        mark, shade = _MARKS[name], colour(_COLOURS[name])
+        axes.scatter(x, y, s=10, alpha=0.75, linewidths=0, marker=mark, color=shade, label=name)
+    axes.set_xlabel(f"first component, {ratios[0]:.0%} of the variance", color=colour(INK), fontsize=8)
+    axes.set_ylabel(f"second component, {ratios[1]:.0%} of the variance", color=colour(INK), fontsize=8)
     quiet_axes(axes, legend=True)
     count = sum(len(states.sample_ids) for states in sides.values())
     caption = drift(sides)
