@@ -81,6 +81,8 @@ class LearnerSection(Section):
     """Prompt and completion tokens one forward and backward pass holds at most."""
     gradient_checkpointing: bool = False
     """Make activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
+    importance_every: int = Field(10, ge=0)
+    """Steps between two looks at how much of one caption hangs on picture and prompt (`importance/…`); 0: never."""
     workers: Annotated[int, Field(ge=1)] | LearnerRange = 1
     """Learner workers (Ray Train): a number, or `{min, max}` to follow what the cluster has room for."""
     sharding: Literal["none", "fsdp2"] = "none"

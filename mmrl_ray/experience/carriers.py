@@ -82,6 +82,18 @@ class VisionFeatures:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptionState:
+    """What a caption and its sample look like from inside the policy; means over tokens, float32 [d] each."""
+
+    action: torch.Tensor
+    """Of the embeddings of the caption's tokens, without the end of the turn."""
+    modalities: Mapping[str, torch.Tensor]
+    """"image" and "text" (the prompt): of the language model's input embeddings."""
+    hidden: torch.Tensor
+    """Of the last hidden states that the caption's tokens were chosen from."""
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutGroup:
     """The G completions of one sample, and what the learner needs to score them again."""
 
@@ -94,6 +106,8 @@ class RolloutGroup:
     """The greedy caption, when the baseline needs one; never trained on."""
     vision: VisionFeatures | None = None
     """Shipped with the group when that is cheaper than a second pass through the tower."""
+    state: CaptionState | None = None
+    """Of the first completion, where an evaluation asked for it."""
 
 
 @dataclass(frozen=True, slots=True)

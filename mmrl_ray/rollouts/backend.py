@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 
+from mmrl_ray.analysis.states import caption_states
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.errors import ModelError
+from mmrl_ray.experience.carriers import CaptionState, EncodedPrompt
 from mmrl_ray.policy.adapter import adapter_state, load_adapter_state, reference_policy
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
 from mmrl_ray.policy.load import Policy
@@ -51,6 +53,10 @@ class Backend(Protocol):
         self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
     ) -> list[list[torch.Tensor]]:
         """float32 [T] of each completion of each group, under the policy without its adapter."""
+        ...
+
+    def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
+        """What each group's first completion looks like from inside (`analysis/states.py`), where that can be told."""
         ...
 
     def counters(self) -> dict[str, float]:
@@ -99,7 +105,7 @@ class PolicyBackend:
     def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """See `Backend`."""
         self._check_path([request.prompt for request in requests[:2]])
-        with self._merged.active() if self._merged is not None else nullcontext():
+        with self._adapted():
             return decode_groups(self._decoder, requests)
 
     @torch.no_grad()
@@ -117,6 +123,18 @@ class PolicyBackend:
         rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
         return [[_valid(*next(rows)) for _ in group] for group in completions]
 
+    def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
+        """See `Backend`."""
+        vision = [output.vision for output in outputs if output.vision is not None]
+        features = vision if len(vision) == len(outputs) else None
+        captions = [output.completions[0].token_ids for output in outputs]
+        try:
+            with self._adapted():
+                return [*caption_states(self.policy, prompts, features, captions)]
+        except ModelError as error:
+            logger.warning("captions are evaluated without their states: %s", error)
+            return [None] * len(prompts)
+
     def counters(self) -> dict[str, float]:
         """See `Backend`."""
         hits, misses = self._counted
@@ -127,6 +145,10 @@ class PolicyBackend:
             "vision_misses": self._cache.misses - misses,
             "naive_path": int(naive),
         }
+
+    def _adapted(self) -> AbstractContextManager[None]:
+        """Within it the adapter is merged, where that saves time."""
+        return self._merged.active() if self._merged is not None else nullcontext()
 
     def _check_path(self, prompts: Sequence[EncodedPrompt]) -> PathChoice:
         """Once, on the first prompts that come: they are real ones."""

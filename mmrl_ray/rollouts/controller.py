@@ -200,15 +200,23 @@ class Controller:
     # -- the driver's calls ----------------------------------------------------------------------------------------
 
     def generate(
-        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, timeout_s: float = 600.0
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingParams,
+        *,
+        completions: int = 1,
+        states: int = 0,
+        timeout_s: float = 600.0,
     ) -> Generated:
         """Captions and rewards for `samples` by the newest version, on the pool, before any training rollout.
+
+        The groups of the first `states` samples hold the state of their first completion, too.
 
         Raises:
             RolloutError: not done within `timeout_s`, or no version is published.
         """
         ticket = self._pump.call(
-            lambda: self._loop.submit_evaluation(samples, sampling, completions), COMMAND_TIMEOUT_S
+            lambda: self._loop.submit_evaluation(samples, sampling, completions, states), COMMAND_TIMEOUT_S
         )
         self._loop.await_evaluation(ticket, timeout_s, self._clock)
         return ticket.answer()

@@ -147,11 +147,23 @@ class ControllerClient:
     # -- driver ----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, timeout_s: float = 600.0
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingParams,
+        *,
+        completions: int = 1,
+        states: int = 0,
+        timeout_s: float = 600.0,
     ) -> Generated:
         """See `Controller.generate`."""
         return self._call(
-            "generate", samples, sampling, completions=completions, timeout_s=timeout_s, beyond_s=timeout_s
+            "generate",
+            samples,
+            sampling,
+            completions=completions,
+            states=states,
+            timeout_s=timeout_s,
+            beyond_s=timeout_s,
         )
 
     def resize(self, workers: int | None) -> ScaleAnswer:

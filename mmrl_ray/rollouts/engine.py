@@ -1,6 +1,6 @@
 """The rollout engine: one assignment in, scored groups out. No Ray.
 
-    load version → encode prompts → decode groups → reference log-probs → rewards
+    load version → encode prompts → decode groups → reference log-probs → rewards → states, where asked for
 
 A sample that cannot be encoded is a `DataFailure` and the others go on; a group whose reward fails is masked with its
 reason; anything else that goes wrong is raised, and belongs to the worker rather than to a sample.
@@ -18,7 +18,7 @@ import torch
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.losses.kl import kl_penalty
 from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels
@@ -36,6 +36,7 @@ class _Sampled:
     request: GroupRequest
     prompt: EncodedPrompt
     output: GroupOutput
+    state: CaptionState | None = None
 
 
 class RolloutEngine:
@@ -74,6 +75,9 @@ class RolloutEngine:
                 sampled = self._with_reference(sampled)
         with _timed(seconds, "reward"):
             scores = self._score(sampled)
+        if any(each.request.wants_state for each in sampled):
+            with _timed(seconds, "states"):
+                sampled = self._with_states(sampled)
         counters = self._backend.counters()
         groups = [
             self._scored(assignment.version, each, score, seconds) for each, score in zip(sampled, scores, strict=True)
@@ -125,6 +129,12 @@ class RolloutEngine:
             for each, rows in zip(sampled, logprobs, strict=True)
         ]
 
+    def _with_states(self, sampled: Sequence[_Sampled]) -> list[_Sampled]:
+        """The states of the first completions, where they are asked for."""
+        wanted = [s for s in sampled if s.request.wants_state]
+        states = iter(self._backend.states([s.prompt for s in wanted], [s.output for s in wanted]))
+        return [replace(each, state=next(states)) if each.request.wants_state else each for each in sampled]
+
     def _score(self, sampled: Sequence[_Sampled]) -> list[list[Score]]:
         """All captions of the assignment in one batch; per group, its completions' scores, then the greedy one's."""
         captions = [[c.text for c in _all_completions(each.output)] for each in sampled]
@@ -162,6 +172,7 @@ class RolloutEngine:
                 sampling=request.sampling,
                 greedy=output.greedy,
                 vision=output.vision,
+                state=sampled.state,
             ),
             worker=self._worker,
             timings=seconds,

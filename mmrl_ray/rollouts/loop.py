@@ -150,8 +150,10 @@ class RolloutLoop:
         self._told_quarantined = len(known)
         self._run.truncate_lines(QUARANTINE_FILE, lambda line: line in known)
 
-    def submit_evaluation(self, samples: Sequence[Sample], sampling: SamplingParams, completions: int) -> Ticket:
-        """Queues captions for `samples` before everything else.
+    def submit_evaluation(
+        self, samples: Sequence[Sample], sampling: SamplingParams, completions: int, states: int
+    ) -> Ticket:
+        """Queues captions for `samples` before everything else, for the first `states` of them with their states.
 
         Raises:
             RolloutError: no version is published.
@@ -160,7 +162,7 @@ class RolloutLoop:
             newest = self.versions.newest
             if newest is None:
                 raise RolloutError("no policy version to generate with: the learner has not published one yet")
-            ticket = self.evaluations.open(samples, sampling, completions, newest)
+            ticket = self.evaluations.open(samples, sampling, completions, newest, states)
         for requests in chunks(ticket.requests, self._cfg.rollout.groups_per_assignment):
             self._submit("eval", requests)
         return ticket

@@ -46,6 +46,7 @@ from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, score_captions
+from mmrl_ray.runs.state_records import MAX_STATES, States, load_states, save_states, states_json
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import warm_start
 from mmrl_ray.runs.watch import note_event, scrape_targets
@@ -178,7 +179,7 @@ class _Run:
             sampling = SamplingParams(
                 temperature=self._cfg.rollout.temperature, max_new_tokens=self._cfg.rollout.max_new_tokens, greedy=True
             )
-            generated = controller.generate(samples, sampling)
+            generated = controller.generate(samples, sampling, states=MAX_STATES)
             done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
             for failure in generated.failures:
                 self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
@@ -187,6 +188,8 @@ class _Run:
             kept = [sample for sample, _ in done]
             evaluation = score_captions(kept, captions, reward, statistics, seed=self._cfg.run.seed)
             save_evaluation(run, name, evaluation, kept)
+            if states := {s.id: g.state for s, g in zip(kept, groups, strict=True) if g.state is not None}:
+                save_states(run, name, States.of(states))
             measures = evaluation.measures
             shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
             self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
@@ -207,11 +210,13 @@ class _Run:
     def _conclude(self, run: RunDir, status: str) -> None:
         """Summary and report, however the run ended."""
         before, after = load_evaluation(run, "before"), load_evaluation(run, "after")
+        states = {name: load_states(run, name) for name in ("before", "after")}
         seconds = {**self._seconds, "total": time.monotonic() - self._began}
         summary = {
             "status": status,
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
+            "correlations": states_json(states),
             "seconds": seconds,
             "peak_memory_bytes": self._memory.peak_bytes,
             "cpus": os.cpu_count(),

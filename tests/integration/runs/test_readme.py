@@ -143,6 +143,7 @@ def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path
             assert "Traceback" not in output, command
         assert server.process is not None
     assert (place / "runs" / "again" / "report.html").exists()
+    assert (place / "photo-explained.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_split(place / "data" / "coco" / "train", prompt="")) == 6
     summary = json.loads((place / "runs" / "again" / "summary.json").read_text())
     assert summary["status"] == "finished"

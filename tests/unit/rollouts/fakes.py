@@ -17,13 +17,14 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Quarantine, Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.parcels import open_payload
 from mmrl_ray.rollouts.protocols import Collected, FetchWeights
 from mmrl_ray.rollouts.worker import join_result, split_result
 
 TEXT = "a red circle"
+STATE = CaptionState(torch.zeros(2), {"image": torch.zeros(2), "text": torch.zeros(2)}, torch.zeros(2))
 
 
 def png(shade: int, size: int = 8) -> bytes:
@@ -102,6 +103,7 @@ class FakeEngine:
             completions=completions,
             policy_version=assignment.version,
             sampling=request.sampling,
+            state=STATE if request.wants_state else None,
         )
         return ScoredGroup(
             key=request.key,

@@ -21,7 +21,7 @@ from mmrl_ray.errors import RunError
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.eval_records import EVAL_SCHEMA, highlights, load_evaluation, save_evaluation
+from mmrl_ray.runs.eval_records import EVAL_SCHEMA, doubtful, highlights, load_evaluation, save_evaluation
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.report_charts import MAX_POINTS, charts, constants
 from mmrl_ray.runs.report_events import event_rows, happened, replacements
@@ -87,6 +87,8 @@ def line(step: int) -> dict[str, Any]:
         "reward/std": 0.1,
         "reward/caption": 0.3 + 0.01 * step,
         "reward/caption/bleu": 0.2 + 0.02 * step,
+        "importance/image": 0.5 - 0.1 * step,
+        "importance/text": 0.5 + 0.1 * step,
         "loss": -0.01 * step,
         "loss/policy": -0.02 * step,
         "loss/kl": 0.01,
@@ -146,7 +148,7 @@ def test_nothing_points_outside_the_page(finished: tuple[RunDir, Page, str]) -> 
         ElementTree.fromstring(svg)
         assert not re.search(r'(?:href|src)="(?!#)', svg)
         assert "<image" not in svg
-    assert len(pictures) == 10
+    assert len(pictures) == 11
 
 
 def test_captions_are_escaped_and_shown(finished: tuple[RunDir, Page, str]) -> None:
@@ -162,7 +164,7 @@ def test_captions_are_escaped_and_shown(finished: tuple[RunDir, Page, str]) -> N
 def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
     _, page, _ = finished
     sections = [attributes["id"] for attributes in page.all("section") if "id" in attributes]
-    assert sections == ["summary", "captions", "curves", "facts", "events", "config"]
+    assert sections == ["summary", "captions", "curves", "inside", "facts", "events", "config"]
     targets = {link["href"] for link in page.all("a")}
     assert targets == {f"#{name}" for name in sections}
     for words in (
@@ -185,6 +187,9 @@ def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
         "Seconds by phase",
         "Where the reward rose most",
         "Where the reward rose least or fell",
+        "Where the parts of the reward disagree most",
+        "Importance of each modality, share",
+        "No states of an evaluation were stored",
         "1 min 01 s",
         "1 h 02 min",
         "3.00 GiB",
@@ -202,7 +207,7 @@ def test_pictures_have_words_for_them(finished: tuple[RunDir, Page, str]) -> Non
     alts = [image.get("alt", "") for image in page.all("img")]
     assert all(len(alt) > 20 for alt in alts)
     assert any("reward/mean from 0.3 to 0.34" in alt for alt in alts)
-    assert len(page.all("article")) == 12
+    assert len(page.all("article")) == 12 + 4
     assert "picture not stored" not in page.words
     assert page.all("html")[0]["lang"] == "en"
 
@@ -233,7 +238,7 @@ def test_a_half_finished_run_says_what_is_missing(tmp_path: Path) -> None:
         "2 steps",
     ):
         assert words in page.words, words
-    assert len(page.all("article")) == 12
+    assert len(page.all("article")) == 12 + 4
 
 
 def test_an_empty_and_a_damaged_run_still_give_a_page(tmp_path: Path) -> None:
@@ -268,7 +273,8 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert load_evaluation(run, "after") is None
     table = pq.read_table(run.local_path("eval/before.parquet"))
     assert table.schema == EVAL_SCHEMA
-    assert len(run.list("images")) == 12
+    doubted = {c.sample_id for c in doubtful(BEFORE.captions)["disagreement"]}
+    assert len(run.list("images")) == len(doubted | {c.sample_id for c in BEFORE.captions[:12]})
     save_evaluation(run, "after", AFTER, SCENES)
     shown = highlights(BEFORE.captions, AFTER.captions)
     hashes = {name.split(".")[0] for name in run.list("images")}
