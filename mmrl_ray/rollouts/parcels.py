@@ -73,7 +73,7 @@ class _Pickler(pickle.Pickler):
         if type(value) is not torch.Tensor:
             return NotImplemented
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        data = flat.tobytes() if flat.nbytes < _BESIDE_BYTES else pickle.PickleBuffer(flat)
+        data = flat.tobytes() if flat.nbytes < _BESIDE_BYTES else pickle.PickleBuffer(flat.data)
         return _tensor, (data, value.dtype, tuple(value.shape))
 
 

@@ -94,6 +94,7 @@ def ray_at(
     try:
         if address is None:
             ray.init(
+                address="local",  # without it, Ray joins whatever `ray start` has left on this machine
                 num_cpus=max(os.cpu_count() or 1, cpus),
                 object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
                 include_dashboard=dashboard,
