@@ -68,6 +68,9 @@ class OneDnnLinear(nn.Linear):
         packed = torch.ops.mkldnn._reorder_linear_weight.default(self.weight.detach(), _PACKED_FOR_ROWS)
         self._packed = self.weight.data_ptr(), packed
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # nothing copies or sends it
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[.., in] → [.., out]."""
         weight, bias = self.weight, self.bias

@@ -145,6 +145,16 @@ def test_packed_layers_still_give_the_gradient_of_their_input() -> None:
     torch.testing.assert_close(x.grad, model[0].weight.sum(0).expand(2, -1), rtol=1e-4, atol=1e-4)
 
 
+def test_copies_and_pickles_of_packed_layers_are_plain_ones() -> None:
+    model = nn.Sequential(nn.Linear(520, 260)).requires_grad_(False)
+    use_onednn(model)
+    pack_weights(model)
+    x = torch.randn(2, 520)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other[0]._packed is None
+        torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_too_large_to_lie_in_memory_twice_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "_MOST_PACKED_BYTES", 1000)
     model = nn.Sequential(nn.Linear(520, 260)).requires_grad_(False)
