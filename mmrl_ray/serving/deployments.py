@@ -221,6 +221,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine:
     import torch
 
     from mmrl_ray.policy.adapters import AdapterPool
+    from mmrl_ray.policy.cpu_linear import pack_weights
     from mmrl_ray.policy.load import load_policy
     from mmrl_ray.serving.adapter_sources import AdapterFolders
     from mmrl_ray.serving.engine import Engine
@@ -228,6 +229,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine:
     serving = cfg.serving
     torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
     policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
+    pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
     engine = Engine(
