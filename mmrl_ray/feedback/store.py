@@ -1,22 +1,22 @@
 """The store of preferences: pairs in, what raters say about them in, both out again; safe for many processes.
 
 A row is named by its content, so writing the same preference twice is writing it once. A rater has one say about a
-pair: another one later is refused (`ConflictError`) unless the caller asks for it to replace the first, or to be left
-out. The captions of a pair keep the order in which they first came; later rows that have them the other way round are
+pair: another one later is refused (`ConflictError`) unless the caller asks for it to replace the first. The captions of a pair keep the order in which they first came; later rows that have them the other way round are
 turned round, their choice, ratings and `shown_first` with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as replaced
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, Row, func, select, update
 
-from mmrl_ray.errors import ConfigError, ConflictError, UnknownPairError
+from mmrl_ray.errors import ConfigError, ConflictError, PreferenceError, UnknownPairError
 from mmrl_ray.feedback.database import (
     PAIRS,
     PICTURES,
@@ -30,7 +30,8 @@ from mmrl_ray.feedback.database import (
 )
 from mmrl_ray.feedback.schema import Pair, Preference
 
-OnConflict = Literal["refuse", "replace", "skip"]
+OnBad = Callable[[PreferenceError], None]
+"""Hears of what is left out, and why."""
 RATING_SCALE = (0.0, 1.0)
 """Of a store that is made without one."""
 _CHUNK = 500
@@ -46,8 +47,8 @@ class Written:
     same: int = 0
     """Preferences that were there, word for word."""
     replaced: int = 0
-    skipped: int = 0
-    """Contradictions that were left out."""
+    bad: int = 0
+    """Left out: whatever would have been an error."""
     pairs: int = 0
     """Pairs that were not there."""
 
@@ -111,11 +112,18 @@ class PreferenceStore:
 
     # -- in ----------------------------------------------------------------------------------------------------------
 
-    def add(self, items: Iterable[Pair | Preference], *, on_conflict: OnConflict = "refuse") -> Written:
+    def add(
+        self, items: Iterable[Pair | Preference], *, replace: bool = False, on_bad: OnBad | None = None
+    ) -> Written:
         """Writes pairs that wait for a label, and preferences with their pairs, in one transaction: all or nothing.
 
+        Args:
+            items: in their order: of two that contradict each other, the second is the later one.
+            replace: a rater's later say takes the place of the earlier one.
+            on_bad: given, what cannot be stored is told to it and left out; otherwise it is raised.
+
         Raises:
-            ConflictError: a rater has said otherwise before (with `refuse`); the message says where and what.
+            ConflictError: a rater has said otherwise before, and `replace` is off.
             PreferenceError: a picture that neither came along nor is there, a rating off the scale, or the database
                 cannot be reached. Whatever `items` raises is passed on, and nothing is written then either.
         """
@@ -123,75 +131,86 @@ class PreferenceStore:
         rest = iter(items)
         with explained(self._engine.url), self._writing.begin() as connection:
             while chunk := list(islice(rest, _CHUNK)):
-                self._add_chunk(connection, chunk, on_conflict, written)
+                self._add_chunk(connection, chunk, replace, on_bad, written)
         return written
 
     def _add_chunk(
-        self, connection: Connection, chunk: Sequence[Pair | Preference], on_conflict: OnConflict, written: Written
+        self,
+        connection: Connection,
+        chunk: Sequence[Pair | Preference],
+        replace: bool,
+        on_bad: OnBad | None,
+        written: Written,
     ) -> None:
+        def refuse(error: PreferenceError) -> None:
+            if on_bad is None:
+                raise error
+            on_bad(error)
+            written.bad += 1
+
+        known = self._add_pictures(connection, [_pair_of(item) for item in chunk])
+        good = []
         for item in chunk:
-            if isinstance(item, Preference):
-                self._check_ratings(item)
-        pairs = {item.id: item for item in (each if isinstance(each, Pair) else each.pair for each in reversed(chunk))}
-        self._add_pictures(connection, pairs.values(), [_pair_of(each) for each in chunk])
+            if (error := self._wrong(item, known)) is None:
+                good.append(item)
+            else:
+                refuse(error)
+        pairs = {item.id: item for item in map(_pair_of, reversed(good))}
         written.pairs += len(insert_absent(connection, PAIRS, [self._pair_row(pair) for pair in pairs.values()]))
-        stored = {
-            row.id: row.caption_a
-            for row in connection.execute(select(PAIRS.c.id, PAIRS.c.caption_a).where(PAIRS.c.id.in_(pairs)))
-        }
+        first = select(PAIRS.c.id, PAIRS.c.caption_a).where(PAIRS.c.id.in_(pairs))
+        stored = {row.id: row.caption_a for row in connection.execute(first)}
         said = [
             each if each.pair.caption_a == stored[each.pair.id] else each.flipped()
-            for each in chunk
+            for each in good
             if isinstance(each, Preference)
         ]
-        self._add_said(connection, said, on_conflict, written)
+        for error in self._add_said(connection, said, replace, written):
+            refuse(error)
 
-    def _add_pictures(self, connection: Connection, pairs: Iterable[Pair], every: Sequence[Pair]) -> None:
-        data = {pair.image_hash: pair.image for pair in every if pair.image is not None}
+    def _add_pictures(self, connection: Connection, pairs: Sequence[Pair]) -> set[str]:
+        """Stores what came along; returns those of the pairs' pictures that are there now."""
+        data = {pair.image_hash: pair.image for pair in pairs if pair.image is not None}
         insert_absent(connection, PICTURES, [{"hash": name, "data": image} for name, image in data.items()])
         asked = {pair.image_hash for pair in pairs} - data.keys()
-        known = set(connection.execute(select(PICTURES.c.hash).where(PICTURES.c.hash.in_(asked))).scalars())
-        for pair in every:
-            if pair.image_hash in asked - known:
-                raise pair.wrong(
-                    f"picture {pair.image_hash} is unknown to the store: give its bytes, or a path to its file"
-                )
+        found = connection.execute(select(PICTURES.c.hash).where(PICTURES.c.hash.in_(asked))).scalars()
+        return {*data, *found}
 
     def _add_said(
-        self, connection: Connection, said: Sequence[Preference], on_conflict: OnConflict, written: Written
-    ) -> None:
-        """Writes them in their order: of two that contradict each other within `said`, the second is the later one."""
+        self, connection: Connection, said: Sequence[Preference], replace: bool, written: Written
+    ) -> Iterator[ConflictError]:
+        """Writes them; yields what contradicts an earlier say and does not replace it."""
         rows = {each.id: self._preference_row(each) for each in reversed(said)}
         inserted = insert_absent(connection, PREFERENCES, list(rows.values()))
-        stored = {
-            row.id: (row.choice, row.rating_a, row.rating_b)
-            for row in connection.execute(select(PREFERENCES).where(PREFERENCES.c.id.in_(rows)))
-        }
+        found = connection.execute(select(PREFERENCES).where(PREFERENCES.c.id.in_(rows)))
+        stored = {row.id: (row.choice, row.rating_a, row.rating_b) for row in found}
         for each in said:
             if each.says == stored[each.id]:
                 is_new = each.id in inserted
                 inserted.discard(each.id)
                 written.new += is_new
                 written.same += not is_new
-            elif on_conflict == "skip":
-                written.skipped += 1
-            elif on_conflict == "replace":
+            elif replace:
                 changed = self._preference_row(each)
                 connection.execute(update(PREFERENCES).where(PREFERENCES.c.id == each.id).values(changed))
                 stored[each.id] = each.says
                 written.replaced += 1
             else:
-                raise _conflict(each, stored[each.id])
+                yield _conflict(each, stored[each.id])
 
-    def _check_ratings(self, preference: Preference) -> None:
+    def _wrong(self, item: Pair | Preference, known: set[str]) -> PreferenceError | None:
+        """What keeps it out of the store, other than what is in there already."""
+        pair = _pair_of(item)
+        if pair.image_hash not in known:
+            return pair.wrong(f"picture {pair.image_hash} is unknown to the store: give its bytes, or a path to its file")
         low, high = self.rating_scale
-        for name in ("rating_a", "rating_b"):
-            rating = getattr(preference, name)
+        for name in ("rating_a", "rating_b") if isinstance(item, Preference) else ():
+            rating = getattr(item, name)
             if rating is not None and not low <= rating <= high:
-                raise preference.pair.wrong(
+                return pair.wrong(
                     f"{name}={rating:g} is off the scale of {self._where}, {low:g} to {high:g}: bring it onto the "
                     "scale, or leave it out"
                 )
+        return None
 
     def _pair_row(self, pair: Pair) -> dict[str, Any]:
         return {
@@ -249,7 +268,7 @@ class PreferenceStore:
                 .order_by(labels, PAIRS.c.id)
                 .limit(1)
             ).one_or_none()
-        return None if row is None else replace(_pair(row), image=row.data)
+        return None if row is None else replaced(_pair(row), image=row.data)
 
     def preferences(self, *, pictures: bool = False) -> Iterator[Preference]:
         """All of them, by pair and rater; each with its picture if asked for.
@@ -295,7 +314,7 @@ def _pair_of(item: Pair | Preference) -> Pair:
 
 def _pair(row: Row[Any]) -> Pair:
     pair = Pair(row.image_hash, row.prompt, row.caption_a, row.caption_b, row.source)
-    return replace(pair, image=row.data) if "data" in row._fields else pair
+    return replaced(pair, image=row.data) if "data" in row._fields else pair
 
 
 def _conflict(preference: Preference, before: tuple[Any, ...]) -> ConflictError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -62,9 +61,11 @@ def test_another_answer_of_the_same_rater_is_refused_replaces_or_is_left_out(
     with pytest.raises(ConflictError, match="replace the old"):
         store.add([preference(rater="new"), second])
     assert [p.rater for p in store.preferences()] == ["ann"]  # nothing of the refused call stayed
-    assert store.add([second], on_conflict="skip") == Written(skipped=1)
+    told: list[PreferenceError] = []
+    assert store.add([second], on_bad=told.append) == Written(bad=1)
+    assert ["votes.jsonl, line 7" in str(error) for error in told] == [True]
     assert [p.choice for p in store.preferences()] == ["a"]
-    assert store.add([second, second], on_conflict="replace") == Written(replaced=1, same=1)
+    assert store.add([second, second], replace=True) == Written(replaced=1, same=1)
     assert [p.choice for p in store.preferences()] == ["b"]
 
 
@@ -73,6 +74,10 @@ def test_a_picture_that_nobody_brought_is_refused(store: PreferenceStore) -> Non
     with pytest.raises(PreferenceError, match=r"votes\.parquet, row 3: picture [0-9a-f]{64} is unknown"):
         store.add([pair(shade=1), Preference(bare, "a", "ann")])
     assert store.count_pairs() == 0
+    told: list[PreferenceError] = []
+    bad = [Preference(bare, "a", "ann"), preference(rater="bob", shade=2, ratings=(7, None))]
+    assert store.add([bad[0], preference(shade=2), bad[1]], on_bad=told.append) == Written(new=1, pairs=1, bad=2)
+    assert len(told) == 2
     store.add([pair()])
     assert store.add([Preference(bare, "a", "ann")]) == Written(new=1)
 
@@ -176,8 +181,6 @@ def _write(url: str, rater: str, count: int) -> int:
 
 def test_writers_in_several_processes_lose_and_double_nothing(url: str) -> None:
     raters, count = [f"w{i}" for i in range(5)], 12
-    with ThreadPoolExecutor(1) as pool:  # the tables too are made by whoever comes first
-        pool.submit(PreferenceStore, url).result().close()
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         new = pool.starmap(_write, [(url, rater, count) for rater in raters])
     assert sum(new) == (len(raters) + 1) * count
