@@ -152,7 +152,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Preference
             schema = file.schema_arrow
             _check_columns(schema, path)
             names = [name for name in PREFERENCE_SCHEMA.names if name in schema.names]
-            wanted = pa.schema([PREFERENCE_SCHEMA.field(name).with_nullable(True) for name in names])
+            wanted = pa.schema([PREFERENCE_SCHEMA.field(name) for name in names])
             number = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=names):
                 table = pa.Table.from_batches([batch]).select(names).cast(wanted)
@@ -174,7 +174,7 @@ def _check_columns(schema: pa.Schema, path: Path) -> None:
         if field.name not in schema.names:
             continue
         try:
-            pa.schema([schema.field(field.name)]).empty_table().cast(pa.schema([field.with_nullable(True)]))
+            pa.schema([schema.field(field.name)]).empty_table().cast(pa.schema([field]))
         except (pa.ArrowException, ValueError):
             found = schema.field(field.name).type
             raise PreferenceError(f"{path}: column {field.name} is {found}; it must be {field.type}") from None

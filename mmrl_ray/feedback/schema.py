@@ -31,12 +31,13 @@ Choice = Literal["a", "b", "tie"]
 _NAME_CHARS = 128
 _ID_CHARS = 32
 
+# Nullable all of them: `datasets` takes no hint about a column that is not.
 _FIELDS = (
-    pa.field("id", pa.string(), nullable=False),
-    pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), nullable=False),
-    pa.field("prompt", pa.string(), nullable=False),
-    pa.field("caption_a", pa.string(), nullable=False),
-    pa.field("caption_b", pa.string(), nullable=False),
+    pa.field("id", pa.string()),
+    pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    pa.field("prompt", pa.string()),
+    pa.field("caption_a", pa.string()),
+    pa.field("caption_b", pa.string()),
     pa.field("choice", pa.string()),
     pa.field("rater", pa.string()),
     pa.field("source", pa.string()),

@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, load_dataset
 
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.errors import PreferenceError
@@ -56,11 +55,14 @@ def test_export_and_import_go_round_between_stores_of_both_kinds(store: Preferen
     assert store.add(read_preferences(tmp_path / "b.jsonl")) == Written(same=2)
 
 
-def test_other_programs_open_the_parquet(tmp_path: Path) -> None:
+def test_other_programs_open_the_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
     file = tmp_path / "votes.parquet"
     write_preferences(file, ITEMS)
     assert pq.read_schema(file).equals(PREFERENCE_SCHEMA)
-    rows: Dataset = load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[0]["image"].size == (4, 4)
     assert rows["choice"][:] == ["b", "tie", None]
 
