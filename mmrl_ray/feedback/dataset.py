@@ -55,11 +55,12 @@ def write_split(preferences: Iterable[Preference], train: str, held_out: str, *,
     """
     sizes = [0, 0]
     with ExitStack() as stack:
-        writers: list[ShardWriter | None] = [None, None]
+        # The first to come is the last to be moved into place: where `train` is, both are.
+        writers: list[ShardWriter | None] = [stack.enter_context(ShardWriter(train)), None]
         for pair, label in labelled(preferences):
             side = int(_fraction(pair.image_hash) < share)
             if (writer := writers[side]) is None:
-                writer = writers[side] = stack.enter_context(ShardWriter((train, held_out)[side]))
+                writer = writers[side] = stack.enter_context(ShardWriter(held_out))
             writer.write(sample_of(pair, label))
             sizes[side] += 1
         if not sizes[0]:
