@@ -194,6 +194,9 @@ class ServingSection(Section):
     """What one key may do."""
     remote_images: RemoteImagesSection = RemoteImagesSection()
     """Images by URL."""
+    preferences: str | None = None
+    """SQLAlchemy URL of a store of preferences: keys with the role feedback may label its pairs and bring new ones.
+    None by default."""
     fine_tuning: FineTuningSection | None = None
     """Jobs over HTTP; none by default."""
 

@@ -37,7 +37,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from mmrl_ray.errors import ConfigError, PreferenceError
+from mmrl_ray.errors import ConfigError, PreferenceStoreError
 
 SCHEMA_VERSION = 1
 BUSY_S = 30.0
@@ -90,7 +90,7 @@ def open_database(url: str) -> Engine:
 
     Raises:
         ConfigError: no such URL, its driver is not installed, or it is neither SQLite nor PostgreSQL.
-        PreferenceError: the database cannot be reached.
+        PreferenceStoreError: the database cannot be reached.
     """
     try:
         parsed = make_url(url)
@@ -120,13 +120,13 @@ def explained(url: URL) -> Iterator[None]:
     """Turns what the database says into one line.
 
     Raises:
-        PreferenceError: it said something.
+        PreferenceStoreError: it said something.
     """
     try:
         yield
     except SQLAlchemyError as error:
         cause = (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]
-        raise PreferenceError(f"preference store {shown(url)}: {cause}") from error
+        raise PreferenceStoreError(f"preference store {shown(url)}: {cause}") from error
 
 
 def insert_absent(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> set[str]:
@@ -152,7 +152,7 @@ def _make_folder(url: URL) -> None:
     try:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PreferenceError(f"preference store {url.database}: {error.strerror}") from error
+        raise PreferenceStoreError(f"preference store {url.database}: {error.strerror}") from error
 
 
 def _tune_sqlite(engine: Engine) -> None:

@@ -72,7 +72,7 @@ class PreferenceStore:
 
         Raises:
             ConfigError: no such URL or driver, or the store has another scale or another version.
-            PreferenceError: the database cannot be reached.
+            PreferenceStoreError: the database cannot be reached, here or later.
         """
         self._now = now
         self._engine = open_database(url)

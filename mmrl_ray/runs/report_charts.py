@@ -74,6 +74,8 @@ PANELS: tuple[_Panel, ...] = (
         exclude=("reward/mean", "reward/std", "reward/group_std", "reward/zero_variance_groups", "reward/with_kl"),
     ),
     _Panel("Loss and its terms", ("loss", "loss/")),
+    _Panel("Preferences", ("dpo/accuracy", "dpo/confidence"), unit="share of the step's pairs"),
+    _Panel("Implicit rewards", ("dpo/reward_chosen", "dpo/reward_rejected", "dpo/margin")),
     _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
     _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
     _Panel("Gradient norm", ("grad_norm",)),

@@ -41,6 +41,7 @@ from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory
+from mmrl_ray.runs.preferences import has_measured, measure_pairs, pair_data, preferences_json
 from mmrl_ray.runs.preflight import check_model, evaluation_split
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
@@ -54,7 +55,10 @@ from mmrl_ray.telemetry.logs import start_logging
 SUMMARY = "summary.json"
 _WATCH_S = 0.5
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
-_SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl", "samples_per_second": "samples/s"}
+_SHOWN = {
+    **{"reward/mean": "reward", "loss": "loss", "kl": "kl"},
+    **{"dpo/accuracy": "accuracy", "samples_per_second": "samples/s"},
+}
 
 
 def train(cfg: Config, *, resume: bool = False, address: str | None = None, debug: bool = False) -> str:
@@ -78,6 +82,7 @@ class _Run:
         self._cfg = cfg
         self._progress = progress
         self._memory = memory
+        self._pairs: list[Sample] = []
         self._seconds: dict[str, float] = {}
         self._began = time.monotonic()
 
@@ -104,6 +109,8 @@ class _Run:
             if not resume:
                 run.write_text("config.yaml", dump_config(cfg))
             statistics = self._statistics(run)
+            with self._timed("preferences"):
+                start, self._pairs = pair_data(start, run)
             with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
@@ -152,6 +159,8 @@ class _Run:
                         self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
                     else:  # a later version's captions would pass for the first one's
                         self._progress.note("evaluate (before): left out, the run is past its beginning")
+                if is_beginning and not has_measured(run, "before"):
+                    self._measure_pairs(cfg, run, "before", controller)
                 with self._timed("learning"):
                     self._watch(controller, learner)
                     outcome = learner.result()
@@ -159,6 +168,7 @@ class _Run:
                 raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
             if samples:
                 self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
+            self._measure_pairs(cfg, run, "after", controller)
         finally:
             controller.close()
 
@@ -190,6 +200,12 @@ class _Run:
             shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
             self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
 
+    def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
+        """What the policy makes of the held-out pairs, if there are any."""
+        if self._pairs:
+            with self._timed(f"preferences_{name}"):
+                self._progress.note(measure_pairs(cfg, run, name, controller, self._pairs))
+
     def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
         """Shows the newest step until the learner group is done."""
         update: ProgressFn = self._progress.phase("learning")
@@ -211,6 +227,7 @@ class _Run:
             "status": status,
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
+            **({"preferences": pairs} if (pairs := preferences_json(run)) else {}),
             "seconds": seconds,
             "peak_memory_bytes": self._memory.peak_bytes,
             "cpus": os.cpu_count(),
