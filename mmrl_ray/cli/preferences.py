@@ -34,7 +34,9 @@ def import_(
     replace: Annotated[
         bool, typer.Option("--replace", help="Where a rater said otherwise before, the new say counts.")
     ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out; otherwise one stops it all.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad rows out; otherwise one stops it all.")
+    ] = False,
     rating_scale: Annotated[
         tuple[float, float] | None,
         typer.Option("--rating-scale", help="Lowest and highest rating of a new store; 0 to 1 else."),
@@ -68,7 +70,7 @@ def export(
     from mmrl_ray.feedback.schema import blinded
     from mmrl_ray.feedback.store import PreferenceStore
 
-    with PreferenceStore(store) as opened:
+    with PreferenceStore(store, must_exist=True) as opened:
         items: Iterable[Pair | Preference]
         if unlabelled:
             items = (blinded(pair, seed) for pair in opened.unlabelled(pictures=True))
@@ -84,7 +86,7 @@ def stats(store: _STORE = _DEFAULT) -> None:
     from mmrl_ray.feedback.stats import preference_stats
     from mmrl_ray.feedback.store import PreferenceStore
 
-    with PreferenceStore(store) as opened:
+    with PreferenceStore(store, must_exist=True) as opened:
         pairs, found = opened.count_pairs(), preference_stats(opened.preferences())
     for line in _lines(pairs, found):
         typer.echo(line)
@@ -112,7 +114,9 @@ def sample(
     found = sample_pairs(RunDir.at(run), pairs, seed=seed, strategy=known[strategy], by_reward=by_reward)
     with PreferenceStore(store) as opened:
         written = opened.add(found)
-    fewer = "" if len(found) == pairs else f" (of {pairs:,} asked for: the run's log has no more groups of two captions)"
+    fewer = (
+        "" if len(found) == pairs else f" (of {pairs:,} asked for: the run's log has no more groups of two captions)"
+    )
     typer.echo(f"{store}: {len(found):,} pairs of {run}{fewer}: {_told(written)}")
 
 

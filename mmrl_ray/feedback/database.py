@@ -85,12 +85,12 @@ PREFERENCES = Table(
 _INDEXES = (Index("mmrl_preferences_by_rater", PREFERENCES.c.rater),)
 
 
-def open_database(url: str) -> Engine:
+def open_database(url: str, *, must_exist: bool = False) -> Engine:
     """An engine whose tables are there.
 
     Raises:
         ConfigError: no such URL, its driver is not installed, or it is neither SQLite nor PostgreSQL.
-        PreferenceStoreError: the database cannot be reached.
+        PreferenceStoreError: the database cannot be reached, or is an SQLite file that is not there but `must_exist`.
     """
     try:
         parsed = make_url(url)
@@ -98,6 +98,11 @@ def open_database(url: str) -> Engine:
         if backend not in ("sqlite", "postgresql"):
             raise ConfigError(f"preference store {shown(parsed)}: {backend} is neither sqlite nor postgresql")
         if backend == "sqlite":
+            if must_exist and not Path(parsed.database or "").is_file():
+                raise PreferenceStoreError(
+                    f"preference store {shown(parsed)}: there is no such file; `mmrl preferences import` and "
+                    "`mmrl preferences sample` make one"
+                )
             _make_folder(parsed)
             engine = create_engine(parsed, connect_args={"timeout": BUSY_S})
             _tune_sqlite(engine)

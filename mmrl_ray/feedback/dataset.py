@@ -1,8 +1,8 @@
 """From the store to what a run trains on: pairs with one label each, as the data sets that every run reads.
 
 Several raters of a pair become one probability, the mean of their votes (a 1, b 0, a tie ½). A row is a sample whose
-captions travel in its metadata, so that the one reader of data sets, with its seeded order, its quarantine and its exact
-resume, reads pairs, too.
+captions travel in its metadata, so that the one reader of data sets, with its seeded order, its quarantine and its
+exact resume, reads pairs, too.
 """
 
 from __future__ import annotations

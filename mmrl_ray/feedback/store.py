@@ -1,8 +1,9 @@
 """The store of preferences: pairs in, what raters say about them in, both out again; safe for many processes.
 
 A row is named by its content, so writing the same preference twice is writing it once. A rater has one say about a
-pair: another one later is refused (`ConflictError`) unless the caller asks for it to replace the first. The captions of a pair keep the order in which they first came; later rows that have them the other way round are
-turned round, their choice, ratings and `shown_first` with them.
+pair: another one later is refused (`ConflictError`) unless the caller asks for it to replace the first. The captions
+of a pair keep the order in which they first came; later rows that have them the other way round are turned round, their
+choice, ratings and `shown_first` with them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class PreferenceStore:
         url: str,
         *,
         rating_scale: tuple[float, float] | None = None,
+        must_exist: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """Opens the database, and makes its tables where there are none.
@@ -68,6 +70,7 @@ class PreferenceStore:
         Args:
             url: SQLAlchemy's; `sqlite:///preferences.db`, `postgresql+psycopg://user@host/name`.
             rating_scale: (lowest, highest) rating; that of the store where it is there already, else 0 to 1.
+            must_exist: do not make an SQLite file that is not there.
             now: for `created`.
 
         Raises:
@@ -75,7 +78,7 @@ class PreferenceStore:
             PreferenceStoreError: the database cannot be reached, here or later.
         """
         self._now = now
-        self._engine = open_database(url)
+        self._engine = open_database(url, must_exist=must_exist)
         self._writing = self._engine.execution_options(mmrl_writes=True)
         self._where = shown(self._engine.url)
         low, high = rating_scale or RATING_SCALE
@@ -112,9 +115,7 @@ class PreferenceStore:
 
     # -- in ----------------------------------------------------------------------------------------------------------
 
-    def add(
-        self, items: Iterable[Pair | Preference], *, replace: bool = False, on_bad: OnBad | None = None
-    ) -> Written:
+    def add(self, items: Iterable[Pair | Preference], *, replace: bool = False, on_bad: OnBad | None = None) -> Written:
         """Writes pairs that wait for a label, and preferences with their pairs, in one transaction: all or nothing.
 
         Args:
@@ -201,7 +202,9 @@ class PreferenceStore:
         """What keeps it out of the store, other than what is in there already."""
         pair = _pair_of(item)
         if pair.image_hash not in known:
-            return pair.wrong(f"picture {pair.image_hash} is unknown to the store: give its bytes, or a path to its file")
+            return pair.wrong(
+                f"picture {pair.image_hash} is unknown to the store: give its bytes, or a path to its file"
+            )
         low, high = self.rating_scale
         for name in ("rating_a", "rating_b") if isinstance(item, Preference) else ():
             rating = getattr(item, name)
@@ -299,6 +302,11 @@ class PreferenceStore:
         """Labelled or not; raises as `preferences`."""
         with explained(self._engine.url), self._engine.begin() as connection:
             return connection.execute(select(func.count()).select_from(PAIRS)).scalar_one()
+
+    def count_labelled(self) -> int:
+        """Pairs that somebody has labelled; raises as `preferences`."""
+        with explained(self._engine.url), self._engine.begin() as connection:
+            return connection.execute(select(func.count(PREFERENCES.c.pair_id.distinct()))).scalar_one()
 
     def _rows(self, query: Any, pictures: bool) -> Iterator[Row[Any]]:
         """The query's rows as they come, in one transaction: what is written meanwhile is not among them."""

@@ -1,7 +1,7 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): a policy learns from pairs, with no reward.
 
-A caption's implicit reward is r = β·(log π_θ(y|x) − log π_ref(y|x)), summed over its tokens. With p the probability that
-a is liked better than b (1 or 0 for one rater, between them for several who differ, ½ for a tie) and ε the label
+A caption's implicit reward is r = β·(log π_θ(y|x) − log π_ref(y|x)), summed over its tokens. With p the probability
+that a is liked better than b (1 or 0 for one rater, between them for several who differ, ½ for a tie) and ε the label
 smoothing,
 
     L = −[q·log σ(r_a − r_b) + (1 − q)·log σ(r_b − r_a)],  q = (1 − 2ε)·p + ε,  averaged over pairs.

@@ -2,8 +2,8 @@
 
     load version → encode prompts and captions → log-probs under the reference (and the policy, to measure) → labels
 
-So pairs take the way that rollouts take, with their plans, buffer, log, checkpoints and resume. The reference is the same
-for every version, and its log-probs are made here, beside the learner, image and prompt once for both captions.
+So pairs take the way that rollouts take, with their plans, buffer, log, checkpoints and resume. The reference is the
+same for every version, and its log-probs are made here, beside the learner, image and prompt once for both captions.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class PairEngine(RolloutEngine):
     def _check_captions(self, request: GroupRequest) -> None:
         pair = pair_of(request.sample)
         for caption in pair.captions if pair is not None else ():
-            tokens, limit = self._backend.caption_tokens(caption).numel(), request.sampling.max_new_tokens
+            # Its end does not count: a caption of a rollout that was cut off got one only here.
+            tokens, limit = self._backend.caption_tokens(caption).numel() - 1, request.sampling.max_new_tokens
             if tokens > limit:
                 raise DataError(
-                    f"caption {caption!r:.60} has {tokens} tokens with its end, and rollout.max_new_tokens={limit}: "
-                    "raise it, or leave the pair out"
+                    f"caption {caption!r:.60} has {tokens} tokens, above rollout.max_new_tokens={limit}: raise it, or "
+                    "leave the pair out"
                 )
 
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:

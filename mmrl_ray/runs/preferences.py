@@ -11,6 +11,7 @@ from typing import Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, read_split
+from mmrl_ray.errors import PreferenceError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams
 from mmrl_ray.feedback.dataset import pair_of, write_split
 from mmrl_ray.feedback.store import PreferenceStore
@@ -22,6 +23,21 @@ from mmrl_ray.runs.statistics import RESAMPLES
 
 TRAIN, HELD_OUT = "preferences/train", "preferences/held_out"
 _FILE = "eval/preferences_{name}.json"
+
+
+def check_pairs(cfg: Config) -> int:
+    """Labelled pairs in the store of a run that needs one; 0 of any other.
+
+    Raises:
+        PreferenceError: the store is not there, or has none.
+    """
+    if (wanted := cfg.data.preferences) is None:
+        return 0
+    with PreferenceStore(wanted.store, must_exist=True) as store:
+        pairs = store.count_labelled()
+    if not pairs:
+        raise PreferenceError(f"data.preferences.store={wanted.store}: nobody has labelled a pair yet")
+    return pairs
 
 
 def pair_data(cfg: Config, run: RunDir) -> tuple[Config, list[Sample]]:
@@ -39,7 +55,7 @@ def pair_data(cfg: Config, run: RunDir) -> tuple[Config, list[Sample]]:
     train, held_out = f"{run.location}/{TRAIN}", f"{run.location}/{HELD_OUT}"
     if not run.exists(TRAIN):
         run.delete(HELD_OUT)  # of a driver that was killed in between
-        with PreferenceStore(wanted.store) as store:
+        with PreferenceStore(wanted.store, must_exist=True) as store:
             write_split(store.preferences(pictures=True), train, held_out, share=wanted.held_out)
     pairs = []
     if run.exists(HELD_OUT):
@@ -70,7 +86,7 @@ def measure_pairs(cfg: Config, run: RunDir, name: str, controller: ControllerCli
 
 
 def preferences_json(run: RunDir) -> dict[str, Any]:
-    """`preferences` of the summary: accuracy and margin of the implicit reward on held-out pairs, and their differences.
+    """`preferences` of the summary: accuracy and margin of the implicit reward on held-out pairs, and how they changed.
 
     Accuracy is the share of pairs whose better caption has the larger implicit reward; equal ones count ½, as all do
     before training, when the policy is the reference.

@@ -41,7 +41,7 @@ from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory
-from mmrl_ray.runs.preferences import has_measured, measure_pairs, pair_data, preferences_json
+from mmrl_ray.runs.preferences import check_pairs, has_measured, measure_pairs, pair_data, preferences_json
 from mmrl_ray.runs.preflight import check_model, evaluation_split
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
@@ -100,6 +100,8 @@ class _Run:
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
             check_model(start)
+            if not resume:
+                check_pairs(cfg)
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
         write_status(run, "starting", STARTING_S)

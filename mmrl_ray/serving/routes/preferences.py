@@ -127,9 +127,7 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
             at_most("captions", len(text), tools.limits.max_text_chars, "characters")
         rater = _rater(request, body.user)
         images = await tools.pictures.at([] if body.image is None else [body.image])
-        return json_answer(
-            await _in_thread(tools, lambda: _write(store, body, rater, images[0] if images else None))
-        )
+        return json_answer(await _in_thread(tools, lambda: _write(store, body, rater, images[0] if images else None)))
 
 
 def _write(store: PreferenceStore, body: PreferenceRequest, rater: str, image: bytes | None) -> PreferenceAnswer:
@@ -142,9 +140,7 @@ def _write(store: PreferenceStore, body: PreferenceRequest, rater: str, image: b
     first, second = body.ratings or (None, None)
     said = Preference(pair, _CHOICES[body.choice], rater, first, second, shown_first="a")
     written = store.add([said], replace=body.replace)
-    status: Literal["new", "same", "replaced"] = (
-        "new" if written.new else "replaced" if written.replaced else "same"
-    )
+    status: Literal["new", "same", "replaced"] = "new" if written.new else "replaced" if written.replaced else "same"
     return PreferenceAnswer(id=said.id, pair=pair.id, rater=rater, status=status)
 
 
@@ -191,5 +187,8 @@ async def _in_thread(tools: Tools, work: Callable[[], Answer]) -> Answer:
     except PreferenceStoreError as error:
         _LOG.error("%s", error)
         raise problem(
-            503, "preferences cannot be stored now: try again later", code="preferences_unavailable", type="server_error"
+            503,
+            "preferences cannot be stored now: try again later",
+            code="preferences_unavailable",
+            type="server_error",
         ) from error

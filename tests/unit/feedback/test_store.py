@@ -105,7 +105,7 @@ def test_what_makes_no_pair_is_refused() -> None:
     with pytest.raises(PreferenceError, match="line 2: both captions are 'a cat'"):
         pair("a cat", " a cat ", where="line 2")
     for text_ in ("half \ud800", "nul \0"):
-        with pytest.raises(PreferenceError, match="caption_b .* is no text"):
+        with pytest.raises(PreferenceError, match=r"caption_b .* is no text"):
             pair("a cat", text_)
     for choice in ("c", None, ""):
         with pytest.raises(PreferenceError, match="is none of a, b, tie"):

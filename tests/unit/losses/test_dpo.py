@@ -71,7 +71,7 @@ def test_loss_equals_the_formula(seed: int, pairs: int, tokens: int, beta: float
 
 
 def test_gradient_is_the_papers() -> None:
-    """−β·σ(r_rejected − r_chosen) on each token of the chosen caption, + on the rejected one's; and finite differences."""
+    """−β·σ(r_rejected − r_chosen) on each token of the chosen caption, + on the rejected one's."""
     logprobs, reference, mask, _ = c = case(3, 4, 5, labels=(1.0,))
     theta = torch.from_numpy(np.where(mask, logprobs, 0.0)).requires_grad_()
     found = run(c, denominator=4.0, beta=0.3, theta=theta)

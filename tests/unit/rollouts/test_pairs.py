@@ -80,13 +80,13 @@ def test_an_evaluation_also_asks_the_policy(tiny: Path) -> None:
 
 def test_a_pair_that_cannot_be_used_is_told_and_the_others_go_on(tiny: Path) -> None:
     engine, _ = engine_on(tiny)
-    long = pair_sample(1, ("w1 w2 w3 w4 w5", "w1"))
+    long = pair_sample(1, ("w1 w2 w3 w4 w5 w6", "w1"))
     special = pair_sample(2, ("w1 <image>", "w1"))
     broken = replace(pair_sample(3, CAPTIONS[0]), images=(b"no picture",))
     result = run(engine, [pair_sample(0, CAPTIONS[0]), long, special, broken])
     assert [g.sample_id for g in result.groups] == ["pair0"]
     reasons = {failure.sample_id: failure.reason for failure in result.failures}
-    assert "has 6 tokens with its end, and rollout.max_new_tokens=5" in reasons["pair1"]
+    assert "has 6 tokens, above rollout.max_new_tokens=5" in reasons["pair1"]
     assert "special token '<image>'" in reasons["pair2"]
     assert reasons["pair3"].startswith(ImageError.__name__)
 

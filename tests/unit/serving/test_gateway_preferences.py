@@ -1,4 +1,4 @@
-"""Preferences at the gateway: for feedback keys alone, blinded, each rater once; whatever is wrong as OpenAI says it."""
+"""Preferences at the gateway: for feedback keys alone, blinded, each rater once; errors as OpenAI writes them."""
 
 from __future__ import annotations
 
