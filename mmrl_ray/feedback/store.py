@@ -29,6 +29,7 @@ from mmrl_ray.feedback.database import (
     open_database,
     shown,
 )
+from mmrl_ray.feedback.rows import conflict, pair_from, pair_of, utc
 from mmrl_ray.feedback.schema import Pair, Preference
 
 OnBad = Callable[[PreferenceError], None]
@@ -149,14 +150,14 @@ class PreferenceStore:
             on_bad(error)
             written.bad += 1
 
-        known = self._add_pictures(connection, [_pair_of(item) for item in chunk])
+        known = self._add_pictures(connection, [pair_of(item) for item in chunk])
         good = []
         for item in chunk:
             if (error := self._wrong(item, known)) is None:
                 good.append(item)
             else:
                 refuse(error)
-        pairs = {item.id: item for item in map(_pair_of, reversed(good))}
+        pairs = {item.id: item for item in map(pair_of, reversed(good))}
         written.pairs += len(insert_absent(connection, PAIRS, [self._pair_row(pair) for pair in pairs.values()]))
         first = select(PAIRS.c.id, PAIRS.c.caption_a).where(PAIRS.c.id.in_(pairs))
         stored = {row.id: row.caption_a for row in connection.execute(first)}
@@ -196,11 +197,11 @@ class PreferenceStore:
                 stored[each.id] = each.says
                 written.replaced += 1
             else:
-                yield _conflict(each, stored[each.id])
+                yield conflict(each, stored[each.id])
 
     def _wrong(self, item: Pair | Preference, known: set[str]) -> PreferenceError | None:
         """What keeps it out of the store, other than what is in there already."""
-        pair = _pair_of(item)
+        pair = pair_of(item)
         if pair.image_hash not in known:
             return pair.wrong(
                 f"picture {pair.image_hash} is unknown to the store: give its bytes, or a path to its file"
@@ -251,7 +252,7 @@ class PreferenceStore:
             row = connection.execute(select(PAIRS).where(PAIRS.c.id == pair_id)).one_or_none()
         if row is None:
             raise UnknownPairError(f"no pair has the id {pair_id!r:.70}: ask for the next one to label")
-        return _pair(row)
+        return pair_from(row)
 
     def next_pair(self, rater: str) -> Pair | None:
         """With its picture, a pair that `rater` has not labelled: the one that the fewest have; None when all are done.
@@ -271,7 +272,7 @@ class PreferenceStore:
                 .order_by(labels, PAIRS.c.id)
                 .limit(1)
             ).one_or_none()
-        return None if row is None else replaced(_pair(row), image=row.data)
+        return None if row is None else replaced(pair_from(row), image=row.data)
 
     def preferences(self, *, pictures: bool = False) -> Iterator[Preference]:
         """All of them, by pair and rater; each with its picture if asked for.
@@ -283,20 +284,20 @@ class PreferenceStore:
         query = select(*columns).join(PAIRS, PAIRS.c.id == PREFERENCES.c.pair_id)
         for row in self._rows(query.order_by(PREFERENCES.c.pair_id, PREFERENCES.c.rater), pictures):
             yield Preference(
-                pair=_pair(row),
+                pair=pair_from(row),
                 choice=row.choice,
                 rater=row.rater,
                 rating_a=row.rating_a,
                 rating_b=row.rating_b,
                 shown_first=row.shown_first,
-                created=_utc(row.created),
+                created=utc(row.created),
             )
 
     def unlabelled(self, *, pictures: bool = False) -> Iterator[Pair]:
         """Pairs that nobody has labelled, by id; raises as `preferences`."""
         query = select(PAIRS).outerjoin(PREFERENCES, PREFERENCES.c.pair_id == PAIRS.c.id)
         query = query.where(PREFERENCES.c.id.is_(None)).order_by(PAIRS.c.id)
-        return map(_pair, self._rows(query, pictures))
+        return map(pair_from, self._rows(query, pictures))
 
     def count_pairs(self) -> int:
         """Labelled or not; raises as `preferences`."""
@@ -314,27 +315,3 @@ class PreferenceStore:
             query = query.add_columns(PICTURES.c.data).join(PICTURES, PICTURES.c.hash == PAIRS.c.image_hash)
         with explained(self._engine.url), self._engine.execution_options(yield_per=_CHUNK).connect() as connection:
             yield from connection.execute(query)
-
-
-def _pair_of(item: Pair | Preference) -> Pair:
-    return item if isinstance(item, Pair) else item.pair
-
-
-def _pair(row: Row[Any]) -> Pair:
-    pair = Pair(row.image_hash, row.prompt, row.caption_a, row.caption_b, row.source)
-    return replaced(pair, image=row.data) if "data" in row._fields else pair
-
-
-def _conflict(preference: Preference, before: tuple[Any, ...]) -> ConflictError:
-    pair, (choice, *ratings) = preference.pair, before
-    problem = (
-        f"{preference.rater!r} says {preference.choice!r} (ratings {preference.rating_a}, {preference.rating_b}) of "
-        f"{pair.caption_a!r:.60} against {pair.caption_b!r:.60}, but said {choice!r} "
-        f"(ratings {', '.join(map(str, ratings))}) before: leave it out, or ask for the new one to replace the old"
-    )
-    return ConflictError(f"{pair.where}: {problem}" if pair.where else problem)
-
-
-def _utc(moment: datetime) -> datetime:
-    """SQLite keeps no time zone; what was written is UTC."""
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
