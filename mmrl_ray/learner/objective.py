@@ -1,6 +1,6 @@
 """The loss of one micro-batch, and the sums behind a step's figures. Pure; `N` completions, `T` tokens.
 
-loss = policy gradient + kl.weight · KL(π_θ || π_ref) + adapter_l2 · ‖φ‖² + l2_to_pretrained · ‖θ − θ_pretrained‖²
+    loss = policy gradient + kl.weight · KL(π_θ || π_ref) + adapter_l2 · ‖φ‖² + l2_to_pretrained · ‖θ − θ_pretrained‖²
 
 Or the DPO loss in place of the policy gradient. The first two are shares over the step's denominator, one a
 micro-batch; the last two are added once an update.
