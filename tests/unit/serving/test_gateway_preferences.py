@@ -159,3 +159,9 @@ def test_a_store_out_of_reach_is_503_and_tells_no_address(
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "preferences_unavailable")
     assert "secret-host" not in answer.text
     assert "retry-after" in answer.headers
+
+
+def test_a_relative_file_is_refused_since_replicas_have_folders_of_their_own() -> None:
+    assert ServingSection(preferences="sqlite:////data/p.db").preferences == "sqlite:////data/p.db"
+    with pytest.raises(ValueError, match=r"preferences=sqlite:///p\.db is relative"):
+        ServingSection(preferences="sqlite:///p.db")
