@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -70,9 +70,9 @@ def sample_pairs(
     """
     groups = _read_groups(run)
     rank = _ranking(strategy, seed, groups)
-    best = [min(candidates, key=lambda c: c.rank) for group in groups if (candidates := _candidates(group, rank))]
+    best = [min(_candidates(group, rank), key=lambda c: c.rank, default=None) for group in groups]
     chosen: dict[str, _Candidate] = {}
-    for candidate in sorted(best, key=lambda c: c.rank):
+    for candidate in sorted((c for c in best if c is not None), key=lambda c: c.rank):
         if len(chosen) == count:
             break
         chosen.setdefault(candidate.pair.id, candidate)
@@ -102,7 +102,7 @@ def _read_groups(run: RunDir) -> list[_Group]:
     names = sorted(name for name in run.list(_FOLDER) if name.endswith(".parquet"))
     if not names:
         raise RunError(f"{run.location} has no rollout log: no step was finished yet")
-    rows: dict[tuple[int, int, int], list[dict[str, object]]] = defaultdict(list)
+    rows: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
     for name in names:
         try:
             file = io.BytesIO(run.read_bytes(f"{_FOLDER}/{name}"))
@@ -116,26 +116,22 @@ def _read_groups(run: RunDir) -> list[_Group]:
     return [_group(each) for _, each in sorted(rows.items())]
 
 
-def _group(rows: Sequence[dict[str, object]]) -> _Group:
+def _group(rows: Sequence[dict[str, Any]]) -> _Group:
     first = rows[0]
     captions: dict[str, _Caption] = {}
     for row in rows:
-        text = str(row["caption"]).strip()
-        parts = {part["name"]: float(part["value"]) for part in row["reward_parts"]}  # type: ignore[attr-defined]
-        captions.setdefault(text, _Caption(text, float(row["reward"]), parts))  # type: ignore[arg-type]
-    source = run_source(str(first["run"]), int(first["step"]), str(first["sample_id"]))  # type: ignore[call-overload]
-    return _Group(source, str(first["image_hash"]), str(first["prompt"]), tuple(captions.values()))
+        text = row["caption"].strip()
+        parts = {part["name"]: part["value"] for part in row["reward_parts"]}
+        captions.setdefault(text, _Caption(text, row["reward"], parts))
+    source = run_source(first["run"], first["step"], first["sample_id"])
+    return _Group(source, first["image_hash"], first["prompt"], tuple(captions.values()))
 
 
 Ranking = Callable[[_Caption, _Caption, bytes], tuple[float, bytes] | None]
 """Where a pair stands, the smallest first; None where it is not wanted. The bytes draw among equals."""
 
 
-def _candidates(group: _Group, rank: Ranking) -> list[_Candidate]:
-    return list(_rank_pairs(group, rank))
-
-
-def _rank_pairs(group: _Group, rank: Ranking) -> Iterator[_Candidate]:
+def _candidates(group: _Group, rank: Ranking) -> Iterator[_Candidate]:
     for a, b in combinations(group.captions, 2):
         pair = Pair(group.image_hash, group.prompt, a.text, b.text, group.source)
         place = rank(a, b, pair.id.encode())

@@ -468,7 +468,7 @@ def test_dpo_is_the_papers_loss_on_whole_rows(tiny: Path, budget: int, smoothing
     assert plan.denominator == 3
     metrics = LearnerStep(policy, cfg).run(plan, payloads)
     assert_close(gradient(policy), slopes)
-    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["dpo/accuracy"] == pytest.approx(np.mean(correct))
     assert math.isnan(metrics["kl"])  # stored captions say nothing of it
 
