@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import time
@@ -265,7 +266,8 @@ def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(line[key]) for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+    known = {name: line[key] for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+    return {name: float(value) for name, value in known.items() if math.isfinite(value)}
 
 
 def _versions() -> dict[str, str]:
