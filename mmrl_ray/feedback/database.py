@@ -141,8 +141,8 @@ def insert_absent(connection: Connection, table: Table, rows: list[dict[str, Any
     key = next(iter(table.primary_key.columns))
     # In the order of keys, so that two writers of the same rows wait for each other instead of locking crosswise.
     ordered = sorted(rows, key=lambda row: row[key.name])
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = dialect.insert(table).values(ordered).on_conflict_do_nothing().returning(key)
+    insert: Any = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(table).values(ordered).on_conflict_do_nothing().returning(key)
     return set(connection.execute(statement).scalars())
 
 

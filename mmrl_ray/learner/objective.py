@@ -126,7 +126,8 @@ def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tenso
 
 def step_figures(cfg: LearnerSection, sums: torch.Tensor, regulariser_values: dict[str, float]) -> dict[str, float]:
     """Metrics of one update out of sums over all its micro-batches and ranks; NaN is a figure nobody measured."""
-    stats = (DpoStats if cfg.loss == "dpo" else LossStats).from_tensor(sums[len(NAMES) :])
+    rest = sums[len(NAMES) :]
+    stats: DpoStats | LossStats = DpoStats.from_tensor(rest) if cfg.loss == "dpo" else LossStats.from_tensor(rest)
     head = dict(zip(NAMES, sums[: len(NAMES)].tolist(), strict=True))
     terms = {
         "loss/policy": head["policy"],
