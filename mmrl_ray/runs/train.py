@@ -37,12 +37,12 @@ from mmrl_ray.rollouts.control_files import STARTING_S, conclude_status, write_s
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs import preferences
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
 from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory
-from mmrl_ray.runs.preferences import check_pairs, has_measured, measure_pairs, pair_data, preferences_json
 from mmrl_ray.runs.preflight import check_model, evaluation_split
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
@@ -100,9 +100,9 @@ class _Run:
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
-            check_model(start)
             if not resume:
-                check_pairs(cfg)
+                preferences.check_pairs(cfg)
+            check_model(start)
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
         write_status(run, "starting", STARTING_S)
@@ -113,7 +113,7 @@ class _Run:
                 run.write_text("config.yaml", dump_config(cfg))
             statistics = self._statistics(run)
             with self._timed("preferences"):
-                start, self._pairs = pair_data(start, run)
+                start, self._pairs = preferences.pair_data(start, run)
             with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
@@ -162,7 +162,7 @@ class _Run:
                         self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
                     else:  # a later version's captions would pass for the first one's
                         self._progress.note("evaluate (before): left out, the run is past its beginning")
-                if is_beginning and not has_measured(run, "before"):
+                if is_beginning and not preferences.has_measured(run, "before"):
                     self._measure_pairs(cfg, run, "before", controller)
                 with self._timed("learning"):
                     self._watch(controller, learner)
@@ -207,7 +207,7 @@ class _Run:
         """What the policy makes of the held-out pairs, if there are any."""
         if self._pairs:
             with self._timed(f"preferences_{name}"):
-                self._progress.note(measure_pairs(cfg, run, name, controller, self._pairs))
+                self._progress.note(preferences.measure_pairs(cfg, run, name, controller, self._pairs))
 
     def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
         """Shows the newest step until the learner group is done."""
@@ -230,7 +230,7 @@ class _Run:
             "status": status,
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
-            **({"preferences": pairs} if (pairs := preferences_json(run)) else {}),
+            **({"preferences": pairs} if (pairs := preferences.preferences_json(run)) else {}),
             "seconds": seconds,
             "peak_memory_bytes": self._memory.peak_bytes,
             "cpus": os.cpu_count(),
