@@ -93,6 +93,8 @@ class _Run:
         if not resume:
             RunDir.require_new(cfg.run.root, cfg.run.name)
         with self._timed("data"):
+            if not resume:
+                preferences.check_pairs(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             samples = evaluation_split(cfg)
@@ -100,8 +102,6 @@ class _Run:
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
-            if not resume:
-                preferences.check_pairs(cfg)
             check_model(start)
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
