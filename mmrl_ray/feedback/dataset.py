@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmrl_ray.data.row import Sample
 from mmrl_ray.data.writing import ShardWriter
@@ -96,14 +96,17 @@ def pair_of(sample: Sample) -> LabelledPair | None:
     if _KEY not in sample.metadata:
         return None
     found: Any = sample.metadata[_KEY]
-    if not isinstance(found, Mapping) or not _is_pair(found.get("captions"), str):
+    captions, preferred = (
+        (found.get("captions"), found.get("preferred")) if isinstance(found, Mapping) else (None, None)
+    )
+    if not _is_pair(captions, str):
         raise DataError(f"sample {sample.id!r} has no two captions under {_KEY!r}")
-    if not _is_pair(preferred := found.get("preferred"), float) or abs(sum(preferred) - 1.0) > 1e-9:
+    if not _is_pair(preferred, float) or abs(sum(preferred) - 1.0) > 1e-9:
         raise DataError(f"sample {sample.id!r} has no two probabilities under {_KEY!r}")
-    return LabelledPair((found["captions"][0], found["captions"][1]), (preferred[0], preferred[1]))
+    return LabelledPair((captions[0], captions[1]), (preferred[0], preferred[1]))
 
 
-def _is_pair(value: Any, kind: type) -> bool:
+def _is_pair(value: Any, kind: type) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(each, kind) for each in value)
 
 

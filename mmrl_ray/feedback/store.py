@@ -280,7 +280,7 @@ class PreferenceStore:
         Raises:
             PreferenceError: the database cannot be reached.
         """
-        columns = [PREFERENCES, *(c for c in PAIRS.c if c.name not in ("id", "created"))]
+        columns: list[Any] = [PREFERENCES, *(c for c in PAIRS.c if c.name not in ("id", "created"))]
         query = select(*columns).join(PAIRS, PAIRS.c.id == PREFERENCES.c.pair_id)
         for row in self._rows(query.order_by(PREFERENCES.c.pair_id, PREFERENCES.c.rater), pictures):
             yield Preference(

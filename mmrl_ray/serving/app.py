@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
@@ -70,7 +71,7 @@ def make_app(deps: GatewayDeps) -> FastAPI:
     parts = (add_chat, add_captions, add_models, add_rewards, add_score)
     for add in (*parts, add_preferences, add_runs, add_fine_tuning, add_operations):
         add(app, tools)
-    bodies = [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, PreferenceRequest]
+    bodies: list[type[BaseModel]] = [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, PreferenceRequest]
     document(app, [*bodies, WorkersRequest, FineTuningRequest])
     return app
 
