@@ -5,17 +5,23 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mmrl_ray.config.base import Section
 from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
 
 _BUILTIN = "builtin:"
+_SQLITE = "sqlite:///"
 
 
 def with_absolute_paths(cfg: Config) -> Config:
     """The same config, meaning the same files from whichever folder: that of a Ray worker, or of a later resume."""
-    data = {"train": _absolute(cfg.data.train), "eval": _absolute(cfg.data.eval) if cfg.data.eval is not None else None}
+    data: dict[str, Any] = {"train": _absolute(cfg.data.train)}
+    if cfg.data.eval is not None:
+        data["eval"] = _absolute(cfg.data.eval)
+    if (preferences := cfg.data.preferences) is not None and (file := sqlite_file(preferences.store)) is not None:
+        data["preferences"] = preferences.model_copy(update={"store": f"{_SQLITE}{_absolute(file)}"})
     model = _absolute(cfg.model.path) if Path(cfg.model.path).expanduser().exists() else cfg.model.path
     sections: dict[str, Section] = {
         "run": cfg.run.model_copy(update={"root": _absolute(cfg.run.root)}),
@@ -27,11 +33,18 @@ def with_absolute_paths(cfg: Config) -> Config:
     return cfg.model_copy(update=sections)
 
 
+def sqlite_file(url: str) -> str | None:
+    """The file that an SQLite URL names; None of any other database."""
+    return url.removeprefix(_SQLITE) if url.startswith(_SQLITE) else None
+
+
 def local_paths(cfg: Config) -> dict[str, str]:
     """Paths of a file system, by the keys that name them; not the URIs, nor the ids of a hub."""
     places = {"run.root": cfg.run.root, "data.train": cfg.data.train}
     if cfg.data.eval is not None:
         places["data.eval"] = cfg.data.eval
+    if cfg.data.preferences is not None and (file := sqlite_file(cfg.data.preferences.store)) is not None:
+        places["data.preferences.store"] = file
     if _is_folder(cfg.model.path):
         places["model.path"] = cfg.model.path
     if cfg.sft is not None:
@@ -68,7 +81,7 @@ def refuse_missing(cfg: Config) -> None:
     """
     needed = {key: path for key, path in local_paths(cfg).items() if key not in ("run.root", "sft.cache")}
     if cfg.data.scenes is not None:  # the run makes them
-        needed = {key: path for key, path in needed.items() if not key.startswith("data.")}
+        needed = {key: path for key, path in needed.items() if key not in ("data.train", "data.eval")}
     missing = {key: path for key, path in needed.items() if not Path(path).expanduser().exists()}
     if missing:
         raise ConfigError("\n".join(f"{key}={path} does not exist: check the path" for key, path in missing.items()))
@@ -79,6 +92,7 @@ def _remedy(key: str, path: str) -> str:
         "run.root": "name storage that every node sees, such as --set run.root=s3://bucket/runs",
         "model.path": "name a hub id, or a folder on storage that every node sees",
         "sft.cache": "name a folder on storage that every node sees",
+        "data.preferences.store": "name a PostgreSQL database, postgresql+psycopg://user@host/name",
     }.get(key, f"copy it to storage that every node sees, and name that, such as --set {key}=s3://bucket/data")
     return f"{what}; or, if all nodes have it under this very path, add --shared-paths {PurePosixPath(path).parent}"
 

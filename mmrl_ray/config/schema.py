@@ -63,6 +63,12 @@ class Config(Section):
                 "some learners would never work": groups < learner.max_workers,
                 f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
                 "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
+                f"rollout.group_size={rollout.group_size} must be 2 with learner.loss=dpo: the captions of a pair "
+                "are a group": learner.loss == "dpo" and rollout.group_size != 2,
+                "learner.loss=dpo needs data.preferences: write its store, as in "
+                "{store: 'sqlite:///preferences.db'}": learner.loss == "dpo" and self.data.preferences is None,
+                f"data.preferences is read by learner.loss=dpo alone, not by learner.loss={learner.loss}: "
+                "take it away, or write algorithm: dpo": learner.loss != "dpo" and self.data.preferences is not None,
             }
         )
         return self

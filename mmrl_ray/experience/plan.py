@@ -59,6 +59,8 @@ def build_step_plan(
     lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
     scales, denominator = completion_scales(learner.aggregation, lengths.flatten(), max_new_tokens=max_new_tokens)
     scales = scales.reshape(lengths.shape)
+    if learner.loss == "dpo":
+        denominator = float(len(live))  # pairs
     planned = tuple(
         PlannedGroup(
             key=group.key,

@@ -29,10 +29,13 @@ from mmrl_ray.rollouts.backend import Backend
 from mmrl_ray.rollouts.protocols import FetchWeights
 
 Score = RewardBreakdown | RewardFailure
+"""What one caption earned, or why nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Sampled:
+class Sampled:
+    """A request, and what came of it."""
+
     request: GroupRequest
     prompt: EncodedPrompt
     output: GroupOutput
@@ -112,15 +115,15 @@ class RolloutEngine:
                 prompts.append((request, prompt))
         return prompts, failures
 
-    def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[_Sampled]:
+    def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not prompts:
             return []
         outputs = self._backend.decode(
             [DecodeRequest(prompt, r.completions, r.sampling, greedy_extra=greedy) for r, prompt in prompts]
         )
-        return [_Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
+        return [Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
 
-    def _with_reference(self, sampled: Sequence[_Sampled]) -> list[_Sampled]:
+    def _with_reference(self, sampled: Sequence[Sampled]) -> list[Sampled]:
         logprobs = self._backend.reference_logprobs(
             [s.prompt for s in sampled], [s.output for s in sampled], sampled[0].request.sampling.temperature
         )
@@ -129,13 +132,13 @@ class RolloutEngine:
             for each, rows in zip(sampled, logprobs, strict=True)
         ]
 
-    def _with_states(self, sampled: Sequence[_Sampled]) -> list[_Sampled]:
+    def _with_states(self, sampled: Sequence[Sampled]) -> list[Sampled]:
         """The states of the first completions, where they are asked for."""
         wanted = [s for s in sampled if s.request.wants_state]
         states = iter(self._backend.states([s.prompt for s in wanted], [s.output for s in wanted]))
         return [replace(each, state=next(states)) if each.request.wants_state else each for each in sampled]
 
-    def _score(self, sampled: Sequence[_Sampled]) -> list[list[Score]]:
+    def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
         """All captions of the assignment in one batch; per group, its completions' scores, then the greedy one's."""
         captions = [[c.text for c in _all_completions(each.output)] for each in sampled]
         flat = score_with_retry(
@@ -149,7 +152,7 @@ class RolloutEngine:
         return [[next(scores) for _ in group] for group in captions]
 
     def _scored(
-        self, version: int, sampled: _Sampled, scores: Sequence[Score], seconds: Mapping[str, float]
+        self, version: int, sampled: Sampled, scores: Sequence[Score], seconds: Mapping[str, float]
     ) -> ScoredGroup:
         request, output = sampled.request, sampled.output
         masked = next((score.reason for score in scores if isinstance(score, RewardFailure)), None)

@@ -54,6 +54,8 @@ PANELS: tuple[_Panel, ...] = (
     _Panel("Importance of each modality, share", ("importance/",)),
     _Panel("Importance of each modality, RMS", ("importance_rms/",), unit="nats a unit of embedding"),
     _Panel("Loss and its terms", ("loss", "loss/")),
+    _Panel("Preferences", ("dpo/accuracy", "dpo/confidence"), unit="share of the step's pairs"),
+    _Panel("Implicit rewards", ("dpo/reward_chosen", "dpo/reward_rejected", "dpo/margin")),
     _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
     _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
     _Panel("Gradient norm", ("grad_norm",)),

@@ -21,6 +21,7 @@ def fact_blocks(
 ) -> list[dict[str, Any]]:
     """Titled blocks of (name, value); a block without rows is left out."""
     blocks = [
+        ("Held-out preferences", list(_preferences(summary))),
         ("Time by phase", list(_phases(summary))),
         ("Time in steps, summed", list(_step_seconds(metrics))),
         ("Resources and path", list(_resources(summary, metrics, events))),
@@ -52,6 +53,19 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{int(minutes)} min {int(seconds % 60):02d} s"
     return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+
+
+def _preferences(summary: Mapping[str, Any]) -> Iterator[Row]:
+    told = _mapping(summary.get("preferences"))
+    for name in ("before", "after", "difference"):
+        side = _mapping(told.get(name))
+        if is_number(side.get("pairs")):
+            yield f"pairs, {name}", f"{side['pairs']:g}"
+        for measure in ("accuracy", "margin"):
+            interval = _mapping(side.get(measure))
+            if all(is_number(interval.get(key)) for key in ("value", "low", "high")):
+                bounds = f"[{interval['low']:.3f}, {interval['high']:.3f}]"
+                yield f"{measure} of the implicit reward, {name}", f"{interval['value']:.3f} {bounds}"
 
 
 def _phases(summary: Mapping[str, Any]) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import time
@@ -36,6 +37,7 @@ from mmrl_ray.rollouts.control_files import STARTING_S, conclude_status, write_s
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs import preferences
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
 from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
@@ -55,7 +57,10 @@ from mmrl_ray.telemetry.logs import start_logging
 SUMMARY = "summary.json"
 _WATCH_S = 0.5
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
-_SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl", "samples_per_second": "samples/s"}
+_SHOWN = {
+    **{"reward/mean": "reward", "loss": "loss", "kl": "kl"},
+    **{"dpo/accuracy": "accuracy", "samples_per_second": "samples/s"},
+}
 
 
 def train(cfg: Config, *, resume: bool = False, address: str | None = None, debug: bool = False) -> str:
@@ -79,6 +84,7 @@ class _Run:
         self._cfg = cfg
         self._progress = progress
         self._memory = memory
+        self._pairs: list[Sample] = []
         self._seconds: dict[str, float] = {}
         self._began = time.monotonic()
 
@@ -88,6 +94,8 @@ class _Run:
         if not resume:
             RunDir.require_new(cfg.run.root, cfg.run.name)
         with self._timed("data"):
+            if not resume:
+                preferences.check_pairs(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             samples = evaluation_split(cfg)
@@ -106,6 +114,8 @@ class _Run:
             if not resume:
                 run.write_text("config.yaml", dump_config(cfg))
             statistics = self._statistics(run)
+            with self._timed("preferences"):
+                start, self._pairs = preferences.pair_data(start, run)
             with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
@@ -154,6 +164,8 @@ class _Run:
                         self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
                     else:  # a later version's captions would pass for the first one's
                         self._progress.note("evaluate (before): left out, the run is past its beginning")
+                if is_beginning and not preferences.has_measured(run, "before"):
+                    self._measure_pairs(cfg, run, "before", controller)
                 with self._timed("learning"):
                     self._watch(controller, learner)
                     outcome = learner.result()
@@ -161,6 +173,7 @@ class _Run:
                 raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
             if samples:
                 self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
+            self._measure_pairs(cfg, run, "after", controller)
         finally:
             controller.close()
 
@@ -194,6 +207,12 @@ class _Run:
             shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
             self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
 
+    def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
+        """What the policy makes of the held-out pairs, if there are any."""
+        if self._pairs:
+            with self._timed(f"preferences_{name}"):
+                self._progress.note(preferences.measure_pairs(cfg, run, name, controller, self._pairs))
+
     def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
         """Shows the newest step until the learner group is done."""
         update: ProgressFn = self._progress.phase("learning")
@@ -217,6 +236,7 @@ class _Run:
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
             "correlations": states_json(states),
+            **({"preferences": pairs} if (pairs := preferences.preferences_json(run)) else {}),
             "seconds": seconds,
             "peak_memory_bytes": self._memory.peak_bytes,
             "cpus": os.cpu_count(),
@@ -252,7 +272,8 @@ def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(line[key]) for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+    known = {name: line[key] for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+    return {name: float(value) for name, value in known.items() if math.isfinite(value)}
 
 
 def _versions() -> dict[str, str]:

@@ -157,6 +157,7 @@ class GatewayReplica:
         self._cfg, self._policy, self._reward, self._insecure = cfg, policy, reward, insecure
 
     def __serve_build_asgi_app__(self) -> Any:
+        from mmrl_ray.feedback.store import PreferenceStore
         from mmrl_ray.serving.app import GatewayDeps, make_app
         from mmrl_ray.serving.keys import KeyStore, default_database
         from mmrl_ray.serving.services import ServedReward, ServePolicy
@@ -171,6 +172,7 @@ class GatewayReplica:
             prompt=cfg.prompt,
             default_model=next(iter(cfg.adapters), None),
             insecure=self._insecure,
+            preferences=None if (url := cfg.serving.preferences) is None else PreferenceStore(url),
             jobs=_job_service(cfg),
             meter=RayMeter(),
         )

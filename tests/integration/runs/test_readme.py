@@ -72,6 +72,11 @@ def place(workplace: Workplace, tmp_path: Path) -> Path:
     (tmp_path / "dataset_coco.json").write_text(json.dumps(karpathy))
     lines = [json.dumps({"image": f"{i}.png", "captions": list(s.references)}) for i, s in numbered]
     (tmp_path / "photos.jsonl").write_text("\n".join(lines) + "\n")
+    votes = [
+        {"image": "0.png", "caption_a": "red", "caption_b": text, "choice": "b", "rater": "ann"}
+        for text in ("a circle", "a red circle")
+    ]
+    (tmp_path / "votes.jsonl").write_text("\n".join(map(json.dumps, votes)))
     settings = {
         **workplace.settings,
         "run": {"name": "mine"},
@@ -145,8 +150,11 @@ def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path
     assert (place / "runs" / "again" / "report.html").exists()
     assert (place / "photo-explained.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_split(place / "data" / "coco" / "train", prompt="")) == 6
-    summary = json.loads((place / "runs" / "again" / "summary.json").read_text())
-    assert summary["status"] == "finished"
+    for run in ("again", "liked"):
+        summary = json.loads((place / "runs" / run / "summary.json").read_text())
+        assert summary["status"] == "finished"
+    last = (place / "runs" / "liked" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert 0 <= json.loads(last)["dpo/accuracy"] <= 1
 
 
 def test_every_make_target_of_the_readme_is_there() -> None:
