@@ -112,7 +112,7 @@ def measures_table(title: str, evaluation: Evaluation) -> Table:
 def _statistics(opened: Target, data: str) -> tuple[CorpusStatistics, str]:
     if opened.statistics is not None:
         return opened.statistics, "document frequencies: of the run's training references"
-    own = CorpusStatistics.from_references(iter_references(data))
+    own = CorpusStatistics.from_references(iter_references(data), language_order=opened.reward.language_order)
     return own, f"document frequencies: of the references of {data} itself, not comparable with those of a run"
 
 

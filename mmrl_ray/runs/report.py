@@ -67,7 +67,7 @@ def render_report(run: RunDir) -> str:
         groups=caption_groups(run, before, after),
         charts=charts(metrics),
         constants=[f"{name} {value:.4g}" for name, value in constants(metrics).items()],
-        facts=fact_blocks(summary, metrics, events, quarantined),
+        facts=fact_blocks(summary, metrics, events, quarantined, config),
         happened=happened(events, metrics, quarantined),
         events=event_list,
         events_left_out=events_left,

@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mmrl_ray.config.reward import RESERVED_NAMES
+
 Metrics = Sequence[Mapping[str, Any]]
 Curve = list[tuple[float, float]]
 """(step, value)."""
@@ -71,8 +73,11 @@ PANELS: tuple[_Panel, ...] = (
     _Panel(
         "Reward parts",
         ("reward/",),
-        exclude=("reward/mean", "reward/std", "reward/group_std", "reward/zero_variance_groups", "reward/with_kl"),
+        exclude=tuple(f"reward/{name}" for name in RESERVED_NAMES),
     ),
+    _Panel("Reward less its uncertainty, and that", ("reward/adjusted", "reward/sigma")),
+    _Panel("Spread of reward parts within groups", ("reward_group_std/",)),
+    _Panel("Weights and risk of the reward", ("reward_weight/", "reward/risk", "reward/normalized")),
     _Panel("Loss and its terms", ("loss", "loss/")),
     _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
     _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),

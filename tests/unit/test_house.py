@@ -127,7 +127,9 @@ def _carriers() -> list[Any]:
     reward = RewardBreakdown(0.5, {"bleu": 0.5}, {"bleu": 1.0}, 0.1)
     key = GroupKey(3, 1, 2)
     group = RolloutGroup(sample, prompt, (completion,), 3, SamplingParams(seed=7), completion, vision)
-    scored = ScoredGroup(key, "a", 3, 3, (2,), (reward,), 0.4, None, group, "w0", {"sample": 0.1}, {"vision_hits": 1})
+    scored = ScoredGroup(
+        key, "a", 3, 3, (2,), (reward,), reward, None, group, "w0", {"sample": 0.1}, {"vision_hits": 1}
+    )
     planned = PlannedGroup(key, "a", 0, (0.5,), (1.0,), (2,), 3, group)
     plan = StepPlan(3, (planned,), 2.0, (((0,),),), {"reward/mean": 0.5})
     return [sample, completion, prompt, vision, reward, key, group, scored, planned, plan, group.sampling]

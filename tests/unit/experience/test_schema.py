@@ -19,7 +19,7 @@ from .factories import png, rollout_group, scored
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     group, result = rollout_group(reference=True, greedy=True), scored(greedy_reward=0.25)
-    planned = PlannedGroup(result.key, "s0-0", 0, (-1.0, 1.0), (1.0, 1.0), (2, 3), 5, None)
+    planned = PlannedGroup(result.key, "s0-0", 0, (-1.0, 1.0), (1.0, 1.0), (2, 3), 5, None, (0.25, 0.75), "group")
     masked = group_table("r", scored(index=1, masked="reward timed out"), rollout_group(), None)
     pq.write_table(pa.concat_tables([group_table("r", result, group, planned), masked]), tmp_path / "log.parquet")
     return tmp_path / "log.parquet"

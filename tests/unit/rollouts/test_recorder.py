@@ -20,7 +20,7 @@ from tests.unit.rollouts.fakes import png, samples
 
 
 def planned(key: GroupKey, advantages: tuple[float, ...]) -> PlannedGroup:
-    return PlannedGroup(key, "s", 1, advantages, (1.0,) * len(advantages), (2, 3), 5, None)
+    return PlannedGroup(key, "s", 1, advantages, (1.0,) * len(advantages), (2, 3), 5, None, (0.5, 0.75), "group")
 
 
 def table(*keys: GroupKey, masked: str | None = None, greedy: bool = False) -> pa.Table:
