@@ -70,7 +70,8 @@ def build(path: str, state: str = "text", **kwargs: Any) -> RewardFn:
 )
 def test_it_gets_the_state_of_its_modality_and_its_arguments(module: Any, state: str, given: list) -> None:
     scores = build("own_rewards:words", state, scale=0.5).score_batch(SAMPLES, CAPTIONS)
-    assert module.SEEN == [(CAPTIONS, given)]
+    (seen,) = module.SEEN
+    assert seen == (CAPTIONS, given)
     assert [s.total for s in scores] == [3.0, 1.0]
     assert scores[0].parts == {"mine": 1.5, "mine/value": 1.5}
     assert section("own_rewards:words", state).needs_images == (state in ("image", "sample"))
