@@ -87,6 +87,7 @@ def said(policy: Policy, samples: Sequence[Sample]) -> list[str]:
             pixel_values=prompt.model_inputs["pixel_values"],
             do_sample=False,
             max_new_tokens=TOKENS,
+            suppress_tokens=list(policy.image_token_ids),  # the policy never says one; generate would
         )
         new = out[0, prompt.input_ids.numel() :]
         texts.append(policy.tokenizer.decode(new, skip_special_tokens=True).strip())

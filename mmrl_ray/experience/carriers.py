@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmrl_ray.config.reward import Normalization
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.breakdown import RewardBreakdown
+
+if TYPE_CHECKING:  # a process that only passes carriers on (a gateway, a reward's replica) needs no 200 MB of torch
+    import torch
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ _SETTINGS = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
+_ROOM_TO_SCALE = 2
+"""Workers that `mmrl scale` can add where the machine has no core for them. Ray starts a process a CPU beforehand."""
+
 
 def configure_ray() -> None:
     """Puts the project's Ray settings into the environment; a variable that is set already keeps its value.
@@ -50,14 +54,15 @@ def read_token_again() -> None:
 
 @contextmanager
 def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False) -> Iterator[None]:
-    """A Ray for one run. A local one has at least the CPUs that the run's actors ask for: on one small machine learner
-    and rollout workers take turns, so that more actors than cores is no error.
+    """A Ray for one run. A local one has at least the CPUs that the run's actors ask for, and those of a few more
+    rollout workers: on one small machine learner and workers take turns, so that more actors than cores is no error.
 
     Raises:
         RunError: the cluster at `address` cannot be joined.
     """
     store = cfg.resources.object_store_mb
-    with ray_at(address, cpus=demanded_cpus(cfg), object_store_mb=store, namespace=cfg.run.name, debug=debug):
+    room = math.ceil(_ROOM_TO_SCALE * cfg.resources.rollout.cpus)
+    with ray_at(address, cpus=demanded_cpus(cfg) + room, object_store_mb=store, namespace=cfg.run.name, debug=debug):
         yield
 
 

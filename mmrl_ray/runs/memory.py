@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 import time
 from types import TracebackType
@@ -11,6 +13,17 @@ import psutil
 
 _SHARE_OF_A_CORE = 0.02
 """What watching may cost."""
+
+
+def give_back_memory() -> None:
+    """Hands what the allocator keeps of freed tensors back to the system, where it is glibc's; elsewhere nothing.
+
+    Training in a process that lives on, such as the warm start in the driver, would count for the whole run.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class PeakMemory:

@@ -40,7 +40,7 @@ from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
 from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
-from mmrl_ray.runs.memory import PeakMemory
+from mmrl_ray.runs.memory import PeakMemory, give_back_memory
 from mmrl_ray.runs.preflight import check_run, evaluation_split
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
@@ -95,6 +95,7 @@ class _Run:
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
             check_run(start)
+            give_back_memory()
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
         write_status(run, "starting", STARTING_S)
