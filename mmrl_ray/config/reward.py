@@ -46,7 +46,18 @@ class RougePart(Section):
     """Names the part."""
 
 
-RewardPart = Annotated[CaptionPart | CiderPart | RougePart, Field(discriminator="kind")]
+class LearnedPart(Section):
+    """A learned reward model looks at the picture and the caption; its σ comes with the score where it was trained."""
+
+    needs_statistics: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = True
+    kind: Literal["learned"]
+    """Names the part."""
+    model: str
+    """Folder from `mmrl reward train`; on a cluster, one that all nodes see."""
+
+
+RewardPart = Annotated[CaptionPart | CiderPart | RougePart | LearnedPart, Field(discriminator="kind")]
 
 
 class RewardSection(Section):

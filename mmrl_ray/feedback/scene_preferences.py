@@ -5,8 +5,9 @@ single object: place), or a missing detail. The rater's true opinion of a captio
 
     0.3 + 0.4 · F1 of its facts against those of a full description (`scene_language.attribute_scores`)
 
-on a scale from 0 to 1, and what it says is that plus Gaussian noise whose σ is known for each picture: `NOISE` by the
-number of objects, since a crowded picture is harder to judge. The same seed gives the same preferences.
+on a scale from 0 to 1, and what it says (in choices, and apart from them in ratings) is that plus Gaussian noise whose
+σ is known for each picture: `NOISE` by the number of objects, since a crowded picture is harder to judge. The same seed
+gives the same preferences.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mmrl_ray.config.data import ScenesSection
@@ -21,6 +23,7 @@ from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.row import Sample
 from mmrl_ray.data.scene_language import COLOURS, POSITIONS, SHAPES, SIZES, SceneObject, attribute_scores, describe
 from mmrl_ray.data.scenes import generate_scenes
+from mmrl_ray.feedback.files import write_preferences
 from mmrl_ray.feedback.schema import Choice, Pair, Preference
 
 FAULTS = ("colour", "shape", "size", "relation", "missing")
@@ -50,6 +53,22 @@ def scene_preferences(
         rng = random.Random(f"{_VERSION}/{cfg.seed}/{split}/{sample.id}")
         for fault in FAULTS:
             yield _preference(sample, fault, rng, rated, noise)
+
+
+def write_scene_preferences(cfg: ScenesSection, folder: str | Path, *, rated: float = 0.5) -> dict[str, int]:
+    """Writes `train`, `eval` (held-out pictures) and `clean` (the same pairs, judged without noise) as Parquet files.
+
+    Returns the rows of each.
+
+    Raises:
+        PreferenceError: a file is there already, or cannot be written.
+    """
+    splits = {
+        "train": scene_preferences(cfg, "train", rated=rated),
+        "eval": scene_preferences(cfg, "eval", rated=rated),
+        "clean": scene_preferences(cfg, "eval", rated=rated, noise=0.0),
+    }
+    return {name: write_preferences(Path(folder) / f"{name}.parquet", rows) for name, rows in splits.items()}
 
 
 def true_quality(caption: str, metadata: Mapping[str, Any]) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardPart, RewardSection
+from mmrl_ray.config.reward import CaptionPart, CiderPart, LearnedPart, RewardPart, RewardSection
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.captioning import CaptionReward
+from mmrl_ray.rewards.learned import LearnedReward
 from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.overlap import CiderReward, RougeReward
 
@@ -29,4 +30,6 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
             max_words=part.max_words,
             grounded=part.grounded,
         )
+    if isinstance(part, LearnedPart):
+        return LearnedReward(part.model)
     return CiderReward(statistics) if isinstance(part, CiderPart) else RougeReward()

@@ -1,7 +1,7 @@
 """Preferences and ratings from Parquet to what a reward model learns from; broken rows are left out and counted.
 
 The columns are those of `feedback/schema.py`. A row is broken, and says why, where its image is unknown or cannot be
-decoded, both captions are equal, a caption is empty, the choice is none of a, b and tie, a rating is NaN or outside of
+decoded, both captions are equal or one is null, the choice is none of a, b and tie, a rating is NaN or outside of
 the scale, or nobody said anything about it.
 """
 
@@ -96,8 +96,8 @@ class _Pictures:
 def _judgement(row: Mapping[str, Any], pictures: _Pictures, scale: tuple[float, float]) -> Judgement:
     key, picture = pictures.of(row["image"])
     for name in ("caption_a", "caption_b"):
-        if not (row[name] or "").strip():
-            raise DataError(f"{name} is empty")
+        if row[name] is None:  # an empty one is what a policy may have written
+            raise DataError(f"{name} is null")
     pair = Pair(key, row.get("prompt") or "", row["caption_a"], row["caption_b"], row.get("source") or "")
     choice = row.get("choice")
     if choice is not None and choice not in _PREFERRED:
