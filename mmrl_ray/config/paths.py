@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from mmrl_ray.config.base import Section
+from mmrl_ray.config.reward import LearnedPart
 from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
 
@@ -22,6 +23,10 @@ def with_absolute_paths(cfg: Config) -> Config:
         "model": cfg.model.model_copy(update={"path": model}),
         "data": cfg.data.model_copy(update=data),
     }
+    learned = {name: part for name, part in cfg.reward.parts.items() if isinstance(part, LearnedPart)}
+    if learned:
+        parts = {name: part.model_copy(update={"model": _absolute(part.model)}) for name, part in learned.items()}
+        sections["reward"] = cfg.reward.model_copy(update={"parts": {**cfg.reward.parts, **parts}})
     if cfg.sft is not None:
         sections["sft"] = cfg.sft.model_copy(update={"cache": _absolute(cfg.sft.cache)})
     return cfg.model_copy(update=sections)
@@ -36,6 +41,9 @@ def local_paths(cfg: Config) -> dict[str, str]:
         places["model.path"] = cfg.model.path
     if cfg.sft is not None:
         places["sft.cache"] = cfg.sft.cache
+    for name, part in cfg.reward.parts.items():
+        if isinstance(part, LearnedPart):
+            places[f"reward.parts.{name}.model"] = part.model
     return {key: place for key, place in places.items() if "://" not in place}
 
 
@@ -75,11 +83,17 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def _remedy(key: str, path: str) -> str:
+    shared_folder = "name a folder on storage that every node sees"
     what = {
         "run.root": "name storage that every node sees, such as --set run.root=s3://bucket/runs",
         "model.path": "name a hub id, or a folder on storage that every node sees",
-        "sft.cache": "name a folder on storage that every node sees",
-    }.get(key, f"copy it to storage that every node sees, and name that, such as --set {key}=s3://bucket/data")
+        "sft.cache": shared_folder,
+    }.get(
+        key,
+        shared_folder
+        if key.startswith("reward.")
+        else f"copy it to storage that every node sees, and name that, such as --set {key}=s3://bucket/data",
+    )
     return f"{what}; or, if all nodes have it under this very path, add --shared-paths {PurePosixPath(path).parent}"
 
 

@@ -139,6 +139,17 @@ class FluencyPart(PartSection):
     """k: added to the count of every n-gram."""
 
 
+class LearnedPart(PartSection):
+    """A learned reward model looks at the picture and the caption; its σ comes with the score where it was trained."""
+
+    modality: ClassVar[Modality] = "image"
+    may_have_sigma: ClassVar[bool] = True
+    kind: Literal["learned"]
+    """Names the part."""
+    model: str
+    """Folder from `mmrl reward train`; on a cluster, one that all nodes see."""
+
+
 class FunctionPart(PartSection):
     """A function of your own, called as `fn(captions, states, **kwargs)`; it returns one number a caption."""
 
@@ -175,7 +186,15 @@ class FunctionPart(PartSection):
 
 
 RewardPart = Annotated[
-    CaptionPart | CiderPart | RougePart | RepetitionPart | FormatPart | LengthPart | FluencyPart | FunctionPart,
+    CaptionPart
+    | CiderPart
+    | RougePart
+    | RepetitionPart
+    | FormatPart
+    | LengthPart
+    | FluencyPart
+    | LearnedPart
+    | FunctionPart,
     Field(discriminator="kind"),
 ]
 

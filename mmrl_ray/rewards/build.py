@@ -10,19 +10,21 @@ from mmrl_ray.config.reward import (
     FluencyPart,
     FormatPart,
     FunctionPart,
+    LearnedPart,
     LengthPart,
     RepetitionPart,
     RewardPart,
     RewardSection,
     RougePart,
 )
-from mmrl_ray.errors import ConfigError, DataError
+from mmrl_ray.errors import ConfigError, DataError, ModelError
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.language import LanguageModel
 from mmrl_ray.metrics.text import MAX_ORDER
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.function import FunctionReward
+from mmrl_ray.rewards.learned import LearnedReward
 from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.overlap import CiderReward, RougeReward
 from mmrl_ray.rewards.text import FluencyReward, FormatReward, LengthReward, RepetitionReward
@@ -58,7 +60,7 @@ def check_reward(cfg: RewardSection) -> None:
 def _named(name: str, part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
     try:
         return _build_part(part, statistics)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, ModelError) as error:
         raise ConfigError(f"reward.parts.{name}: {error}") from error
 
 
@@ -85,6 +87,8 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
             return LengthReward(part.min_words, part.max_words)
         case FluencyPart():
             return FluencyReward(_language_model(part, statistics))
+        case LearnedPart():
+            return LearnedReward(part.model)
         case FunctionPart():
             return FunctionReward(part.path, part.state, part.kwargs)
 

@@ -58,6 +58,8 @@ def test_import_contracts_hold() -> None:
         ("mmrl_ray.rewards.multimodal", ("torch", "ray", "transformers")),
         ("mmrl_ray.rewards.overlap", ("torch", "ray", "transformers")),
         ("mmrl_ray.rewards.build", ("torch", "ray", "transformers")),
+        ("mmrl_ray.rewards.learned", ("torch", "ray", "transformers")),
+        ("mmrl_ray.runs.reward_model", ("ray",)),
         ("mmrl_ray.data.samples", ("torch", "ray", "transformers")),
         ("mmrl_ray.run_dir", ("torch", "ray", "transformers")),
         ("mmrl_ray.jobs.control, mmrl_ray.jobs.status_view", ("torch", "ray", "transformers")),
