@@ -34,9 +34,7 @@ def import_(
     replace: Annotated[
         bool, typer.Option("--replace", help="Where a rater said otherwise before, the new say counts.")
     ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave bad rows out; otherwise one stops it all.")
-    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out; otherwise one stops it all.")] = False,
     rating_scale: Annotated[
         tuple[float, float] | None,
         typer.Option("--rating-scale", help="Lowest and highest rating of a new store; 0 to 1 else."),
@@ -114,9 +112,7 @@ def sample(
     found = sample_pairs(RunDir.at(run), pairs, seed=seed, strategy=known[strategy], by_reward=by_reward)
     with PreferenceStore(store) as opened:
         written = opened.add(found)
-    fewer = (
-        "" if len(found) == pairs else f" (of {pairs:,} asked for: the run's log has no more groups of two captions)"
-    )
+    fewer = "" if len(found) == pairs else f" (of {pairs:,} asked for: the run's log has no more groups of two captions)"
     typer.echo(f"{store}: {len(found):,} pairs of {run}{fewer}: {_told(written)}")
 
 

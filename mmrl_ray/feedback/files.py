@@ -202,9 +202,7 @@ def _json_row(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise PreferenceError(f"{where}: {row!r:.60} is no JSON object")
     if unknown := sorted(row.keys() - set(PREFERENCE_SCHEMA.names)):
-        raise PreferenceError(
-            f"{where}: unknown key {unknown[0]!r:.60}; there are {', '.join(PREFERENCE_SCHEMA.names)}"
-        )
+        raise PreferenceError(f"{where}: unknown key {unknown[0]!r:.60}; there are {', '.join(PREFERENCE_SCHEMA.names)}")
     try:
         if isinstance(row.get("image"), dict) and row["image"].get("bytes") is not None:
             row["image"]["bytes"] = base64.b64decode(row["image"]["bytes"], validate=True)

@@ -94,6 +94,7 @@ class Pair:
         """An error that says where."""
         return PreferenceError(f"{self.where}: {problem}" if self.where else problem)
 
+
     def flipped(self) -> Pair:
         """The same, with the captions' places exchanged."""
         return Pair(self.image_hash, self.prompt, self.caption_b, self.caption_a, self.source, self.image, self.where)

@@ -112,7 +112,9 @@ class PreferenceStore:
 
     # -- in ----------------------------------------------------------------------------------------------------------
 
-    def add(self, items: Iterable[Pair | Preference], *, replace: bool = False, on_bad: OnBad | None = None) -> Written:
+    def add(
+        self, items: Iterable[Pair | Preference], *, replace: bool = False, on_bad: OnBad | None = None
+    ) -> Written:
         """Writes pairs that wait for a label, and preferences with their pairs, in one transaction: all or nothing.
 
         Args:
@@ -199,9 +201,7 @@ class PreferenceStore:
         """What keeps it out of the store, other than what is in there already."""
         pair = _pair_of(item)
         if pair.image_hash not in known:
-            return pair.wrong(
-                f"picture {pair.image_hash} is unknown to the store: give its bytes, or a path to its file"
-            )
+            return pair.wrong(f"picture {pair.image_hash} is unknown to the store: give its bytes, or a path to its file")
         low, high = self.rating_scale
         for name in ("rating_a", "rating_b") if isinstance(item, Preference) else ():
             rating = getattr(item, name)

@@ -49,10 +49,7 @@ def test_a_position_bias_is_told_from_a_liking() -> None:
     said = []
     for shade in range(400):
         first = first_shown(preference(shade=shade).pair.id, 0)
-        said += [
-            preference("a", "fair", shade=shade, first=first),
-            preference(first, "biased", shade=shade, first=first),
-        ]
+        said += [preference("a", "fair", shade=shade, first=first), preference(first, "biased", shade=shade, first=first)]
     said += [preference("tie", "ties", shade=1, first="a"), preference("b", "unknown", shade=1)]
     found = preference_stats(said)
     assert found.raters["biased"][1].value == 1.0
