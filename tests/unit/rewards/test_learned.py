@@ -14,12 +14,12 @@ import torch
 
 from mmrl_ray.config.reward import LearnedPart, RewardSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ModelError, RewardError
+from mmrl_ray.errors import ConfigError, ModelError, RewardError
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.models.reward_folder import SPEC, save_reward_model
 from mmrl_ray.models.vision_source import Pixels
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward
 from mmrl_ray.rewards.learned import LearnedReward
 from tests.unit.models.test_reward_model import CAPTIONS, PICTURES, model
 
@@ -85,6 +85,35 @@ def test_as_a_part_of_a_config(folder: Path) -> None:
         assert got.parts["seen/mean"] == one.total
         assert one.sigma is not None
         assert got.sigma == pytest.approx(2 * one.sigma)
+
+
+def test_risk_is_refused_where_sigma_was_never_trained(folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((folder / SPEC).read_text())
+    (tmp_path / SPEC).write_text(json.dumps({**spec, "sigma_trained": False}))
+
+    def section(path: Path, **weights: float) -> RewardSection:
+        parts = {"seen": {"kind": "learned", "model": str(path)}, "size": {"kind": "length"}}
+        return RewardSection.model_validate({"parts": parts, "weights": weights, "risk": 0.5})
+
+    check_reward(section(folder, seen=1.0, size=1.0))
+    for make in (check_reward, lambda cfg: build_reward(cfg, NOTHING)):
+        with pytest.raises(ConfigError, match=r"reward\.risk=0\.5 needs a trained sigma.* 'seen' was never trained"):
+            make(section(tmp_path, seen=1.0, size=1.0))
+        with pytest.raises(ConfigError, match=r"reward\.parts\.seen: no reward model at"):
+            make(section(tmp_path / "nothing", seen=1.0, size=1.0))
+    with pytest.raises(ValueError, match=r"risk=0\.5 needs a part with a trained sigma and a weight above 0"):
+        section(folder, seen=0.0, size=1.0)
+
+
+def test_risk_takes_its_sigma_off(folder: Path) -> None:
+    parts = {"seen": {"kind": "learned", "model": str(folder)}}
+    section = RewardSection.model_validate({"parts": parts, "weights": {"seen": 2.0}, "risk": 0.5})
+    alone = LearnedReward(folder).score_batch(SAMPLES, CAPTIONS)
+    for got, one in zip(build_reward(section, NOTHING).score_batch(SAMPLES, CAPTIONS), alone, strict=True):
+        assert one.sigma is not None
+        assert got.parts["seen/sigma"] == one.sigma
+        assert got.total == pytest.approx(2 * one.total)
+        assert got.adjusted == pytest.approx(2 * one.total - 0.5 * 2 * one.sigma)
 
 
 def test_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
