@@ -13,7 +13,7 @@ from mmrl_ray.config.base import Section, refuse
 Modality = Literal["image", "text", "reference", "sample"]
 """What a part is given beside the caption: the pictures, the prompt, the references, or the whole sample."""
 
-SEES: dict[Modality, str] = {"image": "pictures", "text": "prompt", "reference": "references", "sample": "whole sample"}
+SEES: dict[Modality, str] = {"image": "pictures", "text": "text", "reference": "references", "sample": "whole sample"}
 """The same in words."""
 
 Normalization = Literal["none", "group"]
