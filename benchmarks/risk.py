@@ -205,8 +205,8 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--kappa", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=25, help="of RL")
-    parser.add_argument("--judge-steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=20, help="of RL")
+    parser.add_argument("--judge-steps", type=int, default=200)
     parser.add_argument("--groups", type=int, default=8, help="pictures a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plot", type=Path)
@@ -226,8 +226,8 @@ def main() -> None:
         have = statistics.mean(_shows_it(sample) for sample in samples)
         print(f"before RL: R_cap {before['r_cap']:.3f}; {WORD}: in {have:.0%} of pictures, said of {before[WORD]:.0%}")
         rows = []
-        for scenario in args.scenarios:
-            for seed in args.seeds:
+        for seed in args.seeds:
+            for scenario in args.scenarios:
                 judge = train_judge(world, scenario, seed, folder, args.judge_steps)
                 for kappa in (0.0, args.kappa):
                     found = fine_tune(world, model, judge, kappa, seed, args.steps)

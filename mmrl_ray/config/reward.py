@@ -31,7 +31,7 @@ RESERVED_NAMES = (
 )
 """What metrics have under `reward/` beside the parts; no part may be called so."""
 
-_FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+_FUNCTION = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 
 class PartSection(Section):
@@ -171,7 +171,7 @@ class FunctionPart(PartSection):
     @field_validator("path")
     @classmethod
     def _is_path(cls, path: str) -> str:
-        if not re.match(_FUNCTION, path):
+        if not re.fullmatch(_FUNCTION, path):
             raise ValueError(f"path {path!r} must be `module:function`, such as my_rewards.colours:named")
         return path
 
