@@ -65,6 +65,9 @@ class RewardOptimiserSection(Section):
     """AdamW's decoupled decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
+    alignment: float = Field(1.0, ge=0)
+    """Weight of a contrastive term beside the likelihoods: captions that were liked, against the step's other pictures.
+    It teaches the encoders what words look like, which preferences alone take very long to do."""
     rating_weight: float = Field(1.0, gt=0)
     """Of the ratings' likelihood beside that of the pairs."""
     sigma_prior: float = Field(0.05, gt=0)

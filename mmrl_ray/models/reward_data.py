@@ -89,6 +89,17 @@ class RewardData:
         counts = Counter(word for caption in self.captions for word in words(caption))
         return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:most])
 
+    def liked(self) -> list[bool]:
+        """[N], the captions that won more often than they lost; a rating above the mean is a win, one below a loss."""
+        won = np.zeros(len(self.captions))
+        for (first, second), preferred in zip(self.pairs, self.preferred, strict=True):
+            won[first] += 2 * preferred - 1
+            won[second] -= 2 * preferred - 1
+        center, _ = self.center_and_spread()
+        for caption, rating in zip(self.rated, self.ratings, strict=True):
+            won[caption] += np.sign(rating - center)
+        return (won > 0).tolist()
+
     def center_and_spread(self) -> tuple[float, float]:
         """Mean and standard deviation of the ratings; (0, 1) without, or where all are the same."""
         spread = float(np.std(self.ratings)) if self.ratings else 0.0

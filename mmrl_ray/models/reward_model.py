@@ -28,6 +28,19 @@ _LOG_VARIANCE_RANGE = (-12.0, 8.0)
 _CAPTIONS_AT_ONCE = 256
 
 
+class Encoded(NamedTuple):
+    """Tokens of B pictures and N captions, with their masks."""
+
+    image: torch.Tensor
+    """[B, L, d]."""
+    image_mask: torch.Tensor
+    """bool [B, L]."""
+    text: torch.Tensor
+    """[N, T, d]."""
+    text_mask: torch.Tensor
+    """bool [N, T]."""
+
+
 class HeadOutputs(NamedTuple):
     """Of the K heads, in units inside the model."""
 
@@ -74,25 +87,27 @@ class RewardModel(nn.Module):
         """Where the weights are."""
         return self.text.words.weight.device
 
-    def forward(self, pictures: PictureInputs, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
-        """What the heads say of N captions.
+    def encode(self, pictures: PictureInputs, words: torch.Tensor) -> Encoded:
+        """Tokens of pictures (see `VisionSource`) and of captions, int64 [N, T] (see `Vocabulary.encode`)."""
+        return Encoded(*self.image(*pictures), *self.text(words))
 
-        Args:
-            pictures: each once; see `VisionSource`.
-            of: int64 [N], the picture that each caption describes.
-            words: int64 [N, L], see `Vocabulary.encode`.
+    def judge(self, encoded: Encoded, of: torch.Tensor) -> HeadOutputs:
+        """What the heads say of N captions; `of` int64 [N] is the picture that each describes.
 
         Raises:
             ValueError: the shapes do not fit.
         """
-        image, image_mask = self.image(*pictures)
-        text, text_mask = self.text(words)
+        image, image_mask, text, text_mask = encoded
         fused = self.fusion({"image": image[of], "text": text}, {"image": image_mask[of], "text": text_mask})
         mean = torch.cat([head(fused.vector) for head in self.means], dim=-1)
         if not self.spec.sigma_trained:
             return HeadOutputs(mean, torch.zeros_like(mean), fused.weights)
         log_variance = torch.cat([head(fused.vector) for head in self.log_variances], dim=-1)
         return HeadOutputs(mean, log_variance.clamp(*_LOG_VARIANCE_RANGE), fused.weights)
+
+    def forward(self, pictures: PictureInputs, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
+        """`judge` of what `encode` makes."""
+        return self.judge(self.encode(pictures, words), of)
 
     def scores(self, outputs: HeadOutputs) -> Scores:
         """The heads' answers as one mean and one σ a caption: σ² = mean of σ_k² + variance of μ_k."""

@@ -1,4 +1,5 @@
-"""The training loop of a learned reward: pairs by Thurstone's likelihood, ratings by the Gaussian one (row 15).
+"""The training loop of a learned reward: pairs by Thurstone's likelihood, ratings by the Gaussian one (row 15), and
+beside them the alignment of words with what they look like.
 
 `n` captions, `p` pairs and `r` ratings a step, `K` heads.
 """
@@ -15,8 +16,9 @@ from mmrl_ray.errors import NonFiniteError
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.schedule import cosine_scheduler
 from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
+from mmrl_ray.models.alignment import Alignment
 from mmrl_ray.models.reward_data import Batch, Batches, RewardData
-from mmrl_ray.models.reward_model import HeadOutputs, RewardModel
+from mmrl_ray.models.reward_model import Encoded, HeadOutputs, RewardModel
 from mmrl_ray.models.vision_source import VisionSource
 from mmrl_ray.runs.progress import ProgressFn
 
@@ -41,7 +43,8 @@ def train_reward_model(
     objective = _Objective(model, data, cfg, seed)
     words = model.vocabulary.encode(data.captions, model.spec.max_words)
     batches = Batches(data, cfg.images_per_step, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    parameters = [*model.parameters(), *objective.alignment.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
     scheduler = cosine_scheduler(optimizer, total_steps=cfg.steps, lr_min=cfg.lr_min, warmup_steps=cfg.warmup_steps)
     losses: list[float] = []
     model.train()
@@ -50,11 +53,11 @@ def train_reward_model(
         some = words[batch.captions]
         longest = int((some != 0).sum(dim=1).max())
         pictures = source.inputs(batch.pictures, model.device)
-        outputs = model(pictures, batch.of.to(model.device), some[:, :longest].to(model.device))
-        loss = objective(outputs, batch)
+        encoded = model.encode(pictures, some[:, :longest].to(model.device))
+        loss = objective(encoded, model.judge(encoded, batch.of.to(model.device)), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for name, value in (("loss", loss.item()), ("gradient norm", float(norm))):
             if not math.isfinite(value):
                 raise NonFiniteError(f"reward step {step}: {name} is {value}; lower training.lr or look at the data")
@@ -70,13 +73,17 @@ def train_reward_model(
 
 
 class _Objective:
-    """−log likelihood of a batch: the mean over its pairs, and over its ratings, and over heads."""
+    """−log likelihood of a batch (means over its pairs, its ratings, the heads), and the alignment of its captions."""
 
     def __init__(self, model: RewardModel, data: RewardData, cfg: RewardOptimiserSection, seed: int) -> None:
         self._spec, self._cfg, self._heads = model.spec, cfg, model.spec.heads
         ratings = torch.tensor(data.ratings, dtype=torch.float32)
         self._ratings = (ratings - model.spec.center) / model.spec.spread
         self._preferred = torch.tensor(data.preferred, dtype=torch.float32)
+        self._liked = torch.tensor(data.liked())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "reward alignment"))
+            self.alignment = Alignment(model.spec.width).to(model.device)
         # A bootstrap a head (Efron 1979, in Poisson counts): where the data says little, its heads come to differ.
         random = np.random.default_rng(derive_seed(seed, "reward heads"))
         self._pair_counts, self._rating_counts = (
@@ -84,9 +91,15 @@ class _Objective:
             for rows in (len(data.pairs), len(data.ratings))
         )
 
-    def __call__(self, outputs: HeadOutputs, batch: Batch) -> torch.Tensor:
+    def __call__(self, encoded: Encoded, outputs: HeadOutputs, batch: Batch) -> torch.Tensor:
         terms = [self._head(outputs.mean[:, k], outputs.log_variance[:, k], k, batch) for k in range(self._heads)]
-        return torch.stack(terms).mean()
+        loss = torch.stack(terms).mean()
+        liked = self._liked[batch.captions].nonzero().flatten()
+        if self._cfg.alignment and len(liked) and len(batch.pictures) > 1:
+            at, of = liked.to(loss.device), batch.of[liked].to(loss.device)
+            image, image_mask, text, text_mask = encoded
+            loss = loss + self._cfg.alignment * self.alignment(image, image_mask, text[at], text_mask[at], of)
+        return loss
 
     def _head(self, mean: torch.Tensor, log_variance: torch.Tensor, k: int, batch: Batch) -> torch.Tensor:
         loss = mean.sum() * 0.0  # for a batch of which this head sees nothing

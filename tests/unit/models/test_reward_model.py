@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import DataError, ImageError, ModelError
+from mmrl_ray.models.alignment import Alignment
 from mmrl_ray.models.encoders import Vocabulary
 from mmrl_ray.models.fusion import FUSIONS
 from mmrl_ray.models.reward_folder import SPEC, WEIGHTS, load_reward_model, read_spec, save_reward_model
@@ -195,3 +196,26 @@ def test_features_of_a_policy(tmp_path: Path) -> None:
     edited(vision_key="another")(tmp_path / "reward")
     with pytest.raises(ModelError, match="trained on the vision features of another"):
         source_of(load_reward_model(tmp_path / "reward").spec, 1 << 24)
+
+
+def test_alignment_is_the_formula() -> None:
+    """The mean over caption tokens of the largest cosine to a picture token, scaled; then cross-entropy over pictures."""
+    rng = np.random.default_rng(3)
+    image, text = rng.normal(size=(3, 4, 5)), rng.normal(size=(2, 6, 5))
+    image_mask, text_mask = rng.uniform(size=(3, 4)) < 0.6, rng.uniform(size=(2, 6)) < 0.6
+    image_mask[:, 0] = text_mask[:, 0] = True
+    torch.manual_seed(0)
+    align = Alignment(5).double()
+    to_image, to_text = (layer.weight.detach().numpy() for layer in (align.image, align.text))
+    expected = np.zeros((2, 3))
+    for caption in range(2):
+        for picture in range(3):
+            words = [to_text @ word for word in text[caption][text_mask[caption]]]
+            patches = [to_image @ patch for patch in image[picture][image_mask[picture]]]
+            cosines = [[w @ p / np.linalg.norm(w) / np.linalg.norm(p) for p in patches] for w in words]
+            expected[caption, picture] = np.mean(np.max(cosines, axis=1)) * np.exp(2.0)
+    inputs = [torch.from_numpy(x) for x in (image, image_mask, text, text_mask)]
+    np.testing.assert_allclose(align.similarity(*inputs).detach().numpy(), expected, rtol=1e-6)
+    own = np.array([2, 0])
+    nll = np.mean([np.log(np.exp(row).sum()) - row[o] for row, o in zip(expected, own, strict=True)])
+    assert align(*inputs, torch.from_numpy(own)).item() == pytest.approx(nll, rel=1e-6)

@@ -125,6 +125,7 @@ def test_arrays_and_batches() -> None:
     assert (data.pictures, data.captions, data.of) == ([one, two], ["x", "y", "z", "x", "y"], [0, 0, 0, 1, 1])
     assert (data.pairs, data.preferred, data.pair_parts) == ([(0, 1), (1, 2)], [1.0, 0.5], ["p", "q"])
     assert (data.rated, data.ratings, data.rating_parts) == ([0, 2, 3], [0.5, 0.25, 0.75], ["p", "q", "p"])
+    assert data.liked() == [True, False, False, True, False]
     assert data.vocabulary(2) == ("x", "y")
     assert data.center_and_spread() == pytest.approx((0.5, math.sqrt(1 / 24)))
     assert RewardData().center_and_spread() == (0.0, 1.0)
