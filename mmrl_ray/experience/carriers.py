@@ -125,7 +125,7 @@ class ScoredGroup:
     masked: str | None = None
     """Why the group takes no part in learning (its reward failed, …), or None."""
     payload: Any = None
-    """`RolloutGroup` itself (in-process) or an object-store reference to it."""
+    """`RolloutGroup` itself (in-process), or where it lies in the object store."""
     worker: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds by phase: sample, reference, reward."""

@@ -6,6 +6,7 @@ Parquet files as they are. Images are not in it: they lie once, by content hash,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -59,7 +60,30 @@ ROLLOUT_SCHEMA = pa.schema(
 )
 
 
+def encode_records(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as made by `group_rows`, as an Arrow IPC stream of `ROLLOUT_SCHEMA`; `decode_records` takes it back.
+
+    Bytes, since a table's columns would be pickled one by one, which costs as much as all else about a group.
+    """
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, ROLLOUT_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA))
+    return sink.getvalue().to_pybytes()
+
+
+def decode_records(encoded: bytes) -> pa.Table:
+    """The table that `encode_records` was given the rows of."""
+    return pa.ipc.open_stream(encoded).read_all()
+
+
 def group_table(run: str, scored: ScoredGroup, group: RolloutGroup, planned: PlannedGroup | None) -> pa.Table:
+    """`group_rows` as a table."""
+    return pa.Table.from_pylist(group_rows(run, scored, group, planned), schema=ROLLOUT_SCHEMA)
+
+
+def group_rows(
+    run: str, scored: ScoredGroup, group: RolloutGroup, planned: PlannedGroup | None
+) -> list[dict[str, Any]]:
     """The rows of one group: G completions, then the greedy baseline if there is one.
 
     Args:
@@ -101,7 +125,7 @@ def group_table(run: str, scored: ScoredGroup, group: RolloutGroup, planned: Pla
     if group.greedy is not None:
         row = _completion_row(group.greedy, scored.greedy_reward)
         rows.append({**common, **row, "completion": -1, "advantage": None, "learning_reward": None})
-    return pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
+    return rows
 
 
 def _completion_row(completion: Completion, reward: RewardBreakdown | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
 from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.loop import QUARANTINE_FILE
+from mmrl_ray.rollouts.parcels import open_payload
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import EngineFactory, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
@@ -99,7 +100,16 @@ class ControllerClient:
             RolloutError: one was lost (its node died) or did not come in time.
         """
         try:
-            return [_fetch(payload) for payload in payloads]
+            fetched: dict[Any, Any] = {}
+
+            def once(value: Any) -> Any:
+                if not isinstance(value, ray.ObjectRef):
+                    return value
+                if value not in fetched:
+                    fetched[value] = _fetch(value)
+                return fetched[value]
+
+            return [open_payload(payload, once) for payload in payloads]
         except RayError as error:
             raise RolloutError(f"a group is lost or late: {_first_line(error)}") from error
 
