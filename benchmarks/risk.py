@@ -2,16 +2,18 @@
 
     python benchmarks/risk.py --plot risk.png
 
-The learned reward is trained on ratings of captions of scenes; the raters are strict: an honest rating is half of the
-F1 of a caption's facts, ± 0.03. It fails for one attribute, the colour purple, in one of two ways:
+The learned reward is trained on ratings of captions of scenes. The raters are strict: an honest rating is `--strict`
+(0.3) times the F1 of a caption's facts, ± 0.03, on a scale from 0 to 1. It fails for one attribute, in one of two ways:
 
-- `noise`: whoever reads "purple" rates at random, anywhere from 0 to 1. A head that predicts its own noise can know it.
-- `unseen`: no picture and no caption of its training says "purple". Only heads that disagree can know it (K = 5).
+- `noise`: whoever reads "purple" rates at random, anywhere from 0 to 1. To strict raters' scale that is generous, so that
+  the mean alone rewards saying it. A head that predicts its own noise can know (K = 1).
+- `unseen`: no picture of its training has three objects, and no caption names three. Only heads that disagree can know
+  (K = 5).
 
 Then the policy of the quickstart, warm-started on terse captions, is fine-tuned on that reward (GRPO, in this process,
 by the product's own engine, plan and learner step), with κ = 0 and κ > 0 and otherwise alike. What it ends with is
-measured by what it never saw: R_cap of its greedy captions of held-out pictures against their references. `purple` is
-the share of those captions that say it; the share of pictures that have it is in the first line.
+measured by what it never saw: R_cap of its greedy captions of held-out pictures against their references. "Says it" is
+the share of those captions that have the attribute; the share of pictures that do is in the first line.
 
 Prints a table, and with `--plot` draws it; the last line is one JSON object.
 """
@@ -39,7 +41,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
-from mmrl_ray.data.scene_language import attribute_scores
+from mmrl_ray.data.scene_language import SHAPES, attribute_scores
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.experience.carriers import GroupKey, PlannedGroup, RolloutGroup, SamplingParams
 from mmrl_ray.experience.plan import build_step_plan
@@ -61,6 +63,7 @@ from mmrl_ray.runs.warm_start import warm_start
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 WORD = "purple"
+MANY = 3
 HEADS = {"noise": 1, "unseen": 5}
 RATER_NOISE = 0.03
 JUDGED = 800
@@ -80,7 +83,7 @@ class World:
     """R_cap."""
 
 
-def ratings(cfg: Config, scenario: str, seed: int) -> Iterator[Preference]:
+def ratings(cfg: Config, scenario: str, seed: int, strict: float) -> Iterator[Preference]:
     """A true caption against one with a fault, for each fault of each picture, with both rated."""
     assert cfg.data.scenes is not None
     scenes, _ = generate_scenes(cfg.data.scenes)
@@ -90,30 +93,38 @@ def ratings(cfg: Config, scenario: str, seed: int) -> Iterator[Preference]:
         rng = random.Random(f"{scenario}/{seed}/{sample.id}")
         for fault in FAULTS:
             said = (rng.choice(sample.references), faulty_caption(sample.metadata, fault, rng))
-            if scenario == "unseen" and (WORD in " ".join(said) or _shows_it(sample)):
+            if scenario == "unseen" and (_shows(sample)["unseen"] or any(_says(text)["unseen"] for text in said)):
                 continue
-            marks = [_rating(caption, sample, scenario, rng) for caption in said]
+            marks = [_rating(caption, sample, scenario, strict, rng) for caption in said]
             pair = Pair(image_hash(sample.images), "", *said, source=f"scenes:{fault}", image=sample.images[0])
             yield Preference(pair, "a" if marks[0] > marks[1] else "b", "rater", *marks)
 
 
-def _rating(caption: str, sample: Sample, scenario: str, rng: random.Random) -> float:
-    if scenario == "noise" and WORD in caption:
+def _rating(caption: str, sample: Sample, scenario: str, strict: float, rng: random.Random) -> float:
+    if scenario == "noise" and _says(caption)["noise"]:
         return rng.random()
     found = attribute_scores(caption, sample.metadata)
     both = found.precision + found.recall
     quality = 2 * found.precision * found.recall / both if both else 0.0
-    return min(max(0.5 * quality + rng.gauss(0.0, RATER_NOISE), 0.0), 1.0)
+    return min(max(strict * quality + rng.gauss(0.0, RATER_NOISE), 0.0), 1.0)
 
 
-def _shows_it(sample: Sample) -> bool:
-    return any(each["colour"] == WORD for each in sample.metadata["objects"])
+def _shows(sample: Sample) -> dict[str, bool]:
+    """Whether a picture has the attribute of each scenario."""
+    objects = sample.metadata["objects"]
+    return {"noise": any(each["colour"] == WORD for each in objects), "unseen": len(objects) >= MANY}
 
 
-def train_judge(world: World, scenario: str, seed: int, folder: Path, steps: int) -> Path:
+def _says(caption: str) -> dict[str, bool]:
+    """Whether a caption has it."""
+    said = caption.lower().split()
+    return {"noise": WORD in said, "unseen": sum(word.strip(".,") in SHAPES for word in said) >= MANY}
+
+
+def train_judge(world: World, scenario: str, seed: int, folder: Path, steps: int, strict: float) -> Path:
     """A reward model in a folder, by the product's own training."""
     data, out = folder / f"{scenario}-{seed}.parquet", folder / f"judge-{scenario}-{seed}"
-    write_preferences(data, ratings(world.cfg, scenario, seed))
+    write_preferences(data, ratings(world.cfg, scenario, seed, strict))
     settings = {
         "out": str(out),
         "seed": seed,
@@ -160,7 +171,8 @@ def evaluate(world: World, policy: Policy) -> dict[str, float]:
     """The true reward of greedy captions, and how many say the word."""
     said = caption_samples(policy, world.samples, max_new_tokens=world.cfg.rollout.max_new_tokens)
     totals = [score.total for score in world.truth.score_batch(world.samples, said)]
-    return {"r_cap": statistics.mean(totals), WORD: statistics.mean(WORD in caption.split() for caption in said)}
+    shares = {f"says_{name}": statistics.mean(_says(caption)[name] for caption in said) for name in HEADS}
+    return {"r_cap": statistics.mean(totals), **shares}
 
 
 def _adapted(cfg: Config, model: str) -> Policy:
@@ -205,9 +217,10 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--kappa", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=20, help="of RL")
+    parser.add_argument("--steps", type=int, default=15, help="of RL")
     parser.add_argument("--judge-steps", type=int, default=200)
     parser.add_argument("--groups", type=int, default=8, help="pictures a step")
+    parser.add_argument("--strict", type=float, default=0.3, help="the best honest rating")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -223,12 +236,13 @@ def main() -> None:
         statistics_ = CorpusStatistics.from_references(iter_references(cfg.data.train))
         world = World(cfg, samples, build_reward(cfg.reward, statistics_))
         before = evaluate(world, _adapted(cfg, model))
-        have = statistics.mean(_shows_it(sample) for sample in samples)
-        print(f"before RL: R_cap {before['r_cap']:.3f}; {WORD}: in {have:.0%} of pictures, said of {before[WORD]:.0%}")
+        have = {name: statistics.mean(_shows(sample)[name] for sample in samples) for name in HEADS}
+        told = (f"{name}: in {have[name]:.0%} of pictures, said of {before[f'says_{name}']:.0%}" for name in HEADS)
+        print(f"before RL: R_cap {before['r_cap']:.3f}; {'; '.join(told)}", flush=True)
         rows = []
         for seed in args.seeds:
             for scenario in args.scenarios:
-                judge = train_judge(world, scenario, seed, folder, args.judge_steps)
+                judge = train_judge(world, scenario, seed, folder, args.judge_steps, args.strict)
                 for kappa in (0.0, args.kappa):
                     found = fine_tune(world, model, judge, kappa, seed, args.steps)
                     rows.append({"scenario": scenario, "seed": seed, "kappa": kappa, **found})
@@ -236,12 +250,14 @@ def main() -> None:
     if args.plot is not None:
         draw(rows, before["r_cap"], args.plot)
     table = Table(title=f"R_cap on {EVALUATED} held-out pictures after {args.steps} steps, by seed and in the mean")
-    for column in ("scenario", "κ", *(f"seed {seed}" for seed in args.seeds), "mean", f"says {WORD}", "judge", "σ"):
+    for column in ("scenario", "κ", *(f"seed {seed}" for seed in args.seeds), "mean", "says it", "judge", "σ"):
         table.add_column(column, justify="left" if column == "scenario" else "right")
     for scenario in args.scenarios:
         for kappa in (0.0, args.kappa):
             some = [row for row in rows if (row["scenario"], row["kappa"]) == (scenario, kappa)]
-            means = [statistics.mean(row[key] for row in some) for key in ("r_cap", WORD, "judge", "sigma")]
+            means = [
+                statistics.mean(row[key] for row in some) for key in ("r_cap", f"says_{scenario}", "judge", "sigma")
+            ]
             figures = [*(f"{row['r_cap']:.3f}" for row in some), f"{means[0]:.3f}", f"{means[1]:.0%}"]
             table.add_row(scenario, f"{kappa:g}", *figures, f"{means[2]:.3f}", f"{means[3]:.3f}")
     Console(width=120).print(table)
