@@ -5,7 +5,7 @@
 The learned reward is trained on ratings of captions of scenes. The raters are strict: an honest rating is `--strict`
 (0.3) times the F1 of a caption's facts, ± 0.03, on a scale from 0 to 1. It fails for one attribute, in one of two ways:
 
-- `noise`: whoever reads "purple" rates at random, anywhere from 0 to 1. To strict raters' scale that is generous, so that
+- `noise`: whoever reads "purple" rates at random, anywhere from 0 to 1. Beside strict raters that is generous, so that
   the mean alone rewards saying it. A head that predicts its own noise can know (K = 1).
 - `unseen`: no picture of its training has three objects, and no caption names three. Only heads that disagree can know
   (K = 5).

@@ -35,9 +35,8 @@ _FUNCTION = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 
 class PartSection(Section):
-    """What every kind of part says of itself."""
+    """What every kind of part says of itself, beside its `modality`."""
 
-    modality: ClassVar[Modality]
     needs_statistics: ClassVar[bool] = False
     may_have_sigma: ClassVar[bool] = False
     """Whether its breakdowns can have a trained standard deviation."""
@@ -164,8 +163,8 @@ class FunctionPart(PartSection):
     """Further arguments, by name."""
 
     @property
-    def modality(self) -> Modality:  # type: ignore[override]  # this one's is the user's choice
-        """As `state` says."""
+    def modality(self) -> Modality:
+        """The user's choice."""
         return self.state
 
     @field_validator("path")

@@ -49,7 +49,8 @@ class MultimodalReward:
             raise ConfigError(f"multimodal reward: risk={risk} must be finite and not negative")
         self._parts = dict(parts)
         self._weights = {name: float(weights[name]) for name in parts}
-        self._modalities = {name: (modalities or {}).get(name, "sample") for name in parts}
+        named: Mapping[str, Modality] = modalities or {}
+        self._modalities: dict[str, Modality] = {name: named.get(name, "sample") for name in parts}
         self._risk = float(risk)
 
     def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
