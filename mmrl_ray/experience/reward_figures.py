@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -58,10 +59,15 @@ def _weighted(groups: Sequence[ScoredGroup]) -> list[str]:
 
 
 def _weighted_parts(groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[K, M, G] and [K]; a part with a standard deviation of its own is less risk times that."""
+    """[K, M, G] and [K]."""
     names, weights = _weighted(groups), groups[0].rewards[0].weights
-    parts = [_matrix(groups, lambda r, n=name: r.parts[n] - r.risk * r.parts.get(f"{n}/sigma", 0.0)) for name in names]
+    parts = [_matrix(groups, partial(_adjusted_part, name=name)) for name in names]
     return torch.stack(parts), torch.tensor([weights[name] for name in names], dtype=torch.float64)
+
+
+def _adjusted_part(row: RewardBreakdown, name: str) -> float:
+    """A part less risk times its own standard deviation, where it has one."""
+    return row.parts[name] - row.risk * row.parts.get(f"{name}/sigma", 0.0)
 
 
 def _figures(groups: Sequence[ScoredGroup]) -> dict[str, float]:
