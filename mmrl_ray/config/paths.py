@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmrl_ray.config.base import Section
+from mmrl_ray.config.reward import LearnedPart
 from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
 
@@ -28,6 +29,10 @@ def with_absolute_paths(cfg: Config) -> Config:
         "model": cfg.model.model_copy(update={"path": model}),
         "data": cfg.data.model_copy(update=data),
     }
+    learned = {name: part for name, part in cfg.reward.parts.items() if isinstance(part, LearnedPart)}
+    if learned:
+        parts = {name: part.model_copy(update={"model": _absolute(part.model)}) for name, part in learned.items()}
+        sections["reward"] = cfg.reward.model_copy(update={"parts": {**cfg.reward.parts, **parts}})
     if cfg.sft is not None:
         sections["sft"] = cfg.sft.model_copy(update={"cache": _absolute(cfg.sft.cache)})
     return cfg.model_copy(update=sections)
@@ -49,6 +54,9 @@ def local_paths(cfg: Config) -> dict[str, str]:
         places["model.path"] = cfg.model.path
     if cfg.sft is not None:
         places["sft.cache"] = cfg.sft.cache
+    for name, part in cfg.reward.parts.items():
+        if isinstance(part, LearnedPart):
+            places[f"reward.parts.{name}.model"] = part.model
     return {key: place for key, place in places.items() if "://" not in place}
 
 
@@ -88,12 +96,18 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def _remedy(key: str, path: str) -> str:
+    shared_folder = "name a folder on storage that every node sees"
     what = {
         "run.root": "name storage that every node sees, such as --set run.root=s3://bucket/runs",
         "model.path": "name a hub id, or a folder on storage that every node sees",
-        "sft.cache": "name a folder on storage that every node sees",
+        "sft.cache": shared_folder,
         "data.preferences.store": "name a PostgreSQL database, postgresql+psycopg://user@host/name",
-    }.get(key, f"copy it to storage that every node sees, and name that, such as --set {key}=s3://bucket/data")
+    }.get(
+        key,
+        shared_folder
+        if key.startswith("reward.")
+        else f"copy it to storage that every node sees, and name that, such as --set {key}=s3://bucket/data",
+    )
     return f"{what}; or, if all nodes have it under this very path, add --shared-paths {PurePosixPath(path).parent}"
 
 

@@ -69,6 +69,21 @@ class Config(Section):
                 "{store: 'sqlite:///preferences.db'}": learner.loss == "dpo" and self.data.preferences is None,
                 f"data.preferences is read by learner.loss=dpo alone, not by learner.loss={learner.loss}: "
                 "take it away, or write algorithm: dpo": learner.loss != "dpo" and self.data.preferences is not None,
+                **self._normalization_problems(),
             }
         )
         return self
+
+    def _normalization_problems(self) -> dict[str, bool]:
+        """Where parts are normalised by their group, what would undo or contradict it."""
+        rollout, learner = self.rollout, self.learner
+        on = self.reward.normalize == "group"
+        return {
+            f"reward.normalize=group needs rollout.group_size of 2 or more, not {rollout.group_size}": on
+            and rollout.group_size < 2,
+            "reward.normalize=group divides by standard deviations already: set learner.advantage_std to false": on
+            and learner.advantage == "group"
+            and learner.advantage_std,
+            "reward.normalize=group has no place for the greedy caption, which is in no group: choose another "
+            "learner.advantage": on and learner.advantage == "greedy",
+        }

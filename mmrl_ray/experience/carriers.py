@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmrl_ray.config.reward import Normalization
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.breakdown import RewardBreakdown
 
@@ -131,7 +132,7 @@ class ScoredGroup:
     """T of each completion, length G."""
     rewards: tuple[RewardBreakdown, ...]
     """One a completion; empty when masked."""
-    greedy_reward: float | None = None
+    greedy_reward: RewardBreakdown | None = None
     kl1: tuple[float, ...] = ()
     """Sum over tokens of behaviour minus reference log-prob, one a completion; empty without a reference. With the k1
     estimator the step plan takes `weight * kl1` off each reward before the baseline."""
@@ -160,6 +161,10 @@ class PlannedGroup:
     completion_tokens: tuple[int, ...]
     prompt_tokens: int
     payload: Any
+    rewards: tuple[float, ...] = ()
+    """[G], what the baseline saw: the totals after risk, normalisation and the k1 penalty."""
+    normalization: Normalization = "none"
+    """Whether parts of the reward were normalised by their group."""
 
     @property
     def has_signal(self) -> bool:

@@ -294,6 +294,7 @@ class Controller:
                 learner=self._cfg.learner,
                 max_new_tokens=self._cfg.rollout.max_new_tokens,
                 world_size=world_size,
+                normalize=self._cfg.reward.normalize,
             )
         except MMRLError as error:
             self._pump.fail(error)

@@ -164,7 +164,7 @@ class RolloutEngine:
             prompt_tokens=sampled.prompt.input_ids.numel(),
             completion_tokens=tuple(c.token_ids.numel() for c in output.completions),
             rewards=rewards[: len(output.completions)],
-            greedy_reward=rewards[-1].total if rewards and output.greedy is not None else None,
+            greedy_reward=rewards[-1] if rewards and output.greedy is not None else None,
             kl1=_kl1(output.completions),
             masked=masked,
             payload=RolloutGroup(

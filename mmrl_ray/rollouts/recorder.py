@@ -52,18 +52,23 @@ class StepRecord:
 
 
 def step_table(keys: frozenset[GroupKey], planned: Mapping[GroupKey, PlannedGroup], rows: pa.Table) -> pa.Table:
-    """The rows of a step in order of place and completion, with staleness and advantages filled in."""
+    """The rows of a step in order of place and completion, with what the step made of them filled in."""
     wanted = {_place(key) for key in keys}
     rows = rows.filter(pa.array([place in wanted for place in _places(rows)], pa.bool_()))
     rows = rows.sort_by([("index", "ascending"), ("completion", "ascending")])
     by_place = {_place(key): group for key, group in planned.items()}
     groups = [by_place.get(place) for place in _places(rows)]
     staleness = [None if group is None else group.staleness for group in groups]
-    advantages = [
-        None if group is None or completion < 0 else group.advantages[completion]
-        for group, completion in zip(groups, rows["completion"].to_pylist(), strict=True)
-    ]
-    for name, values in (("staleness", staleness), ("advantage", advantages)):
+    places = list(zip(groups, rows["completion"].to_pylist(), strict=True))
+    advantages = [None if group is None or place < 0 else group.advantages[place] for group, place in places]
+    learnt = [None if group is None or place < 0 else group.rewards[place] for group, place in places]
+    columns = {
+        "staleness": staleness,
+        "advantage": advantages,
+        "learning_reward": learnt,
+        "reward_normalization": [None if group is None else group.normalization for group in groups],
+    }
+    for name, values in columns.items():
         field = ROLLOUT_SCHEMA.field(name)
         rows = rows.set_column(ROLLOUT_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
     return rows

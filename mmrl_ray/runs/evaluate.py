@@ -132,7 +132,7 @@ def correlation_table(found: Mapping[str, Correlation], samples: int) -> Table:
 def _statistics(opened: Target, data: str) -> tuple[CorpusStatistics, str]:
     if opened.statistics is not None:
         return opened.statistics, "document frequencies: of the run's training references"
-    own = CorpusStatistics.from_references(iter_references(data))
+    own = CorpusStatistics.from_references(iter_references(data), language_order=opened.reward.language_order)
     return own, f"document frequencies: of the references of {data} itself, not comparable with those of a run"
 
 

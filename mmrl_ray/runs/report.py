@@ -72,7 +72,7 @@ def render_report(run: RunDir) -> str:
         correlations=correlation_table(sides),
         charts=charts(metrics),
         constants=[f"{name} {value:.4g}" for name, value in constants(metrics).items()],
-        facts=fact_blocks(summary, metrics, events, quarantined),
+        facts=fact_blocks(summary, metrics, events, quarantined, config),
         happened=happened(events, metrics, quarantined),
         events=event_list,
         events_left_out=events_left,

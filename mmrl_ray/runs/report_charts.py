@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mmrl_ray.config.reward import RESERVED_NAMES
 from mmrl_ray.runs.report_svg import GRID, INK, Chart, colour, quiet_axes, svg_data_uri
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -49,10 +50,13 @@ PANELS: tuple[_Panel, ...] = (
     _Panel(
         "Reward parts",
         ("reward/",),
-        exclude=("reward/mean", "reward/std", "reward/group_std", "reward/zero_variance_groups", "reward/with_kl"),
+        exclude=tuple(f"reward/{name}" for name in RESERVED_NAMES),
     ),
     _Panel("Importance of each modality, share", ("importance/",)),
     _Panel("Importance of each modality, RMS", ("importance_rms/",), unit="nats a unit of embedding"),
+    _Panel("Reward less its uncertainty, and that", ("reward/adjusted", "reward/sigma")),
+    _Panel("Spread of reward parts within groups", ("reward_group_std/",)),
+    _Panel("Weights and risk of the reward", ("reward_weight/", "reward/risk", "reward/normalized")),
     _Panel("Loss and its terms", ("loss", "loss/")),
     _Panel("Preferences", ("dpo/accuracy", "dpo/confidence"), unit="share of the step's pairs"),
     _Panel("Implicit rewards", ("dpo/reward_chosen", "dpo/reward_rejected", "dpo/margin")),

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmrl_ray.runs.report_charts import charted_names, is_number
 from mmrl_ray.runs.report_events import path_reason, text_of
+from mmrl_ray.runs.reward_facts import reward_rows
 
 Row = tuple[str, str]
 
@@ -18,10 +19,12 @@ def fact_blocks(
     metrics: Sequence[Mapping[str, Any]],
     events: Sequence[Mapping[str, Any]],
     quarantined: Sequence[Mapping[str, Any]],
+    config: str,
 ) -> list[dict[str, Any]]:
     """Titled blocks of (name, value); a block without rows is left out."""
     blocks = [
         ("Held-out preferences", list(_preferences(summary))),
+        ("Reward in training, first step to last", reward_rows(config, metrics)),
         ("Time by phase", list(_phases(summary))),
         ("Time in steps, summed", list(_step_seconds(metrics))),
         ("Resources and path", list(_resources(summary, metrics, events))),

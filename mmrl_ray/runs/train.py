@@ -43,7 +43,7 @@ from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory, give_back_memory
-from mmrl_ray.runs.preflight import check_model, evaluation_split
+from mmrl_ray.runs.preflight import check_run, evaluation_split
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.reward_app import RunReward
@@ -103,7 +103,7 @@ class _Run:
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
-            check_model(start)
+            check_run(start)
             give_back_memory()
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
@@ -144,7 +144,9 @@ class _Run:
             if run.exists(STATISTICS):
                 statistics = CorpusStatistics.from_json(run.read_text(STATISTICS))
             else:
-                statistics = CorpusStatistics.from_references(iter_references(self._cfg.data.train))
+                references = iter_references(self._cfg.data.train)
+                order = self._cfg.reward.language_order
+                statistics = CorpusStatistics.from_references(references, language_order=order)
                 run.write_text(STATISTICS, statistics.to_json())
         return statistics
 

@@ -118,10 +118,10 @@ class RewardReplica:
         """
         start_logging(log_format, run=run, role=REWARD)
         from mmrl_ray.metrics.corpus import CorpusStatistics
-        from mmrl_ray.metrics.text import MAX_ORDER
+        from mmrl_ray.rewards.build import NOTHING
         from mmrl_ray.serving.reward_service import HostedReward
 
-        found = CorpusStatistics(1, ({},) * MAX_ORDER)
+        found = NOTHING
         if statistics is not None:
             with filesystem.open_input_stream(statistics) as stream:
                 found = CorpusStatistics.from_json(stream.read().decode())

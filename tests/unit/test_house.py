@@ -59,6 +59,8 @@ def test_import_contracts_hold() -> None:
         ("mmrl_ray.rewards.multimodal", ("torch", "ray", "transformers")),
         ("mmrl_ray.rewards.overlap", ("torch", "ray", "transformers")),
         ("mmrl_ray.rewards.build", ("torch", "ray", "transformers")),
+        ("mmrl_ray.rewards.learned", ("torch", "ray", "transformers")),
+        ("mmrl_ray.runs.reward_model", ("ray",)),
         ("mmrl_ray.data.samples", ("torch", "ray", "transformers")),
         ("mmrl_ray.run_dir", ("torch", "ray", "transformers")),
         ("mmrl_ray.jobs.control, mmrl_ray.jobs.status_view", ("torch", "ray", "transformers")),
@@ -129,7 +131,9 @@ def _carriers() -> list[Any]:
     key = GroupKey(3, 1, 2)
     state = CaptionState(torch.zeros(4), {"image": torch.ones(4)}, torch.ones(4))
     group = RolloutGroup(sample, prompt, (completion,), 3, SamplingParams(seed=7), completion, vision, state)
-    scored = ScoredGroup(key, "a", 3, 3, (2,), (reward,), 0.4, None, group, "w0", {"sample": 0.1}, {"vision_hits": 1})
+    scored = ScoredGroup(
+        key, "a", 3, 3, (2,), (reward,), reward, None, group, "w0", {"sample": 0.1}, {"vision_hits": 1}
+    )
     planned = PlannedGroup(key, "a", 0, (0.5,), (1.0,), (2,), 3, group)
     plan = StepPlan(3, (planned,), 2.0, (((0,),),), {"reward/mean": 0.5})
     return [sample, completion, prompt, vision, reward, key, group, scored, planned, plan, group.sampling, state]

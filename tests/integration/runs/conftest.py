@@ -95,7 +95,11 @@ def prepare(folder: Path) -> dict[str, Any]:
         "data": {"train": str(folder / "train"), "eval": str(folder / "eval"), "prompt": "describe the image ."},
         "algorithm": "grpo",
         "rollout": {"group_size": 3, "max_new_tokens": 6, "groups_per_assignment": 2},
-        "reward": {"host": "inline"},  # Serve has tests of its own, and costs every run seconds
+        "reward": {
+            "host": "inline",  # Serve has tests of its own, and costs every run seconds
+            "parts": {"caption": {"kind": "caption"}, "fluent": {"kind": "fluency"}},
+            "weights": {"caption": 1.0, "fluent": 0.1},
+        },
         "learner": {"steps": 6, "groups_per_step": 4, "lr": 1e-2, "checkpoint_every": 3},
         "resources": {"learner": actor, "rollout": actor},
     }

@@ -84,6 +84,10 @@ def place(workplace: Workplace, tmp_path: Path) -> Path:
         "sft": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
         "learner": {"steps": 2, "groups_per_step": 2},
     }
+    # Its training is tested by itself; here it is the command.
+    reward_model = yaml.safe_load((tmp_path / "configs" / "reward-model.yaml").read_text())
+    reward_model["training"] = {"steps": 2}
+    (tmp_path / "configs" / "reward-model.yaml").write_text(yaml.safe_dump(reward_model))
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
 
@@ -132,7 +136,7 @@ def served(workplace: Workplace, place: Path) -> Iterator[Served]:
 @pytest.mark.timeout(600)
 def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path) -> None:
     found = [command for command in commands("mmrl") if not command.startswith(ELSEWHERE)]
-    assert len(found) >= 16
+    assert len(found) >= 19
     with served(workplace, place) as server:
         for command in found:
             arguments = shlex.split(command)[1:]
@@ -155,6 +159,7 @@ def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path
         assert summary["status"] == "finished"
     last = (place / "runs" / "liked" / "metrics.jsonl").read_text().splitlines()[-1]
     assert 0 <= json.loads(last)["dpo/accuracy"] <= 1
+    assert (place / "rewards" / "scenes" / "report.json").exists()
 
 
 def test_every_make_target_of_the_readme_is_there() -> None:

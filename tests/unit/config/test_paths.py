@@ -102,3 +102,14 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     scenes = LOCAL.replace("data: {", "data: {scenes: {train: 3, eval: 1}, ")
     refuse_missing(absolute(scenes))
     refuse_missing(absolute(REMOTE))
+
+
+def test_a_learned_reward_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = LOCAL + "reward: {parts: {seen: {kind: learned, model: rewards/a}}, weights: {seen: 1.0}}\n"
+    cfg = absolute(text)
+    assert local_paths(cfg)["reward.parts.seen.model"] == f"{tmp_path}/rewards/a"
+    with pytest.raises(ConfigError, match=r"reward.parts.seen.model=.*: name a folder on storage that every node sees"):
+        refuse_unseen(cfg, (), "the cluster")
+    with pytest.raises(ConfigError, match=r"reward.parts.seen.model=.* does not exist"):
+        refuse_missing(cfg)

@@ -123,8 +123,8 @@ def test_shipped_manifests_are_what_their_command_renders(path: Path, monkeypatc
         check_serve_config(yaml.safe_load(last["spec"]["serveConfigV2"]))
 
 
-ON_ONE_MACHINE = {"dpo"}
-"""Configs that pods cannot run as they are: their store of preferences is a file."""
+ON_ONE_MACHINE = {"dpo", "reward-model"}
+"""Configs that pods cannot run as they are: a store of preferences in a file; a command of its own, without Ray."""
 
 
 def test_every_kind_is_shipped_and_every_config_of_a_cluster_has_one() -> None:

@@ -19,6 +19,7 @@ from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, NonFiniteError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.step import LearnerStep
+from mmrl_ray.losses.regularizers import adapter_l2, l2_to_pretrained
 from mmrl_ray.policy.load import Policy
 from tests.unit.learner.worlds import (
     gradient,
@@ -176,6 +177,22 @@ def test_regularisers_enter_once_a_step(tiny: Path) -> None:
     assert metrics["loss/l2_to_pretrained"] == pytest.approx(0.2 * distance.item(), rel=1e-5)
     terms = [metrics[f"loss/{name}"] for name in ("policy", "kl", "adapter_l2", "l2_to_pretrained")]
     assert metrics["loss"] == pytest.approx(sum(terms))
+
+
+@pytest.mark.parametrize(("key", "term"), [("l2_to_pretrained", l2_to_pretrained), ("adapter_l2", adapter_l2)])
+def test_a_regulariser_holds_the_adapter_the_nearer_the_stronger_it_is(tiny: Path, key: str, term: Any) -> None:
+    """Real steps on the same groups, off and at two strengths: what is held is ‖θ − θ_pretrained‖², or ‖φ‖²."""
+    found: list[float] = []
+    for strength in (0.0, 0.03, 3.0):
+        cfg = section(steps=12, lr=1e-2, **{key: strength})
+        policy = make_policy(tiny)
+        step = LearnerStep(policy, cfg)
+        plan = make_plan(make_groups(policy), cfg)
+        before = term(policy.model).item()
+        logged = [step.run(plan, payloads)[f"loss/{key}"] for _ in range(12)]
+        assert logged[0] == pytest.approx(strength * before, rel=1e-5)  # a term of its own, 0 where it is off
+        found.append(term(policy.model).item())
+    assert found[0] > 1.1 * found[1] > 1.1 * 1.1 * found[2]
 
 
 def test_a_group_without_signal_is_skipped_but_counts_in_the_denominator(tiny: Path) -> None:

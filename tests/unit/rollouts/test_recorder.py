@@ -20,7 +20,7 @@ from tests.unit.rollouts.fakes import png, samples
 
 
 def planned(key: GroupKey, advantages: tuple[float, ...]) -> PlannedGroup:
-    return PlannedGroup(key, "s", 1, advantages, (1.0,) * len(advantages), (2, 3), 5, None)
+    return PlannedGroup(key, "s", 1, advantages, (1.0,) * len(advantages), (2, 3), 5, None, (0.5, 0.75), "group")
 
 
 def table(*keys: GroupKey, masked: str | None = None, greedy: bool = False) -> bytes:
@@ -51,6 +51,8 @@ def test_a_step_is_written_in_order_with_what_the_plan_decided(tmp_path: Path) -
         (1, 0, 0, None, None, "no references"),
         (1, 0, 1, None, None, "no references"),
     ]
+    learnt = query(run, "completion, learning_reward, reward_normalization")
+    assert learnt == [(-1, None, "group"), (0, 0.5, "group"), (1, 0.75, "group"), (0, None, None), (1, None, None)]
     assert pa.parquet.read_schema(run.local_path("rollouts/step-000003.parquet")).equals(ROLLOUT_SCHEMA)
 
 

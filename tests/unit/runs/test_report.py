@@ -26,6 +26,7 @@ from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.report_charts import MAX_POINTS, charts, constants
 from mmrl_ray.runs.report_events import event_rows, happened, replacements
 from mmrl_ray.runs.report_facts import duration
+from mmrl_ray.runs.reward_facts import reward_rows
 from mmrl_ray.runs.scores import Evaluation, score_captions
 
 _, SCENES = generate_scenes(ScenesSection(train=1, eval=30, image_size=32))
@@ -316,6 +317,32 @@ def test_what_never_changes_is_told_and_thin_phases_are_one() -> None:
     assert "other from 0.003 to 0.003" in chart.alt
     assert "seconds/b" not in chart.alt
     assert constants(lines[:1]) == {}
+
+
+def test_the_reward_is_told_part_by_part() -> None:
+    config = (
+        "reward: {parts: {said: {kind: caption}, size: {kind: length}}, weights: {said: 1.0, size: 0.5}, "
+        "normalize: group}"
+    )
+    lines = [
+        {"reward/mean": 0.3 + s, "reward/said": 0.2 + s, "reward/size": 0.1, "reward_weight/said": 1.0}
+        | {"reward_weight/size": 0.5, "reward/sigma": 0.2, "reward/adjusted": 0.1 + s, "reward/risk": 1.0}
+        | {"reward/normalized": 1.0}
+        for s in (0.0, 0.5)
+    ]
+    assert reward_rows(config, lines) == [
+        ("said, caption on the references", "weight 1, mean 0.2 → 0.7"),
+        ("size, length on the text", "weight 0.5, mean 0.1 → 0.1"),
+        ("total", "mean 0.3 → 0.8"),
+        ("standard deviation of the total", "mean 0.2 → 0.2"),
+        ("total - 1σ, learnt from", "mean 0.1 → 0.6"),
+        ("normalisation", "each part by its group, then the weighted sum by the step (GDPO)"),
+    ]
+    assert reward_rows("no: config", lines)[0][0] == "said"
+    assert reward_rows(config, []) == []
+    drawn = {chart.title for chart in charts([{"step": i, **line} for i, line in enumerate(lines)])}
+    assert "Reward less its uncertainty, and that" in drawn
+    assert "reward_weight/said" in constants(lines)
 
 
 def test_charts_survive_gaps_flags_and_single_steps() -> None:
