@@ -28,7 +28,7 @@ from mmrl_ray.feedback.schema import Choice, Pair, Preference
 
 FAULTS = ("colour", "shape", "size", "relation", "missing")
 """What is wrong with the worse caption of a pair."""
-NOISE = {1: 0.02, 2: 0.05, 3: 0.10}
+NOISE = {1: 0.01, 2: 0.03, 3: 0.06}
 """σ of what the rater says about one caption, by the number of objects in the picture."""
 RATER = "generated"
 _VERSION = 1

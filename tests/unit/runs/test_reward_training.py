@@ -30,7 +30,7 @@ from tests.unit.cli.program import mmrl
 from tests.unit.models.test_reward_model import PICTURES, spec
 
 CONFIG = Path(__file__).parents[3] / "configs" / "reward-model.yaml"
-SCENES = ScenesSection(train=2000, eval=100)
+SCENES = ScenesSection(train=2000, eval=100, max_objects=2)
 
 
 @pytest.fixture(scope="module")
