@@ -16,7 +16,6 @@ from mmrl_ray.data.scene_language import SceneObject, parse_caption, true_facts
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.errors import PreferenceError
 from mmrl_ray.feedback.files import read_preferences
-from mmrl_ray.feedback.schema import Preference
 from mmrl_ray.feedback.scene_preferences import (
     FAULTS,
     NOISE,
@@ -25,6 +24,7 @@ from mmrl_ray.feedback.scene_preferences import (
     true_quality,
     write_scene_preferences,
 )
+from mmrl_ray.feedback.schema import Preference
 
 SCENES = ScenesSection(train=300, eval=20)
 
