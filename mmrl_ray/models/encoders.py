@@ -39,7 +39,7 @@ class PixelEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor, mask: torch.Tensor) -> Tokens:
         """`pixels` uint8 [B, 3, S, S]; `mask` is not looked at, every token of a picture is valid."""
-        scaled = pixels.to(self.stem[0].weight.dtype) / 127.5 - 1
+        scaled = pixels.to(self.contextual.positions.dtype) / 127.5 - 1
         tokens = self.stem(scaled).flatten(2).transpose(1, 2)
         valid = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         return self.contextual(tokens, valid), valid

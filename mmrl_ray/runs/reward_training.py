@@ -67,7 +67,7 @@ def train_reward_model(
         done = step + 1
         if progress is not None and (done % REPORT_EVERY == 0 or done in (1, cfg.steps)):
             recent = losses[-REPORT_EVERY:]
-            progress(done, cfg.steps, {"loss": sum(recent) / len(recent), "lr": scheduler.get_last_lr()[0]})
+            progress(done, cfg.steps, {"loss": sum(recent) / len(recent), "lr": float(scheduler.get_last_lr()[0])})
     model.eval()
     return losses
 
