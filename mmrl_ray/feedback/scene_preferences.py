@@ -1,12 +1,10 @@
 """Preferences about generated scenes, from a rater whose noise is known: what a learned reward is tried on.
 
 A pair is a full description of a scene against one with a single fault: a wrong colour, shape, size or relation (of a
-single object: place), or a missing detail. The rater's true opinion of a caption is
-
-    0.3 + 0.4 · F1 of its facts against those of a full description (`scene_language.attribute_scores`)
-
-on a scale from 0 to 1, and what it says (in choices, and apart from them in ratings) is that plus Gaussian noise whose
-σ is known for each picture: `NOISE` by the number of objects, since a crowded picture is harder to judge. The same seed
+single object: place), or a missing detail. The rater's true opinion of a caption, on a scale from 0 to 1, is 0.7 where
+it says all that a full description does and nothing false, 0.6 where it only leaves something out, and 0.4 where
+something in it is false. What it says (in choices, and apart from them in ratings) is that plus Gaussian noise whose σ
+is known for each picture: `NOISE` by the number of objects, since a crowded picture is harder to judge. The same seed
 gives the same preferences.
 """
 
@@ -28,7 +26,7 @@ from mmrl_ray.feedback.schema import Choice, Pair, Preference
 
 FAULTS = ("colour", "shape", "size", "relation", "missing")
 """What is wrong with the worse caption of a pair."""
-NOISE = {1: 0.02, 2: 0.05, 3: 0.10}
+NOISE = {1: 0.03, 2: 0.08, 3: 0.15}
 """σ of what the rater says about one caption, by the number of objects in the picture."""
 RATER = "generated"
 _VERSION = 1
@@ -74,8 +72,9 @@ def write_scene_preferences(cfg: ScenesSection, folder: str | Path, *, rated: fl
 def true_quality(caption: str, metadata: Mapping[str, Any]) -> float:
     """What the rater thinks of a caption before noise; `metadata` is that of a scene."""
     scores = attribute_scores(caption, metadata)
-    both = scores.precision + scores.recall
-    return 0.3 + 0.4 * (2 * scores.precision * scores.recall / both if both else 0.0)
+    if scores.correct < scores.claimed:
+        return 0.4
+    return 0.7 if scores.covered == scores.required else 0.6
 
 
 def label_noise(metadata: Mapping[str, Any]) -> float:

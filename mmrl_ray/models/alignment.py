@@ -44,6 +44,22 @@ class Alignment(nn.Module):
         text: torch.Tensor,
         text_mask: torch.Tensor,
         of: torch.Tensor,
+        liked: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean −log of the chance that a caption is given to its own picture, `of` int64 [n], a scalar."""
-        return nn.functional.cross_entropy(self.similarity(image, image_mask, text, text_mask), of)
+        """Mean −log of the chances that a liked caption is given to its own picture, and is it that its picture takes.
+
+        Args:
+            image: [B, L, d].
+            image_mask: bool [B, L].
+            text: [n, T, d].
+            text_mask: bool [n, T].
+            of: int64 [n], each caption's picture.
+            liked: bool [n]; one at least. A picture chooses among the one and those of its own that are not liked.
+        """
+        similarity = self.similarity(image, image_mask, text, text_mask)
+        to_picture = nn.functional.cross_entropy(similarity[liked], of[liked])
+        own = similarity.gather(1, of[:, None])[:, 0]
+        others = (of[liked][:, None] == of[None, :]) & ~liked[None, :]
+        rivals = own[None, :].expand(len(others), -1).masked_fill(~others, -torch.inf)
+        to_caption = torch.logsumexp(torch.cat([own[liked][:, None], rivals], dim=1), dim=1) - own[liked]
+        return to_picture + to_caption.mean()

@@ -39,7 +39,7 @@ class PixelEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor, mask: torch.Tensor) -> Tokens:
         """`pixels` uint8 [B, 3, S, S]; `mask` is not looked at, every token of a picture is valid."""
-        scaled = pixels.to(self.stem[0].weight.dtype) / 127.5 - 1
+        scaled = pixels.to(self.contextual.positions.dtype) / 127.5 - 1
         tokens = self.stem(scaled).flatten(2).transpose(1, 2)
         valid = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         return self.contextual(tokens, valid), valid
@@ -77,13 +77,14 @@ class Contextual(nn.Module):
 
     def __init__(self, length: int, dim: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.positions = nn.Parameter(torch.randn(length, dim) * 0.1)
+        self.norm = nn.LayerNorm(dim)
+        self.positions = nn.Parameter(torch.randn(length, dim) * 0.5)
         layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, L, d] of [B, L, d]."""
-        return self.layers(tokens + self.positions[: tokens.shape[1]], src_key_padding_mask=~mask)
+        return self.layers(self.norm(tokens) + self.positions[: tokens.shape[1]], src_key_padding_mask=~mask)
 
 
 class Vocabulary:

@@ -66,7 +66,8 @@ class _Pictures:
 
     def of(self, cell: Any) -> tuple[str, Picture]:
         """(hash, picture) of an image cell; raises ImageError where there is none."""
-        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
+        data: Any = cell.get("bytes") if isinstance(cell, Mapping) else cell
+        path: Any = cell.get("path") if isinstance(cell, Mapping) else None
         if data is None and path is None:
             raise ImageError("the row has no image")
         if data is None and path.startswith(_KNOWN):
@@ -74,10 +75,11 @@ class _Pictures:
             if key not in self._known:
                 raise ImageError(f"unknown image {path}: no row before it brings the picture")
             return key, self._known[key]
-        if data is None and path in self._by_path:
-            key = self._by_path[path]
-            return key, self._known[key]
-        data = self._dataset.read_file(path) if data is None else data
+        if data is None:
+            if path in self._by_path:
+                key = self._by_path[path]
+                return key, self._known[key]
+            data = self._dataset.read_file(path)
         key = image_hash((data,))
         if key in self._broken:
             raise ImageError(self._broken[key])
@@ -88,7 +90,7 @@ class _Pictures:
                 self._broken[key] = str(error)
                 raise
             self._known[key] = (data,)
-        if path is not None:
+        if path is not None and not isinstance(cell.get("bytes"), bytes):
             self._by_path[path] = key
         return key, self._known[key]
 

@@ -67,7 +67,7 @@ def train_reward_model(
         done = step + 1
         if progress is not None and (done % REPORT_EVERY == 0 or done in (1, cfg.steps)):
             recent = losses[-REPORT_EVERY:]
-            progress(done, cfg.steps, {"loss": sum(recent) / len(recent), "lr": scheduler.get_last_lr()[0]})
+            progress(done, cfg.steps, {"loss": sum(recent) / len(recent), "lr": float(scheduler.get_last_lr()[0])})
     model.eval()
     return losses
 
@@ -94,11 +94,10 @@ class _Objective:
     def __call__(self, encoded: Encoded, outputs: HeadOutputs, batch: Batch) -> torch.Tensor:
         terms = [self._head(outputs.mean[:, k], outputs.log_variance[:, k], k, batch) for k in range(self._heads)]
         loss = torch.stack(terms).mean()
-        liked = self._liked[batch.captions].nonzero().flatten()
-        if self._cfg.alignment and len(liked) and len(batch.pictures) > 1:
-            at, of = liked.to(loss.device), batch.of[liked].to(loss.device)
-            image, image_mask, text, text_mask = encoded
-            loss = loss + self._cfg.alignment * self.alignment(image, image_mask, text[at], text_mask[at], of)
+        liked = self._liked[batch.captions]
+        if self._cfg.alignment and liked.any() and len(batch.pictures) > 1:
+            of, liked = batch.of.to(loss.device), liked.to(loss.device)
+            loss = loss + self._cfg.alignment * self.alignment(*encoded, of, liked)
         return loss
 
     def _head(self, mean: torch.Tensor, log_variance: torch.Tensor, k: int, batch: Batch) -> torch.Tensor:

@@ -199,16 +199,16 @@ def test_features_of_a_policy(tmp_path: Path) -> None:
 
 
 def test_alignment_is_the_formula() -> None:
-    """The mean over caption tokens of the largest cosine to a picture token, scaled; then cross-entropy over pictures."""
+    """The mean over caption tokens of the largest cosine to a picture token, scaled; then both choices."""
     rng = np.random.default_rng(3)
-    image, text = rng.normal(size=(3, 4, 5)), rng.normal(size=(2, 6, 5))
-    image_mask, text_mask = rng.uniform(size=(3, 4)) < 0.6, rng.uniform(size=(2, 6)) < 0.6
+    image, text = rng.normal(size=(3, 4, 5)), rng.normal(size=(5, 6, 5))
+    image_mask, text_mask = rng.uniform(size=(3, 4)) < 0.6, rng.uniform(size=(5, 6)) < 0.6
     image_mask[:, 0] = text_mask[:, 0] = True
     torch.manual_seed(0)
     align = Alignment(5).double()
     to_image, to_text = (layer.weight.detach().numpy() for layer in (align.image, align.text))
-    expected = np.zeros((2, 3))
-    for caption in range(2):
+    expected = np.zeros((5, 3))
+    for caption in range(5):
         for picture in range(3):
             words = [to_text @ word for word in text[caption][text_mask[caption]]]
             patches = [to_image @ patch for patch in image[picture][image_mask[picture]]]
@@ -216,6 +216,12 @@ def test_alignment_is_the_formula() -> None:
             expected[caption, picture] = np.mean(np.max(cosines, axis=1)) * np.exp(2.0)
     inputs = [torch.from_numpy(x) for x in (image, image_mask, text, text_mask)]
     np.testing.assert_allclose(align.similarity(*inputs).detach().numpy(), expected, rtol=1e-6)
-    own = np.array([2, 0])
-    nll = np.mean([np.log(np.exp(row).sum()) - row[o] for row, o in zip(expected, own, strict=True)])
-    assert align(*inputs, torch.from_numpy(own)).item() == pytest.approx(nll, rel=1e-6)
+    of, liked = [2, 0, 2, 2, 1], [True, True, True, False, False]
+    terms = []
+    for caption in range(3):
+        chances = np.exp(expected[caption]) / np.exp(expected[caption]).sum()
+        own = np.exp(expected[:, of[caption]])
+        rivals = sum(own[other] for other in range(5) if of[other] == of[caption] and not liked[other])
+        terms.append(-np.log(chances[of[caption]]) - np.log(own[caption] / (own[caption] + rivals)))
+    got = align(*inputs, torch.tensor(of), torch.tensor(liked))
+    assert got.item() == pytest.approx(np.mean(terms), rel=1e-6)

@@ -117,7 +117,7 @@ def test_risk_takes_its_sigma_off(folder: Path) -> None:
 
 
 def test_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="no reward model at .*; train one with `mmrl reward train`"):
+    with pytest.raises(ModelError, match=r"no reward model at .*; train one with `mmrl reward train`"):
         LearnedReward(tmp_path / "nothing")
     (tmp_path / SPEC).write_text(json.dumps({"format": 1}))
     with pytest.raises(ModelError, match="cannot be read: KeyError"):
@@ -125,7 +125,7 @@ def test_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     reward = LearnedReward(folder)
     with pytest.raises(RewardError, match="needs the picture of sample 'bare'"):
         reward.score_batch([Sample("bare", (), "")], ["a"])
-    with pytest.raises(RewardError, match="the learned reward .*: .*image"):
+    with pytest.raises(RewardError, match=r"the learned reward .*: .*image"):
         reward.score_batch([Sample("broken", (b"no picture",), "")], ["a"])
     with pytest.raises(RewardError, match="2 samples for 1 captions"):
         reward.score_batch(SAMPLES[:2], CAPTIONS[:1])
