@@ -58,7 +58,7 @@ class RayWorkerPool:
         self._complete = False  # whether the workers that the run began with were all ready once
         self._below_since: float | None = None
         self._last_loss = ""
-        self._nodes = Nodes(settings, clock)
+        self._nodes = Nodes(run, settings, clock)
 
     # -- what the controller calls ---------------------------------------------------------------------------------
 

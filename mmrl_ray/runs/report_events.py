@@ -29,6 +29,8 @@ _WORDS = {
     "learner_path": "forward path chosen",
     "sample_quarantined": "sample quarantined",
     "reward_failed": "rewards failed",
+    "reward_replica_lost": "reward replica lost",
+    "reward_replica_ready": "reward replica ready again",
     "checkpoint_damaged": "checkpoint damaged",
 }
 _ORDINARY = frozenset(("worker_created", "worker_ready"))
@@ -54,6 +56,7 @@ def happened(
         ("resumed", len(_of(events, "run_resumed")), ""),
         ("samples quarantined", len(quarantined), _reasons(quarantined)),
         ("groups without a reward", sum(int(each.get("groups", 1)) for each in failed), _reasons(failed)),
+        ("reward replicas lost", len(_of(events, "reward_replica_lost")), ""),
         ("groups sampled again as too stale", stale, ""),
         ("checkpoints damaged", *_damaged(_of(events, "checkpoint_damaged"))),
     ]

@@ -142,6 +142,7 @@ class _Run:
         with self._timed("start"):
             controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
         is_beginning = not checkpoint_steps(run)
+        learner: LearnerGroup | None = None
         try:
             with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
                 learner = LearnerGroup(cfg, run, controller)
@@ -153,14 +154,18 @@ class _Run:
                     else:  # a later version's captions would pass for the first one's
                         self._progress.note("evaluate (before): left out, the run is past its beginning")
                 with self._timed("learning"):
-                    self._watch(controller, learner)
+                    self._watch(controller, learner, hosted)
                     outcome = learner.result()
             if not outcome.finished:
                 raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
             if samples:
                 self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
         finally:
-            controller.close()
+            try:
+                controller.close()
+            finally:
+                if learner is not None:
+                    learner.close()
 
     def _evaluate(
         self,
@@ -190,11 +195,12 @@ class _Run:
             shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
             self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
 
-    def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
+    def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
         """Shows the newest step until the learner group is done."""
         update: ProgressFn = self._progress.phase("learning")
         shown = -1
         while not learner.wait(_WATCH_S):
+            hosted.look()
             status = controller.status()
             step, steps = int(status["step"]), int(status["steps"])
             if step > max(shown, 0):

@@ -50,13 +50,21 @@ def test_a_range_begins_with_its_least() -> None:
         RolloutSection.model_validate({"workers": {"min": 1, "max": 5}, "min_workers": 2})
 
 
-def test_nodes_hold_all_actors_of_the_run(tmp_path: Path) -> None:
+def test_nodes_hold_all_actors_of_the_run_but_the_learners_who_ask_for_themselves(tmp_path: Path) -> None:
     sections: dict[str, Any] = {
-        "learner": {"workers": 2},
-        "resources": {"learner": {"gpus": 1.0}, "rollout": {"cpus": 0.5}},
+        "reward": {"host": "serve"},
+        "resources": {"rollout": {"cpus": 0.5, "node_labels": {"pool": "a"}}, "reward": {"cpus": 2.0}},
     }
-    bundles = PoolSettings.of(config(tmp_path, **sections)).bundles(3)
-    assert bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2 + [{"CPU": 0.5}] * 3
+
+    def asked(workers: int, **more: Any) -> list[tuple[str, int, dict[str, float]]]:
+        demands = PoolSettings.of(config(tmp_path, **sections, **more)).demands(workers)
+        return [(d.kind, d.count, d.bundle) for d in demands]
+
+    assert asked(3) == [("rollout", 3, {"CPU": 0.5}), ("reward", 1, {"CPU": 2.0})]
+    # Learners that take what room there is must leave that of the workers that may yet come.
+    grow = {"learner": {"workers": {"min": 1, "max": 4}}, "rollout": {"workers": {"min": 1, "max": 5}}}
+    assert asked(3, **grow)[0] == ("rollout", 5, {"CPU": 0.5})
+    assert asked(6, **grow)[0] == ("rollout", 6, {"CPU": 0.5})
 
 
 def test_a_number_is_kept_within_what_the_run_can_do_with(tmp_path: Path) -> None:
