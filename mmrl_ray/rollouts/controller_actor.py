@@ -184,8 +184,8 @@ def start_controller(
     settings = settings or PoolSettings.of(cfg)
     # A thread for each rank that waits for a plan, and some for whoever else calls.
     threads = cfg.learner.max_workers + 16
-    # Beside its driver, without which it ends anyhow: no other node's loss is the run's then.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Beside its driver, without which it ends anyhow: the loss of any other node is then not the run's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(ControllerActor).options(
         num_cpus=0, max_concurrency=threads, max_restarts=0, scheduling_strategy=here
     )
