@@ -67,6 +67,7 @@ class Nodes:
         self._asked_for = settings.workers
         self._asked = float("-inf")
         self._answer: Any = None
+        self._problem = ""
         self._looked = float("-inf")
 
     def ask_for(self, workers: int) -> list[dict[str, Any]]:
@@ -86,8 +87,9 @@ class Nodes:
                 ray.get(self._answer)  # of the time before
             self._answer = register(self._run, self._settings.demands(workers))
         except (RayError, RuntimeError, OSError, ImportError) as error:  # no reason to end a run: its workers wait
-            self._answer = None
-            return [{"kind": "nodes_not_asked_for", "detail": f"{type(error).__name__}: {error}"}]
+            self._answer, told, self._problem = None, self._problem, f"{type(error).__name__}: {error}"
+            return [{"kind": "nodes_not_asked_for", "detail": self._problem}] if self._problem != told else []
+        self._problem = ""
         return []
 
     def look(self, waiting_s: float) -> None:
