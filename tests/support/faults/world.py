@@ -74,6 +74,11 @@ class Machines:
         """A node that takes one rollout worker."""
         return self.cluster.add_node(num_cpus=1, labels=ROLLOUTS, object_store_memory=STORE_BYTES)
 
+    @property
+    def up(self) -> list[Any]:
+        """The nodes, head first; Ray itself finds only after a while that one is gone."""
+        return [self.cluster.head_node, *self.nodes]
+
     def processes(self, pattern: str) -> list[int]:
         """Pids of this cluster's processes whose titles begin with a pattern."""
         found = []
@@ -104,13 +109,10 @@ def machines(folder: Path, nodes: int = 2) -> Iterator[Machines]:
 
 
 @contextlib.contextmanager
-def full_store() -> Iterator[None]:
+def full_store(machines: Machines) -> Iterator[None]:
     """No node has room in its object store: what is in there is in use, so that it cannot be spilled either."""
-    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    hogs = [
-        ray.remote(_Hog).options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote()  # type: ignore[attr-defined]
-        for n in alive
-    ]
+    there = [NodeAffinitySchedulingStrategy(node.node_id, False) for node in machines.up]
+    hogs: Any = [ray.remote(_Hog).options(num_cpus=0, scheduling_strategy=place).remote() for place in there]
     try:
         for held in ray.get([hog.fill.remote(STORE_BYTES) for hog in hogs], timeout=60):
             assert held >= STORE_BYTES, f"only {held} bytes are held"
@@ -309,7 +311,7 @@ class FaultyRun:
 
     def store_full(self) -> tuple[float, Callable[[], bool]]:
         """A step is taken while no object store has room."""
-        with full_store():
+        with full_store(self.machines):
             began, due = time.time(), self.steps
             self.wait(lambda: self.steps > due + 1, "a step with full object stores")
         return began, lambda: True
@@ -317,8 +319,14 @@ class FaultyRun:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _a_worker(self) -> int:
-        name = self.chance.choice(sorted(self.workers()))
-        return int(self.workers()[name]["pid"])
+        pids: list[int] = []
+
+        def found() -> bool:  # the status is up to a second old
+            pids[:] = [each["pid"] for each in self.workers().values() if psutil.pid_exists(each["pid"])]
+            return bool(pids)
+
+        self.wait(found, "a worker that is ready")
+        return self.chance.choice(sorted(pids))
 
     def _replaced(self, since: float) -> bool:
         lost = self.events("worker_lost", since)
