@@ -91,6 +91,7 @@ def ray_at(
     try:
         if address is None:
             ray.init(
+                address="local",  # also where somebody runs a Ray on this machine, which is not this run's
                 num_cpus=max(os.cpu_count() or 1, cpus),
                 object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
                 include_dashboard=dashboard,

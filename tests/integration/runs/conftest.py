@@ -111,7 +111,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         # Ray reads both when it is imported, which was long ago, and a module before may have had another token.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
-        context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+        context = ray.init(
+            "local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+        )
         try:
             environment = {**os.environ, "RAY_ADDRESS": context.address_info["gcs_address"], "COLUMNS": "200"}
             yield Workplace(folder, environment, settings)

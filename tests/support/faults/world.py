@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from ray._private.utils import get_ray_address_file
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -67,6 +68,8 @@ class Machines:
             },
         )  # fmt: skip
         self.address: str = self.cluster.address
+        # Left there, it would draw in whoever starts a Ray of their own on this machine.
+        Path(get_ray_address_file(None)).unlink(missing_ok=True)
         self.nodes = [self.add_node() for _ in range(nodes)]
         ray.init(address=self.address, log_to_driver=False, logging_level="ERROR", namespace="faults")
 
