@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -115,8 +116,8 @@ def run(folder: Path, args: argparse.Namespace) -> None:
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     failures: list[str] = []
     path = config(folder)
-    with machines(folder) as up:
-        chaos = FaultyRun(up, path, folder / "runs" / "chaos", chance, pause_s=PAUSE_S)
+    run_folder = folder / "runs" / "chaos"
+    with machines(folder) as up, closing(FaultyRun(up, path, run_folder, chance, pause_s=PAUSE_S)) as chaos:
         chaos.begin()
         ends = time.monotonic() + 60 * args.minutes
         for fault in rounds(chance, args.only or list(FAULTS)):
@@ -134,7 +135,7 @@ def run(folder: Path, args: argparse.Namespace) -> None:
             console.print(f"{fault}: {took:.1f} s, at step {chaos.steps}")
         if not failures:
             chaos.stop()
-    report(args, chaos.folder, path, injected, seconds, failures)
+    report(args, run_folder, path, injected, seconds, failures)
 
 
 def report(

@@ -190,6 +190,12 @@ class FaultyRun:
         self.driver.send_signal(signal.SIGINT)
         self.ended(130)
 
+    def close(self) -> None:
+        """Leaves no driver behind, whatever happened."""
+        if self.driver is not None and self.driver.poll() is None:
+            self.driver.kill()
+            self.driver.wait(STOPS_WITHIN_S)
+
     def wait(self, condition: Callable[[], object], what: str, seconds: float = RECOVERS_WITHIN_S) -> None:
         """Until the condition holds.
 
@@ -307,10 +313,14 @@ class FaultyRun:
     def disk_full(self) -> tuple[float, Callable[[], bool]]:
         """The next checkpoint cannot be written: the run ends with that, and is resumed when there is room."""
         began = time.time()
+        self.end_by_full_disk()
+        return began, self._resumed()
+
+    def end_by_full_disk(self) -> None:
+        """The next checkpoint cannot be written, and the run ends with that."""
         (self.machines.faults / "disk_full").touch()
         self.ended(1, r"error: .*checkpoints/step-\d+: the disk is full; free some space and continue with --resume")
         (self.machines.faults / "disk_full").unlink()
-        return began, self._resumed()
 
     def store_full(self) -> tuple[float, Callable[[], bool]]:
         """A step is taken while no object store has room."""
