@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))  # what tests use, too
 
 from mmrl_ray.config.load import load_config  # noqa: E402
 from tests.support.faults.judge import judge  # noqa: E402
-from tests.support.faults.world import HEAD, ROLLOUTS, FaultyRun, NotSurvivedError, machines  # noqa: E402
+from tests.support.faults.machines import HEAD, ROLLOUTS, machines  # noqa: E402
+from tests.support.faults.run import FaultyRun, NotSurvivedError  # noqa: E402
 
 FAULTS = {
     "worker_killed": 3,

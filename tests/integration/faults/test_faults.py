@@ -29,7 +29,8 @@ from mmrl_ray.config.load import load_config
 from mmrl_ray.run_dir import RunDir
 from tests.integration.runs.conftest import prepare
 from tests.support.faults.judge import judge
-from tests.support.faults.world import HEAD, ROLLOUTS, FaultyRun, NotSurvivedError, machines
+from tests.support.faults.machines import HEAD, ROLLOUTS, machines
+from tests.support.faults.run import FaultyRun, NotSurvivedError
 
 pytestmark = pytest.mark.timeout(600)
 
