@@ -223,8 +223,9 @@ def test_workers_come_and_go_while_the_run_goes_on(make: Callable[..., World]) -
     assert len(world.controller.status()["pool"]["workers"]) == 1
     world.step(2)
     too_many = control.request(4, by="a test", timeout_s=WAIT_S)
+    until(lambda: world.controller.status()["pool"]["ready"] == 3, "there was no room for three")
     with pytest.raises(RunError, match=r"3 of 4 .* are ready; being placed .*it asks for \{CPU: 1\}, and nothing is"):
-        control.wait_in_effect(too_many, timeout_s=8)
+        control.wait_in_effect(too_many, timeout_s=4)
     rows = world.check_log(3)
     # Those that went finished what they had: nothing was tried twice.
     assert {row[5] for row in rows} == {0}
