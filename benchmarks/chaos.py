@@ -78,6 +78,7 @@ def config(folder: Path) -> Path:
     settings["resources"] = {
         "learner": {"threads": 1, "node_labels": HEAD},
         "rollout": {"threads": 1, "node_labels": ROLLOUTS},
+        "reward": {"cpus": 0.0, "node_labels": HEAD},
     }
     path = folder / "chaos.yaml"
     path.write_text(yaml.safe_dump(settings))

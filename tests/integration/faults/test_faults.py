@@ -71,6 +71,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     settings["resources"] = {
         "learner": {"threads": 1, "node_labels": HEAD},
         "rollout": {"threads": 1, "node_labels": ROLLOUTS},
+        "reward": {"cpus": 0.0, "node_labels": HEAD},
     }
     config = folder / "faulted.yaml"
     config.write_text(yaml.safe_dump(settings))
