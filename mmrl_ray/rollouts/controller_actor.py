@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
@@ -205,7 +206,11 @@ def start_controller(
     settings = settings or PoolSettings.of(cfg)
     # A thread for each rank that waits for a plan, and some for whoever else calls.
     threads = cfg.learner.max_workers + 16
-    actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=threads, max_restarts=0)
+    # Beside its driver, without which it ends anyhow: the loss of any other node is then not the run's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(ControllerActor).options(
+        num_cpus=0, max_concurrency=threads, max_restarts=0, scheduling_strategy=here
+    )
     handle: Any = actor.remote()
     try:
         ray.get(handle.ping.remote(), timeout=settings.placement_timeout_s)

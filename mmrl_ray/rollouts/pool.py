@@ -58,7 +58,7 @@ class RayWorkerPool:
         self._no_new_before = float("-inf")
         self._quorum = Quorum(settings)
         self._last_loss = ""
-        self._nodes = Nodes(settings, clock)
+        self._nodes = Nodes(run, settings, clock)
 
     # -- what the controller calls ---------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RunError
 
 _SETTINGS = {
@@ -119,25 +120,19 @@ def ray_at(
 
 def demanded_cpus(cfg: Config) -> int:
     """CPUs that the run's actors ask Ray for, all together."""
-    resources = cfg.resources
-    demand = cfg.rollout.most_workers * resources.rollout.cpus + cfg.learner.max_workers * resources.learner.cpus
-    if cfg.reward.host == "serve":
-        demand += resources.reward.cpus
-    if cfg.serving is not None and cfg.serving.live_policy:
-        demand += cfg.serving.gateway.resources.cpus + cfg.serving.policy.resources.cpus
-    return int(-(-demand // 1))
+    return math.ceil(sum(demand.count * demand.cpus for demand in demands_of(cfg, at_most=True)))
 
 
 def node_local_root_refused(root: str) -> None:
     """Refuses a run folder that other nodes of a joined cluster would not see.
 
     Raises:
-        RunError: Ray has several nodes and `root` is a path on this one.
+        RunError: Ray has nodes on several machines and `root` is a path on this one.
     """
-    nodes = [node for node in ray.nodes() if node.get("Alive")]
-    if len(nodes) > 1 and "://" not in root and not _is_network_mount(Path(root)):
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node.get("Alive")}
+    if len(machines) > 1 and "://" not in root and not _is_network_mount(Path(root)):
         raise RunError(
-            f"run.root={root} is a path on this node, but the cluster has {len(nodes)} nodes: "
+            f"run.root={root} is a path on this node, but the cluster has nodes on {len(machines)} machines: "
             "use a location that all of them see, such as s3://bucket/runs or a network mount"
         )
 

@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import demands_of
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import sqlite_file
 from mmrl_ray.data.images import image_format
@@ -34,7 +35,6 @@ from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
 from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
-from mmrl_ray.runs.placement import demands_of
 from mmrl_ray.runs.preferences import check_pairs
 from mmrl_ray.runs.reward_facts import reward_lines
 from mmrl_ray.runs.warm_start import build_builtin

@@ -156,6 +156,7 @@ class _Run:
         with self._timed("start"):
             controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
         is_beginning = not checkpoint_steps(run)
+        learner: LearnerGroup | None = None
         try:
             with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
                 learner = LearnerGroup(cfg, run, controller)
@@ -169,7 +170,7 @@ class _Run:
                 if is_beginning and not preferences.has_measured(run, "before"):
                     self._measure_pairs(cfg, run, "before", controller)
                 with self._timed("learning"):
-                    self._watch(controller, learner)
+                    self._watch(controller, learner, hosted)
                     outcome = learner.result()
             if not outcome.finished:
                 raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
@@ -177,7 +178,11 @@ class _Run:
                 self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
             self._measure_pairs(cfg, run, "after", controller)
         finally:
-            controller.close()
+            try:
+                controller.close()
+            finally:
+                if learner is not None:
+                    learner.close()
 
     def _evaluate(
         self,
@@ -215,11 +220,12 @@ class _Run:
             with self._timed(f"preferences_{name}"):
                 self._progress.note(preferences.measure_pairs(cfg, run, name, controller, self._pairs))
 
-    def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
+    def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
         """Shows the newest step until the learner group is done."""
         update: ProgressFn = self._progress.phase("learning")
         shown = -1
         while not learner.wait(_WATCH_S):
+            hosted.look()
             status = controller.status()
             step, steps = int(status["step"]), int(status["steps"])
             if step > max(shown, 0):

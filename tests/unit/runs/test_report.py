@@ -375,6 +375,9 @@ FAULTS: list[dict[str, Any]] = [
     {"time": 50.0, "kind": "sample_quarantined", "sample": "train-7", "detail": "crashed 3 workers"},
     {"time": 55.0, "kind": "reward_failed", "step": 2, "groups": 3, "detail": "the reward raised <Boom>"},
     {"time": 60.0, "kind": "worker_lost", "worker": "worker-3", "detail": "ActorDiedError: killed", "samples": []},
+    {"time": 65.0, "kind": "reward_replica_lost"},
+    {"time": 68.0, "kind": "reward_replica_ready", "seconds": 3.0},
+    {"time": 69.0, "kind": "run_ended", "status": "failed: the rollout controller is gone"},
     {"time": 70.0, "kind": "run_resumed"},
     {"time": 71.0, "kind": "checkpoint_damaged", "step": 6, "reason": "state.json: hash differs"},
     {"time": 72.0, "kind": "worker_created", "worker": "worker-0", "detail": "{CPU: 1}"},
@@ -394,7 +397,9 @@ def test_the_report_says_what_happened(tmp_path: Path) -> None:
         "rollout workers retired": ("1", ""),
         "changes of scale": ("1", "the command line asked for 3"),
         "learner restarts": ("1", "at step 5, back to 4"),
+        "ended with an error": ("1", "failed: the rollout controller is gone"),
         "resumed": ("1", ""),
+        "reward replicas lost": ("1", ""),
         "samples quarantined": ("1", "crashed 3 workers"),
         "groups without a reward": ("3", "the reward raised <Boom>"),
         "groups sampled again as too stale": ("4", ""),
@@ -428,7 +433,7 @@ def test_a_loss_that_nobody_has_made_good_is_told() -> None:
 def test_many_events_leave_the_ordinary_ones_out_first() -> None:
     many = [*FAULTS, *({"time": float(i), "kind": "worker_ready", "worker": f"worker-{i}"} for i in range(100))]
     rows, left_out = event_rows(many)
-    assert (len(rows), left_out) == (12, 112)
+    assert (len(rows), left_out) == (15, 112)
     assert "rollout worker ready" not in {row["what"] for row in rows}
     rows, left_out = event_rows([{"time": float(i), "kind": "worker_lost"} for i in range(100)])
     assert (len(rows), left_out) == (60, 40)
