@@ -36,6 +36,8 @@ GROUPS: dict[int, list[Said]] = {
     3: [("m", 0.1, 0.2), ("n", 0.1, 0.2)],
     4: [("u", 0.0, 0.9), ("v", 1.0, 0.0)],
 }
+HALF = RewardBreakdown(0.5, {"first": 0.5, "second": 0.5}, {"first": 2.0, "second": -1.0})
+"""What the greedy caption of each group earned."""
 
 
 def total(said: Said) -> float:
@@ -59,7 +61,7 @@ def run(tmp_path: Path) -> RunDir:
         prompt = EncodedPrompt(torch.arange(3), {}, "k")
         greedy = Completion(torch.ones(1, dtype=torch.int64), torch.zeros(1), "greedy", "stop")
         group = RolloutGroup(sample, prompt, tuple(completions), 0, SamplingParams(), greedy)
-        scored = ScoredGroup(GroupKey(7, index), sample.id, 0, 3, (2,) * len(captions), tuple(breakdowns), 0.5)
+        scored = ScoredGroup(GroupKey(7, index), sample.id, 0, 3, (2,) * len(captions), tuple(breakdowns), HALF)
         table = group_table("again", scored, group, None)
         run.write_bytes(f"images/{image_hash(sample.images)}.png", picture(index))
         (tmp_path / "runs" / "again" / "rollouts").mkdir(exist_ok=True)

@@ -123,7 +123,7 @@ def test_accuracy_and_margin_are_those_of_the_implicit_reward(cfg: Config, run: 
     assert found["after"]["accuracy"]["value"] == pytest.approx(3 / 4)
     assert found["after"]["margin"]["value"] == pytest.approx(0.5 * (2 + 2 - 4 + 2) / 4)
     assert found["difference"]["accuracy"]["value"] == pytest.approx(0.25)
-    block = next(b for b in fact_blocks({"preferences": found}, [], [], []) if b["title"] == "Held-out preferences")
+    block = next(b for b in fact_blocks({"preferences": found}, [], [], [], "") if b["title"] == "Held-out preferences")
     assert ("pairs, after", "4") in block["rows"]
     assert any(name == "accuracy of the implicit reward, after" for name, _ in block["rows"])
 
