@@ -4,7 +4,10 @@ MMRLError
 ├── ConfigError            what the user wrote: a key, a type, a combination
 ├── DataError              a dataset, a row or an image
 │   ├── ImageError             one image is broken or refused
-│   └── QuarantineError        too many broken samples in a run
+│   ├── QuarantineError        too many broken samples in a run
+│   └── PreferenceError        a preference that cannot be stored, or its store
+│       ├── ConflictError          the same rater said otherwise before
+│       └── UnknownPairError       no pair of that id
 ├── ModelError             a checkpoint, a processor, an adapter
 │   ├── AdapterError           LoRA targets, shapes, foreign adapters
 │   └── ContextLengthError     prompt plus completion exceed the model's context
@@ -45,6 +48,18 @@ class ImageError(DataError):
 
 class QuarantineError(DataError):
     """More samples were quarantined than the run's budget allows."""
+
+
+class PreferenceError(DataError):
+    """A preference cannot be stored: equal captions, an unknown picture, a rating off the scale."""
+
+
+class ConflictError(PreferenceError):
+    """The same rater has said something else about the same pair before."""
+
+
+class UnknownPairError(PreferenceError):
+    """The store of preferences has no pair of that id."""
 
 
 class ModelError(MMRLError):

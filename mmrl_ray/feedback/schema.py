@@ -1,0 +1,180 @@
+"""A preference: which of two captions of a picture a rater likes better. One schema for store, Parquet and JSON lines.
+
+id            string, made from what the row says, so that the same preference has the same id everywhere
+image         struct<bytes: binary, path: string>; a path is relative to the file, or `sha256:HEX` of a known picture
+prompt        string, what was asked
+caption_a, _b string, two different captions
+choice        string, `a`, `b` or `tie`; null in a pair that nobody has labelled yet
+rater         string, who says so; null where `choice` is
+source        string, where the captions are from: `RUN@STEP/SAMPLE` for those of a run
+rating_a, _b  double, optional, on the store's scale (0 to 1 where none was named)
+shown_first   string, optional: `a` or `b`, the caption that the rater saw first (on the left, on top)
+created       timestamp in UTC, optional
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+
+from mmrl_ray.errors import PreferenceError
+
+Side = Literal["a", "b"]
+Choice = Literal["a", "b", "tie"]
+
+_NAME_CHARS = 128
+_ID_CHARS = 32
+
+PREFERENCE_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("caption_a", pa.string(), nullable=False),
+        pa.field("caption_b", pa.string(), nullable=False),
+        pa.field("choice", pa.string()),
+        pa.field("rater", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("rating_a", pa.float64()),
+        pa.field("rating_b", pa.float64()),
+        pa.field("shown_first", pa.string()),
+        pa.field("created", pa.timestamp("us", tz="UTC")),
+    ],
+    # Lets Hugging Face `datasets` show the pictures.
+    metadata={"huggingface": '{"info": {"features": {"image": {"_type": "Image"}}}}'},
+)
+REQUIRED = ("image", "caption_a", "caption_b")
+"""Columns that a file must have; those that are left out are null, and a prompt is empty then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two captions of one picture, to be compared.
+
+    Raises:
+        PreferenceError: on making one whose captions are equal, or whose texts are none.
+    """
+
+    image_hash: str
+    """Hex SHA-256 of the encoded picture."""
+    prompt: str
+    caption_a: str
+    caption_b: str
+    source: str = ""
+    image: bytes | None = field(default=None, repr=False)
+    """The encoded picture; None where the store has it."""
+    where: str = field(default="", compare=False)
+    """File and line it comes from, for errors."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "caption_a", "caption_b", "source"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or not _is_unicode(text):
+                raise self.wrong(f"{name} {text!r:.60} is no text")
+            object.__setattr__(self, name, text.strip())
+        if self.caption_a == self.caption_b:
+            raise self.wrong(f"both captions are {self.caption_a!r:.80}: two different ones make a pair")
+
+    @property
+    def id(self) -> str:
+        """Of picture, prompt and captions, whichever of these stands first."""
+        return _digest(self.image_hash, self.prompt, *sorted((self.caption_a, self.caption_b)))
+
+    def wrong(self, problem: str) -> PreferenceError:
+        """An error that says where."""
+        return PreferenceError(f"{self.where}: {problem}" if self.where else problem)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What one rater says about a pair.
+
+    Raises:
+        PreferenceError: on making one without a rater, with an unknown choice, or with a rating that is no number.
+    """
+
+    pair: Pair
+    choice: Choice
+    rater: str
+    rating_a: float | None = None
+    rating_b: float | None = None
+    shown_first: Side | None = None
+    """The caption that the rater saw first; None where nobody knows."""
+    created: datetime | None = None
+    """None: now, as the store sees it."""
+
+    def __post_init__(self) -> None:
+        wrong = self.pair.wrong
+        if self.choice not in get_args(Choice):
+            raise wrong(f"choice {self.choice!r:.40} is none of {', '.join(get_args(Choice))}")
+        if self.shown_first is not None and self.shown_first not in get_args(Side):
+            raise wrong(f"shown_first {self.shown_first!r:.40} is neither a nor b")
+        if not isinstance(self.rater, str) or not 0 < len(self.rater) <= _NAME_CHARS or not self.rater.isprintable():
+            raise wrong(f"rater {self.rater!r:.60}: write 1 to {_NAME_CHARS} printable characters")
+        if self.created is not None and self.created.tzinfo is None:
+            raise wrong(f"created {self.created} has no time zone")
+        for name in ("rating_a", "rating_b"):
+            rating = getattr(self, name)
+            if rating is not None and not (_is_number(rating) and math.isfinite(rating)):
+                raise wrong(f"{name} is {rating!r:.40}: write a finite number, or leave it out")
+
+    @property
+    def id(self) -> str:
+        """Of pair and rater: one rater has one say about a pair."""
+        return _digest(self.pair.id, self.rater)
+
+    @property
+    def says(self) -> tuple[Choice, float | None, float | None]:
+        """What makes two preferences of the same id the same, or a contradiction."""
+        return self.choice, self.rating_a, self.rating_b
+
+    def flipped(self) -> Preference:
+        """The same, with the captions' places exchanged."""
+        other: dict[Any, Any] = {"a": "b", "b": "a", "tie": "tie", None: None}
+        pair = self.pair
+        return Preference(
+            pair=Pair(
+                pair.image_hash, pair.prompt, pair.caption_b, pair.caption_a, pair.source, pair.image, pair.where
+            ),
+            choice=other[self.choice],
+            rater=self.rater,
+            rating_a=self.rating_b,
+            rating_b=self.rating_a,
+            shown_first=other[self.shown_first],
+            created=self.created,
+        )
+
+
+def first_shown(pair_id: str, seed: int | str) -> Side:
+    """Which caption of a pair is shown first: random, but the same for the same pair and seed, on any machine."""
+    return "a" if hashlib.blake2b(f"{seed}/{pair_id}".encode(), digest_size=1).digest()[0] % 2 == 0 else "b"
+
+
+def run_source(run: str, step: int, sample_id: str) -> str:
+    """`source` of captions that a run's policy wrote."""
+    return f"{run}@{step}/{sample_id}"
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)  # lengths: ("ab", "c") is not ("a", "bc")
+    return digest.hexdigest()[:_ID_CHARS]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text  # PostgreSQL's texts hold none
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""Models of our own: fusions of modalities, and the learned reward model. Runs without Ray."""
