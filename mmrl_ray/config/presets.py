@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "value_based"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Williams 1992, with the batch's mean reward as the baseline.
@@ -50,6 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_high": 2.0,
         "aggregation": "token_mean",
     },
+    # Deep Q-learning, which has a section of its own and no policy-gradient keys.
+    "value_based": {},
 }
 
 assert set(PRESETS) == set(get_args(Algorithm))

@@ -16,7 +16,7 @@ from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import to_json
-from mmrl_ray.runs.captioning import BATCH, caption_samples
+from mmrl_ray.runs.captioning import BATCH, target_captions
 from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.scores import (
     CaptionScore,
@@ -79,10 +79,10 @@ def evaluate(
     samples = read_split(data, prompt=prompt or opened.prompt, limit=limit)
     statistics, source = _statistics(opened, data)
     with RunProgress() as shown:
-        captions = caption_samples(
-            opened.policy,
+        captions = target_captions(
+            opened,
             samples,
-            max_new_tokens=max_new_tokens or opened.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=shown.phase("caption"),
         )

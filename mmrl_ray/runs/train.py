@@ -113,7 +113,10 @@ class _Run:
                     hosted = stack.enter_context(RunReward(cfg, run, statistics))
                 for line in live.greeting():
                     self._progress.note(line)
-                self._learn(start, run, hosted, statistics, samples)
+                if cfg.value_based is None:
+                    self._learn(start, run, hosted, statistics, samples)
+                else:
+                    self._learn_by_value(start, run, hosted, statistics, samples)
             status = "finished"
         except (KeyboardInterrupt, Interrupted):
             status = "interrupted"
@@ -163,6 +166,30 @@ class _Run:
         finally:
             controller.close()
 
+    def _learn_by_value(
+        self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
+    ) -> None:
+        # Imported here: RLlib takes seconds, which other runs need not pay.
+        from mmrl_ray.runs.value_based import ValueBasedRun
+
+        with self._timed("start"):
+            learning = ValueBasedRun(cfg, run, hosted, samples, self._progress)
+        try:
+
+            def evaluate(name: str) -> None:
+                if not samples:
+                    return
+                with self._timed(f"evaluate_{name}"):
+                    self._score(run, name, samples, learning.captions(), hosted.reward, statistics)
+
+            if load_evaluation(run, "before") is None and not checkpoint_steps(run):
+                evaluate("before")
+            with self._timed("learning"):
+                learning.learn()
+            evaluate("after")
+        finally:
+            learning.close()
+
     def _evaluate(
         self,
         run: RunDir,
@@ -185,11 +212,22 @@ class _Run:
             groups = controller.groups([scored.payload for _, scored in done])
             captions = [group.completions[0].text for group in groups]
             kept = [sample for sample, _ in done]
-            evaluation = score_captions(kept, captions, reward, statistics, seed=self._cfg.run.seed)
-            save_evaluation(run, name, evaluation, kept)
-            measures = evaluation.measures
-            shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
-            self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
+            self._score(run, name, kept, captions, reward, statistics)
+
+    def _score(
+        self,
+        run: RunDir,
+        name: str,
+        samples: Sequence[Sample],
+        captions: Sequence[str],
+        reward: RewardFn,
+        statistics: CorpusStatistics,
+    ) -> None:
+        evaluation = score_captions(samples, captions, reward, statistics, seed=self._cfg.run.seed)
+        save_evaluation(run, name, evaluation, samples)
+        measures = evaluation.measures
+        shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
+        self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
 
     def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
         """Shows the newest step until the learner group is done."""

@@ -72,7 +72,9 @@ def slippery() -> Process:
 Choose = Callable[[torch.Tensor], torch.Tensor]
 
 
-def learn(process: Process, choose: Choose, *, steps: int, learners: int, step_size: Callable[[int], float]) -> np.ndarray:
+def learn(
+    process: Process, choose: Choose, *, steps: int, learners: int, step_size: Callable[[int], float]
+) -> np.ndarray:
     """Tables [learners, S, A] of as many agents, each walking by itself with its own table."""
     rng = np.random.default_rng(0)
     states, actions = process.rewards.shape
