@@ -85,10 +85,13 @@ def dqn_config(cfg: Config, arguments: dict[str, Any] | ray.ObjectRef) -> DQNCon
             num_gpus_per_env_runner=resources.rollout.gpus,
             sample_timeout_s=cfg.rollout.assignment_timeout_s,
         )
-        .learners(num_learners=0, num_gpus_per_learner=resources.learner.gpus)
-        .training(
+        .learners(
+            num_learners=0,
+            num_gpus_per_learner=resources.learner.gpus,
             learner_class=TemporalDifferenceLearner,
             learner_config_dict=told,
+        )
+        .training(
             lr=learner.lr,
             gamma=agent.gamma,
             grad_clip=learner.max_grad_norm,
