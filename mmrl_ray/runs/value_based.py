@@ -71,6 +71,7 @@ class ValueBasedRun:
         )
         self._trainer = ValueTrainer(cfg, arguments, state)
         self._desk = ValueDesk(cfg)
+        self._look_at_workers()
         self._stop = threading.Event()
         self._log = StepLog(run)
         self._unreported: list[Said] = []
@@ -118,9 +119,8 @@ class ValueBasedRun:
 
     def _one_round(self, before: int) -> dict[str, Any] | None:
         """The round's line in metrics.jsonl; None while the replay buffer is being filled."""
-        healthy, restarts = self._trainer.workers, self._trainer.restarts
         done = self._trainer.round()
-        self._notice(healthy, restarts)
+        self._notice()
         self._scale()
         self._unreported += done.said
         line: dict[str, Any] | None = None
@@ -135,23 +135,28 @@ class ValueBasedRun:
             self._log.write(line)
             self._write_rollouts(before, self._unreported)
             self._unreported = []
-        self._desk.tell(done, self._trainer.workers, line)
+        self._desk.tell(done)
         return line
 
-    def _notice(self, healthy: int, restarts: int) -> None:
-        """Events of env runners that died and of those that RLlib has started in their place."""
-        for _ in range(self._trainer.restarts - restarts):
-            self._note({"kind": "worker_lost", "reason": "an env runner failed and was started again"})
-        if self._trainer.workers < healthy:
+    def _notice(self) -> None:
+        """Events of env runners that died, and of those that RLlib has started in their place."""
+        trainer, lost = self._trainer, self._healthy - self._trainer.workers
+        for _ in range(max(lost, trainer.restarts - self._restarts)):
             self._note({"kind": "worker_lost", "reason": "an env runner failed"})
+        if lost or trainer.restarts != self._restarts:
+            self._look_at_workers()
 
     def _scale(self) -> None:
         """Does what `mmrl scale` has asked for."""
         wanted = self._desk.wanted()
-        if wanted is None:
-            return
-        self._trainer.scale(wanted)
-        self._note({"kind": "workers_scaled", **self._desk.scaled(wanted)})
+        if wanted is not None:
+            self._trainer.scale(wanted)
+            self._note({"kind": "workers_scaled", **self._desk.scaled(wanted)})
+            self._look_at_workers()
+
+    def _look_at_workers(self) -> None:
+        self._healthy, self._restarts = self._trainer.workers, self._trainer.restarts
+        self._desk.tell_workers(self._trainer.places())
 
     def _checkpoint(self, updates: int, *, due: bool) -> None:
         learner = self._cfg.learner

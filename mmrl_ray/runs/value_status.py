@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -29,19 +29,22 @@ class ValueDesk:
         self._cfg = cfg
         self._lock = threading.Lock()
         self._target = self._told = cfg.rollout.first_workers
-        self._ready = self._target
+        self._places: list[tuple[str, int]] = []
         self._requests, self._by = 0, ""
         self._updates, self._began = 0, time.time()
-        self._line: Mapping[str, Any] = {}
         self._decisions: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
 
     # -- the run's thread ------------------------------------------------------------------------------------------
 
-    def tell(self, done: Round, workers: int, line: Mapping[str, Any] | None) -> None:
+    def tell(self, done: Round) -> None:
         """A round is over."""
         with self._lock:
-            self._updates, self._ready = done.updates, workers
-            self._line = line or self._line
+            self._updates = done.updates
+
+    def tell_workers(self, places: Sequence[tuple[str, int]]) -> None:
+        """(node, process id) of the workers that are ready now."""
+        with self._lock:
+            self._places = list(places)
 
     def wanted(self) -> int | None:
         """Workers that were asked for and that there are not yet."""
@@ -88,17 +91,18 @@ class ValueDesk:
             share = self._cfg.resources.rollout
             free = {name: ray.available_resources().get(name, 0.0) for name in ("CPU", "GPU")}
             seconds = time.time() - self._began
+            missing = [("", 0)] * (self._told - len(self._places))
             workers = {
                 f"env-runner-{i + 1}": {
-                    "state": "ready" if i < self._ready else "starting",
+                    "state": "ready" if pid else "starting",
                     "seconds": seconds,
                     "version": self._updates,
                     "at": None,
                     "groups": 0,
-                    "node": "",
-                    "pid": 0,
+                    "node": node,
+                    "pid": pid,
                 }
-                for i in range(max(self._told, self._ready))
+                for i, (node, pid) in enumerate([*self._places, *missing])
             }
             return {
                 "step": self._updates,
@@ -115,7 +119,7 @@ class ValueDesk:
                 "throughput": {},
                 "pool": {
                     "workers": workers,
-                    "ready": self._ready,
+                    "ready": len(self._places),
                     "target": self._target,
                     "queued_assignments": 0,
                     "free": free,

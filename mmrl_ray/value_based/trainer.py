@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from mmrl_ray.value_based.replay import episodes_from_tensors, episodes_to_tenso
 
 _REMEMBERED = 20_000
 """Captions whose ids are known, so that each is reported once."""
+_ANSWER_S = 10.0
+"""For an env runner to say where it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,12 @@ class ValueTrainer:
         """Env runners that are healthy."""
         return self.algorithm.env_runner_group.num_healthy_remote_env_runners()
 
+    def places(self) -> list[tuple[str, int]]:
+        """(node, process id) of each healthy env runner."""
+        return self.algorithm.env_runner_group.foreach_env_runner(
+            _place, local_env_runner=False, timeout_seconds=_ANSWER_S
+        )
+
     @property
     def restarts(self) -> int:
         """Of env runners that failed, so far."""
@@ -205,6 +214,10 @@ class ValueTrainer:
         """`work(learner)`; the learner lives in this process."""
         (done,) = list(self.algorithm.learner_group.foreach_learner(func=work))
         return done.get()
+
+
+def _place(runner: Any) -> tuple[str, int]:
+    return ray.util.get_node_ip_address(), os.getpid()
 
 
 def _said(episode: SingleAgentEpisode) -> Said:

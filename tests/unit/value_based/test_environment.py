@@ -101,7 +101,7 @@ def test_shaping_pays_earlier_and_leaves_the_best_caption_the_best(world: World,
 
 
 def test_shaping_keeps_the_optimal_policy_of_a_small_process() -> None:
-    """Value iteration on a random process, with and without F = gamma Phi(s') - Phi(s); one that is no potential fails."""
+    """Value iteration on a random process, with and without a potential; a bonus that is none changes the policy."""
     rng = np.random.default_rng(1)
     states, actions, gamma = 6, 3, 0.9
     moves = rng.dirichlet(np.full(states, 0.3), size=(states, actions))

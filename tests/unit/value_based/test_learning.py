@@ -100,9 +100,7 @@ def test_the_loss_is_row_3(world: World, double_q: bool, alpha: float) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.5)
     rows = batch(world)
     out = module.forward_train(rows)
-    loss = learner.compute_loss_for_module(
-        module_id="default_policy", config=learner.config, batch=rows, fwd_out=out
-    )
+    loss = learner.compute_loss_for_module(module_id="default_policy", config=learner.config, batch=rows, fwd_out=out)
     q = module.compute_q_values({Columns.OBS: rows[Columns.OBS]})["qf_preds"].detach().numpy()
     online = module.compute_q_values({Columns.OBS: rows[Columns.NEXT_OBS]})["qf_preds"].detach().numpy()
     target = module.forward_target({Columns.OBS: rows[Columns.NEXT_OBS]})["qf_preds"].detach().numpy()
