@@ -50,11 +50,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_high": 2.0,
         "aggregation": "token_mean",
     },
-    # Deep Q-learning, which has a section of its own and no policy-gradient keys.
-    "value_based": {},
 }
 
-assert set(PRESETS) == set(get_args(Algorithm))
+SECTIONS = frozenset({"value_based"})
+"""Algorithms with a section of their own in place of a preset."""
+
+assert set(PRESETS) | SECTIONS == set(get_args(Algorithm))
 
 
 def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

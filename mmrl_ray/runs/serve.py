@@ -144,6 +144,11 @@ def _is_run(target: str) -> bool:
 def _with_run(base: ServeConfig | None, run: RunDir) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
     cfg = parse_config(run.read_text(_RUN_CONFIG), run.full_path(_RUN_CONFIG))
+    if cfg.value_based is not None:
+        raise ConfigError(
+            f"{run.location} is a value-based run, whose agent is no adapter of a model that can be served: "
+            f"caption with mmrl caption --run {run.location}"
+        )
     path = warm_start(cfg)
     if base is not None and base.adapters:
         if path != base.model.path:
