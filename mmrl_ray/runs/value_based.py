@@ -76,6 +76,8 @@ class ValueBasedRun:
         self._log = StepLog(run)
         self._unreported: list[Said] = []
         self._saved = step or 0
+        self._stored = {name.split(".", 1)[0] for name in run.list("images")}
+        """Hashes of pictures that lie in the run folder."""
 
     def captions(self) -> list[str]:
         """Greedy ones of the held-out pictures."""
@@ -192,14 +194,13 @@ class ValueBasedRun:
         """The captions of a round in the schema of every rollout log, and their pictures."""
         if not said:
             return
-        stored = {name.split(".", 1)[0] for name in self._run.list("images")}
         rows = []
         for place, each in enumerate(said):
             sample = self._samples[each.index]
             digest = image_hash(sample.images)
-            if digest not in stored and len(sample.images) == 1:
+            if digest not in self._stored and len(sample.images) == 1:
                 self._run.write_bytes(f"images/{digest}.{image_extension(sample.images[0])}", sample.images[0])
-                stored.add(digest)
+                self._stored.add(digest)
             rows.append(self._row(step, place, each, sample, digest))
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA), sink, compression="zstd")

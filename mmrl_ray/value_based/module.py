@@ -163,8 +163,10 @@ class TemporalDifferenceLearner(DQNTorchLearner):
             if fields:
                 found["state"][i] = fields
         optimizer.load_state_dict(found)
-        self._schedule.last_epoch = int(agent.updates) - 1
-        self._schedule.step()
+        self._schedule.last_epoch = done = int(agent.updates)
+        rates = zip(self._schedule.base_lrs, self._schedule.lr_lambdas, strict=True)
+        for group, (peak, factor) in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * factor(done)
 
     @property
     def agent(self) -> FusedQModule:

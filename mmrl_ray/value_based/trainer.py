@@ -76,11 +76,13 @@ class ValueTrainer:
         config = dqn_config(cfg, self._reference)
         if state is not None:  # or the runners would draw the same pictures and words again
             config.debugging(seed=(cfg.run.seed + state.words) % 2**31)
+            held = len(state.replay["actions"])
+            config.training(num_steps_sampled_before_learning_starts=max(1, cfg.value_based.learning_starts - held))
         refuse_without_room(cfg.rollout.first_workers, cfg)
         self.algorithm: DQN = config.build_algo()
         self._known: deque[str] = deque(maxlen=_REMEMBERED)
         self._silent_since: float | None = None
-        self._words_before = 0
+        self._words_before = self._words_of_before = 0
         if state is not None:
             self._restore(state)
 
@@ -113,7 +115,8 @@ class ValueTrainer:
     @property
     def words(self) -> int:
         """Said by all workers so far."""
-        return int(self.algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0))
+        counted = self.algorithm.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
+        return self._words_of_before + int(counted)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The Q network's, and what else the module holds."""
@@ -202,10 +205,7 @@ class ValueTrainer:
         episodes = episodes_from_tensors(state.replay, images, vocabulary)
         self.algorithm.local_replay_buffer.add(episodes)
         self._known.extend(episode.id_ for episode in episodes)
-        self.algorithm.metrics.log_value(
-            (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), state.words, reduce="lifetime_sum"
-        )
-        self._words_before = self.words
+        self._words_before = self._words_of_before = state.words
         self.algorithm.env_runner_group.sync_weights(
             from_worker_or_learner_group=self.algorithm.learner_group, inference_only=True
         )
