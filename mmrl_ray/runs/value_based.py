@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ from mmrl_ray.value_based.trainer import Said, ValueTrainer
 from mmrl_ray.value_based.vocabulary import Vocabulary
 
 _DESK_CLOSES_S = 10.0
+_WRITTEN_S = 300.0
+"""For a round's captions and pictures to be in the run folder."""
 
 
 class ValueBasedRun:
@@ -76,6 +79,8 @@ class ValueBasedRun:
         self._log = StepLog(run)
         self._unreported: list[Said] = []
         self._saved = step or 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._written: Future[None] = self._writer.submit(_nothing)
         self._stored = {name.split(".", 1)[0] for name in run.list("images")}
         """Hashes of pictures that lie in the run folder."""
 
@@ -104,6 +109,7 @@ class ValueBasedRun:
                     if line is not None:
                         shown(updates, steps, {"reward": line.get("reward/mean", float("nan")), "loss": line["loss"]})
                     self._checkpoint(updates, due=updates >= steps or self._stop.is_set())
+            self._written.result(_WRITTEN_S)
             if updates < steps:
                 raise Interrupted(
                     f"stopped after {updates} steps; go on with: mmrl train --resume {self._run.location}"
@@ -115,6 +121,7 @@ class ValueBasedRun:
 
     def close(self) -> None:
         """Ends the env runners."""
+        self._writer.shutdown(wait=False)
         self._trainer.close()
 
     # -- a round ---------------------------------------------------------------------------------------------------
@@ -135,7 +142,8 @@ class ValueBasedRun:
                 **done.figures,
             }
             self._log.write(line)
-            self._write_rollouts(before, self._unreported)
+            self._written.result(_WRITTEN_S)  # of the round before, and what went wrong there
+            self._written = self._writer.submit(self._write_rollouts, before, self._unreported)
             self._unreported = []
         self._desk.tell(done)
         return line
@@ -235,6 +243,10 @@ class ValueBasedRun:
             step = name.removeprefix("step-").removesuffix(".parquet")
             if step.isdecimal() and int(step) >= updates:
                 self._run.delete(f"rollouts/{name}")
+
+
+def _nothing() -> None:
+    """No round was written yet."""
 
 
 def _rollouts(step: int) -> str:

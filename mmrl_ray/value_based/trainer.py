@@ -100,7 +100,7 @@ class ValueTrainer:
         words = self.words
         self._watch_silence(words)
         learned = result.get("learners", {}).get("default_policy", {})
-        figures = _figures(learned, result.get("timers", {})) if learned else {}
+        figures = _figures(learned, result.get("timers", {}), self._agent_cfg.updates) if learned else {}
         if figures:
             figures["seconds/step"] = time.monotonic() - began
             if not math.isfinite(figures["loss"]):
@@ -226,8 +226,8 @@ def _said(episode: SingleAgentEpisode) -> Said:
     return Said(int(info["index"]), info["caption"], actions, info["reward"], info["parts"])
 
 
-def _figures(learned: Mapping[str, Any], timers: Mapping[str, Any]) -> dict[str, float]:
-    """RLlib's names as ours."""
+def _figures(learned: Mapping[str, Any], timers: Mapping[str, Any], updates: int) -> dict[str, float]:
+    """RLlib's names as ours. Its timers are moving averages over calls, of which a round makes 1 or `updates`."""
     names = {
         "loss": "qf_loss",
         "q/mean": "qf_mean",
@@ -240,10 +240,10 @@ def _figures(learned: Mapping[str, Any], timers: Mapping[str, Any]) -> dict[str,
     prefix = f"{FUSION_WEIGHTS}/"
     found |= {f"fusion/{k.removeprefix(prefix)}": float(v) for k, v in learned.items() if k.startswith(prefix)}
     phases = {
-        "sample": "env_runner_sampling_timer",
-        "replay": "replay_buffer_sampling_timer",
-        "learn": "learner_update_timer",
-        "sync": "synch_weights",
+        "sample": ("env_runner_sampling_timer", 1),
+        "replay": ("replay_buffer_sampling_timer", updates),
+        "learn": ("learner_update_timer", updates),
+        "sync": ("synch_weights", 1),
     }
-    found |= {f"seconds/{ours}": float(timers[theirs]) for ours, theirs in phases.items() if theirs in timers}
+    found |= {f"seconds/{ours}": n * float(timers[theirs]) for ours, (theirs, n) in phases.items() if theirs in timers}
     return {name: value for name, value in found.items() if name == "loss" or np.isfinite(value)}
