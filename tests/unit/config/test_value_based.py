@@ -37,7 +37,7 @@ def test_fusions_are_those_that_there_are() -> None:
     [
         ("value_based=null", "algorithm: value_based needs a section `value_based:`"),
         ("algorithm=grpo", "is the section of algorithm: value_based, and this is algorithm: grpo"),
-        ("learner.steps=2401", r"learner\.steps=2401 is no multiple of value_based\.updates=8"),
+        ("learner.steps=801", r"learner\.steps=801 is no multiple of value_based\.updates=8"),
         ("learner.loss=gspo", "makes no use of learner.loss=gspo; leave that out"),
         ("learner.workers=2", "makes no use of learner.workers=2"),
         ("rollout.workers={min: 1, max: 2}", r"a number of rollout\.workers, no range"),
