@@ -140,6 +140,7 @@ class ValueBasedRun:
                 "words": done.words,
                 **_earned(self._unreported),
                 **done.figures,
+                "samples_per_second": len(self._unreported) / done.figures["seconds/step"],
             }
             self._log.write(line)
             self._written.result(_WRITTEN_S)  # of the round before, and what went wrong there

@@ -25,6 +25,7 @@ from mmrl_ray.value_based.network import MODALITIES, QNetwork, QShape, q_values
 
 FUSION_WEIGHTS = "fusion_weights"
 EXPLORATION = "exploration"
+RATE = "rate"
 
 
 class _Catalog(Catalog):
@@ -127,6 +128,7 @@ class TemporalDifferenceLearner(DQNTorchLearner):
             QF_MEAN_KEY: q.detach().mean(),
             TD_ERROR_MEAN_KEY: error.mean(),
             EXPLORATION: self.agent.exploring,
+            RATE: self.get_optimizer(module_id).param_groups[0]["lr"],
         }
         if FUSION_WEIGHTS in fwd_out:
             means = fwd_out[FUSION_WEIGHTS].detach().mean(dim=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -22,7 +23,7 @@ from mmrl_ray.errors import NonFiniteError, RolloutError
 from mmrl_ray.learner.state import LearnerState
 from mmrl_ray.value_based.algorithm import dqn_config, refuse_without_room
 from mmrl_ray.value_based.checkpoints import ValueState
-from mmrl_ray.value_based.module import FUSION_WEIGHTS
+from mmrl_ray.value_based.module import FUSION_WEIGHTS, RATE
 from mmrl_ray.value_based.replay import episodes_from_tensors, episodes_to_tensors
 
 _REMEMBERED = 20_000
@@ -79,6 +80,8 @@ class ValueTrainer:
             held = len(state.replay["actions"])
             config.training(num_steps_sampled_before_learning_starts=max(1, cfg.value_based.learning_starts - held))
         refuse_without_room(cfg.rollout.first_workers, cfg)
+        # It says at every start that DQN runs on the API stack that it was written for.
+        logging.getLogger("ray.rllib.algorithms.algorithm_config").setLevel(logging.ERROR)
         self.algorithm: DQN = config.build_algo()
         self._known: deque[str] = deque(maxlen=_REMEMBERED)
         self._silent_since: float | None = None
@@ -100,7 +103,7 @@ class ValueTrainer:
         words = self.words
         self._watch_silence(words)
         learned = result.get("learners", {}).get("default_policy", {})
-        figures = _figures(learned, result.get("timers", {}), self._agent_cfg.updates) if learned else {}
+        figures = _figures(learned) if learned else {}
         if figures:
             figures["seconds/step"] = time.monotonic() - began
             if not math.isfinite(figures["loss"]):
@@ -226,24 +229,17 @@ def _said(episode: SingleAgentEpisode) -> Said:
     return Said(int(info["index"]), info["caption"], actions, info["reward"], info["parts"])
 
 
-def _figures(learned: Mapping[str, Any], timers: Mapping[str, Any], updates: int) -> dict[str, float]:
-    """RLlib's names as ours. Its timers are moving averages over calls, of which a round makes 1 or `updates`."""
+def _figures(learned: Mapping[str, Any]) -> dict[str, float]:
+    """RLlib's names as ours. Without its timers: moving averages, in which the slow first call lasts for hundreds."""
     names = {
         "loss": "qf_loss",
         "q/mean": "qf_mean",
         "q/td_error": "td_error_mean",
         "exploration": "exploration",
-        "lr": "default_optimizer_learning_rate",
+        "lr": RATE,
         "grad_norm": "gradients_default_optimizer_global_norm",
     }
     found = {ours: float(learned[theirs]) for ours, theirs in names.items() if theirs in learned}
     prefix = f"{FUSION_WEIGHTS}/"
     found |= {f"fusion/{k.removeprefix(prefix)}": float(v) for k, v in learned.items() if k.startswith(prefix)}
-    phases = {
-        "sample": ("env_runner_sampling_timer", 1),
-        "replay": ("replay_buffer_sampling_timer", updates),
-        "learn": ("learner_update_timer", updates),
-        "sync": ("synch_weights", 1),
-    }
-    found |= {f"seconds/{ours}": n * float(timers[theirs]) for ours, (theirs, n) in phases.items() if theirs in timers}
     return {name: value for name, value in found.items() if name == "loss" or np.isfinite(value)}

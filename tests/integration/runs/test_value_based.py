@@ -90,8 +90,11 @@ def test_a_run_survives_and_learns_to_see(workplace: Workplace) -> None:
     workplace.mmrl("train", "--resume", run)
     written = lines(run, "metrics.jsonl")
     assert [line["step"] for line in written] == list(range(0, STEPS, 8))
-    for name in ("reward/mean", "loss", "q/mean", "exploration", "fusion/image", "lr", "seconds/sample"):
+    for name in ("reward/mean", "loss", "q/mean", "exploration", "fusion/image", "lr", "seconds/step"):
         assert name in written[-1], sorted(written[-1])
+    rates = [line["lr"] for line in written]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.0015 > 0.0001 > rates[-1]
     resumed = next(line for line in written if line["step"] >= kept["step"])
     assert resumed["words"] > kept["words"]
     assert resumed["exploration"] < 0.99
