@@ -74,6 +74,8 @@ class ValueBasedRun:
         )
         self._trainer = ValueTrainer(cfg, arguments, state)
         self._desk = ValueDesk(cfg)
+        self._down = 0
+        """Workers that died and are not back."""
         self._look_at_workers()
         self._stop = threading.Event()
         self._log = StepLog(run)
@@ -151,10 +153,15 @@ class ValueBasedRun:
 
     def _notice(self) -> None:
         """Events of env runners that died, and of those that RLlib has started in their place."""
-        trainer, lost = self._trainer, self._healthy - self._trainer.workers
-        for _ in range(max(lost, trainer.restarts - self._restarts)):
+        lost = self._healthy - self._trainer.workers
+        back = self._trainer.restarts - self._restarts  # counted when one is back
+        for _ in range(max(lost, back - self._down)):
             self._note({"kind": "worker_lost", "reason": "an env runner failed"})
-        if lost or trainer.restarts != self._restarts:
+            self._down += 1
+        for _ in range(min(back, self._down)):
+            self._note({"kind": "worker_ready", "reason": "started again"})
+            self._down -= 1
+        if lost or back:
             self._look_at_workers()
 
     def _scale(self) -> None:

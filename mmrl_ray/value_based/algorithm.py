@@ -81,7 +81,7 @@ def dqn_config(cfg: Config, arguments: dict[str, Any] | ray.ObjectRef) -> DQNCon
             num_env_runners=runners,
             num_envs_per_env_runner=agent.pictures,
             rollout_fragment_length=agent.words,
-            num_cpus_per_env_runner=resources.rollout.cpus,
+            num_cpus_per_env_runner=resources.rollout.cpus,  # type: ignore[arg-type]  # a fraction will do
             num_gpus_per_env_runner=resources.rollout.gpus,
             sample_timeout_s=cfg.rollout.assignment_timeout_s,
         )
@@ -94,7 +94,7 @@ def dqn_config(cfg: Config, arguments: dict[str, Any] | ray.ObjectRef) -> DQNCon
         .training(
             lr=learner.lr,
             gamma=agent.gamma,
-            grad_clip=learner.max_grad_norm,
+            grad_clip=learner.max_grad_norm,  # type: ignore[arg-type]
             grad_clip_by="global_norm",
             train_batch_size_per_learner=agent.batch_size,
             training_intensity=agent.updates * native,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gymnasium import spaces
@@ -51,7 +51,8 @@ class FusedQModule(DefaultDQNTorchRLModule):
 
     def setup(self) -> None:
         """RLlib's hook: builds the networks, of the sizes that the spaces say."""
-        cfg = self.model_config
+        cfg = self.settings
+        assert self.observation_space is not None
         self.uses_dueling: bool = cfg["dueling"]
         self.uses_double_q: bool = cfg["double_q"]
         self.num_atoms = 1
@@ -62,21 +63,27 @@ class FusedQModule(DefaultDQNTorchRLModule):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The `model_config`."""
+        assert isinstance(self.model_config, dict)
+        return self.model_config
+
+    @property
     def exploring(self) -> float:
         """The ε or τ of now."""
-        cfg = self.model_config["exploration"]
-        fading = max(1, round(cfg["share"] * self.model_config["total_updates"]))
+        cfg = self.settings["exploration"]
+        fading = max(1, round(cfg["share"] * self.settings["total_updates"]))
         return scheduled(cfg["schedule"], int(self.updates), fading, cfg["start"], cfg["end"])
 
     @torch.no_grad()
     def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        q = self.compute_q_values(batch)[QF_PREDS]
+        q = self._q(batch)
         return {Columns.ACTIONS: epsilon_greedy(q, 0.0, valid=allowed(batch[Columns.OBS]))}
 
     @torch.no_grad()
     def _forward_exploration(self, batch: dict[str, Any], t: int = 0, **kwargs: Any) -> dict[str, Any]:
-        q, valid = self.compute_q_values(batch)[QF_PREDS], allowed(batch[Columns.OBS])
-        if self.model_config["exploration"]["kind"] == "epsilon_greedy":
+        q, valid = self._q(batch), allowed(batch[Columns.OBS])
+        if self.settings["exploration"]["kind"] == "epsilon_greedy":
             return {Columns.ACTIONS: epsilon_greedy(q, self.exploring, valid=valid)}
         probabilities = boltzmann_probabilities(q, self.exploring, valid)
         return {Columns.ACTIONS: torch.multinomial(probabilities, 1)[:, 0]}
@@ -87,8 +94,11 @@ class FusedQModule(DefaultDQNTorchRLModule):
         out = {**now, QF_TARGET_NEXT_PREDS: self.forward_target(later)[QF_PREDS]}
         if self.uses_double_q:
             with torch.no_grad():
-                out[QF_NEXT_PREDS] = self.compute_q_values(later)[QF_PREDS]
+                out[QF_NEXT_PREDS] = self._q(later)
         return out
+
+    def _q(self, batch: dict[str, Any]) -> torch.Tensor:
+        return cast(torch.Tensor, self.compute_q_values(batch)[QF_PREDS])
 
     def _qf_forward_helper(self, batch: dict[str, Any], encoder: Any, head: Any) -> dict[str, Any]:
         fused = encoder(batch[Columns.OBS])
@@ -173,7 +183,7 @@ class TemporalDifferenceLearner(DQNTorchLearner):
     @property
     def agent(self) -> FusedQModule:
         """The one module."""
-        return self.module[DEFAULT_MODULE_ID].unwrapped()
+        return cast(FusedQModule, self.module[DEFAULT_MODULE_ID].unwrapped())
 
 
 def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

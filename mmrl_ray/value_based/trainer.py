@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.rllib.algorithms.dqn.dqn import DQN
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
@@ -28,6 +27,7 @@ from mmrl_ray.value_based.replay import episodes_from_tensors, episodes_to_tenso
 
 _REMEMBERED = 20_000
 """Captions whose ids are known, so that each is reported once."""
+_LOOK_S = 0.2
 _ANSWER_S = 10.0
 """For an env runner to say where it is."""
 
@@ -82,10 +82,9 @@ class ValueTrainer:
         refuse_without_room(cfg.rollout.first_workers, cfg)
         # It says at every start that DQN runs on the API stack that it was written for.
         logging.getLogger("ray.rllib.algorithms.algorithm_config").setLevel(logging.ERROR)
-        self.algorithm: DQN = config.build_algo()
+        self.algorithm: Any = config.build_algo()  # its parts may be None in RLlib's own types
         self._known: deque[str] = deque(maxlen=_REMEMBERED)
-        self._silent_since: float | None = None
-        self._words_before = self._words_of_before = 0
+        self._words_of_before = 0
         if state is not None:
             self._restore(state)
 
@@ -96,12 +95,12 @@ class ValueTrainer:
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
-            RolloutError: no worker has said anything for `rollout.worker_deadline_s`.
+            RolloutError: no worker was ready for `rollout.worker_deadline_s`.
         """
+        self._wait_for_workers()
         began = time.monotonic()
         result = self.algorithm.train()
         words = self.words
-        self._watch_silence(words)
         learned = result.get("learners", {}).get("default_policy", {})
         figures = _figures(learned) if learned else {}
         if figures:
@@ -139,18 +138,20 @@ class ValueTrainer:
                 found.append(_said(episode))
         return found[::-1]
 
-    def _watch_silence(self, words: int) -> None:
-        if words > self._words_before:
-            self._words_before, self._silent_since = words, None
-            return
-        now = time.monotonic()
-        self._silent_since = self._silent_since or now
-        deadline = self._cfg.rollout.worker_deadline_s
-        if now - self._silent_since > deadline:
-            raise RolloutError(
-                f"no rollout worker has said anything for {deadline:g} s (rollout.worker_deadline_s): "
-                f"{self.workers} of {self._wanted()} are healthy; look at their logs in Ray's session folder"
-            )
+    def _wait_for_workers(self) -> None:
+        """Until an env runner is healthy: with none RLlib would go on learning from what was said long ago."""
+        deadline_s, group = self._cfg.rollout.worker_deadline_s, self.algorithm.env_runner_group
+        deadline = time.monotonic() + deadline_s
+        while self.workers == 0:
+            if time.monotonic() > deadline:
+                raise RolloutError(
+                    f"none of {group.num_remote_env_runners()} rollout workers was ready for {deadline_s:g} s "
+                    "(rollout.worker_deadline_s); their logs are in Ray's session folder"
+                )
+            if self.algorithm.restore_env_runners(group):
+                group.sync_weights(from_worker_or_learner_group=self.algorithm.learner_group, inference_only=True)
+            else:
+                time.sleep(_LOOK_S)
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class ValueTrainer:
             PlacementError: Ray has no room for them.
         """
         group = self.algorithm.env_runner_group
-        missing = workers - self._wanted()
+        missing = workers - group.num_remote_env_runners()
         if missing > 0:
             refuse_without_room(missing, self._cfg)
             group.add_workers(missing)
@@ -186,9 +187,6 @@ class ValueTrainer:
         for worker in sorted(manager.actor_ids())[workers:]:
             ray.kill(manager.actors()[worker])
             manager.remove_actor(worker)
-
-    def _wanted(self) -> int:
-        return self.algorithm.env_runner_group.num_remote_env_runners()
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -208,7 +206,7 @@ class ValueTrainer:
         episodes = episodes_from_tensors(state.replay, images, vocabulary)
         self.algorithm.local_replay_buffer.add(episodes)
         self._known.extend(episode.id_ for episode in episodes)
-        self._words_before = self._words_of_before = state.words
+        self._words_of_before = state.words
         self.algorithm.env_runner_group.sync_weights(
             from_worker_or_learner_group=self.algorithm.learner_group, inference_only=True
         )
