@@ -20,7 +20,7 @@ from safetensors.torch import save as dump_tensors
 
 from mmrl_ray.config.value_based import ValueBasedSection
 from mmrl_ray.errors import ModelError
-from mmrl_ray.value_based.exploration import epsilon_greedy
+from mmrl_ray.value_based.exploration import boltzmann_probabilities, epsilon_greedy
 from mmrl_ray.value_based.features import FeatureScale
 from mmrl_ray.value_based.network import QNetwork, QShape
 from mmrl_ray.value_based.vocabulary import Vocabulary
@@ -55,6 +55,21 @@ class AgentFacts:
         return cls(shape, cfg.fusion, cfg.width, cfg.dueling, cfg.blind, vocabulary, scale)
 
 
+@dataclass
+class Saying:
+    """One caption as it is said."""
+
+    actions: list[int]
+    logprobs: list[float]
+    """Of each action."""
+    ended: bool
+    """By the agent's end, or because there is no room for another word."""
+
+    def words(self, vocabulary: Vocabulary) -> list[int]:
+        """The actions that are words."""
+        return [action for action in self.actions if action != vocabulary.end]
+
+
 class Agent:
     """A Q network that captions greedily, or by chance."""
 
@@ -86,17 +101,52 @@ class Agent:
         batches = (scaled[start : start + _BATCH] for start in range(0, len(scaled), _BATCH))
         return [text for batch in batches for text in self._captions(batch, epsilon, draws)]
 
+    def say(
+        self, image: np.ndarray, rows: int, *, temperature: float, greedy: bool, seed: int, most: int
+    ) -> list[Saying]:
+        """`rows` captions of one picture, drawn by the Boltzmann distribution of their Q-values, or greedily.
+
+        Args:
+            image: float32 [L, d], as `features.prompt_features` makes it.
+            rows: how many.
+            temperature: τ of the distribution, whose log-probs are told in either case.
+            greedy: the best word each time.
+            seed: of the draws.
+            most: words at most.
+        """
+        vocabulary, draws = self.facts.vocabulary, torch.Generator().manual_seed(seed % 2**63)
+        seen = self.facts.scale(image[None], blind=self.facts.blind)
+        said = [Saying([], [], ended=False) for _ in range(rows)]
+        going = list(range(rows))
+        while going:
+            words = [said[i].words(vocabulary) for i in going]
+            q, valid = self._q(np.repeat(seen, len(going), axis=0), words)
+            chances = boltzmann_probabilities(q, temperature, valid)
+            chosen = (
+                epsilon_greedy(q, 0.0, valid=valid) if greedy else torch.multinomial(chances, 1, generator=draws)[:, 0]
+            )
+            told = chances.gather(1, chosen[:, None])[:, 0].log()
+            for i, action, logprob in zip(going, chosen.tolist(), told.tolist(), strict=True):
+                said[i].actions.append(action)
+                said[i].logprobs.append(logprob)
+                said[i].ended = vocabulary.has_ended(said[i].words(vocabulary), action)
+            going = [i for i in going if not said[i].ended and len(said[i].actions) < most]
+        return said
+
+    def _q(self, images: np.ndarray, said: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q [B, A] behind so many words, and which actions are allowed."""
+        vocabulary = self.facts.vocabulary
+        words = torch.from_numpy(np.stack([vocabulary.observed(each) for each in said]))
+        valid = torch.from_numpy(np.stack([vocabulary.valid(len(each)) for each in said])).bool()
+        return self.network({"image": torch.from_numpy(images), "words": words}), valid
+
     def _captions(self, images: np.ndarray, epsilon: float, draws: torch.Generator) -> list[str]:
         vocabulary = self.facts.vocabulary
         said: list[list[int]] = [[] for _ in images]
         going = list(range(len(images)))
         while going:
-            observation = {
-                "image": torch.from_numpy(images[going]),
-                "words": torch.from_numpy(np.stack([vocabulary.observed(said[i]) for i in going])),
-            }
-            valid = torch.from_numpy(np.stack([vocabulary.valid(len(said[i])) for i in going])).bool()
-            actions = epsilon_greedy(self.network(observation), epsilon, draws, valid).tolist()
+            q, valid = self._q(images[going], [said[i] for i in going])
+            actions = epsilon_greedy(q, epsilon, draws, valid).tolist()
             for i, action in zip(going, actions, strict=True):
                 if action != vocabulary.end:
                     said[i].append(action)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mmrl_ray.data.samples import Sample
+from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache, vision_features
@@ -53,12 +54,22 @@ def image_features(
     Raises:
         DataError, ImageError, ModelError: a sample cannot be encoded.
     """
-    found = []
+    found: list[np.ndarray] = []
     for start in range(0, len(samples), _BATCH):
-        prompts = encode_prompts(policy, samples[start : start + _BATCH])
-        for features in vision_features(policy, prompts, cache):
-            pooled = torch.nn.functional.adaptive_avg_pool1d(features.tokens.float().T, tokens).T
-            found.append(pooled.cpu().numpy())
+        found += prompt_features(policy, encode_prompts(policy, samples[start : start + _BATCH]), tokens, cache)
         if progress is not None:
             progress(len(found), len(samples))
     return np.stack(found)
+
+
+def prompt_features(
+    policy: Policy, prompts: Sequence[EncodedPrompt], tokens: int, cache: VisionCache
+) -> list[np.ndarray]:
+    """`image_features` of encoded prompts: float32 [tokens, d] each.
+
+    Raises:
+        ModelError: the tower's tokens do not match the prompt's placeholders.
+    """
+    found = vision_features(policy, prompts, cache)
+    pooled = [torch.nn.functional.adaptive_avg_pool1d(each.tokens.float().T, tokens).T for each in found]
+    return [each.cpu().numpy() for each in pooled]
