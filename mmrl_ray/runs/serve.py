@@ -196,7 +196,8 @@ def greeting(cfg: ServeConfig, *, insecure: bool) -> list[str]:
     serving = cfg.serving
     host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
-    lines = [f"serving {', '.join(cfg.adapters) or cfg.model.path} at {url}/v1  (docs: {url}/docs)"]
+    served = cfg.serving.model_id if cfg.agent is not None else ", ".join(cfg.adapters) or cfg.model.path
+    lines = [f"serving {served} at {url}/v1  (docs: {url}/docs)"]
     if insecure:
         return [*lines, "without keys: whoever reaches this address may use it", f"curl {_ask(cfg, url)}"]
     key = first_key(serving.database)
