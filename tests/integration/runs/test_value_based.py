@@ -29,7 +29,7 @@ from .conftest import Workplace, wait_for
 
 pytestmark = pytest.mark.timeout(300)
 
-STEPS = 240
+STEPS = 200
 TEMPLATE = [
     ["large", "small"],
     ["red", "green", "blue", "yellow", "purple", "white"],
@@ -57,14 +57,14 @@ def config(workplace: Workplace) -> Path:
             "width": 64,
             "template": TEMPLATE,
             "shaping": {"caption": 1.0},
-            "learning_starts": 200,
+            "learning_starts": 128,
             "buffer_words": 4000,
         },
         "reward": {
             "host": "inline",
             "parts": {"caption": {"kind": "caption", "alpha": 0.0, "beta": 1.0, "gamma": 0.4, "max_words": 8}},
         },
-        "learner": {"steps": STEPS, "lr": 2e-3, "checkpoint_every": 120},
+        "learner": {"steps": STEPS, "lr": 2e-3, "checkpoint_every": 96},
         "resources": {"rollout": share, "learner": share},
     }
     path = workplace.folder / "valued.yaml"
@@ -88,7 +88,7 @@ def test_a_run_survives_and_learns_to_see(workplace: Workplace) -> None:
     assert process.returncode == 130, output
     kept = json.loads((run / "checkpoints" / os.listdir(run / "checkpoints")[-1] / "state.json").read_text())
     assert 0 < kept["step"] < STEPS
-    assert kept["words"] > 200
+    assert kept["words"] > 128
 
     workplace.mmrl("train", "--resume", run)
     written = lines(run, "metrics.jsonl")
