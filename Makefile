@@ -26,7 +26,7 @@ check: setup
 # Unit tests use little more than one core each: two processes of one thread. The others start clusters of their own.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
 
 # The run prints its seconds and its peak resident memory last. A second quickstart gets a name of its own.
 quickstart: setup

@@ -5,9 +5,10 @@ MMRLError
 ├── DataError              a dataset, a row or an image
 │   ├── ImageError             one image is broken or refused
 │   ├── QuarantineError        too many broken samples in a run
-│   └── PreferenceError        a preference that cannot be stored, or its store
+│   └── PreferenceError        a preference that cannot be stored
 │       ├── ConflictError          the same rater said otherwise before
-│       └── UnknownPairError       no pair of that id
+│       ├── UnknownPairError       no pair of that id
+│       └── PreferenceStoreError   the store is out of reach
 ├── ModelError             a checkpoint, a processor, an adapter
 │   ├── AdapterError           LoRA targets, shapes, foreign adapters
 │   └── ContextLengthError     prompt plus completion exceed the model's context
@@ -60,6 +61,10 @@ class ConflictError(PreferenceError):
 
 class UnknownPairError(PreferenceError):
     """The store of preferences has no pair of that id."""
+
+
+class PreferenceStoreError(PreferenceError):
+    """The store of preferences is out of reach, or is none."""
 
 
 class ModelError(MMRLError):

@@ -1,7 +1,8 @@
 """Where everything of a run lies: atomic writes, JSON lines, folders that appear whole or not at all.
 
     config.yaml  metrics.jsonl  events.jsonl  quarantine.jsonl  tb/  rollouts/step-%06d.parquet  images/
-    reward/statistics.json  checkpoints/step-%06d/  adapter/  summary.json  report.html  status.json  control/
+    reward/statistics.json  checkpoints/step-%06d/  adapter/  analysis/*.parquet  summary.json  report.html
+    status.json  control/
 
 A run folder is a local path or any `pyarrow.fs` URI. On a local file system a write goes to a temporary name in the
 same folder, is fsynced, renamed, and the folder is fsynced: a reader sees the old file or the new one. An object

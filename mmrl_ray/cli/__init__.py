@@ -8,7 +8,7 @@ failure, 2 a wrong config or command line, 130 interrupted.
 from mmrl_ray.cli import training  # noqa: F401
 
 # isort: split
-from mmrl_ray.cli import data, deploy, jobs, keys, scaling, serving  # noqa: F401
+from mmrl_ray.cli import data, deploy, jobs, keys, preferences, reward, scaling, serving  # noqa: F401
 from mmrl_ray.cli.groups import app
 
 __all__ = ["app", "main"]

@@ -78,6 +78,27 @@ def scenes(
     typer.echo(f"{out}: {train:,} training and {held_out:,} held-out images{'' if written else ', there already'}")
 
 
+@command(data_app, "preferences")
+def preferences(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder that gets train.parquet, eval.parquet and clean.parquet.")
+    ],
+    train: Annotated[int, typer.Option("--train", min=1, help="Training images, five pairs each.")] = 2000,
+    held_out: Annotated[int, typer.Option("--eval", min=1, help="Held-out images.")] = 200,
+    rated: Annotated[float, typer.Option("--rated", min=0, max=1, help="Share of pairs with ratings, too.")] = 0.5,
+    image_size: Annotated[int, typer.Option("--image-size", min=32, max=1024, help="Pixels a side.")] = 64,
+    max_objects: Annotated[int, typer.Option("--max-objects", min=1, max=3, help="Objects a picture has at most.")] = 3,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Generate preferences about scenes: a true caption against one with a fault, by a noisy rater."""
+    from mmrl_ray.config.data import ScenesSection
+    from mmrl_ray.feedback.scene_preferences import write_scene_preferences
+
+    section = ScenesSection(train=train, eval=held_out, image_size=image_size, seed=seed, max_objects=max_objects)
+    rows = write_scene_preferences(section, out, rated=rated)
+    typer.echo(f"{out}: " + ", ".join(f"{count:,} pairs in {name}.parquet" for name, count in rows.items()))
+
+
 def _import(run: Callable[..., ImportSummary]) -> None:
     """Runs an importer with live progress; tells what was written and what was left out."""
     from mmrl_ray.runs.progress import RunProgress

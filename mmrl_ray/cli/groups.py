@@ -23,11 +23,17 @@ import_app = typer.Typer(
     name="import", help="Bring a dataset in as Parquet shards.", no_args_is_help=True, rich_markup_mode=_MARKUP
 )
 keys_app = typer.Typer(name="keys", help="Who may call the gateway.", no_args_is_help=True, rich_markup_mode=_MARKUP)
+preferences_app = typer.Typer(
+    name="preferences", help="Which of two captions people like better.", no_args_is_help=True, rich_markup_mode=_MARKUP
+)
+reward_app = typer.Typer(name="reward", help="Learned rewards.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 jobs_app = typer.Typer(name="jobs", help="Runs on a cluster.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 deploy_app = typer.Typer(name="deploy", help="Run on Kubernetes.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 data_app.add_typer(import_app)
 app.add_typer(config_app)
 app.add_typer(data_app)
 app.add_typer(keys_app)
+app.add_typer(preferences_app)
+app.add_typer(reward_app)
 app.add_typer(jobs_app)
 app.add_typer(deploy_app)

@@ -80,6 +80,24 @@ def evaluate(
     run(target, data=data, limit=limit, out=out, prompt=prompt)
 
 
+@command(app, "explain")
+def explain(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a hub id.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG, WebP or GIF file.")],
+    caption: Annotated[
+        str | None, typer.Option("--caption", help="Words to explain; by default what the policy says itself.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask; by default what the run asked.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the heat map goes; IMAGE-explained.png by default.")
+    ] = None,
+) -> None:
+    """What a caption hangs on: the share of each modality, and a heat map over the picture."""
+    from mmrl_ray.runs.explain import explain as run
+
+    run(target, image, caption=caption, prompt=prompt, out=out)
+
+
 @command(app, "report")
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write a run's report.html again."""

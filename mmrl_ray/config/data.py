@@ -22,6 +22,16 @@ class ScenesSection(Section):
     """Objects a picture has at most."""
 
 
+class PreferencesSection(Section):
+    """Pairs of captions and what people said of them, for `learner.loss: dpo`."""
+
+    store: str
+    """SQLAlchemy URL of the store that `mmrl preferences` fills: `sqlite:///preferences.db`, `postgresql+psycopg://…`.
+    Its pairs are copied into the run's folder at the start, so that later labels change no run."""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """Share of the pictures whose pairs are kept from training, to measure on before and after."""
+
+
 class DataSection(Section):
     """Parquet shards in the Hugging Face `datasets` image layout."""
 
@@ -37,3 +47,5 @@ class DataSection(Section):
     """Broken samples a run tolerates before it stops."""
     scenes: ScenesSection | None = None
     """Generate the scenes dataset; none by default."""
+    preferences: PreferencesSection | None = None
+    """What `learner.loss: dpo` learns from; none by default."""

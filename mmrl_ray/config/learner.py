@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from mmrl_ray.config.base import Section, refuse
 
 Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
-Loss = Literal["reward_guided", "clipped", "gspo", "cispo"]
+Loss = Literal["reward_guided", "clipped", "gspo", "cispo", "dpo"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
@@ -20,6 +20,15 @@ class KlSection(Section):
     """0 turns it off, and with it the pass that makes reference log-probs."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """k1 enters the reward; k2 and k3 are loss terms (k3's gradient is biased)."""
+
+
+class DpoSection(Section):
+    """Of `loss: dpo` alone (arXiv:2305.18290)."""
+
+    beta: float = Field(0.1, gt=0)
+    """How dear it is to leave the policy that training started from; small values let it go far."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """The probability that a label is wrong, as far as the loss is concerned."""
 
 
 class LearnerRange(Section):
@@ -50,7 +59,9 @@ class LearnerSection(Section):
     advantage_std: bool = True
     """Divide `group` advantages by the group's standard deviation."""
     loss: Loss = "clipped"
-    """The policy-gradient loss."""
+    """The policy-gradient loss; or `dpo`, which learns from the pairs of `data.preferences` instead of rollouts."""
+    dpo: DpoSection = DpoSection()
+    """Of `loss: dpo`."""
     clip_low: float = Field(0.2, ge=0)
     """The ratio is clipped below 1 - this."""
     clip_high: float = Field(0.2, ge=0)
@@ -81,6 +92,8 @@ class LearnerSection(Section):
     """Prompt and completion tokens one forward and backward pass holds at most."""
     gradient_checkpointing: bool = False
     """Make activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
+    importance_every: int = Field(10, ge=0)
+    """Steps between two looks at how much of one caption hangs on picture and prompt (`importance/…`); 0: never."""
     workers: Annotated[int, Field(ge=1)] | LearnerRange = 1
     """Learner workers (Ray Train): a number, or `{min, max}` to follow what the cluster has room for."""
     sharding: Literal["none", "fsdp2"] = "none"
@@ -113,6 +126,10 @@ class LearnerSection(Section):
             {
                 f"warmup_steps={self.warmup_steps} must be below steps={self.steps}": self.warmup_steps >= self.steps,
                 f"lr_min={self.lr_min} is above lr={self.lr}": self.lr_min > self.lr,
+                f"advantage={self.advantage} has no meaning with loss=dpo: write advantage: none": self.loss == "dpo"
+                and self.advantage != "none",
+                f"kl.weight={self.kl.weight:g} is refused with loss=dpo, which has its own pull, dpo.beta: leave it at "
+                "0": self.loss == "dpo" and self.kl.weight > 0,
             }
         )
         return self

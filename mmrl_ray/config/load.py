@@ -13,12 +13,13 @@ from pydantic import ValidationError
 
 from mmrl_ray.config.base import Section
 from mmrl_ray.config.problems import dotted, problem_lines
+from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.config.schema import Config
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.config.yaml_tree import Tree, dump_yaml, parse_yaml
 from mmrl_ray.errors import ConfigError
 
-Whole = TypeVar("Whole", Config, ServeConfig)
+Whole = TypeVar("Whole", Config, ServeConfig, RewardModelConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -38,6 +39,15 @@ def load_serve_config(path: str | Path, overrides: Sequence[str] = ()) -> ServeC
         ConfigError: as `load_config`.
     """
     return parse_as(ServeConfig, _read(Path(path)), str(path), overrides)
+
+
+def load_reward_model_config(path: str | Path, overrides: Sequence[str] = ()) -> RewardModelConfig:
+    """`load_config` of a config of `mmrl reward train`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return parse_as(RewardModelConfig, _read(Path(path)), str(path), overrides)
 
 
 def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> Config | ServeConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "value_based"]
+Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dpo", "value_based"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Williams 1992, with the batch's mean reward as the baseline.
@@ -50,6 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_high": 2.0,
         "aggregation": "token_mean",
     },
+    # Rafailov et al. 2023, arXiv:2305.18290: pairs of `data.preferences` in place of rollouts and rewards.
+    "dpo": {"advantage": "none", "loss": "dpo", "aggregation": "sequence_sum"},
 }
 
 SECTIONS = frozenset({"value_based"})

@@ -69,9 +69,30 @@ class Config(Section):
                 "some learners would never work": groups < learner.max_workers,
                 f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
                 "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
+                f"rollout.group_size={rollout.group_size} must be 2 with learner.loss=dpo: the captions of a pair "
+                "are a group": learner.loss == "dpo" and rollout.group_size != 2,
+                "learner.loss=dpo needs data.preferences: write its store, as in "
+                "{store: 'sqlite:///preferences.db'}": learner.loss == "dpo" and self.data.preferences is None,
+                f"data.preferences is read by learner.loss=dpo alone, not by learner.loss={learner.loss}: "
+                "take it away, or write algorithm: dpo": learner.loss != "dpo" and self.data.preferences is not None,
+                **self._normalization_problems(),
             }
         )
         return self
+
+    def _normalization_problems(self) -> dict[str, bool]:
+        """Where parts are normalised by their group, what would undo or contradict it."""
+        rollout, learner = self.rollout, self.learner
+        on = self.reward.normalize == "group"
+        return {
+            f"reward.normalize=group needs rollout.group_size of 2 or more, not {rollout.group_size}": on
+            and rollout.group_size < 2,
+            "reward.normalize=group divides by standard deviations already: set learner.advantage_std to false": on
+            and learner.advantage == "group"
+            and learner.advantage_std,
+            "reward.normalize=group has no place for the greedy caption, which is in no group: choose another "
+            "learner.advantage": on and learner.advantage == "greedy",
+        }
 
     def _value_based_fits(self) -> Self:
         agent, learner = self.value_based, self.learner
@@ -92,6 +113,11 @@ class Config(Section):
                 + "; leave that out": bool(unused),
                 f"value_based.shaping names no part of the reward ({', '.join(parts)}) but "
                 f"{', '.join(_unknown(agent, parts))}": bool(_unknown(agent, parts)),
+                f"reward.normalize={self.reward.normalize} is of groups, and algorithm: value_based has none: leave it "
+                "out": self.reward.normalize != "none",
+                "data.preferences is read by learner.loss=dpo alone, not by algorithm: value_based: take it away": (
+                    self.data.preferences is not None
+                ),
                 "algorithm: value_based has a number of rollout.workers, no range": (
                     not isinstance(self.rollout.workers, int)
                 ),

@@ -194,6 +194,9 @@ class ServingSection(Section):
     """What one key may do."""
     remote_images: RemoteImagesSection = RemoteImagesSection()
     """Images by URL."""
+    preferences: str | None = None
+    """SQLAlchemy URL of a store of preferences: keys with the role feedback may label its pairs and bring new ones.
+    None by default."""
     fine_tuning: FineTuningSection | None = None
     """Jobs over HTTP; none by default."""
 
@@ -202,6 +205,11 @@ class ServingSection(Section):
         rows, n = self.policy.max_rows, self.limits.max_n
         if rows < n:
             raise ValueError(f"policy.max_rows={rows} is below limits.max_n={n}: such a request could never be decoded")
+        url = self.preferences or ""
+        if url.startswith("sqlite:///") and not url.startswith("sqlite:////"):
+            raise ValueError(
+                f"preferences={url} is relative, and a replica has a folder of its own: write sqlite:////path/to/file.db"
+            )
         if self.fine_tuning is not None and self.fine_tuning.root is None and self.adapters_root is None:
             raise ValueError("fine_tuning needs a root for its runs: write fine_tuning.root, or adapters_root")
         return self

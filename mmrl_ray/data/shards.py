@@ -148,6 +148,29 @@ class ParquetDataset:
         for group in self.groups:
             yield from self._read(group, [name]).column(name).to_pylist()
 
+    def iter_rows(self, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(where it is, the cells of these columns that are there) of every row, in order.
+
+        Raises:
+            DataError: a row group cannot be read, or its text is not UTF-8.
+        """
+        for group in self.groups:
+            table = self._read(group, columns)
+            try:
+                rows = table.to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.location}, {self.where(group, 0)} ff.: text that is not UTF-8") from error
+            for offset, row in enumerate(rows):
+                yield self.where(group, offset), row
+
+    def read_file(self, path: str) -> bytes:
+        """An image that a row names by a path relative to its shard's folder, never outside of it.
+
+        Raises:
+            ImageError: it is missing, too large, or the path is refused.
+        """
+        return self._read_file(path)
+
     def _read(self, group: RowGroup, columns: list[str]) -> pa.Table:
         shard = self.shards[group.shard]
         try:

@@ -28,6 +28,8 @@ def run_in_pods(cfg: Config) -> Config:
     if storage.uri is not None and any(local.values()):
         what = ", ".join(name for name, holds in local.items() if holds)
         raise ConfigError(f"{what}: makes files that need a volume, but deploy.storage.uri names an object store")
+    if cfg.data.preferences is not None:
+        _refuse_sqlite("data.preferences.store", cfg.data.preferences.store)
     places = {"run.root": cfg.run.root, "data.train": cfg.data.train, "model.path": _model(cfg.model.path)}
     if cfg.data.eval is not None:
         places["data.eval"] = cfg.data.eval
@@ -63,8 +65,18 @@ def server_in_pods(cfg: ServeConfig) -> ServeConfig:
     )
 
 
+def _refuse_sqlite(key: str, url: str) -> None:
+    if url.startswith("sqlite"):
+        raise ConfigError(
+            f"{key}={url} is a file of one machine, which pods do not share: name a PostgreSQL database, such as "
+            f"--set {key}=postgresql+psycopg://mmrl@postgres/mmrl"
+        )
+
+
 def _serving(serving: ServingSection, storage: StorageSection) -> ServingSection:
     """Open to other pods, too."""
+    if serving.preferences is not None:
+        _refuse_sqlite("serving.preferences", serving.preferences)
     seen = _seen({"serving.adapters_root": serving.adapters_root}, storage)
     return serving.model_copy(update={"host": "0.0.0.0", "adapters_root": seen.get("serving.adapters_root")})
 

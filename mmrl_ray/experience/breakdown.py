@@ -11,7 +11,8 @@ class RewardBreakdown:
     """What one caption earned, and from what.
 
     `total` equals the sum of `weights[k] * parts[k]` over the keys of `weights`. A composed reward keeps the parts of
-    its parts beside them, under `outer/inner` names that have no weight of their own.
+    its parts beside them, under `outer/inner` names that have no weight of their own, and the standard deviation of a
+    part that has one under `outer/sigma`.
     """
 
     total: float
@@ -19,3 +20,10 @@ class RewardBreakdown:
     weights: Mapping[str, float]
     sigma: float | None = None
     """Standard deviation of the total where the reward has a model of its own noise."""
+    risk: float = 0.0
+    """kappa: how many standard deviations learning takes off the total."""
+
+    @property
+    def adjusted(self) -> float:
+        """What learning uses: total - risk * sigma."""
+        return self.total if self.sigma is None else self.total - self.risk * self.sigma

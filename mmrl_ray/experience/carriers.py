@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmrl_ray.config.reward import Normalization
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.breakdown import RewardBreakdown
 
@@ -82,6 +83,18 @@ class VisionFeatures:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptionState:
+    """What a caption and its sample look like from inside the policy; means over tokens, float32 [d] each."""
+
+    action: torch.Tensor
+    """Of the embeddings of the caption's tokens, without the end of the turn."""
+    modalities: Mapping[str, torch.Tensor]
+    """"image" and "text" (the prompt): of the language model's input embeddings."""
+    hidden: torch.Tensor
+    """Of the last hidden states that the caption's tokens were chosen from."""
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutGroup:
     """The G completions of one sample, and what the learner needs to score them again."""
 
@@ -94,6 +107,8 @@ class RolloutGroup:
     """The greedy caption, when the baseline needs one; never trained on."""
     vision: VisionFeatures | None = None
     """Shipped with the group when that is cheaper than a second pass through the tower."""
+    state: CaptionState | None = None
+    """Of the first completion, where an evaluation asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +132,14 @@ class ScoredGroup:
     """T of each completion, length G."""
     rewards: tuple[RewardBreakdown, ...]
     """One a completion; empty when masked."""
-    greedy_reward: float | None = None
+    greedy_reward: RewardBreakdown | None = None
     kl1: tuple[float, ...] = ()
     """Sum over tokens of behaviour minus reference log-prob, one a completion; empty without a reference. With the k1
     estimator the step plan takes `weight * kl1` off each reward before the baseline."""
     masked: str | None = None
     """Why the group takes no part in learning (its reward failed, …), or None."""
     payload: Any = None
-    """`RolloutGroup` itself (in-process) or an object-store reference to it."""
+    """`RolloutGroup` itself (in-process), or where it lies in the object store."""
     worker: str = ""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds by phase: sample, reference, reward."""
@@ -146,6 +161,10 @@ class PlannedGroup:
     completion_tokens: tuple[int, ...]
     prompt_tokens: int
     payload: Any
+    rewards: tuple[float, ...] = ()
+    """[G], what the baseline saw: the totals after risk, normalisation and the k1 penalty."""
+    normalization: Normalization = "none"
+    """Whether parts of the reward were normalised by their group."""
 
     @property
     def has_signal(self) -> bool:

@@ -6,15 +6,16 @@ the groups themselves. `M` groups of `G` completions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.config.reward import Normalization
 from mmrl_ray.errors import LearnerError
 from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup, StepPlan
+from mmrl_ray.experience.reward_figures import learning_rewards
 from mmrl_ray.losses.advantages import advantages
 from mmrl_ray.losses.aggregation import completion_scales
 
@@ -34,6 +35,7 @@ def build_step_plan(
     learner: LearnerSection,
     max_new_tokens: int,
     world_size: int,
+    normalize: Normalization = "none",
 ) -> StepPlan:
     """Advantages, per-token weights, one denominator, and the split over ranks and micro-batches.
 
@@ -43,6 +45,7 @@ def build_step_plan(
         learner: advantage, aggregation, KL and token budget.
         max_new_tokens: for the `constant` aggregation.
         world_size: learner ranks.
+        normalize: whether parts of the reward are normalised by their group.
 
     Raises:
         LearnerError: every group of the step is masked.
@@ -51,7 +54,7 @@ def build_step_plan(
     if not live:
         reasons = sorted({g.masked or "" for g in groups}) or ["no sample of the step could be used"]
         raise LearnerError(f"step {step} has no group to learn from: {'; '.join(reasons)[:500]}")
-    rewards = _learning_rewards(live, learner)  # [M, G]
+    rewards, figures = learning_rewards(live, learner, normalize)  # [M, G]
     greedy = None
     if learner.advantage == "greedy":
         greedy = torch.tensor([_greedy_reward(g) for g in live], dtype=torch.float64)
@@ -59,12 +62,16 @@ def build_step_plan(
     lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
     scales, denominator = completion_scales(learner.aggregation, lengths.flatten(), max_new_tokens=max_new_tokens)
     scales = scales.reshape(lengths.shape)
+    if learner.loss == "dpo":
+        denominator = float(len(live))  # pairs
     planned = tuple(
         PlannedGroup(
             key=group.key,
             sample_id=group.sample_id,
             staleness=step - group.policy_version,
             advantages=tuple(weights[i].tolist()),
+            rewards=tuple(rewards[i].tolist()),
+            normalization=normalize,
             scales=tuple(scales[i].tolist()),
             completion_tokens=group.completion_tokens,
             prompt_tokens=group.prompt_tokens,
@@ -78,7 +85,7 @@ def build_step_plan(
         groups=planned,
         denominator=float(denominator),
         micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
-        metrics=_reward_metrics(live, rewards),
+        metrics={**figures, **_length_metrics(live)},
     )
 
 
@@ -116,35 +123,12 @@ def _pack(indices: Sequence[int], sizes: Sequence[GroupSize], token_budget: int)
     return tuple(tuple(batch) for batch in batches)
 
 
-def _learning_rewards(groups: Sequence[ScoredGroup], learner: LearnerSection) -> torch.Tensor:
-    """float64 [M, G]: each total, less the k1 penalty where KL is part of the reward."""
-    rewards = torch.tensor([[r.total for r in g.rewards] for g in groups], dtype=torch.float64)
-    if learner.kl.weight and learner.kl.estimator == "k1":
-        rewards -= learner.kl.weight * torch.tensor([g.kl1 for g in groups], dtype=torch.float64)
-    return rewards
-
-
 def _greedy_reward(group: ScoredGroup) -> float:
     if group.greedy_reward is None:
         raise LearnerError(f"group {group.key} has no greedy reward, which learner.advantage=greedy needs")
-    return group.greedy_reward
+    return group.greedy_reward.adjusted
 
 
-def _reward_metrics(groups: Sequence[ScoredGroup], rewards: torch.Tensor) -> dict[str, float]:
-    """Figures of the step's rewards as they were given, before any baseline."""
-    totals = torch.tensor([[r.total for r in g.rewards] for g in groups], dtype=torch.float64)
-    metrics = {
-        "reward/mean": totals.mean().item(),
-        "reward/std": totals.std(correction=0).item(),
-        "reward/group_std": totals.std(dim=1, correction=0).mean().item(),
-        "reward/zero_variance_groups": int((totals.std(dim=1, correction=0) == 0).sum()),
-    }
-    if not torch.equal(totals, rewards):
-        metrics["reward/with_kl"] = rewards.mean().item()
-    for name in groups[0].rewards[0].parts:
-        values = [r.parts[name] for g in groups for r in g.rewards]
-        metrics[f"reward/{name}"] = math.fsum(values) / len(values)
+def _length_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     lengths = [t for g in groups for t in g.completion_tokens]
-    metrics["completion/length_mean"] = sum(lengths) / len(lengths)
-    metrics["completion/length_max"] = max(lengths)
-    return metrics
+    return {"completion/length_mean": sum(lengths) / len(lengths), "completion/length_max": max(lengths)}

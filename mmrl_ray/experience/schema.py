@@ -6,6 +6,7 @@ Parquet files as they are. Images are not in it: they lie once, by content hash,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -44,7 +45,11 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("reference_logprobs", pa.list_(pa.float32())),  # null when the KL weight is 0
         pa.field("reward_parts", pa.list_(_PART), nullable=False),  # weight null for parts of parts
         pa.field("reward", pa.float64()),  # null when masked
-        pa.field("reward_sigma", pa.float64()),
+        pa.field("reward_sigma", pa.float64()),  # null where no part knows its own
+        pa.field("reward_risk", pa.float64()),  # kappa; null when masked
+        pa.field("reward_adjusted", pa.float64()),  # reward - kappa * sigma; null when masked
+        pa.field("reward_normalization", pa.string()),  # none, or group; null when the group took no part in a step
+        pa.field("learning_reward", pa.float64()),  # what the baseline saw; null as the advantage is
         pa.field("advantage", pa.float64()),  # null when masked, and for the greedy baseline
         pa.field("masked", pa.string()),  # why, or null
         pa.field("finish_reason", pa.string(), nullable=False),
@@ -55,7 +60,30 @@ ROLLOUT_SCHEMA = pa.schema(
 )
 
 
+def encode_records(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as made by `group_rows`, as an Arrow IPC stream of `ROLLOUT_SCHEMA`; `decode_records` takes it back.
+
+    Bytes, since a table's columns would be pickled one by one, which costs as much as all else about a group.
+    """
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, ROLLOUT_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA))
+    return sink.getvalue().to_pybytes()
+
+
+def decode_records(encoded: bytes) -> pa.Table:
+    """The table that `encode_records` was given the rows of."""
+    return pa.ipc.open_stream(encoded).read_all()
+
+
 def group_table(run: str, scored: ScoredGroup, group: RolloutGroup, planned: PlannedGroup | None) -> pa.Table:
+    """`group_rows` as a table."""
+    return pa.Table.from_pylist(group_rows(run, scored, group, planned), schema=ROLLOUT_SCHEMA)
+
+
+def group_rows(
+    run: str, scored: ScoredGroup, group: RolloutGroup, planned: PlannedGroup | None
+) -> list[dict[str, Any]]:
     """The rows of one group: G completions, then the greedy baseline if there is one.
 
     Args:
@@ -71,6 +99,7 @@ def group_table(run: str, scored: ScoredGroup, group: RolloutGroup, planned: Pla
         "attempt": scored.key.attempt,
         "policy_version": scored.policy_version,
         "staleness": None if planned is None else planned.staleness,
+        "reward_normalization": None if planned is None else planned.normalization,
         "sample_id": scored.sample_id,
         "image_hash": image_hash(group.sample.images),
         "prompt": group.sample.prompt,
@@ -88,12 +117,15 @@ def group_table(run: str, scored: ScoredGroup, group: RolloutGroup, planned: Pla
     rows = []
     for i, completion in enumerate(group.completions):
         reward = scored.rewards[i] if scored.rewards else None
-        advantage = None if planned is None else planned.advantages[i]
-        rows.append({**common, **_completion_row(completion, reward), "completion": i, "advantage": advantage})
+        learnt = {
+            "advantage": None if planned is None else planned.advantages[i],
+            "learning_reward": None if planned is None else planned.rewards[i],
+        }
+        rows.append({**common, **_completion_row(completion, reward), **learnt, "completion": i})
     if group.greedy is not None:
-        row = {**common, **_completion_row(group.greedy, None), "completion": -1, "advantage": None}
-        rows.append({**row, "reward": scored.greedy_reward})
-    return pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA)
+        row = _completion_row(group.greedy, scored.greedy_reward)
+        rows.append({**common, **row, "completion": -1, "advantage": None, "learning_reward": None})
+    return rows
 
 
 def _completion_row(completion: Completion, reward: RewardBreakdown | None) -> dict[str, Any]:
@@ -111,4 +143,6 @@ def _completion_row(completion: Completion, reward: RewardBreakdown | None) -> d
         ],
         "reward": reward.total if reward else None,
         "reward_sigma": reward.sigma if reward else None,
+        "reward_risk": reward.risk if reward else None,
+        "reward_adjusted": reward.adjusted if reward else None,
     }

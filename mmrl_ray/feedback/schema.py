@@ -15,6 +15,7 @@ created       timestamp in UTC, optional
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,24 +31,28 @@ Choice = Literal["a", "b", "tie"]
 _NAME_CHARS = 128
 _ID_CHARS = 32
 
-PREFERENCE_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("caption_a", pa.string(), nullable=False),
-        pa.field("caption_b", pa.string(), nullable=False),
-        pa.field("choice", pa.string()),
-        pa.field("rater", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("rating_a", pa.float64()),
-        pa.field("rating_b", pa.float64()),
-        pa.field("shown_first", pa.string()),
-        pa.field("created", pa.timestamp("us", tz="UTC")),
-    ],
-    # Lets Hugging Face `datasets` show the pictures.
-    metadata={"huggingface": '{"info": {"features": {"image": {"_type": "Image"}}}}'},
+# Nullable all of them: `datasets` takes no hint about a column that is not.
+_FIELDS = (
+    pa.field("id", pa.string()),
+    pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    pa.field("prompt", pa.string()),
+    pa.field("caption_a", pa.string()),
+    pa.field("caption_b", pa.string()),
+    pa.field("choice", pa.string()),
+    pa.field("rater", pa.string()),
+    pa.field("source", pa.string()),
+    pa.field("rating_a", pa.float64()),
+    pa.field("rating_b", pa.float64()),
+    pa.field("shown_first", pa.string()),
+    pa.field("created", pa.timestamp("us", tz="UTC")),
 )
+_DTYPES = {pa.float64(): "float64", pa.timestamp("us", tz="UTC"): "timestamp[us, tz=UTC]", pa.string(): "string"}
+# Hugging Face `datasets` takes the column for pictures when told so.
+_FEATURES = {
+    each.name: {"_type": "Image"} if each.name == "image" else {"dtype": _DTYPES[each.type], "_type": "Value"}
+    for each in _FIELDS
+}
+PREFERENCE_SCHEMA = pa.schema(_FIELDS, {"huggingface": json.dumps({"info": {"features": _FEATURES}})})
 REQUIRED = ("image", "caption_a", "caption_b")
 """Columns that a file must have; those that are left out are null, and a prompt is empty then."""
 
@@ -88,6 +93,10 @@ class Pair:
     def wrong(self, problem: str) -> PreferenceError:
         """An error that says where."""
         return PreferenceError(f"{self.where}: {problem}" if self.where else problem)
+
+    def flipped(self) -> Pair:
+        """The same, with the captions' places exchanged."""
+        return Pair(self.image_hash, self.prompt, self.caption_b, self.caption_a, self.source, self.image, self.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +145,8 @@ class Preference:
     def flipped(self) -> Preference:
         """The same, with the captions' places exchanged."""
         other: dict[Any, Any] = {"a": "b", "b": "a", "tie": "tie", None: None}
-        pair = self.pair
         return Preference(
-            pair=Pair(
-                pair.image_hash, pair.prompt, pair.caption_b, pair.caption_a, pair.source, pair.image, pair.where
-            ),
+            pair=self.pair.flipped(),
             choice=other[self.choice],
             rater=self.rater,
             rating_a=self.rating_b,
@@ -153,6 +159,11 @@ class Preference:
 def first_shown(pair_id: str, seed: int | str) -> Side:
     """Which caption of a pair is shown first: random, but the same for the same pair and seed, on any machine."""
     return "a" if hashlib.blake2b(f"{seed}/{pair_id}".encode(), digest_size=1).digest()[0] % 2 == 0 else "b"
+
+
+def blinded(pair: Pair, seed: int | str) -> Pair:
+    """The pair with the caption first that `first_shown` has first."""
+    return pair if first_shown(pair.id, seed) == "a" else pair.flipped()
 
 
 def run_source(run: str, step: int, sample_id: str) -> str:

@@ -1,7 +1,7 @@
 """Learners between a minimum and a maximum: what is kept from them, and a deadline while there is no room for any.
 
 Ray Train makes the number of learners from what the nodes have in all, whoever uses it. So that it does not count on
-the rollout workers' share, that share is registered where Ray Train registers its own (its autoscaling coordinator).
+the rollout workers' share, that share is registered where Ray Train registers its own (`rollouts/nodes.py`).
 And with room for fewer than the minimum Ray Train waits without an end: here that wait has one.
 """
 
@@ -14,25 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 import ray
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.resources import ActorResources
+from mmrl_ray.config.demands import Demand, demands_of
 from mmrl_ray.errors import PlacementError
+from mmrl_ray.rollouts.nodes import register
 
 logger = logging.getLogger(__name__)
 
 Bundle = Mapping[str, float]
 
-_RESERVED_FOR_S = 180.0
-_RENEW_S = 20.0
 _CALL_TIMEOUT_S = 5.0
 _ROUNDING = 1e-6
 
 
-def others(cfg: Config) -> list[Bundle]:
-    """What the run's rollout workers and rewards ask Ray for, one bundle an actor."""
-    bundles = [_bundle(cfg.resources.rollout)] * cfg.rollout.most_workers
-    if cfg.reward.host == "serve":
-        bundles.append(_bundle(cfg.resources.reward))
-    return [bundle for bundle in bundles if bundle]
+def others(cfg: Config) -> list[Demand]:
+    """What the run asks Ray for beside its learners, at most."""
+    return [demand for demand in demands_of(cfg, at_most=True) if demand.kind != "learner"]
 
 
 def learners_that_fit(nodes: Sequence[Bundle], taken: Sequence[Bundle], learner: Bundle, most: int) -> int:
@@ -50,26 +46,35 @@ def learners_that_fit(nodes: Sequence[Bundle], taken: Sequence[Bundle], learner:
 class Room:
     """Watches over the room for the learners of one run. Call `check` every few seconds."""
 
-    def __init__(self, cfg: Config, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, cfg: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._cfg = cfg
-        self._name = f"mmrl-{name}-beside-learners"
         self._clock = clock
         self._since = clock()
-        self._renewed = float("-inf")
+
+    def reserve(self) -> None:
+        """Registers what is not the learners', before Ray Train counts; the rollout controller keeps it registered.
+
+        That it fails is told, and no reason to end a run.
+        """
+        try:
+            ray.get(register(self._cfg.run.name, others(self._cfg)), timeout=_CALL_TIMEOUT_S)
+        except ImportError:
+            logger.warning("this Ray has no coordinator to reserve with: learners may count on the workers' share")
+        except (ray.exceptions.RayError, RuntimeError, OSError) as error:
+            logger.warning("the rollout workers' share was not reserved: %s", error)
 
     def check(self) -> None:
-        """Renews the reservation of what is not the learners'.
+        """Looks at what there is now.
 
         Raises:
             PlacementError: for `resources.placement_timeout_s` there has been room for fewer than the minimum.
         """
         now = self._clock()
-        if now - self._renewed >= _RENEW_S:
-            self._renewed = now
-            _reserve(self._name, others(self._cfg))
         learner, share = self._cfg.learner, self._cfg.resources.learner
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fit = learners_that_fit(nodes, others(self._cfg), _bundle(share), learner.max_workers)
+        taken = [demand.bundle for demand in others(self._cfg) if demand.bundle for _ in range(demand.count)]
+        mine = {name: amount for name, amount in (("CPU", share.cpus), ("GPU", share.gpus)) if amount}
+        fit = learners_that_fit(nodes, taken, mine, learner.max_workers)
         if fit >= learner.min_workers:
             self._since = now
         elif now - self._since >= self._cfg.resources.placement_timeout_s:
@@ -79,40 +84,6 @@ class Room:
                 f"{self._cfg.resources.placement_timeout_s:g} s: lower learner.workers.min, resources or "
                 "rollout.workers, or add nodes"
             )
-
-    def close(self) -> None:
-        """Gives the reservation back."""
-        _reserve(self._name, [])
-
-
-def _reserve(name: str, bundles: Sequence[Bundle]) -> None:
-    """An empty list ends the reservation. That it fails is told, and no reason to end a run."""
-    try:
-        from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-    except ImportError:
-        logger.warning("this Ray has no coordinator to reserve with: learners may count on the rollout workers' share")
-        return
-    try:
-        coordinator = get_or_create_autoscaling_coordinator()
-        if bundles:
-            answer = coordinator.request_resources.remote(
-                requester_id=name,
-                resources=[dict(bundle) for bundle in bundles],
-                expire_after_s=_RESERVED_FOR_S,
-                priority=ResourceRequestPriority.HIGH,
-            )
-        else:
-            answer = coordinator.cancel_request.remote(requester_id=name)
-        ray.get(answer, timeout=_CALL_TIMEOUT_S)
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        logger.warning("the rollout workers' share was not reserved this time: %s", error)
-
-
-def _bundle(share: ActorResources) -> Bundle:
-    return {name: amount for name, amount in (("CPU", share.cpus), ("GPU", share.gpus)) if amount > 0}
 
 
 def _times(node: Bundle, bundle: Bundle) -> int:

@@ -7,6 +7,7 @@ own, and the driver's main thread stays free for progress and Ctrl-C. To end a g
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -25,12 +26,16 @@ from mmrl_ray.learner.train_loop import train_loop
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.run_dir import RunDir
 
+logger = logging.getLogger(__name__)
+
 _TRAIN_FOLDER = ".tmp-train"
 """Ray Train's own bookkeeping, inside the run folder while the group runs: all nodes see it there."""
 _COLLECTIVE_TIMEOUT_S = 1800
 """Ranks wait for each other no longer than this: the longest forward and backward pass of one rank, and then some."""
 _LOOK_S = 2.0
 """How often the room for a range of learners is looked at."""
+_END_S = 20.0
+"""A learner sees at its next call that the controller is gone, and Ray Train at its next look that the learner is."""
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
@@ -59,13 +64,13 @@ class LearnerGroup:
         self._job = LearnerJob(cfg, run, controller)
         self._outcome: LearnerOutcome | None = None
         self._error: BaseException | None = None
-        self._room = None if isinstance(cfg.learner.workers, int) else Room(cfg, run.name)
+        self._room = None if isinstance(cfg.learner.workers, int) else Room(cfg)
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
 
     def start(self) -> None:
         """Returns at once; the group resumes from the run folder's newest valid checkpoint, if there is one."""
         if self._room is not None:
-            self._room.check()  # before Ray Train counts
+            self._room.reserve()
         # Ray Train reads these where `fit` is called and hands them to its own processes.
         os.environ[_START_TIMEOUT] = str(self._cfg.resources.placement_timeout_s)
         if len([node for node in ray.nodes() if node["Alive"]]) == 1:
@@ -83,6 +88,16 @@ class LearnerGroup:
             self._thread.join(min(left, _LOOK_S))
             self._look_for_room()
         return True
+
+    def close(self, timeout_s: float = _END_S) -> None:
+        """Waits for what is left of the group when its controller is closed or gone, before anybody ends Ray.
+
+        Ray ends a process of which a thread still calls it, without a word.
+        """
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.warning("the learner group did not end within %g s", timeout_s)
 
     def _look_for_room(self) -> None:
         if self._room is None or not self._thread.is_alive():
@@ -115,8 +130,6 @@ class LearnerGroup:
         except BaseException as error:  # noqa: BLE001 - the thread's boundary: `result` raises it
             self._error = error
         finally:
-            if self._room is not None:
-                self._room.close()
             self._run.delete(_TRAIN_FOLDER)
 
     def _trainer(self) -> TorchTrainer:

@@ -2,7 +2,8 @@
 
     loss = policy gradient + kl.weight · KL(π_θ || π_ref) + adapter_l2 · ‖φ‖² + l2_to_pretrained · ‖θ − θ_pretrained‖²
 
-The first two are shares over the step's denominator, one a micro-batch; the last two are added once an update.
+Or the DPO loss in place of the policy gradient. The first two are shares over the step's denominator, one a
+micro-batch; the last two are added once an update.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import torch
 from torch import nn
 
 from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.errors import LearnerError
+from mmrl_ray.losses.dpo import DpoLoss, DpoStats, dpo_loss
 from mmrl_ray.losses.kl import kl_loss, kl_per_token
 from mmrl_ray.losses.masked import masked_sum
 from mmrl_ray.losses.policy_gradient import policy_loss
 from mmrl_ray.losses.regularizers import adapter_l2, l2_to_pretrained
-from mmrl_ray.losses.stats import LossStats
+from mmrl_ray.losses.stats import LossStats, PolicyLoss
 from mmrl_ray.policy.collate import LearnerBatch
 from mmrl_ray.policy.prefix import Scores
 
 NAMES = ("policy", "kl_term", "kl", "kl_tokens", "entropy", "tokens", "vision_recomputed")
-"""Of the sums before those of `LossStats`."""
+"""Of the sums before those of `LossStats` or `DpoStats`."""
 WIDTH = len(NAMES) + 6
 
 
@@ -33,7 +36,7 @@ class Share:
     loss: torch.Tensor
     """Scalar with gradient."""
     sums: torch.Tensor
-    """float64 [WIDTH], detached: `NAMES`, then `LossStats`; they add over micro-batches and ranks."""
+    """float64 [WIDTH], detached: `NAMES`, then `LossStats` or `DpoStats`; they add over micro-batches and ranks."""
 
 
 def kl_in_loss(cfg: LearnerSection) -> bool:
@@ -44,7 +47,7 @@ def kl_in_loss(cfg: LearnerSection) -> bool:
 def micro_batch_share(
     cfg: LearnerSection, denominator: float, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None
 ) -> Share:
-    """Policy-gradient and KL terms of one micro-batch.
+    """Policy-gradient and KL terms of one micro-batch, or its share of the DPO loss.
 
     Args:
         cfg: loss, clips, cap and KL.
@@ -53,24 +56,13 @@ def micro_batch_share(
         scores: log-probs under π_θ, with gradient, and entropies.
         proximal: log-probs [N, T] at the start of the step, or None for those of `scores` themselves.
     """
-    gradient = policy_loss(
-        cfg.loss,
-        scores.logprobs,
-        proximal,
-        batch.behaviour_logprobs,
-        batch.advantages,
-        scores.mask,
-        scales=batch.scales,
-        denominator=denominator,
-        off_policy_cap=cfg.off_policy_cap,
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-    )
+    gradient = _main_term(cfg, denominator, batch, scores, proximal)
     loss = gradient.loss
     zero = loss.new_zeros(())
     kl_term, kl, kl_tokens = zero, zero, zero
     tokens = scores.mask.sum().to(loss.dtype)
-    if batch.reference_logprobs is not None:
+    # Stored captions were not sampled from π_θ, so that no estimator of the KL holds on them.
+    if batch.reference_logprobs is not None and cfg.loss != "dpo":
         if kl_in_loss(cfg):
             term = kl_loss(
                 cfg.kl.estimator,
@@ -92,6 +84,36 @@ def micro_batch_share(
     return Share(loss, torch.cat([head, gradient.stats.to_tensor()]).double())
 
 
+def _main_term(
+    cfg: LearnerSection, denominator: float, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None
+) -> PolicyLoss | DpoLoss:
+    if cfg.loss == "dpo":
+        if batch.reference_logprobs is None:
+            raise LearnerError(f"pairs {', '.join(batch.sample_ids[:4])} came without reference log-probs")
+        return dpo_loss(
+            scores.logprobs,
+            batch.reference_logprobs,
+            batch.advantages,
+            scores.mask,
+            denominator=denominator,
+            beta=cfg.dpo.beta,
+            label_smoothing=cfg.dpo.label_smoothing,
+        )
+    return policy_loss(
+        cfg.loss,
+        scores.logprobs,
+        proximal,
+        batch.behaviour_logprobs,
+        batch.advantages,
+        scores.mask,
+        scales=batch.scales,
+        denominator=denominator,
+        off_policy_cap=cfg.off_policy_cap,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+    )
+
+
 def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tensor]:
     """The weighted regularisers that are on, scalars with gradient. One rank adds them, once an update."""
     terms: dict[str, torch.Tensor] = {}
@@ -102,8 +124,10 @@ def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tenso
     return terms
 
 
-def step_figures(sums: torch.Tensor, regulariser_values: dict[str, float]) -> dict[str, float]:
+def step_figures(cfg: LearnerSection, sums: torch.Tensor, regulariser_values: dict[str, float]) -> dict[str, float]:
     """Metrics of one update out of sums over all its micro-batches and ranks; NaN is a figure nobody measured."""
+    rest = sums[len(NAMES) :]
+    stats: DpoStats | LossStats = DpoStats.from_tensor(rest) if cfg.loss == "dpo" else LossStats.from_tensor(rest)
     head = dict(zip(NAMES, sums[: len(NAMES)].tolist(), strict=True))
     terms = {
         "loss/policy": head["policy"],
@@ -118,5 +142,5 @@ def step_figures(sums: torch.Tensor, regulariser_values: dict[str, float]) -> di
         "entropy": head["entropy"] / head["tokens"] if head["tokens"] else float("nan"),
         "tokens/scored": head["tokens"],
         "vision/recomputed": head["vision_recomputed"],
-        **LossStats.from_tensor(sums[len(NAMES) :]).metrics(),
+        **stats.metrics(),
     }

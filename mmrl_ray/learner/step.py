@@ -167,7 +167,7 @@ class LearnerStep:
             self._optimizer.step()
             self._scheduler.step()
             self.updates += 1
-        return {**step_figures(sums.cpu(), values), "grad_norm": norm, "lr": rate}
+        return {**step_figures(self.cfg, sums.cpu(), values), "grad_norm": norm, "lr": rate}
 
     def _accumulate(
         self,

@@ -37,6 +37,7 @@ from mmrl_ray.learner.checkpoints import (
     save_checkpoint,
     save_live_version,
 )
+from mmrl_ray.learner.importance import ImportanceWatch
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.learner_meter import measure_checkpoint, measure_learner
 from mmrl_ray.learner.ranks import Ranks
@@ -103,6 +104,8 @@ class _Learner:
         if cfg.learner.gradient_checkpointing:
             checkpoint_layers(self._policy)
         cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
+        self._in_lockstep = sharded
+        self._importance = ImportanceWatch(self._policy, cache, cfg.learner.importance_every)
         self._learner = LearnerStep(
             self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks, in_lockstep=sharded
         )
@@ -177,6 +180,7 @@ class _Learner:
         if not self._path_chosen:
             self._choose_path(plan)
         CONTEXT.put(step=plan.step)
+        importance = self._measure_importance(plan)
         metrics = self._learner.run(plan, self._fetch)
         measure_learner(self._meter, plan, self._ranks.rank, metrics)
 
@@ -186,13 +190,27 @@ class _Learner:
             if self._serves_live:
                 save_live_version(self._run, self._policy, plan.step + 1)
             seconds = {**self._late_seconds, "seconds/publish": time.perf_counter() - start}
-            self._controller.finish_step(plan.step, {**metrics, **seconds})
+            self._controller.finish_step(plan.step, {**metrics, **importance, **seconds})
 
         self._on_first(publish)
         self._step = plan.step + 1
         self._late_seconds = {}
         if self._step % self._cfg.learner.checkpoint_every == 0:
             self._on_first(self._save)
+
+    def _measure_importance(self, plan: StepPlan) -> dict[str, float]:
+        """Rank 0's affair, unless a pass needs every rank's share of the weights."""
+        found: dict[str, float] = {}
+
+        def measure() -> None:
+            found.update(self._importance.measure(lambda: self._fetch(plan.groups[:1])[0]))
+
+        if self._importance.is_due(plan.step):
+            if self._in_lockstep:
+                measure()
+            else:
+                self._on_first(measure)
+        return found
 
     def _save(self) -> None:
         start = time.perf_counter()

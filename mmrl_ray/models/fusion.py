@@ -154,6 +154,9 @@ class WeightedSumFusion(nn.Module):
         return torch.einsum("m,bmd->bd", self.weights, _stacked(pooled, self.modalities, None))
 
 
+Core = SharedAttentionFusion | CoupledEncodersFusion | AttentionFusion | WeightedSumFusion
+
+
 class Fusion(nn.Module):
     """Any of the four with a projection a modality before it and pooling where it needs some: one signature for all.
 
@@ -161,7 +164,7 @@ class Fusion(nn.Module):
     attended tokens for shared attention.
     """
 
-    def __init__(self, core: nn.Module, dims: dict[str, int], out_dim: int) -> None:
+    def __init__(self, core: Core, dims: dict[str, int], out_dim: int) -> None:
         super().__init__()
         self.dims = dict(dims)
         self.modalities = tuple(dims)

@@ -67,7 +67,7 @@ def collate(
     if len(temperatures) > 1:
         raise ValueError(f"groups of one micro-batch were sampled at temperatures {sorted(temperatures)}")
     payloads = [payload for payload, _ in groups]
-    prompts, features, recomputed = _vision(policy, payloads, cache)
+    prompts, features, recomputed = prompts_and_features(policy, payloads, cache)
     flat = [completion for payload in payloads for completion in payload.completions]
     lengths = torch.tensor([completion.token_ids.numel() for completion in flat])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -102,7 +102,7 @@ def _check(payload: RolloutGroup, planned: PlannedGroup) -> None:
         )
 
 
-def _vision(
+def prompts_and_features(
     policy: Policy, payloads: Sequence[RolloutGroup], cache: VisionCache | None
 ) -> tuple[list[EncodedPrompt], list[VisionFeatures], int]:
     """Prompts, features, and how many of the features did not come with their group."""

@@ -2,31 +2,109 @@
 
 from __future__ import annotations
 
-from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardPart, RewardSection
+from collections.abc import Mapping
+
+from mmrl_ray.config.reward import (
+    CaptionPart,
+    CiderPart,
+    FluencyPart,
+    FormatPart,
+    FunctionPart,
+    LearnedPart,
+    LengthPart,
+    RepetitionPart,
+    RewardPart,
+    RewardSection,
+    RougePart,
+)
+from mmrl_ray.errors import ConfigError, DataError, ModelError
 from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.language import LanguageModel
+from mmrl_ray.metrics.text import MAX_ORDER
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.captioning import CaptionReward
+from mmrl_ray.rewards.function import FunctionReward
+from mmrl_ray.rewards.learned import LearnedReward
 from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.overlap import CiderReward, RougeReward
+from mmrl_ray.rewards.text import FluencyReward, FormatReward, LengthReward, RepetitionReward
+
+NOTHING = CorpusStatistics(1, ({},) * MAX_ORDER)
+"""Statistics for parts that need none."""
 
 
 def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
     """The composed reward; always a `MultimodalReward`, so that breakdowns look alike however many parts there are.
 
     Picklable: it is made once by the driver and sent to the workers.
+
+    Raises:
+        ConfigError: a part, which it names, cannot be made; or `risk` has no trained sigma to work with.
     """
-    parts = {name: _build_part(part, statistics) for name, part in cfg.parts.items()}
-    return MultimodalReward(parts, cfg.weights)
+    parts = {name: _named(name, part, statistics) for name, part in cfg.parts.items()}
+    _refuse_untrained_sigma(cfg, parts)
+    modalities = {name: part.modality for name, part in cfg.parts.items()}
+    return MultimodalReward(parts, cfg.weights, modalities=modalities, risk=cfg.risk)
+
+
+def check_reward(cfg: RewardSection) -> None:
+    """Makes what needs no statistics of the data, to find out before a run begins whether it can be made.
+
+    Raises:
+        ConfigError: as `build_reward`.
+    """
+    parts = {name: _named(name, part, NOTHING) for name, part in cfg.parts.items() if not part.needs_statistics}
+    _refuse_untrained_sigma(cfg, parts)
+
+
+def _named(name: str, part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
+    try:
+        return _build_part(part, statistics)
+    except (ConfigError, DataError, ModelError) as error:
+        raise ConfigError(f"reward.parts.{name}: {error}") from error
 
 
 def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
-    if isinstance(part, CaptionPart):
-        return CaptionReward(
-            alpha=part.alpha,
-            beta=part.beta,
-            gamma=part.gamma,
-            idf=statistics.idf,
-            max_words=part.max_words,
-            grounded=part.grounded,
+    match part:
+        case CaptionPart():
+            return CaptionReward(
+                alpha=part.alpha,
+                beta=part.beta,
+                gamma=part.gamma,
+                idf=statistics.idf,
+                max_words=part.max_words,
+                grounded=part.grounded,
+            )
+        case CiderPart():
+            return CiderReward(statistics)
+        case RougePart():
+            return RougeReward()
+        case RepetitionPart():
+            return RepetitionReward(part.order)
+        case FormatPart():
+            return FormatReward(part.pattern)
+        case LengthPart():
+            return LengthReward(part.min_words, part.max_words)
+        case FluencyPart():
+            return FluencyReward(_language_model(part, statistics))
+        case LearnedPart():
+            return LearnedReward(part.model)
+        case FunctionPart():
+            return FunctionReward(part.path, part.state, part.kwargs)
+
+
+def _language_model(part: FluencyPart, statistics: CorpusStatistics) -> LanguageModel:
+    if statistics.language is None:
+        raise ConfigError("the statistics hold no n-grams of the training references: use those of a run that has it")
+    return LanguageModel(statistics.language, part.order, part.smoothing)
+
+
+def _refuse_untrained_sigma(cfg: RewardSection, parts: Mapping[str, RewardFn]) -> None:
+    """`risk` takes standard deviations off the total: at least one part that counts has to know its own."""
+    candidates = [name for name, part in cfg.parts.items() if part.may_have_sigma and cfg.weights[name] > 0]
+    if cfg.risk > 0 and not any(getattr(parts[name], "has_sigma", False) for name in candidates):
+        raise ConfigError(
+            f"reward.risk={cfg.risk:g} needs a trained sigma, which no part has: that of "
+            f"{', '.join(map(repr, candidates)) or 'none'} was never trained; train it with ratings or preferences "
+            "(`mmrl reward train`), or set reward.risk to 0"
         )
-    return CiderReward(statistics) if isinstance(part, CiderPart) else RougeReward()

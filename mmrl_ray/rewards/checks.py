@@ -32,23 +32,25 @@ def check_references(references: Sequence[str], reward: str) -> None:
         raise RewardError(f"{reward} needs a list of at least one reference, got {references!r}")
 
 
-def check_breakdowns(scores: object, expected: int) -> list[RewardBreakdown]:
-    """What a reward returned, if it is `expected` finite breakdowns.
+def check_breakdowns(scores: object, expected: int, what: str = "the reward") -> list[RewardBreakdown]:
+    """What a reward returned, if it is `expected` finite breakdowns; errors call it `what`.
 
     Raises:
         RewardError: not a list, the wrong count, a wrong type, or a NaN or infinite figure.
     """
     if not isinstance(scores, list):
-        raise RewardError(f"the reward returned {type(scores).__name__} instead of a list of RewardBreakdown")
+        raise RewardError(f"{what} returned {type(scores).__name__} instead of a list of RewardBreakdown")
     if len(scores) != expected:
-        raise RewardError(f"the reward returned {len(scores)} scores for {expected} captions")
+        raise RewardError(f"{what} returned {len(scores)} scores for {expected} captions")
     for index, score in enumerate(scores):
         if not isinstance(score, RewardBreakdown):
-            raise RewardError(f"score {index} of the reward is {type(score).__name__} instead of RewardBreakdown")
+            raise RewardError(f"score {index} of {what} is {type(score).__name__} instead of RewardBreakdown")
         figures = {"total": score.total, **score.parts, **{f"weight of {k}": v for k, v in score.weights.items()}}
         if score.sigma is not None:
             figures["sigma"] = score.sigma
         for name, value in figures.items():
             if not isinstance(value, float | int) or not math.isfinite(value):
-                raise RewardError(f"score {index} of the reward has {name}={value!r}, which is no finite number")
+                raise RewardError(f"score {index} of {what} has {name}={value!r}, which is no finite number")
+        if score.sigma is not None and score.sigma < 0:
+            raise RewardError(f"score {index} of {what} has sigma={score.sigma!r}, which must not be negative")
     return scores

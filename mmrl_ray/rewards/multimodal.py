@@ -5,22 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
 from mmrl_ray.rewards.base import RewardBreakdown, RewardFn
-from mmrl_ray.rewards.checks import check_pairs
+from mmrl_ray.rewards.checks import check_breakdowns, check_pairs
+from mmrl_ray.rewards.state import views
 
 
 class MultimodalReward:
     """A weighted sum of named rewards, of which each looks at its own modality of the state.
 
-    The caption is every part's action; a part takes what it needs of the sample (image, prompt, references) as its
-    state. Weights need not sum to 1. The breakdown has R_m under `m` with weight w_m, and the parts of R_m beside it
-    under `m/part`, without weights of their own.
+    The caption is every part's action; its state is what its modality says (pictures, prompt or references), or the
+    whole sample where none was named. Weights need not sum to 1. The breakdown has R_m under `m` with weight w_m, and
+    beside it, without weights of their own, the parts of R_m under `m/part` and its standard deviation, if it has one,
+    under `m/sigma`.
     """
 
-    def __init__(self, parts: Mapping[str, RewardFn], weights: Mapping[str, float]) -> None:
-        """Raises ConfigError where names differ, a name is empty or has a slash, or weights are negative or all 0."""
+    def __init__(
+        self,
+        parts: Mapping[str, RewardFn],
+        weights: Mapping[str, float],
+        *,
+        modalities: Mapping[str, Modality] | None = None,
+        risk: float = 0.0,
+    ) -> None:
+        """Composes; `risk` is the kappa of `RewardBreakdown.adjusted`.
+
+        Raises:
+            ConfigError: names differ, a name is empty or has a slash, weights are negative or all 0, or so is `risk`.
+        """
         if not parts or set(parts) != set(weights):
             raise ConfigError(
                 f"multimodal reward: parts {sorted(parts)} and weights {sorted(weights)} must have the same names, at "
@@ -31,32 +45,44 @@ class MultimodalReward:
             raise ConfigError(f"multimodal reward: part name {wrong[0]!r} must not be empty or hold a slash")
         if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not any(weights.values()):
             raise ConfigError(f"multimodal reward: weights {dict(weights)} must be finite, not negative, and not all 0")
+        if not math.isfinite(risk) or risk < 0:
+            raise ConfigError(f"multimodal reward: risk={risk} must be finite and not negative")
         self._parts = dict(parts)
         self._weights = {name: float(weights[name]) for name in parts}
+        named: Mapping[str, Modality] = modalities or {}
+        self._modalities: dict[str, Modality] = {name: named.get(name, "sample") for name in parts}
+        self._risk = float(risk)
 
     def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
         """One breakdown a caption; every part scores the whole batch once. See `RewardFn`.
 
         Raises:
-            RewardError: a part raised it, or returned the wrong number of scores.
+            RewardError: a part, which it names, raised anything, or returned something else than finite scores.
         """
         check_pairs(samples, captions)
-        scored: dict[str, list[RewardBreakdown]] = {}
-        for name, part in self._parts.items():
-            scored[name] = part.score_batch(samples, captions)
-            if len(scored[name]) != len(captions):
-                raise RewardError(
-                    f"reward part {name!r} returned {len(scored[name])} scores for {len(captions)} captions"
-                )
+        given = {modality: views(samples, modality) for modality in sorted(set(self._modalities.values()))}
+        scored = {name: self._score(name, given[self._modalities[name]], captions) for name in self._parts}
         return [self._compose({name: rows[i] for name, rows in scored.items()}) for i in range(len(captions))]
+
+    def _score(self, name: str, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+        try:
+            scores = self._parts[name].score_batch(samples, captions)
+        except Exception as error:  # a part is anybody's code, and whoever reads this needs its name
+            told = error if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+            raise RewardError(f"reward part {name!r} failed: {told}") from error
+        return check_breakdowns(scores, len(captions), f"reward part {name!r}")
 
     def _compose(self, rows: Mapping[str, RewardBreakdown]) -> RewardBreakdown:
         parts: dict[str, float] = {}
         for name, row in rows.items():
             parts[name] = row.total
             parts.update({f"{name}/{inner}": value for inner, value in row.parts.items()})
+            if row.sigma is not None:
+                parts[f"{name}/sigma"] = row.sigma
         total = sum(weight * rows[name].total for name, weight in self._weights.items())
         # Parts without a noise model count as exact, the others as independent.
         noisy = [self._weights[name] * row.sigma for name, row in rows.items() if row.sigma is not None]
         sigma = math.sqrt(math.fsum(s * s for s in noisy)) if noisy else None
-        return RewardBreakdown(total=total, parts=parts, weights=dict(self._weights), sigma=sigma)
+        if self._risk and sigma is None:
+            raise RewardError(f"risk={self._risk:g} needs a standard deviation, and none of {sorted(rows)} gave one")
+        return RewardBreakdown(total=total, parts=parts, weights=dict(self._weights), sigma=sigma, risk=self._risk)

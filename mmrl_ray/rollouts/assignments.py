@@ -20,6 +20,8 @@ class GroupRequest:
     """Its seed is the group's own."""
     completions: int
     """G; 1 for an evaluation."""
+    wants_state: bool = False
+    """Also the state of the first completion (`analysis/states.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +66,4 @@ class AssignmentResult:
     groups: tuple[ScoredGroup, ...]
     failures: tuple[DataFailure, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by phase for the whole assignment: load, encode, sample, reference, reward."""
+    """Seconds by phase for the whole assignment: load, encode, sample, reference, reward, states."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 
+from mmrl_ray.analysis.states import caption_states
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.errors import ModelError
+from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.adapter import adapter_state, load_adapter_state, reference_policy
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.merged import MergedAdapter
 from mmrl_ray.policy.parity import PathChoice, choose_path
 from mmrl_ray.policy.prefix import score_completions
-from mmrl_ray.policy.prompts import check_context, encode_prompts
-from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
+from mmrl_ray.policy.vision import VisionCache, vision_features
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,33 @@ class Backend(Protocol):
         self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
     ) -> list[list[torch.Tensor]]:
         """float32 [T] of each completion of each group, under the policy without its adapter."""
+        ...
+
+    def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
+        """What each group's first completion looks like from inside (`analysis/states.py`), where that can be told."""
+        ...
+
+    def caption_tokens(self, text: str) -> torch.Tensor:
+        """int64 [T] of a caption that was not sampled, its end token included.
+
+        Raises:
+            DataError: it holds a special token.
+        """
+        ...
+
+    def score_captions(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        captions: Sequence[Sequence[str]],
+        temperature: float,
+        *,
+        under_policy: bool,
+    ) -> list[GroupOutput]:
+        """Captions that were not sampled as the completions of a group, with their reference log-probs.
+
+        Their `logprobs` are the policy's, or with `under_policy` off the reference's once more: who wrote them is not
+        known, so that there is no behaviour policy.
+        """
         ...
 
     def counters(self) -> dict[str, float]:
@@ -99,23 +128,75 @@ class PolicyBackend:
     def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """See `Backend`."""
         self._check_path([request.prompt for request in requests[:2]])
-        with self._merged.active() if self._merged is not None else nullcontext():
+        with self._adapted():
             return decode_groups(self._decoder, requests)
 
-    @torch.no_grad()
     def reference_logprobs(
         self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
     ) -> list[list[torch.Tensor]]:
         """See `Backend`."""
-        choice = self._check_path(prompts[:2])
         # Features that the adapter had a part in are not the reference's.
         vision = [output.vision for output in outputs if output.vision is not None and not self._vision_trains]
         features = vision if len(vision) == len(outputs) else None
         completions = [[c.token_ids for c in output.completions] for output in outputs]
         with reference_policy(self.policy.model):
-            scores = score_completions(self.policy, prompts, features, completions, temperature, path=choice.path)
+            return self._logprobs(prompts, features, completions, temperature)
+
+    def caption_tokens(self, text: str) -> torch.Tensor:
+        """See `Backend`."""
+        return encode_caption(self.policy, text)
+
+    def score_captions(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        captions: Sequence[Sequence[str]],
+        temperature: float,
+        *,
+        under_policy: bool,
+    ) -> list[GroupOutput]:
+        """See `Backend`."""
+        features = vision_features(self.policy, prompts, self._cache) if self.ships_vision else None
+        tokens = [[self.caption_tokens(text) for text in group] for group in captions]
+        with reference_policy(self.policy.model):
+            reference = self._logprobs(prompts, features, tokens, temperature)
+        own = self._logprobs(prompts, features, tokens, temperature) if under_policy else reference
+        return [
+            GroupOutput(
+                completions=tuple(
+                    Completion(ids, logprobs, text, "stop", referenced)
+                    for ids, logprobs, text, referenced in zip(*group, strict=True)
+                ),
+                greedy=None,
+                vision=None if features is None else features[i],
+            )
+            for i, group in enumerate(zip(tokens, own, captions, reference, strict=True))
+        ]
+
+    @torch.no_grad()
+    def _logprobs(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        features: Sequence[VisionFeatures] | None,
+        completions: Sequence[Sequence[torch.Tensor]],
+        temperature: float,
+    ) -> list[list[torch.Tensor]]:
+        """float32 [T] of each completion of each group, under the policy as it stands."""
+        path = self._check_path(prompts[:2]).path
+        scores = score_completions(self.policy, prompts, features, completions, temperature, path=path)
         rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
         return [[_valid(*next(rows)) for _ in group] for group in completions]
+
+    def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
+        """See `Backend`."""
+        vision = [output.vision for output in outputs if output.vision is not None]
+        features = vision if len(vision) == len(outputs) else None
+        captions = [output.completions[0].token_ids for output in outputs]
+        try:
+            with self._adapted():
+                return [*caption_states(self.policy, prompts, features, captions)]
+        except ModelError as error:
+            logger.warning("captions are evaluated without their states: %s", error)
+            return [None] * len(prompts)
 
     def counters(self) -> dict[str, float]:
         """See `Backend`."""
@@ -127,6 +208,10 @@ class PolicyBackend:
             "vision_misses": self._cache.misses - misses,
             "naive_path": int(naive),
         }
+
+    def _adapted(self) -> AbstractContextManager[None]:
+        """Within it the adapter is merged, where that saves time."""
+        return self._merged.active() if self._merged is not None else nullcontext()
 
     def _check_path(self, prompts: Sequence[EncodedPrompt]) -> PathChoice:
         """Once, on the first prompts that come: they are real ones."""

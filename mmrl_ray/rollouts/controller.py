@@ -22,9 +22,10 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
+from mmrl_ray.rollouts.checkpoints import decode_checkpoint, encode_checkpoint
 from mmrl_ray.rollouts.control_files import ScaleAnswer
-from mmrl_ray.rollouts.group_codec import decode_groups, encode_groups
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
+from mmrl_ray.rollouts.parcels import open_payload
 from mmrl_ray.rollouts.protocols import Generated, SampleSource, Stop, Wait, WorkerPool
 from mmrl_ray.rollouts.run_meter import RunMeter, reward_failures
 from mmrl_ray.rollouts.status_desk import StatusDesk
@@ -33,8 +34,6 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.telemetry.meter import Meter
 
 COMMAND_TIMEOUT_S = 120.0
-_STATE_FORMAT = 1
-_BUFFER_KEY = "buffer.arrow"
 
 
 class Controller:
@@ -164,8 +163,7 @@ class Controller:
                 return stream, [g for g in self._loop.book.waiting(step) if g.policy_version < step]
 
         stream, groups = self._pump.call(gather, COMMAND_TIMEOUT_S)
-        buffered = encode_groups((group, self._fetch(group.payload)) for group in groups)
-        return {"format": _STATE_FORMAT, "next_step": step, "stream": stream, _BUFFER_KEY: buffered}
+        return encode_checkpoint(step, stream, ((group, open_payload(group.payload, self._fetch)) for group in groups))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on where `checkpoint_state` was taken, in this or another process; version `next_step` comes next.
@@ -174,9 +172,7 @@ class Controller:
             RolloutError: the state is of another format.
             DataError: it is of other data or another seed.
         """
-        if (found := state.get("format")) != _STATE_FORMAT:
-            raise RolloutError(f"the controller's checkpoint has format {found!r}, not {_STATE_FORMAT}")
-        self._begin(int(state["next_step"]), state["stream"], decode_groups(state[_BUFFER_KEY]))
+        self._begin(*decode_checkpoint(state))
 
     def rewind(self, step: int) -> None:
         """(Re)starts at `step`, 0 or one whose checkpoint was taken by this controller; nothing happens if it is due.
@@ -204,27 +200,25 @@ class Controller:
     # -- the driver's calls ----------------------------------------------------------------------------------------
 
     def generate(
-        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, timeout_s: float = 600.0
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingParams,
+        *,
+        completions: int = 1,
+        states: int = 0,
+        timeout_s: float = 600.0,
     ) -> Generated:
         """Captions and rewards for `samples` by the newest version, on the pool, before any training rollout.
+
+        The groups of the first `states` samples hold the state of their first completion, too.
 
         Raises:
             RolloutError: not done within `timeout_s`, or no version is published.
         """
-        deadline = self._clock() + timeout_s
         ticket = self._pump.call(
-            lambda: self._loop.submit_evaluation(samples, sampling, completions), COMMAND_TIMEOUT_S
+            lambda: self._loop.submit_evaluation(samples, sampling, completions, states), COMMAND_TIMEOUT_S
         )
-        with self._changed:
-            try:
-                while not ticket.done:
-                    self._pump.check()
-                    if (left := deadline - self._clock()) <= 0:
-                        came = len(ticket.groups) + len(ticket.failures)
-                        raise RolloutError(f"{came} of {len(samples)} samples were captioned within {timeout_s:g} s")
-                    self._changed.wait(left)
-            finally:
-                self._loop.evaluations.close(ticket)
+        self._loop.await_evaluation(ticket, timeout_s, self._clock)
         return ticket.answer()
 
     def resize(self, workers: int | None, by: str = "the driver") -> ScaleAnswer:
@@ -252,11 +246,12 @@ class Controller:
     def status(self) -> dict[str, Any]:
         """Where the run stands, JSON-able."""
         with self._changed:
+            out = None if self._planned is None else self._planned.plan.step
             return {
                 "run": self._cfg.run.name,
                 "step": self._next_plan,
                 "steps": self._cfg.learner.steps,
-                "waiting": self._who_waits(),
+                "waiting": self._loop.who_waits(out, self._next_plan, self._asked_since is not None),
                 "stopping": self._stop,
                 "error": None if self._pump.failure is None else str(self._pump.failure),
                 "metrics": dict(self._writer.last_line),
@@ -299,6 +294,7 @@ class Controller:
                 learner=self._cfg.learner,
                 max_new_tokens=self._cfg.rollout.max_new_tokens,
                 world_size=world_size,
+                normalize=self._cfg.reward.normalize,
             )
         except MMRLError as error:
             self._pump.fail(error)
@@ -309,14 +305,3 @@ class Controller:
         self._changed.notify_all()
         self._pump.wake()
         return plan
-
-    def _who_waits(self) -> str:
-        if self._planned is not None:
-            waiting = "" if self._loop.pool.outstanding else ", and the workers wait for it"
-            return f"the learner works on step {self._planned.plan.step}{waiting}"
-        if self._asked_since is not None:
-            arrived, asked = self._loop.book.progress(self._next_plan)
-            return f"the learner waits for step {self._next_plan}: {arrived} of {asked} groups have arrived"
-        if self._loop.begun and not self._loop.pool.outstanding:
-            return "rollouts wait for the learner"
-        return "an evaluation waits for its captions" if self._loop.evaluations else "nobody"

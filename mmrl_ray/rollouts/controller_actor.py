@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
@@ -16,6 +17,7 @@ from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
 from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.loop import QUARANTINE_FILE
+from mmrl_ray.rollouts.parcels import open_payload
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import EngineFactory, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
@@ -99,7 +101,16 @@ class ControllerClient:
             RolloutError: one was lost (its node died) or did not come in time.
         """
         try:
-            return [_fetch(payload) for payload in payloads]
+            fetched: dict[Any, Any] = {}
+
+            def once(value: Any) -> Any:
+                if not isinstance(value, ray.ObjectRef):
+                    return value
+                if value not in fetched:
+                    fetched[value] = _fetch(value)
+                return fetched[value]
+
+            return [open_payload(payload, once) for payload in payloads]
         except RayError as error:
             raise RolloutError(f"a group is lost or late: {_first_line(error)}") from error
 
@@ -137,11 +148,23 @@ class ControllerClient:
     # -- driver ----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, timeout_s: float = 600.0
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingParams,
+        *,
+        completions: int = 1,
+        states: int = 0,
+        timeout_s: float = 600.0,
     ) -> Generated:
         """See `Controller.generate`."""
         return self._call(
-            "generate", samples, sampling, completions=completions, timeout_s=timeout_s, beyond_s=timeout_s
+            "generate",
+            samples,
+            sampling,
+            completions=completions,
+            states=states,
+            timeout_s=timeout_s,
+            beyond_s=timeout_s,
         )
 
     def resize(self, workers: int | None) -> ScaleAnswer:
@@ -183,7 +206,11 @@ def start_controller(
     settings = settings or PoolSettings.of(cfg)
     # A thread for each rank that waits for a plan, and some for whoever else calls.
     threads = cfg.learner.max_workers + 16
-    actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=threads, max_restarts=0)
+    # Beside its driver, without which it ends anyhow: the loss of any other node is then not the run's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(ControllerActor).options(
+        num_cpus=0, max_concurrency=threads, max_restarts=0, scheduling_strategy=here
+    )
     handle: Any = actor.remote()
     try:
         ray.get(handle.ping.remote(), timeout=settings.placement_timeout_s)

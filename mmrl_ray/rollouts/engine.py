@@ -1,6 +1,6 @@
 """The rollout engine: one assignment in, scored groups out. No Ray.
 
-    load version → encode prompts → decode groups → reference log-probs → rewards
+    load version → encode prompts → decode groups → reference log-probs → rewards → states, where asked for
 
 A sample that cannot be encoded is a `DataFailure` and the others go on; a group whose reward fails is masked with its
 reason; anything else that goes wrong is raised, and belongs to the worker rather than to a sample.
@@ -18,7 +18,7 @@ import torch
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.losses.kl import kl_penalty
 from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels
@@ -29,13 +29,17 @@ from mmrl_ray.rollouts.backend import Backend
 from mmrl_ray.rollouts.protocols import FetchWeights
 
 Score = RewardBreakdown | RewardFailure
+"""What one caption earned, or why nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Sampled:
+class Sampled:
+    """A request, and what came of it."""
+
     request: GroupRequest
     prompt: EncodedPrompt
     output: GroupOutput
+    state: CaptionState | None = None
 
 
 class RolloutEngine:
@@ -74,6 +78,9 @@ class RolloutEngine:
                 sampled = self._with_reference(sampled)
         with _timed(seconds, "reward"):
             scores = self._score(sampled)
+        if any(each.request.wants_state for each in sampled):
+            with _timed(seconds, "states"):
+                sampled = self._with_states(sampled)
         counters = self._backend.counters()
         groups = [
             self._scored(assignment.version, each, score, seconds) for each, score in zip(sampled, scores, strict=True)
@@ -108,15 +115,15 @@ class RolloutEngine:
                 prompts.append((request, prompt))
         return prompts, failures
 
-    def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[_Sampled]:
+    def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not prompts:
             return []
         outputs = self._backend.decode(
             [DecodeRequest(prompt, r.completions, r.sampling, greedy_extra=greedy) for r, prompt in prompts]
         )
-        return [_Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
+        return [Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
 
-    def _with_reference(self, sampled: Sequence[_Sampled]) -> list[_Sampled]:
+    def _with_reference(self, sampled: Sequence[Sampled]) -> list[Sampled]:
         logprobs = self._backend.reference_logprobs(
             [s.prompt for s in sampled], [s.output for s in sampled], sampled[0].request.sampling.temperature
         )
@@ -125,7 +132,13 @@ class RolloutEngine:
             for each, rows in zip(sampled, logprobs, strict=True)
         ]
 
-    def _score(self, sampled: Sequence[_Sampled]) -> list[list[Score]]:
+    def _with_states(self, sampled: Sequence[Sampled]) -> list[Sampled]:
+        """The states of the first completions, where they are asked for."""
+        wanted = [s for s in sampled if s.request.wants_state]
+        states = iter(self._backend.states([s.prompt for s in wanted], [s.output for s in wanted]))
+        return [replace(each, state=next(states)) if each.request.wants_state else each for each in sampled]
+
+    def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
         """All captions of the assignment in one batch; per group, its completions' scores, then the greedy one's."""
         captions = [[c.text for c in _all_completions(each.output)] for each in sampled]
         flat = score_with_retry(
@@ -139,7 +152,7 @@ class RolloutEngine:
         return [[next(scores) for _ in group] for group in captions]
 
     def _scored(
-        self, version: int, sampled: _Sampled, scores: Sequence[Score], seconds: Mapping[str, float]
+        self, version: int, sampled: Sampled, scores: Sequence[Score], seconds: Mapping[str, float]
     ) -> ScoredGroup:
         request, output = sampled.request, sampled.output
         masked = next((score.reason for score in scores if isinstance(score, RewardFailure)), None)
@@ -151,7 +164,7 @@ class RolloutEngine:
             prompt_tokens=sampled.prompt.input_ids.numel(),
             completion_tokens=tuple(c.token_ids.numel() for c in output.completions),
             rewards=rewards[: len(output.completions)],
-            greedy_reward=rewards[-1].total if rewards and output.greedy is not None else None,
+            greedy_reward=rewards[-1] if rewards and output.greedy is not None else None,
             kl1=_kl1(output.completions),
             masked=masked,
             payload=RolloutGroup(
@@ -162,6 +175,7 @@ class RolloutEngine:
                 sampling=request.sampling,
                 greedy=output.greedy,
                 vision=output.vision,
+                state=sampled.state,
             ),
             worker=self._worker,
             timings=seconds,

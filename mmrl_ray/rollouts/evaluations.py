@@ -43,8 +43,13 @@ class Evaluations:
         self._tickets: dict[int, Ticket] = {}
         self._made = 0
 
-    def open(self, samples: Sequence[Sample], sampling: SamplingParams, completions: int, version: int) -> Ticket:
-        """A ticket for these samples; each draws with a seed of its own, derived from the sampling's."""
+    def open(
+        self, samples: Sequence[Sample], sampling: SamplingParams, completions: int, version: int, states: int = 0
+    ) -> Ticket:
+        """A ticket for these samples; each draws with a seed of its own, derived from the sampling's.
+
+        The first `states` of them come back with the state of their first completion.
+        """
         self._made += 1
         requests = tuple(
             GroupRequest(
@@ -52,6 +57,7 @@ class Evaluations:
                 sample=sample,
                 sampling=replace(sampling, seed=derive_seed(sampling.seed, "generate", index)),
                 completions=completions,
+                wants_state=index < states,
             )
             for index, sample in enumerate(samples)
         )

@@ -14,6 +14,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.engine import RolloutEngine
+from mmrl_ray.rollouts.pairs import PairEngine
 
 _MB = 2**20
 _MAX_ROWS = 256
@@ -45,7 +46,8 @@ class PolicyEngineFactory:
             max_rows=max(_MAX_ROWS, group_rows),
             temperature=cfg.rollout.temperature,
         )
-        return RolloutEngine(
+        engine = PairEngine if cfg.learner.loss == "dpo" else RolloutEngine
+        return engine(
             backend,
             self.reward,
             worker=worker,

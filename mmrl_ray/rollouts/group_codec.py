@@ -88,12 +88,14 @@ def _tensors(group: RolloutGroup) -> dict[str, torch.Tensor]:
 
 
 def _scored(facts: Mapping[str, Any]) -> ScoredGroup:
+    greedy = facts["greedy_reward"]
     return ScoredGroup(
         **{
             **facts,
             "key": GroupKey(**facts["key"]),
             "completion_tokens": tuple(facts["completion_tokens"]),
             "rewards": tuple(RewardBreakdown(**reward) for reward in facts["rewards"]),
+            "greedy_reward": None if greedy is None else RewardBreakdown(**greedy),
             "kl1": tuple(facts["kl1"]),
         }
     )

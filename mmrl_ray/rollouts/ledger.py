@@ -3,9 +3,9 @@
 Ray forgets a dead actor's pending calls, so what was lost is known here alone. An assignment leaves the book exactly
 once: accepted, or quarantined group by group. Every try has an id of its own, under which alone its result counts.
 
-    crash 1, 2 of an assignment   the next worker gets it whole
-    ... after the second          its groups go on as assignments of one
-    a single that crashes again   quarantined: it, not the machine, is what breaks workers
+    crash 1 of an assignment      the next worker gets it whole, for the same completions: it may have been the machine
+    crash 2                       its groups go on as assignments of one, of which one is the culprit
+    a single that crashes again   quarantined; and at crash 2 already one that was alone from the beginning
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Ledger:
             self.counts["retried"] += 1
             self._requeue([_Entry(self._again(entry.assignment), entry.crashes, entry.last_reason)])
             return []
-        if entry.crashes == CRASHES_BEFORE_SPLIT:
+        if len(entry.assignment.groups) > 1:
             self.counts["split"] += 1
             singles = [replace(entry.assignment, groups=(group,)) for group in entry.assignment.groups]
             self._requeue([_Entry(self._again(single), entry.crashes, entry.last_reason) for single in singles])

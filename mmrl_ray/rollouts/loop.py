@@ -16,7 +16,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGroup
-from mmrl_ray.experience.schema import group_table
+from mmrl_ray.experience.schema import encode_records, group_rows
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.composer import StepComposer
 from mmrl_ray.rollouts.control_files import ScaleAnswer
@@ -110,6 +110,18 @@ class RolloutLoop:
             "scaling": self.scaling.status(),
         }
 
+    def who_waits(self, out: int | None, due: int, asked: bool) -> str:
+        """In words, when the plan of step `out` is with the learner, or it has `asked` for that of step `due`."""
+        if out is not None:
+            waiting = "" if self.pool.outstanding else ", and the workers wait for it"
+            return f"the learner works on step {out}{waiting}"
+        if asked:
+            arrived, wanted = self.book.progress(due)
+            return f"the learner waits for step {due}: {arrived} of {wanted} groups have arrived"
+        if self.begun and not self.pool.outstanding:
+            return "rollouts wait for the learner"
+        return "an evaluation waits for its captions" if self.evaluations else "nobody"
+
     def totals(self) -> dict[str, Any]:
         """Counts since the start, for `StepMeter`."""
         return {
@@ -138,8 +150,10 @@ class RolloutLoop:
         self._told_quarantined = len(known)
         self._run.truncate_lines(QUARANTINE_FILE, lambda line: line in known)
 
-    def submit_evaluation(self, samples: Sequence[Sample], sampling: SamplingParams, completions: int) -> Ticket:
-        """Queues captions for `samples` before everything else.
+    def submit_evaluation(
+        self, samples: Sequence[Sample], sampling: SamplingParams, completions: int, states: int
+    ) -> Ticket:
+        """Queues captions for `samples` before everything else, for the first `states` of them with their states.
 
         Raises:
             RolloutError: no version is published.
@@ -148,10 +162,29 @@ class RolloutLoop:
             newest = self.versions.newest
             if newest is None:
                 raise RolloutError("no policy version to generate with: the learner has not published one yet")
-            ticket = self.evaluations.open(samples, sampling, completions, newest)
+            ticket = self.evaluations.open(samples, sampling, completions, newest, states)
         for requests in chunks(ticket.requests, self._cfg.rollout.groups_per_assignment):
             self._submit("eval", requests)
         return ticket
+
+    def await_evaluation(self, ticket: Ticket, timeout_s: float, clock: Callable[[], float]) -> None:
+        """On the caller's own thread: returns when every sample has its answer. Closes the ticket.
+
+        Raises:
+            RolloutError: not within `timeout_s`.
+            MMRLError: the run has ended.
+        """
+        deadline = clock() + timeout_s
+        with self.pump.changed:
+            try:
+                while not ticket.done:
+                    self.pump.check()
+                    if (left := deadline - clock()) <= 0:
+                        came, asked = len(ticket.groups) + len(ticket.failures), len(ticket.requests)
+                        raise RolloutError(f"{came} of {asked} samples were captioned within {timeout_s:g} s")
+                    self.pump.changed.wait(left)
+            finally:
+                self.evaluations.close(ticket)
 
     # -- the turn --------------------------------------------------------------------------------------------------
 
@@ -251,5 +284,5 @@ class RolloutLoop:
             return False
         scored = replace(scored, payload=self._put(group))
         result = AssignmentResult(0, scored.policy_version, scored.worker, (scored,))
-        self.book.add(Collected(result, group_table(self._run.name, scored, group, None)))
+        self.book.add(Collected(result, encode_records(group_rows(self._run.name, scored, group, None))))
         return True

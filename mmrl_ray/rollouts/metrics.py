@@ -11,7 +11,7 @@ From the plan: `reward/…`, `completion/length_…`. From the rollouts: those b
     seconds/step                      wall time since the step before ended
     seconds/wait_plan                 of it, what the learner waited for its plan
     seconds/workers_idle              worker-seconds without an assignment in that time
-    seconds/PHASE                     worker-seconds of load, encode, sample, reference, reward
+    seconds/PHASE                     worker-seconds of load, encode, sample, reference, reward, states
 """
 
 from __future__ import annotations

@@ -1,42 +1,96 @@
-"""Nodes for the workers of a run: what Ray's autoscaler is asked for, and what the cluster has free."""
+"""Nodes for the actors of a run: what Ray's autoscaler is asked for, and what the cluster has free.
+
+There is one wish for the whole cluster, and Ray Train's coordinator writes it every few seconds, out of what everybody
+has registered with it: each group of learners is, by Ray Train itself. A wish written beside it would be gone a moment
+later, and the learners' with it before that. So the run's other actors are registered there, under a name of the run,
+for some minutes at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 
+from mmrl_ray.config.demands import Demand
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 
 _LOOK_EVERY_S = 2.0
+_RENEW_S = 20.0
+_REGISTERED_FOR_S = 180.0
+_ANSWER_S = 5.0
+
+
+def register(run: str, demands: Sequence[Demand]) -> Any:
+    """Has Ray's autoscaler make room for these actors of a run, and Ray Train not count on it; renew it.
+
+    Replaces what was registered for the run before; with no demands, that is taken back. Returns a reference to the
+    answer, which holds nothing.
+
+    Raises:
+        RayError, RuntimeError, OSError, ImportError: this Ray does not answer, or has no such coordinator.
+    """
+    # Imported here: it takes a second, which a run that keeps its size need not pay.
+    from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    coordinator, name = get_or_create_autoscaling_coordinator(), f"mmrl-{run}-beside-learners"
+    actors = [demand for demand in demands if demand.bundle for _ in range(demand.count)]
+    if not actors:
+        return coordinator.cancel_request.remote(requester_id=name)
+    return coordinator.request_resources.remote(
+        requester_id=name,
+        resources=[demand.bundle for demand in actors],
+        label_selectors=[dict(demand.labels) for demand in actors],
+        expire_after_s=_REGISTERED_FOR_S,
+        priority=ResourceRequestPriority.HIGH,
+    )
 
 
 class Nodes:
     """One run's wishes about its cluster."""
 
-    def __init__(self, settings: PoolSettings, clock: Callable[[], float]) -> None:
+    def __init__(self, run: str, settings: PoolSettings, clock: Callable[[], float]) -> None:
         self.free: dict[str, float] | None = None
         """CPUs and GPUs that were free at the last `look`; None while nothing waits for them."""
+        self._run = run
         self._settings = settings
         self._clock = clock
+        # A run that keeps its size needs no registration: actors that wait are demand enough. Unless Ray Train could
+        # take the room in the meantime.
+        self._registers = settings.learners_grow
         self._asked_for = settings.workers
+        self._asked = float("-inf")
+        self._answer: Any = None
+        self._problem = ""
         self._looked = float("-inf")
 
     def ask_for(self, workers: int) -> list[dict[str, Any]]:
-        """Has the autoscaler make room for all of the run's actors, when there are to be more or fewer of them.
+        """Keeps registered what the run's actors ask for with so many workers, once there are to be more or fewer.
 
-        A cluster without an autoscaler takes the wish and does nothing about it. There is one wish for the whole
-        cluster: of two runs that scale there the last one's counts, and the other's workers wait in Ray's own queue.
+        A cluster without an autoscaler takes the wish and does nothing about it.
 
         Returns events for the run's log.
         """
-        if workers == self._asked_for:
+        self._registers = self._registers or workers != self._settings.workers
+        now = self._clock()
+        if not self._registers or (workers == self._asked_for and now - self._asked < _RENEW_S):
             return []
-        self._asked_for = workers
-        return self._wish(self._settings.bundles(workers))
+        self._asked_for, self._asked = workers, now
+        try:
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                ray.get(self._answer)  # of the time before
+            self._answer = register(self._run, self._settings.demands(workers))
+        except (RayError, RuntimeError, OSError, ImportError) as error:  # no reason to end a run: its workers wait
+            self._answer, told, self._problem = None, self._problem, f"{type(error).__name__}: {error}"
+            return [{"kind": "nodes_not_asked_for", "detail": self._problem}] if self._problem != told else []
+        self._problem = ""
+        return []
 
     def look(self, waiting_s: float) -> None:
         """Finds out what is free, now and then while a worker has waited for it for more than a moment."""
@@ -49,13 +103,6 @@ class Nodes:
 
     def close(self) -> None:
         """Nodes are not kept for this run any more."""
-        if self._asked_for != self._settings.workers:
-            self._wish([])
-
-    def _wish(self, bundles: list[dict[str, float]]) -> list[dict[str, Any]]:
-        wish: list[dict[str, Any]] = [dict(bundle) for bundle in bundles]
-        try:
-            request_resources(bundles=wish)
-        except (RayError, RuntimeError, OSError) as error:  # no reason to end a run: its workers wait for room
-            return [{"kind": "nodes_not_asked_for", "detail": f"{type(error).__name__}: {error}"}]
-        return []
+        if self._registers:
+            with contextlib.suppress(RayError, RuntimeError, OSError, ImportError):  # it expires by itself, too
+                ray.get(register(self._run, []), timeout=_ANSWER_S)

@@ -29,6 +29,7 @@ from mmrl_ray.rollouts.ledger import Ledger
 from mmrl_ray.rollouts.nodes import Nodes
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import Collected, EngineFactory
+from mmrl_ray.rollouts.quorum import Quorum
 from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 
 # It logs a page for each worker that dies; the pool says it in a line, in its events.
@@ -55,10 +56,9 @@ class RayWorkerPool:
         self._busy_s = 0.0
         self._start_failures = 0
         self._no_new_before = float("-inf")
-        self._complete = False  # whether the workers that the run began with were all ready once
-        self._below_since: float | None = None
+        self._quorum = Quorum(settings)
         self._last_loss = ""
-        self._nodes = Nodes(settings, clock)
+        self._nodes = Nodes(run, settings, clock)
 
     # -- what the controller calls ---------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class RayWorkerPool:
         placing = [self._clock() - w.since for w in self._workers.values() if w.state == "placing"]
         self._nodes.look(max(placing, default=0.0))
         self._dispatch()
-        self._check_minimum()
+        self._quorum.look(self._ready, self._target, self._clock(), self._last_loss)
         return finished
 
     def events(self) -> list[dict[str, Any]]:
@@ -165,7 +165,7 @@ class RayWorkerPool:
         known = set(self._manager.actor_ids())
         self._manager.add_actors([call])  # type: ignore[list-item]  # annotated for handles, uses `.apply.remote`
         (actor_id,) = set(self._manager.actor_ids()) - known
-        first = self._made < self._settings.workers and not self._complete
+        first = self._made < self._settings.workers and not self._quorum.complete
         self._workers[actor_id] = PoolWorker(actor_id, name, call, "placing", self._clock(), first)
         self._made += 1
         self._call(RolloutWorker.ping, actor_id)
@@ -221,14 +221,13 @@ class RayWorkerPool:
             if not answer.ok:
                 finished += self._on_error(worker, answer)
                 continue
-            assignment, parts = self.ledger.working_on(worker.id), worker.call.parts
-            worker.call.parts = ()
+            parts, worker.call.parts = worker.call.parts, ()
             light, worker.since = answer.get(), self._clock()
             began = self.ledger.accept(worker.id, light.assignment_id)
-            if began is not None and assignment is not None:
+            if began is not None:
                 self._busy_s += worker.since - began
                 worker.groups += len(light.groups)
-                finished.append(Collected(join_result(assignment, light, list(parts[1:])), parts[0]))
+                finished.append(Collected(join_result(light, parts[1:]), parts[0]))
         return finished
 
     def _collect_health(self) -> list[Collected | DataFailure]:
@@ -265,11 +264,8 @@ class RayWorkerPool:
         now, busy = self._clock(), self.ledger.busy
         for worker in self._workers.values():
             idle = worker.state == "ready" and worker.id not in busy and not worker.probe_pending
-            if (
-                idle
-                and now - worker.probed > self._settings.probe_every_s
-                and self._call(RolloutWorker.ping, worker.id)
-            ):
+            due = idle and now - worker.probed > self._settings.probe_every_s
+            if due and self._call(RolloutWorker.ping, worker.id):
                 worker.probed, worker.probe_pending = now, True
 
     def _replace_hung(self) -> list[Collected | DataFailure]:
@@ -299,19 +295,6 @@ class RayWorkerPool:
             f"{worker.name} was not placed within {self._settings.placement_timeout_s:g} s: it asks for "
             f"{self._settings.demand}, the cluster has {total} in all; lower rollout.workers or resources.rollout"
         )
-
-    def _check_minimum(self) -> None:
-        ready, minimum, limit = self._ready, self._settings.min_workers, self._settings.worker_deadline_s
-        self._complete = self._complete or ready >= min(self._settings.workers, self._target)
-        if ready >= minimum or not self._complete:
-            self._below_since = None
-        elif self._below_since is None:
-            self._below_since = self._clock()
-        elif self._clock() - self._below_since > limit:
-            raise RolloutError(
-                f"{ready} of at least {minimum} rollout workers were ready for {limit:g} s; "
-                f"last loss: {self._last_loss or 'none'}; a new one asks for {self._settings.demand}"
-            )
 
     def _note(self, kind: str, worker: PoolWorker, detail: str, **more: Any) -> None:
         self._events.append({"kind": kind, "worker": worker.name, "detail": detail, **more})

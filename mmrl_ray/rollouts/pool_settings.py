@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import Demand, demands_of
 from mmrl_ray.telemetry.logs import LogFormat
 
 
@@ -29,8 +30,12 @@ class PoolSettings:
     probe_timeout_s: float = 30.0
     max_start_failures: int = 3
     """In a row, without any worker becoming ready in between; then the run ends, unless it has workers enough."""
-    beside: tuple[tuple[float, float], ...] = ()
-    """(CPUs, GPUs) of each of the run's other actors, which nodes have to hold, too."""
+    beside: tuple[Demand, ...] = ()
+    """Of the run's other actors but the learners, which nodes have to hold, too."""
+    learners_grow: bool = False
+    """Whether Ray Train makes as many learners as there is room for: it is then told what is not theirs."""
+    most_workers: int = 1
+    """As many as the run may make by itself."""
     retry_start_s: float = 0.5
     """After a worker that died before it was ready; doubles with each one in a row."""
     log_format: LogFormat = "text"
@@ -46,10 +51,14 @@ class PoolSettings:
         """The same as options of a Ray actor."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "label_selector": dict(self.node_labels) or None}
 
-    def bundles(self, workers: int) -> list[dict[str, float]]:
-        """What the run's actors ask for with so many workers, an actor each, in the autoscaler's words."""
-        actors = [*self.beside, *[(self.cpus, self.gpus)] * workers]
-        return [{k: v for k, v in (("CPU", cpus), ("GPU", gpus)) if v} for cpus, gpus in actors if cpus or gpus]
+    def demands(self, workers: int) -> list[Demand]:
+        """What the run's actors ask for with so many workers, without its learners, who ask for themselves.
+
+        Learners that take what room there is must leave the workers' that may yet come.
+        """
+        count = max(workers, self.most_workers) if self.learners_grow else workers
+        keys = ("rollout.workers", "resources.rollout")
+        return [Demand("rollout", count, self.cpus, self.gpus, *keys, self.node_labels), *self.beside]
 
     @classmethod
     def of(cls, cfg: Config) -> PoolSettings:
@@ -64,7 +73,9 @@ class PoolSettings:
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
             log_format=cfg.run.log_format,
-            beside=((cfg.resources.learner.cpus, cfg.resources.learner.gpus),) * cfg.learner.max_workers,
+            beside=tuple(demand for demand in demands_of(cfg) if demand.kind not in ("learner", "rollout")),
+            learners_grow=not isinstance(cfg.learner.workers, int),
+            most_workers=cfg.rollout.most_workers,
         )
 
 

@@ -50,9 +50,9 @@ class Collected:
     """One finished assignment as the pool hands it on."""
 
     result: AssignmentResult
-    """Payloads in place: references, or the groups themselves in-process."""
+    """Payloads in place: `Parcelled`, or the groups themselves in-process."""
     records: Any
-    """Rows of `ROLLOUT_SCHEMA` without advantages: a table, or a reference to one."""
+    """Rows without advantages as `encode_records` makes them, or a reference to them."""
 
 
 FetchWeights = Callable[[], Mapping[str, torch.Tensor] | None]

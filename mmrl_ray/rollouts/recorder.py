@@ -1,7 +1,7 @@
 """The rollout log: `rollouts/step-%06d.parquet`, one row a completion, and each image once under `images/`.
 
-Rows are made by the workers (`group_table`) and reach the recorder as Arrow tables, which cost nothing to read out of
-the object store; what the plan decided is filled in here. A step's file is written whole, from the groups that its
+Rows are made by the workers (`group_rows`) and reach the recorder as an Arrow stream an assignment, which costs next
+to nothing to read; what the plan decided is filled in here. A step's file is written whole, from the groups that its
 step resolved, so that a step which is done again after a resume replaces its file.
 """
 
@@ -23,7 +23,7 @@ from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import GroupKey, PlannedGroup
-from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records
 from mmrl_ray.run_dir import RunDir
 
 QUEUE_STEPS = 8
@@ -46,22 +46,29 @@ class StepRecord:
     keys: frozenset[GroupKey]
     """The groups that resolved the step's places, masked ones included; rows of any other are left out."""
     tables: Sequence[Any]
-    """Tables of `ROLLOUT_SCHEMA`, or references to them; several groups each."""
+    """Rows as `encode_records` makes them, or references to them; several groups each."""
     planned: Mapping[GroupKey, PlannedGroup]
     samples: Sequence[Sample]
 
 
 def step_table(keys: frozenset[GroupKey], planned: Mapping[GroupKey, PlannedGroup], rows: pa.Table) -> pa.Table:
-    """The rows of a step in order of place and completion, with staleness and advantages filled in."""
-    rows = rows.filter(pa.array([key in keys for key in _keys(rows)], pa.bool_()))
+    """The rows of a step in order of place and completion, with what the step made of them filled in."""
+    wanted = {_place(key) for key in keys}
+    rows = rows.filter(pa.array([place in wanted for place in _places(rows)], pa.bool_()))
     rows = rows.sort_by([("index", "ascending"), ("completion", "ascending")])
-    groups = [planned.get(key) for key in _keys(rows)]
+    by_place = {_place(key): group for key, group in planned.items()}
+    groups = [by_place.get(place) for place in _places(rows)]
     staleness = [None if group is None else group.staleness for group in groups]
-    advantages = [
-        None if group is None or completion < 0 else group.advantages[completion]
-        for group, completion in zip(groups, rows["completion"].to_pylist(), strict=True)
-    ]
-    for name, values in (("staleness", staleness), ("advantage", advantages)):
+    places = list(zip(groups, rows["completion"].to_pylist(), strict=True))
+    advantages = [None if group is None or place < 0 else group.advantages[place] for group, place in places]
+    learnt = [None if group is None or place < 0 else group.rewards[place] for group, place in places]
+    columns = {
+        "staleness": staleness,
+        "advantage": advantages,
+        "learning_reward": learnt,
+        "reward_normalization": [None if group is None else group.normalization for group in groups],
+    }
+    for name, values in columns.items():
         field = ROLLOUT_SCHEMA.field(name)
         rows = rows.set_column(ROLLOUT_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
     return rows
@@ -70,8 +77,8 @@ def step_table(keys: frozenset[GroupKey], planned: Mapping[GroupKey, PlannedGrou
 class Recorder:
     """Writes steps in the background, in order. An error shows at the next call of any method."""
 
-    def __init__(self, run: RunDir, resolve: Callable[[Any], pa.Table]) -> None:
-        """`resolve` turns what `StepRecord.tables` holds into tables (`ray.get` with a deadline, or nothing)."""
+    def __init__(self, run: RunDir, resolve: Callable[[Any], bytes]) -> None:
+        """`resolve` turns what `StepRecord.tables` holds into encoded rows (`ray.get` with a deadline, or nothing)."""
         self._run = run
         self._resolve = resolve
         self._queue: queue.Queue[StepRecord | None] = queue.Queue(QUEUE_STEPS)
@@ -143,7 +150,7 @@ class Recorder:
         with ThreadPoolExecutor(IMAGE_WRITERS) as pool:
             list(pool.map(self._store_images, new, new.values()))
         self._known_images.update(new)
-        tables = [self._resolve(table) for table in record.tables]
+        tables = [decode_records(self._resolve(table)) for table in record.tables]
         rows = pa.concat_tables(tables) if tables else ROLLOUT_SCHEMA.empty_table()
         buffer = io.BytesIO()
         pq.write_table(step_table(record.keys, record.planned, rows), buffer, compression="zstd")
@@ -159,6 +166,10 @@ class Recorder:
             self._run.write_json(f"images/{common}.json", names)
 
 
-def _keys(rows: pa.Table) -> list[GroupKey]:
-    columns = (rows[name].to_pylist() for name in ("step", "index", "attempt"))
-    return [GroupKey(*place) for place in zip(*columns, strict=True)]
+def _place(key: GroupKey) -> tuple[int, int, int]:
+    return key.step, key.index, key.attempt
+
+
+def _places(rows: pa.Table) -> list[tuple[int, int, int]]:
+    """Of each row's group; plain, since a `GroupKey` a row is slow to make and to look up."""
+    return list(zip(*(rows[name].to_pylist() for name in ("step", "index", "attempt")), strict=True))

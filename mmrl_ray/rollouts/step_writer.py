@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmrl_ray.experience.carriers import StepPlan
@@ -79,7 +79,8 @@ class StepWriter:
                 step=done.plan.step,
                 keys=frozenset(group.key for group in done.taken.groups),
                 tables=done.taken.tables,
-                planned={group.key: group for group in done.plan.groups},
+                # Without payloads: the object store is free of them however long the disk takes.
+                planned={group.key: replace(group, payload=None) for group in done.plan.groups},
                 samples=done.taken.samples,
             )
         )

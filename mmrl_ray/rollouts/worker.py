@@ -1,8 +1,9 @@
 """The rollout worker: a thin Ray actor around an engine, and what the pool calls on it.
 
-A run returns its parts as separate return values of one actor call: (light result, record rows, one group each).
-The caller of an actor owns what the call returns, so the groups outlive the worker that made them, each is freed by
-itself, and none passes through the caller. (`ray.put(..., _owner=)`, which was for that, is gone since Ray 2.56.)
+A run returns its parts as separate return values of one actor call: (light result, record rows, parcels of groups).
+The caller of an actor owns what the call returns, so the groups outlive the worker that made them, each parcel is
+freed by itself, and none of more than 100 KB passes through the caller. (`ray.put(..., _owner=)`, which was for that,
+is gone since Ray 2.56.)
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pyarrow as pa
 import ray
 import torch
 
 from mmrl_ray.errors import RolloutError
-from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
+from mmrl_ray.experience.carriers import ScoredGroup
+from mmrl_ray.experience.schema import encode_records, group_rows
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult
+from mmrl_ray.rollouts.parcels import Parcelled, pack
 from mmrl_ray.rollouts.protocols import Engine, EngineFactory
 from mmrl_ray.rollouts.weights import decode_state
 from mmrl_ray.rollouts.worker_meter import measure_assignment
@@ -73,10 +75,10 @@ class RolloutWorker:
         return Started(os.getpid(), socket.gethostname())
 
     def run(self, assignment: Assignment) -> tuple[Any, ...]:
-        """(result without payloads, rows, group 0, group 1, …): 2 + `len(assignment.groups)` values.
+        """(result without groups, rows, parcel 0, parcel 1, …): 2 + `len(assignment.groups)` values.
 
-        A group that failed or was never made leaves None in its place. Broken samples are values in the result. Any
-        exception means that the worker itself cannot be trusted any more; the pool replaces it.
+        None stands for each parcel that was not needed. Broken samples are values in the result. Any exception means
+        that the worker itself cannot be trusted any more; the pool replaces it.
         """
         if self._engine is None:
             raise RolloutError(f"worker {self.name} was given assignment {assignment.id} before it was started")
@@ -95,25 +97,28 @@ def _fetch_weights(assignment: Assignment) -> Mapping[str, torch.Tensor] | None:
 
 def split_result(assignment: Assignment, result: AssignmentResult, run: str) -> tuple[Any, ...]:
     """A result with payloads in place as the values of `RolloutWorker.run`."""
-    groups = {group.key: group for group in result.groups}
-    payloads = [None if r.key not in groups else groups[r.key].payload for r in assignment.groups]
-    tables = [group_table(run, group, group.payload, None) for group in result.groups]
-    rows = pa.concat_tables(tables) if tables else ROLLOUT_SCHEMA.empty_table()
-    light = replace(result, groups=tuple(replace(group, payload=None) for group in result.groups))
-    return (light, rows, *payloads)
+    parcels, places = pack(group.payload for group in result.groups)
+    rows = [row for group in result.groups for row in group_rows(run, group, group.payload, None)]
+    groups = tuple(replace(group, payload=place) for group, place in zip(result.groups, places, strict=True))
+    unused = (None,) * (len(assignment.groups) - len(parcels))
+    return (replace(result, groups=groups), encode_records(rows), *parcels, *unused)
 
 
-def join_result(assignment: Assignment, light: AssignmentResult, payloads: list[Any]) -> AssignmentResult:
-    """The opposite of `split_result`, with a reference to each payload in its place."""
-    by_key = dict(zip((request.key for request in assignment.groups), payloads, strict=True))
-    return replace(light, groups=tuple(replace(group, payload=by_key[group.key]) for group in light.groups))
+def join_result(light: AssignmentResult, parcels: Sequence[Any]) -> AssignmentResult:
+    """A light result with references to its parcels in place."""
+    return replace(light, groups=tuple(_with_parcel(group, parcels) for group in light.groups))
+
+
+def _with_parcel(group: ScoredGroup, parcels: Sequence[Any]) -> ScoredGroup:
+    at: Parcelled = group.payload
+    return replace(group, payload=Parcelled(parcels[at.parcel], at.place))
 
 
 @dataclass(slots=True)
 class WorkerCall:
     """Stands in for an actor's handle at the manager, which knows calls of one return value only.
 
-    A run has a return value for each group. The manager sees the first, the light one; the others wait here.
+    A run has several return values. The manager sees the first, the light one; the others wait here.
     """
 
     handle: Any

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from mmrl_ray.analysis.states import caption_states
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, DataError, ImageError
-from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError
+from mmrl_ray.experience.carriers import CaptionState, SamplingParams
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.runs.progress import ProgressFn
+from mmrl_ray.runs.state_records import MAX_STATES
 from mmrl_ray.runs.target import Target, open_target
+
+logger = logging.getLogger(__name__)
 
 BATCH = 64
 """Images whose captions are decoded together."""
@@ -27,9 +32,12 @@ def caption_samples(
     *,
     max_new_tokens: int,
     batch_size: int = BATCH,
+    states: dict[str, CaptionState] | None = None,
     progress: ProgressFn | None = None,
 ) -> list[str]:
     """One greedy caption a sample, in order.
+
+    `states` is filled with the states of the first `MAX_STATES` of them, by sample id, where the model's can be told.
 
     Raises:
         DataError, ImageError: a sample cannot be encoded.
@@ -42,6 +50,16 @@ def caption_samples(
         prompts = encode_prompts(policy, samples[start : start + batch_size])
         outputs = decode_groups(decoder, [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
         captions += [output.completions[0].text for output in outputs]
+        if states is not None and (left := MAX_STATES - start) > 0:
+            vision = [output.vision for output in outputs[:left] if output.vision is not None]
+            tokens = [output.completions[0].token_ids for output in outputs[:left]]
+            try:
+                found = caption_states(policy, prompts[:left], vision, tokens)
+            except ModelError as error:
+                logger.warning("captions without their states: %s", error)
+                states = None
+            else:
+                states.update((sample.id, state) for sample, state in zip(samples[start:], found, strict=False))
         if progress is not None:
             progress(len(captions), len(samples), {})
     return captions
@@ -53,9 +71,10 @@ def target_captions(
     *,
     max_new_tokens: int | None = None,
     batch_size: int = BATCH,
+    states: dict[str, CaptionState] | None = None,
     progress: ProgressFn | None = None,
 ) -> list[str]:
-    """`caption_samples` by whatever the target captions with; an agent's captions have the length of its own.
+    """`caption_samples` by whatever the target captions with; an agent's captions have its own length, and no states.
 
     Raises:
         DataError, ImageError: a sample cannot be encoded.
@@ -68,6 +87,7 @@ def target_captions(
         samples,
         max_new_tokens=max_new_tokens or target.max_new_tokens,
         batch_size=batch_size,
+        states=states,
         progress=progress,
     )
 
@@ -94,7 +114,7 @@ def caption_images(
         ImageError: a file is no image of an accepted format; the message names it.
         RunError, ModelError: the target cannot be used.
     """
-    encoded = [_read_image(path) for path in images]  # before the model is loaded: a typo answers at once
+    encoded = [read_image(path) for path in images]  # before the model is loaded: a typo answers at once
     opened = open_target(target, device=device)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
@@ -117,7 +137,13 @@ def caption(
         print(text.strip() if len(images) == 1 else f"{path}: {text.strip()}")
 
 
-def _read_image(path: str | Path) -> bytes:
+def read_image(path: str | Path) -> bytes:
+    """An image file's bytes, found to be an image.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+        ImageError: it is no image of an accepted format; the message names it.
+    """
     try:
         data = Path(path).expanduser().read_bytes()
     except OSError as error:

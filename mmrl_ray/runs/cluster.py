@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RunError
 
 _SETTINGS = {
@@ -29,6 +31,9 @@ _SETTINGS = {
     # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
+
+_ROOM_TO_SCALE = 2
+"""Workers that `mmrl scale` can add where the machine has no core for them. Ray starts a process a CPU beforehand."""
 
 
 def configure_ray() -> None:
@@ -50,14 +55,15 @@ def read_token_again() -> None:
 
 @contextmanager
 def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False) -> Iterator[None]:
-    """A Ray for one run. A local one has at least the CPUs that the run's actors ask for: on one small machine learner
-    and rollout workers take turns, so that more actors than cores is no error.
+    """A Ray for one run. A local one has at least the CPUs that the run's actors ask for, and those of a few more
+    rollout workers: on one small machine learner and workers take turns, so that more actors than cores is no error.
 
     Raises:
         RunError: the cluster at `address` cannot be joined.
     """
     store = cfg.resources.object_store_mb
-    with ray_at(address, cpus=demanded_cpus(cfg), object_store_mb=store, namespace=cfg.run.name, debug=debug):
+    room = math.ceil(_ROOM_TO_SCALE * cfg.resources.rollout.cpus)
+    with ray_at(address, cpus=demanded_cpus(cfg) + room, object_store_mb=store, namespace=cfg.run.name, debug=debug):
         yield
 
 
@@ -89,6 +95,7 @@ def ray_at(
     try:
         if address is None:
             ray.init(
+                address="local",  # without it, Ray joins whatever `ray start` has left on this machine
                 num_cpus=max(os.cpu_count() or 1, cpus),
                 object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
                 include_dashboard=dashboard,
@@ -113,25 +120,19 @@ def ray_at(
 
 def demanded_cpus(cfg: Config) -> int:
     """CPUs that the run's actors ask Ray for, all together."""
-    resources = cfg.resources
-    demand = cfg.rollout.most_workers * resources.rollout.cpus + cfg.learner.max_workers * resources.learner.cpus
-    if cfg.reward.host == "serve":
-        demand += resources.reward.cpus
-    if cfg.serving is not None and cfg.serving.live_policy:
-        demand += cfg.serving.gateway.resources.cpus + cfg.serving.policy.resources.cpus
-    return int(-(-demand // 1))
+    return math.ceil(sum(demand.count * demand.cpus for demand in demands_of(cfg, at_most=True)))
 
 
 def node_local_root_refused(root: str) -> None:
     """Refuses a run folder that other nodes of a joined cluster would not see.
 
     Raises:
-        RunError: Ray has several nodes and `root` is a path on this one.
+        RunError: Ray has nodes on several machines and `root` is a path on this one.
     """
-    nodes = [node for node in ray.nodes() if node.get("Alive")]
-    if len(nodes) > 1 and "://" not in root and not _is_network_mount(Path(root)):
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node.get("Alive")}
+    if len(machines) > 1 and "://" not in root and not _is_network_mount(Path(root)):
         raise RunError(
-            f"run.root={root} is a path on this node, but the cluster has {len(nodes)} nodes: "
+            f"run.root={root} is a path on this node, but the cluster has nodes on {len(machines)} machines: "
             "use a location that all of them see, such as s3://bucket/runs or a network mount"
         )
 

@@ -21,19 +21,23 @@ from PIL import Image
 from rich.console import Console
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import demands_of
 from mmrl_ray.config.load import dump_config
+from mmrl_ray.config.paths import sqlite_file
 from mmrl_ray.data.images import image_format
 from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
-from mmrl_ray.errors import AdapterError, DataError, ModelError, RunError
+from mmrl_ray.errors import AdapterError, ConfigError, DataError, ModelError, RunError
 from mmrl_ray.policy.load import Policy, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
+from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
-from mmrl_ray.runs.placement import demands_of
+from mmrl_ray.runs.preferences import check_pairs
+from mmrl_ray.runs.reward_facts import reward_lines
 from mmrl_ray.runs.warm_start import build_builtin
 
 
@@ -71,6 +75,8 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     found = DryRun()
     _look_at_run_folder(cfg, resume, found)
     _look_at_data(cfg, found)
+    _look_at_pairs(cfg, found)
+    _look_at_reward(cfg, found)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
         _look_at_model(cfg, Path(scratch), found)
@@ -78,6 +84,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     sections = {
         "Config": dump_config(cfg).rstrip("\n").split("\n"),
         "Sample": _sample_lines(found),
+        "Reward": reward_lines(cfg.reward),
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.value_based is None else round_lines(cfg, cfg.value_based),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
@@ -120,6 +127,27 @@ def _look_at_data(cfg: Config, found: DryRun) -> None:
             ParquetDataset(cfg.data.eval)
         except DataError as error:
             found.blocking.append(f"data.eval: {error}")
+
+
+def _look_at_pairs(cfg: Config, found: DryRun) -> None:
+    wanted = cfg.data.preferences
+    if wanted is None:
+        return
+    file = sqlite_file(wanted.store)
+    if file is not None and not Path(file).exists():
+        found.unchecked.append(f"data.preferences.store={wanted.store} is not there yet: fill it first")
+        return
+    try:
+        found.rows = check_pairs(cfg)
+    except DataError as error:
+        found.blocking.append(str(error))
+
+
+def _look_at_reward(cfg: Config, found: DryRun) -> None:
+    try:
+        check_reward(cfg.reward)
+    except ConfigError as error:
+        found.blocking.append(str(error))
 
 
 def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:

@@ -177,7 +177,8 @@ def rollout_memory(
     """
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
     rows = groups * cfg.rollout.group_size
-    scored = rows * (cfg.rollout.max_new_tokens if cfg.learner.kl.weight else 1)
+    has_reference = cfg.learner.kl.weight > 0 or cfg.learner.loss == "dpo"
+    scored = rows * (cfg.rollout.max_new_tokens if has_reference else 1)
     one = image_tokens * shape.hidden * shape.itemsize
     budget = cfg.rollout.vision_cache_mb * 2**20
     merged = shape.adapted_parameters if shape.itemsize == _FLOAT32 else 0

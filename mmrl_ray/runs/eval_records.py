@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -56,6 +57,7 @@ def save_evaluation(run: RunDir, name: str, evaluation: Evaluation, samples: Seq
     pq.write_table(table, sink, compression="zstd")
     run.write_bytes(f"{FOLDER}/{name}.parquet", sink.getvalue().to_pybytes())
     shown = {c.sample_id for c in evaluation.captions[:SHOWN]}
+    shown |= {c.sample_id for chosen in doubtful(evaluation.captions).values() for c in chosen}
     before = load_evaluation(run, "before") if name == "after" else None
     if before is not None:
         chosen = highlights(before.captions, evaluation.captions)
@@ -98,6 +100,37 @@ def highlights(
     between = rest[: len(rest) - len(worst)]
     start = max(0, (len(between) - third) // 2)
     return {"best": best, "middle": between[start : start + third], "worst": worst}
+
+
+def doubtful(captions: Sequence[CaptionScore], count: int = SHOWN // 3) -> dict[str, list[CaptionScore]]:
+    """Up to `count` captions each that the reward is least sure of: by its σ, and by how much its parts disagree.
+
+    Under the keys "sigma" (without those whose reward has none) and "disagreement" (without any where there are not
+    two parts that vary).
+    """
+    unsure = [c for c in captions if c.reward.sigma is not None]
+    unsure.sort(key=lambda c: -(c.reward.sigma or 0.0))
+    apart = sorted(zip(_disagreements(captions), captions, strict=True), key=lambda pair: -pair[0])
+    return {"sigma": unsure[:count], "disagreement": [c for distance, c in apart[:count] if distance > 0]}
+
+
+def _disagreements(captions: Sequence[CaptionScore]) -> list[float]:
+    """Of each caption, the largest difference between two parts, in standard deviations of the part over all captions.
+
+    Parts are those with a weight; of a lone one its own parts, but for the length, a penalty.
+    """
+    parts, weights = captions[0].reward.parts, captions[0].reward.weights
+    names = [name for name, weight in weights.items() if weight]
+    if len(names) == 1:
+        names = [name for name in parts if name.startswith(f"{names[0]}/") and not name.endswith("/length")]
+    names = [name for name in names if all(name in c.reward.parts for c in captions)]
+    values = np.array([[c.reward.parts[name] for name in names] for c in captions]).reshape(len(captions), -1)
+    spread = values.std(axis=0)
+    varying = spread > 0
+    if varying.sum() < 2:
+        return [0.0] * len(captions)
+    standard = (values - values.mean(axis=0))[:, varying] / spread[varying]
+    return np.ptp(standard, axis=1).tolist()
 
 
 def find_image(run: RunDir, digest: str, names: Sequence[str]) -> bytes | None:

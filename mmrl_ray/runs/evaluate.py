@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrl_ray import atomic
+from mmrl_ray.analysis.correlation import Correlation
 from mmrl_ray.data.samples import dataset_fingerprint, iter_references, read_split
 from mmrl_ray.errors import ConfigError, RunError
+from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import to_json
@@ -27,6 +30,7 @@ from mmrl_ray.runs.scores import (
     interval_json,
     score_captions,
 )
+from mmrl_ray.runs.state_records import States, correlation_lines, correlations_json
 from mmrl_ray.runs.target import Target, open_target
 
 __all__ = [
@@ -78,22 +82,27 @@ def evaluate(
         raise ConfigError(f"{target} names no held-out split: give one with --data")
     samples = read_split(data, prompt=prompt or opened.prompt, limit=limit)
     statistics, source = _statistics(opened, data)
+    states: dict[str, CaptionState] = {}
     with RunProgress() as shown:
         captions = target_captions(
             opened,
             samples,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            states=states,
             progress=shown.phase("caption"),
         )
     evaluation = score_captions(samples, captions, build_reward(opened.reward, statistics), statistics)
     notes = [*opened.notes, source]
+    found = States.of(states).correlations if states else {}
     Console().print(measures_table(opened.name, evaluation))
+    if found:
+        Console().print(correlation_table(found, len(states)))
     for note in notes:
         Console().print(note, markup=False, highlight=False)
     if out is not None:
         file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
-        _write(file, _document(target, data, evaluation, notes))
+        _write(file, _document(target, data, evaluation, found, notes))
         Console().print(f"written to {file}", markup=False, highlight=False)
     return evaluation
 
@@ -109,20 +118,34 @@ def measures_table(title: str, evaluation: Evaluation) -> Table:
     return table
 
 
+def correlation_table(found: Mapping[str, Correlation], samples: int) -> Table:
+    """|ρ| of the captions with what they were made of, for a terminal or plain."""
+    table = Table(title=f"captions and their modalities: {samples} samples", title_justify="left")
+    table.add_column("modality")
+    table.add_column("|ρ|", justify="right")
+    table.add_column("by permutation", justify="right")
+    for row in correlation_lines(found):
+        table.add_row(*row)
+    return table
+
+
 def _statistics(opened: Target, data: str) -> tuple[CorpusStatistics, str]:
     if opened.statistics is not None:
         return opened.statistics, "document frequencies: of the run's training references"
-    own = CorpusStatistics.from_references(iter_references(data))
+    own = CorpusStatistics.from_references(iter_references(data), language_order=opened.reward.language_order)
     return own, f"document frequencies: of the references of {data} itself, not comparable with those of a run"
 
 
-def _document(target: str, data: str, evaluation: Evaluation, notes: list[str]) -> dict[str, Any]:
+def _document(
+    target: str, data: str, evaluation: Evaluation, found: Mapping[str, Correlation], notes: list[str]
+) -> dict[str, Any]:
     return {
         "target": target,
         "data": data,
         "data_fingerprint": dataset_fingerprint(data),
         "notes": notes,
         **evaluation.to_json(),
+        "correlations": correlations_json(found),
         "captions": [
             {
                 "sample_id": score.sample_id,

@@ -2,6 +2,7 @@
 
 The learner puts each version it publishes into `live/` of the run folder; policy replicas look there every
 `serving.refresh_s` and take the newest up beside the one they have. Until the first version there is the base alone.
+What a driver that was killed has left on a cluster's Serve is taken over when its run is resumed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from typing import Self
 
 from mmrl_ray.config import Config
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.reward_app import app_name
 from mmrl_ray.runs.serve import config_of_run, greeting
-
-APP = "live"
 
 
 class LivePolicy:
@@ -23,6 +23,7 @@ class LivePolicy:
         """`base` is where the model lies that the run trains an adapter of."""
         wanted = cfg.serving is not None and cfg.serving.live_policy
         # Rewards are the run's own affair while it trains.
+        self._app = app_name(run, "live")
         self._cfg = config_of_run(cfg, run, base).model_copy(update={"reward": None}) if wanted else None
 
     def __enter__(self) -> Self:
@@ -31,8 +32,7 @@ class LivePolicy:
             from mmrl_ray.serving.deployments import application
 
             launch.start_serve(host=self._cfg.serving.host, port=self._cfg.serving.port)
-            launch.refuse_taken(APP)
-            launch.deploy(application(self._cfg, insecure=False), APP, route_prefix="/")
+            launch.deploy(application(self._cfg, insecure=False), self._app, route_prefix="/")
         return self
 
     def greeting(self) -> list[str]:
@@ -45,4 +45,4 @@ class LivePolicy:
         if self._cfg is not None:
             from mmrl_ray.serving import launch
 
-            launch.delete(APP)
+            launch.delete(self._app)

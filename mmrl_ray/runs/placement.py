@@ -8,40 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmrl_ray.config import Config
-from mmrl_ray.config.resources import ActorResources
-from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.config.demands import Demand, label_pairs
 
 _ROUNDING = 1e-6
 """Ray counts in ten-thousandths; sums of fractions are a little off."""
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """Actors of one kind, all of which ask for the same."""
-
-    kind: str
-    """`learner`, `rollout`, …: what a user calls it."""
-    count: int
-    cpus: float
-    gpus: float
-    """Of one actor. Below 1 it is a part of one GPU, from 1 on they are whole ones."""
-    count_key: str
-    """The config key to lower if there is no room for so many."""
-    share_key: str
-    """And the one for what each asks for."""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """A node without them takes none."""
-
-    @property
-    def amounts(self) -> str:
-        """What one asks for, in words."""
-        return f"{self.cpus:g} CPU, {self.gpus:g} GPU{self.where}"
-
-    @property
-    def where(self) -> str:
-        """The labels in words; nothing for any node."""
-        return f" on nodes labelled {_pairs(self.labels)}" if self.labels else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +32,6 @@ class Placement:
     """By node, the actors on it."""
     missing: tuple[tuple[Demand, int], ...]
     """Demands with how many of them found no room."""
-
-
-def demands_of(cfg: Config) -> list[Demand]:
-    """Everything that a run asks Ray for; what asks for nothing is left out."""
-    resources, serving = cfg.resources, cfg.serving or ServingSection()
-    found = [
-        _demand("learner", cfg.learner.min_workers, resources.learner, "learner.workers", "resources.learner"),
-        _demand("rollout", cfg.rollout.first_workers, resources.rollout, "rollout.workers", "resources.rollout"),
-    ]
-    if cfg.reward.host == "serve":
-        key = "serving.reward.min_replicas"
-        found.append(_demand("reward", serving.reward.min_replicas, resources.reward, key, "resources.reward"))
-    if serving.live_policy:
-        for kind, section in (("gateway", serving.gateway), ("policy", serving.policy)):
-            key = f"serving.{kind}"
-            found.append(
-                _demand(kind, section.min_replicas, section.resources, f"{key}.min_replicas", f"{key}.resources")
-            )
-    return [demand for demand in found if demand.cpus or demand.gpus or demand.labels]
 
 
 def place(demands: Sequence[Demand], nodes: Sequence[Node]) -> Placement:
@@ -105,7 +56,7 @@ def _unplaced_line(demand: Demand, short: int, nodes: Sequence[Node]) -> str:
     fitting = demand.count - short
     labelled = [node for node in nodes if _has_labels(node, demand)]
     if demand.labels and not labelled:
-        there = f"no node is labelled {_pairs(demand.labels)}"
+        there = f"no node is labelled {label_pairs(demand.labels)}"
     elif labelled:
         most_gpus, most_cpus = max(node.gpus for node in labelled), max(node.cpus for node in labelled)
         there = (
@@ -155,11 +106,3 @@ class _Room:
 
 def _has_labels(node: Node, demand: Demand) -> bool:
     return all(node.labels.get(key) == value for key, value in demand.labels.items())
-
-
-def _pairs(labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in labels.items())
-
-
-def _demand(kind: str, count: int, share: ActorResources, count_key: str, share_key: str) -> Demand:
-    return Demand(kind, count, share.cpus, share.gpus, count_key, share_key, share.node_labels)

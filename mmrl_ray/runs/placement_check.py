@@ -10,9 +10,10 @@ import ray
 from ray._private import state
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RunError
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
-from mmrl_ray.runs.placement import Node, demands_of, place, unplaced_lines
+from mmrl_ray.runs.placement import Node, place, unplaced_lines
 
 _MOST_ADDED = 1000
 """Nodes of one group that an autoscaler could add; more would not change the answer."""

@@ -8,6 +8,7 @@ from mmrl_ray.errors import DataError
 from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.targets import resolve_targets
+from mmrl_ray.rewards.build import check_reward
 
 
 def evaluation_split(cfg: Config) -> list[Sample]:
@@ -23,6 +24,17 @@ def evaluation_split(cfg: Config) -> list[Sample]:
     if bare is not None:
         raise DataError(f"{cfg.data.eval}: sample {bare!r} has no references to evaluate against")
     return samples
+
+
+def check_run(cfg: Config) -> None:
+    """Reward and model, without loading weights.
+
+    Raises:
+        ConfigError: a reward part cannot be made, or the reward's risk has no trained sigma.
+        MMRLError: as `check_model`.
+    """
+    check_reward(cfg.reward)
+    check_model(cfg)
 
 
 def check_model(cfg: Config) -> None:

@@ -18,12 +18,14 @@ from mmrl_ray import __version__
 from mmrl_ray.errors import RunError
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import load_evaluation
+from mmrl_ray.runs.report_analysis import correlation_table, state_map
 from mmrl_ray.runs.report_captions import caption_groups
 from mmrl_ray.runs.report_charts import charts, constants
 from mmrl_ray.runs.report_events import event_rows, happened
 from mmrl_ray.runs.report_facts import fact_blocks, quarantine_rows
 from mmrl_ray.runs.report_table import measure_table
 from mmrl_ray.runs.scores import Evaluation
+from mmrl_ray.runs.state_records import States, load_states
 
 REPORT = "report.html"
 
@@ -51,6 +53,7 @@ def render_report(run: RunDir) -> str:
     events = _lines(run, "events.jsonl", problems)
     quarantined = _lines(run, "quarantine.jsonl", problems)
     before, after = (_evaluation(run, name, problems) for name in ("before", "after"))
+    sides = {name: states for name in ("before", "after") if (states := _states(run, name, problems)) is not None}
     table = measure_table(before, after)
     config = run.read_text("config.yaml") if run.exists("config.yaml") else ""
     event_list, events_left = event_rows(events)
@@ -65,9 +68,11 @@ def render_report(run: RunDir) -> str:
         missing=[*problems, *_missing(run, summary, metrics, before, after)],
         table=table,
         groups=caption_groups(run, before, after),
+        state_map=state_map(sides),
+        correlations=correlation_table(sides),
         charts=charts(metrics),
         constants=[f"{name} {value:.4g}" for name, value in constants(metrics).items()],
-        facts=fact_blocks(summary, metrics, events, quarantined),
+        facts=fact_blocks(summary, metrics, events, quarantined, config),
         happened=happened(events, metrics, quarantined),
         events=event_list,
         events_left_out=events_left,
@@ -112,6 +117,14 @@ def _evaluation(run: RunDir, name: str, problems: list[str]) -> Evaluation | Non
         problems.append(str(error))
         return None
     return evaluation if evaluation is not None and evaluation.captions else None
+
+
+def _states(run: RunDir, name: str, problems: list[str]) -> States | None:
+    try:
+        return load_states(run, name)
+    except RunError as error:
+        problems.append(str(error))
+        return None
 
 
 def _lede(table: dict[str, Any], steps: int) -> str:

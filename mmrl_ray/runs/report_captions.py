@@ -1,4 +1,4 @@
-"""The pictures of a report with their captions: best gains, middle, worst losses."""
+"""The pictures of a report with their captions: best gains, middle, worst losses, and where the reward is in doubt."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from mmrl_ray.data.images import decode_image
 from mmrl_ray.errors import ImageError
 from mmrl_ray.metrics.text import words
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.eval_records import IMAGES, SHOWN, find_image, highlights
+from mmrl_ray.runs.eval_records import IMAGES, SHOWN, doubtful, find_image, highlights
 from mmrl_ray.runs.scores import CaptionScore, Evaluation
 
 _TITLES = {
     "best": "Where the reward rose most",
     "middle": "In the middle",
     "worst": "Where the reward rose least or fell",
+    "sigma": "Where the reward is least sure: the largest σ",
+    "disagreement": "Where the parts of the reward disagree most",
 }
 _THUMBNAIL = 320
 """Pixels of the longer side at most."""
@@ -30,22 +32,24 @@ _PIECE = re.compile(r"\w+|\W+")
 
 
 def caption_groups(run: RunDir, before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
-    """Titled groups of cards; of one evaluation alone its first captions."""
+    """Titled groups of cards: what changed, or of one evaluation alone its first captions; then what is in doubt."""
     names = run.list(IMAGES)
+    newest = after or before
+    if newest is None:
+        return []
+    old, new = ({c.sample_id: c for c in each.captions} if each is not None else {} for each in (before, after))
+
+    def group(title: str, captions: Sequence[CaptionScore]) -> dict[str, Any]:
+        ids = [c.sample_id for c in captions]
+        return {"title": title, "cards": [_card(run, names, old.get(i), new.get(i)) for i in ids]}
+
     if before is not None and after is not None:
         chosen = highlights(before.captions, after.captions)
-        return [
-            {"title": _TITLES[key], "cards": [_card(run, names, first, second) for first, second in pairs]}
-            for key, pairs in chosen.items()
-            if pairs
-        ]
-    if before is not None:
-        cards = [_card(run, names, caption, None) for caption in before.captions[:SHOWN]]
-        return [{"title": "The first captions, before training", "cards": cards}]
-    if after is not None:
-        cards = [_card(run, names, None, caption) for caption in after.captions[:SHOWN]]
-        return [{"title": "The first captions, after training", "cards": cards}]
-    return []
+        groups = [group(_TITLES[key], [second for _, second in pairs]) for key, pairs in chosen.items()]
+    else:
+        groups = [group(f"The first captions, {'after' if after else 'before'} training", newest.captions[:SHOWN])]
+    groups += [group(_TITLES[key], captions) for key, captions in doubtful(newest.captions).items()]
+    return [each for each in groups if each["cards"]]
 
 
 def _card(run: RunDir, names: Sequence[str], before: CaptionScore | None, after: CaptionScore | None) -> dict[str, Any]:
@@ -71,10 +75,11 @@ def _card(run: RunDir, names: Sequence[str], before: CaptionScore | None, after:
 def _side(kind: str, title: str, score: CaptionScore) -> dict[str, Any]:
     known = {word for reference in score.references for word in words(reference)}
     parts = [{"name": name, "value": f"{value:.2f}"} for name, value in _shown_parts(score)]
+    sigma = score.reward.sigma
     return {
         "kind": kind,
         "title": title,
-        "reward": f"{score.reward.total:.3f}",
+        "reward": f"{score.reward.total:.3f}" + ("" if sigma is None else f" ± {sigma:.3f}"),
         "pieces": list(_pieces(score.caption, known)),
         "parts": parts,
     }

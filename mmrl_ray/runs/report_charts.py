@@ -1,24 +1,19 @@
-"""The curves of a report: metrics lines in, small SVG pictures out, readable on light and dark paper.
-
-Colours are CSS variables inside the picture, so that one picture follows the reader's light or dark setting. Text
-stays text. Nothing in a picture points outside it.
-"""
+"""The curves of a report: metrics lines in, small SVG pictures out."""
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from mmrl_ray.config.reward import RESERVED_NAMES
+from mmrl_ray.runs.report_svg import GRID, INK, Chart, colour, quiet_axes, svg_data_uri
 
 Metrics = Sequence[Mapping[str, Any]]
 Curve = list[tuple[float, float]]
@@ -31,23 +26,7 @@ _SERIES = 8
 _SLIVER = 0.01
 """Share of all the seconds below which a phase is not drawn by itself."""
 _ROUNDING = 1e-6
-_INK, _GRID = 16, 17
-_LIGHT = ("#0b62a8", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#be185d", "#0f766e", "#475569")
-_DARK = ("#6cb6ff", "#ff9d5c", "#5fd68a", "#c3a6ff", "#f2c14e", "#ff8cc6", "#4fd6c4", "#a9b6c9")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One picture with the words that stand for it."""
-
-    title: str
-    data_uri: str
-    alt: str
-    """For those who cannot see it: what is drawn, and first, last, smallest and largest value of each curve."""
-    caption: str
-    """First and last values."""
-    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +50,16 @@ PANELS: tuple[_Panel, ...] = (
     _Panel(
         "Reward parts",
         ("reward/",),
-        exclude=("reward/mean", "reward/std", "reward/group_std", "reward/zero_variance_groups", "reward/with_kl"),
+        exclude=tuple(f"reward/{name}" for name in RESERVED_NAMES),
     ),
+    _Panel("Importance of each modality, share", ("importance/",)),
+    _Panel("Importance of each modality, RMS", ("importance_rms/",), unit="nats a unit of embedding"),
+    _Panel("Reward less its uncertainty, and that", ("reward/adjusted", "reward/sigma")),
+    _Panel("Spread of reward parts within groups", ("reward_group_std/",)),
+    _Panel("Weights and risk of the reward", ("reward_weight/", "reward/risk", "reward/normalized")),
     _Panel("Loss and its terms", ("loss", "loss/")),
+    _Panel("Preferences", ("dpo/accuracy", "dpo/confidence"), unit="share of the step's pairs"),
+    _Panel("Implicit rewards", ("dpo/reward_chosen", "dpo/reward_rejected", "dpo/margin")),
     _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
     _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
     _Panel("Mean Q and temporal-difference error", ("q/",)),
@@ -151,7 +137,7 @@ def _chart(panel: _Panel, metrics: Metrics) -> Chart | None:
     if panel.band is not None:
         _band(axes, *(_curve(name, metrics) for name in panel.band))
     _dress(axes, panel, legend=len(curves) > 1)
-    return Chart(panel.title, _data_uri(figure), _alt(panel, curves), _first_last(curves), wide=panel.stacked)
+    return Chart(panel.title, svg_data_uri(figure), _alt(panel, curves), _first_last(curves), wide=panel.stacked)
 
 
 def _without_slivers(curves: Mapping[str, Curve]) -> dict[str, Curve]:
@@ -190,17 +176,17 @@ def _lines(axes: Axes, curves: Mapping[str, Curve]) -> None:
         style = _DASHES[(i // _SERIES + i) % len(_DASHES)] if len(curves) > 1 else "-"
         marker = "o" if len(points) == 1 else ""
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=_colour(i % _SERIES), linestyle=style, marker=marker, linewidth=1.6, label=name)
+        axes.plot(x, y, color=colour(i % _SERIES), linestyle=style, marker=marker, linewidth=1.6, label=name)
 
 
 def _stack(axes: Axes, curves: Mapping[str, Curve]) -> None:
     steps = sorted({x for points in curves.values() for x, _ in points})
     heights = [[dict(points).get(x, 0.0) for x in steps] for points in curves.values()]
-    colours = [_colour(i % _SERIES) for i in range(len(curves))]
+    colours = [colour(i % _SERIES) for i in range(len(curves))]
     if len(steps) == 1:  # one step has no area
         base = 0.0
-        for (height,), colour, name in zip(heights, colours, curves, strict=True):
-            axes.bar(steps, [height], bottom=base, color=colour, label=name, width=0.6)
+        for (height,), shade, name in zip(heights, colours, curves, strict=True):
+            axes.bar(steps, [height], bottom=base, color=shade, label=name, width=0.6)
             base += height
         return
     axes.stackplot(steps, heights, labels=list(curves), colors=colours, linewidth=0, alpha=0.85)
@@ -212,12 +198,12 @@ def _band(axes: Axes, mean: Curve, std: Curve) -> None:
     x = [p[0] for p in mean]
     low = [m - s for (_, m), (_, s) in zip(mean, std, strict=True)]
     high = [m + s for (_, m), (_, s) in zip(mean, std, strict=True)]
-    axes.fill_between(x, low, high, color=_colour(0), alpha=0.18, linewidth=0)
+    axes.fill_between(x, low, high, color=colour(0), alpha=0.18, linewidth=0)
 
 
 def _dress(axes: Axes, panel: _Panel, *, legend: bool) -> None:
     """Quiet axes; a legend beside the plot, where it hides nothing."""
-    ink, grid = _colour(_INK), _colour(_GRID)
+    ink = colour(INK)
     axes.set_xlabel("step", color=ink, fontsize=8)
     if panel.unit:
         axes.set_ylabel(panel.unit, color=ink, fontsize=8)
@@ -225,42 +211,8 @@ def _dress(axes: Axes, panel: _Panel, *, legend: bool) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
     axes.yaxis.get_offset_text().set(color=ink, fontsize=7)
-    axes.tick_params(colors=ink, labelcolor=ink, labelsize=8, length=2, width=0.6)
-    axes.grid(axis="y", color=grid, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=grid, linewidth=0.8)
-    if legend:
-        axes.legend(
-            loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=7, labelcolor=ink, handlelength=1.8
-        )
-
-
-def _colour(index: int) -> str:
-    """A stand-in that `_data_uri` turns into the CSS variable of that number."""
-    return f"#0000{index + 1:02x}"
-
-
-def _data_uri(figure: Figure) -> str:
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmrl"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the doctype, which names a host
-    svg = re.sub(r"#0000([0-9a-f]{2})", lambda m: f"var(--c{int(m[1], 16) - 1})" if m[1] != "00" else m[0], svg)
-    head, _, rest = svg.partition(">")
-    return "data:image/svg+xml;base64," + base64.b64encode(f"{head}>{_stylesheet()}{rest}".encode()).decode()
-
-
-def _stylesheet() -> str:
-    def variables(series: Sequence[str], ink: str, grid: str) -> str:
-        pairs = [*enumerate(series), (_INK, ink), (_GRID, grid)]
-        return "svg{" + "".join(f"--c{i}:{value};" for i, value in pairs) + "}"
-
-    light = variables(_LIGHT, "#374151", "#d5dae1")
-    dark = variables(_DARK, "#c5cdd8", "#3a424e")
-    fonts = "text{font-family:system-ui,sans-serif!important}"
-    return f"<style>{light}@media screen and (prefers-color-scheme:dark){{{dark}}}{fonts}</style>"
+    axes.grid(axis="y", color=colour(GRID), linewidth=0.6)
+    quiet_axes(axes, legend=legend)
 
 
 def _alt(panel: _Panel, curves: Mapping[str, Curve]) -> str:

@@ -29,6 +29,8 @@ _WORDS = {
     "learner_path": "forward path chosen",
     "sample_quarantined": "sample quarantined",
     "reward_failed": "rewards failed",
+    "reward_replica_lost": "reward replica lost",
+    "reward_replica_ready": "reward replica ready again",
     "checkpoint_damaged": "checkpoint damaged",
 }
 _ORDINARY = frozenset(("worker_created", "worker_ready"))
@@ -42,6 +44,8 @@ def happened(
     lost, restarts = _of(events, "worker_lost"), _of(events, "learner_restarted")
     replaced = list(replacements(events))
     failed = _of(events, "reward_failed")
+    ends = [{"detail": str(each.get("status", ""))} for each in _of(events, "run_ended")]
+    ended = [each for each in ends if each["detail"].startswith("failed")]
     stale = sum(int(line["dropped"]) for line in metrics if is_number(line.get("dropped")))
     rows = [
         ("rollout workers lost", len(lost), _reasons(lost)),
@@ -51,9 +55,11 @@ def happened(
         ("changes of scale", len(_of(events, "workers_scaled")), _reasons(_of(events, "workers_scaled"))),
         ("requests to scale refused", len(_of(events, "scale_refused")), _reasons(_of(events, "scale_refused"))),
         ("learner restarts", len(restarts), "; ".join(_restart(each) for each in restarts[-3:])),
+        ("ended with an error", len(ended), _reasons(ended)),
         ("resumed", len(_of(events, "run_resumed")), ""),
         ("samples quarantined", len(quarantined), _reasons(quarantined)),
         ("groups without a reward", sum(int(each.get("groups", 1)) for each in failed), _reasons(failed)),
+        ("reward replicas lost", len(_of(events, "reward_replica_lost")), ""),
         ("groups sampled again as too stale", stale, ""),
         ("checkpoints damaged", *_damaged(_of(events, "checkpoint_damaged"))),
     ]

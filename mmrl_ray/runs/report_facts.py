@@ -7,6 +7,7 @@ from typing import Any
 
 from mmrl_ray.runs.report_charts import charted_names, is_number
 from mmrl_ray.runs.report_events import path_reason, text_of
+from mmrl_ray.runs.reward_facts import reward_rows
 
 Row = tuple[str, str]
 
@@ -18,9 +19,12 @@ def fact_blocks(
     metrics: Sequence[Mapping[str, Any]],
     events: Sequence[Mapping[str, Any]],
     quarantined: Sequence[Mapping[str, Any]],
+    config: str,
 ) -> list[dict[str, Any]]:
     """Titled blocks of (name, value); a block without rows is left out."""
     blocks = [
+        ("Held-out preferences", list(_preferences(summary))),
+        ("Reward in training, first step to last", reward_rows(config, metrics)),
         ("Time by phase", list(_phases(summary))),
         ("Time in steps, summed", list(_step_seconds(metrics))),
         ("Resources and path", list(_resources(summary, metrics, events))),
@@ -52,6 +56,19 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{int(minutes)} min {int(seconds % 60):02d} s"
     return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+
+
+def _preferences(summary: Mapping[str, Any]) -> Iterator[Row]:
+    told = _mapping(summary.get("preferences"))
+    for name in ("before", "after", "difference"):
+        side = _mapping(told.get(name))
+        if is_number(side.get("pairs")):
+            yield f"pairs, {name}", f"{side['pairs']:g}"
+        for measure in ("accuracy", "margin"):
+            interval = _mapping(side.get(measure))
+            if all(is_number(interval.get(key)) for key in ("value", "low", "high")):
+                bounds = f"[{interval['low']:.3f}, {interval['high']:.3f}]"
+                yield f"{measure} of the implicit reward, {name}", f"{interval['value']:.3f} {bounds}"
 
 
 def _phases(summary: Mapping[str, Any]) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from mmrl_ray.runs.scores import Difference, Evaluation, compare
 
 _LABELS = {
     "reward": ("Total reward", ""),
+    "reward/sigma": ("Standard deviation of the reward", "as its model foresees it"),
     "cider_d": ("CIDEr-D", "document frequencies of the training split"),
     "bleu_1": ("BLEU-1", ""),
     "bleu_2": ("BLEU-2", ""),
@@ -130,8 +131,8 @@ def _verdict(name: str, difference: Difference) -> dict[str, str]:
 
 
 def _is_penalty(name: str) -> bool:
-    """R_cap's length part counts against the total: more of it is not better."""
-    return name.startswith("reward/") and name.endswith("/length")
+    """R_cap's length and repetition count against the total, and doubt is no merit: more of these is not better."""
+    return name.startswith("reward/") and name.endswith(("/length", "/repeated", "/sigma"))
 
 
 def _value(interval: Interval | None) -> str:

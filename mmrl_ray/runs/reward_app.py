@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,9 @@ from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rollouts.pool_settings import demand_of
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.target import STATISTICS
+from mmrl_ray.runs.watch import note_event
+
+_LOOK_EVERY_S = 1.0
 
 
 class RunReward:
@@ -25,6 +29,8 @@ class RunReward:
         self._run = run
         self._app: str | None = None
         self._close: Callable[[], None] = _nothing
+        self._looked = 0.0
+        self._unhealthy_since: float | None = None
         self.reward: RewardFn = build_reward(cfg.reward, statistics)
         """Picklable. Behind Serve it may be called before `wait`: the call waits for the replica."""
 
@@ -64,6 +70,25 @@ class RunReward:
             timeout_s = self._cfg.resources.placement_timeout_s
             launch.wait_until_running(self._app, timeout_s, demand=demand_of(share.cpus, share.gpus, share.node_labels))
 
+    def look(self) -> None:
+        """Notes in the run's events when a replica has died, and when another has taken its place.
+
+        Call it often; it asks Serve about once a second.
+        """
+        now = time.monotonic()
+        if self._app is None or now - self._looked < _LOOK_EVERY_S:
+            return
+        from mmrl_ray.serving import launch
+
+        self._looked = now
+        unhealthy = launch.is_unhealthy(self._app)
+        if unhealthy and self._unhealthy_since is None:
+            self._unhealthy_since = now
+            note_event(self._run, "reward_replica_lost")
+        elif not unhealthy and self._unhealthy_since is not None:
+            note_event(self._run, "reward_replica_ready", seconds=now - self._unhealthy_since)
+            self._unhealthy_since = None
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -78,6 +103,9 @@ def _nothing() -> None:
     """An inline reward holds nothing to close."""
 
 
-def app_name(run: RunDir) -> str:
-    """Runs of one name in different places may share a cluster."""
-    return f"reward-{run.name}-{hashlib.sha256(run.location.encode()).hexdigest()[:8]}"
+def app_name(run: RunDir, what: str = "reward") -> str:
+    """Of a run's application on Serve. Runs of one name in different places may share a cluster.
+
+    The same for a run that is resumed: its driver replaces what one that was killed has left.
+    """
+    return f"{what}-{run.name}-{hashlib.sha256(run.location.encode()).hexdigest()[:8]}"

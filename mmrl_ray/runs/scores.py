@@ -3,6 +3,7 @@
 The measures, by name:
 
     reward, reward/PART         the run's own reward and every part of it
+    reward/sigma                its mean standard deviation, where it knows one
     cider_d, rouge_l            means of the sentence scores
     bleu_1 … bleu_4             of the corpus
     attributes/precision        for scenes, over all captions: facts that are true ÷ facts claimed
@@ -89,6 +90,9 @@ class Evaluation:
         columns: dict[str, list[float]] = {"reward": [c.reward.total for c in self.captions]}
         for part in _shared([c.reward.parts for c in self.captions]):
             columns[f"reward/{part}"] = [c.reward.parts[part] for c in self.captions]
+        sigmas = [c.reward.sigma for c in self.captions if c.reward.sigma is not None]
+        if len(sigmas) == len(self.captions):
+            columns["reward/sigma"] = sigmas
         for name in _shared([c.scores for c in self.captions]):
             if name not in _ATTRIBUTES:
                 columns[name] = [c.scores[name] for c in self.captions]

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import mmrl_ray
@@ -36,16 +37,18 @@ from mmrl_ray.rollouts.control_files import STARTING_S, conclude_status, write_s
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs import preferences
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
 from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory, give_back_memory
-from mmrl_ray.runs.preflight import check_model, evaluation_split
+from mmrl_ray.runs.preflight import check_run, evaluation_split
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, score_captions
+from mmrl_ray.runs.state_records import MAX_STATES, States, load_states, save_states, states_json
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import warm_start
 from mmrl_ray.runs.watch import note_event, scrape_targets
@@ -54,7 +57,10 @@ from mmrl_ray.telemetry.logs import start_logging
 SUMMARY = "summary.json"
 _WATCH_S = 0.5
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
-_SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl", "samples_per_second": "samples/s"}
+_SHOWN = {
+    **{"reward/mean": "reward", "loss": "loss", "kl": "kl"},
+    **{"dpo/accuracy": "accuracy", "samples_per_second": "samples/s"},
+}
 
 
 def train(cfg: Config, *, resume: bool = False, address: str | None = None, debug: bool = False) -> str:
@@ -78,6 +84,7 @@ class _Run:
         self._cfg = cfg
         self._progress = progress
         self._memory = memory
+        self._pairs: list[Sample] = []
         self._seconds: dict[str, float] = {}
         self._began = time.monotonic()
 
@@ -87,6 +94,8 @@ class _Run:
         if not resume:
             RunDir.require_new(cfg.run.root, cfg.run.name)
         with self._timed("data"):
+            if not resume:
+                preferences.check_pairs(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             samples = evaluation_split(cfg)
@@ -94,7 +103,7 @@ class _Run:
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
-            check_model(start)
+            check_run(start)
             give_back_memory()
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
@@ -105,6 +114,8 @@ class _Run:
             if not resume:
                 run.write_text("config.yaml", dump_config(cfg))
             statistics = self._statistics(run)
+            with self._timed("preferences"):
+                start, self._pairs = preferences.pair_data(start, run)
             with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
@@ -136,7 +147,9 @@ class _Run:
             if run.exists(STATISTICS):
                 statistics = CorpusStatistics.from_json(run.read_text(STATISTICS))
             else:
-                statistics = CorpusStatistics.from_references(iter_references(self._cfg.data.train))
+                references = iter_references(self._cfg.data.train)
+                order = self._cfg.reward.language_order
+                statistics = CorpusStatistics.from_references(references, language_order=order)
                 run.write_text(STATISTICS, statistics.to_json())
         return statistics
 
@@ -146,6 +159,7 @@ class _Run:
         with self._timed("start"):
             controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
         is_beginning = not checkpoint_steps(run)
+        learner: LearnerGroup | None = None
         try:
             with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
                 learner = LearnerGroup(cfg, run, controller)
@@ -156,15 +170,22 @@ class _Run:
                         self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
                     else:  # a later version's captions would pass for the first one's
                         self._progress.note("evaluate (before): left out, the run is past its beginning")
+                if is_beginning and not preferences.has_measured(run, "before"):
+                    self._measure_pairs(cfg, run, "before", controller)
                 with self._timed("learning"):
-                    self._watch(controller, learner)
+                    self._watch(controller, learner, hosted)
                     outcome = learner.result()
             if not outcome.finished:
                 raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
             if samples:
                 self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
+            self._measure_pairs(cfg, run, "after", controller)
         finally:
-            controller.close()
+            try:
+                controller.close()
+            finally:
+                if learner is not None:
+                    learner.close()
 
     def _learn_by_value(
         self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
@@ -172,23 +193,13 @@ class _Run:
         # Imported here: RLlib takes seconds, which other runs need not pay.
         from mmrl_ray.runs.value_based import ValueBasedRun
 
+        def evaluate(name: str, captions: Sequence[str]) -> None:
+            self._score(run, name, samples, captions, hosted.reward, statistics)
+
         with self._timed("start"):
             learning = ValueBasedRun(cfg, run, hosted, samples, self._progress)
-        try:
-
-            def evaluate(name: str) -> None:
-                if not samples:
-                    return
-                with self._timed(f"evaluate_{name}"):
-                    self._score(run, name, samples, learning.captions(), hosted.reward, statistics)
-
-            if load_evaluation(run, "before") is None and not checkpoint_steps(run):
-                evaluate("before")
-            with self._timed("learning"):
-                learning.learn()
-            evaluate("after")
-        finally:
-            learning.close()
+        with closing(learning), self._timed("learning"):
+            learning.learn(evaluate)
 
     def _evaluate(
         self,
@@ -205,7 +216,7 @@ class _Run:
             sampling = SamplingParams(
                 temperature=self._cfg.rollout.temperature, max_new_tokens=self._cfg.rollout.max_new_tokens, greedy=True
             )
-            generated = controller.generate(samples, sampling)
+            generated = controller.generate(samples, sampling, states=MAX_STATES)
             done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
             for failure in generated.failures:
                 self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
@@ -213,6 +224,8 @@ class _Run:
             captions = [group.completions[0].text for group in groups]
             kept = [sample for sample, _ in done]
             self._score(run, name, kept, captions, reward, statistics)
+            if states := {s.id: g.state for s, g in zip(kept, groups, strict=True) if g.state is not None}:
+                save_states(run, name, States.of(states))
 
     def _score(
         self,
@@ -229,11 +242,18 @@ class _Run:
         shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
         self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
 
-    def _watch(self, controller: ControllerClient, learner: LearnerGroup) -> None:
+    def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
+        """What the policy makes of the held-out pairs, if there are any."""
+        if self._pairs:
+            with self._timed(f"preferences_{name}"):
+                self._progress.note(preferences.measure_pairs(cfg, run, name, controller, self._pairs))
+
+    def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
         """Shows the newest step until the learner group is done."""
         update: ProgressFn = self._progress.phase("learning")
         shown = -1
         while not learner.wait(_WATCH_S):
+            hosted.look()
             status = controller.status()
             step, steps = int(status["step"]), int(status["steps"])
             if step > max(shown, 0):
@@ -245,11 +265,14 @@ class _Run:
     def _conclude(self, run: RunDir, status: str) -> None:
         """Summary and report, however the run ended."""
         before, after = load_evaluation(run, "before"), load_evaluation(run, "after")
+        states = {name: load_states(run, name) for name in ("before", "after")}
         seconds = {**self._seconds, "total": time.monotonic() - self._began}
         summary = {
             "status": status,
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
+            "correlations": states_json(states),
+            **({"preferences": pairs} if (pairs := preferences.preferences_json(run)) else {}),
             "seconds": seconds,
             "peak_memory_bytes": self._memory.peak_bytes,
             "cpus": os.cpu_count(),
@@ -285,7 +308,8 @@ def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(line[key]) for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+    known = {name: line[key] for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+    return {name: float(value) for name, value in known.items() if math.isfinite(value)}
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ pictures ──vision tower──▶ features ──▶ env runners ⇄ learner 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +25,7 @@ from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rollouts.metrics import StepLog
 from mmrl_ray.rollouts.status_desk import StatusDesk
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.eval_records import load_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.reward_app import RunReward
@@ -43,7 +44,7 @@ _WRITTEN_S = 300.0
 
 
 class ValueBasedRun:
-    """Needs a Ray. `learn` takes all steps that are left; `captions` are those of the agent as it stands."""
+    """Needs a Ray. `learn` takes all steps that are left."""
 
     def __init__(
         self, cfg: Config, run: RunDir, hosted: RunReward, held_out: Sequence[Sample], progress: RunProgress
@@ -69,9 +70,8 @@ class ValueBasedRun:
         hosted.wait()
         step = newest_valid_checkpoint(run)
         state = None if step is None else load_value_checkpoint(run, step)
-        arguments = environment_arguments(
-            agent, scale(images, blind=agent.blind), self._samples, hosted.reward, vocabulary
-        )
+        seen = scale(images, blind=agent.blind)
+        arguments = environment_arguments(cfg, seen, self._samples, hosted.reward, vocabulary)
         self._trainer = ValueTrainer(cfg, arguments, state)
         self._desk = ValueDesk(cfg)
         self._down = 0
@@ -86,17 +86,23 @@ class ValueBasedRun:
         self._stored = {name.split(".", 1)[0] for name in run.list("images")}
         """Hashes of pictures that lie in the run folder."""
 
-    def captions(self) -> list[str]:
-        """Greedy ones of the held-out pictures."""
-        return self._agent().captions(self._held_out)
-
-    def learn(self) -> None:
+    def learn(self, evaluate: Callable[[str, Sequence[str]], None]) -> None:
         """Rounds until all steps are taken.
+
+        Args:
+            evaluate: takes "before" or "after" and the agent's greedy captions of the held-out pictures.
 
         Raises:
             Interrupted: the user stopped it; what was finished is checkpointed.
             NonFiniteError, RolloutError: as `ValueTrainer.round`.
         """
+        if len(self._held_out) and self._saved == 0 and load_evaluation(self._run, "before") is None:
+            evaluate("before", self._agent().captions(self._held_out))
+        self._rounds()
+        if len(self._held_out):
+            evaluate("after", self._agent().captions(self._held_out))
+
+    def _rounds(self) -> None:
         updates, steps = self._trainer.updates, self._cfg.learner.steps
         self._log.rewind(updates)
         self._truncate_rollouts(updates)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
@@ -27,6 +28,7 @@ from mmrl_ray.serving.routes.fine_tuning import add_fine_tuning
 from mmrl_ray.serving.routes.models import add_models
 from mmrl_ray.serving.routes.operations import add_operations
 from mmrl_ray.serving.routes.pictures import Pictures
+from mmrl_ray.serving.routes.preferences import PreferenceRequest, add_preferences
 from mmrl_ray.serving.routes.rewards import RewardRequest, add_rewards
 from mmrl_ray.serving.routes.runs import WorkersRequest, add_runs
 from mmrl_ray.serving.routes.score import ScoreRequest, add_score
@@ -66,10 +68,11 @@ def make_app(deps: GatewayDeps) -> FastAPI:
         middleware=[Middleware(Envelope, metrics=metrics), gate],
         exception_handlers={HTTPException: _refused, RequestValidationError: _refused},
     )
-    parts = (add_chat, add_captions, add_models, add_rewards, add_score, add_runs, add_fine_tuning, add_operations)
-    for add in parts:
+    parts = (add_chat, add_captions, add_models, add_rewards, add_score)
+    for add in (*parts, add_preferences, add_runs, add_fine_tuning, add_operations):
         add(app, tools)
-    document(app, [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, WorkersRequest, FineTuningRequest])
+    bodies: list[type[BaseModel]] = [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, PreferenceRequest]
+    document(app, [*bodies, WorkersRequest, FineTuningRequest])
     return app
 
 

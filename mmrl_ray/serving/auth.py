@@ -149,8 +149,16 @@ def needs(role: KeyRole) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
+def caller_name(request: Request) -> str:
+    """The name of the request's key, and one for everybody where no key is asked for."""
+    caller: KeyRecord | None = request.scope[_CALLER]
+    return _ANYBODY if caller is None else caller.name
+
+
 INFER = Depends(needs("infer"))
 """Of routes that ask the policy or the reward."""
+FEEDBACK = Depends(needs("feedback"))
+"""Of routes that take what people think of captions."""
 ADMIN = Depends(needs("admin"))
 """Of routes that start or end work on the cluster."""
 

@@ -119,10 +119,10 @@ class RewardReplica:
         """
         start_logging(log_format, run=run, role=REWARD)
         from mmrl_ray.metrics.corpus import CorpusStatistics
-        from mmrl_ray.metrics.text import MAX_ORDER
+        from mmrl_ray.rewards.build import NOTHING
         from mmrl_ray.serving.reward_service import HostedReward
 
-        found = CorpusStatistics(1, ({},) * MAX_ORDER)
+        found = NOTHING
         if statistics is not None:
             with filesystem.open_input_stream(statistics) as stream:
                 found = CorpusStatistics.from_json(stream.read().decode())
@@ -158,6 +158,7 @@ class GatewayReplica:
         self._cfg, self._policy, self._reward, self._insecure = cfg, policy, reward, insecure
 
     def __serve_build_asgi_app__(self) -> Any:
+        from mmrl_ray.feedback.store import PreferenceStore
         from mmrl_ray.serving.app import GatewayDeps, make_app
         from mmrl_ray.serving.keys import KeyStore, default_database
         from mmrl_ray.serving.services import ServedReward, ServePolicy
@@ -172,6 +173,7 @@ class GatewayReplica:
             prompt=cfg.prompt,
             default_model=next(iter(cfg.adapters), None),
             insecure=self._insecure,
+            preferences=None if (url := cfg.serving.preferences) is None else PreferenceStore(url),
             jobs=_job_service(cfg),
             meter=RayMeter(),
         )
@@ -222,6 +224,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     import torch
 
     from mmrl_ray.policy.adapters import AdapterPool
+    from mmrl_ray.policy.cpu_linear import pack_weights
     from mmrl_ray.policy.load import load_policy
     from mmrl_ray.run_dir import RunDir
     from mmrl_ray.serving.adapter_sources import AdapterFolders
@@ -243,6 +246,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
         )
         agent.start()
         return agent
+    pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
     engine = Engine(

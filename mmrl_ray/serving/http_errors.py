@@ -18,6 +18,7 @@ from mmrl_ray.errors import (
     AccessError,
     AdapterError,
     ConfigError,
+    ConflictError,
     ContextLengthError,
     DataError,
     ImageError,
@@ -27,6 +28,7 @@ from mmrl_ray.errors import (
     UnknownImageError,
     UnknownJobError,
     UnknownModelError,
+    UnknownPairError,
 )
 
 CLIENT_GONE = 499
@@ -50,6 +52,8 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (UnknownModelError, _Kind(404, _INVALID, "model_not_found", "model")),
     (UnknownImageError, _Kind(404, _INVALID, "image_not_found", "image_hash")),
     (UnknownJobError, _Kind(404, _INVALID, "job_not_found", "fine_tuning_job_id")),
+    (UnknownPairError, _Kind(404, _INVALID, "pair_not_found", "pair")),
+    (ConflictError, _Kind(409, _INVALID, "conflict", "choice")),
     (JobServerError, _Kind(503, _SERVER, "jobs_unavailable")),
     (OverloadedError, _Kind(503, _SERVER, "overloaded")),
     (AccessError, _Kind(403, "permission_error", "forbidden")),

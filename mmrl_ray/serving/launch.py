@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.api import RunTarget
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus
 
 from mmrl_ray.errors import PlacementError, ServingError
@@ -51,12 +52,21 @@ def serve_is_running() -> bool:
 
 
 def deploy(application: Application, name: str, *, route_prefix: str | None) -> None:
-    """Hands an application to Serve and returns at once."""
-    serve.run_many(
-        [RunTarget(application, name=name, route_prefix=route_prefix)],
-        wait_for_ingress_deployment_creation=False,
-        wait_for_applications_running=False,
-    )
+    """Hands an application to Serve and returns at once; takes the place of one of its name.
+
+    Raises:
+        ServingError: another application has the route.
+    """
+    try:
+        serve.run_many(
+            [RunTarget(application, name=name, route_prefix=route_prefix)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    except RayServeException as error:
+        raise ServingError(
+            f"application {name} cannot be deployed: {_last_line(str(error))} Stop that one first, or use another Ray"
+        ) from error
 
 
 def refuse_taken(name: str) -> None:
@@ -93,6 +103,13 @@ def wait_until_running(name: str, timeout_s: float, *, demand: str, stop: thread
             )
         if stop.wait(_POLL_S):
             return False
+
+
+def is_unhealthy(name: str) -> bool:
+    """Whether a replica of the application has died and has no successor yet."""
+    application = serve.status().applications.get(name)
+    deployments = application.deployments.values() if application is not None else []
+    return any(deployment.status == DeploymentStatus.UNHEALTHY for deployment in deployments)
 
 
 def delete(name: str, *, wait: bool = False) -> None:

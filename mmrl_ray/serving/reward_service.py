@@ -166,7 +166,7 @@ def reward_name(cfg: RewardSection) -> str:
 
 
 def reward_version(cfg: RewardSection, statistics: CorpusStatistics) -> str:
-    """Changes with whatever can change a score: parts, weights, and the statistics of the training references."""
-    what = cfg.model_dump(mode="json", include={"parts", "weights"})
+    """Changes with whatever can change a score: parts, weights, risk, statistics of the references."""
+    what = cfg.model_dump(mode="json", include={"parts", "weights", "risk"})
     text = json.dumps(what, sort_keys=True) + statistics.to_json()
     return hashlib.sha256(text.encode()).hexdigest()[:_VERSION_DIGITS]

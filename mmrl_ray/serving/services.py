@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from ray.serve.exceptions import ReplicaUnavailableError
 
-from mmrl_ray.errors import ServingError
+from mmrl_ray.errors import OverloadedError, ServingError
 from mmrl_ray.serving.handle_errors import ATTEMPTS, FIRST_WAIT_S, project_error, replica_lost
 from mmrl_ray.serving.names import POLICY, REWARD
 from mmrl_ray.serving.protocols import (
@@ -21,11 +22,16 @@ from mmrl_ray.serving.protocols import (
     Served,
 )
 
+_SHORTLY_S = 0.5
+"""How long a gateway that is new itself may take to hear of replicas that run."""
+_LOOK_S = 0.02
+
 
 class ServePolicy:
     """`PolicyService` over the handle of the policy deployment."""
 
     def __init__(self, handle: Any) -> None:
+        self._handle = handle
         self._generate = handle.generate
         self._stream = handle.options(method_name="stream", stream=True)
         self._models = handle.models
@@ -54,18 +60,25 @@ class ServePolicy:
                 response.cancel()  # a finished one takes no notice
 
     async def models(self) -> list[ModelInfo]:
-        """See `PolicyService`."""
+        """See `PolicyService`.
+
+        Raises:
+            OverloadedError: no replica has started yet; unlike for a caption, nobody waits for one.
+        """
+        if not await _has_started(self._handle):
+            raise OverloadedError(f"the {POLICY} deployment is starting: try again later")
         return await _call(POLICY, self._models.remote)
 
     async def ready(self) -> bool:
         """See `PolicyService`."""
-        return await _call(POLICY, self._ready.remote)
+        return await _has_started(self._handle) and await _call(POLICY, self._ready.remote)
 
 
 class ServedReward:
     """`RewardService` over the handle of the reward deployment."""
 
     def __init__(self, handle: Any) -> None:
+        self._handle = handle
         self._score = handle.score
         self._describe = handle.describe
         self._ready = handle.ready
@@ -80,7 +93,15 @@ class ServedReward:
 
     async def ready(self) -> bool:
         """See `RewardService`."""
-        return await _call(REWARD, self._ready.remote)
+        return await _has_started(self._handle) and await _call(REWARD, self._ready.remote)
+
+
+async def _has_started(handle: Any) -> bool:
+    """Whether there has been a replica; a call would wait for the first one until its deadline."""
+    deadline = time.monotonic() + _SHORTLY_S
+    while not (started := handle.running_replicas_populated()) and time.monotonic() < deadline:
+        await asyncio.sleep(_LOOK_S)
+    return bool(started)
 
 
 async def _call(who: str, remote: Callable[..., Any], *arguments: Any) -> Any:

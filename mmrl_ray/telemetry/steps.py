@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmrl_ray.config.reward import RESERVED_NAMES
 from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.meter import Meter
 from mmrl_ray.telemetry.table import Metric
@@ -29,8 +30,6 @@ _COUNTERS: Mapping[str, Metric] = {
     "dropped": table.DROPPED_GROUPS,
     "quarantined": table.QUARANTINED_SAMPLES,
 }
-_OF_REWARDS = ("group_std", "zero_variance_groups", "with_kl")
-"""Figures about the rewards that are no part of one."""
 
 
 def measure_step(meter: Meter, line: Mapping[str, Any]) -> None:
@@ -52,7 +51,7 @@ def _measure(meter: Meter, name: str, value: float) -> None:
         meter.add(table.PHASE_SECONDS, value, phase=rest)
     elif group == "loss":
         meter.set(table.LOSS_TERM, value, term=rest)
-    elif group == "reward" and rest not in _OF_REWARDS:
+    elif group == "reward" and rest not in RESERVED_NAMES:
         meter.set(table.REWARD_PART, value, part=rest)
     else:
         meter.set(table.FIGURE, value, name=name)

@@ -86,7 +86,7 @@ QUEUED_ASSIGNMENTS = _gauge("queued_assignments", "Assignments that wait for a w
 BUFFERED_GROUPS = _gauge("buffered_groups", "Groups in the buffer: arrived, or held a place for", "run", "state")
 ASSIGNMENTS = _counter("assignments", "Assignments by what became of them", "run", "outcome")
 EVENTS = _counter(
-    "events", "What was written to events.jsonl, by kind: worker_lost, learner_restarted, …", "run", "kind"
+    "events", "What was written to events.jsonl, by kind, such as worker_lost or learner_restarted", "run", "kind"
 )
 
 # -- rollout workers ---------------------------------------------------------------------------------------------------

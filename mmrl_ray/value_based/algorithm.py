@@ -30,20 +30,21 @@ from mmrl_ray.value_based.vocabulary import Vocabulary
 
 
 def environment_arguments(
-    cfg: ValueBasedSection,
+    cfg: Config,
     images: np.ndarray,
     samples: list[Sample],
     reward: RewardFn,
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
-    """What `gym.make(CAPTION_ENV, …)` takes. Samples without their pictures: `images` stands for those."""
+    """What `gym.make(CAPTION_ENV, …)` takes; `images` stand for pictures, which only a reward may need."""
+    agent = _section(cfg)
     return {
         "images": images,
-        "samples": [replace(sample, images=()) for sample in samples],
+        "samples": samples if cfg.reward.needs_images else [replace(sample, images=()) for sample in samples],
         "reward": reward,
         "vocabulary": vocabulary,
-        "shaping": cfg.shaping,
-        "gamma": cfg.gamma,
+        "shaping": agent.shaping,
+        "gamma": agent.gamma,
     }
 
 

@@ -39,5 +39,11 @@ def test_it_ends_with_better_captions_on_what_it_never_saw(tmp_path: Path) -> No
     assert summary["peak_memory_bytes"] < 5e9
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(step["shared_prefix"] and step["masked"] == 0 and step["dropped"] == 0 for step in steps)
+    measured = [step["importance/image"] for step in steps if "importance/image" in step]
+    assert len(measured) == 6
+    assert min(measured) > 0, "the policy looks"
+    assert all((run / "analysis" / f"{side}.parquet").is_file() for side in ("before", "after"))
+    assert summary["correlations"]["after"]["text"]["rho"] is None, "one prompt for all"
+    assert summary["correlations"]["after"]["image"]["rho"] > 0.3, "what it says goes with what it sees"
     captions = {sample.id for sample in read_split(tmp_path / "data" / "scenes" / "eval", prompt="")}
     assert summary["eval"]["after"]["samples"] == len(captions)

@@ -20,6 +20,7 @@ from mmrl_ray import errors
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import (
+    CaptionState,
     Completion,
     EncodedPrompt,
     GroupKey,
@@ -58,6 +59,8 @@ def test_import_contracts_hold() -> None:
         ("mmrl_ray.rewards.multimodal", ("torch", "ray", "transformers")),
         ("mmrl_ray.rewards.overlap", ("torch", "ray", "transformers")),
         ("mmrl_ray.rewards.build", ("torch", "ray", "transformers")),
+        ("mmrl_ray.rewards.learned", ("torch", "ray", "transformers")),
+        ("mmrl_ray.runs.reward_model", ("ray",)),
         ("mmrl_ray.data.samples", ("torch", "ray", "transformers")),
         ("mmrl_ray.run_dir", ("torch", "ray", "transformers")),
         ("mmrl_ray.jobs.control, mmrl_ray.jobs.status_view", ("torch", "ray", "transformers")),
@@ -126,11 +129,14 @@ def _carriers() -> list[Any]:
     vision = VisionFeatures(torch.zeros(2, 4), (torch.ones(2, 4),))
     reward = RewardBreakdown(0.5, {"bleu": 0.5}, {"bleu": 1.0}, 0.1)
     key = GroupKey(3, 1, 2)
-    group = RolloutGroup(sample, prompt, (completion,), 3, SamplingParams(seed=7), completion, vision)
-    scored = ScoredGroup(key, "a", 3, 3, (2,), (reward,), 0.4, None, group, "w0", {"sample": 0.1}, {"vision_hits": 1})
+    state = CaptionState(torch.zeros(4), {"image": torch.ones(4)}, torch.ones(4))
+    group = RolloutGroup(sample, prompt, (completion,), 3, SamplingParams(seed=7), completion, vision, state)
+    scored = ScoredGroup(
+        key, "a", 3, 3, (2,), (reward,), reward, None, group, "w0", {"sample": 0.1}, {"vision_hits": 1}
+    )
     planned = PlannedGroup(key, "a", 0, (0.5,), (1.0,), (2,), 3, group)
     plan = StepPlan(3, (planned,), 2.0, (((0,),),), {"reward/mean": 0.5})
-    return [sample, completion, prompt, vision, reward, key, group, scored, planned, plan, group.sampling]
+    return [sample, completion, prompt, vision, reward, key, group, scored, planned, plan, group.sampling, state]
 
 
 def _same(a: Any, b: Any) -> bool:

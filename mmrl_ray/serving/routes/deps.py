@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.feedback.store import PreferenceStore
 from mmrl_ray.serving.keys import KeyStore
 from mmrl_ray.serving.protocols import JobService, PolicyService, RewardService
 from mmrl_ray.telemetry.meter import Meter
@@ -28,5 +29,7 @@ class GatewayDeps:
     """Ask for no key; only on a loopback host."""
     meter: Meter | None = None
     """Takes the same measurements as `/metrics`, for a Prometheus that asks Ray."""
+    preferences: PreferenceStore | None = None
+    """What people think of captions; None where `settings.preferences` is not written."""
     jobs: JobService | None = None
     """Fine-tuning jobs; None where `settings.fine_tuning` is not written."""

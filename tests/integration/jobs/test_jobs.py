@@ -50,7 +50,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         AuthenticationTokenLoader.instance().reset_cache()
         port = free_port()
         ray.init(
-            num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
+            "local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
             object_store_memory=100 * 2**20, log_to_driver=False,
         )  # fmt: skip
         try:

@@ -28,7 +28,7 @@ def local_ray() -> Iterator[None]:
         # Ray reads both when it is imported, which was long ago, and a module before may have had another token.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
-        ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+        ray.init("local", num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
         try:
             yield
         finally:

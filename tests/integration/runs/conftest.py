@@ -95,7 +95,11 @@ def prepare(folder: Path) -> dict[str, Any]:
         "data": {"train": str(folder / "train"), "eval": str(folder / "eval"), "prompt": "describe the image ."},
         "algorithm": "grpo",
         "rollout": {"group_size": 3, "max_new_tokens": 6, "groups_per_assignment": 2},
-        "reward": {"host": "inline"},  # Serve has tests of its own, and costs every run seconds
+        "reward": {
+            "host": "inline",  # Serve has tests of its own, and costs every run seconds
+            "parts": {"caption": {"kind": "caption"}, "fluent": {"kind": "fluency"}},
+            "weights": {"caption": 1.0, "fluent": 0.1},
+        },
         "learner": {"steps": 6, "groups_per_step": 4, "lr": 1e-2, "checkpoint_every": 3},
         "resources": {"learner": actor, "rollout": actor},
     }
@@ -111,7 +115,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         # Ray reads both when it is imported, which was long ago, and a module before may have had another token.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
-        context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+        context = ray.init(
+            "local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+        )
         try:
             environment = {**os.environ, "RAY_ADDRESS": context.address_info["gcs_address"], "COLUMNS": "200"}
             yield Workplace(folder, environment, settings)

@@ -79,6 +79,11 @@ def place(workplace: Workplace, tmp_path: Path) -> Path:
     (tmp_path / "dataset_coco.json").write_text(json.dumps(karpathy))
     lines = [json.dumps({"image": f"{i}.png", "captions": list(s.references)}) for i, s in numbered]
     (tmp_path / "photos.jsonl").write_text("\n".join(lines) + "\n")
+    votes = [
+        {"image": "0.png", "caption_a": "red", "caption_b": text, "choice": "b", "rater": "ann"}
+        for text in ("a circle", "a red circle")
+    ]
+    (tmp_path / "votes.jsonl").write_text("\n".join(map(json.dumps, votes)))
     settings = {
         **workplace.settings,
         "run": {"name": "mine"},
@@ -86,6 +91,10 @@ def place(workplace: Workplace, tmp_path: Path) -> Path:
         "sft": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
         "learner": {"steps": 2, "groups_per_step": 2},
     }
+    # Its training is tested by itself; here it is the command.
+    reward_model = yaml.safe_load((tmp_path / "configs" / "reward-model.yaml").read_text())
+    reward_model["training"] = {"steps": 2}
+    (tmp_path / "configs" / "reward-model.yaml").write_text(yaml.safe_dump(reward_model))
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
 
@@ -134,7 +143,7 @@ def served(workplace: Workplace, place: Path) -> Iterator[Served]:
 @pytest.mark.timeout(600)
 def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path) -> None:
     found = [command for command in commands("mmrl") if not command.startswith(ELSEWHERE)]
-    assert len(found) >= 16
+    assert len(found) >= 19
     with served(workplace, place) as server:
         for command in found:
             arguments = shlex.split(command)[1:]
@@ -150,9 +159,14 @@ def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path
             assert "Traceback" not in output, command
         assert server.process is not None
     assert (place / "runs" / "again" / "report.html").exists()
+    assert (place / "photo-explained.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_split(place / "data" / "coco" / "train", prompt="")) == 6
-    summary = json.loads((place / "runs" / "again" / "summary.json").read_text())
-    assert summary["status"] == "finished"
+    for run in ("again", "liked"):
+        summary = json.loads((place / "runs" / run / "summary.json").read_text())
+        assert summary["status"] == "finished"
+    last = (place / "runs" / "liked" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert 0 <= json.loads(last)["dpo/accuracy"] <= 1
+    assert (place / "rewards" / "scenes" / "report.json").exists()
 
 
 def test_every_make_target_of_the_readme_is_there() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -40,6 +41,18 @@ def assert_same_adapter(first: Path, second: Path) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+OWN_REWARD = """
+def picky(captions, states, *, digit):
+    if any(sample.id.endswith(digit) for sample in states):
+        raise ValueError("not this one")
+    return [len(set(caption.split())) for caption in captions]
+"""
+
+
+def rollouts(run: Path, step: int) -> list[dict[str, Any]]:
+    return pq.read_table(run / "rollouts" / f"step-{step:06d}.parquet").to_pylist()
+
+
 @pytest.fixture(scope="module")
 def straight(workplace: Workplace) -> Path:
     """Six steps without a break, with its log as JSON."""
@@ -53,6 +66,7 @@ def test_a_run_leaves_everything_a_user_looks_for(workplace: Workplace, straight
     assert [line["step"] for line in lines] == list(range(6))
     wanted = ["policy_version", "reward/mean", "reward/std", "reward/caption/bleu", "loss", "loss/policy", "loss/kl"]
     wanted += ["kl", "entropy", "grad_norm", "lr", "staleness/mean", "completion/length_mean", "samples_per_second"]
+    wanted += ["reward/fluent/fluency", "reward_weight/caption", "reward_weight/fluent"]
     wanted += ["shared_prefix", "masked", "dropped", "seconds/sample", "seconds/forward_backward"]
     for line in lines:
         assert not [key for key in wanted if key not in line]
@@ -177,12 +191,26 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     assert_same_adapter(run, straight)
 
 
-def test_staleness_overlaps_and_stays_within_its_bound(workplace: Workplace) -> None:
-    config = workplace.config("stale", rollout={"max_staleness": 2, "workers": 2}, algorithm="rloo")
-    workplace.mmrl("train", config)
+def test_stale_and_with_a_reward_of_its_own_that_fails_at_times(workplace: Workplace) -> None:
+    (workplace.folder / "own_rewards.py").write_text(OWN_REWARD)
+    mine = {"kind": "function", "path": "own_rewards:picky", "state": "sample", "kwargs": {"digit": "7"}}
+    reward = {"parts": {"caption": {"kind": "caption"}, "mine": mine}, "weights": {"caption": 1.0, "mine": 0.5}}
+    reward |= {"normalize": "group", "retries": 0}
+    rollout = {"max_staleness": 2, "workers": 2}
+    workplace.mmrl("train", workplace.config("stale", rollout=rollout, algorithm="rloo", reward=reward))
     lines = metrics(workplace.runs / "stale")
     assert [line["step"] for line in lines] == list(range(6))
     assert max(line["staleness/max"] for line in lines) in (1, 2)
+    assert sum(line["masked"] for line in lines) >= 1, "of one epoch's samples, some end in the digit"
+    assert all(line["reward/normalized"] == 1.0 and line["reward/mine"] > 0 for line in lines)
+    log = [row for step in range(6) for row in rollouts(workplace.runs / "stale", step)]
+    reasons = {row["masked"] for row in log}
+    assert reasons == {None, "reward part 'mine' failed: ValueError: not this one"}
+    for row in log:
+        live = row["masked"] is None
+        assert (row["reward"] is not None, row["learning_reward"] is not None) == (live, live)
+        assert row["reward_normalization"] == ("group" if live else None)
+        assert live != row["sample_id"].endswith("7")
 
 
 def test_evaluate_and_caption_take_the_run(workplace: Workplace, straight: Path) -> None:

@@ -147,6 +147,14 @@ def test_evaluate(patched: Patch) -> None:
     assert mmrl("evaluate", "runs/demo", "--limit", 0).exit_code == 2
 
 
+def test_explain_hands_everything_on(patched: Patch) -> None:
+    explain = patched("mmrl_ray.runs.explain.explain")
+    assert mmrl("explain", "r", "a.png").exit_code == 0
+    explain.assert_called_with("r", Path("a.png"), caption=None, prompt=None, out=None)
+    assert mmrl("explain", "r", "a.png", "--caption", "a dog", "--out", "b.png").exit_code == 0
+    explain.assert_called_with("r", Path("a.png"), caption="a dog", prompt=None, out=Path("b.png"))
+
+
 def test_caption_needs_one_source(patched: Patch) -> None:
     caption = patched("mmrl_ray.runs.captioning.caption")
     for sources in ((), ("--run", "r", "--model", "m")):

@@ -50,7 +50,8 @@ def test_written_keys_win_over_the_preset_section_by_section() -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_a_valid_learner(name: str) -> None:
-    cfg = parse_config(GOOD, "c.yaml", [f"algorithm={name}"])
+    pairs = ["rollout.group_size=2", "data.preferences.store=sqlite:///p.db"] if name == "dpo" else []
+    cfg = parse_config(GOOD, "c.yaml", [f"algorithm={name}", *pairs])
     for key, value in PRESETS[name].items():
         written = getattr(cfg.learner, key)
         assert (written.model_dump() if isinstance(value, dict) else written) == value
@@ -78,7 +79,7 @@ learner:
         "c.yaml:5: data.train: required key is missing: add `train:` under `data:`",
         'c.yaml:6: data.trian: unknown key (value "d"); did you mean `train`?',
         "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
-        "'dapo', 'gspo', 'cispo' or 'value_based'; did you mean `grpo`?",
+        "'dapo', 'gspo', 'cispo', 'dpo' or 'value_based'; did you mean `grpo`?",
         'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
         "c.yaml:10: rollout.workers: must be a whole number or a section of `key: value` lines, not true",
         "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",
@@ -99,6 +100,10 @@ learner:
         ("rollout: {temperature: .inf}", "rollout.temperature: input should be a finite number, not Infinity"),
         ("reward: {weights: {caption: .nan}}", "reward.weights.caption: input should be a finite number, not NaN"),
         ("reward: {weights: {caption: -1}}", "must not be negative"),
+        ("reward: {weights: {caption: 0}}", "and not all 0"),
+        ("reward: {risk: 0.5}", "reward: risk=0.5 needs a part with a trained sigma"),
+        ("reward: {normalize: group}", "set learner.advantage_std to false"),
+        ("reward: {normalize: group}\nalgorithm: scst", "no place for the greedy caption"),
         ("rollout: {top_k: 50}", "c.yaml:11: rollout: top_k=50 is refused in training rollouts"),
         ("rollout: {buffer_groups: 3}", "rollout.buffer_groups=3 is smaller than one step"),
         ("rollout: {group_size: 1}", "rollout.group_size=1 is too small"),
@@ -291,3 +296,22 @@ def test_schema_and_loader_agree() -> None:
         assert list(validator.iter_errors(bad)), path
         with pytest.raises(ConfigError):
             parse_config(yaml.safe_dump(bad), "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.group_size=8"], "rollout.group_size=8 must be 2 with learner.loss=dpo"),
+        (["data.preferences=null"], "learner.loss=dpo needs data.preferences: write its store"),
+        (["algorithm=grpo"], "data.preferences is read by learner.loss=dpo alone, not by learner.loss=clipped"),
+        (["learner.advantage=group"], "advantage=group has no meaning with loss=dpo"),
+        (["learner.kl.weight=0.1"], "kl.weight=0.1 is refused with loss=dpo"),
+        (["learner.dpo.beta=0"], "learner.dpo.beta: "),
+        (["data.preferences.held_out=1"], "data.preferences.held_out: "),
+    ],
+)
+def test_what_does_not_go_with_pairs_is_refused(overrides: list[str], message: str) -> None:
+    pairs = ["algorithm=dpo", "rollout.group_size=2", "data.preferences.store=sqlite:///p.db"]
+    parse_config(GOOD, "c.yaml", pairs)
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        parse_config(GOOD, "c.yaml", [*pairs, *overrides])

@@ -43,6 +43,25 @@ def test_every_path_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest
     assert lines[1].endswith(f"add --shared-paths {tmp_path}/data")
 
 
+def test_a_store_in_a_file_is_a_path_and_one_by_network_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    pairs = "algorithm: dpo\nrollout: {group_size: 2}\n"
+    data = "data: {train: data/train, eval: /mnt/shared/eval"
+    text = LOCAL.replace(data, data + ", preferences: {store: 'sqlite:///votes.db'}") + pairs
+    cfg = absolute(text)
+    assert cfg.data.preferences is not None
+    assert cfg.data.preferences.store == f"sqlite:///{tmp_path}/votes.db"
+    with pytest.raises(
+        ConfigError, match=r"data\.preferences\.store=.*/votes\.db is a path of this machine.*PostgreSQL"
+    ):
+        refuse_unseen(cfg, ("/mnt/shared/",), "it")
+    url = "postgresql+psycopg://mmrl@db/votes"
+    assert "data.preferences.store" not in local_paths(absolute(text.replace("sqlite:///votes.db", url)))
+
+
 def test_shared_paths_and_uris_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
@@ -83,3 +102,14 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     scenes = LOCAL.replace("data: {", "data: {scenes: {train: 3, eval: 1}, ")
     refuse_missing(absolute(scenes))
     refuse_missing(absolute(REMOTE))
+
+
+def test_a_learned_reward_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = LOCAL + "reward: {parts: {seen: {kind: learned, model: rewards/a}}, weights: {seen: 1.0}}\n"
+    cfg = absolute(text)
+    assert local_paths(cfg)["reward.parts.seen.model"] == f"{tmp_path}/rewards/a"
+    with pytest.raises(ConfigError, match=r"reward.parts.seen.model=.*: name a folder on storage that every node sees"):
+        refuse_unseen(cfg, (), "the cluster")
+    with pytest.raises(ConfigError, match=r"reward.parts.seen.model=.* does not exist"):
+        refuse_missing(cfg)

@@ -8,13 +8,22 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mmrl_ray.config.load import dump_config, load_config, load_serve_config, parse_as, parse_config
+from mmrl_ray.config.load import (
+    dump_config,
+    load_config,
+    load_reward_model_config,
+    load_serve_config,
+    parse_as,
+    parse_config,
+)
+from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.runs.dry_run import dry_run
 
 ROOT = Path(__file__).parents[3]
 SERVE = ROOT / "configs" / "serve.yaml"
-SHIPPED = sorted(set((ROOT / "configs").glob("*.yaml")) - {SERVE})
+REWARD_MODEL = ROOT / "configs" / "reward-model.yaml"
+SHIPPED = sorted(set((ROOT / "configs").glob("*.yaml")) - {SERVE, REWARD_MODEL})
 
 
 def test_the_promised_ones_are_there() -> None:
@@ -42,3 +51,8 @@ def test_parses_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_serve_config_parses() -> None:
     cfg = load_serve_config(SERVE)
     assert parse_as(ServeConfig, dump_config(cfg), "again.yaml") == cfg
+
+
+def test_the_config_of_a_reward_model_parses() -> None:
+    cfg = load_reward_model_config(REWARD_MODEL)
+    assert parse_as(RewardModelConfig, dump_config(cfg), "again.yaml") == cfg

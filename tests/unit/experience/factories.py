@@ -50,7 +50,7 @@ def scored(
         prompt_tokens=prompt_tokens,
         completion_tokens=tuple(lengths),
         rewards=() if masked else tuple(reward(t) for t in totals),
-        greedy_reward=greedy_reward,
+        greedy_reward=None if greedy_reward is None else reward(greedy_reward),
         kl1=tuple(kl1),
         masked=masked,
         payload=f"payload-{step}-{index}",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -10,16 +11,22 @@ import pytest
 from datasets import load_dataset
 
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.experience.carriers import PlannedGroup
+from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
 
 from .factories import png, rollout_group, scored
 
 
+def wary(group: ScoredGroup) -> ScoredGroup:
+    assert group.greedy_reward is not None
+    rewards = tuple(replace(row, sigma=0.5, risk=2.0) for row in group.rewards)
+    return replace(group, rewards=rewards, greedy_reward=replace(group.greedy_reward, sigma=0.5, risk=2.0))
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    group, result = rollout_group(reference=True, greedy=True), scored(greedy_reward=0.25)
-    planned = PlannedGroup(result.key, "s0-0", 0, (-1.0, 1.0), (1.0, 1.0), (2, 3), 5, None)
+    group, result = rollout_group(reference=True, greedy=True), wary(scored(greedy_reward=0.25))
+    planned = PlannedGroup(result.key, "s0-0", 0, (-1.0, 1.0), (1.0, 1.0), (2, 3), 5, None, (0.25, 0.75), "group")
     masked = group_table("r", scored(index=1, masked="reward timed out"), rollout_group(), None)
     pq.write_table(pa.concat_tables([group_table("r", result, group, planned), masked]), tmp_path / "log.parquet")
     return tmp_path / "log.parquet"
@@ -32,6 +39,12 @@ def test_each_completion_is_a_row_and_the_greedy_baseline_is_marked(log: Path) -
     assert [(r["index"], r["completion"]) for r in rows] == [(0, 0), (0, 1), (0, -1), (1, 0), (1, 1)]
     assert [r["advantage"] for r in rows] == [-1.0, 1.0, None, None, None]
     assert [r["reward"] for r in rows] == [0.0, 1.0, 0.25, None, None]
+    assert [r["learning_reward"] for r in rows] == [0.25, 0.75, None, None, None]
+    assert [r["reward_normalization"] for r in rows] == ["group"] * 3 + [None] * 2
+    assert [r["reward_sigma"] for r in rows] == [0.5, 0.5, 0.5, None, None]
+    assert [r["reward_risk"] for r in rows] == [2.0, 2.0, 2.0, None, None]
+    assert [r["reward_adjusted"] for r in rows] == [-1.0, 0.0, -0.75, None, None]
+    assert rows[2]["reward_parts"][1] == {"name": "b", "value": 0.25, "weight": 1.0}
     assert [r["masked"] for r in rows] == [None] * 3 + ["reward timed out"] * 2
     assert rows[1]["token_ids"] == [1, 2, 3]
     assert rows[1]["behaviour_logprobs"] == [-1.0, -2.0, -3.0]

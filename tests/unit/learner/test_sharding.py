@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import ConfigError
+from mmrl_ray.learner.importance import ImportanceWatch
 from mmrl_ray.learner.sharding import shard_layers
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.adapter import adapter_state
@@ -21,6 +22,7 @@ from mmrl_ray.policy.checkpointing import checkpoint_layers
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.vision import VisionCache
 from tests.unit.learner.worlds import gradient, make_groups, make_plan, make_policy, payloads, sample
 
 CPU = torch.device("cpu")
@@ -62,6 +64,27 @@ def test_a_sharded_step_is_the_replicated_one(tiny: Path, alone: None, checkpoin
     assert float((gradient(policy) - theirs).norm() / theirs.norm()) < 1e-5
     for name in ("loss", "loss/policy", "loss/kl", "grad_norm", "entropy"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_importance_on_sharded_layers_is_the_replicated_one_and_leaves_the_step_alone(
+    tiny: Path, alone: None, checkpointing: bool
+) -> None:
+    cfg = section()
+    plain = make_policy(tiny)
+    groups = make_groups(plain, noise=0.2)
+    plan = make_plan(groups, cfg)
+    expected = ImportanceWatch(plain, VisionCache(0), 1).measure(lambda: groups[0])
+    LearnerStep(plain, cfg).run(plan, payloads)
+    policy = sharded(tiny, checkpointing=checkpointing)
+    learner = LearnerStep(policy, cfg, path="packed", in_lockstep=True)
+    watch = ImportanceWatch(policy, VisionCache(0), 1)
+    for _ in range(2):
+        found = watch.measure(lambda: groups[0])
+        for name in ("importance/image", "importance_rms/text"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4)
+    learner.run(plan, payloads)
+    assert float((gradient(policy) - gradient(plain)).norm() / gradient(plain).norm()) < 1e-5
 
 
 def test_only_the_frozen_weights_of_layers_are_split(tiny: Path, alone: None) -> None:

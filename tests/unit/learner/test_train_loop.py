@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmrl_ray.config import Config
-from mmrl_ray.errors import MMRLError, RolloutError, RunError
+from mmrl_ray.errors import MMRLError, ModelError, RolloutError, RunError
 from mmrl_ray.experience.carriers import RolloutGroup, StepPlan
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
@@ -100,6 +100,41 @@ def test_weights_go_out_before_the_step_is_finished_and_its_line_has_the_times(w
     (event,) = run.read_lines("events.jsonl")
     assert (event["kind"], event["path"]) == ("learner_path", "shared_prefix")
     assert run.exists("adapter/adapter_model.safetensors")
+
+
+def test_importance_is_in_the_lines_that_are_due_and_changes_nothing(tiny: Path, world: Any, tmp_path: Path) -> None:
+    cfg, controller, run = world
+    live(cfg, controller, run)
+    without = config(tiny, importance_every=0)
+    other = PlainController(without, controller.made)
+    live(without, other, RunDir.create(tmp_path, "without"))
+    third = config(tiny, importance_every=2, gradient_checkpointing=True)
+    checkpointed = PlainController(third, controller.made)
+    live(third, checkpointed, RunDir.create(tmp_path, "checkpointed"))
+    due = [["importance/image" in line for line in each.metrics] for each in (controller, other, checkpointed)]
+    assert due == [[True, False, False], [False, False, False], [True, False, True]]
+    first = controller.metrics[0]
+    assert first["importance/image"] + first["importance/text"] == pytest.approx(1.0)
+    assert 0 < first["importance/image"] < 1
+    assert first["importance_rms/image"] > 0
+    assert first["seconds/importance"] > 0
+    assert checkpointed.metrics[0]["importance/image"] == pytest.approx(first["importance/image"], rel=1e-4)
+    weights = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("r", "without")]
+    assert weights[0] == weights[1]
+
+
+def test_a_model_whose_modalities_cannot_be_told_learns_all_the_same(
+    world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg, controller, run = world
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise ModelError("it is not given embeddings")
+
+    monkeypatch.setattr("mmrl_ray.learner.importance.caption_importance", fail)
+    assert live(cfg, controller, run).finished
+    assert "importance/image" not in controller.metrics[0]
+    assert "not measured: it is not given embeddings" in caplog.text
 
 
 def test_a_finished_run_that_is_resumed_ends_at_once(world: Any) -> None:

@@ -142,7 +142,7 @@ def make_plan(
             prompt_tokens=group.prompt.input_ids.numel(),
             completion_tokens=tuple(c.token_ids.numel() for c in group.completions),
             rewards=tuple(RewardBreakdown(float(r), {"r": float(r)}, {"r": 1.0}) for r in rewards[i]),
-            greedy_reward=0.4,
+            greedy_reward=RewardBreakdown(0.4, {"r": 0.4}, {"r": 1.0}),
             kl1=tuple(
                 float((c.logprobs - c.reference_logprobs).sum()) if c.reference_logprobs is not None else 0.0
                 for c in group.completions

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmrl_ray.policy.cpu_linear import OneDnnLinear, is_available, use_onednn
+from mmrl_ray.policy import cpu_linear
+from mmrl_ray.policy.cpu_linear import OneDnnLinear, is_available, pack_weights, use_onednn
 
 SHAPES = [(7, 24), (1, 24), (2, 5, 24), (3, 1, 24), (0, 24), (2, 0, 24)]
 
@@ -96,3 +99,65 @@ def test_layers_of_a_class_of_their_own_are_left_alone() -> None:
     model = nn.Sequential(Own(2, 2), nn.Linear(2, 2))
     use_onednn(model)
     assert [type(layer) for layer in model] == [Own, OneDnnLinear]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_give_the_same_products(rows: int, bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(520, 260, bias=bias)).requires_grad_(False)  # large enough for every number of rows
+    use_onednn(model)
+    x = torch.randn(rows, 520)
+    before = model(x)
+    pack_weights(model)
+    product = torch.ops.mkldnn._linear_pointwise.default
+    given: list[torch.layout] = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is product:
+                given.append(args[1].layout)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        after = model(x)
+    assert given == [torch._mkldnn]  # type: ignore[attr-defined]
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == (["0.weight", "0.bias"] if bias else ["0.weight"])
+
+
+def test_a_layer_that_is_given_another_weight_forgets_the_packed_one() -> None:
+    model = nn.Sequential(nn.Linear(520, 260, bias=False)).requires_grad_(False)
+    use_onednn(model)
+    pack_weights(model)
+    other = torch.randn(260, 520)
+    model[0].weight.data = other
+    x = torch.randn(2, 520)
+    torch.testing.assert_close(model(x), x @ other.T, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_layers_still_give_the_gradient_of_their_input() -> None:
+    model = nn.Sequential(nn.Linear(520, 260)).requires_grad_(False)
+    use_onednn(model)
+    pack_weights(model)
+    x = torch.randn(2, 520, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, model[0].weight.sum(0).expand(2, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_and_pickles_of_packed_layers_are_plain_ones() -> None:
+    model = nn.Sequential(nn.Linear(520, 260)).requires_grad_(False)
+    use_onednn(model)
+    pack_weights(model)
+    x = torch.randn(2, 520)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other[0]._packed is None
+        torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_too_large_to_lie_in_memory_twice_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "_MOST_PACKED_BYTES", 1000)
+    model = nn.Sequential(nn.Linear(520, 260)).requires_grad_(False)
+    use_onednn(model)
+    pack_weights(model)
+    assert model[0]._packed is None

@@ -100,6 +100,80 @@ def test_a_part_with_too_few_scores_is_named() -> None:
         MultimodalReward({"short": Fixed([1, 2])}, {"short": 1.0}).score_batch(SAMPLES, CAPTIONS)
 
 
+class Watching:
+    """Remembers the samples that it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[Sample] = []
+
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+        self.seen = list(samples)
+        return [RewardBreakdown(0.0, {}, {})] * len(captions)
+
+
+def test_each_part_gets_the_state_of_its_modality_and_nothing_else() -> None:
+    whole = Sample("s", (b"png",), "Say it.", ("a red square",), {"hint": 1})
+    parts = {name: Watching() for name in ("image", "text", "reference", "unnamed")}
+    modalities = {"image": "image", "text": "text", "reference": "reference"}
+    reward = MultimodalReward(parts, dict.fromkeys(parts, 1.0), modalities=modalities)  # type: ignore[arg-type]
+    reward.score_batch([whole, whole], ["a", "b"])
+    assert {name: part.seen for name, part in parts.items()} == {
+        "image": [Sample("s", (b"png",), "", ())] * 2,
+        "text": [Sample("s", (), "Say it.", ())] * 2,
+        "reference": [Sample("s", (), "", ("a red square",))] * 2,
+        "unnamed": [whole, whole],
+    }
+    assert parts["image"].seen[0] is parts["image"].seen[1]  # one picture, encoded once
+
+
+class TestRisk:
+    def test_mean_sigma_and_what_learning_uses(self) -> None:
+        parts = {"a": Fixed([1, 2, 3], sigma=3.0), "b": Fixed([1, 1, 1], sigma=2.0), "c": Fixed([1, 1, 1])}
+        reward = MultimodalReward(parts, {"a": 1.0, "b": 2.0, "c": 1.0}, risk=0.5)
+        score = pickle.loads(pickle.dumps(reward.score_batch(SAMPLES, CAPTIONS)[1]))
+        assert (score.total, score.sigma, score.risk) == (5.0, 5.0, 0.5)
+        assert score.adjusted == 5.0 - 0.5 * 5.0
+        assert (score.parts["a/sigma"], score.parts["b/sigma"]) == (3.0, 2.0)
+        assert "c/sigma" not in score.parts
+
+    def test_without_risk_learning_uses_the_mean(self) -> None:
+        reward = MultimodalReward({"a": Fixed([1, 2, 3], sigma=3.0)}, {"a": 1.0})
+        assert [s.adjusted for s in reward.score_batch(SAMPLES, CAPTIONS)] == [1.0, 2.0, 3.0]
+
+    def test_a_reward_that_gives_no_sigma_after_all_is_an_error(self) -> None:
+        with pytest.raises(RewardError, match="risk=1 needs a standard deviation"):
+            MultimodalReward({"a": Fixed([1, 2, 3])}, {"a": 1.0}, risk=1.0).score_batch(SAMPLES, CAPTIONS)
+
+    def test_a_negative_sigma_is_an_error(self) -> None:
+        with pytest.raises(RewardError, match=r"reward part .a. has sigma=-1\.0"):
+            MultimodalReward({"a": Fixed([1, 2, 3], sigma=-1.0)}, {"a": 1.0}).score_batch(SAMPLES, CAPTIONS)
+
+    @pytest.mark.parametrize("risk", [-0.5, math.nan, math.inf])
+    def test_refuses(self, risk: float) -> None:
+        with pytest.raises(ConfigError, match="risk"):
+            MultimodalReward({"a": Fixed([0])}, {"a": 1.0}, risk=risk)
+
+    def test_a_config_without_a_part_that_can_know_its_sigma_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"risk=0.5 needs .* none of \['caption'\] is one: add a part of kind"):
+            RewardSection(risk=0.5)
+
+
+def test_a_part_that_raises_is_named() -> None:
+    class Raising:
+        def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+            raise ZeroDivisionError("by zero")
+
+    reward = MultimodalReward({"fine": Fixed([1, 2, 3]), "bad": Raising()}, {"fine": 1.0, "bad": 1.0})
+    with pytest.raises(RewardError, match="reward part 'bad' failed: ZeroDivisionError: by zero"):
+        reward.score_batch(SAMPLES, CAPTIONS)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_part_that_gives_no_number_is_named(wrong: float) -> None:
+    with pytest.raises(RewardError, match="score 1 of reward part 'bad' has total="):
+        MultimodalReward({"bad": Fixed([1, wrong, 3])}, {"bad": 1.0}).score_batch(SAMPLES, CAPTIONS)
+
+
 class TestBuild:
     STATISTICS = CorpusStatistics.from_references([["a red square"], ["a blue circle"], ["two red circles"]])
 
@@ -136,6 +210,9 @@ class TestBuild:
             {"parts": {"a/b": {"kind": "rouge_l"}}, "weights": {"a/b": 1.0}},
             {"parts": {"a": {"kind": "no_such"}}, "weights": {"a": 1.0}},
             {"parts": {"a": {"kind": "caption", "gamma": -0.1}}, "weights": {"a": 1.0}},
+            {"parts": {"mean": {"kind": "rouge_l"}}, "weights": {"mean": 1.0}},
+            {"parts": {"a": {"kind": "rouge_l"}}, "weights": {"a": 1.0}, "risk": -1.0},
+            {"parts": {"a": {"kind": "rouge_l"}}, "weights": {"a": 1.0}, "normalize": "batch"},
         ],
     )
     def test_config_refuses(self, section: dict) -> None:

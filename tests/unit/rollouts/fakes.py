@@ -6,7 +6,7 @@ import io
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Quarantine, Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
+from mmrl_ray.rollouts.parcels import open_payload
 from mmrl_ray.rollouts.protocols import Collected, FetchWeights
 from mmrl_ray.rollouts.worker import join_result, split_result
 
 TEXT = "a red circle"
+STATE = CaptionState(torch.zeros(2), {"image": torch.zeros(2), "text": torch.zeros(2)}, torch.zeros(2))
 
 
 def png(shade: int, size: int = 8) -> bytes:
@@ -101,6 +103,7 @@ class FakeEngine:
             completions=completions,
             policy_version=assignment.version,
             sampling=request.sampling,
+            state=STATE if request.wants_state else None,
         )
         return ScoredGroup(
             key=request.key,
@@ -163,8 +166,10 @@ class FakePool:
             self.release -= 1
             assignment = self.queue.pop(0)
             result = self.engine.run(assignment, lambda assignment=assignment: self._weights(assignment))
-            light, rows, *payloads = split_result(assignment, result, "test-run")
-            finished.append(Collected(join_result(assignment, light, payloads), rows))
+            light, rows, *parcels = split_result(assignment, result, "test-run")
+            joined = join_result(light, parcels)
+            opened = tuple(replace(g, payload=open_payload(g.payload, lambda value: value)) for g in joined.groups)
+            finished.append(Collected(replace(joined, groups=opened), rows))
         return finished
 
     def _weights(self, assignment: Assignment) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mmrl_ray.config.model import LoraSection
-from mmrl_ray.errors import ContextLengthError, ImageError
+from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.policy.adapter import adapter_state
+from mmrl_ray.policy.decode import DecodeRequest
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.overlap import RougeReward
@@ -106,6 +108,41 @@ def test_two_workers_give_the_same_bit_for_bit(factory: PolicyEngineFactory) -> 
 def test_the_vision_tower_runs_once_an_image(engine: RolloutEngine) -> None:
     counts = [engine.run(assignment(), lambda: None).groups[0].counters for _ in range(2)]
     assert [(c["vision_hits"], c["vision_misses"], c["naive_path"]) for c in counts] == [(0, 3, 0), (3, 0, 0)]
+
+
+def test_states_come_with_the_groups_that_ask_for_them_and_follow_the_adapter(engine: RolloutEngine) -> None:
+    given = assignment()
+    asked = replace(given, groups=tuple(replace(g, wants_state=g.key.index != 1) for g in given.groups))
+    fresh = [group.payload.state for group in engine.run(asked, lambda: None).groups]
+    assert [state is None for state in fresh] == [False, True, False]
+    assert {t.shape for t in (fresh[0].action, fresh[0].hidden, *fresh[0].modalities.values())} == {(32,)}
+    backend = engine._backend
+    prompts = [backend.encode(g.sample, 5) for g in given.groups]
+    outputs = backend.decode([DecodeRequest(p, 1, SamplingParams(greedy=True, max_new_tokens=5)) for p in prompts])
+    before = backend.states(prompts, outputs)
+    weights = trained(engine)
+    backend.load(weights)
+    after = backend.states(prompts, outputs)
+    for a, b in zip(before, after, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a.action, b.action), "the same words"
+        assert torch.equal(a.modalities["image"], b.modalities["image"]), "the same picture"
+        assert float((a.hidden - b.hidden).norm()) > 1e-2, "another policy"
+
+
+def test_a_model_whose_modalities_cannot_be_told_is_evaluated_without(
+    engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = assignment()
+    asked = replace(given, groups=tuple(replace(g, wants_state=True) for g in given.groups))
+
+    def fail(*arguments: object) -> None:
+        raise ModelError("no embeddings")
+
+    monkeypatch.setattr("mmrl_ray.rollouts.backend.caption_states", fail)
+    groups = engine.run(asked, lambda: None).groups
+    assert [group.payload.state for group in groups] == [None, None, None]
 
 
 def test_broken_and_overlong_samples_are_told_apart(engine: RolloutEngine) -> None:

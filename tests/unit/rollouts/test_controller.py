@@ -466,6 +466,14 @@ def test_captions_on_request_come_in_order_beside_a_run(make: Callable[..., Worl
     assert len(world.step(0).groups) == 4
 
 
+def test_as_many_captions_as_were_asked_for_bring_their_state(make: Callable[..., World]) -> None:
+    world = make()
+    generated = world.controller.generate(samples(4), SamplingParams(), states=3, timeout_s=20.0)
+    assert [g is not None and g.payload.state is not None for g in generated.groups] == [True, True, True, False]
+    none = world.controller.generate(samples(2), SamplingParams(), timeout_s=20.0)
+    assert [g and g.payload.state for g in none.groups] == [None, None]
+
+
 def test_captions_that_do_not_come_are_an_error(make: Callable[..., World]) -> None:
     world = make()
     world.pool.release = 0

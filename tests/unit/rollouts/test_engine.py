@@ -113,7 +113,8 @@ def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
     assert (group.sample_id, group.policy_version, group.prompt_tokens) == ("sample-001", 5, 7)
     assert group.completion_tokens == (1, 2)
     assert [r.total for r in group.rewards] == [0.0, 1.0]
-    assert group.greedy_reward == 9.0
+    assert group.greedy_reward is not None
+    assert group.greedy_reward.total == 9.0
     # behaviour − reference = 0.25 · temperature a token, of 1 and 2 tokens
     assert group.kl1 == pytest.approx((0.5, 1.0))
     assert group.payload.policy_version == 5

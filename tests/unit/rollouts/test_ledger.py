@@ -68,6 +68,17 @@ def test_two_crashes_split_and_the_single_that_crashes_again_is_given_up() -> No
     assert ledger.outstanding == 0
 
 
+def test_a_group_that_was_alone_from_the_beginning_is_given_up_after_two_tries() -> None:
+    ledger = Ledger()
+    ledger.submit(assignment(1, groups=1))
+    given(ledger, 0)
+    assert ledger.lose(0, "segfault") == []
+    given(ledger, 1)
+    (failure,) = ledger.lose(1, "segfault")
+    assert failure.reason == "its rollout crashed 2 workers, the last: segfault"
+    assert ledger.outstanding == 0
+
+
 def test_a_worker_taken_away_on_purpose_is_not_counted_against_its_assignment() -> None:
     ledger = Ledger()
     ledger.submit(assignment(1))

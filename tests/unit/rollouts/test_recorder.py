@@ -12,7 +12,7 @@ import pytest
 
 from mmrl_ray.errors import RolloutError, RunError
 from mmrl_ray.experience.carriers import GroupKey, PlannedGroup
-from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, encode_records, group_rows
 from mmrl_ray.rollouts.recorder import Recorder, StepRecord
 from mmrl_ray.run_dir import RunDir
 from tests.unit.experience.factories import rollout_group, scored
@@ -20,12 +20,13 @@ from tests.unit.rollouts.fakes import png, samples
 
 
 def planned(key: GroupKey, advantages: tuple[float, ...]) -> PlannedGroup:
-    return PlannedGroup(key, "s", 1, advantages, (1.0,) * len(advantages), (2, 3), 5, None)
+    return PlannedGroup(key, "s", 1, advantages, (1.0,) * len(advantages), (2, 3), 5, None, (0.5, 0.75), "group")
 
 
-def table(*keys: GroupKey, masked: str | None = None, greedy: bool = False) -> pa.Table:
+def table(*keys: GroupKey, masked: str | None = None, greedy: bool = False) -> bytes:
     made = [replace(scored(masked=masked), key=key) for key in keys]
-    return pa.concat_tables([group_table("run", each, rollout_group(greedy=greedy), None) for each in made])
+    group = rollout_group(greedy=greedy)
+    return encode_records([row for each in made for row in group_rows("run", each, group, None)])
 
 
 def query(run: RunDir, what: str, step: int = 3) -> list[tuple[Any, ...]]:
@@ -50,6 +51,8 @@ def test_a_step_is_written_in_order_with_what_the_plan_decided(tmp_path: Path) -
         (1, 0, 0, None, None, "no references"),
         (1, 0, 1, None, None, "no references"),
     ]
+    learnt = query(run, "completion, learning_reward, reward_normalization")
+    assert learnt == [(-1, None, "group"), (0, 0.5, "group"), (1, 0.75, "group"), (0, None, None), (1, None, None)]
     assert pa.parquet.read_schema(run.local_path("rollouts/step-000003.parquet")).equals(ROLLOUT_SCHEMA)
 
 
@@ -96,12 +99,12 @@ def test_an_error_of_the_background_shows_at_the_next_call(tmp_path: Path) -> No
 def test_flush_does_not_wait_for_ever(tmp_path: Path) -> None:
     release = threading.Event()
 
-    def resolve(reference: Any) -> pa.Table:
+    def resolve(reference: Any) -> bytes:
         release.wait(30)
         return reference
 
     recorder = Recorder(RunDir.create(tmp_path, "run"), resolve)
-    recorder.record(StepRecord(0, frozenset(), [ROLLOUT_SCHEMA.empty_table()], {}, []))
+    recorder.record(StepRecord(0, frozenset(), [encode_records([])], {}, []))
     with pytest.raises(RolloutError, match=r"within 0\.05 s"):
         recorder.flush(timeout_s=0.05)
     release.set()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from mmrl_ray.config.demands import Demand
 from mmrl_ray.config.rollout import RolloutSection
 from mmrl_ray.errors import ConfigError, RunError
+from mmrl_ray.rollouts import nodes
 from mmrl_ray.rollouts.autoscale import STEPS
 from mmrl_ray.rollouts.control_files import (
     ScaleRequest,
@@ -50,13 +52,21 @@ def test_a_range_begins_with_its_least() -> None:
         RolloutSection.model_validate({"workers": {"min": 1, "max": 5}, "min_workers": 2})
 
 
-def test_nodes_hold_all_actors_of_the_run(tmp_path: Path) -> None:
+def test_nodes_hold_all_actors_of_the_run_but_the_learners_who_ask_for_themselves(tmp_path: Path) -> None:
     sections: dict[str, Any] = {
-        "learner": {"workers": 2},
-        "resources": {"learner": {"gpus": 1.0}, "rollout": {"cpus": 0.5}},
+        "reward": {"host": "serve"},
+        "resources": {"rollout": {"cpus": 0.5, "node_labels": {"pool": "a"}}, "reward": {"cpus": 2.0}},
     }
-    bundles = PoolSettings.of(config(tmp_path, **sections)).bundles(3)
-    assert bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2 + [{"CPU": 0.5}] * 3
+
+    def asked(workers: int, **more: Any) -> list[tuple[str, int, dict[str, float]]]:
+        demands = PoolSettings.of(config(tmp_path, **sections, **more)).demands(workers)
+        return [(d.kind, d.count, d.bundle) for d in demands]
+
+    assert asked(3) == [("rollout", 3, {"CPU": 0.5}), ("reward", 1, {"CPU": 2.0})]
+    # Learners that take what room there is must leave that of the workers that may yet come.
+    grow = {"learner": {"workers": {"min": 1, "max": 4}}, "rollout": {"workers": {"min": 1, "max": 5}}}
+    assert asked(3, **grow)[0] == ("rollout", 5, {"CPU": 0.5})
+    assert asked(6, **grow)[0] == ("rollout", 6, {"CPU": 0.5})
 
 
 def test_a_number_is_kept_within_what_the_run_can_do_with(tmp_path: Path) -> None:
@@ -211,3 +221,30 @@ def test_a_run_says_how_it_ended_and_keeps_its_figures(tmp_path: Path) -> None:
     run.write_json("status.json", {"format": 99})
     with pytest.raises(RunError, match="another version"):
         read_status(run)
+
+
+def test_nodes_are_asked_for_again_before_it_is_forgotten_and_a_problem_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked, problem = [0.0], list[tuple[float, int]](), list[str]()
+
+    def register(run: str, demands: Sequence[Demand]) -> None:
+        if problem:
+            raise RuntimeError(problem[0])
+        asked.append((now[0], sum(demand.count for demand in demands)))
+
+    monkeypatch.setattr(nodes, "register", register)
+    wishes = nodes.Nodes("r", PoolSettings.of(config(tmp_path, rollout={"workers": 2})), lambda: now[0])
+
+    def at(second: float, workers: int) -> list[str]:
+        now[0] = second
+        return [event["detail"] for event in wishes.ask_for(workers)]
+
+    assert at(0, 2) == []  # a run that keeps its size asks for nothing
+    assert [at(1, 3), at(2, 3), at(20, 3), at(21, 3), at(30, 2)] == [[]] * 5
+    assert asked == [(1, 3), (21, 3), (30, 2)]
+    problem.append("no coordinator")
+    assert [at(50, 2), at(70, 2), at(71, 4)] == [["RuntimeError: no coordinator"], [], []]
+    problem.clear()
+    assert at(91, 4) == []
+    assert asked[3:] == [(91, 4)]

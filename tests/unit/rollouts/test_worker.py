@@ -12,8 +12,9 @@ import torch
 
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
-from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records
 from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
+from mmrl_ray.rollouts.parcels import Parcelled, open_payload
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.weights import encode_state
 from mmrl_ray.rollouts.worker import RolloutWorker, WorkerCall, join_result
@@ -31,27 +32,30 @@ def assignment(count: int = 3) -> Assignment:
 def test_a_result_is_taken_apart_and_put_together() -> None:
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-001"})))
     worker.start()
-    light, rows, *payloads = worker.run(assignment())
-    assert [payload and payload.sample.id for payload in payloads] == ["sample-000", None, "sample-002"]
-    assert all(group.payload is None for group in light.groups)
+    light, encoded, *parcels = worker.run(assignment())
+    rows = decode_records(encoded)
+    assert [len(parcel) if parcel else None for parcel in parcels] == [2, None, None]
     assert len(pickle.dumps(light)) < 2000
     assert rows.schema.equals(ROLLOUT_SCHEMA)
     assert rows.select(["run", "index", "attempt", "worker"]).to_pylist() == [
         {"run": "my-run", "index": index, "attempt": 2, "worker": "w3"} for index in (0, 0, 2, 2)
     ]
-    joined = join_result(assignment(), light, ["ref-0", "ref-1", "ref-2"])
+    joined = join_result(light, ["ref-0", "ref-1", "ref-2"])
     assert [(group.sample_id, group.payload) for group in joined.groups] == [
-        ("sample-000", "ref-0"),
-        ("sample-002", "ref-2"),
+        ("sample-000", Parcelled("ref-0", 0)),
+        ("sample-002", Parcelled("ref-0", 1)),
     ]
+    opened = [open_payload(group.payload, {"ref-0": parcels[0]}.get) for group in joined.groups]
+    assert [group.sample.id for group in opened] == ["sample-000", "sample-002"]
     assert [failure.sample_id for failure in joined.failures] == ["sample-001"]
 
 
 def test_nothing_but_broken_samples_still_has_a_table() -> None:
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-000"})))
     worker.start()
-    light, rows, payload = worker.run(assignment(1))
-    assert (light.groups, payload, rows.num_rows) == ((), None, 0)
+    light, encoded, parcel = worker.run(assignment(1))
+    rows = decode_records(encoded)
+    assert (light.groups, parcel, rows.num_rows) == ((), None, 0)
     assert rows.schema.equals(ROLLOUT_SCHEMA)
 
 

@@ -55,6 +55,7 @@ def test_tells_everything_of_a_run_whose_data_will_be_generated(tmp_path: Path) 
         "epochs      2.00 over 40 training images",
         "placement   shared; asked for together: 2 CPU, 0 GPU",
         "is not there yet: the run will generate the scenes",
+        "1 × caption      caption, on the references",
         "one learner worker, about",
     ):
         assert line in text
@@ -106,6 +107,15 @@ def test_without_data_a_stand_in_picture_gives_the_prompt_length(tmp_path: Path)
         ({"model": {"lora": {"targets": ["no_such_proj"]}}}, "no_such_proj"),
         ({"resources": {"learner": {"gpus": 1000}}}, "1000 GPU asked for"),
         ({"data": {"prompt": "see <image> ."}}, "<image>"),
+        (
+            {
+                "reward": {
+                    "parts": {"mine": {"kind": "function", "path": "no_such_module:f", "state": "text"}},
+                    "weights": {"mine": 1.0},
+                }
+            },
+            "reward.parts.mine: no_such_module:f cannot be imported",
+        ),
     ],
 )
 def test_says_what_would_stop_the_run(tmp_path: Path, sections: dict[str, Any], expected: str) -> None:

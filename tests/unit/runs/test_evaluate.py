@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mmrl_ray.analysis.correlation import modality_correlation
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.data.samples import iter_references, read_split
 from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError, RunError
+from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.learner.checkpoints import save_checkpoint
 from mmrl_ray.learner.state import LearnerState
 from mmrl_ray.metrics.corpus import CorpusStatistics
@@ -26,9 +28,11 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs import warm_start as warm_start_module
 from mmrl_ray.runs.captioning import caption, caption_images, caption_samples
 from mmrl_ray.runs.evaluate import evaluate
+from mmrl_ray.runs.explain import explain, explain_image
 from mmrl_ray.runs.scores import score_captions
 from mmrl_ray.runs.target import STATISTICS, open_target
 from mmrl_ray.runs.warm_start import warm_start
+from tests.support.tiny_models import build_family
 
 SMALL = {"patch_size": 32, "hidden": 32, "layers": 2, "vision_hidden": 32, "vision_layers": 1}
 
@@ -172,9 +176,49 @@ def test_evaluating_a_run_uses_its_own_statistics(
     document = json.loads(out.read_text())
     assert document["measures"] == expected.to_json()["measures"]
     assert [c["caption"] for c in document["captions"]] == captions
+    assert list(document["correlations"]) == ["image", "text", "combined"]
+    assert document["correlations"]["text"] == {"rho": None, "p_value": None}, "one prompt for all"
+    states: dict[str, CaptionState] = {}
+    caption_samples(world.adapted, samples, max_new_tokens=9, states=states)
+    actions = torch.stack([states[sample.id].action for sample in samples])
+    image = torch.stack([states[sample.id].modalities["image"] for sample in samples])
+    if actions.std(dim=0).any():
+        assert document["correlations"]["image"]["rho"] == pytest.approx(abs(modality_correlation(actions, image)))
     printed = capsys.readouterr().out
     assert "of the run's training references" in printed
     assert f"{expected.measures['cider_d'].mean:.4f}" in printed
+    assert "one side does not vary" in printed
+
+
+def test_explaining_a_caption(
+    world: World, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = caption_images(world.run.location, pictures[:1])[0][1].strip()
+    out = tmp_path / "heat.png"
+    explain(world.run.location, pictures[0], out=out)
+    printed = capsys.readouterr().out
+    assert f"caption: {said}" in printed
+    assert f"heat map: {out}" in printed
+    assert Image.open(out).format == "PNG"
+    other = explain_image(world.run.location, pictures[0], caption="a red circle .", prompt="describe it")
+    assert other.caption == "a red circle ."
+    assert sum(other.importance.share.values()) == pytest.approx(1.0)
+    assert f"image: share {other.importance.share['image']:.3f}" not in printed
+    with pytest.raises(DataError, match="special token"):
+        explain_image(world.run.location, pictures[0], caption="a <image>")
+    with pytest.raises(DataError, match=r"gone\.png cannot be read"):
+        explain_image("no/such/model", tmp_path / "gone.png")
+    with pytest.raises(RunError, match="choose another --out"):
+        explain(world.run.location, pictures[0], out=Path("/proc/none.png"))
+
+
+def test_a_picture_in_tiles_has_shares_and_no_heat_map(
+    tmp_path: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    explain(str(build_family("smolvlm", tmp_path / "model")), pictures[0], caption="a red circle")
+    printed = capsys.readouterr().out
+    assert "image: share 0." in printed
+    assert "no heat map: the places of this model's image tokens are not known: the processor cuts" in printed
 
 
 def test_evaluating_a_model_says_whose_statistics_it_uses(

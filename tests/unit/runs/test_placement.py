@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import Demand, demands_of
 from mmrl_ray.config.resources import ActorResources
 from mmrl_ray.config.serving import DeploymentSection
 from mmrl_ray.learner.group import scaling_config
 from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.runs.placement import Demand, Node, demands_of, place, unplaced_lines
+from mmrl_ray.runs.placement import Node, place, unplaced_lines
 from mmrl_ray.serving.serve_config import options_of
 
 
@@ -52,6 +53,12 @@ def test_demands_of_a_run() -> None:
         ("reward", 1, 0.5, 0, {}),
         ("policy", 2, 3, 0, {}),  # the gateway asks for nothing
     ]
+
+
+def test_demands_of_a_run_that_has_grown() -> None:
+    grow = config(rollout={"workers": {"min": 1, "max": 4}}, learner={"steps": 1, "workers": {"min": 2, "max": 3}})
+    assert [(d.kind, d.count) for d in demands_of(grow)] == [("learner", 2), ("rollout", 1)]
+    assert [(d.kind, d.count) for d in demands_of(grow, at_most=True)] == [("learner", 3), ("rollout", 4)]
 
 
 def test_a_reward_of_words_asks_for_nothing() -> None:

@@ -21,11 +21,12 @@ from mmrl_ray.errors import RunError
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.eval_records import EVAL_SCHEMA, highlights, load_evaluation, save_evaluation
+from mmrl_ray.runs.eval_records import EVAL_SCHEMA, doubtful, highlights, load_evaluation, save_evaluation
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.report_charts import MAX_POINTS, charts, constants
 from mmrl_ray.runs.report_events import event_rows, happened, replacements
 from mmrl_ray.runs.report_facts import duration
+from mmrl_ray.runs.reward_facts import reward_rows
 from mmrl_ray.runs.scores import Evaluation, score_captions
 
 _, SCENES = generate_scenes(ScenesSection(train=1, eval=30, image_size=32))
@@ -87,6 +88,8 @@ def line(step: int) -> dict[str, Any]:
         "reward/std": 0.1,
         "reward/caption": 0.3 + 0.01 * step,
         "reward/caption/bleu": 0.2 + 0.02 * step,
+        "importance/image": 0.5 - 0.1 * step,
+        "importance/text": 0.5 + 0.1 * step,
         "loss": -0.01 * step,
         "loss/policy": -0.02 * step,
         "loss/kl": 0.01,
@@ -146,7 +149,7 @@ def test_nothing_points_outside_the_page(finished: tuple[RunDir, Page, str]) -> 
         ElementTree.fromstring(svg)
         assert not re.search(r'(?:href|src)="(?!#)', svg)
         assert "<image" not in svg
-    assert len(pictures) == 10
+    assert len(pictures) == 11
 
 
 def test_captions_are_escaped_and_shown(finished: tuple[RunDir, Page, str]) -> None:
@@ -162,7 +165,7 @@ def test_captions_are_escaped_and_shown(finished: tuple[RunDir, Page, str]) -> N
 def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
     _, page, _ = finished
     sections = [attributes["id"] for attributes in page.all("section") if "id" in attributes]
-    assert sections == ["summary", "captions", "curves", "facts", "events", "config"]
+    assert sections == ["summary", "captions", "curves", "inside", "facts", "events", "config"]
     targets = {link["href"] for link in page.all("a")}
     assert targets == {f"#{name}" for name in sections}
     for words in (
@@ -185,6 +188,9 @@ def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
         "Seconds by phase",
         "Where the reward rose most",
         "Where the reward rose least or fell",
+        "Where the parts of the reward disagree most",
+        "Importance of each modality, share",
+        "No states of an evaluation were stored",
         "1 min 01 s",
         "1 h 02 min",
         "3.00 GiB",
@@ -202,7 +208,7 @@ def test_pictures_have_words_for_them(finished: tuple[RunDir, Page, str]) -> Non
     alts = [image.get("alt", "") for image in page.all("img")]
     assert all(len(alt) > 20 for alt in alts)
     assert any("reward/mean from 0.3 to 0.34" in alt for alt in alts)
-    assert len(page.all("article")) == 12
+    assert len(page.all("article")) == 12 + 4
     assert "picture not stored" not in page.words
     assert page.all("html")[0]["lang"] == "en"
 
@@ -233,7 +239,7 @@ def test_a_half_finished_run_says_what_is_missing(tmp_path: Path) -> None:
         "2 steps",
     ):
         assert words in page.words, words
-    assert len(page.all("article")) == 12
+    assert len(page.all("article")) == 12 + 4
 
 
 def test_an_empty_and_a_damaged_run_still_give_a_page(tmp_path: Path) -> None:
@@ -268,7 +274,8 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert load_evaluation(run, "after") is None
     table = pq.read_table(run.local_path("eval/before.parquet"))
     assert table.schema == EVAL_SCHEMA
-    assert len(run.list("images")) == 12
+    doubted = {c.sample_id for c in doubtful(BEFORE.captions)["disagreement"]}
+    assert len(run.list("images")) == len(doubted | {c.sample_id for c in BEFORE.captions[:12]})
     save_evaluation(run, "after", AFTER, SCENES)
     shown = highlights(BEFORE.captions, AFTER.captions)
     hashes = {name.split(".")[0] for name in run.list("images")}
@@ -312,6 +319,32 @@ def test_what_never_changes_is_told_and_thin_phases_are_one() -> None:
     assert constants(lines[:1]) == {}
 
 
+def test_the_reward_is_told_part_by_part() -> None:
+    config = (
+        "reward: {parts: {said: {kind: caption}, size: {kind: length}}, weights: {said: 1.0, size: 0.5}, "
+        "normalize: group}"
+    )
+    lines = [
+        {"reward/mean": 0.3 + s, "reward/said": 0.2 + s, "reward/size": 0.1, "reward_weight/said": 1.0}
+        | {"reward_weight/size": 0.5, "reward/sigma": 0.2, "reward/adjusted": 0.1 + s, "reward/risk": 1.0}
+        | {"reward/normalized": 1.0}
+        for s in (0.0, 0.5)
+    ]
+    assert reward_rows(config, lines) == [
+        ("said, caption on the references", "weight 1, mean 0.2 → 0.7"),
+        ("size, length on the text", "weight 0.5, mean 0.1 → 0.1"),
+        ("total", "mean 0.3 → 0.8"),
+        ("standard deviation of the total", "mean 0.2 → 0.2"),
+        ("total - 1σ, learnt from", "mean 0.1 → 0.6"),
+        ("normalisation", "each part by its group, then the weighted sum by the step (GDPO)"),
+    ]
+    assert reward_rows("no: config", lines)[0][0] == "said"
+    assert reward_rows(config, []) == []
+    drawn = {chart.title for chart in charts([{"step": i, **line} for i, line in enumerate(lines)])}
+    assert "Reward less its uncertainty, and that" in drawn
+    assert "reward_weight/said" in constants(lines)
+
+
 def test_charts_survive_gaps_flags_and_single_steps() -> None:
     lines = [{"step": 0, "loss": float("nan"), "kl": True, "entropy": 0.5, "seconds/sample": 1.0}]
     assert [chart.title for chart in charts(lines)] == ["Entropy", "Seconds by phase"]
@@ -342,6 +375,9 @@ FAULTS: list[dict[str, Any]] = [
     {"time": 50.0, "kind": "sample_quarantined", "sample": "train-7", "detail": "crashed 3 workers"},
     {"time": 55.0, "kind": "reward_failed", "step": 2, "groups": 3, "detail": "the reward raised <Boom>"},
     {"time": 60.0, "kind": "worker_lost", "worker": "worker-3", "detail": "ActorDiedError: killed", "samples": []},
+    {"time": 65.0, "kind": "reward_replica_lost"},
+    {"time": 68.0, "kind": "reward_replica_ready", "seconds": 3.0},
+    {"time": 69.0, "kind": "run_ended", "status": "failed: the rollout controller is gone"},
     {"time": 70.0, "kind": "run_resumed"},
     {"time": 71.0, "kind": "checkpoint_damaged", "step": 6, "reason": "state.json: hash differs"},
     {"time": 72.0, "kind": "worker_created", "worker": "worker-0", "detail": "{CPU: 1}"},
@@ -361,7 +397,9 @@ def test_the_report_says_what_happened(tmp_path: Path) -> None:
         "rollout workers retired": ("1", ""),
         "changes of scale": ("1", "the command line asked for 3"),
         "learner restarts": ("1", "at step 5, back to 4"),
+        "ended with an error": ("1", "failed: the rollout controller is gone"),
         "resumed": ("1", ""),
+        "reward replicas lost": ("1", ""),
         "samples quarantined": ("1", "crashed 3 workers"),
         "groups without a reward": ("3", "the reward raised <Boom>"),
         "groups sampled again as too stale": ("4", ""),
@@ -395,7 +433,7 @@ def test_a_loss_that_nobody_has_made_good_is_told() -> None:
 def test_many_events_leave_the_ordinary_ones_out_first() -> None:
     many = [*FAULTS, *({"time": float(i), "kind": "worker_ready", "worker": f"worker-{i}"} for i in range(100))]
     rows, left_out = event_rows(many)
-    assert (len(rows), left_out) == (12, 112)
+    assert (len(rows), left_out) == (15, 112)
     assert "rollout worker ready" not in {row["what"] for row in rows}
     rows, left_out = event_rows([{"time": float(i), "kind": "worker_lost"} for i in range(100)])
     assert (len(rows), left_out) == (60, 40)

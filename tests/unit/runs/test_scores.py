@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +59,16 @@ def test_a_full_reference_gets_every_attribute_and_a_terse_one_only_its_object()
     assert short["attributes/recall"].mean == pytest.approx(len(SCENES) / facts)
     recall = len(SCENES) / facts
     assert short["attributes/f1"].mean == pytest.approx(2 * recall / (1 + recall))
+
+
+def test_a_reward_that_knows_its_sigma_has_it_measured() -> None:
+    class Doubting:
+        def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+            return [RewardBreakdown(1.0, {"seen": 1.0}, {"seen": 1.0}, sigma=0.1 * i) for i in range(len(captions))]
+
+    measures = score_captions(SCENES[:3], terse()[:3], Doubting(), STATISTICS).measures
+    assert measures["reward/sigma"].mean == pytest.approx(0.1)
+    assert "reward/sigma" not in score(terse()).measures
 
 
 def test_means_lengths_and_distinct_captions() -> None:

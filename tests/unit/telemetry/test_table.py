@@ -46,3 +46,8 @@ def test_series_are_what_ray_makes_of_a_name() -> None:
     assert table.GROUPS.series == {"ray_mmrl_groups_total"}
     ends = ("bucket", "count", "sum")
     assert table.STEP_SECONDS.series == {f"ray_mmrl_step_seconds_{end}" for end in ends}
+
+
+def test_descriptions_are_what_ray_can_take() -> None:
+    """It encodes them as ASCII, and a metric whose description it cannot encode is not measured at all."""
+    assert [metric.name for metric in METRICS if not metric.text.isascii()] == []

@@ -50,7 +50,7 @@ class Pieces:
         section = self.cfg.value_based
         assert section is not None
         self.section = section
-        self.arguments = environment_arguments(section, world.images, world.samples, world.reward, TEMPLATE)
+        self.arguments = environment_arguments(self.cfg, world.images, world.samples, world.reward, TEMPLATE)
         self.dqn: DQNConfig = dqn_config(self.cfg, self.arguments)
         self.runner = SingleAgentEnvRunner(config=self.dqn.copy(), worker_index=1)
         spec = self.dqn.get_multi_rl_module_spec(spaces=self.runner.get_spaces())

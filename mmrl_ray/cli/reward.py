@@ -1,0 +1,47 @@
+"""Commands around a learned reward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmrl_ray.cli.groups import reward_app
+from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.options import ConfigFile, Overrides
+
+
+@command(reward_app, "train")
+def train(config: ConfigFile, set_: Overrides = None) -> None:
+    """Train a reward model on preferences and ratings; print its figures on held-out data."""
+    from mmrl_ray.config.load import load_reward_model_config
+
+    cfg = load_reward_model_config(config, set_ or ())
+    from mmrl_ray.runs.progress import RunProgress
+    from mmrl_ray.runs.reward_model import print_report, train_reward
+
+    with RunProgress() as shown:
+        report = train_reward(cfg, progress=shown.phase("reward model"))
+    print_report(report)
+    typer.echo(cfg.out)
+
+
+@command(reward_app, "evaluate")
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a reward model.")],
+    data: Annotated[str, typer.Option("--data", help="Parquet of preferences or ratings.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the figures here, as JSON.")] = None,
+    scale: Annotated[tuple[float, float], typer.Option("--scale", help="Least and greatest rating.")] = (0.0, 1.0),
+) -> None:
+    """Pairwise accuracy, likelihood and calibration of a reward model on other data."""
+    from mmrl_ray.config.reward_model import RewardDataSection
+    from mmrl_ray.runs.reward_model import evaluate_reward, print_report
+
+    report = evaluate_reward(model, RewardDataSection(train=data, rating_scale=scale))
+    print_report(report)
+    if out is not None:
+        from mmrl_ray import atomic
+
+        atomic.write_file(out, (json.dumps(report, indent=2) + "\n").encode())

@@ -1,0 +1,186 @@
+"""Pairs out of a run's rollout log: two different captions of one group, to be labelled by people or by the reward.
+
+| strategy       | of each group the pair …                                   | and of these the groups …       |
+|----------------|------------------------------------------------------------|---------------------------------|
+| `random`       | that the seed draws                                        | that the seed draws             |
+| `closest`      | whose rewards differ least, but do differ                  | with the least difference       |
+| `disagreement` | about which the parts of the reward disagree most          | with the most disagreement      |
+
+Two parts disagree about a pair where one speaks for this caption and one for the other: the disagreement is what
+cancels, min(Σ max(Δ, 0), Σ max(−Δ, 0)) over the parts' contributions to the difference of rewards. A total is linear in
+its innermost parts, so least squares over the log finds what each contributes, signs and all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmrl_ray.errors import PreferenceError, RunError
+from mmrl_ray.feedback.schema import Pair, Preference, run_source
+from mmrl_ray.run_dir import RunDir
+
+Strategy = Literal["random", "closest", "disagreement"]
+_FOLDER = "rollouts"
+_COLUMNS = (
+    *("run", "step", "index", "attempt", "completion", "sample_id"),
+    *("image_hash", "prompt", "caption", "reward", "reward_parts"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Caption:
+    text: str
+    reward: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    pair: Pair
+    rewards: tuple[float, float]
+    rank: tuple[float, bytes]
+    """The smallest first."""
+
+
+def sample_pairs(
+    run: RunDir, count: int, *, seed: int, strategy: Strategy = "random", by_reward: bool = False
+) -> list[Pair | Preference]:
+    """At most `count` pairs with their pictures, no two of one group, none twice; the same for the same arguments.
+
+    Args:
+        run: a run with a rollout log.
+        count: pairs wanted; a log of few groups gives fewer.
+        seed: of whatever is drawn.
+        strategy: see the top of this file.
+        by_reward: label each by the run's own reward, as the rater `reward:RUN`; equal rewards are a tie.
+
+    Raises:
+        PreferenceError: the log has no group with two different captions that got a reward.
+        RunError: the run has no rollout log, or it cannot be read.
+    """
+    groups = _read_groups(run)
+    rank = _ranking(strategy, seed, groups)
+    best = [min(_candidates(group, rank), key=lambda c: c.rank, default=None) for group in groups]
+    chosen: dict[str, _Candidate] = {}
+    for candidate in sorted((c for c in best if c is not None), key=lambda c: c.rank):
+        if len(chosen) == count:
+            break
+        chosen.setdefault(candidate.pair.id, candidate)
+    if not chosen:
+        raise PreferenceError(f"{run.location}: no group of its rollout log has two captions to compare ({strategy})")
+    pictures = _Pictures(run)
+    return [_item(replace(c.pair, image=pictures[c.pair.image_hash]), c, run, by_reward) for c in chosen.values()]
+
+
+def _item(pair: Pair, candidate: _Candidate, run: RunDir, by_reward: bool) -> Pair | Preference:
+    if not by_reward:
+        return pair
+    a, b = candidate.rewards
+    return Preference(pair, "tie" if a == b else "a" if a > b else "b", f"reward:{run.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    source: str
+    image_hash: str
+    prompt: str
+    captions: tuple[_Caption, ...]
+    """Different ones, with a reward each."""
+
+
+def _read_groups(run: RunDir) -> list[_Group]:
+    names = sorted(name for name in run.list(_FOLDER) if name.endswith(".parquet"))
+    if not names:
+        raise RunError(f"{run.location} has no rollout log: no step was finished yet")
+    rows: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for name in names:
+        try:
+            file = io.BytesIO(run.read_bytes(f"{_FOLDER}/{name}"))
+            table = pq.read_table(file, columns=list(_COLUMNS))
+        except pa.ArrowException as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{run.full_path(f'{_FOLDER}/{name}')} cannot be read: {reason}") from error
+        for row in table.to_pylist():
+            if row["completion"] >= 0 and row["reward"] is not None:
+                rows[row["step"], row["index"], row["attempt"]].append(row)
+    return [_group(each) for _, each in sorted(rows.items())]
+
+
+def _group(rows: Sequence[dict[str, Any]]) -> _Group:
+    first = rows[0]
+    captions: dict[str, _Caption] = {}
+    for row in rows:
+        text = row["caption"].strip()
+        parts = {part["name"]: part["value"] for part in row["reward_parts"]}
+        captions.setdefault(text, _Caption(text, row["reward"], parts))
+    source = run_source(first["run"], first["step"], first["sample_id"])
+    return _Group(source, first["image_hash"], first["prompt"], tuple(captions.values()))
+
+
+Ranking = Callable[[_Caption, _Caption, bytes], tuple[float, bytes] | None]
+"""Where a pair stands, the smallest first; None where it is not wanted. The bytes draw among equals."""
+
+
+def _candidates(group: _Group, rank: Ranking) -> Iterator[_Candidate]:
+    for a, b in combinations(group.captions, 2):
+        pair = Pair(group.image_hash, group.prompt, a.text, b.text, group.source)
+        place = rank(a, b, pair.id.encode())
+        if place is not None:
+            yield _Candidate(pair, (a.reward, b.reward), place)
+
+
+def _ranking(strategy: Strategy, seed: int, groups: Sequence[_Group]) -> Ranking:
+    def drawn(pair_id: bytes) -> bytes:
+        return hashlib.blake2b(f"{seed}/".encode() + pair_id, digest_size=8).digest()
+
+    if strategy == "random":
+        return lambda a, b, pair_id: (0.0, drawn(pair_id))
+    if strategy == "closest":
+        return lambda a, b, pair_id: (abs(a.reward - b.reward), drawn(pair_id)) if a.reward != b.reward else None
+    names, weights = _contributions([caption for group in groups for caption in group.captions])
+
+    def disagreement(a: _Caption, b: _Caption, pair_id: bytes) -> tuple[float, bytes] | None:
+        difference = weights * np.array([a.parts.get(n, 0.0) - b.parts.get(n, 0.0) for n in names])
+        cancelled = min(difference.clip(min=0).sum(), -difference.clip(max=0).sum())
+        return (-float(cancelled), drawn(pair_id)) if cancelled > 0 else None
+
+    return disagreement
+
+
+def _contributions(captions: Sequence[_Caption]) -> tuple[list[str], np.ndarray]:
+    """The innermost parts' names, and the weight with which each enters the total."""
+    names = sorted({name for caption in captions for name in caption.parts})
+    innermost = [n for n in names if not any(other.startswith(f"{n}/") for other in names)]
+    values = np.array([[caption.parts.get(n, 0.0) for n in innermost] for caption in captions])
+    totals = np.array([caption.reward for caption in captions])
+    if not innermost:
+        return [], np.zeros(0)
+    weights, *_ = np.linalg.lstsq(values, totals, rcond=None)
+    return innermost, weights
+
+
+class _Pictures(dict[str, bytes]):
+    """Pictures of the run by hash, each read once."""
+
+    def __init__(self, run: RunDir) -> None:
+        super().__init__()
+        self._run = run
+        self._names = {name.split(".", 1)[0]: name for name in run.list("images")}
+
+    def __missing__(self, digest: str) -> bytes:
+        name = self._names.get(digest)
+        if name is None or name.endswith(".json"):
+            what = "is missing" if name is None else "stands for several, which a pair cannot have"
+            raise PreferenceError(f"{self._run.location}: picture {digest} {what}")
+        self[digest] = self._run.read_bytes(f"images/{name}")
+        return self[digest]

@@ -1,0 +1,172 @@
+"""What a reward model learns from: captions of pictures, which of two is preferred, how some are rated.
+
+`N` captions (each of a picture once), `P` pairs, `R` ratings, `I` pictures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.metrics.text import words
+from mmrl_ray.models.vision_source import Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One row: two captions of a picture, and what was said of them."""
+
+    picture: Picture = field(repr=False)
+    caption_a: str
+    caption_b: str
+    preferred: float | None
+    """1 for a, 0 for b, ½ for a tie; None where nobody said."""
+    rating_a: float | None = None
+    rating_b: float | None = None
+    part: str = ""
+    """Where its captions are from: figures are given for each part."""
+
+
+@dataclass(slots=True)
+class RewardData:
+    """Judgements as arrays."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    """I."""
+    captions: list[str] = field(default_factory=list)
+    """N."""
+    of: list[int] = field(default_factory=list)
+    """[N], the picture of each caption."""
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    """[P], captions."""
+    preferred: list[float] = field(default_factory=list)
+    """[P], 1 for the first, 0 for the second, ½ for a tie."""
+    pair_parts: list[str] = field(default_factory=list)
+    """[P]."""
+    rated: list[int] = field(default_factory=list)
+    """[R], captions."""
+    ratings: list[float] = field(default_factory=list)
+    """[R]."""
+    rating_parts: list[str] = field(default_factory=list)
+    """[R]."""
+
+    @classmethod
+    def of_judgements(cls, judgements: Iterable[Judgement]) -> RewardData:
+        """Pictures and captions that come again are kept once."""
+        data = cls()
+        pictures: dict[Picture, int] = {}
+        captions: dict[tuple[int, str], int] = {}
+
+        def place(picture: int, caption: str) -> int:
+            if (picture, caption) not in captions:
+                captions[picture, caption] = len(data.captions)
+                data.captions.append(caption)
+                data.of.append(picture)
+            return captions[picture, caption]
+
+        for row in judgements:
+            picture = pictures.setdefault(row.picture, len(pictures))
+            both = place(picture, row.caption_a), place(picture, row.caption_b)
+            if row.preferred is not None:
+                data.pairs.append(both)
+                data.preferred.append(row.preferred)
+                data.pair_parts.append(row.part)
+            for caption, rating in zip(both, (row.rating_a, row.rating_b), strict=True):
+                if rating is not None:
+                    data.rated.append(caption)
+                    data.ratings.append(rating)
+                    data.rating_parts.append(row.part)
+        data.pictures = list(pictures)
+        return data
+
+    def vocabulary(self, most: int) -> tuple[str, ...]:
+        """Its `most` most frequent words, ties in alphabetical order."""
+        counts = Counter(word for caption in self.captions for word in words(caption))
+        return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:most])
+
+    def liked(self) -> list[bool]:
+        """[N], the captions that won more often than they lost; a rating above the mean is a win, one below a loss."""
+        won = np.zeros(len(self.captions))
+        for (first, second), preferred in zip(self.pairs, self.preferred, strict=True):
+            won[first] += 2 * preferred - 1
+            won[second] -= 2 * preferred - 1
+        center, _ = self.center_and_spread()
+        for caption, rating in zip(self.rated, self.ratings, strict=True):
+            won[caption] += np.sign(rating - center)
+        return (won > 0).tolist()
+
+    def center_and_spread(self) -> tuple[float, float]:
+        """Mean and standard deviation of the ratings; (0, 1) without, or where all are the same."""
+        spread = float(np.std(self.ratings)) if self.ratings else 0.0
+        return (float(np.mean(self.ratings)) if self.ratings else 0.0), spread or 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some pictures with all that was said of their captions; places count within the batch."""
+
+    pictures: list[Picture]
+    of: torch.Tensor
+    """int64 [n]."""
+    captions: torch.Tensor
+    """int64 [n], places in the data."""
+    pairs: torch.Tensor
+    """int64 [p, 2]."""
+    pair_rows: torch.Tensor
+    """int64 [p], places in the data."""
+    rated: torch.Tensor
+    """int64 [r]."""
+    rating_rows: torch.Tensor
+    """int64 [r], places in the data."""
+
+
+class Batches:
+    """Batches of whole pictures, in an order that follows from the seed: epochs of a shuffle each."""
+
+    def __init__(self, data: RewardData, images_per_step: int, seed: int) -> None:
+        self._data = data
+        self._size = min(images_per_step, len(data.pictures))
+        self._random = np.random.default_rng(derive_seed(seed, "reward batches"))
+        self._captions = _by(data.of, len(data.pictures))
+        of = np.asarray(data.of)
+        self._pairs = _by([int(of[first]) for first, _ in data.pairs], len(data.pictures))
+        self._ratings = _by([int(of[caption]) for caption in data.rated], len(data.pictures))
+        self._order = np.array([], dtype=np.int64)
+
+    def next(self) -> Batch:
+        """The next batch."""
+        if len(self._order) < self._size:
+            self._order = np.concatenate([self._order, self._random.permutation(len(self._data.pictures))])
+        chosen, self._order = self._order[: self._size].tolist(), self._order[self._size :]
+        return self._batch(list(dict.fromkeys(chosen)))
+
+    def _batch(self, chosen: list[int]) -> Batch:
+        data = self._data
+        captions = [caption for picture in chosen for caption in self._captions[picture]]
+        of = [i for i, picture in enumerate(chosen) for _ in self._captions[picture]]
+        places = {caption: i for i, caption in enumerate(captions)}
+        pair_rows = [row for picture in chosen for row in self._pairs[picture]]
+        rating_rows = [row for picture in chosen for row in self._ratings[picture]]
+        pairs = [[places[caption] for caption in data.pairs[row]] for row in pair_rows]
+        return Batch(
+            pictures=[data.pictures[picture] for picture in chosen],
+            of=torch.tensor(of),
+            captions=torch.tensor(captions),
+            pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+            pair_rows=torch.tensor(pair_rows, dtype=torch.int64),
+            rated=torch.tensor([places[data.rated[row]] for row in rating_rows], dtype=torch.int64),
+            rating_rows=torch.tensor(rating_rows, dtype=torch.int64),
+        )
+
+
+def _by(owners: Sequence[int], count: int) -> list[list[int]]:
+    """Places by owner."""
+    found: list[list[int]] = [[] for _ in range(count)]
+    for place, owner in enumerate(owners):
+        found[owner].append(place)
+    return found

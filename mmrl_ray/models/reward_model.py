@@ -1,0 +1,146 @@
+"""The learned multimodal reward: picture and caption in, a mean and a σ out.
+
+    picture ──image encoder──▶ tokens ─┐                 ┌─▶ mean head k      ─┐
+                                       ├─fusion─▶ vector ┤                     ├─▶ μ, σ² = mean σ_k² + variance μ_k
+    caption ──text encoder───▶ tokens ─┘                 └─▶ log-variance head ─┘
+
+`N` captions, `K` heads. σ² has two parts: what raters disagree about (the heads' own σ_k², Kendall and Gal 2017) and
+what the model does not know (how far the heads' means are apart, Lakshminarayanan et al. 2017; 0 for K = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mmrl_ray.models.encoders import FeatureEncoder, PixelEncoder, TextEncoder, Vocabulary
+from mmrl_ray.models.fusion import build_fusion
+from mmrl_ray.models.reward_spec import RewardModelSpec
+from mmrl_ray.models.vision_source import Picture, PictureInputs, VisionSource
+
+MODALITIES = ("image", "text")
+_ATTENTION_HEADS = 4
+_LOG_VARIANCE_RANGE = (-12.0, 8.0)
+"""In units of the ratings' spread: beyond it a likelihood overflows before it says anything."""
+_CAPTIONS_AT_ONCE = 256
+
+
+class Encoded(NamedTuple):
+    """Tokens of B pictures and N captions, with their masks."""
+
+    image: torch.Tensor
+    """[B, L, d]."""
+    image_mask: torch.Tensor
+    """bool [B, L]."""
+    text: torch.Tensor
+    """[N, T, d]."""
+    text_mask: torch.Tensor
+    """bool [N, T]."""
+
+
+class HeadOutputs(NamedTuple):
+    """Of the K heads, in units inside the model."""
+
+    mean: torch.Tensor
+    """[N, K]."""
+    log_variance: torch.Tensor
+    """[N, K]."""
+    weights: torch.Tensor | None
+    """[N, 2], how much image and text count, where the fusion says so."""
+
+
+class Scores(NamedTuple):
+    """In units of the ratings."""
+
+    mean: torch.Tensor
+    """[N]."""
+    sigma: torch.Tensor
+    """[N]."""
+    weights: torch.Tensor | None
+    """[N, 2], as `HeadOutputs.weights`."""
+
+
+class RewardModel(nn.Module):
+    """See the top of this file."""
+
+    def __init__(self, spec: RewardModelSpec) -> None:
+        """Random weights from torch's generator."""
+        super().__init__()
+        self.spec = spec
+        self.vocabulary = Vocabulary(spec.vocabulary)
+        dim = spec.width
+        self.image: PixelEncoder | FeatureEncoder = (
+            PixelEncoder(spec.image_size, dim, spec.layers, _ATTENTION_HEADS)
+            if spec.feature_dim is None
+            else FeatureEncoder(spec.feature_dim, dim)
+        )
+        self.text = TextEncoder(len(self.vocabulary), spec.max_words, dim, spec.layers, _ATTENTION_HEADS)
+        self.fusion = build_fusion(spec.fusion, dict.fromkeys(MODALITIES, dim), dim)
+        self.means = nn.ModuleList(_head(dim) for _ in range(spec.heads))
+        self.log_variances = nn.ModuleList(_head(dim) for _ in range(spec.heads if spec.sigma_trained else 0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.text.words.weight.device
+
+    def encode(self, pictures: PictureInputs, words: torch.Tensor) -> Encoded:
+        """Tokens of pictures (see `VisionSource`) and of captions, int64 [N, T] (see `Vocabulary.encode`)."""
+        return Encoded(*self.image(*pictures), *self.text(words))
+
+    def judge(self, encoded: Encoded, of: torch.Tensor) -> HeadOutputs:
+        """What the heads say of N captions; `of` int64 [N] is the picture that each describes.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        image, image_mask, text, text_mask = encoded
+        fused = self.fusion({"image": image[of], "text": text}, {"image": image_mask[of], "text": text_mask})
+        mean = torch.cat([head(fused.vector) for head in self.means], dim=-1)
+        if not self.spec.sigma_trained:
+            return HeadOutputs(mean, torch.zeros_like(mean), fused.weights)
+        log_variance = torch.cat([head(fused.vector) for head in self.log_variances], dim=-1)
+        return HeadOutputs(mean, log_variance.clamp(*_LOG_VARIANCE_RANGE), fused.weights)
+
+    def forward(self, pictures: PictureInputs, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
+        """`judge` of what `encode` makes."""
+        return self.judge(self.encode(pictures, words), of)
+
+    def scores(self, outputs: HeadOutputs) -> Scores:
+        """The heads' answers as one mean and one σ a caption: σ² = mean of σ_k² + variance of μ_k."""
+        spread = self.spec.spread
+        variance = outputs.log_variance.exp().mean(dim=1) + outputs.mean.var(dim=1, unbiased=False)
+        return Scores(self.spec.center + spread * outputs.mean.mean(dim=1), spread * variance.sqrt(), outputs.weights)
+
+    @torch.no_grad()
+    def score(self, source: VisionSource, pictures: Sequence[Picture], captions: Sequence[str]) -> Scores:
+        """Scores of captions, each with the picture that it describes; equal pictures are encoded once. On the CPU.
+
+        Raises:
+            ImageError: a picture cannot be decoded.
+            DataError: a picture that the image encoder does not take.
+        """
+        parts = []
+        for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+            some = slice(start, start + _CAPTIONS_AT_ONCE)
+            distinct = list(dict.fromkeys(pictures[some]))
+            places = {picture: i for i, picture in enumerate(distinct)}
+            of = torch.tensor([places[picture] for picture in pictures[some]], device=self.device)
+            words = self.vocabulary.encode(captions[some], self.spec.max_words).to(self.device)
+            parts.append(self.scores(self(source.inputs(distinct, self.device), of, words)))
+        if not parts:
+            return Scores(torch.zeros(0), torch.zeros(0), None)
+        weights = [part.weights.cpu() for part in parts if part.weights is not None]
+        return Scores(
+            torch.cat([part.mean for part in parts]).cpu(),
+            torch.cat([part.sigma for part in parts]).cpu(),
+            torch.cat(weights) if weights else None,
+        )
+
+
+def _head(dim: int) -> nn.Module:
+    """An MLP to one number a row; under a linear head an additive fusion would cancel what a pair shares."""
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, 1))

@@ -1,0 +1,182 @@
+"""`mmrl reward train` and `mmrl reward evaluate`: config in, a reward's folder with its report out. Without Ray."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmrl_ray.config.reward_model import RewardDataSection, RewardModelConfig
+from mmrl_ray.data.images import image_hash
+from mmrl_ray.data.quarantine import Quarantine
+from mmrl_ray.data.samples import dataset_fingerprint
+from mmrl_ray.errors import DataError
+from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.models.reward_data import Judgement, RewardData
+from mmrl_ray.models.reward_folder import load_reward_model, refuse_occupied, save_reward_model
+from mmrl_ray.models.reward_model import RewardModel
+from mmrl_ray.models.reward_report import evaluate_reward_model
+from mmrl_ray.models.reward_spec import RewardModelSpec
+from mmrl_ray.models.vision_source import Pixels, PolicyVision, VisionSource, source_of
+from mmrl_ray.runs.progress import ProgressFn
+from mmrl_ray.runs.reward_rows import read_judgements
+from mmrl_ray.runs.reward_training import train_reward_model
+
+_SHARES = 1_000_000
+
+
+def train_reward(cfg: RewardModelConfig, *, progress: ProgressFn | None = None) -> dict[str, Any]:
+    """Reads the data, trains, looks at the held-out split, and writes `cfg.out`; returns the report that it holds.
+
+    Raises:
+        ModelError: `cfg.out` is there already, or the vision checkpoint cannot be used.
+        DataError: the data cannot be read.
+        QuarantineError: more broken rows than `data.max_quarantined`.
+        NonFiniteError: training diverged.
+    """
+    refuse_occupied(cfg.out)
+    started = time.monotonic()
+    quarantine = Quarantine(cfg.data.max_quarantined)
+    train, held_out = _splits(cfg, quarantine)
+    source = _source(cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(cfg.seed, "reward model"))
+        model = RewardModel(_spec(cfg, train, source))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    read = time.monotonic()
+    losses = train_reward_model(model, source, train, cfg.training, seed=cfg.seed, progress=progress)
+    trained = time.monotonic()
+    report = {
+        "held_out": evaluate_reward_model(model, source, held_out),
+        "training": {
+            "steps": len(losses),
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+            "pictures": len(train.pictures),
+            "captions": len(train.captions),
+            "pairs": len(train.pairs),
+            "ratings": len(train.ratings),
+        },
+        "left_out": _left_out(quarantine),
+        "seconds": {"reading": read - started, "training": trained - read, "evaluating": time.monotonic() - trained},
+        "config": cfg.model_dump(mode="json"),
+    }
+    save_reward_model(model, cfg.out, report)
+    return report
+
+
+def evaluate_reward(folder: str | Path, data: RewardDataSection, *, cache_mb: int = 1024) -> dict[str, Any]:
+    """The figures of a trained reward on all of `data.train`.
+
+    Raises:
+        ModelError: the folder cannot be used.
+        DataError: the data cannot be read.
+        QuarantineError: more broken rows than the budget.
+    """
+    model = load_reward_model(folder)
+    quarantine = Quarantine(data.max_quarantined)
+    judgements = read_judgements(data.train, data, quarantine)
+    source = source_of(model.spec, cache_mb << 20)
+    figures = evaluate_reward_model(model, source, RewardData.of_judgements(judgements))
+    return {"held_out": figures, "left_out": _left_out(quarantine)}
+
+
+def print_report(report: dict[str, Any], console: Console | None = None) -> None:
+    """The held-out figures as tables: one line for all, one a part."""
+    console = console or Console()
+    found = report["held_out"]
+    pairs, ratings = found.get("pairs"), found.get("ratings")
+    if pairs:
+        table = _table("pairs", ("pairs", "accuracy", "expected", "NLL"))
+        for name, row in (("all", pairs), *pairs["parts"].items()):
+            table.add_row(name, f"{row['count']:,}", *map(_figure, (row["accuracy"], row["expected"], row["nll"])))
+        console.print(table)
+    if ratings:
+        table = _table("ratings", ("ratings", "RMSE", "NLL", "in 50 %", "in 80 %", "in 95 %"))
+        for name, row in (("all", ratings), *ratings["parts"].items()):
+            coverage = row.get("coverage", {})
+            figures = (row["rmse"], row.get("nll"), *(coverage.get(share) for share in ("0.5", "0.8", "0.95")))
+            table.add_row(name, f"{row['count']:,}", *map(_figure, figures))
+        console.print(table)
+    for reason, count in report["left_out"]["reasons"].items():
+        console.print(f"left out: {count} rows: {reason}", markup=False)
+
+
+def _splits(cfg: RewardModelConfig, quarantine: Quarantine) -> tuple[RewardData, RewardData]:
+    """Training and held-out data; no picture is in both."""
+    train = read_judgements(cfg.data.train, cfg.data, quarantine)
+    if cfg.data.eval is not None:
+        held_out = read_judgements(cfg.data.eval, cfg.data, quarantine)
+        seen = {row.picture for row in train}
+        both = sum(picture in seen for picture in {row.picture for row in held_out})
+        if both:
+            raise DataError(f"{both} pictures of {cfg.data.eval} are in {cfg.data.train}, too: nothing is held out")
+    else:
+        held_out = [row for row in train if _is_held_out(row, cfg)]
+        train = [row for row in train if not _is_held_out(row, cfg)]
+        if not train or not held_out:
+            raise DataError(f"{cfg.data.train} has too few pictures to hold {cfg.data.held_out:g} of them out")
+    return RewardData.of_judgements(train), RewardData.of_judgements(held_out)
+
+
+def _is_held_out(row: Judgement, cfg: RewardModelConfig) -> bool:
+    place = derive_seed(cfg.seed, "held out", image_hash(row.picture)) % _SHARES
+    return place < cfg.data.held_out * _SHARES
+
+
+def _source(cfg: RewardModelConfig) -> VisionSource:
+    budget = cfg.vision_cache_mb << 20
+    return Pixels(cfg.net.image_size, budget) if cfg.net.vision is None else PolicyVision.load(cfg.net.vision, budget)
+
+
+def _spec(cfg: RewardModelConfig, data: RewardData, source: VisionSource) -> RewardModelSpec:
+    net = cfg.net
+    center, spread = data.center_and_spread()
+    fingerprints = {
+        name: {"path": path, "fingerprint": dataset_fingerprint(path)}
+        for name, path in (("train", cfg.data.train), ("eval", cfg.data.eval))
+        if path is not None
+    }
+    policy = source if isinstance(source, PolicyVision) else None
+    return RewardModelSpec(
+        fusion=net.fusion,
+        vision=net.vision,
+        vision_key=policy.policy.revision_key if policy else None,
+        feature_dim=policy.feature_dim if policy else None,
+        image_size=net.image_size,
+        width=net.width,
+        layers=net.layers,
+        heads=net.heads,
+        max_words=net.max_words,
+        vocabulary=data.vocabulary(net.vocabulary),
+        center=center,
+        spread=spread,
+        sigma_trained=net.sigma,
+        data={**fingerprints, "pairs": len(data.pairs), "ratings": len(data.ratings), "scale": cfg.data.rating_scale},
+    )
+
+
+def _left_out(quarantine: Quarantine) -> dict[str, Any]:
+    reasons = Counter(record.reason for record in quarantine.records)
+    return {
+        "rows": len(quarantine),
+        "reasons": dict(reasons.most_common()),
+        "records": [record.as_dict() for record in quarantine.records],
+    }
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=f"held-out {title}")
+    table.add_column("part")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,121 @@
+"""The training loop of a learned reward: pairs by Thurstone's likelihood, ratings by the Gaussian one (row 15), and
+beside them the alignment of words with what they look like.
+
+`n` captions, `p` pairs and `r` ratings a step, `K` heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from mmrl_ray.config.reward_model import RewardOptimiserSection
+from mmrl_ray.errors import NonFiniteError
+from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.learner.schedule import cosine_scheduler
+from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
+from mmrl_ray.models.alignment import Alignment
+from mmrl_ray.models.reward_data import Batch, Batches, RewardData
+from mmrl_ray.models.reward_model import Encoded, HeadOutputs, RewardModel
+from mmrl_ray.models.vision_source import VisionSource
+from mmrl_ray.runs.progress import ProgressFn
+
+REPORT_EVERY = 25
+"""Steps between two calls of the progress function."""
+
+
+def train_reward_model(
+    model: RewardModel,
+    source: VisionSource,
+    data: RewardData,
+    cfg: RewardOptimiserSection,
+    *,
+    seed: int,
+    progress: ProgressFn | None = None,
+) -> list[float]:
+    """Trains `model` in place; returns the loss of each step. The same arguments give the same weights on the CPU.
+
+    Raises:
+        NonFiniteError: the loss or the gradient norm is NaN or infinite.
+    """
+    objective = _Objective(model, data, cfg, seed)
+    words = model.vocabulary.encode(data.captions, model.spec.max_words)
+    batches = Batches(data, cfg.images_per_step, seed)
+    parameters = [*model.parameters(), *objective.alignment.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    scheduler = cosine_scheduler(optimizer, total_steps=cfg.steps, lr_min=cfg.lr_min, warmup_steps=cfg.warmup_steps)
+    losses: list[float] = []
+    model.train()
+    for step in range(cfg.steps):
+        batch = batches.next()
+        some = words[batch.captions]
+        longest = int((some != 0).sum(dim=1).max())
+        pictures = source.inputs(batch.pictures, model.device)
+        encoded = model.encode(pictures, some[:, :longest].to(model.device))
+        loss = objective(encoded, model.judge(encoded, batch.of.to(model.device)), batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+        for name, value in (("loss", loss.item()), ("gradient norm", float(norm))):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"reward step {step}: {name} is {value}; lower training.lr or look at the data")
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        done = step + 1
+        if progress is not None and (done % REPORT_EVERY == 0 or done in (1, cfg.steps)):
+            recent = losses[-REPORT_EVERY:]
+            progress(done, cfg.steps, {"loss": sum(recent) / len(recent), "lr": float(scheduler.get_last_lr()[0])})
+    model.eval()
+    return losses
+
+
+class _Objective:
+    """−log likelihood of a batch (means over its pairs, its ratings, the heads), and the alignment of its captions."""
+
+    def __init__(self, model: RewardModel, data: RewardData, cfg: RewardOptimiserSection, seed: int) -> None:
+        self._spec, self._cfg, self._heads = model.spec, cfg, model.spec.heads
+        ratings = torch.tensor(data.ratings, dtype=torch.float32)
+        self._ratings = (ratings - model.spec.center) / model.spec.spread
+        self._preferred = torch.tensor(data.preferred, dtype=torch.float32)
+        self._liked = torch.tensor(data.liked())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "reward alignment"))
+            self.alignment = Alignment(model.spec.width).to(model.device)
+        # A bootstrap a head (Efron 1979, in Poisson counts): where the data says little, its heads come to differ.
+        random = np.random.default_rng(derive_seed(seed, "reward heads"))
+        self._pair_counts, self._rating_counts = (
+            torch.from_numpy(random.poisson(1.0, (self._heads, rows)) if self._heads > 1 else np.ones((1, rows), int))
+            for rows in (len(data.pairs), len(data.ratings))
+        )
+
+    def __call__(self, encoded: Encoded, outputs: HeadOutputs, batch: Batch) -> torch.Tensor:
+        terms = [self._head(outputs.mean[:, k], outputs.log_variance[:, k], k, batch) for k in range(self._heads)]
+        loss = torch.stack(terms).mean()
+        liked = self._liked[batch.captions]
+        if self._cfg.alignment and liked.any() and len(batch.pictures) > 1:
+            of, liked = batch.of.to(loss.device), liked.to(loss.device)
+            loss = loss + self._cfg.alignment * self.alignment(*encoded, of, liked)
+        return loss
+
+    def _head(self, mean: torch.Tensor, log_variance: torch.Tensor, k: int, batch: Batch) -> torch.Tensor:
+        loss = mean.sum() * 0.0  # for a batch of which this head sees nothing
+        device = mean.device
+        seen = torch.repeat_interleave(self._pair_counts[k, batch.pair_rows])
+        if len(seen):
+            first, second = batch.pairs[seen].to(device).unbind(1)
+            preferred = self._preferred[batch.pair_rows[seen]].to(device)
+            won = preference_nll(mean[first], log_variance[first], mean[second], log_variance[second])
+            lost = preference_nll(mean[second], log_variance[second], mean[first], log_variance[first])
+            loss = loss + (preferred * won + (1 - preferred) * lost).mean()
+        seen = torch.repeat_interleave(self._rating_counts[k, batch.rating_rows])
+        if len(seen):
+            rated = batch.rated[seen].to(device)
+            target = self._ratings[batch.rating_rows[seen]].to(device)
+            loss = loss + self._cfg.rating_weight * gaussian_nll(mean[rated], log_variance[rated], target)
+        if not len(self._ratings) and self._spec.sigma_trained:
+            # Pairs alone leave the scale free: twice all means and all σ say the same.
+            loss = loss + self._cfg.sigma_prior * 0.5 * log_variance.square().mean()
+        return loss

@@ -1,0 +1,135 @@
+"""The learned reward as a part: its σ, its pickle, its config, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmrl_ray.config.reward import LearnedPart, RewardSection
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import ConfigError, ModelError, RewardError
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.models.reward_folder import SPEC, save_reward_model
+from mmrl_ray.models.vision_source import Pixels
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward
+from mmrl_ray.rewards.learned import LearnedReward
+from tests.unit.models.test_reward_model import CAPTIONS, PICTURES, model
+
+SAMPLES = [Sample(f"s{i}", picture, "") for i, picture in enumerate(PICTURES)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("learned") / "reward"
+    save_reward_model(model(), target, {})
+    return target
+
+
+def test_mean_and_sigma(folder: Path) -> None:
+    reward = LearnedReward(folder)
+    assert isinstance(reward, RewardFn)
+    assert reward.has_sigma
+    expected = model().score(Pixels(32, 1 << 20), PICTURES, CAPTIONS)
+    for i, got in enumerate(reward.score_batch(SAMPLES, CAPTIONS)):
+        assert got.total == got.parts["mean"] == pytest.approx(expected.mean[i].item(), rel=1e-6)
+        assert got.sigma == pytest.approx(expected.sigma[i].item(), rel=1e-6)
+        assert dict(got.weights) == {"mean": 1.0}
+    assert reward.score_batch([], []) == []
+
+
+def test_no_sigma_where_it_was_not_trained(tmp_path: Path) -> None:
+    save_reward_model(model(sigma_trained=False), tmp_path / "plain", {})
+    reward = LearnedReward(tmp_path / "plain")
+    assert not reward.has_sigma
+    assert reward.score_batch(SAMPLES[:1], CAPTIONS[:1])[0].sigma is None
+
+
+def test_pickles_as_its_path(folder: Path) -> None:
+    reward = LearnedReward(folder)
+    before = reward.score_batch(SAMPLES, CAPTIONS)
+    packed = pickle.dumps(reward)
+    assert len(packed) < 1000
+    again = pickle.loads(packed)
+    assert again.has_sigma
+    assert again.score_batch(SAMPLES, CAPTIONS) == before
+
+
+def test_building_it_loads_no_torch(folder: Path) -> None:
+    code = (
+        "import sys, pickle; from mmrl_ray.rewards.learned import LearnedReward; "
+        f"pickle.dumps(LearnedReward({str(folder)!r})); print([m for m in ('torch', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_as_a_part_of_a_config(folder: Path) -> None:
+    section = RewardSection.model_validate(
+        {"parts": {"seen": {"kind": "learned", "model": str(folder)}}, "weights": {"seen": 2.0}}
+    )
+    assert isinstance(section.parts["seen"], LearnedPart)
+    assert section.needs_images
+    assert not section.needs_statistics
+    reward = build_reward(section, CorpusStatistics.from_references([("a red circle",)]))
+    alone = LearnedReward(folder).score_batch(SAMPLES, CAPTIONS)
+    for got, one in zip(reward.score_batch(SAMPLES, CAPTIONS), alone, strict=True):
+        assert got.total == pytest.approx(2 * one.total)
+        assert got.parts["seen/mean"] == one.total
+        assert one.sigma is not None
+        assert got.sigma == pytest.approx(2 * one.sigma)
+
+
+def test_risk_is_refused_where_sigma_was_never_trained(folder: Path, tmp_path: Path) -> None:
+    spec = json.loads((folder / SPEC).read_text())
+    (tmp_path / SPEC).write_text(json.dumps({**spec, "sigma_trained": False}))
+
+    def section(path: Path, **weights: float) -> RewardSection:
+        parts = {"seen": {"kind": "learned", "model": str(path)}, "size": {"kind": "length"}}
+        return RewardSection.model_validate({"parts": parts, "weights": weights, "risk": 0.5})
+
+    check_reward(section(folder, seen=1.0, size=1.0))
+    for make in (check_reward, lambda cfg: build_reward(cfg, NOTHING)):
+        with pytest.raises(ConfigError, match=r"reward\.risk=0\.5 needs a trained sigma.* 'seen' was never trained"):
+            make(section(tmp_path, seen=1.0, size=1.0))
+        with pytest.raises(ConfigError, match=r"reward\.parts\.seen: no reward model at"):
+            make(section(tmp_path / "nothing", seen=1.0, size=1.0))
+    with pytest.raises(ValueError, match=r"risk=0\.5 needs a part with a trained sigma and a weight above 0"):
+        section(folder, seen=0.0, size=1.0)
+
+
+def test_risk_takes_its_sigma_off(folder: Path) -> None:
+    parts = {"seen": {"kind": "learned", "model": str(folder)}}
+    section = RewardSection.model_validate({"parts": parts, "weights": {"seen": 2.0}, "risk": 0.5})
+    alone = LearnedReward(folder).score_batch(SAMPLES, CAPTIONS)
+    for got, one in zip(build_reward(section, NOTHING).score_batch(SAMPLES, CAPTIONS), alone, strict=True):
+        assert one.sigma is not None
+        assert got.parts["seen/sigma"] == one.sigma
+        assert got.total == pytest.approx(2 * one.total)
+        assert got.adjusted == pytest.approx(2 * one.total - 0.5 * 2 * one.sigma)
+
+
+def test_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"no reward model at .*; train one with `mmrl reward train`"):
+        LearnedReward(tmp_path / "nothing")
+    (tmp_path / SPEC).write_text(json.dumps({"format": 1}))
+    with pytest.raises(ModelError, match="cannot be read: KeyError"):
+        LearnedReward(tmp_path)
+    reward = LearnedReward(folder)
+    with pytest.raises(RewardError, match="needs the picture of sample 'bare'"):
+        reward.score_batch([Sample("bare", (), "")], ["a"])
+    with pytest.raises(RewardError, match=r"the learned reward .*: .*image"):
+        reward.score_batch([Sample("broken", (b"no picture",), "")], ["a"])
+    with pytest.raises(RewardError, match="2 samples for 1 captions"):
+        reward.score_batch(SAMPLES[:2], CAPTIONS[:1])
+    loaded, _ = reward._load()
+    monkeypatch.setattr(loaded.means[0][1].bias, "data", torch.full_like(loaded.means[0][1].bias, math.nan))
+    with pytest.raises(RewardError, match="gives nan"):
+        reward.score_batch(SAMPLES[:1], CAPTIONS[:1])
