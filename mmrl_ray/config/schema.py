@@ -19,7 +19,7 @@ from mmrl_ray.config.rollout import RolloutSection
 from mmrl_ray.config.run import RunSection
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.config.sft import SftSection
-from mmrl_ray.config.value_based import USED_OF_LEARNER, ValueBasedSection, unused_keys
+from mmrl_ray.config.value_based import USED_OF_LEARNER, USED_OF_ROLLOUT, ValueBasedSection, unused_keys
 
 
 class Config(Section):
@@ -97,7 +97,8 @@ class Config(Section):
     def _value_based_fits(self) -> Self:
         agent, learner = self.value_based, self.learner
         updates = agent.updates if agent is not None else 1
-        unused = unused_keys(learner, USED_OF_LEARNER)
+        unused = {f"learner.{name}": value for name, value in unused_keys(learner, USED_OF_LEARNER).items()}
+        unused |= {f"rollout.{name}": value for name, value in unused_keys(self.rollout, USED_OF_ROLLOUT).items()}
         parts = self.reward.weights
         refuse(
             {
@@ -109,7 +110,7 @@ class Config(Section):
                     learner.steps % updates != 0
                 ),
                 "algorithm: value_based makes no use of "
-                + ", ".join(f"learner.{name}={value}" for name, value in unused.items())
+                + ", ".join(f"{name}={value}" for name, value in unused.items())
                 + "; leave that out": bool(unused),
                 f"value_based.shaping names no part of the reward ({', '.join(parts)}) but "
                 f"{', '.join(_unknown(agent, parts))}": bool(_unknown(agent, parts)),

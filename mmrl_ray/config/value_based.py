@@ -1,8 +1,9 @@
 """`value_based:` — deep Q-learning over pictures and words, beside what `learner:` and `rollout:` say.
 
 What a value-based run takes from elsewhere: `learner.steps`, `lr`, `lr_min`, `warmup_steps`, `max_grad_norm`,
-`checkpoint_every` and `keep_checkpoints`; `rollout.workers`; `reward`, `data`, `model` and `sft` whole. Its words are
-those of `vocabulary`, not the model's tokens: of the model it uses the frozen vision tower.
+`checkpoint_every` and `keep_checkpoints`; of `rollout` workers, deadlines and the vision cache; `reward`, `data`,
+`model` and `sft` whole. Its words are those of `vocabulary`, not the model's tokens: of the model it uses the frozen
+vision tower.
 """
 
 from __future__ import annotations
@@ -132,6 +133,9 @@ USED_OF_LEARNER = frozenset(
     {"steps", "lr", "lr_min", "warmup_steps", "max_grad_norm", "checkpoint_every", "keep_checkpoints"}
 )
 """Keys of `learner:` that a value-based run reads; the others must keep their defaults."""
+
+USED_OF_ROLLOUT = frozenset({"workers", "min_workers", "assignment_timeout_s", "worker_deadline_s", "vision_cache_mb"})
+"""The same of `rollout:`."""
 
 
 def unused_keys(section: Section, used: frozenset[str]) -> dict[str, Any]:

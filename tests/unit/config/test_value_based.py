@@ -39,6 +39,7 @@ def test_fusions_are_those_that_there_are() -> None:
         ("algorithm=grpo", "is the section of algorithm: value_based, and this is algorithm: grpo"),
         ("learner.steps=801", r"learner\.steps=801 is no multiple of value_based\.updates=8"),
         ("learner.loss=gspo", "makes no use of learner.loss=gspo; leave that out"),
+        ("rollout.group_size=4", "makes no use of rollout.group_size=4; leave that out"),
         ("learner.workers=2", "makes no use of learner.workers=2"),
         ("rollout.workers={min: 1, max: 2}", r"a number of rollout\.workers, no range"),
         ("value_based.shaping={cider: 1.0}", r"shaping names no part of the reward \(caption\) but cider"),
