@@ -167,7 +167,7 @@ class ValueBasedRun:
         for _ in range(min(back, self._down)):
             self._note({"kind": "worker_ready", "reason": "started again"})
             self._down -= 1
-        if lost or back:
+        if lost or back or self._seen < self._trainer.wanted:  # one that is starting does not answer yet
             self._look_at_workers()
 
     def _scale(self) -> None:
@@ -180,7 +180,9 @@ class ValueBasedRun:
 
     def _look_at_workers(self) -> None:
         self._healthy, self._restarts = self._trainer.workers, self._trainer.restarts
-        self._desk.tell_workers(self._trainer.places())
+        places = self._trainer.places()
+        self._seen = len(places)
+        self._desk.tell_workers(places)
 
     def _checkpoint(self, updates: int, *, due: bool) -> None:
         learner = self._cfg.learner

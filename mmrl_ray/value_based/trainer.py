@@ -28,7 +28,7 @@ from mmrl_ray.value_based.replay import episodes_from_tensors, episodes_to_tenso
 _REMEMBERED = 20_000
 """Captions whose ids are known, so that each is reported once."""
 _LOOK_S = 0.2
-_ANSWER_S = 10.0
+_ANSWER_S = 2.0
 """For an env runner to say where it is."""
 
 
@@ -145,7 +145,7 @@ class ValueTrainer:
         while self.workers == 0:
             if time.monotonic() > deadline:
                 raise RolloutError(
-                    f"none of {group.num_remote_env_runners()} rollout workers was ready for {deadline_s:g} s "
+                    f"none of {self.wanted} rollout workers was ready for {deadline_s:g} s "
                     "(rollout.worker_deadline_s); their logs are in Ray's session folder"
                 )
             if self.algorithm.restore_env_runners(group):
@@ -159,6 +159,11 @@ class ValueTrainer:
     def workers(self) -> int:
         """Env runners that are healthy."""
         return self.algorithm.env_runner_group.num_healthy_remote_env_runners()
+
+    @property
+    def wanted(self) -> int:
+        """Env runners that there are or will be again."""
+        return self.algorithm.env_runner_group.num_remote_env_runners()
 
     def places(self) -> list[tuple[str, int]]:
         """(node, process id) of each healthy env runner."""
@@ -178,7 +183,7 @@ class ValueTrainer:
             PlacementError: Ray has no room for them.
         """
         group = self.algorithm.env_runner_group
-        missing = workers - group.num_remote_env_runners()
+        missing = workers - self.wanted
         if missing > 0:
             refuse_without_room(missing, self._cfg)
             group.add_workers(missing)
