@@ -81,8 +81,8 @@ def test_a_run_survives_and_learns_to_see(workplace: Workplace) -> None:
     os.kill(worker["pid"], signal.SIGKILL)
     wait_for(lambda: any(e["kind"] == "worker_lost" for e in lines(run, "events.jsonl")), process, "a lost worker")
     # Not by the command line: rounds go on while a program starts.
-    answer = control.request(2, by="test", timeout_s=60)
-    assert "2 rollout workers are ready" in control.wait_in_effect(answer, timeout_s=60)
+    answer = control.request(2, by="test", timeout_s=120)
+    assert "2 rollout workers are ready" in control.wait_in_effect(answer, timeout_s=120)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
