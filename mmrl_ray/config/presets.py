@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dpo"]
+Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dpo", "value_based"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Williams 1992, with the batch's mean reward as the baseline.
@@ -54,7 +54,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dpo": {"advantage": "none", "loss": "dpo", "aggregation": "sequence_sum"},
 }
 
-assert set(PRESETS) == set(get_args(Algorithm))
+SECTIONS = frozenset({"value_based"})
+"""Algorithms with a section of their own in place of a preset."""
+
+assert set(PRESETS) | SECTIONS == set(get_args(Algorithm))
 
 
 def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import model_validator
@@ -18,6 +19,7 @@ from mmrl_ray.config.rollout import RolloutSection
 from mmrl_ray.config.run import RunSection
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.config.sft import SftSection
+from mmrl_ray.config.value_based import USED_OF_LEARNER, USED_OF_ROLLOUT, ValueBasedSection, unused_keys
 
 
 class Config(Section):
@@ -39,6 +41,8 @@ class Config(Section):
     """What a caption earns."""
     learner: LearnerSection
     """Loss, optimiser and steps."""
+    value_based: ValueBasedSection | None = None
+    """The agent of `algorithm: value_based`."""
     resources: ResourcesSection = ResourcesSection()
     """What the actors ask Ray for."""
     serving: ServingSection | None = None
@@ -54,6 +58,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         rollout, learner, groups = self.rollout, self.learner, self.learner.groups_per_step
+        if self.algorithm == "value_based" or self.value_based is not None:
+            return self._value_based_fits()
         refuse(
             {
                 f"rollout.buffer_groups={rollout.buffer_groups} is smaller than one step "
@@ -87,3 +93,44 @@ class Config(Section):
             "reward.normalize=group has no place for the greedy caption, which is in no group: choose another "
             "learner.advantage": on and learner.advantage == "greedy",
         }
+
+    def _value_based_fits(self) -> Self:
+        agent, learner = self.value_based, self.learner
+        updates = agent.updates if agent is not None else 1
+        unused = {f"learner.{name}": value for name, value in unused_keys(learner, USED_OF_LEARNER).items()}
+        unused |= {f"rollout.{name}": value for name, value in unused_keys(self.rollout, USED_OF_ROLLOUT).items()}
+        parts = self.reward.weights
+        refuse(
+            {
+                "algorithm: value_based needs a section `value_based:`": agent is None,
+                f"value_based: is the section of algorithm: value_based, and this is algorithm: {self.algorithm}": (
+                    self.algorithm != "value_based"
+                ),
+                f"learner.steps={learner.steps} is no multiple of value_based.updates={updates}": (
+                    learner.steps % updates != 0
+                ),
+                "algorithm: value_based makes no use of "
+                + ", ".join(f"{name}={value}" for name, value in unused.items())
+                + "; leave that out": bool(unused),
+                f"value_based.shaping names no part of the reward ({', '.join(parts)}) but "
+                f"{', '.join(_unknown(agent, parts))}": bool(_unknown(agent, parts)),
+                f"reward.normalize={self.reward.normalize} is of groups, and algorithm: value_based has none: leave it "
+                "out": self.reward.normalize != "none",
+                "data.preferences is read by learner.loss=dpo alone, not by algorithm: value_based: take it away": (
+                    self.data.preferences is not None
+                ),
+                "algorithm: value_based has a number of rollout.workers, no range": (
+                    not isinstance(self.rollout.workers, int)
+                ),
+                "algorithm: value_based is not served while it trains: leave serving.live_policy out": (
+                    self.serving is not None and self.serving.live_policy
+                ),
+            }
+        )
+        return self
+
+
+def _unknown(agent: ValueBasedSection | None, parts: Mapping[str, float]) -> list[str]:
+    """Names in `shaping` whose part, or part of a part, the reward lacks."""
+    shaping = {} if agent is None else agent.shaping
+    return [name for name in shaping if name.split("/", 1)[0] not in parts]

@@ -222,6 +222,8 @@ class ServeConfig(Section):
     """The checkpoint; its `lora:` is not used."""
     adapters: dict[str, str] = {}
     """Adapters by the id that clients call them: folders of runs or of PEFT adapters."""
+    agent: str | None = None
+    """Folder of a value-based run: its agent answers in place of the model, of which it uses the vision tower."""
     prompt: str = "Describe the image."
     """The user's turn of a caption that is asked for without one."""
     reward: RewardSection | None = RewardSection()
@@ -244,6 +246,9 @@ class ServeConfig(Section):
             {
                 f"adapters {wrong}: an id has up to 64 letters, digits, dots, dashes and underscores, and begins with "
                 "a letter or digit": bool(wrong),
+                "adapters do not go with an agent, which is no adapter of the model": bool(
+                    self.adapters and self.agent
+                ),
                 f"adapters: {base!r} is serving.model_id already": base in self.adapters,
             }
         )

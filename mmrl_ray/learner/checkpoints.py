@@ -107,7 +107,7 @@ def save_checkpoint(
             (folder / "controller" / key).write_bytes(blob)
         _write_facts(folder / "state.json", facts)
         run.commit_folder(name, folder, facts={"step": step})
-    _prune(run, step, keep)
+    prune_checkpoints(run, step, keep)
     return name
 
 
@@ -204,7 +204,7 @@ def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(facts))
 
 
-def _prune(run: RunDir, newest: int, keep: int) -> None:
+def prune_checkpoints(run: RunDir, newest: int, keep: int) -> None:
     """Leaves the newest `keep` up to `newest`. Later ones are of a past that a fallback has left, and damaged."""
     run.verify_manifest(checkpoint_name(newest))  # before anything older goes
     steps = checkpoint_steps(run)

@@ -1,1 +1,1 @@
-"""Pure tensor functions: advantages, policy gradients, KL, regularisers."""
+"""Pure tensor functions: advantages, policy gradients, KL, regularisers, Q-learning."""

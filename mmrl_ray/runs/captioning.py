@@ -18,7 +18,7 @@ from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.state_records import MAX_STATES
-from mmrl_ray.runs.target import open_target
+from mmrl_ray.runs.target import Target, open_target
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,33 @@ def caption_samples(
     return captions
 
 
+def target_captions(
+    target: Target,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = BATCH,
+    states: dict[str, CaptionState] | None = None,
+    progress: ProgressFn | None = None,
+) -> list[str]:
+    """`caption_samples` by whatever the target captions with; an agent's captions have its own length, and no states.
+
+    Raises:
+        DataError, ImageError: a sample cannot be encoded.
+        ContextLengthError: a prompt leaves no room for `max_new_tokens`.
+    """
+    if target.agent is not None:
+        return target.agent.captions(target.policy, samples)
+    return caption_samples(
+        target.policy,
+        samples,
+        max_new_tokens=max_new_tokens or target.max_new_tokens,
+        batch_size=batch_size,
+        states=states,
+        progress=progress,
+    )
+
+
 def caption_images(
     target: str,
     images: Sequence[str | Path],
@@ -91,7 +118,7 @@ def caption_images(
     opened = open_target(target, device=device)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
-    captions = caption_samples(opened.policy, samples, max_new_tokens=max_new_tokens or opened.max_new_tokens)
+    captions = target_captions(opened, samples, max_new_tokens=max_new_tokens)
     return [(str(path), text) for path, text in zip(images, captions, strict=True)]
 
 

@@ -34,6 +34,7 @@ from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
 from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.runs.preferences import check_pairs
 from mmrl_ray.runs.reward_facts import reward_lines
@@ -84,7 +85,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Config": dump_config(cfg).rstrip("\n").split("\n"),
         "Sample": _sample_lines(found),
         "Reward": reward_lines(cfg.reward),
-        "Batch plan": _batch_lines(cfg, plan, found),
+        "Batch plan": _batch_lines(cfg, plan, found) if cfg.value_based is None else round_lines(cfg, cfg.value_based),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
         "Not checked": found.unchecked,
@@ -271,6 +272,8 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
         f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}",
         f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
     ]
+    if cfg.value_based is not None:
+        return [lines[0], *agent_memory_lines(cfg.value_based, found.rows, shape.hidden)]
     if plan is None or found.prompt_tokens is None:
         return [*lines, "the rest is unknown without a prompt"]
     learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)

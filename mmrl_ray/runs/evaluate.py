@@ -19,7 +19,7 @@ from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import to_json
-from mmrl_ray.runs.captioning import BATCH, caption_samples
+from mmrl_ray.runs.captioning import BATCH, target_captions
 from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.scores import (
     CaptionScore,
@@ -84,10 +84,10 @@ def evaluate(
     statistics, source = _statistics(opened, data)
     states: dict[str, CaptionState] = {}
     with RunProgress() as shown:
-        captions = caption_samples(
-            opened.policy,
+        captions = target_captions(
+            opened,
             samples,
-            max_new_tokens=max_new_tokens or opened.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             states=states,
             progress=shown.phase("caption"),

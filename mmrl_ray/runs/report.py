@@ -181,5 +181,5 @@ def _missing(
         yield "The evaluation after training (eval/after.parquet): the run has not got there, or it has no data.eval."
     if not summary:
         yield "summary.json: the run did not finish; its times and peak memory are unknown."
-    if not run.exists("adapter"):
+    if not run.exists("adapter") and not run.exists("agent"):
         yield "adapter/: there is no final adapter; the newest one lies in checkpoints/, if there are any."

@@ -144,6 +144,8 @@ def _is_run(target: str) -> bool:
 def _with_run(base: ServeConfig | None, run: RunDir) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
     cfg = parse_config(run.read_text(_RUN_CONFIG), run.full_path(_RUN_CONFIG))
+    if base is not None and (cfg.value_based is not None or base.agent is not None):
+        raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
     path = warm_start(cfg)
     if base is not None and base.adapters:
         if path != base.model.path:
@@ -160,10 +162,13 @@ def config_of_run(cfg: Config, run: RunDir, base: str) -> ServeConfig:
     serving = cfg.serving or ServingSection()
     if serving.model_id is None and base != cfg.model.path:  # made by the run, in a folder that is named by a hash
         serving = serving.model_copy(update={"model_id": f"{run.name}-base"})
-    known = run.exists(STATISTICS)
+    known, is_agent = run.exists(STATISTICS), cfg.value_based is not None
+    if is_agent:
+        serving = serving.model_copy(update={"model_id": run.name})
     return ServeConfig(
         model=cfg.model.model_copy(update={"path": base}),
-        adapters={run.name: run.location},
+        adapters={} if is_agent else {run.name: run.location},
+        agent=run.location if is_agent else None,
         prompt=cfg.data.prompt,
         reward=cfg.reward if known else None,
         statistics=f"{run.location}/{STATISTICS}" if known else None,
@@ -191,7 +196,8 @@ def greeting(cfg: ServeConfig, *, insecure: bool) -> list[str]:
     serving = cfg.serving
     host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
-    lines = [f"serving {', '.join(cfg.adapters) or cfg.model.path} at {url}/v1  (docs: {url}/docs)"]
+    served = cfg.serving.model_id if cfg.agent is not None else ", ".join(cfg.adapters) or cfg.model.path
+    lines = [f"serving {served} at {url}/v1  (docs: {url}/docs)"]
     if insecure:
         return [*lines, "without keys: whoever reaches this address may use it", f"curl {_ask(cfg, url)}"]
     key = first_key(serving.database)

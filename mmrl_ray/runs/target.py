@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,18 @@ from mmrl_ray.config.data import DataSection
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError
-from mmrl_ray.learner.checkpoints import checkpoint_name, newest_valid_checkpoint
+from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, checkpoint_name, newest_valid_checkpoint
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.warm_start import warm_start
+from mmrl_ray.value_based.agent import AGENT_FOLDER, FACTS_FILE, Agent
+from mmrl_ray.value_based.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
+from mmrl_ray.value_based.features import image_features
 
 STATISTICS = "reward/statistics.json"
 _CONFIG = "config.yaml"
@@ -34,6 +39,7 @@ class Target:
 
     name: str
     policy: Policy
+    """The model; of a value-based run, its frozen base."""
     prompt: str
     """For images that bring no prompt of their own."""
     max_new_tokens: int
@@ -44,6 +50,24 @@ class Target:
     """Of the run's training references; None for a bare model."""
     notes: tuple[str, ...]
     """What a reader of its figures should know."""
+    agent: PictureAgent | None = None
+    """Of a value-based run: what captions instead of the policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureAgent:
+    """An agent with what it sees by."""
+
+    agent: Agent
+    cache: VisionCache
+
+    def captions(self, policy: Policy, samples: Sequence[Sample]) -> list[str]:
+        """One greedy caption a sample, in order.
+
+        Raises:
+            DataError, ImageError: a sample cannot be encoded.
+        """
+        return self.agent.captions(image_features(policy, samples, self.agent.facts.shape.image_tokens, self.cache))
 
 
 def open_target(target: str, *, device: torch.device | str | None = None) -> Target:
@@ -73,9 +97,15 @@ def open_target(target: str, *, device: torch.device | str | None = None) -> Tar
 def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
     cfg = parse_config(run.read_text(_CONFIG), run.full_path(_CONFIG))
     policy = load_policy(cfg.model.model_copy(update={"path": warm_start(cfg)}), device=device)
-    folder, notes = _adapter(run)
-    with _local(run, folder) as local:
-        load_adapter(policy, local)
+    agent = None
+    if cfg.value_based is not None:
+        folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)
+        with _local(run, folder, (FACTS_FILE, AGENT_WEIGHTS_FILE)) as local:
+            agent = PictureAgent(Agent.load(local), VisionCache(cfg.rollout.vision_cache_mb * 2**20))
+    else:
+        folder, notes = _newest(run, ADAPTER_FOLDER, CONFIG_FILE)
+        with _local(run, folder, (CONFIG_FILE, WEIGHTS_FILE)) as local:
+            load_adapter(policy, local)
     policy.model.requires_grad_(False)
     return Target(
         name=run.name,
@@ -86,29 +116,30 @@ def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
         eval_data=cfg.data.eval,
         statistics=_statistics(run, cfg),
         notes=notes,
+        agent=agent,
     )
 
 
-def _adapter(run: RunDir) -> tuple[str, tuple[str, ...]]:
-    """The folder in the run that holds its newest adapter."""
-    if run.exists(f"adapter/{CONFIG_FILE}"):
-        return "adapter", ()
+def _newest(run: RunDir, final: str, file: str) -> tuple[str, tuple[str, ...]]:
+    """The folder in the run that holds its newest adapter or agent: the final one, if it is there with that file."""
+    if run.exists(f"{final}/{file}"):
+        return final, ()
     step = newest_valid_checkpoint(run)
     if step is None:
         raise RunError(
-            f"{run.location} has no adapter and no checkpoint yet: let it train with --resume, or name a model"
+            f"{run.location} has no {final} and no checkpoint yet: let it train with --resume, or name a model"
         )
     return checkpoint_name(step), (f"the run is not finished: this is its checkpoint of step {step}",)
 
 
 @contextmanager
-def _local(run: RunDir, folder: str) -> Iterator[Path]:
-    """The adapter's files on this machine."""
+def _local(run: RunDir, folder: str, names: Sequence[str]) -> Iterator[Path]:
+    """The files of those names on this machine."""
     if run.is_local:
         yield run.local_path(folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in names:
             (Path(scratch) / name).write_bytes(run.read_bytes(f"{folder}/{name}"))
         yield Path(scratch)
 

@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import mmrl_ray
@@ -124,7 +124,10 @@ class _Run:
                     hosted = stack.enter_context(RunReward(cfg, run, statistics))
                 for line in live.greeting():
                     self._progress.note(line)
-                self._learn(start, run, hosted, statistics, samples)
+                if cfg.value_based is None:
+                    self._learn(start, run, hosted, statistics, samples)
+                else:
+                    self._learn_by_value(start, run, hosted, statistics, samples)
             status = "finished"
         except (KeyboardInterrupt, Interrupted):
             status = "interrupted"
@@ -184,6 +187,20 @@ class _Run:
                 if learner is not None:
                     learner.close()
 
+    def _learn_by_value(
+        self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
+    ) -> None:
+        # Imported here: RLlib takes seconds, which other runs need not pay.
+        from mmrl_ray.runs.value_based import ValueBasedRun
+
+        def evaluate(name: str, captions: Sequence[str]) -> None:
+            self._score(run, name, samples, captions, hosted.reward, statistics)
+
+        with self._timed("start"):
+            learning = ValueBasedRun(cfg, run, hosted, samples, self._progress)
+        with closing(learning), self._timed("learning"):
+            learning.learn(evaluate)
+
     def _evaluate(
         self,
         run: RunDir,
@@ -206,13 +223,24 @@ class _Run:
             groups = controller.groups([scored.payload for _, scored in done])
             captions = [group.completions[0].text for group in groups]
             kept = [sample for sample, _ in done]
-            evaluation = score_captions(kept, captions, reward, statistics, seed=self._cfg.run.seed)
-            save_evaluation(run, name, evaluation, kept)
+            self._score(run, name, kept, captions, reward, statistics)
             if states := {s.id: g.state for s, g in zip(kept, groups, strict=True) if g.state is not None}:
                 save_states(run, name, States.of(states))
-            measures = evaluation.measures
-            shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
-            self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
+
+    def _score(
+        self,
+        run: RunDir,
+        name: str,
+        samples: Sequence[Sample],
+        captions: Sequence[str],
+        reward: RewardFn,
+        statistics: CorpusStatistics,
+    ) -> None:
+        evaluation = score_captions(samples, captions, reward, statistics, seed=self._cfg.run.seed)
+        save_evaluation(run, name, evaluation, samples)
+        measures = evaluation.measures
+        shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
+        self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
 
     def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
         """What the policy makes of the held-out pairs, if there are any."""

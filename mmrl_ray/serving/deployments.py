@@ -42,6 +42,7 @@ from mmrl_ray.telemetry.logs import LogFormat, start_logging
 from mmrl_ray.telemetry.ray_meter import RayMeter
 
 if TYPE_CHECKING:
+    from mmrl_ray.serving.agent_engine import AgentEngine
     from mmrl_ray.serving.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -218,19 +219,33 @@ def _shell(replica: type, name: str, options: Mapping[str, Any]) -> Any:
     return deployment.options(name=name, max_constructor_retry_count=_CONSTRUCTOR_TRIES, **options)
 
 
-def _start_engine(cfg: ServeConfig, created: int) -> Engine:
+def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     """Loads the model and its adapters; returns when it answers."""
     import torch
 
     from mmrl_ray.policy.adapters import AdapterPool
     from mmrl_ray.policy.cpu_linear import pack_weights
     from mmrl_ray.policy.load import load_policy
+    from mmrl_ray.run_dir import RunDir
     from mmrl_ray.serving.adapter_sources import AdapterFolders
+    from mmrl_ray.serving.agent_engine import AgentEngine
     from mmrl_ray.serving.engine import Engine
 
     serving = cfg.serving
     torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
     policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
+    if cfg.agent is not None:
+        agent = AgentEngine(
+            policy,
+            RunDir.at(cfg.agent),
+            model_id=base_id(cfg),
+            vision_cache_bytes=serving.policy.vision_cache_mb * _MB,
+            max_rows=serving.policy.max_rows,
+            max_queue=serving.policy.max_queue,
+            timeout_s=serving.request_timeout_s + _LATER_S,
+        )
+        agent.start()
+        return agent
     pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)

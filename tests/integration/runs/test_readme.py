@@ -39,6 +39,13 @@ def commands(tool: str) -> list[str]:
 def place(workplace: Workplace, tmp_path: Path) -> Path:
     """The files that the README's commands name: COCO, Karpathy's splits, photographs, a config."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    # The same in seconds; how well it learns is another test's affair.
+    agent = yaml.safe_load((tmp_path / "configs" / "value_based.yaml").read_text())
+    agent["data"]["scenes"] |= {"train": 30, "eval": 6}
+    agent["value_based"] |= {"learning_starts": 64, "pictures": 4}
+    agent["learner"] |= {"steps": 8, "checkpoint_every": 8}
+    agent["resources"] = {"rollout": {"cpus": 0.5}, "learner": {"cpus": 0.5}}
+    (tmp_path / "configs" / "value_based.yaml").write_text(yaml.safe_dump(agent))
     samples = read_split(workplace.folder / "train", prompt="")[:6]
     for folder in ("train2017", "coco/val2014", "."):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ learner:
         "c.yaml:5: data.train: required key is missing: add `train:` under `data:`",
         'c.yaml:6: data.trian: unknown key (value "d"); did you mean `train`?',
         "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
-        "'dapo', 'gspo', 'cispo' or 'dpo'; did you mean `grpo`?",
+        "'dapo', 'gspo', 'cispo', 'dpo' or 'value_based'; did you mean `grpo`?",
         'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
         "c.yaml:10: rollout.workers: must be a whole number or a section of `key: value` lines, not true",
         "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",

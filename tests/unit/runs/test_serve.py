@@ -46,6 +46,21 @@ def test_several_runs_of_one_base_go_together_and_others_do_not(tmp_path: Path) 
         serving_config(["some/base", "another/base"])
 
 
+def test_a_value_based_run_is_its_agent_by_itself(tmp_path: Path) -> None:
+    other = make_run(tmp_path, "other")
+    run = RunDir.create(tmp_path, "agent")
+    text = (
+        CONFIG.format(name="agent", root=tmp_path, base="some/base")
+        + "algorithm: value_based\nvalue_based: {updates: 1}\n"
+    )
+    run.write_text("config.yaml", text)
+    cfg = serving_config([run.location])
+    assert (cfg.agent, cfg.adapters, cfg.serving.model_id) == (run.location, {}, "agent")
+    for targets in ([other, run.location], [run.location, other], ["some/base", run.location]):
+        with pytest.raises(ConfigError, match="is served by itself, without other targets"):
+            serving_config(targets)
+
+
 def test_a_model_alone_has_no_reward(tmp_path: Path) -> None:
     cfg = serving_config(["some/base"])
     assert (cfg.model.path, cfg.adapters, cfg.reward) == ("some/base", {}, None)
