@@ -29,9 +29,14 @@ class PixelEncoder(nn.Module):
         super().__init__()
         half = max(dim // 2, 8)
         self.stem = nn.Sequential(
-            nn.Conv2d(3, half, 4, stride=4),
+            nn.Conv2d(3, half, 5, stride=2, padding=2),
+            nn.GroupNorm(1, half),
             nn.GELU(),
             nn.Conv2d(half, dim, 3, stride=2, padding=1),
+            nn.GroupNorm(1, dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, stride=2, padding=1),
+            nn.GroupNorm(1, dim),
             nn.GELU(),
             nn.Conv2d(dim, dim, 3, stride=2, padding=1),
         )
@@ -64,12 +69,16 @@ class TextEncoder(nn.Module):
     def __init__(self, vocabulary: int, max_words: int, dim: int, layers: int, heads: int) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, dim, padding_idx=PAD)
+        self.nearby = nn.ModuleList(nn.Conv1d(dim, dim, 5, padding=2) for _ in range(2))
         self.contextual = Contextual(max_words, dim, layers, heads)
 
     def forward(self, ids: torch.Tensor) -> Tokens:
         """`ids` int64 [B, L], at least one word a row, PAD behind."""
         mask = ids != PAD
-        return self.contextual(self.words(ids), mask), mask
+        tokens = self.words(ids)
+        for nearby in self.nearby:
+            tokens = (tokens + nn.functional.gelu(nearby(tokens.transpose(1, 2)).transpose(1, 2))) * mask[:, :, None]
+        return self.contextual(tokens, mask), mask
 
 
 class Contextual(nn.Module):
