@@ -24,6 +24,8 @@ from mmrl_ray.runs.progress import ProgressFn
 
 REPORT_EVERY = 25
 """Steps between two calls of the progress function."""
+_BETAS = (0.9, 0.95)
+"""AdamW's. A training is a thousand steps or so: torch's 0.999 would scale its end by gradients of its beginning."""
 
 
 def train_reward_model(
@@ -44,7 +46,7 @@ def train_reward_model(
     words = model.vocabulary.encode(data.captions, model.spec.max_words)
     batches = Batches(data, cfg.images_per_step, seed)
     parameters = [*model.parameters(), *objective.alignment.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=_BETAS, weight_decay=cfg.weight_decay)
     scheduler = cosine_scheduler(optimizer, total_steps=cfg.steps, lr_min=cfg.lr_min, warmup_steps=cfg.warmup_steps)
     losses: list[float] = []
     model.train()

@@ -30,7 +30,7 @@ from tests.unit.cli.program import mmrl
 from tests.unit.models.test_reward_model import PICTURES, spec
 
 CONFIG = Path(__file__).parents[3] / "configs" / "reward-model.yaml"
-SCENES = ScenesSection(train=2000, eval=100, max_objects=2)
+SCENES = ScenesSection(train=2000, eval=100)
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,16 @@ def config(place: Path, out: str, *overrides: str) -> RewardModelConfig:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> tuple[Path, dict[str, Any]]:
-    """The shipped config, cut short: a dozen seconds of one core."""
-    short = ["net.image_size=32", "net.width=32", "training.steps=400", "training.lr=4e-3"]
-    return place / "whole", train_reward(config(place, "whole", *short))
+    """The shipped config with fewer steps: half a minute of one core."""
+    return place / "whole", train_reward(config(place, "whole", "training.steps=750"))
 
 
 def test_it_learns_the_order_and_the_noise(place: Path, trained: tuple[Path, dict[str, Any]]) -> None:
-    """Held-out pictures, each with a combination that training never showed: most clean pairs are right although so
-    little was trained, and σ is larger where the rater's noise is. `benchmarks/reward_model.py` has the whole."""
+    """Held-out pictures, each with a combination that training never showed: 19 of 20 clean pairs are right although
+    the labels were noisy, and σ is larger where the rater's noise is. `benchmarks/reward_model.py` has the whole."""
     folder, report = trained
     clean = evaluate_reward(folder, RewardDataSection(train=f"{place}/data/clean.parquet"))["held_out"]["pairs"]
-    assert clean["accuracy"] >= 0.8, clean
+    assert clean["accuracy"] >= 0.95, clean
     assert set(clean["parts"]) == {f"scenes:{fault}" for fault in ("colour", "shape", "size", "relation", "missing")}
     _, held_out = generate_scenes(SCENES)
     noise = {sample.id: label_noise(sample.metadata) for sample in held_out}
