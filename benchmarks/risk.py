@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from risk_figures import draw, tabulate
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config
@@ -45,7 +45,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
-from mmrl_ray.experience.carriers import GroupKey, PlannedGroup, RolloutGroup, SamplingParams
+from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.experience.seeds import derive_seed, group_seed
 from mmrl_ray.feedback.files import write_preferences
@@ -70,6 +70,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 WORD = "star"
 HEADS = {"noise": 1, "unseen": 5}
 RATER_NOISE = 0.03
+JUDGE_STEPS = 200
 JUDGED = 600
 """Pictures that the raters saw, of those of training."""
 SAID = 6
@@ -142,7 +143,7 @@ def sampled_captions(cfg: Config, model: str, samples: Sequence[Sample]) -> list
     return found
 
 
-def train_judge(world: World, scenario: str, seed: int, folder: Path, steps: int) -> Path:
+def train_judge(world: World, scenario: str, seed: int, folder: Path) -> Path:
     """A reward model in a folder, by the product's own training."""
     data, out = folder / f"{scenario}-{seed}.parquet", folder / f"judge-{scenario}-{seed}"
     write_preferences(data, ratings(world, scenario, seed))
@@ -151,7 +152,7 @@ def train_judge(world: World, scenario: str, seed: int, folder: Path, steps: int
         "seed": seed,
         "data": {"train": str(data), "held_out": 0.05},
         "net": {"heads": HEADS[scenario]},
-        "training": {"steps": steps, "lr": 2e-3, "warmup_steps": steps // 10},
+        "training": {"steps": JUDGE_STEPS, "lr": 2e-3, "warmup_steps": JUDGE_STEPS // 10},
     }
     train_reward(RewardModelConfig.model_validate(settings))
     return out
@@ -183,8 +184,8 @@ def fine_tune(world: World, judge: Path, kappa: float, seed: int, steps: int) ->
         plan = build_step_plan(
             number, groups, learner=cfg.learner, max_new_tokens=cfg.rollout.max_new_tokens, world_size=1
         )
-        step.run(plan, _payloads)
-        if (number + 1) % EVERY == 0 or number + 1 == steps:
+        step.run(plan, lambda planned: [group.payload for group in planned])
+        if (number + 1) % EVERY == 0:
             judged = {"judge": plan.metrics["reward/mean"], "sigma": plan.metrics["reward/sigma"]}
             curve.append({"step": number + 1, **evaluate(world, learner), **judged})
     return {**curve[-1], "curve": curve}
@@ -211,17 +212,13 @@ def _sampling(cfg: Config, seed: int, step: int, index: int) -> SamplingParams:
     )
 
 
-def _payloads(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
-    return [group.payload for group in planned]
-
-
 def runs(
-    task: tuple[str, int], *, world: World, folder: Path, kappas: Sequence[float], steps: int, judge_steps: int
+    task: tuple[str, int], *, world: World, folder: Path, kappas: Sequence[float], steps: int
 ) -> list[dict[str, Any]]:
     """The runs of one scenario and seed: one reward model, then RL with each κ."""
     torch.set_num_threads(1)
     scenario, seed = task
-    judge = train_judge(world, scenario, seed, folder, judge_steps)
+    judge = train_judge(world, scenario, seed, folder)
     rows = []
     for kappa in kappas:
         began = time.monotonic()
@@ -232,11 +229,11 @@ def runs(
     return rows
 
 
-def prepare(folder: Path, groups: int, strict: float) -> World:
+def prepare(folder: Path, strict: float) -> World:
     """Data, the warm start (kept in .cache/sft, as the quickstart's) and what it says."""
     data = [f"data.{split}={folder}/{split}" for split in ("train", "eval")]
-    # A longer leash than 0.05 lets κ > 0, too, find captions that only the learned reward likes.
-    rest = [f"learner.groups_per_step={groups}", "learner.kl.weight=0.05", "rollout.max_new_tokens=24"]
+    # A longer leash than this weight lets κ > 0, too, find captions that only the learned reward likes.
+    rest = ["learner.groups_per_step=8", "learner.kl.weight=0.05", "rollout.max_new_tokens=24"]
     cfg = load_config(CONFIG, [*data, *rest])
     model = warm_start(cfg)
     assert cfg.data.eval is not None
@@ -247,77 +244,34 @@ def prepare(folder: Path, groups: int, strict: float) -> World:
     return World(cfg, model, samples, judged, said, truth, strict)
 
 
-def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """R_cap and the share of captions that say the word over the steps: each seed thin, their mean thick."""
-    from matplotlib.figure import Figure
-
-    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    figure = Figure(figsize=(3.8 * len(scenarios), 5.0), layout="constrained")
-    panels = figure.subplots(2, len(scenarios), sharex=True, sharey="row", squeeze=False)
-    kappas = sorted({row["kappa"] for row in rows})
-    colours = dict(zip(kappas, ("#c2410c", "#0f766e", "#0b62a8", "#7c3aed"), strict=False))
-    for column, scenario in enumerate(scenarios):
-        for kappa in kappas:
-            curves = [row["curve"] for row in rows if (row["scenario"], row["kappa"]) == (scenario, kappa)]
-            for axes, key in zip(panels[:, column], ("r_cap", "says"), strict=True):
-                lines = [[point[key] for point in curve] for curve in curves]
-                steps = [point["step"] for point in curves[0]] if curves else []
-                for line in lines:
-                    axes.plot(steps, line, color=colours[kappa], linewidth=0.7, alpha=0.5)
-                means = [statistics.mean(values) for values in zip(*lines, strict=True)]
-                axes.plot(steps, means, color=colours[kappa], linewidth=2.2, label=f"κ = {kappa:g}")
-        panels[0, column].set_title(scenario)
-        panels[1, column].set_xlabel("step of RL")
-    panels[0, 0].set_ylabel("true reward (R_cap), held out")
-    panels[1, 0].set_ylabel(f"captions that say “{WORD}”")
-    panels[0, 0].legend(frameon=False)
-    figure.savefig(file, dpi=90)
-
-
-def tabulate(rows: Sequence[dict[str, Any]], steps: int) -> Table:
-    """A line for each scenario and κ."""
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    table = Table(title=f"R_cap on {EVALUATED} held-out pictures after {steps} steps, by seed and in the mean")
-    for column in ("scenario", "κ", *(f"seed {seed}" for seed in seeds), "mean", "best", "says it", "judge", "σ"):
-        table.add_column(column, justify="left" if column == "scenario" else "right")
-    for scenario, kappa in dict.fromkeys((row["scenario"], row["kappa"]) for row in rows):
-        some = [row for row in rows if (row["scenario"], row["kappa"]) == (scenario, kappa)]
-        r_cap, says, judge, sigma = (
-            statistics.mean(row[key] for row in some) for key in ("r_cap", "says", "judge", "sigma")
-        )
-        best = statistics.mean(max(point["r_cap"] for point in row["curve"]) for row in some)
-        figures = [*(f"{row['r_cap']:.3f}" for row in some), f"{r_cap:.3f}", f"{best:.3f}", f"{says:.0%}"]
-        table.add_row(scenario, f"{kappa:g}", *figures, f"{judge:.3f}", f"{sigma:.3f}")
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--kappas", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=20, help="of RL")
-    parser.add_argument("--judge-steps", type=int, default=200)
-    parser.add_argument("--groups", type=int, default=8, help="pictures a step")
+    parser.add_argument("--steps", type=int, default=20, help=f"of RL, a multiple of {EVERY}")
     parser.add_argument("--strict", type=float, default=0.2, help="the best honest rating")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.steps < EVERY or args.steps % EVERY:
+        parser.error(f"--steps {args.steps} is no multiple of {EVERY}")
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mmrl-bench-") as name:
-        world = prepare(Path(name), args.groups, args.strict)
+        world = prepare(Path(name), args.strict)
         before = evaluate(world, _adapted(world.cfg, world.model))
         have = statistics.mean(map(_shows, world.samples))
         print(f'R_cap {before["r_cap"]:.3f}; "{WORD}" in {have:.0%} of pictures, said of {before["says"]:.0%}')
-        settings = {"kappas": args.kappas, "steps": args.steps, "judge_steps": args.judge_steps}
-        work = functools.partial(runs, world=world, folder=Path(name), **settings)
+        work = functools.partial(runs, world=world, folder=Path(name), kappas=args.kappas, steps=args.steps)
         tasks = [(scenario, seed) for scenario in args.scenarios for seed in args.seeds]
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
             rows = [row for found in pool.map(work, tasks) for row in found]
     if args.plot is not None:
-        draw(rows, args.plot)
-    Console(width=120).print(tabulate(rows, args.steps))
+        draw(rows, args.plot, f'captions that say "{WORD}"')
+    Console(width=120).print(
+        tabulate(rows, f"R_cap on {EVALUATED} held-out pictures after {args.steps} steps, by seed and in the mean")
+    )
     print(json.dumps({"before": before, "have": have, "runs": rows, "seconds": time.monotonic() - began}))
 
 
