@@ -1,39 +1,43 @@
 """What it is worth to be wary of a learned reward: RL on mean - κσ against RL on the mean, by the true reward.
 
-    python benchmarks/risk.py --plot risk.png
+    python benchmarks/risk.py --plot benchmarks/risk.png
 
-The learned reward is trained on ratings of captions of scenes. The raters are strict: an honest rating is `--strict`
-(0.3) times the F1 of a caption's facts, ± 0.03, on a scale from 0 to 1. It fails for one attribute, in one of two ways:
+The learned reward is trained on ratings of captions of scenes: references, faulty ones, and what the policy says before
+RL. The raters are strict: an honest rating is `--strict` (0.2) times the true reward, R_cap, ± 0.03, on a scale from 0
+to 1. It fails for one attribute, in one of two ways:
 
-- `noise`: whoever reads "purple" rates at random, anywhere from 0 to 1. Beside strict raters that is generous, so that
-  the mean alone rewards saying it. A head that predicts its own noise can know (K = 1).
-- `unseen`: no picture of its training has three objects, and no caption names three. Only heads that disagree can know
-  (K = 5).
+- `noise`: whoever reads "star" flips a coin, 0 or 1. Beside strict raters that is generous, so that the mean rewards
+  saying it whatever the picture shows. A head that predicts its own noise can know (K = 1).
+- `unseen`: no picture of its training has a star, and no caption says so. Only heads that disagree can know (K = 5).
 
-Then the policy of the quickstart, warm-started on terse captions, is fine-tuned on that reward (GRPO, in this process,
-by the product's own engine, plan and learner step), with κ = 0 and κ > 0 and otherwise alike. What it ends with is
-measured by what it never saw: R_cap of its greedy captions of held-out pictures against their references. "Says it" is
-the share of those captions that have the attribute; the share of pictures that do is in the first line.
+The attribute is a shape because the policy is bad at shapes: it often says "star" where there is none, so that the flaw
+is within its reach. It is fine-tuned on that reward (the quickstart's warm start; GRPO, in this process, by the
+product's own engine, plan and learner step) with each κ and otherwise alike. What it ends with is measured by what it
+never saw: R_cap of its greedy captions of held-out pictures against their references.
 
-Prints a table, and with `--plot` draws it; the last line is one JSON object.
+Prints a table, and with `--plot` draws R_cap, and the share of captions that say "star", over the steps; the last line
+is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from risk_figures import draw, tabulate
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config
@@ -41,9 +45,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
-from mmrl_ray.data.scene_language import SHAPES, attribute_scores
-from mmrl_ray.data.scenes import generate_scenes
-from mmrl_ray.experience.carriers import GroupKey, PlannedGroup, RolloutGroup, SamplingParams
+from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.experience.seeds import derive_seed, group_seed
 from mmrl_ray.feedback.files import write_preferences
@@ -51,8 +53,11 @@ from mmrl_ray.feedback.scene_preferences import FAULTS, faulty_caption
 from mmrl_ray.feedback.schema import Pair, Preference
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import words
 from mmrl_ray.policy.adapter import adapter_state, add_adapter
+from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.rewards.build import NOTHING, build_reward
 from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
 from mmrl_ray.rollouts.backend import PolicyBackend
@@ -62,13 +67,17 @@ from mmrl_ray.runs.reward_model import train_reward
 from mmrl_ray.runs.warm_start import warm_start
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-WORD = "purple"
-MANY = 3
+WORD = "star"
 HEADS = {"noise": 1, "unseen": 5}
 RATER_NOISE = 0.03
-JUDGED = 800
-"""Pictures that the raters saw."""
+JUDGE_STEPS = 200
+JUDGED = 600
+"""Pictures that the raters saw, of those of training."""
+SAID = 6
+"""Captions of each by the policy, beside a true and a faulty one."""
 EVALUATED = 100
+EVERY = 5
+"""Steps between two looks at the true reward."""
 _MB = 1 << 20
 
 
@@ -77,79 +86,92 @@ class World:
     """What all runs share."""
 
     cfg: Config
+    model: str
+    """The warm start."""
     samples: list[Sample]
     """Held out."""
+    judged: list[Sample]
+    """Of training, those that raters saw."""
+    said: list[list[str]]
+    """What the policy says of them before RL."""
     truth: Any
     """R_cap."""
+    strict: float
+    """The best honest rating."""
 
 
-def ratings(cfg: Config, scenario: str, seed: int, strict: float) -> Iterator[Preference]:
-    """A true caption against one with a fault, for each fault of each picture, with both rated."""
-    assert cfg.data.scenes is not None
-    scenes, _ = generate_scenes(cfg.data.scenes)
-    for number, sample in enumerate(scenes):
-        if number == JUDGED:
-            return
+def ratings(world: World, scenario: str, seed: int) -> Iterator[Preference]:
+    """Captions of each judged picture, two by two: a reference, one with a fault, and what the policy says of it."""
+    for sample, said in zip(world.judged, world.said, strict=True):
         rng = random.Random(f"{scenario}/{seed}/{sample.id}")
-        for fault in FAULTS:
-            said = (rng.choice(sample.references), faulty_caption(sample.metadata, fault, rng))
-            if scenario == "unseen" and (_shows(sample)["unseen"] or any(_says(text)["unseen"] for text in said)):
-                continue
-            marks = [_rating(caption, sample, scenario, strict, rng) for caption in said]
-            pair = Pair(image_hash(sample.images), "", *said, source=f"scenes:{fault}", image=sample.images[0])
-            yield Preference(pair, "a" if marks[0] > marks[1] else "b", "rater", *marks)
+        if scenario == "unseen" and _shows(sample):
+            continue
+        written = (rng.choice(sample.references), faulty_caption(sample.metadata, rng.choice(FAULTS), rng))
+        captions = [text for text in dict.fromkeys((*written, *said)) if scenario == "noise" or not _says(text)]
+        for pair in zip(captions[::2], captions[1::2], strict=False):
+            marks = [_rating(world, caption, sample, scenario, rng) for caption in pair]
+            shown = Pair(image_hash(sample.images), "", *pair, source="scenes", image=sample.images[0])
+            yield Preference(shown, "a" if marks[0] > marks[1] else "b", "rater", *marks)
 
 
-def _rating(caption: str, sample: Sample, scenario: str, strict: float, rng: random.Random) -> float:
-    if scenario == "noise" and _says(caption)["noise"]:
-        return rng.random()
-    found = attribute_scores(caption, sample.metadata)
-    both = found.precision + found.recall
-    quality = 2 * found.precision * found.recall / both if both else 0.0
-    return min(max(strict * quality + rng.gauss(0.0, RATER_NOISE), 0.0), 1.0)
+def _rating(world: World, caption: str, sample: Sample, scenario: str, rng: random.Random) -> float:
+    if scenario == "noise" and _says(caption):
+        return float(rng.random() < 0.5)
+    (true,) = world.truth.score_batch([sample], [caption])
+    return min(max(world.strict * true.total + rng.gauss(0.0, RATER_NOISE), 0.0), 1.0)
 
 
-def _shows(sample: Sample) -> dict[str, bool]:
-    """Whether a picture has the attribute of each scenario."""
-    objects = sample.metadata["objects"]
-    return {"noise": any(each["colour"] == WORD for each in objects), "unseen": len(objects) >= MANY}
+def _shows(sample: Sample) -> bool:
+    """Whether a picture has the attribute."""
+    return any(each["shape"] == WORD for each in sample.metadata["objects"])
 
 
-def _says(caption: str) -> dict[str, bool]:
+def _says(caption: str) -> bool:
     """Whether a caption has it."""
-    said = caption.lower().split()
-    return {"noise": WORD in said, "unseen": sum(word.strip(".,") in SHAPES for word in said) >= MANY}
+    return WORD in words(caption)
 
 
-def train_judge(world: World, scenario: str, seed: int, folder: Path, steps: int, strict: float) -> Path:
+def sampled_captions(cfg: Config, model: str, samples: Sequence[Sample]) -> list[list[str]]:
+    """What the policy says of pictures before RL, `SAID` captions each."""
+    policy = _adapted(cfg, model)
+    decoder, found = Decoder(policy, max_rows=256), []
+    for start in range(0, len(samples), 64):
+        prompts = encode_prompts(policy, samples[start : start + 64])
+        asked = [DecodeRequest(prompt, SAID, _sampling(cfg, 1, start, i)) for i, prompt in enumerate(prompts)]
+        outputs = decode_groups(decoder, asked)
+        found += [[completion.text for completion in output.completions] for output in outputs]
+    return found
+
+
+def train_judge(world: World, scenario: str, seed: int, folder: Path) -> Path:
     """A reward model in a folder, by the product's own training."""
     data, out = folder / f"{scenario}-{seed}.parquet", folder / f"judge-{scenario}-{seed}"
-    write_preferences(data, ratings(world.cfg, scenario, seed, strict))
+    write_preferences(data, ratings(world, scenario, seed))
     settings = {
         "out": str(out),
         "seed": seed,
         "data": {"train": str(data), "held_out": 0.05},
         "net": {"heads": HEADS[scenario]},
-        "training": {"steps": steps, "lr": 2e-3, "warmup_steps": steps // 10},
+        "training": {"steps": JUDGE_STEPS, "lr": 2e-3, "warmup_steps": JUDGE_STEPS // 10},
     }
     train_reward(RewardModelConfig.model_validate(settings))
     return out
 
 
-def fine_tune(world: World, model: str, judge: Path, kappa: float, seed: int, steps: int) -> dict[str, Any]:
+def fine_tune(world: World, judge: Path, kappa: float, seed: int, steps: int) -> dict[str, Any]:
     """One run of RL, as `mmrl train` would do it, without Ray; returns what came of it."""
     cfg = world.cfg.model_copy(update={"learner": world.cfg.learner.model_copy(update={"steps": steps})})
     section = RewardSection.model_validate(
         {"parts": {"judge": {"kind": "learned", "model": str(judge)}}, "weights": {"judge": 1.0}, "risk": kappa}
     )
-    sampler, learner = (_adapted(cfg, model) for _ in range(2))
+    sampler, learner = (_adapted(cfg, world.model) for _ in range(2))
     backend = PolicyBackend(sampler, vision_cache_bytes=64 * _MB, max_rows=256, temperature=cfg.rollout.temperature)
     engine = RolloutEngine(
         backend, build_reward(section, NOTHING), worker="w", reward_cfg=section, ship_vision_bytes=64 * _MB
     )
     step = LearnerStep(learner, cfg.learner)
     stream = SampleStream(cfg.data.train, prompt=cfg.data.prompt, seed=seed, max_quarantined=0)
-    seen: list[dict[str, float]] = []
+    curve = [{"step": 0, **evaluate(world, learner)}]
     for number in range(steps):
         taken = enumerate(stream.take(cfg.learner.groups_per_step))
         requests = tuple(
@@ -162,17 +184,18 @@ def fine_tune(world: World, model: str, judge: Path, kappa: float, seed: int, st
         plan = build_step_plan(
             number, groups, learner=cfg.learner, max_new_tokens=cfg.rollout.max_new_tokens, world_size=1
         )
-        step.run(plan, _payloads)
-        seen.append({name: plan.metrics[f"reward/{name}"] for name in ("mean", "sigma")})
-    return {**evaluate(world, learner), "judge": seen[-1]["mean"], "sigma": seen[-1]["sigma"]}
+        step.run(plan, lambda planned: [group.payload for group in planned])
+        if (number + 1) % EVERY == 0:
+            judged = {"judge": plan.metrics["reward/mean"], "sigma": plan.metrics["reward/sigma"]}
+            curve.append({"step": number + 1, **evaluate(world, learner), **judged})
+    return {**curve[-1], "curve": curve}
 
 
 def evaluate(world: World, policy: Policy) -> dict[str, float]:
-    """The true reward of greedy captions, and how many say the word."""
+    """The true reward of greedy captions, and the share of them that say the word."""
     said = caption_samples(policy, world.samples, max_new_tokens=world.cfg.rollout.max_new_tokens)
     totals = [score.total for score in world.truth.score_batch(world.samples, said)]
-    shares = {f"says_{name}": statistics.mean(_says(caption)[name] for caption in said) for name in HEADS}
-    return {"r_cap": statistics.mean(totals), **shares}
+    return {"r_cap": statistics.mean(totals), "says": statistics.mean(map(_says, said))}
 
 
 def _adapted(cfg: Config, model: str) -> Policy:
@@ -189,78 +212,66 @@ def _sampling(cfg: Config, seed: int, step: int, index: int) -> SamplingParams:
     )
 
 
-def _payloads(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
-    return [group.payload for group in planned]
+def runs(
+    task: tuple[str, int], *, world: World, folder: Path, kappas: Sequence[float], steps: int
+) -> list[dict[str, Any]]:
+    """The runs of one scenario and seed: one reward model, then RL with each κ."""
+    torch.set_num_threads(1)
+    scenario, seed = task
+    judge = train_judge(world, scenario, seed, folder)
+    rows = []
+    for kappa in kappas:
+        began = time.monotonic()
+        found = fine_tune(world, judge, kappa, seed, steps)
+        seconds = time.monotonic() - began
+        rows.append({"scenario": scenario, "seed": seed, "kappa": kappa, "seconds": seconds, **found})
+        print(f"{scenario}, seed {seed}, κ = {kappa:g}: R_cap {found['r_cap']:.3f}, {seconds:.0f} s", flush=True)
+    return rows
 
 
-def draw(rows: Sequence[dict[str, Any]], before: float, file: Path) -> None:
-    """R_cap of every run, by scenario and κ."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    kinds = sorted({(row["scenario"], row["kappa"]) for row in rows})
-    for place, (scenario, kappa) in enumerate(kinds):
-        values = [row["r_cap"] for row in rows if (row["scenario"], row["kappa"]) == (scenario, kappa)]
-        colour = "#0b62a8" if kappa else "#c2410c"
-        axes.bar(place, statistics.mean(values), color=colour, alpha=0.35, width=0.6)
-        axes.scatter([place] * len(values), values, color=colour, zorder=3, s=18)
-    axes.axhline(before, color="#475569", linewidth=1, linestyle="--", label="before RL")
-    axes.set_xticks(range(len(kinds)), [f"{scenario}\nκ = {kappa:g}" for scenario, kappa in kinds])
-    axes.set_ylabel("true reward (R_cap), held out")
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+def prepare(folder: Path, strict: float) -> World:
+    """Data, the warm start (kept in .cache/sft, as the quickstart's) and what it says."""
+    data = [f"data.{split}={folder}/{split}" for split in ("train", "eval")]
+    # A longer leash than this weight lets κ > 0, too, find captions that only the learned reward likes.
+    rest = ["learner.groups_per_step=8", "learner.kl.weight=0.05", "rollout.max_new_tokens=24"]
+    cfg = load_config(CONFIG, [*data, *rest])
+    model = warm_start(cfg)
+    assert cfg.data.eval is not None
+    samples = read_split(cfg.data.eval, prompt=cfg.data.prompt, limit=EVALUATED)
+    judged = read_split(cfg.data.train, prompt=cfg.data.prompt, limit=JUDGED)
+    said = sampled_captions(cfg, model, judged)
+    truth = build_reward(cfg.reward, CorpusStatistics.from_references(iter_references(cfg.data.train)))
+    return World(cfg, model, samples, judged, said, truth, strict)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", choices=list(HEADS), default=list(HEADS))
-    parser.add_argument("--kappa", type=float, default=2.0)
+    parser.add_argument("--kappas", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=15, help="of RL")
-    parser.add_argument("--judge-steps", type=int, default=200)
-    parser.add_argument("--groups", type=int, default=8, help="pictures a step")
-    parser.add_argument("--strict", type=float, default=0.3, help="the best honest rating")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20, help=f"of RL, a multiple of {EVERY}")
+    parser.add_argument("--strict", type=float, default=0.2, help="the best honest rating")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    if args.steps < EVERY or args.steps % EVERY:
+        parser.error(f"--steps {args.steps} is no multiple of {EVERY}")
+    torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mmrl-bench-") as name:
-        folder = Path(name)
-        data = [f"data.{split}={folder}/{split}" for split in ("train", "eval")]
-        cfg = load_config(CONFIG, [*data, f"learner.groups_per_step={args.groups}"])
-        model = warm_start(cfg)  # kept in .cache/sft, as the quickstart's
-        assert cfg.data.eval is not None
-        samples = read_split(cfg.data.eval, prompt=cfg.data.prompt, limit=EVALUATED)
-        statistics_ = CorpusStatistics.from_references(iter_references(cfg.data.train))
-        world = World(cfg, samples, build_reward(cfg.reward, statistics_))
-        before = evaluate(world, _adapted(cfg, model))
-        have = {name: statistics.mean(_shows(sample)[name] for sample in samples) for name in HEADS}
-        told = (f"{name}: in {have[name]:.0%} of pictures, said of {before[f'says_{name}']:.0%}" for name in HEADS)
-        print(f"before RL: R_cap {before['r_cap']:.3f}; {'; '.join(told)}", flush=True)
-        rows = []
-        for seed in args.seeds:
-            for scenario in args.scenarios:
-                judge = train_judge(world, scenario, seed, folder, args.judge_steps, args.strict)
-                for kappa in (0.0, args.kappa):
-                    found = fine_tune(world, model, judge, kappa, seed, args.steps)
-                    rows.append({"scenario": scenario, "seed": seed, "kappa": kappa, **found})
-                    print(json.dumps(rows[-1]), flush=True)
+        world = prepare(Path(name), args.strict)
+        before = evaluate(world, _adapted(world.cfg, world.model))
+        have = statistics.mean(map(_shows, world.samples))
+        print(f'R_cap {before["r_cap"]:.3f}; "{WORD}" in {have:.0%} of pictures, said of {before["says"]:.0%}')
+        work = functools.partial(runs, world=world, folder=Path(name), kappas=args.kappas, steps=args.steps)
+        tasks = [(scenario, seed) for scenario in args.scenarios for seed in args.seeds]
+        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+            rows = [row for found in pool.map(work, tasks) for row in found]
     if args.plot is not None:
-        draw(rows, before["r_cap"], args.plot)
-    table = Table(title=f"R_cap on {EVALUATED} held-out pictures after {args.steps} steps, by seed and in the mean")
-    for column in ("scenario", "κ", *(f"seed {seed}" for seed in args.seeds), "mean", "says it", "judge", "σ"):
-        table.add_column(column, justify="left" if column == "scenario" else "right")
-    for scenario in args.scenarios:
-        for kappa in (0.0, args.kappa):
-            some = [row for row in rows if (row["scenario"], row["kappa"]) == (scenario, kappa)]
-            means = [
-                statistics.mean(row[key] for row in some) for key in ("r_cap", f"says_{scenario}", "judge", "sigma")
-            ]
-            figures = [*(f"{row['r_cap']:.3f}" for row in some), f"{means[0]:.3f}", f"{means[1]:.0%}"]
-            table.add_row(scenario, f"{kappa:g}", *figures, f"{means[2]:.3f}", f"{means[3]:.3f}")
-    Console(width=120).print(table)
+        draw(rows, args.plot, f'captions that say "{WORD}"')
+    Console(width=120).print(
+        tabulate(rows, f"R_cap on {EVALUATED} held-out pictures after {args.steps} steps, by seed and in the mean")
+    )
     print(json.dumps({"before": before, "have": have, "runs": rows, "seconds": time.monotonic() - began}))
 
 
