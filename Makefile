@@ -23,13 +23,13 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Unit tests use little more than one core each: two processes of one thread. Tests that start clusters mostly wait: three.
-# A job of Ray looks for its cluster among all on the machine, so those tests come alone, and so does the quickstart,
-# which has the machine to itself as it would for a user.
-ALONE := tests/integration/jobs tests/integration/test_quickstart.py
+# Unit tests use little more than one core each: two processes of one thread. Tests that start clusters mostly wait: two.
+# Alone come those with faults, whose deadlines are real ones, those of jobs, since a job of Ray looks for its cluster
+# among all on the machine, and the quickstart, which has the machine to itself as it would for a user.
+ALONE := tests/integration/faults tests/integration/jobs tests/integration/test_quickstart.py
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/integration -n 3 --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest $(ALONE)
 
 # The run prints its seconds and its peak resident memory last. A second quickstart gets a name of its own.
