@@ -65,7 +65,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     settings["run"] = {"name": "faulted", "seed": 3, "root": str(folder / "runs")}
     del settings["data"]["eval"]
     settings["rollout"] |= {"workers": 2, "assignment_timeout_s": 20.0}
-    settings["reward"] = {"timeout_s": 1.5, "retries": 1}
+    settings["reward"] = {"timeout_s": 3.0, "retries": 1}
     settings["serving"] = {"reward": {"health_check_period_s": 0.5}}
     settings["learner"] |= {"steps": 10_000, "checkpoint_every": 4}
     settings["resources"] = {
