@@ -12,17 +12,17 @@ probability. `B` = 2·pairs captions, those of a pair one after the other; `T` t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import logsigmoid
 
 from mmrl_ray.losses.masked import check_denominator, check_tokens, masked_sum
+from mmrl_ray.losses.stats import Sums
 
 
 @dataclass(frozen=True, slots=True)
-class DpoStats:
+class DpoStats(Sums):
     """Detached sums, which add over micro-batches and ranks. Pairs at p = ½ are counted in `pairs` alone."""
 
     pairs: torch.Tensor
@@ -36,18 +36,6 @@ class DpoStats:
     """Of the other ones."""
     confidence: torch.Tensor
     """Sum of the probability σ(r_chosen − r_rejected) that the policy gives the raters' choice."""
-
-    def __add__(self, other: DpoStats) -> DpoStats:
-        return DpoStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def to_tensor(self) -> torch.Tensor:
-        """All sums as one [6] tensor, for a single reduction over ranks."""
-        return torch.stack([getattr(self, f.name) for f in fields(self)])
-
-    @classmethod
-    def from_tensor(cls, sums: torch.Tensor) -> Self:
-        """The inverse of `to_tensor`."""
-        return cls(*sums.unbind())
 
     def metrics(self) -> dict[str, float]:
         """Means over decided pairs for the metrics line; NaN where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -9,7 +10,28 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class LossStats:
+class Sums:
+    """Detached scalar sums, one a field, which add over micro-batches and ranks."""
+
+    def __add__(self, other: Self) -> Self:
+        return self._of(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+
+    def to_tensor(self) -> torch.Tensor:
+        """All sums as one tensor, [fields], for a single reduction over ranks."""
+        return torch.stack([getattr(self, f.name) for f in fields(self)])
+
+    @classmethod
+    def from_tensor(cls, sums: torch.Tensor) -> Self:
+        """The inverse of `to_tensor`."""
+        return cls._of(sums.unbind())
+
+    @classmethod
+    def _of(cls, values: Iterable[torch.Tensor]) -> Self:
+        return cls(**{f.name: value for f, value in zip(fields(cls), values, strict=True)})
+
+
+@dataclass(frozen=True, slots=True)
+class LossStats(Sums):
     """Detached sums, which add over micro-batches and ranks; ratios are counted a token (a completion for gspo)."""
 
     count: torch.Tensor
@@ -23,18 +45,6 @@ class LossStats:
     behaviour_squared: torch.Tensor
     capped: torch.Tensor
     """How many importance weights were above the cap."""
-
-    def __add__(self, other: LossStats) -> LossStats:
-        return LossStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def to_tensor(self) -> torch.Tensor:
-        """All sums as one [6] tensor, for a single reduction over ranks."""
-        return torch.stack([getattr(self, f.name) for f in fields(self)])
-
-    @classmethod
-    def from_tensor(cls, sums: torch.Tensor) -> Self:
-        """The inverse of `to_tensor`."""
-        return cls(*sums.unbind())
 
     def metrics(self) -> dict[str, float]:
         """Means for the metrics line; all 0 when nothing was counted.
