@@ -58,7 +58,7 @@ class Controller:
         self._loop = RolloutLoop(cfg, run, pool, source, put, self._told.event)
         self._pump = self._loop.pump
         self._changed = self._pump.changed
-        self._writer = StepWriter(run, fetch, clock)
+        self._writer = StepWriter(run, clock)
         self._next_plan = 0
         self._planned: PlannedStep | None = None
         self._asked_since: float | None = None

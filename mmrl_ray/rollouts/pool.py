@@ -223,11 +223,11 @@ class RayWorkerPool:
                 continue
             parts, worker.call.parts = worker.call.parts, ()
             light, worker.since = answer.get(), self._clock()
-            began = self.ledger.accept(worker.id, light.assignment_id)
+            began = self.ledger.accept(worker.id, light.result.assignment_id)
             if began is not None:
                 self._busy_s += worker.since - began
-                worker.groups += len(light.groups)
-                finished.append(Collected(join_result(light, parts[1:]), parts[0]))
+                worker.groups += len(light.result.groups)
+                finished.append(join_result(light, parts))
         return finished
 
     def _collect_health(self) -> list[Collected | DataFailure]:

@@ -47,12 +47,12 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """One finished assignment as the pool hands it on."""
+    """One finished assignment."""
 
     result: AssignmentResult
     """Payloads in place: `Parcelled`, or the groups themselves in-process."""
-    records: Any
-    """Rows without advantages as `encode_records` makes them, or a reference to them."""
+    records: bytes
+    """Rows without advantages, as `encode_records` makes them."""
 
 
 FetchWeights = Callable[[], Mapping[str, torch.Tensor] | None]

@@ -11,10 +11,9 @@ import io
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,8 +44,8 @@ class StepRecord:
     step: int
     keys: frozenset[GroupKey]
     """The groups that resolved the step's places, masked ones included; rows of any other are left out."""
-    tables: Sequence[Any]
-    """Rows as `encode_records` makes them, or references to them; several groups each."""
+    tables: Sequence[bytes]
+    """Rows as `encode_records` makes them; several groups each."""
     planned: Mapping[GroupKey, PlannedGroup]
     samples: Sequence[Sample]
 
@@ -77,10 +76,8 @@ def step_table(keys: frozenset[GroupKey], planned: Mapping[GroupKey, PlannedGrou
 class Recorder:
     """Writes steps in the background, in order. An error shows at the next call of any method."""
 
-    def __init__(self, run: RunDir, resolve: Callable[[Any], bytes]) -> None:
-        """`resolve` turns what `StepRecord.tables` holds into encoded rows (`ray.get` with a deadline, or nothing)."""
+    def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._resolve = resolve
         self._queue: queue.Queue[StepRecord | None] = queue.Queue(QUEUE_STEPS)
         self._known_images: set[str] = set()
         self._error: Exception | None = None
@@ -150,7 +147,7 @@ class Recorder:
         with ThreadPoolExecutor(IMAGE_WRITERS) as pool:
             list(pool.map(self._store_images, new, new.values()))
         self._known_images.update(new)
-        tables = [decode_records(self._resolve(table)) for table in record.tables]
+        tables = [decode_records(table) for table in record.tables]
         rows = pa.concat_tables(tables) if tables else ROLLOUT_SCHEMA.empty_table()
         buffer = io.BytesIO()
         pq.write_table(step_table(record.keys, record.planned, rows), buffer, compression="zstd")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.buffer import GroupBuffer
@@ -17,7 +16,7 @@ from mmrl_ray.rollouts.protocols import Collected
 class _OpenStep:
     requests: dict[int, GroupRequest]
     groups: dict[int, ScoredGroup] = field(default_factory=dict)
-    tables: list[Any] = field(default_factory=list)
+    tables: list[bytes] = field(default_factory=list)
     timings: list[Mapping[str, float]] = field(default_factory=list)
 
 
@@ -27,7 +26,7 @@ class TakenStep:
 
     groups: Sequence[ScoredGroup]
     """By place; failed places are missing."""
-    tables: Sequence[Any]
+    tables: Sequence[bytes]
     timings: Sequence[Mapping[str, float]]
     samples: Sequence[Sample]
     """Of `groups`."""

@@ -28,11 +28,10 @@ class PlannedStep:
 class StepWriter:
     """Puts what plan, rollouts, clock and learner say about a step together, and writes it down."""
 
-    def __init__(self, run: RunDir, fetch: Callable[[Any], Any], clock: Callable[[], float]) -> None:
-        """`fetch` turns a reference to a table into the table."""
+    def __init__(self, run: RunDir, clock: Callable[[], float]) -> None:
         self.last_line: Mapping[str, Any] = {}
         self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT_STEPS)
-        self._recorder = Recorder(run, fetch)
+        self._recorder = Recorder(run)
         self._log = StepLog(run)
         self._meter = StepMeter(clock)
 

@@ -1,9 +1,10 @@
 """The rollout worker: a thin Ray actor around an engine, and what the pool calls on it.
 
-A run returns its parts as separate return values of one actor call: (light result, record rows, parcels of groups).
-The caller of an actor owns what the call returns, so the groups outlive the worker that made them, each parcel is
-freed by itself, and none of more than 100 KB passes through the caller. (`ray.put(..., _owner=)`, which was for that,
-is gone since Ray 2.56.)
+A run returns its parts as separate return values of one actor call: what the controller reads (the light result with
+its record rows), then parcels of groups. The caller of an actor owns what the call returns, so the groups outlive the
+worker that made them, each parcel is freed by itself, and none of more than 100 KB passes through the caller. The first
+value does: rows that lay on the worker's node until their step was written would be gone with that node.
+(`ray.put(..., _owner=)`, which was made for owning by another, is gone since Ray 2.56.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mmrl_ray.experience.carriers import ScoredGroup
 from mmrl_ray.experience.schema import encode_records, group_rows
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult
 from mmrl_ray.rollouts.parcels import Parcelled, pack
-from mmrl_ray.rollouts.protocols import Engine, EngineFactory
+from mmrl_ray.rollouts.protocols import Collected, Engine, EngineFactory
 from mmrl_ray.rollouts.weights import decode_state
 from mmrl_ray.rollouts.worker_meter import measure_assignment
 from mmrl_ray.telemetry.logs import CONTEXT, LogFormat, start_logging
@@ -75,7 +76,7 @@ class RolloutWorker:
         return Started(os.getpid(), socket.gethostname())
 
     def run(self, assignment: Assignment) -> tuple[Any, ...]:
-        """(result without groups, rows, parcel 0, parcel 1, …): 2 + `len(assignment.groups)` values.
+        """(light result with its rows, parcel 0, parcel 1, …): 1 + `len(assignment.groups)` values.
 
         None stands for each parcel that was not needed. Broken samples are values in the result. Any exception means
         that the worker itself cannot be trusted any more; the pool replaces it.
@@ -101,12 +102,13 @@ def split_result(assignment: Assignment, result: AssignmentResult, run: str) -> 
     rows = [row for group in result.groups for row in group_rows(run, group, group.payload, None)]
     groups = tuple(replace(group, payload=place) for group, place in zip(result.groups, places, strict=True))
     unused = (None,) * (len(assignment.groups) - len(parcels))
-    return (replace(result, groups=groups), encode_records(rows), *parcels, *unused)
+    return (Collected(replace(result, groups=groups), encode_records(rows)), *parcels, *unused)
 
 
-def join_result(light: AssignmentResult, parcels: Sequence[Any]) -> AssignmentResult:
+def join_result(light: Collected, parcels: Sequence[Any]) -> Collected:
     """A light result with references to its parcels in place."""
-    return replace(light, groups=tuple(_with_parcel(group, parcels) for group in light.groups))
+    groups = tuple(_with_parcel(group, parcels) for group in light.result.groups)
+    return replace(light, result=replace(light.result, groups=groups))
 
 
 def _with_parcel(group: ScoredGroup, parcels: Sequence[Any]) -> ScoredGroup:
@@ -134,7 +136,7 @@ class WorkerCall:
         assignment = kwargs.get("assignment")
         if assignment is None:
             return self.handle.apply.remote(func, **kwargs)
-        returned = self.handle.apply.options(num_returns=2 + len(assignment.groups)).remote(func, **kwargs)
+        returned = self.handle.apply.options(num_returns=1 + len(assignment.groups)).remote(func, **kwargs)
         self.parts = tuple(returned[1:])
         return returned[0]
 

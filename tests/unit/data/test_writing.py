@@ -17,8 +17,7 @@ from mmrl_ray.errors import DataError
 from tests.unit.data.pictures import encode, picture, sample
 
 
-def test_hugging_face_datasets_decodes_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_hugging_face_datasets_decodes_the_images(tmp_path: Path) -> None:
     import datasets
 
     write_parquet(tmp_path / "one", [sample(i) for i in range(5)], shards=2)

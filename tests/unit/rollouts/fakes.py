@@ -166,10 +166,10 @@ class FakePool:
             self.release -= 1
             assignment = self.queue.pop(0)
             result = self.engine.run(assignment, lambda assignment=assignment: self._weights(assignment))
-            light, rows, *parcels = split_result(assignment, result, "test-run")
+            light, *parcels = split_result(assignment, result, "test-run")
             joined = join_result(light, parcels)
-            opened = tuple(replace(g, payload=open_payload(g.payload, lambda value: value)) for g in joined.groups)
-            finished.append(Collected(replace(joined, groups=opened), rows))
+            groups = [replace(g, payload=open_payload(g.payload, lambda value: value)) for g in joined.result.groups]
+            finished.append(replace(joined, result=replace(joined.result, groups=tuple(groups))))
         return finished
 
     def _weights(self, assignment: Assignment) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from mmrl_ray.errors import RolloutError, RunError
 from mmrl_ray.experience.carriers import GroupKey, PlannedGroup
-from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, encode_records, group_rows
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records, encode_records, group_rows
 from mmrl_ray.rollouts.recorder import Recorder, StepRecord
 from mmrl_ray.run_dir import RunDir
 from tests.unit.experience.factories import rollout_group, scored
@@ -36,7 +36,7 @@ def query(run: RunDir, what: str, step: int = 3) -> list[tuple[Any, ...]]:
 
 def test_a_step_is_written_in_order_with_what_the_plan_decided(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "run")
-    recorder = Recorder(run, lambda reference: reference)
+    recorder = Recorder(run)
     consumed, masked = GroupKey(3, 0, 1), GroupKey(3, 1)
     superseded = GroupKey(3, 0, 0)
     tables = [table(masked, masked="no references"), table(superseded, consumed, greedy=True)]
@@ -58,7 +58,7 @@ def test_a_step_is_written_in_order_with_what_the_plan_decided(tmp_path: Path) -
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "run")
-    recorder = Recorder(run, lambda reference: reference)
+    recorder = Recorder(run)
     for attempt in (0, 1):
         key = GroupKey(3, 0, attempt)
         recorder.record(StepRecord(3, frozenset({key}), [table(key)], {}, []))
@@ -70,7 +70,7 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 def test_images_are_stored_once_under_their_hash(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "run")
-    recorder = Recorder(run, lambda reference: reference)
+    recorder = Recorder(run)
     sample = samples(1)[0]
     pair = replace(sample, id="pair", images=(png(0), png(300)))
     for step in (0, 1):
@@ -86,7 +86,7 @@ def test_images_are_stored_once_under_their_hash(tmp_path: Path) -> None:
 def test_an_error_of_the_background_shows_at_the_next_call(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "run")
     (tmp_path / "run" / "rollouts").write_text("a file lies where the folder should be")
-    recorder = Recorder(run, lambda reference: reference)
+    recorder = Recorder(run)
     recorder.record(StepRecord(0, frozenset(), [], {}, []))
     with pytest.raises(RunError, match="rollouts"):
         recorder.flush()
@@ -96,14 +96,15 @@ def test_an_error_of_the_background_shows_at_the_next_call(tmp_path: Path) -> No
         recorder.close()
 
 
-def test_flush_does_not_wait_for_ever(tmp_path: Path) -> None:
+def test_flush_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
-    def resolve(reference: Any) -> bytes:
+    def slowly(rows: bytes) -> pa.Table:
         release.wait(30)
-        return reference
+        return decode_records(rows)
 
-    recorder = Recorder(RunDir.create(tmp_path, "run"), resolve)
+    monkeypatch.setattr("mmrl_ray.rollouts.recorder.decode_records", slowly)
+    recorder = Recorder(RunDir.create(tmp_path, "run"))
     recorder.record(StepRecord(0, frozenset(), [encode_records([])], {}, []))
     with pytest.raises(RolloutError, match=r"within 0\.05 s"):
         recorder.flush(timeout_s=0.05)

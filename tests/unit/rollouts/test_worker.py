@@ -32,15 +32,15 @@ def assignment(count: int = 3) -> Assignment:
 def test_a_result_is_taken_apart_and_put_together() -> None:
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-001"})))
     worker.start()
-    light, encoded, *parcels = worker.run(assignment())
-    rows = decode_records(encoded)
+    light, *parcels = worker.run(assignment())
+    rows = decode_records(light.records)
     assert [len(parcel) if parcel else None for parcel in parcels] == [2, None, None]
-    assert len(pickle.dumps(light)) < 2000
+    assert len(pickle.dumps(light.result)) < 2000
     assert rows.schema.equals(ROLLOUT_SCHEMA)
     assert rows.select(["run", "index", "attempt", "worker"]).to_pylist() == [
         {"run": "my-run", "index": index, "attempt": 2, "worker": "w3"} for index in (0, 0, 2, 2)
     ]
-    joined = join_result(light, ["ref-0", "ref-1", "ref-2"])
+    joined = join_result(light, ["ref-0", "ref-1", "ref-2"]).result
     assert [(group.sample_id, group.payload) for group in joined.groups] == [
         ("sample-000", Parcelled("ref-0", 0)),
         ("sample-002", Parcelled("ref-0", 1)),
@@ -53,9 +53,9 @@ def test_a_result_is_taken_apart_and_put_together() -> None:
 def test_nothing_but_broken_samples_still_has_a_table() -> None:
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-000"})))
     worker.start()
-    light, encoded, parcel = worker.run(assignment(1))
-    rows = decode_records(encoded)
-    assert (light.groups, parcel, rows.num_rows) == ((), None, 0)
+    light, parcel = worker.run(assignment(1))
+    rows = decode_records(light.records)
+    assert (light.result.groups, parcel, rows.num_rows) == ((), None, 0)
     assert rows.schema.equals(ROLLOUT_SCHEMA)
 
 
@@ -86,7 +86,7 @@ def test_the_manager_sees_one_reference_and_the_pool_has_the_others() -> None:
     assert call.apply.remote(func=len) == "ref"
     assert call.parts == ()
     assert call.apply.remote(func=len, assignment=assignment(3)) == "ref-0"
-    assert call.parts == ("ref-1", "ref-2", "ref-3", "ref-4")
+    assert call.parts == ("ref-1", "ref-2", "ref-3")
 
 
 def test_settings_follow_from_the_config(tmp_path: Path) -> None:
