@@ -223,6 +223,11 @@ class JobsClient:
         )
 
 
+def own_ray() -> str:
+    """HOST:PORT of the control store of the Ray that this process has joined."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def own_address() -> str:
     """The job server of the Ray that this process has joined.
 
@@ -230,7 +235,7 @@ def own_address() -> str:
         JobServerError: it has none.
     """
     try:
-        return str(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address))
+        return str(ray_address_to_api_server_url(own_ray()))
     except (ValueError, RuntimeError, ConnectionError) as error:
         raise JobServerError(
             f"this Ray has no job server ({_first_line(error)}): start it with its dashboard, or name another's address"

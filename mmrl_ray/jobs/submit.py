@@ -50,6 +50,7 @@ def submit_run(
     python: str = DEFAULT_PYTHON,
     id: str | None = None,
     request: Mapping[str, Any] | None = None,
+    ray_address: str | None = None,
 ) -> str:
     """Sends a run; `cfg` names places that the cluster sees. Returns the job's id.
 
@@ -59,13 +60,16 @@ def submit_run(
         python: the interpreter on the cluster.
         id: of the job; by default one with the run's name in it.
         request: of whoever asked over HTTP; see `JobFacts`.
+        ray_address: of the cluster's control store, for the run to join; by default what Ray tells its jobs, which on
+            a machine with several clusters may be another one.
 
     Raises:
         JobError: another job is at this run, or Ray does not take it.
     """
     location = run_location(cfg.run.root, cfg.run.name)
     facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {})
-    return _send(server, facts, f"train {CONFIG_FILE}", dump_config(cfg), python, id)
+    command = f"train {CONFIG_FILE}" + (f" --address {shlex.quote(ray_address)}" if ray_address else "")
+    return _send(server, facts, command, dump_config(cfg), python, id)
 
 
 def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTHON, id: str | None = None) -> str:

@@ -20,12 +20,14 @@ from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.config.yaml_tree import dump_yaml
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import warm_start
 from mmrl_ray.serving.flags import set_flags
 from mmrl_ray.serving.names import APP
+from mmrl_ray.serving.recipes import recipe_configs
 
 _RUN_CONFIG = "config.yaml"
 _START_TIMEOUT_S = 600.0
@@ -71,7 +73,7 @@ def serve(
     if address is None:
         set_flags(insecure=insecure)
     jobs = cfg.serving.fine_tuning is not None
-    with ray_at(address, cpus=demanded_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs):
+    with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs):
         _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
 
 
@@ -182,6 +184,17 @@ def demanded_cpus(cfg: ServeConfig) -> int:
     serving = cfg.serving
     sections = [serving.gateway, serving.policy, *([serving.reward] if cfg.reward is not None else [])]
     return int(-(-sum(s.max_replicas * s.resources.cpus for s in sections) // 1))
+
+
+def local_cpus(cfg: ServeConfig) -> int:
+    """CPUs of a Ray of this machine's own: those of all replicas, and of as many fine-tuning jobs as there may be.
+
+    Raises:
+        ConfigError: a recipe is wrong.
+    """
+    tuning = cfg.serving.fine_tuning
+    jobs = 0 if tuning is None else tuning.max_active * max(map(demanded_by_run, recipe_configs(tuning)))
+    return demanded_cpus(cfg) + jobs
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownJobError
-from mmrl_ray.jobs.client import JobsClient, own_address
+from mmrl_ray.jobs.client import JobsClient, own_address, own_ray
 from mmrl_ray.jobs.records import ID, Job, Status
 from mmrl_ray.jobs.submit import python_for, submit_run
 from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningJob, TuningOrder, TuningStatus
-from mmrl_ray.serving.recipes import check_recipes, compose, run_name
+from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
 from mmrl_ray.serving.tuning_runs import open_run, results, run_checkpoints, run_events, trained_tokens
 
 _PREFIX = "ftjob-"
@@ -42,7 +42,7 @@ class RayJobService:
         allowed, root = settings.fine_tuning, settings.adapters_root
         if allowed is None:
             raise ConfigError("jobs need serving.fine_tuning, which says what may be trained")
-        check_recipes(allowed)
+        recipe_configs(allowed)
         self._allowed = allowed
         self._root = str(allowed.root or root)
         self._client: JobsClient | None = None
@@ -92,7 +92,8 @@ class RayJobService:
         run = run_name(order, mark[-_MARK_CHARS:])
         cfg = compose(self._allowed, self._root, run, order, _rows)
         python = python_for(self._server, self._allowed.python)
-        id = submit_run(self._server, cfg, python=python, id=_PREFIX + mark, request=asdict(order))
+        joined = None if self._allowed.address else own_ray()
+        id = submit_run(self._server, cfg, python=python, id=_PREFIX + mark, request=asdict(order), ray_address=joined)
         return _told(self._server.get(id))
 
     def _cancel(self, id: str) -> TuningJob:

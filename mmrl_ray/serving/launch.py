@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 
@@ -38,7 +39,17 @@ def start_serve(*, host: str | None = None, port: int = 8000) -> bool:
         else:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
     except (RuntimeError, TimeoutError) as error:
-        raise ServingError(f"Ray Serve does not start on {host}:{port}: {_last_line(str(error))}") from error
+        taken = "another program listens there; choose another port"
+        reason = taken if _listens(host, port) else _last_line(str(error))
+        raise ServingError(f"Ray Serve does not start on {host}:{port}: {reason}") from error
+    return True
+
+
+def _listens(host: str | None, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        return False
     return True
 
 

@@ -44,18 +44,20 @@ def compose(allowed: FineTuningSection, root: str, run: str, order: TuningOrder,
     return _whole(recipe, RunSection(name=run, seed=order.seed, root=root), data, learner)
 
 
-def check_recipes(allowed: FineTuningSection) -> None:
-    """Finds out at start what every job of a recipe would fail on.
+def recipe_configs(allowed: FineTuningSection) -> list[Config]:
+    """A whole config of each recipe, its run and data made up: finds out at start what every job of it would fail on.
 
     Raises:
         ConfigError: its sections do not fit each other.
     """
+    found = []
     for name, recipe in allowed.models.items():
         try:
             run, data = RunSection(name="check"), DataSection(train="check")
-            _whole(recipe, run, data, recipe.learner.model_dump())
+            found.append(_whole(recipe, run, data, recipe.learner.model_dump()))
         except ConfigError as error:
             raise ConfigError(f"serving.fine_tuning.models.{name}: {error}") from error
+    return found
 
 
 def run_name(order: TuningOrder, mark: str) -> str:

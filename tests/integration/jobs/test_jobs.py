@@ -202,7 +202,8 @@ def test_what_is_wrong_is_said_in_one_line(workplace: Workplace, monkeypatch: py
 def jobs_over_http(workplace: Workplace, client: JobsClient) -> None:
     """The gateway's job service at the Ray that it has joined; the interpreter is a script."""
     asks = script(
-        workplace.folder / "trains", "grep -A9 ^learner: config.yaml; grep path: config.yaml; echo up; sleep 60"
+        workplace.folder / "trains",
+        "echo $*; grep -A9 ^learner: config.yaml; grep path: config.yaml; echo up; sleep 60",
     )
     recipe = {name: workplace.settings[name] for name in ("model", "algorithm", "rollout", "learner", "resources")}
     tuning = {
@@ -218,6 +219,7 @@ def jobs_over_http(workplace: Workplace, client: JobsClient) -> None:
         assert job.status in ("queued", "running")
         wait_for(lambda: "up\n" in client.logs(job.id), "the job's first word", SECONDS)
         said = client.logs(job.id)
+        assert f"train config.yaml --address {ray.get_runtime_context().gcs_address}\n" in said
         assert "steps: 10\n  groups_per_step: 5" in said, "24 images twice, 5 a step"
         assert f"path: {workplace.folder / 'base'}" in said
         with pytest.raises(openai.InternalServerError, match="1 jobs are under way"):

@@ -60,6 +60,8 @@ def test_a_job_is_the_resolved_config_and_this_package(cfg: Config, tmp_path: Pa
     assert (facts.run, facts.location, facts.task) == ("far", "/shared/runs/far", "train")
     assert facts.by.endswith(f"@{HERE}")
     assert environment["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    submit_run(cluster, cfg, ray_address="10.0.0.7:6379")
+    assert cluster.sent[-1][1] == "exec python3 -m mmrl_ray.cli train config.yaml --address 10.0.0.7:6379"
     (tmp_path / "again.yaml").write_bytes(cluster.files.pop("config.yaml"))
     assert load_config(tmp_path / "again.yaml") == cfg
     package = Path(mmrl_ray.__file__).parent

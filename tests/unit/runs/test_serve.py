@@ -9,8 +9,9 @@ import pytest
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.serve import first_key, greeting, serve, serving_config
+from mmrl_ray.runs.serve import first_key, greeting, local_cpus, serve, serving_config
 from mmrl_ray.runs.target import STATISTICS
+from tests.support.fake_jobs import SETTINGS
 
 CONFIG = """
 run: {{name: {name}, root: {root}}}
@@ -64,6 +65,13 @@ def test_a_value_based_run_is_its_agent_by_itself(tmp_path: Path) -> None:
 def test_a_model_alone_has_no_reward(tmp_path: Path) -> None:
     cfg = serving_config(["some/base"])
     assert (cfg.model.path, cfg.adapters, cfg.reward) == ("some/base", {}, None)
+
+
+def test_a_ray_of_its_own_has_room_for_jobs(tmp_path: Path) -> None:
+    cfg = serving_config(["some/base"])
+    tuned = cfg.model_copy(update={"serving": cfg.serving.model_copy(update={"fine_tuning": SETTINGS.fine_tuning})})
+    # Each of four jobs: one learner and one rollout worker of one CPU; the reward asks for none.
+    assert local_cpus(tuned) - local_cpus(cfg) == 4 * 2
 
 
 def test_overrides_and_then_host_and_port_win(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mmrl_ray.errors import ConfigError, JobError, JobServerError, OverloadedErr
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore
 from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningOrder
-from mmrl_ray.serving.recipes import check_recipes, compose, run_name
+from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
 from tests.support.fake_jobs import RECIPE, SETTINGS, FakeJobs
 from tests.support.fake_services import FakePolicy, running_gateway
 
@@ -256,8 +256,8 @@ def test_orders_that_do_not_fit_are_refused() -> None:
 def test_a_wrong_recipe_is_found_at_start() -> None:
     wrong = {**RECIPE, "learner": {"steps": 5, "groups_per_step": 2, "workers": 4}}
     with pytest.raises(ConfigError, match=r"serving\.fine_tuning\.models\.m: learner\.workers=4"):
-        check_recipes(FineTuningSection.model_validate({"models": {"m": wrong}, "datasets": {"d": "x"}}))
-    check_recipes(ALLOWED)
+        recipe_configs(FineTuningSection.model_validate({"models": {"m": wrong}, "datasets": {"d": "x"}}))
+    recipe_configs(ALLOWED)
     with pytest.raises(ValueError, match="needs a root"):
         ServingSection(fine_tuning=ALLOWED)
     with pytest.raises(ValueError, match="models is empty"):
