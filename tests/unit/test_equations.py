@@ -38,11 +38,6 @@ HOMES = {
     16: ("mmrl_ray.rewards.captioning", ("CaptionReward",)),
     17: ("mmrl_ray.analysis.correlation", ("modality_correlation",)),
 }
-NOT_YET: frozenset[int] = frozenset()
-"""Rows without code so far. One that has some fails here until it is taken out and its README line filled in."""
-
-THERE = sorted(HOMES.keys() - NOT_YET)
-
 Name = tuple[str, str]
 """A module, and a function or class at its top level; "" for what the module does when it is imported."""
 
@@ -142,7 +137,7 @@ def test_the_table_has_every_row_with_its_home() -> None:
         assert [first, *others] == [f"{module}.{names[0]}", *names[1:]], row
 
 
-@pytest.mark.parametrize("row", THERE)
+@pytest.mark.parametrize("row", HOMES)
 def test_it_exists_and_the_system_uses_it(row: int) -> None:
     module, names = HOMES[row]
     assert exists(row), f"row {row}: {module} has no {', '.join(names)}"
@@ -150,13 +145,7 @@ def test_it_exists_and_the_system_uses_it(row: int) -> None:
         assert reached_from_elsewhere((module, name)), f"row {row}: nothing but tests leads to {module}.{name}"
 
 
-@pytest.mark.parametrize("row", sorted(NOT_YET))
-def test_a_row_that_came_is_no_longer_waited_for(row: int) -> None:
-    assert not exists(row), f"row {row} is there: take it out of NOT_YET, and give its test and command in the README"
-    assert table()[row][2] == "not yet"
-
-
-@pytest.mark.parametrize("row", THERE)
+@pytest.mark.parametrize("row", HOMES)
 def test_its_test_and_its_command_are_real(row: int) -> None:
     _, _, where, command = table()[row]
     (file,) = re.findall(r"`(tests/[^`]+)`", where)
