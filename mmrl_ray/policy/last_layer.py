@@ -27,10 +27,10 @@ def last_layer_at_last_position(policy: Policy) -> Iterator[None]:
 
     Submodules that go by other names are left as they are.
     """
-    layers = getattr(policy.hf_model.get_decoder(), "layers", None)
+    layers = getattr(policy.hf_model.get_decoder(), "layers", None) or [None]
     with ExitStack() as hooks:
-        for name in _PER_POSITION if layers else ():
-            module: Any = layers[-1]
+        for name in _PER_POSITION:
+            module = layers[-1]
             for part in name.split("."):
                 module = getattr(module, part, None)
             if isinstance(module, nn.Module):
