@@ -4,8 +4,9 @@
 
 Two models: the 16 M-parameter LLaVA of `rl_step.py` (P = 261), and the tiny one of the quickstart, where nearly
 everything is overhead. Greedy captions of at most 24 tokens, a different picture in every request, 16 clients at the
-same time and then one. Each server runs by itself, with the threads it takes by default, and is warmed up. Both must
-say the same.
+same time and then one. Each server runs by itself and is warmed up. Ours has a replica of the policy for each core, of
+one thread (`--replicas` says otherwise); `transformers serve` knows no replicas, and has the threads that it takes by
+default. Both must say the same.
 
 Prints a table; the last line is one JSON object.
 """
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +227,17 @@ def build_loads(folder: Path) -> list[Load]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["transformers", "none"], default="transformers")
+    parser.add_argument(
+        "--replicas", type=int, default=os.cpu_count() or 1, help="of our policy; the cores are shared out among them"
+    )
     args = parser.parse_args()
+    replicas = [f"serving.policy.{bound}_replicas={args.replicas}" for bound in ("min", "max")]
     folder = Path(tempfile.mkdtemp(prefix="mmrl-bench-"))
     figures: dict[str, dict[str, Measured]] = {}
     try:
         for load in build_loads(folder):
             figures[load.name] = {}
-            for name, start in (("mmrl_ray", ours), ("transformers serve", peer)):
+            for name, start in (("mmrl_ray", partial(ours, settings=replicas)), ("transformers serve", peer)):
                 if name == "mmrl_ray" or args.peer == "transformers":
                     with start(load, folder) as server:
                         figures[load.name][name] = measure(server, load)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.last_layer import mlp_at_last_position
+from mmrl_ray.policy.last_layer import last_layer_at_last_position
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.logprobs import token_logprobs
 from mmrl_ray.policy.packed import packed_rows
@@ -225,7 +225,7 @@ def _forward_prompts(
     batch: PromptBatch,
 ) -> Any:
     """Its cache is whole; its `last_hidden_state` means something at the last position only."""
-    with vision_arguments(policy, prompts, features) as vision, mlp_at_last_position(policy):
+    with vision_arguments(policy, prompts, features) as vision, last_layer_at_last_position(policy):
         return policy.core(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -64,9 +64,9 @@ class PolicyReplica:
         watch_engine(self._meter, self._engine.stats)
         self._refreshing = asyncio.create_task(self._refresh_every(cfg.serving.refresh_s))
 
-    async def generate(self, request: GenerateRequest) -> Generated:
-        """See `PolicyService`."""
-        return await self._engine.generate(request)
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Generated]:
+        """See `PolicyService`; a stream of one item (`ServePolicy` says why)."""
+        yield await self._engine.generate(request)
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
         """See `PolicyService`."""

@@ -32,14 +32,16 @@ class ServePolicy:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._generate = handle.generate
+        # Streamed, though it is one item: with a unary call over gRPC Serve learns only at the call's end how busy the
+        # replica was at its beginning, takes that for how busy it is, and sends everything to one replica at a time.
+        self._generate = handle.options(method_name="generate", stream=True)
         self._stream = handle.options(method_name="stream", stream=True)
         self._models = handle.models
         self._ready = handle.ready
 
     async def generate(self, request: GenerateRequest) -> Generated:
         """See `PolicyService`."""
-        return await _call(POLICY, self._generate.remote, request)
+        return await _call(POLICY, self._generate.remote, request, streamed=True)
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
         """See `PolicyService`. Goes to another replica only while nothing has come yet."""
@@ -104,16 +106,22 @@ async def _has_started(handle: Any) -> bool:
     return bool(started)
 
 
-async def _call(who: str, remote: Callable[..., Any], *arguments: Any) -> Any:
+async def _call(who: str, remote: Callable[..., Any], *arguments: Any, streamed: bool = False) -> Any:
     """One call, again where its replica was lost; cancelling it cancels the replica's work."""
     for attempt in range(ATTEMPTS):
         response = remote(*arguments)
         try:
-            return await response
+            return await (_only_item(response) if streamed else response)
         except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - becomes the project's own
             response.cancel()
             await _wait_or_raise(_not_ours(error, who), who, attempt)
     raise AssertionError("the last attempt returns or raises")
+
+
+async def _only_item(response: AsyncIterator[Any]) -> Any:
+    """Of a stream; it is read to its end, or Serve would count the call as under way for ever."""
+    [item] = [item async for item in response]
+    return item
 
 
 def _not_ours(error: BaseException, who: str) -> Exception:
