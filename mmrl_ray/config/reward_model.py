@@ -40,6 +40,9 @@ class RewardNetSection(Section):
     """Transformer layers of each encoder."""
     heads: int = Field(1, ge=1)
     """K: the variance of their means is what the model does not know; each learns from its own resample of the data."""
+    ensemble: Literal["heads", "members"] = "heads"
+    """`members`: each head has encoders and a fusion of its own, for K times the cost. Heads that share them agree on
+    what training never showed."""
     sigma: bool = True
     """Train the log-variances. Without, every caption's σ is the same constant and a risk-averse reward is refused."""
     max_words: int = Field(48, ge=1)
