@@ -7,7 +7,7 @@
 `N` captions, `K` heads, all on one vector or each on that of a member with encoders and a fusion of its own. σ² has two
 parts: what raters disagree about (the heads' own σ_k², Kendall and Gal 2017) and what the model does not know (how far
 the heads' means are apart, Lakshminarayanan et al. 2017; 0 for K = 1). Heads that share encoders share their errors:
-where training said nothing, they agree on something that none of them knows.
+where training said nothing, they agree on something that none of them knows. Members with priors of their own do not.
 """
 
 from __future__ import annotations
@@ -65,6 +65,28 @@ class Scores(NamedTuple):
     """[N, 2], as `HeadOutputs.weights`."""
 
 
+class Prior(nn.Module):
+    """A random function of a caption that is never trained (Osband et al. 2018, arXiv:1806.03335).
+
+    A member adds its own to its mean and learns to cancel it on the captions that training shows, on no others. Of the
+    caption alone: a policy chooses its words, not the picture.
+    """
+
+    def __init__(self, vocabulary: int, spec: RewardModelSpec) -> None:
+        super().__init__()
+        self.scale = spec.prior
+        self.text = TextEncoder(vocabulary, spec.max_words, spec.width, 1, _ATTENTION_HEADS)
+        self.head = nn.Linear(spec.width, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=spec.width**-0.5)
+        self.requires_grad_(False)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        """[N, 1] of word ids [N, T]; about `scale` in size however long a caption is."""
+        tokens, mask = self.text(words)
+        summed = self.head(tokens * mask[:, :, None]).sum(dim=1)
+        return self.scale * summed / mask.sum(dim=1, keepdim=True).to(summed.dtype).sqrt()
+
+
 class Member(nn.Module):
     """Encoders of both modalities, a fusion, and heads on it."""
 
@@ -81,13 +103,14 @@ class Member(nn.Module):
         self.fusion = build_fusion(spec.fusion, dict.fromkeys(MODALITIES, dim), dim)
         self.means = nn.ModuleList(_head(dim) for _ in range(heads))
         self.log_variances = nn.ModuleList(_head(dim) for _ in range(heads if spec.sigma_trained else 0))
+        self.prior = Prior(vocabulary, spec) if spec.prior else None
 
     def encode(self, pictures: PictureInputs, words: torch.Tensor) -> Encoded:
         """Tokens of pictures (see `VisionSource`) and of captions, int64 [N, T] (see `Vocabulary.encode`)."""
         return Encoded(*self.image(*pictures), *self.text(words))
 
-    def judge(self, encoded: Encoded, of: torch.Tensor) -> HeadOutputs:
-        """What its heads say of N captions; `of` int64 [N] is the picture that each describes.
+    def judge(self, encoded: Encoded, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
+        """What its heads say of the N captions encoded; `of` int64 [N] is the picture that each describes.
 
         Raises:
             ValueError: the shapes do not fit.
@@ -95,6 +118,8 @@ class Member(nn.Module):
         image, image_mask, text, text_mask = encoded
         fused = self.fusion({"image": image[of], "text": text}, {"image": image_mask[of], "text": text_mask})
         mean = torch.cat([head(fused.vector) for head in self.means], dim=-1)
+        if self.prior is not None:
+            mean = mean + self.prior(words)
         if not self.log_variances:
             return HeadOutputs(mean, torch.zeros_like(mean), fused.weights)
         log_variance = torch.cat([head(fused.vector) for head in self.log_variances], dim=-1)
@@ -102,7 +127,7 @@ class Member(nn.Module):
 
     def forward(self, pictures: PictureInputs, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
         """`judge` of what `encode` makes."""
-        return self.judge(self.encode(pictures, words), of)
+        return self.judge(self.encode(pictures, words), of, words)
 
 
 class RewardModel(nn.Module):

@@ -33,6 +33,8 @@ class RewardModelSpec(Section):
     """K."""
     ensemble: Literal["heads", "members"]
     """What each has of its own: nothing, or encoders and a fusion."""
+    prior: float = Field(..., ge=0)
+    """Scale of a random function of the caption that each member adds to its mean."""
     max_words: int = Field(..., ge=1)
     """Of a caption that are read."""
     vocabulary: tuple[str, ...] = Field(..., strict=False)

@@ -1,14 +1,13 @@
 """The training loop of a learned reward: pairs by Thurstone's likelihood, ratings by the Gaussian one (row 15), and
 beside them the alignment of words with what they look like.
 
-`n` captions, `p` pairs and `r` ratings a step, `K` heads; `P` pairs and `R` ratings in all.
+`n` captions, `p` pairs and `r` ratings a step, `K` heads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,18 +48,16 @@ def train_reward_model(
         NonFiniteError: the loss or the gradient norm is NaN or infinite.
     """
     words = model.vocabulary.encode(data.captions, model.spec.max_words)
-    counts = _Counts.drawn(model.spec.heads, data, seed)
     total = cfg.steps * len(model.members)
     losses: list[list[float]] = []
     model.train()
     for k, member in enumerate(model.members):
         # The first is as a model without others would be.
         own_seed = seed if k == 0 else derive_seed(seed, "reward member", k)
-        objective = _Objective(model.spec, data, cfg, counts.of(k, len(member.means)), own_seed, model.device)
+        objective = _Objective(model.spec, data, cfg, len(member.means), own_seed, model.device)
         batches = Batches(data, cfg.images_per_step, own_seed)
-        steps = _train_member(member, objective, batches, words, source, cfg)
         mine: list[float] = []
-        for loss, lr in steps:
+        for loss, lr in _train_member(member, objective, batches, words, source, cfg):
             mine.append(loss)
             done = k * cfg.steps + len(mine)
             if progress is not None and (done % REPORT_EVERY == 0 or done in (1, total)):
@@ -88,8 +85,9 @@ def _train_member(
         batch = batches.next()
         some = words[batch.captions]
         longest = int((some != 0).sum(dim=1).max())
-        encoded = member.encode(source.inputs(batch.pictures, device), some[:, :longest].to(device))
-        loss = objective(encoded, member.judge(encoded, batch.of.to(device)), batch)
+        ids = some[:, :longest].to(device)
+        encoded = member.encode(source.inputs(batch.pictures, device), ids)
+        loss = objective(encoded, member.judge(encoded, batch.of.to(device), ids), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
@@ -101,29 +99,6 @@ def _train_member(
         yield loss.item(), float(scheduler.get_last_lr()[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    """How often each head sees each pair and each rating, int64 [K, P] and [K, R]."""
-
-    pairs: torch.Tensor
-    ratings: torch.Tensor
-
-    @classmethod
-    def drawn(cls, heads: int, data: RewardData, seed: int) -> _Counts:
-        """A bootstrap a head (Efron 1979, in Poisson counts): where the data says little, its heads come to differ."""
-        random = np.random.default_rng(derive_seed(seed, "reward heads"))
-        pairs, ratings = (
-            torch.from_numpy(random.poisson(1.0, (heads, rows)) if heads > 1 else np.ones((1, rows), int))
-            for rows in (len(data.pairs), len(data.ratings))
-        )
-        return cls(pairs, ratings)
-
-    def of(self, member: int, heads: int) -> _Counts:
-        """Those of the heads of a member, `heads` each."""
-        own = slice(member * heads, (member + 1) * heads)
-        return _Counts(self.pairs[own], self.ratings[own])
-
-
 class _Objective:
     """−log likelihood of a batch (means over its pairs, its ratings, the heads), and the alignment of its captions."""
 
@@ -132,11 +107,11 @@ class _Objective:
         spec: RewardModelSpec,
         data: RewardData,
         cfg: RewardOptimiserSection,
-        counts: _Counts,
+        heads: int,
         seed: int,
         device: torch.device,
     ) -> None:
-        self._spec, self._cfg, self._counts, self.device = spec, cfg, counts, device
+        self._spec, self._cfg, self.device = spec, cfg, device
         ratings = torch.tensor(data.ratings, dtype=torch.float32)
         self._ratings = (ratings - spec.center) / spec.spread
         self._preferred = torch.tensor(data.preferred, dtype=torch.float32)
@@ -144,6 +119,12 @@ class _Objective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "reward alignment"))
             self.alignment = Alignment(spec.width).to(device)
+        # A bootstrap a head (Efron 1979, in Poisson counts): where the data says little, its heads come to differ.
+        random = np.random.default_rng(derive_seed(seed, "reward heads"))
+        self._pair_counts, self._rating_counts = (
+            torch.from_numpy(random.poisson(1.0, (heads, rows)) if heads > 1 else np.ones((1, rows), int))
+            for rows in (len(data.pairs), len(data.ratings))
+        )
 
     def __call__(self, encoded: Encoded, outputs: HeadOutputs, batch: Batch) -> torch.Tensor:
         heads = zip(outputs.mean.unbind(1), outputs.log_variance.unbind(1), strict=True)
@@ -158,14 +139,14 @@ class _Objective:
     def _head(self, mean: torch.Tensor, log_variance: torch.Tensor, k: int, batch: Batch) -> torch.Tensor:
         loss = mean.sum() * 0.0  # for a batch of which this head sees nothing
         device = mean.device
-        seen = torch.repeat_interleave(self._counts.pairs[k, batch.pair_rows])
+        seen = torch.repeat_interleave(self._pair_counts[k, batch.pair_rows])
         if len(seen):
             first, second = batch.pairs[seen].to(device).unbind(1)
             preferred = self._preferred[batch.pair_rows[seen]].to(device)
             won = preference_nll(mean[first], log_variance[first], mean[second], log_variance[second])
             lost = preference_nll(mean[second], log_variance[second], mean[first], log_variance[first])
             loss = loss + (preferred * won + (1 - preferred) * lost).mean()
-        seen = torch.repeat_interleave(self._counts.ratings[k, batch.rating_rows])
+        seen = torch.repeat_interleave(self._rating_counts[k, batch.rating_rows])
         if len(seen):
             rated = batch.rated[seen].to(device)
             target = self._ratings[batch.rating_rows[seen]].to(device)

@@ -19,7 +19,7 @@ from mmrl_ray.models.alignment import Alignment
 from mmrl_ray.models.encoders import Vocabulary
 from mmrl_ray.models.fusion import FUSIONS
 from mmrl_ray.models.reward_folder import SPEC, WEIGHTS, load_reward_model, read_spec, save_reward_model
-from mmrl_ray.models.reward_model import HeadOutputs, RewardModel
+from mmrl_ray.models.reward_model import HeadOutputs, Prior, RewardModel
 from mmrl_ray.models.reward_spec import RewardModelSpec
 from mmrl_ray.models.vision_source import Pixels, PolicyVision, source_of
 from tests.support.tiny_models import build_family, image_bytes
@@ -39,6 +39,7 @@ def spec(**changes: Any) -> RewardModelSpec:
         "layers": 1,
         "heads": 3,
         "ensemble": "heads",
+        "prior": 0.0,
         "max_words": 8,
         "vocabulary": WORDS,
         "center": 0.5,
@@ -100,6 +101,28 @@ def test_members_share_nothing() -> None:
     assert moved.any(dim=0).tolist() == [False, False, True]
 
 
+def test_a_prior_is_added_to_the_mean() -> None:
+    """By its scale, to the mean alone; a long caption's is no larger than a short one's; nothing of it trains."""
+    scorer, source = model(ensemble="members", prior=2.0), Pixels(32, 1 << 20)
+    inputs, of = source.inputs(PICTURES, CPU), torch.tensor([0, 1, 2])
+    ids = scorer.vocabulary.encode(CAPTIONS, 8)
+    with_prior, member = scorer(inputs, of, ids), scorer.members[0]
+    added = torch.cat([each.prior(ids) for each in scorer.members], dim=1)
+    alone = member.prior(scorer.vocabulary.encode(CAPTIONS[:1], 8))
+    torch.testing.assert_close(alone, added[:1, :1])  # whatever the batch was padded to
+    assert not any(parameter.requires_grad for parameter in member.prior.parameters())
+    for each in scorer.members:
+        each.prior.scale = 0.0
+    without = scorer(inputs, of, ids)
+    torch.testing.assert_close(with_prior.mean - without.mean, added)
+    assert torch.equal(with_prior.log_variance, without.log_variance)
+    many = torch.randint(2, len(scorer.vocabulary), (500, 8))
+    torch.manual_seed(1)
+    for length in (2, 8):
+        sizes = [Prior(len(scorer.vocabulary), scorer.spec)(many[:, :length]).square().mean() for _ in range(40)]
+        assert 1.0 < torch.stack(sizes).mean().sqrt() < 4.0
+
+
 def test_one_member_is_one_head() -> None:
     one, other = (model(ensemble=name, heads=1).state_dict() for name in ("heads", "members"))
     assert one.keys() == other.keys()
@@ -144,7 +167,7 @@ def test_constant_sigma_without_training_it() -> None:
 
 @pytest.mark.parametrize("ensemble", ["heads", "members"])
 def test_folder_goes_round(ensemble: str, tmp_path: Path) -> None:
-    made, source = model(ensemble=ensemble), Pixels(32, 1 << 20)
+    made, source = model(ensemble=ensemble, prior=2.0 if ensemble == "members" else 0.0), Pixels(32, 1 << 20)
     save_reward_model(made, tmp_path / "reward", {"held_out": {}})
     again = load_reward_model(tmp_path / "reward")
     assert again.spec == made.spec == read_spec(tmp_path / "reward")

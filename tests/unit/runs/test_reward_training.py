@@ -173,7 +173,7 @@ def test_heads_come_to_differ_where_nothing_was_said() -> None:
 
 def test_members_know_what_training_never_showed() -> None:
     """How far their means are apart on words that no caption of training had, over that on those that it had: above 20
-    for members (44 to 61 when it was measured), 3 to 6 for heads that share encoders."""
+    for members (44 to 61 when measured), 3 to 6 for heads that share encoders. Priors keep members further apart."""
     rng = np.random.default_rng(0)
     truth = {"red": 0.2, "blue": 0.8, "a red circle": 0.3, "a blue circle": 0.7}
     data = RewardData.of_judgements(
@@ -183,17 +183,19 @@ def test_members_know_what_training_never_showed() -> None:
     )
     center, spread = data.center_and_spread()
     apart = {}
-    for ensemble in ("members", "heads"):
+    for name, ensemble, prior in (("members", "members", 0.0), ("priors", "members", 3.0), ("heads", "heads", 0.0)):
         torch.manual_seed(0)
-        model = RewardModel(spec(heads=4, ensemble=ensemble, center=center, spread=spread))
+        model = RewardModel(spec(heads=4, ensemble=ensemble, prior=prior, center=center, spread=spread))
         judge(model, data, steps=60)
         pictures = Pixels(32, 1 << 20).inputs(PICTURES, model.device)
         for kind, captions in (("shown", truth), ("never", ("square", "above", "a square", "a zebra above a square"))):
             ids = model.vocabulary.encode(list(captions), 8)
             outputs = [model(pictures, torch.full((len(ids),), place), ids) for place in range(len(PICTURES))]
-            apart[ensemble, kind] = torch.cat([each.mean.std(dim=1) for each in outputs]).mean().item()
+            apart[name, kind] = torch.cat([each.mean.std(dim=1) for each in outputs]).mean().item()
     assert apart["members", "never"] > 20 * apart["members", "shown"], apart
     assert apart["members", "never"] > 4 * apart["heads", "never"], apart
+    assert apart["priors", "never"] > 2 * apart["members", "never"], apart
+    assert apart["priors", "never"] > 20 * apart["priors", "shown"], apart
 
 
 def test_members_are_trained_apart() -> None:
@@ -232,6 +234,8 @@ def test_commands(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = mmrl("data", "preferences", "data/scene-preferences", "--train", "20", "--eval", "5")
     assert done.exit_code == 0, done.output
     assert "100 pairs in train.parquet, 25 pairs in eval.parquet, 25 pairs in clean.parquet" in done.output
+    done = mmrl("reward", "train", CONFIG, "--set", "net.prior=3", "--set", "net.heads=5")
+    assert (done.exit_code, "net: prior=3 needs ensemble=members" in done.output) == (2, True), done.output
     few = ["--set", "training.steps=2", "--set", "training.warmup_steps=0"]
     done = mmrl("reward", "train", CONFIG, *few)
     assert done.exit_code == 0, done.output
