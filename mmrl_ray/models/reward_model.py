@@ -13,7 +13,7 @@ where training said nothing, they agree on something that none of them knows. Me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -139,7 +139,8 @@ class RewardModel(nn.Module):
         self.spec = spec
         self.vocabulary = Vocabulary(spec.vocabulary)
         heads = [spec.heads] if spec.ensemble == "heads" else [1] * spec.heads
-        self.members = nn.ModuleList(Member(spec, len(self.vocabulary), count) for count in heads)
+        members = nn.ModuleList(Member(spec, len(self.vocabulary), count) for count in heads)
+        self.members = cast("Sequence[Member]", members)
 
     @property
     def device(self) -> torch.device:
