@@ -221,6 +221,10 @@ def test_members_are_trained_apart() -> None:
         ended, other_ended = member.state_dict(), other.state_dict()
         assert all(torch.equal(ended[name], other_ended[name]) for name in ended) == (k > 0)
         assert not torch.equal(ended["text.words.weight"], started[k]["text.words.weight"])
+    for member in again.members:
+        member.load_state_dict(started[0])
+    train_reward_model(again, source, data, cfg, seed=0)
+    assert not torch.equal(*(again.members[k].text.words.weight for k in (0, 1)))
 
 
 def test_divergence_stops_it() -> None:
