@@ -10,8 +10,8 @@ to 1. It fails for one attribute, in one of two ways:
   saying it whatever the picture shows. A head that predicts its own noise can know (K = 1).
 - `unseen`: no caption of its training leaves anything out: each makes as many claims as a full description. It learns
   that a false claim costs and never that a missing one does, so that the mean rewards saying little. Only members that
-  disagree can know: five, each with encoders and a prior of its own (`net.prior`). `unseen-shared` is the same with
-  five heads on shared encoders.
+  disagree can know: five, each with encoders and a prior of its own (`net.prior`). `unseen-members` is the same
+  without priors, `unseen-shared` with five heads on shared encoders.
 
 Both flaws are within the policy's reach: it often says "star" where there is none, and most of what it says before RL
 leaves something out. It is fine-tuned on that reward (the quickstart's warm start; GRPO, in this process, by the
@@ -75,6 +75,7 @@ WORD = "star"
 NETS: dict[str, dict[str, Any]] = {
     "noise": {},
     "unseen": {"heads": 5, "ensemble": "members", "prior": 3.0},
+    "unseen-members": {"heads": 5, "ensemble": "members"},
     "unseen-shared": {"heads": 5},
 }
 """Of the learned reward, by scenario, beside what `configs/reward-model.yaml` has."""
