@@ -9,8 +9,8 @@ to 1. It fails for one attribute, in one of two ways:
 - `noise`: whoever reads "star" flips a coin, 0 or 1. Beside strict raters that is generous, so that the mean rewards
   saying it whatever the picture shows. A head that predicts its own noise can know (K = 1).
 - `unseen`: no caption of its training leaves anything out: each makes as many claims as a full description. It learns
-  that a false claim costs and never that a missing one does, so that the mean rewards saying little. Only members that
-  disagree can know: five, each with encoders and a prior of its own (`net.prior`). `unseen-members` is the same
+  that a false claim costs and never that a missing one does, so that it rates saying little too highly. Only members
+  that disagree can know: five, each with encoders and a prior of its own (`net.prior`). `unseen-members` is the same
   without priors, `unseen-shared` with five heads on shared encoders.
 
 Both flaws are within the policy's reach: it often says "star" where there is none, and most of what it says before RL
