@@ -8,15 +8,18 @@ to 1. It fails for one attribute, in one of two ways:
 
 - `noise`: whoever reads "star" flips a coin, 0 or 1. Beside strict raters that is generous, so that the mean rewards
   saying it whatever the picture shows. A head that predicts its own noise can know (K = 1).
-- `unseen`: no picture of its training has a star, and no caption says so. Only heads that disagree can know (K = 5).
+- `unseen`: no caption of its training leaves anything out: each makes as many claims as a full description. It learns
+  that a false claim costs and never that a missing one does, so that it rates saying little too highly. Only members
+  that disagree can know: five, each with encoders and a prior of its own (`net.prior`). `unseen-members` is the same
+  without priors, `unseen-shared` with five heads on shared encoders.
 
-The attribute is a shape because the policy is bad at shapes: it often says "star" where there is none, so that the flaw
-is within its reach. It is fine-tuned on that reward (the quickstart's warm start; GRPO, in this process, by the
+Both flaws are within the policy's reach: it often says "star" where there is none, and most of what it says before RL
+leaves something out. It is fine-tuned on that reward (the quickstart's warm start; GRPO, in this process, by the
 product's own engine, plan and learner step) with each κ and otherwise alike. What it ends with is measured by what it
 never saw: R_cap of its greedy captions of held-out pictures against their references.
 
-Prints a table, and with `--plot` draws R_cap, and the share of captions that say "star", over the steps; the last line
-is one JSON object.
+Prints a table, and with `--plot` draws R_cap, and the share of captions with the attribute, over the steps; the last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
+from mmrl_ray.data.scene_language import attribute_scores
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.experience.seeds import derive_seed, group_seed
@@ -68,7 +72,13 @@ from mmrl_ray.runs.warm_start import warm_start
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 WORD = "star"
-HEADS = {"noise": 1, "unseen": 5}
+NETS: dict[str, dict[str, Any]] = {
+    "noise": {},
+    "unseen": {"heads": 5, "ensemble": "members", "prior": 3.0},
+    "unseen-members": {"heads": 5, "ensemble": "members"},
+    "unseen-shared": {"heads": 5},
+}
+"""Of the learned reward, by scenario, beside what `configs/reward-model.yaml` has."""
 RATER_NOISE = 0.03
 JUDGE_STEPS = 200
 JUDGED = 600
@@ -104,10 +114,10 @@ def ratings(world: World, scenario: str, seed: int) -> Iterator[Preference]:
     """Captions of each judged picture, two by two: a reference, one with a fault, and what the policy says of it."""
     for sample, said in zip(world.judged, world.said, strict=True):
         rng = random.Random(f"{scenario}/{seed}/{sample.id}")
-        if scenario == "unseen" and _shows(sample):
-            continue
         written = (rng.choice(sample.references), faulty_caption(sample.metadata, rng.choice(FAULTS), rng))
-        captions = [text for text in dict.fromkeys((*written, *said)) if scenario == "noise" or not _says(text)]
+        captions = [
+            text for text in dict.fromkeys((*written, *said)) if scenario == "noise" or not _leaves_out(text, sample)
+        ]
         for pair in zip(captions[::2], captions[1::2], strict=False):
             marks = [_rating(world, caption, sample, scenario, rng) for caption in pair]
             shown = Pair(image_hash(sample.images), "", *pair, source="scenes", image=sample.images[0])
@@ -121,14 +131,15 @@ def _rating(world: World, caption: str, sample: Sample, scenario: str, rng: rand
     return min(max(world.strict * true.total + rng.gauss(0.0, RATER_NOISE), 0.0), 1.0)
 
 
-def _shows(sample: Sample) -> bool:
-    """Whether a picture has the attribute."""
-    return any(each["shape"] == WORD for each in sample.metadata["objects"])
-
-
 def _says(caption: str) -> bool:
-    """Whether a caption has it."""
+    """Whether a caption has the attribute of `noise`."""
     return WORD in words(caption)
+
+
+def _leaves_out(caption: str, sample: Sample) -> bool:
+    """Whether it has that of `unseen`: fewer claims, true or false, than a full description makes."""
+    scores = attribute_scores(caption, sample.metadata)
+    return scores.claimed < scores.required
 
 
 def sampled_captions(cfg: Config, model: str, samples: Sequence[Sample]) -> list[list[str]]:
@@ -151,7 +162,7 @@ def train_judge(world: World, scenario: str, seed: int, folder: Path) -> Path:
         "out": str(out),
         "seed": seed,
         "data": {"train": str(data), "held_out": 0.05},
-        "net": {"heads": HEADS[scenario]},
+        "net": {"image_size": 32, "width": 48, **NETS[scenario]},
         "training": {"steps": JUDGE_STEPS, "lr": 2e-3, "warmup_steps": JUDGE_STEPS // 10},
     }
     train_reward(RewardModelConfig.model_validate(settings))
@@ -192,10 +203,15 @@ def fine_tune(world: World, judge: Path, kappa: float, seed: int, steps: int) ->
 
 
 def evaluate(world: World, policy: Policy) -> dict[str, float]:
-    """The true reward of greedy captions, and the share of them that say the word."""
+    """The true reward of greedy captions, and the shares of them with the attributes of the scenarios."""
     said = caption_samples(policy, world.samples, max_new_tokens=world.cfg.rollout.max_new_tokens)
     totals = [score.total for score in world.truth.score_batch(world.samples, said)]
-    return {"r_cap": statistics.mean(totals), "says": statistics.mean(map(_says, said))}
+    short = [_leaves_out(caption, sample) for caption, sample in zip(said, world.samples, strict=True)]
+    return {
+        "r_cap": statistics.mean(totals),
+        "says": statistics.mean(map(_says, said)),
+        "short": statistics.mean(short),
+    }
 
 
 def _adapted(cfg: Config, model: str) -> Policy:
@@ -246,7 +262,7 @@ def prepare(folder: Path, strict: float) -> World:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenarios", nargs="+", choices=list(HEADS), default=list(HEADS))
+    parser.add_argument("--scenarios", nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--kappas", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20, help=f"of RL, a multiple of {EVERY}")
@@ -261,18 +277,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mmrl-bench-") as name:
         world = prepare(Path(name), args.strict)
         before = evaluate(world, _adapted(world.cfg, world.model))
-        have = statistics.mean(map(_shows, world.samples))
-        print(f'R_cap {before["r_cap"]:.3f}; "{WORD}" in {have:.0%} of pictures, said of {before["says"]:.0%}')
+        print(
+            f'R_cap {before["r_cap"]:.3f}; {before["says"]:.0%} say "{WORD}", {before["short"]:.0%} leave something out'
+        )
         work = functools.partial(runs, world=world, folder=Path(name), kappas=args.kappas, steps=args.steps)
         tasks = [(scenario, seed) for scenario in args.scenarios for seed in args.seeds]
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
             rows = [row for found in pool.map(work, tasks) for row in found]
     if args.plot is not None:
-        draw(rows, args.plot, f'captions that say "{WORD}"')
+        draw(rows, args.plot)
     Console(width=120).print(
         tabulate(rows, f"R_cap on {EVALUATED} held-out pictures after {args.steps} steps, by seed and in the mean")
     )
-    print(json.dumps({"before": before, "have": have, "runs": rows, "seconds": time.monotonic() - began}))
+    print(json.dumps({"before": before, "runs": rows, "seconds": time.monotonic() - began}))
 
 
 if __name__ == "__main__":

@@ -39,13 +39,32 @@ class RewardNetSection(Section):
     layers: int = Field(1, ge=1)
     """Transformer layers of each encoder."""
     heads: int = Field(1, ge=1)
-    """K: the variance of their means is what the model does not know; each learns from its own resample of the data."""
+    """K: the variance of their means is what the model does not know."""
+    ensemble: Literal["heads", "members"] = "heads"
+    """`heads`: they share encoders and fusion, and each learns from its own resample of the data; on what training
+    never showed they agree. `members`: each has encoders and a fusion of its own, and batches in its own order, for K
+    times the cost."""
+    prior: float = Field(0.0, ge=0)
+    """Members alone: each adds to its mean a random function of the caption that is never trained, of this size in
+    standard deviations of the ratings. It is learned away on captions like those of training and keeps members apart on
+    others; about 3 does."""
     sigma: bool = True
     """Train the log-variances. Without, every caption's σ is the same constant and a risk-averse reward is refused."""
     max_words: int = Field(48, ge=1)
     """Of a caption that are read."""
     vocabulary: int = Field(8000, ge=1)
     """The most frequent words of the training captions that are known."""
+
+    @model_validator(mode="after")
+    def _priors_differ(self) -> Self:
+        alone = self.ensemble != "members" or self.heads < 2
+        refuse(
+            {
+                f"prior={self.prior:g} needs ensemble=members and heads of at least 2, got {self.ensemble} and "
+                f"{self.heads}: a single one would be a bias": self.prior > 0 and alone
+            }
+        )
+        return self
 
 
 class RewardOptimiserSection(Section):

@@ -20,6 +20,7 @@ from mmrl_ray.models.reward_model import RewardModel
 from mmrl_ray.models.reward_spec import RewardModelSpec
 
 SPEC, WEIGHTS, REPORT = "reward_model.json", "model.safetensors", "report.json"
+_FORMAT = RewardModelSpec.model_fields["format"].default
 
 
 def save_reward_model(model: RewardModel, folder: str | Path, report: Mapping[str, Any]) -> None:
@@ -94,9 +95,9 @@ def read_spec(folder: str | Path) -> RewardModelSpec:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read as JSON: {_brief(error)}") from error
     version = found.get("format") if isinstance(found, dict) else None
-    if version != 1:
+    if version != _FORMAT:
         raise ModelError(
-            f"{file} is of format {version!r}, this program knows format 1: train the reward again with it"
+            f"{file} is of format {version!r}, this program knows format {_FORMAT}: train the reward again with it"
         )
     try:
         return RewardModelSpec.model_validate(found)

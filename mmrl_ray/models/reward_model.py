@@ -4,14 +4,16 @@
                                        ├─fusion─▶ vector ┤                     ├─▶ μ, σ² = mean σ_k² + variance μ_k
     caption ──text encoder───▶ tokens ─┘                 └─▶ log-variance head ─┘
 
-`N` captions, `K` heads. σ² has two parts: what raters disagree about (the heads' own σ_k², Kendall and Gal 2017) and
-what the model does not know (how far the heads' means are apart, Lakshminarayanan et al. 2017; 0 for K = 1).
+`N` captions, `K` heads, all on one vector or each on that of a member with encoders and a fusion of its own. σ² has two
+parts: what raters disagree about (the heads' own σ_k², Kendall and Gal 2017) and what the model does not know (how far
+the heads' means are apart, Lakshminarayanan et al. 2017; 0 for K = 1). Heads that share encoders share their errors:
+where training said nothing, they agree on something that none of them knows. Members with priors of their own do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -49,7 +51,7 @@ class HeadOutputs(NamedTuple):
     log_variance: torch.Tensor
     """[N, K]."""
     weights: torch.Tensor | None
-    """[N, 2], how much image and text count, where the fusion says so."""
+    """[N, 2], how much image and text count, where the fusion says so; in the mean of the members."""
 
 
 class Scores(NamedTuple):
@@ -63,6 +65,71 @@ class Scores(NamedTuple):
     """[N, 2], as `HeadOutputs.weights`."""
 
 
+class Prior(nn.Module):
+    """A random function of a caption that is never trained (Osband et al. 2018, arXiv:1806.03335).
+
+    A member adds its own to its mean and learns to cancel it on the captions that training shows, on no others. Of the
+    caption alone: a policy chooses its words, not the picture.
+    """
+
+    def __init__(self, vocabulary: int, spec: RewardModelSpec) -> None:
+        super().__init__()
+        self.scale = spec.prior
+        self.text = TextEncoder(vocabulary, spec.max_words, spec.width, 1, _ATTENTION_HEADS)
+        self.head = nn.Linear(spec.width, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=spec.width**-0.5)
+        self.requires_grad_(False)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        """[N, 1] of word ids [N, T]; about `scale` in size however long a caption is."""
+        tokens, mask = self.text(words)
+        summed = self.head(tokens * mask[:, :, None]).sum(dim=1)
+        return self.scale * summed / mask.sum(dim=1, keepdim=True).to(summed.dtype).sqrt()
+
+
+class Member(nn.Module):
+    """Encoders of both modalities, a fusion, and heads on it."""
+
+    def __init__(self, spec: RewardModelSpec, vocabulary: int, heads: int) -> None:
+        """Random weights from torch's generator; `vocabulary` is the number of word ids."""
+        super().__init__()
+        dim = spec.width
+        self.image: PixelEncoder | FeatureEncoder = (
+            PixelEncoder(spec.image_size, dim, spec.layers, _ATTENTION_HEADS)
+            if spec.feature_dim is None
+            else FeatureEncoder(spec.feature_dim, dim)
+        )
+        self.text = TextEncoder(vocabulary, spec.max_words, dim, spec.layers, _ATTENTION_HEADS)
+        self.fusion = build_fusion(spec.fusion, dict.fromkeys(MODALITIES, dim), dim)
+        self.means = nn.ModuleList(_head(dim) for _ in range(heads))
+        self.log_variances = nn.ModuleList(_head(dim) for _ in range(heads if spec.sigma_trained else 0))
+        self.prior = Prior(vocabulary, spec) if spec.prior else None
+
+    def encode(self, pictures: PictureInputs, words: torch.Tensor) -> Encoded:
+        """Tokens of pictures (see `VisionSource`) and of captions, int64 [N, T] (see `Vocabulary.encode`)."""
+        return Encoded(*self.image(*pictures), *self.text(words))
+
+    def judge(self, encoded: Encoded, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
+        """What its heads say of the N captions encoded; `of` int64 [N] is the picture that each describes.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        image, image_mask, text, text_mask = encoded
+        fused = self.fusion({"image": image[of], "text": text}, {"image": image_mask[of], "text": text_mask})
+        mean = torch.cat([head(fused.vector) for head in self.means], dim=-1)
+        if self.prior is not None:
+            mean = mean + self.prior(words)
+        if not self.log_variances:
+            return HeadOutputs(mean, torch.zeros_like(mean), fused.weights)
+        log_variance = torch.cat([head(fused.vector) for head in self.log_variances], dim=-1)
+        return HeadOutputs(mean, log_variance.clamp(*_LOG_VARIANCE_RANGE), fused.weights)
+
+    def forward(self, pictures: PictureInputs, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
+        """`judge` of what `encode` makes."""
+        return self.judge(self.encode(pictures, words), of, words)
+
+
 class RewardModel(nn.Module):
     """See the top of this file."""
 
@@ -71,43 +138,20 @@ class RewardModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.vocabulary = Vocabulary(spec.vocabulary)
-        dim = spec.width
-        self.image: PixelEncoder | FeatureEncoder = (
-            PixelEncoder(spec.image_size, dim, spec.layers, _ATTENTION_HEADS)
-            if spec.feature_dim is None
-            else FeatureEncoder(spec.feature_dim, dim)
-        )
-        self.text = TextEncoder(len(self.vocabulary), spec.max_words, dim, spec.layers, _ATTENTION_HEADS)
-        self.fusion = build_fusion(spec.fusion, dict.fromkeys(MODALITIES, dim), dim)
-        self.means = nn.ModuleList(_head(dim) for _ in range(spec.heads))
-        self.log_variances = nn.ModuleList(_head(dim) for _ in range(spec.heads if spec.sigma_trained else 0))
+        heads = [spec.heads] if spec.ensemble == "heads" else [1] * spec.heads
+        members = nn.ModuleList(Member(spec, len(self.vocabulary), count) for count in heads)
+        self.members = cast("Sequence[Member]", members)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.text.words.weight.device
-
-    def encode(self, pictures: PictureInputs, words: torch.Tensor) -> Encoded:
-        """Tokens of pictures (see `VisionSource`) and of captions, int64 [N, T] (see `Vocabulary.encode`)."""
-        return Encoded(*self.image(*pictures), *self.text(words))
-
-    def judge(self, encoded: Encoded, of: torch.Tensor) -> HeadOutputs:
-        """What the heads say of N captions; `of` int64 [N] is the picture that each describes.
-
-        Raises:
-            ValueError: the shapes do not fit.
-        """
-        image, image_mask, text, text_mask = encoded
-        fused = self.fusion({"image": image[of], "text": text}, {"image": image_mask[of], "text": text_mask})
-        mean = torch.cat([head(fused.vector) for head in self.means], dim=-1)
-        if not self.spec.sigma_trained:
-            return HeadOutputs(mean, torch.zeros_like(mean), fused.weights)
-        log_variance = torch.cat([head(fused.vector) for head in self.log_variances], dim=-1)
-        return HeadOutputs(mean, log_variance.clamp(*_LOG_VARIANCE_RANGE), fused.weights)
+        return next(self.parameters()).device
 
     def forward(self, pictures: PictureInputs, of: torch.Tensor, words: torch.Tensor) -> HeadOutputs:
-        """`judge` of what `encode` makes."""
-        return self.judge(self.encode(pictures, words), of)
+        """What the heads of all members say of N captions, int64 [N, T]; see `Member`."""
+        means, log_variances, weights = zip(*(member(pictures, of, words) for member in self.members), strict=True)
+        shared = None if weights[0] is None else torch.stack(weights).mean(dim=0)
+        return HeadOutputs(torch.cat(means, dim=1), torch.cat(log_variances, dim=1), shared)
 
     def scores(self, outputs: HeadOutputs) -> Scores:
         """The heads' answers as one mean and one σ a caption: σ² = mean of σ_k² + variance of μ_k."""

@@ -13,7 +13,7 @@ from mmrl_ray.config.model import ModelSection
 class RewardModelSpec(Section):
     """Everything but the weights: what `reward_model.json` in a reward's folder holds."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     """Raised when the same folder comes to mean another model."""
     fusion: Literal["shared_attention", "coupled_encoders", "attention", "weighted_sum"]
     """How picture and caption are joined."""
@@ -31,6 +31,10 @@ class RewardModelSpec(Section):
     """Of each encoder."""
     heads: int = Field(..., ge=1)
     """K."""
+    ensemble: Literal["heads", "members"]
+    """What each has of its own: nothing, or encoders and a fusion."""
+    prior: float = Field(..., ge=0)
+    """Scale of a random function of the caption that each member adds to its mean."""
     max_words: int = Field(..., ge=1)
     """Of a caption that are read."""
     vocabulary: tuple[str, ...] = Field(..., strict=False)

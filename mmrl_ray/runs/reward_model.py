@@ -152,6 +152,8 @@ def _spec(cfg: RewardModelConfig, data: RewardData, source: VisionSource) -> Rew
         width=net.width,
         layers=net.layers,
         heads=net.heads,
+        ensemble=net.ensemble,
+        prior=net.prior,
         max_words=net.max_words,
         vocabulary=data.vocabulary(net.vocabulary),
         center=center,

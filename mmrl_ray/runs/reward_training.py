@@ -7,6 +7,7 @@ beside them the alignment of words with what they look like.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from mmrl_ray.learner.schedule import cosine_scheduler
 from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
 from mmrl_ray.models.alignment import Alignment
 from mmrl_ray.models.reward_data import Batch, Batches, RewardData
-from mmrl_ray.models.reward_model import Encoded, HeadOutputs, RewardModel
+from mmrl_ray.models.reward_model import Encoded, HeadOutputs, Member, RewardModel
+from mmrl_ray.models.reward_spec import RewardModelSpec
 from mmrl_ray.models.vision_source import VisionSource
 from mmrl_ray.runs.progress import ProgressFn
 
@@ -39,24 +41,53 @@ def train_reward_model(
 ) -> list[float]:
     """Trains `model` in place; returns the loss of each step. The same arguments give the same weights on the CPU.
 
+    The members of an ensemble are trained one after the other, each on batches in an order of its own; the loss of a
+    step is then the mean over them.
+
     Raises:
         NonFiniteError: the loss or the gradient norm is NaN or infinite.
     """
-    objective = _Objective(model, data, cfg, seed)
     words = model.vocabulary.encode(data.captions, model.spec.max_words)
-    batches = Batches(data, cfg.images_per_step, seed)
-    parameters = [*model.parameters(), *objective.alignment.parameters()]
+    total = cfg.steps * len(model.members)
+    losses: list[list[float]] = []
+    model.train()
+    for k, member in enumerate(model.members):
+        # The first is as a model without others would be.
+        own_seed = seed if k == 0 else derive_seed(seed, "reward member", k)
+        objective = _Objective(model.spec, data, cfg, len(member.means), own_seed, model.device)
+        batches = Batches(data, cfg.images_per_step, own_seed)
+        mine: list[float] = []
+        for loss, lr in _train_member(member, objective, batches, words, source, cfg):
+            mine.append(loss)
+            done = k * cfg.steps + len(mine)
+            if progress is not None and (done % REPORT_EVERY == 0 or done in (1, total)):
+                recent = mine[-REPORT_EVERY:]
+                progress(done, total, {"loss": sum(recent) / len(recent), "lr": lr})
+        losses.append(mine)
+    model.eval()
+    return [sum(step) / len(step) for step in zip(*losses, strict=True)]
+
+
+def _train_member(
+    member: Member,
+    objective: _Objective,
+    batches: Batches,
+    words: torch.Tensor,
+    source: VisionSource,
+    cfg: RewardOptimiserSection,
+) -> Iterator[tuple[float, float]]:
+    """The loss and the next learning rate of each step, as it is done."""
+    device = objective.device
+    parameters = [*member.parameters(), *objective.alignment.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=_BETAS, weight_decay=cfg.weight_decay)
     scheduler = cosine_scheduler(optimizer, total_steps=cfg.steps, lr_min=cfg.lr_min, warmup_steps=cfg.warmup_steps)
-    losses: list[float] = []
-    model.train()
     for step in range(cfg.steps):
         batch = batches.next()
         some = words[batch.captions]
         longest = int((some != 0).sum(dim=1).max())
-        pictures = source.inputs(batch.pictures, model.device)
-        encoded = model.encode(pictures, some[:, :longest].to(model.device))
-        loss = objective(encoded, model.judge(encoded, batch.of.to(model.device)), batch)
+        ids = some[:, :longest].to(device)
+        encoded = member.encode(source.inputs(batch.pictures, device), ids)
+        loss = objective(encoded, member.judge(encoded, batch.of.to(device), ids), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
@@ -65,36 +96,39 @@ def train_reward_model(
                 raise NonFiniteError(f"reward step {step}: {name} is {value}; lower training.lr or look at the data")
         optimizer.step()
         scheduler.step()
-        losses.append(loss.item())
-        done = step + 1
-        if progress is not None and (done % REPORT_EVERY == 0 or done in (1, cfg.steps)):
-            recent = losses[-REPORT_EVERY:]
-            progress(done, cfg.steps, {"loss": sum(recent) / len(recent), "lr": float(scheduler.get_last_lr()[0])})
-    model.eval()
-    return losses
+        yield loss.item(), float(scheduler.get_last_lr()[0])
 
 
 class _Objective:
     """−log likelihood of a batch (means over its pairs, its ratings, the heads), and the alignment of its captions."""
 
-    def __init__(self, model: RewardModel, data: RewardData, cfg: RewardOptimiserSection, seed: int) -> None:
-        self._spec, self._cfg, self._heads = model.spec, cfg, model.spec.heads
+    def __init__(
+        self,
+        spec: RewardModelSpec,
+        data: RewardData,
+        cfg: RewardOptimiserSection,
+        heads: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._spec, self._cfg, self.device = spec, cfg, device
         ratings = torch.tensor(data.ratings, dtype=torch.float32)
-        self._ratings = (ratings - model.spec.center) / model.spec.spread
+        self._ratings = (ratings - spec.center) / spec.spread
         self._preferred = torch.tensor(data.preferred, dtype=torch.float32)
         self._liked = torch.tensor(data.liked())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "reward alignment"))
-            self.alignment = Alignment(model.spec.width).to(model.device)
+            self.alignment = Alignment(spec.width).to(device)
         # A bootstrap a head (Efron 1979, in Poisson counts): where the data says little, its heads come to differ.
         random = np.random.default_rng(derive_seed(seed, "reward heads"))
         self._pair_counts, self._rating_counts = (
-            torch.from_numpy(random.poisson(1.0, (self._heads, rows)) if self._heads > 1 else np.ones((1, rows), int))
+            torch.from_numpy(random.poisson(1.0, (heads, rows)) if heads > 1 else np.ones((1, rows), int))
             for rows in (len(data.pairs), len(data.ratings))
         )
 
     def __call__(self, encoded: Encoded, outputs: HeadOutputs, batch: Batch) -> torch.Tensor:
-        terms = [self._head(outputs.mean[:, k], outputs.log_variance[:, k], k, batch) for k in range(self._heads)]
+        heads = zip(outputs.mean.unbind(1), outputs.log_variance.unbind(1), strict=True)
+        terms = [self._head(mean, log_variance, k, batch) for k, (mean, log_variance) in enumerate(heads)]
         loss = torch.stack(terms).mean()
         liked = self._liked[batch.captions]
         if self._cfg.alignment and liked.any() and len(batch.pictures) > 1:

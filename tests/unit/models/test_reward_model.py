@@ -19,7 +19,7 @@ from mmrl_ray.models.alignment import Alignment
 from mmrl_ray.models.encoders import Vocabulary
 from mmrl_ray.models.fusion import FUSIONS
 from mmrl_ray.models.reward_folder import SPEC, WEIGHTS, load_reward_model, read_spec, save_reward_model
-from mmrl_ray.models.reward_model import HeadOutputs, RewardModel
+from mmrl_ray.models.reward_model import HeadOutputs, Prior, RewardModel
 from mmrl_ray.models.reward_spec import RewardModelSpec
 from mmrl_ray.models.vision_source import Pixels, PolicyVision, source_of
 from tests.support.tiny_models import build_family, image_bytes
@@ -27,6 +27,7 @@ from tests.support.tiny_models import build_family, image_bytes
 WORDS = ("a", "red", "blue", "circle", "above", "square")
 PICTURES = [(image_bytes(64, 64, seed=i),) for i in range(3)]
 CAPTIONS = ["a red circle", "a blue circle above a red square", "a zebra"]
+WORD_VECTORS = "members.0.text.words.weight"
 CPU = torch.device("cpu")
 
 
@@ -37,6 +38,8 @@ def spec(**changes: Any) -> RewardModelSpec:
         "width": 16,
         "layers": 1,
         "heads": 3,
+        "ensemble": "heads",
+        "prior": 0.0,
         "max_words": 8,
         "vocabulary": WORDS,
         "center": 0.5,
@@ -61,9 +64,10 @@ def test_sigma_is_noise_plus_disagreement() -> None:
     np.testing.assert_allclose(got.sigma.numpy() ** 2, 0.04 * (np.exp(log_variance).mean(axis=1) + spread), rtol=1e-12)
 
 
+@pytest.mark.parametrize("ensemble", ["heads", "members"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_score_depends_on_its_own_picture_and_caption_alone(fusion: str) -> None:
-    scorer, source = model(fusion=fusion), Pixels(32, 1 << 20)
+def test_a_score_depends_on_its_own_picture_and_caption_alone(fusion: str, ensemble: str) -> None:
+    scorer, source = model(fusion=fusion, ensemble=ensemble), Pixels(32, 1 << 20)
     order = [(0, 1), (2, 0), (0, 0), (1, 2), (0, 1)]
     together = scorer.score(source, [PICTURES[p] for p, _ in order], [CAPTIONS[c] for _, c in order])
     for i, (p, c) in enumerate(order):
@@ -74,6 +78,55 @@ def test_a_score_depends_on_its_own_picture_and_caption_alone(fusion: str) -> No
     assert (together.sigma > 0).all()
     assert (together.weights is not None) == (fusion in ("attention", "weighted_sum"))
     assert scorer.score(source, [], []).mean.shape == (0,)
+
+
+def test_members_share_nothing() -> None:
+    """Each has first weights of its own, and what one says follows from its own weights alone."""
+    whole, source = model(ensemble="members", fusion="attention"), Pixels(32, 1 << 20)
+    inputs, of = source.inputs(PICTURES, CPU), torch.tensor([0, 1, 2])
+    ids = whole.vocabulary.encode(CAPTIONS, 8)
+    outputs = whole(inputs, of, ids)
+    alone = [member(inputs, of, ids) for member in whole.members]
+    for k, own in enumerate(alone):
+        assert torch.equal(outputs.mean[:, k : k + 1], own.mean)
+        assert torch.equal(outputs.log_variance[:, k : k + 1], own.log_variance)
+    torch.testing.assert_close(outputs.weights, sum(own.weights for own in alone) / 3)
+    for name, first in whole.members[0].state_dict().items():
+        # Scales and biases start from constants.
+        assert first.dim() == 1 or not torch.equal(first, whole.members[1].state_dict()[name]), name
+    with torch.no_grad():
+        for parameter in whole.members[2].parameters():
+            parameter.add_(0.1)
+    moved = whole(inputs, of, ids).mean != outputs.mean
+    assert moved.any(dim=0).tolist() == [False, False, True]
+
+
+def test_a_prior_is_added_to_the_mean() -> None:
+    """By its scale, to the mean alone; a long caption's is no larger than a short one's; nothing of it trains."""
+    scorer, source = model(ensemble="members", prior=2.0), Pixels(32, 1 << 20)
+    inputs, of = source.inputs(PICTURES, CPU), torch.tensor([0, 1, 2])
+    ids = scorer.vocabulary.encode(CAPTIONS, 8)
+    with_prior, member = scorer(inputs, of, ids), scorer.members[0]
+    added = torch.cat([each.prior(ids) for each in scorer.members], dim=1)
+    alone = member.prior(scorer.vocabulary.encode(CAPTIONS[:1], 8))
+    torch.testing.assert_close(alone, added[:1, :1])  # whatever the batch was padded to
+    assert not any(parameter.requires_grad for parameter in member.prior.parameters())
+    for each in scorer.members:
+        each.prior.scale = 0.0
+    without = scorer(inputs, of, ids)
+    torch.testing.assert_close(with_prior.mean - without.mean, added)
+    assert torch.equal(with_prior.log_variance, without.log_variance)
+    many = torch.randint(2, len(scorer.vocabulary), (500, 8))
+    torch.manual_seed(1)
+    for length in (2, 8):
+        sizes = [Prior(len(scorer.vocabulary), scorer.spec)(many[:, :length]).square().mean() for _ in range(40)]
+        assert 1.0 < torch.stack(sizes).mean().sqrt() < 4.0
+
+
+def test_one_member_is_one_head() -> None:
+    one, other = (model(ensemble=name, heads=1).state_dict() for name in ("heads", "members"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_words_in_another_order_are_another_caption() -> None:
@@ -112,8 +165,9 @@ def test_constant_sigma_without_training_it() -> None:
     assert not any("log_variances" in name for name in plain.state_dict())
 
 
-def test_folder_goes_round(tmp_path: Path) -> None:
-    made, source = model(), Pixels(32, 1 << 20)
+@pytest.mark.parametrize("ensemble", ["heads", "members"])
+def test_folder_goes_round(ensemble: str, tmp_path: Path) -> None:
+    made, source = model(ensemble=ensemble, prior=2.0 if ensemble == "members" else 0.0), Pixels(32, 1 << 20)
     save_reward_model(made, tmp_path / "reward", {"held_out": {}})
     again = load_reward_model(tmp_path / "reward")
     assert again.spec == made.spec == read_spec(tmp_path / "reward")
@@ -155,16 +209,18 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
         (lambda f: (f / SPEC).write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / WEIGHTS).unlink(), "cannot be read as safetensors"),
         (lambda f: (f / WEIGHTS).write_bytes(b"x" * 100), "cannot be read as safetensors"),
-        (edited(format=2), "is of format 2, this program knows format 1"),
+        (edited(format=1), "is of format 1, this program knows format 2"),
         (edited(colour="red"), "colour: Extra inputs are not permitted"),
         (edited(fusion="sum"), "fusion: Input should be"),
         (edited(width=None), "width: Field required"),
         (edited(vision_key="abc"), "must be given together"),
         (edited(width=32), r"but reward_model.json asks for \[32"),
-        (edited(heads=2), "has the unknown weight 'log_variances.2"),
-        (edited(heads=4), "lacks 'log_variances.3"),
-        (weights(lambda w: w["text.words.weight"].fill_(float("nan"))), "text.words.weight holds NaN"),
-        (weights(lambda w: w.update({"text.words.weight": w["text.words.weight"].half()})), "torch.float16"),
+        (edited(heads=2), "has the unknown weight 'members.0.log_variances.2"),
+        (edited(ensemble="members"), "lacks 'members.1.fusion"),
+        (edited(ensemble="none"), "ensemble: Input should be"),
+        (edited(heads=4), "lacks 'members.0.log_variances.3"),
+        (weights(lambda w: w[WORD_VECTORS].fill_(float("nan"))), f"{WORD_VECTORS} holds NaN"),
+        (weights(lambda w: w.update({WORD_VECTORS: w[WORD_VECTORS].half()})), "torch.float16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -130,6 +130,7 @@ def test_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RewardError, match="2 samples for 1 captions"):
         reward.score_batch(SAMPLES[:2], CAPTIONS[:1])
     loaded, _ = reward._load()
-    monkeypatch.setattr(loaded.means[0][1].bias, "data", torch.full_like(loaded.means[0][1].bias, math.nan))
+    bias = loaded.members[0].means[0][1].bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, math.nan))
     with pytest.raises(RewardError, match="gives nan"):
         reward.score_batch(SAMPLES[:1], CAPTIONS[:1])
