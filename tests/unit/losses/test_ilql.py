@@ -119,7 +119,9 @@ def test_gradient_leaves_targets_alone_and_is_that_of_the_formula() -> None:
                 moved = {**c, name: c[name].copy()}
                 moved[name][tuple(place)] += sign * step
                 # V of the next state is a target: it stands still.
-                targets = token_targets(torch.from_numpy(c["v"]), *map(torch.from_numpy, (c["rewards"], c["mask"])), 0.9)
+                targets = token_targets(
+                    torch.from_numpy(c["v"]), *map(torch.from_numpy, (c["rewards"], c["mask"])), 0.9
+                )
                 y = targets.numpy()
                 u = moved["target_q"].min(axis=0) - moved["v"]
                 token = ((moved["q"] - y) ** 2).sum(0) + np.where(u < 0, 0.3, 0.7) * u**2
@@ -146,7 +148,7 @@ def test_the_minimum_is_the_expectile(seed: int, tau: float) -> None:
     x = torch.from_numpy(np.random.default_rng(seed).normal(size=50))
     e = x.mean()
     for _ in range(300):  # asymmetric least squares
-        weight = tau + (1 - 2 * tau) * (x < e)
+        weight = tau + (1 - 2 * tau) * (x < e).double()
         e = (weight * x).sum() / weight.sum()
     e.requires_grad_()
     (gradient,) = torch.autograd.grad(expectile_loss(x - e, tau).sum(), e)
