@@ -162,7 +162,7 @@ class LearnerSection(Section):
                 ),
                 f"kl.weight={self.kl.weight:g} is refused with loss=dpo, which has its own pull, dpo.beta: leave it at "
                 "0": self.loss == "dpo" and self.kl.weight > 0,
-                f"kl.weight={self.kl.weight:g} is refused with loss=ilql, whose captions nobody samples: leave it at 0": (
+                f"kl.weight={self.kl.weight:g} is refused with loss=ilql, which samples nothing: leave it at 0": (
                     self.loss == "ilql" and self.kl.weight > 0
                 ),
                 f"sharding={self.sharding} is refused with loss=ilql: its heads are not split": self.loss == "ilql"

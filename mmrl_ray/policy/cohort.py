@@ -162,7 +162,7 @@ class Cohort:
     def logits(self) -> torch.Tensor:
         """[S, V] of every slot's next token: the prefix's, and then one forward pass over the tokens put in.
 
-        Where a row asks for it, log π + β(Q − V) in the place of log π, but for a number that all tokens of a slot share.
+        Where a row asks for it, log π + β(Q − V) in the place of log π, but for a number that a slot's tokens share.
         """
         if self._first is not None:
             first, self._first = self._first, None

@@ -129,8 +129,8 @@ class Decoder:
             the handle that events and `take` name the group by.
 
         Raises:
-            ConfigError: `n` or `sampling` is out of range, the group has more rows than `max_rows`, or it is to be decoded
-                by values and its adapter has no value heads.
+            ConfigError: `n` or `sampling` is out of range, the group has more rows than `max_rows`, or it is to be
+                decoded by values and its adapter has no value heads.
             ContextLengthError: prompt and completion exceed the model's context.
             ValueError: an adapter is named without `adapters`, or none is with them.
         """

@@ -37,8 +37,8 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.runs.preferences import check_pairs
-from mmrl_ray.runs.stored import check_stored
 from mmrl_ray.runs.reward_facts import reward_lines
+from mmrl_ray.runs.stored import check_stored
 from mmrl_ray.runs.warm_start import build_builtin
 
 

@@ -1,4 +1,4 @@
-"""Implicit Q-learning against its formula in float64 NumPy, token by token; its expectile against its own definition."""
+"""Implicit Q-learning against its formula in float64 NumPy, token by token; the expectile against its definition."""
 
 from __future__ import annotations
 
