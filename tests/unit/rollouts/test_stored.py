@@ -58,9 +58,7 @@ def logged(folder: Path) -> list[tuple[Sample, RolloutGroup]]:
 
 
 def run(backend: Any, samples: list[Sample], *, limit: int = MAX_NEW_TOKENS, completions: int = 2) -> AssignmentResult:
-    engine = StoredEngine(
-        backend, FakeReward(), worker="w", reward_cfg=RewardSection(), ship_vision_bytes=2**20
-    )
+    engine = StoredEngine(backend, FakeReward(), worker="w", reward_cfg=RewardSection(), ship_vision_bytes=2**20)
     sampling = SamplingParams(temperature=TEMPERATURE, max_new_tokens=limit)
     groups = tuple(GroupRequest(GroupKey(0, i), each, sampling, completions) for i, each in enumerate(samples))
     return engine.run(Assignment(1, "train", groups, 0), as_made)
@@ -91,7 +89,10 @@ def test_a_group_that_does_not_fit_is_told_and_the_others_go_on(tiny: Path) -> N
     (good, _), (other, _) = logged(tiny)
     backend = backend_on(tiny)
     assert "has 8 tokens, and rollout.max_new_tokens=7" in run(backend, [good, other], limit=7).failures[0].reason
-    assert "has 2 completions with a reward, and rollout.group_size=3" in run(backend, [good], completions=3).failures[0].reason
+    assert (
+        "has 2 completions with a reward, and rollout.group_size=3"
+        in run(backend, [good], completions=3).failures[0].reason
+    )
     rows = json.loads(json.dumps(good.metadata["mmrl_rollouts"]))
     rows[0]["caption"] = "w1 w2 something else"
     strange = replace(good, id="strange", metadata={"mmrl_rollouts": rows})

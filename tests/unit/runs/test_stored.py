@@ -133,9 +133,7 @@ def test_a_picture_that_is_gone_is_named(source: RunDir, run: RunDir) -> None:
     assert not run.exists("stored/train")
 
 
-def test_the_adapter_of_the_other_run_is_what_this_one_begins_with(
-    source: RunDir, run: RunDir, tmp_path: Path
-) -> None:
+def test_the_adapter_of_the_other_run_is_what_this_one_begins_with(source: RunDir, run: RunDir, tmp_path: Path) -> None:
     theirs = load_family("llava", tmp_path / "model")
     cfg = config(source, "data.rollouts.policy=adapter")
     add_adapter(theirs, cfg.model.lora, seed=5)
@@ -167,7 +165,5 @@ def test_a_broken_adapter_config_is_named(source: RunDir) -> None:
 def test_runs_that_learn_from_no_log_are_left_as_they_are(source: RunDir, run: RunDir) -> None:
     cfg = config(source)
     assert decoding_beta(cfg) == 5.0
-    plain = parse_config(
-        "run: {name: demo}\nmodel: {path: x}\ndata: {train: d}\nlearner: {steps: 1}\n", "c.yaml"
-    )
+    plain = parse_config("run: {name: demo}\nmodel: {path: x}\ndata: {train: d}\nlearner: {steps: 1}\n", "c.yaml")
     assert (check_stored(plain), stored_data(plain, run), decoding_beta(plain)) == (0, plain, 0.0)
