@@ -40,7 +40,7 @@ class IlqlSection(Section):
     """How much decoding makes of the values: log π + β(Q − V). 0 is π alone; it can be chosen anew when captioning."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount a token; the reward comes with the last one."""
-    expectile: float = Field(0.7, gt=0, lt=1)
+    expectile: float = Field(0.8, gt=0, lt=1)
     """τ: at 0.5 V is the mean of what was said in a state, towards 1 the best of it."""
     conservative: float = Field(0.1, ge=0)
     """α: how much tokens that were not said are pulled down."""

@@ -99,7 +99,7 @@ class LearningHeads(ValueHeads):
             super().__init__(hidden, vocabulary, width, beta)
             self.online = nn.ModuleList(_head(hidden, width, vocabulary) for _ in range(_HEADS))
         for head in (*self.q, *self.online, self.v):
-            last = head[-1]  # type: ignore[index]  # a Sequential, which a ModuleList does not know
+            last = head[-1]
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.q.load_state_dict(self.online.state_dict())
@@ -252,7 +252,8 @@ def _taken(
 
 def _only(head: nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Q of the tokens without that of all others, [M]."""
-    first, between, last = head  # type: ignore[misc]  # a Sequential, which a ModuleList does not know
+    first, between, last = head.children()
+    assert isinstance(last, nn.Linear)
     return (between(first(hidden)) * last.weight[tokens]).sum(dim=-1) + last.bias[tokens]
 
 

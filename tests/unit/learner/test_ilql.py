@@ -1,4 +1,4 @@
-"""A step of implicit Q-learning against plain transformers on whole rows and autograd; its checkpoints; what it moves."""
+"""A step of implicit Q-learning against plain transformers on whole rows and autograd; what it moves; checkpoints."""
 
 from __future__ import annotations
 

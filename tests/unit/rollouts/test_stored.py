@@ -1,4 +1,4 @@
-"""The engine of stored rollouts: what a log says in place of sampling and rewards, on a fake backend and a tiny model."""
+"""The engine of stored rollouts: what a log says in place of sampling and rewards, on a fake and on a tiny model."""
 
 from __future__ import annotations
 
