@@ -50,6 +50,10 @@ CHOICES = {
 BETAS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
+Rewards = dict[float, list[float]]
+"""By β, of each held-out picture."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", type=Path, default=Path("runs/quickstart"), help="the run whose rollouts are used")
@@ -59,31 +63,34 @@ def main() -> None:
     given = parser.parse_args()
     betas = sorted({0.0, *given.betas})
     found = {name: measure(finished(name, given.log, given.work), betas) for name in given.choices}
-    print(f"{'choice':<20} {'β':>5} {'held-out R_cap':>24} {'more than at β = 0':>26}")
-    for name, rows in found.items():
-        for beta, (interval, difference) in rows.items():
-            more = "" if difference is None else shown(difference, "+")
-            print(f"{name:<20} {beta:>5g} {shown(interval):>24} {more:>26}")
-    print(f"{'the run of the log':<20} {'':>5} {shown(after_rl(given.log)):>24}")
-    told = {name: as_json(rows) for name, rows in found.items()}
-    print(json.dumps({"beta": told.get("base", {}), "choices": told, "after_rl": figures(after_rl(given.log))}))
+    print(f"{'choice':<20} {'β':>5} {'held-out R_cap':>22} {'more than at β = 0':>26} {'more than shuffled':>26}")
+    told: dict[str, dict[str, Any]] = {}
+    for name, rewards in found.items():
+        told[name] = {}
+        for beta, values in rewards.items():
+            row = {"r_cap": bootstrap_mean(values, seed=0)}
+            if beta:
+                row["more_than_0"] = bootstrap_difference(rewards[0.0], values, seed=0)
+                if (control := found.get(f"{name}-shuffled")) is not None:
+                    row["more_than_shuffled"] = bootstrap_difference(control[beta], values, seed=0)
+            differences = [shown(row[key], "+") if key in row else "" for key in ("more_than_0", "more_than_shuffled")]
+            print(f"{name:<20} {beta:>5g} {shown(row['r_cap']):>22} {differences[0]:>26} {differences[1]:>26}")
+            told[name][f"{beta:g}"] = as_json(row)
+    print(f"{'the run of the log':<20} {'':>5} {shown(after_rl(given.log)):>22}")
+    rl = as_json({"r_cap": after_rl(given.log)})
+    print(json.dumps({"beta": told.get("base", {}), "choices": told, "after_rl": rl}))
 
 
-def measure(run: RunDir, betas: list[float]) -> dict[float, tuple[Interval, Interval | None]]:
-    """Of each β the mean reward on the held-out split, and by how much it is above that of β = 0."""
+def measure(run: RunDir, betas: list[float]) -> Rewards:
+    """What greedy captions of the held-out split earn."""
     target = open_target(run.location)
     assert target.eval_data is not None
     assert target.statistics is not None
     samples = read_split(target.eval_data, prompt=target.prompt)
     reward = build_reward(target.reward, target.statistics)
-    rewards: dict[float, list[float]] = {}
-    for beta in betas:
-        captions = target_captions(target, samples, beta=beta)
-        rewards[beta] = [each.total for each in reward.score_batch(samples, captions)]
-    plain = rewards[0.0]
     return {
-        beta: (bootstrap_mean(values, seed=0), bootstrap_difference(plain, values, seed=0) if beta else None)
-        for beta, values in rewards.items()
+        beta: [each.total for each in reward.score_batch(samples, target_captions(target, samples, beta=beta))]
+        for beta in betas
     }
 
 
@@ -128,15 +135,15 @@ def after_rl(log: Path) -> Interval:
     return evaluation.measures["reward"]
 
 
-def as_json(rows: dict[float, tuple[Interval, Interval | None]]) -> dict[str, Any]:
-    return {
-        f"{beta:g}": {**figures(interval), **({} if more is None else {"more_than_0": figures(more)})}
-        for beta, (interval, more) in rows.items()
-    }
+def as_json(row: dict[str, Interval]) -> dict[str, Any]:
+    """`{"r_cap": …, "low": …, "high": …}`, and the differences as `[mean, low, high]`."""
+    mean, low, high = rounded(row["r_cap"])
+    differences = {name: rounded(interval) for name, interval in row.items() if name != "r_cap"}
+    return {"r_cap": mean, "low": low, "high": high, **differences}
 
 
-def figures(interval: Interval) -> dict[str, float]:
-    return {"r_cap": round(interval.mean, 4), "low": round(interval.low, 4), "high": round(interval.high, 4)}
+def rounded(interval: Interval) -> list[float]:
+    return [round(value, 4) for value in (interval.mean, interval.low, interval.high)]
 
 
 def shown(interval: Interval, sign: str = "") -> str:

@@ -209,7 +209,8 @@ def save_value_heads(heads: ValueHeads, folder: Path, *, whole: bool) -> None:
         OSError, SafetensorError: of the file system.
     """
     state = {name: _copy(t) for name, t in heads.state_dict().items()} if whole else heads.decoding_state()
-    save_file(state, str(folder / HEADS_FILE), metadata={"format": "pt", _BETA: repr(heads.beta)})
+    # One entry and no more: several come in any order, and the file would not be a function of the heads.
+    save_file(state, str(folder / HEADS_FILE), metadata={_BETA: repr(heads.beta)})
 
 
 def read_heads_state(folder: Path) -> tuple[dict[str, torch.Tensor], float] | None:

@@ -267,7 +267,7 @@ def test_a_file_that_does_not_fit_is_refused(load: Load, tmp_path: Path) -> None
 
     save_value_heads(heads, tmp_path, whole=False)
     state = load_file(file)
-    sound = {"format": "pt", "beta": "1.0"}
+    sound = {"beta": "1.0"}
     save_file({**state, "q.0.2.bias": torch.full_like(state["q.0.2.bias"], math.nan)}, file, metadata=sound)
     refused("q.0.2.bias holds NaN")
     save_file({**state, "q.0.2.bias": torch.zeros(3)}, file, metadata=sound)
