@@ -8,6 +8,7 @@ Each choice is one run of `configs/ilql.yaml`:
     base              π is the warm-started model as it was before RL; all of the log. What the config ships.
     base-early        the same, and only the first ten steps of the log, when the policy that sampled was near π
     adapter           π is the policy that RL ended with; all of the log
+    cloned            the adapter learns, too (`learner.ilql.bc_weight: 1`): π becomes a clone of the log; all of it
     …-shuffled        the control: the same tokens, but the rewards of the log changed hands at random, so that what is
                       left is how often the log says a token, not what it earned
 
@@ -46,6 +47,7 @@ CHOICES = {
     "base-early": [f"data.rollouts.last_step={EARLY}"],
     "base-early-shuffled": [f"data.rollouts.last_step={EARLY}"],
     "adapter": ["data.rollouts.policy=adapter"],
+    "cloned": ["learner.ilql.bc_weight=1"],
 }
 BETAS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 

@@ -377,7 +377,7 @@ def test_an_adapter_with_value_heads_is_decoded_by_them_beside_others(
         for id, made in zip(order, await asyncio.gather(*(engine.generate(ask(id)) for id in order)), strict=True):
             assert id == "tiny" or tokens_of(made) == expected[id], id
         run_dir.delete("adapter")
-        save_adapter_folder(run_dir, "adapter", second, 5)
+        save_adapter_folder(run_dir, "adapter", second, 4)
         await engine.refresh()
         assert tokens_of(await engine.generate(ask("valued"))) == after
         assert set(engine._policy.value_heads) <= set(engine._policy.model.peft_config)  # type: ignore[arg-type]
