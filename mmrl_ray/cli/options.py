@@ -16,6 +16,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; may be repeated.", show_default=False),
 ]
+Beta = Annotated[
+    float | None,
+    typer.Option(
+        "--beta",
+        min=0.0,
+        help="Of log π + β(Q − V), of a run of algorithm: ilql; its own by default, 0 is the plain policy.",
+        show_default=False,
+    ),
+]
 
 
 def load(path: Path, overrides: list[str] | None) -> Config:

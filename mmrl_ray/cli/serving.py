@@ -10,7 +10,7 @@ import typer
 
 from mmrl_ray.cli.groups import app
 from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import Overrides
+from mmrl_ray.cli.options import Beta, Overrides
 from mmrl_ray.errors import ConfigError
 
 _AT_A_TIME = 16
@@ -57,9 +57,12 @@ def caption(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask; the run's own by default.")] = None,
     url: Annotated[str | None, _URL] = None,
+    beta: Beta = None,
 ) -> None:
     """Print one caption an image."""
     if url is not None:
+        if beta is not None:
+            raise ConfigError("--beta is of a run on this machine; a served adapter has the beta of its own run")
         if run is not None:
             raise ConfigError("give either --url URL, with --model ID if it serves several, or --run RUN")
         _caption_by(url, images, model, prompt)
@@ -68,7 +71,7 @@ def caption(
         raise ConfigError("give --run RUN, --model MODEL or --url URL")
     from mmrl_ray.runs.captioning import caption as make
 
-    make(images, run=run, model=model, prompt=prompt)
+    make(images, run=run, model=model, prompt=prompt, beta=beta)
 
 
 @command(app, "score")

@@ -11,7 +11,7 @@ import typer
 
 from mmrl_ray.cli.groups import app, config_app
 from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import ConfigFile, Overrides, load, show
+from mmrl_ray.cli.options import Beta, ConfigFile, Overrides, load, show
 from mmrl_ray.errors import ConfigError, PlacementError, RunError
 
 if TYPE_CHECKING:
@@ -73,11 +73,12 @@ def evaluate(
         Path | None, typer.Option("--out", help="Also write the figures and captions here, as JSON.")
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For rows that bring none; a run's own else.")] = None,
+    beta: Beta = None,
 ) -> None:
     """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
     from mmrl_ray.runs.evaluate import evaluate as run
 
-    run(target, data=data, limit=limit, out=out, prompt=prompt)
+    run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta)
 
 
 @command(app, "explain")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal, Self
 
-from mmrl_ray.config.base import Section
+from pydantic import Field, model_validator
+
+from mmrl_ray.config.base import Section, refuse
 
 
 class ScenesSection(Section):
@@ -32,6 +34,26 @@ class PreferencesSection(Section):
     """Share of the pictures whose pairs are kept from training, to measure on before and after."""
 
 
+class RolloutsSection(Section):
+    """Rollouts of another run, for `learner.loss: ilql`."""
+
+    run: str
+    """Its folder. What is used of it is copied into this run's own folder at the start."""
+    first_step: int = Field(0, ge=0)
+    """Of its rollout log, from this step on."""
+    last_step: int | None = Field(None, ge=0)
+    """Up to this step and with it; to the end by default."""
+    policy: Literal["base", "adapter"] = "base"
+    """Whose next tokens are weighed: `base` is the model (after its warm start) as it is here, `adapter` puts that
+    run's final adapter on it."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        backwards = self.last_step is not None and self.last_step < self.first_step
+        refuse({f"last_step={self.last_step} is below first_step={self.first_step}": backwards})
+        return self
+
+
 class DataSection(Section):
     """Parquet shards in the Hugging Face `datasets` image layout."""
 
@@ -49,3 +71,5 @@ class DataSection(Section):
     """Generate the scenes dataset; none by default."""
     preferences: PreferencesSection | None = None
     """What `learner.loss: dpo` learns from; none by default."""
+    rollouts: RolloutsSection | None = None
+    """What `learner.loss: ilql` learns from; none by default."""

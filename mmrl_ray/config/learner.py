@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from mmrl_ray.config.base import Section, refuse
 
 Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
-Loss = Literal["reward_guided", "clipped", "gspo", "cispo", "dpo"]
+Loss = Literal["reward_guided", "clipped", "gspo", "cispo", "dpo", "ilql"]
+OFFLINE = ("dpo", "ilql")
+"""Losses that learn from what is stored."""
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
@@ -29,6 +31,27 @@ class DpoSection(Section):
     """How dear it is to leave the policy that training started from; small values let it go far."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """The probability that a label is wrong, as far as the loss is concerned."""
+
+
+class IlqlSection(Section):
+    """Of `loss: ilql` alone (arXiv:2206.11871): values of next tokens, learnt from the rollouts of another run."""
+
+    beta: float = Field(4.0, ge=0)
+    """How much decoding makes of the values: log π + β(Q − V). 0 is π alone; it can be chosen anew when captioning."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount a token; the reward comes with the last one."""
+    expectile: float = Field(0.8, gt=0, lt=1)
+    """τ: at 0.5 V is the mean of what was said in a state, towards 1 the best of it."""
+    conservative: float = Field(0.1, ge=0)
+    """α: how much tokens that were not said are pulled down."""
+    target_rate: float = Field(0.05, gt=0, le=1)
+    """How far the targets follow the learning Qs, an update."""
+    bc_weight: float = Field(0.0, ge=0)
+    """w: above 0 the adapter learns, too, by the likelihood of the stored tokens and through the values; at 0 the
+    policy stays as it is, and the heads read its hidden states."""
+    width: int | None = Field(None, ge=1)
+    """Of the layer inside each head; twice the model's hidden width by default. A head over the vocabulary has
+    width × vocabulary weights, and there are four of them in a learner."""
 
 
 class LearnerRange(Section):
@@ -59,9 +82,12 @@ class LearnerSection(Section):
     advantage_std: bool = True
     """Divide `group` advantages by the group's standard deviation."""
     loss: Loss = "clipped"
-    """The policy-gradient loss; or `dpo`, which learns from the pairs of `data.preferences` instead of rollouts."""
+    """The policy-gradient loss; or `dpo`, which learns from the pairs of `data.preferences` instead of rollouts; or
+    `ilql`, which learns values from the stored rollouts of `data.rollouts`."""
     dpo: DpoSection = DpoSection()
     """Of `loss: dpo`."""
+    ilql: IlqlSection = IlqlSection()
+    """Of `loss: ilql`."""
     clip_low: float = Field(0.2, ge=0)
     """The ratio is clipped below 1 - this."""
     clip_high: float = Field(0.2, ge=0)
@@ -116,6 +142,11 @@ class LearnerSection(Section):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
+    def trains_adapter(self) -> bool:
+        """Whether the adapter's weights move."""
+        return self.loss != "ilql" or self.ilql.bc_weight > 0
+
+    @property
     def wants_packed_rows(self) -> bool:
         """Whether layers are called once a pass, without a cache of the prompt."""
         return self.gradient_checkpointing or self.sharding != "none"
@@ -126,10 +157,18 @@ class LearnerSection(Section):
             {
                 f"warmup_steps={self.warmup_steps} must be below steps={self.steps}": self.warmup_steps >= self.steps,
                 f"lr_min={self.lr_min} is above lr={self.lr}": self.lr_min > self.lr,
-                f"advantage={self.advantage} has no meaning with loss=dpo: write advantage: none": self.loss == "dpo"
-                and self.advantage != "none",
+                f"advantage={self.advantage} has no meaning with loss={self.loss}: write advantage: none": (
+                    self.loss in OFFLINE and self.advantage != "none"
+                ),
                 f"kl.weight={self.kl.weight:g} is refused with loss=dpo, which has its own pull, dpo.beta: leave it at "
                 "0": self.loss == "dpo" and self.kl.weight > 0,
+                f"kl.weight={self.kl.weight:g} is refused with loss=ilql, which samples nothing: leave it at 0": (
+                    self.loss == "ilql" and self.kl.weight > 0
+                ),
+                f"sharding={self.sharding} is refused with loss=ilql: its heads are not split": self.loss == "ilql"
+                and self.sharding != "none",
+                "adapter_l2 and l2_to_pretrained have nothing to hold where ilql.bc_weight=0 leaves the adapter as it "
+                "is: leave them at 0": not self.trains_adapter and self.adapter_l2 + self.l2_to_pretrained > 0,
             }
         )
         return self

@@ -23,6 +23,8 @@ def with_absolute_paths(cfg: Config) -> Config:
         data["eval"] = _absolute(cfg.data.eval)
     if (preferences := cfg.data.preferences) is not None and (file := sqlite_file(preferences.store)) is not None:
         data["preferences"] = preferences.model_copy(update={"store": f"{_SQLITE}{_absolute(file)}"})
+    if (rollouts := cfg.data.rollouts) is not None:
+        data["rollouts"] = rollouts.model_copy(update={"run": _absolute(rollouts.run)})
     model = _absolute(cfg.model.path) if Path(cfg.model.path).expanduser().exists() else cfg.model.path
     sections: dict[str, Section] = {
         "run": cfg.run.model_copy(update={"root": _absolute(cfg.run.root)}),
@@ -50,6 +52,8 @@ def local_paths(cfg: Config) -> dict[str, str]:
         places["data.eval"] = cfg.data.eval
     if cfg.data.preferences is not None and (file := sqlite_file(cfg.data.preferences.store)) is not None:
         places["data.preferences.store"] = file
+    if cfg.data.rollouts is not None:
+        places["data.rollouts.run"] = cfg.data.rollouts.run
     if _is_folder(cfg.model.path):
         places["model.path"] = cfg.model.path
     if cfg.sft is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Algorithm = Literal["reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dpo", "value_based"]
+Algorithm = Literal[
+    "reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dpo", "ilql", "value_based"
+]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Williams 1992, with the batch's mean reward as the baseline.
@@ -52,6 +54,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Rafailov et al. 2023, arXiv:2305.18290: pairs of `data.preferences` in place of rollouts and rewards.
     "dpo": {"advantage": "none", "loss": "dpo", "aggregation": "sequence_sum"},
+    # Snell et al. 2022, arXiv:2206.11871: rollouts of `data.rollouts`; each weighs what it earned, with no baseline.
+    "ilql": {"advantage": "none", "loss": "ilql", "aggregation": "token_mean"},
 }
 
 SECTIONS = frozenset({"value_based"})

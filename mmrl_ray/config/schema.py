@@ -75,10 +75,21 @@ class Config(Section):
                 "{store: 'sqlite:///preferences.db'}": learner.loss == "dpo" and self.data.preferences is None,
                 f"data.preferences is read by learner.loss=dpo alone, not by learner.loss={learner.loss}: "
                 "take it away, or write algorithm: dpo": learner.loss != "dpo" and self.data.preferences is not None,
+                **self._rollouts_problems(),
                 **self._normalization_problems(),
             }
         )
         return self
+
+    def _rollouts_problems(self) -> dict[str, bool]:
+        """Stored rollouts, and what reads them."""
+        learner, stored = self.learner, self.data.rollouts
+        return {
+            "learner.loss=ilql needs data.rollouts: write the run whose rollouts it learns from, as in "
+            "{run: runs/quickstart}": learner.loss == "ilql" and stored is None,
+            f"data.rollouts is read by learner.loss=ilql alone, not by learner.loss={learner.loss}: take it away, or "
+            "write algorithm: ilql": learner.loss != "ilql" and stored is not None,
+        }
 
     def _normalization_problems(self) -> dict[str, bool]:
         """Where parts are normalised by their group, what would undo or contradict it."""
@@ -118,6 +129,9 @@ class Config(Section):
                 "out": self.reward.normalize != "none",
                 "data.preferences is read by learner.loss=dpo alone, not by algorithm: value_based: take it away": (
                     self.data.preferences is not None
+                ),
+                "data.rollouts is read by learner.loss=ilql alone, not by algorithm: value_based: take it away": (
+                    self.data.rollouts is not None
                 ),
                 "algorithm: value_based has a number of rollout.workers, no range": (
                     not isinstance(self.rollout.workers, int)

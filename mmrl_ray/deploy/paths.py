@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Mapping
 from pathlib import PurePosixPath
+from typing import Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.base import Section
@@ -35,10 +36,16 @@ def run_in_pods(cfg: Config) -> Config:
         places["data.eval"] = cfg.data.eval
     if cfg.sft is not None:
         places["sft.cache"] = cfg.sft.cache
+    rollouts = cfg.data.rollouts
+    if rollouts is not None:
+        places["data.rollouts.run"] = rollouts.run
     seen = _seen(places, storage)
+    data: dict[str, Any] = {"train": seen["data.train"], "eval": seen.get("data.eval")}
+    if rollouts is not None:
+        data["rollouts"] = rollouts.model_copy(update={"run": seen["data.rollouts.run"]})
     update: dict[str, Section | None] = {
         "run": cfg.run.model_copy(update={"root": seen["run.root"]}),
-        "data": cfg.data.model_copy(update={"train": seen["data.train"], "eval": seen.get("data.eval")}),
+        "data": cfg.data.model_copy(update=data),
         "model": cfg.model.model_copy(update={"path": seen.get("model.path", cfg.model.path)}),
         "serving": _serving(cfg.serving, storage) if cfg.serving is not None else None,
     }

@@ -35,6 +35,8 @@ class SamplingParams:
     """0 keeps every token."""
     top_p: float = 1.0
     greedy: bool = False
+    value_beta: float = 0.0
+    """β of decoding with log π + β(Q − V), of a policy with value heads; 0 is the policy itself."""
     stop: tuple[str, ...] = ()
     """Further stop strings beside the model's end-of-sequence tokens."""
     seed: int = 0

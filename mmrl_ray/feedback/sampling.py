@@ -14,27 +14,20 @@ its innermost parts, so least squares over the log finds what each contributes, 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmrl_ray.errors import PreferenceError, RunError
+from mmrl_ray.experience.log import LoggedPictures, logged_groups
 from mmrl_ray.feedback.schema import Pair, Preference, run_source
 from mmrl_ray.run_dir import RunDir
 
 Strategy = Literal["random", "closest", "disagreement"]
-_FOLDER = "rollouts"
-_COLUMNS = (
-    *("run", "step", "index", "attempt", "completion", "sample_id"),
-    *("image_hash", "prompt", "caption", "reward", "reward_parts"),
-)
+_COLUMNS = ("run", "sample_id", "image_hash", "prompt", "caption", "reward_parts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +61,7 @@ def sample_pairs(
         PreferenceError: the log has no group with two different captions that got a reward.
         RunError: the run has no rollout log, or it cannot be read.
     """
-    groups = _read_groups(run)
+    groups = [_group(rows) for rows in logged_groups(run, _COLUMNS)]
     rank = _ranking(strategy, seed, groups)
     best = [min(_candidates(group, rank), key=lambda c: c.rank, default=None) for group in groups]
     chosen: dict[str, _Candidate] = {}
@@ -78,8 +71,21 @@ def sample_pairs(
         chosen.setdefault(candidate.pair.id, candidate)
     if not chosen:
         raise PreferenceError(f"{run.location}: no group of its rollout log has two captions to compare ({strategy})")
-    pictures = _Pictures(run)
-    return [_item(replace(c.pair, image=pictures[c.pair.image_hash]), c, run, by_reward) for c in chosen.values()]
+    pictures = LoggedPictures(run)
+    return [
+        _item(replace(c.pair, image=_picture(pictures, c.pair.image_hash, run)), c, run, by_reward)
+        for c in chosen.values()
+    ]
+
+
+def _picture(pictures: LoggedPictures, digest: str, run: RunDir) -> bytes:
+    try:
+        found = pictures[digest]
+    except RunError as error:
+        raise PreferenceError(str(error)) from error
+    if len(found) != 1:
+        raise PreferenceError(f"{run.location}: picture {digest} stands for several, which a pair cannot have")
+    return found[0]
 
 
 def _item(pair: Pair, candidate: _Candidate, run: RunDir, by_reward: bool) -> Pair | Preference:
@@ -96,24 +102,6 @@ class _Group:
     prompt: str
     captions: tuple[_Caption, ...]
     """Different ones, with a reward each."""
-
-
-def _read_groups(run: RunDir) -> list[_Group]:
-    names = sorted(name for name in run.list(_FOLDER) if name.endswith(".parquet"))
-    if not names:
-        raise RunError(f"{run.location} has no rollout log: no step was finished yet")
-    rows: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
-    for name in names:
-        try:
-            file = io.BytesIO(run.read_bytes(f"{_FOLDER}/{name}"))
-            table = pq.read_table(file, columns=list(_COLUMNS))
-        except pa.ArrowException as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"{run.full_path(f'{_FOLDER}/{name}')} cannot be read: {reason}") from error
-        for row in table.to_pylist():
-            if row["completion"] >= 0 and row["reward"] is not None:
-                rows[row["step"], row["index"], row["attempt"]].append(row)
-    return [_group(each) for _, each in sorted(rows.items())]
 
 
 def _group(rows: Sequence[dict[str, Any]]) -> _Group:
@@ -167,20 +155,3 @@ def _contributions(captions: Sequence[_Caption]) -> tuple[list[str], np.ndarray]
         return [], np.zeros(0)
     weights, *_ = np.linalg.lstsq(values, totals, rcond=None)
     return innermost, weights
-
-
-class _Pictures(dict[str, bytes]):
-    """Pictures of the run by hash, each read once."""
-
-    def __init__(self, run: RunDir) -> None:
-        super().__init__()
-        self._run = run
-        self._names = {name.split(".", 1)[0]: name for name in run.list("images")}
-
-    def __missing__(self, digest: str) -> bytes:
-        name = self._names.get(digest)
-        if name is None or name.endswith(".json"):
-            what = "is missing" if name is None else "stands for several, which a pair cannot have"
-            raise PreferenceError(f"{self._run.location}: picture {digest} {what}")
-        self[digest] = self._run.read_bytes(f"images/{name}")
-        return self[digest]

@@ -2,6 +2,7 @@
 
     checkpoints/step-000040/
         adapter_model.safetensors  adapter_config.json     loads by `PeftModel.from_pretrained(base, folder)`
+        value_heads.safetensors                            of a run that learns values: Q, its targets, V
         state.safetensors  state.json                      optimiser, schedule, random generators; no pickle
         controller/…                                       the controller's bytes, one file each
         manifest.json                                      sha256 of every file above, written last
@@ -29,6 +30,7 @@ from mmrl_ray.errors import CheckpointError, RunError
 from mmrl_ray.learner.state import LearnerState
 from mmrl_ray.policy.adapter import WEIGHTS_FILE, load_adapter_state, save_adapter
 from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.value_heads import LearningHeads, read_heads_state, save_value_heads
 from mmrl_ray.run_dir import MANIFEST, RunDir
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def save_checkpoint(
     Args:
         run: the run's folder; only one process may save into it.
         step: finished optimiser steps.
-        policy: its adapter is saved in the PEFT layout.
+        policy: its adapter is saved in the PEFT layout, and its value heads, if any, beside it.
         learner: `LearnerStep.state()`.
         controller: JSON-like values; `bytes` values become files of their own.
         keep: how many checkpoints stay, this one included; at least 1.
@@ -99,7 +101,7 @@ def save_checkpoint(
         "blobs": sorted(blobs),
     }
     with run.staging_folder() as folder:
-        _write_adapter(policy, folder, run.full_path(name))
+        _write_adapter(policy, folder, run.full_path(name), whole=True)
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in learner.tensors.items()}
         (folder / "state.safetensors").write_bytes(dump_tensors(tensors))
         (folder / "controller").mkdir()
@@ -142,14 +144,20 @@ def newest_valid_checkpoint(run: RunDir) -> int | None:
 def load_checkpoint(run: RunDir, step: int, policy: Policy) -> Checkpoint:
     """Puts the checkpoint's adapter into `policy`, which has one already, and gives back the rest.
 
+    Value heads that learn go on from the checkpoint's, too.
+
     Raises:
-        CheckpointError: it is missing, damaged, or of a later format.
-        AdapterError: the adapter does not fit the model.
+        CheckpointError: it is missing, damaged, without the value heads that the policy has, or of a later format.
+        AdapterError: the adapter or the heads do not fit the model.
     """
     name = checkpoint_name(step)
     run.verify_manifest(name)
     with run.local_copy(name) as folder:
         load_adapter_state(policy.model, load_tensors((folder / WEIGHTS_FILE).read_bytes()))
+        if isinstance(heads := policy.value_heads.get(None), LearningHeads):
+            if (stored := read_heads_state(folder)) is None:
+                raise CheckpointError(f"{run.full_path(name)} has no value heads: it is of another kind of run")
+            heads.load_whole(stored[0])
         facts = run.read_json(f"{name}/state.json")
         if facts["format"] != _FORMAT:
             raise CheckpointError(f"{run.full_path(name)} has format {facts['format']}, this version reads {_FORMAT}")
@@ -165,11 +173,13 @@ def load_checkpoint(run: RunDir, step: int, policy: Policy) -> Checkpoint:
 def save_adapter_folder(run: RunDir, name: str, policy: Policy, step: int) -> None:
     """Commits the policy's adapter after `step` steps as the folder `name` of the run, in the PEFT layout.
 
+    Of value heads only what decoding needs is in it.
+
     Raises:
         RunError: it cannot be written.
     """
     with run.staging_folder() as folder:
-        _write_adapter(policy, folder, run.full_path(name))
+        _write_adapter(policy, folder, run.full_path(name), whole=False)
         run.commit_folder(name, folder, facts={"step": step})
 
 
@@ -189,9 +199,11 @@ def live_versions(run: RunDir) -> list[int]:
     return _steps_in(run, LIVE_FOLDER)
 
 
-def _write_adapter(policy: Policy, folder: Path, target: str) -> None:
+def _write_adapter(policy: Policy, folder: Path, target: str, *, whole: bool) -> None:
     try:
         save_adapter(policy.model, folder)
+        if (heads := policy.value_heads.get(None)) is not None:
+            save_value_heads(heads, folder, whole=whole)
     except SafetensorError as error:
         # The Rust writer reports a full disk in words of its own.
         full = "StorageFull" in str(error) or "No space left" in str(error)

@@ -2,20 +2,21 @@
 
     loss = policy gradient + kl.weight · KL(π_θ || π_ref) + adapter_l2 · ‖φ‖² + l2_to_pretrained · ‖θ − θ_pretrained‖²
 
-Or the DPO loss in place of the policy gradient. The first two are shares over the step's denominator, one a
+Or the loss of DPO or ILQL in place of the policy gradient. The first two are shares over the step's denominator, one a
 micro-batch; the last two are added once an update.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
-from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.config.learner import OFFLINE, LearnerSection
 from mmrl_ray.errors import LearnerError
 from mmrl_ray.losses.dpo import DpoLoss, DpoStats, dpo_loss
+from mmrl_ray.losses.ilql import IlqlLoss, IlqlStats, TokenValues, ilql_loss
 from mmrl_ray.losses.kl import kl_loss, kl_per_token
 from mmrl_ray.losses.masked import masked_sum
 from mmrl_ray.losses.policy_gradient import policy_loss
@@ -25,8 +26,8 @@ from mmrl_ray.policy.collate import LearnerBatch
 from mmrl_ray.policy.prefix import Scores
 
 NAMES = ("policy", "kl_term", "kl", "kl_tokens", "entropy", "tokens", "vision_recomputed")
-"""Of the sums before those of `LossStats` or `DpoStats`."""
-WIDTH = len(NAMES) + 6
+"""Of the sums before those of the loss's own statistics."""
+_STATS: dict[str, type[LossStats | DpoStats | IlqlStats]] = {"dpo": DpoStats, "ilql": IlqlStats}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,12 @@ class Share:
     loss: torch.Tensor
     """Scalar with gradient."""
     sums: torch.Tensor
-    """float64 [WIDTH], detached: `NAMES`, then `LossStats` or `DpoStats`; they add over micro-batches and ranks."""
+    """float64 [`width`], detached: `NAMES`, then the loss's own; they add over micro-batches and ranks."""
+
+
+def width(cfg: LearnerSection) -> int:
+    """How many sums there are."""
+    return len(NAMES) + len(fields(_stats(cfg)))
 
 
 def kl_in_loss(cfg: LearnerSection) -> bool:
@@ -45,9 +51,14 @@ def kl_in_loss(cfg: LearnerSection) -> bool:
 
 
 def micro_batch_share(
-    cfg: LearnerSection, denominator: float, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None
+    cfg: LearnerSection,
+    denominator: float,
+    batch: LearnerBatch,
+    scores: Scores,
+    proximal: torch.Tensor | None,
+    values: TokenValues | None = None,
 ) -> Share:
-    """Policy-gradient and KL terms of one micro-batch, or its share of the DPO loss.
+    """Policy-gradient and KL terms of one micro-batch, or its share of the loss of DPO or ILQL.
 
     Args:
         cfg: loss, clips, cap and KL.
@@ -55,14 +66,15 @@ def micro_batch_share(
         batch: what was sampled, and its weights.
         scores: log-probs under π_θ, with gradient, and entropies.
         proximal: log-probs [N, T] at the start of the step, or None for those of `scores` themselves.
+        values: of the same tokens, for ILQL.
     """
-    gradient = _main_term(cfg, denominator, batch, scores, proximal)
+    gradient = _main_term(cfg, denominator, batch, scores, proximal, values)
     loss = gradient.loss
     zero = loss.new_zeros(())
     kl_term, kl, kl_tokens = zero, zero, zero
     tokens = scores.mask.sum().to(loss.dtype)
     # Stored captions were not sampled from π_θ, so that no estimator of the KL holds on them.
-    if batch.reference_logprobs is not None and cfg.loss != "dpo":
+    if batch.reference_logprobs is not None and cfg.loss not in OFFLINE:
         if kl_in_loss(cfg):
             term = kl_loss(
                 cfg.kl.estimator,
@@ -85,8 +97,27 @@ def micro_batch_share(
 
 
 def _main_term(
-    cfg: LearnerSection, denominator: float, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None
-) -> PolicyLoss | DpoLoss:
+    cfg: LearnerSection,
+    denominator: float,
+    batch: LearnerBatch,
+    scores: Scores,
+    proximal: torch.Tensor | None,
+    values: TokenValues | None,
+) -> PolicyLoss | DpoLoss | IlqlLoss:
+    if cfg.loss == "ilql":
+        assert values is not None
+        return ilql_loss(
+            values,
+            scores.logprobs,
+            batch.advantages,  # with no baseline, what each completion earned
+            scores.mask,
+            scales=batch.scales,
+            denominator=denominator,
+            gamma=cfg.ilql.gamma,
+            expectile=cfg.ilql.expectile,
+            conservative_weight=cfg.ilql.conservative,
+            bc_weight=cfg.ilql.bc_weight,
+        )
     if cfg.loss == "dpo":
         if batch.reference_logprobs is None:
             raise LearnerError(f"pairs {', '.join(batch.sample_ids[:4])} came without reference log-probs")
@@ -126,8 +157,7 @@ def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tenso
 
 def step_figures(cfg: LearnerSection, sums: torch.Tensor, regulariser_values: dict[str, float]) -> dict[str, float]:
     """Metrics of one update out of sums over all its micro-batches and ranks; NaN is a figure nobody measured."""
-    rest = sums[len(NAMES) :]
-    stats: DpoStats | LossStats = DpoStats.from_tensor(rest) if cfg.loss == "dpo" else LossStats.from_tensor(rest)
+    stats = _stats(cfg).from_tensor(sums[len(NAMES) :])
     head = dict(zip(NAMES, sums[: len(NAMES)].tolist(), strict=True))
     terms = {
         "loss/policy": head["policy"],
@@ -144,3 +174,7 @@ def step_figures(cfg: LearnerSection, sums: torch.Tensor, regulariser_values: di
         "vision/recomputed": head["vision_recomputed"],
         **stats.metrics(),
     }
+
+
+def _stats(cfg: LearnerSection) -> type[LossStats | DpoStats | IlqlStats]:
+    return _STATS.get(cfg.loss, LossStats)

@@ -21,8 +21,8 @@ import torch
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
-from mmrl_ray.learner.objective import WIDTH, Share, kl_in_loss, micro_batch_share, regularisers, step_figures
-from mmrl_ray.learner.parts import Clock, check_finite, flat_gradient
+from mmrl_ray.learner.objective import Share, kl_in_loss, micro_batch_share, regularisers, step_figures, width
+from mmrl_ray.learner.parts import Clock, check_finite, flat_gradient, values_of
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.schedule import cosine_scheduler
 from mmrl_ray.learner.state import LearnerState, capture_rng, restore_rng
@@ -30,6 +30,7 @@ from mmrl_ray.policy.adapter import adapter_parameters
 from mmrl_ray.policy.collate import LearnerBatch, collate
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prefix import ScorePath, Scores, score_completions
+from mmrl_ray.policy.value_heads import learning_heads
 from mmrl_ray.policy.vision import VisionCache
 
 Payloads = Callable[[Sequence[PlannedGroup]], Sequence[RolloutGroup]]
@@ -37,7 +38,9 @@ Payloads = Callable[[Sequence[PlannedGroup]], Sequence[RolloutGroup]]
 
 
 class LearnerStep:
-    """Owns the optimiser over a policy's adapter. All ranks call `run` with the same plans.
+    """Owns the optimiser over a policy's adapter, and over its value heads where it has some that learn.
+
+    All ranks call `run` with the same plans.
 
     Args:
         policy: with an adapter; its trainable parameters are what is learnt.
@@ -50,6 +53,7 @@ class LearnerStep:
     Raises:
         ConfigError: the policy's dtype cannot be trained.
         AdapterError: the policy has no adapter.
+        ValueError: `loss: ilql` on a policy without heads that learn.
     """
 
     def __init__(
@@ -73,7 +77,10 @@ class LearnerStep:
         self._cache = vision_cache
         self._ranks = ranks if ranks is not None else Ranks()
         self._in_lockstep = in_lockstep
-        self._parameters = adapter_parameters(policy.model)
+        self._heads = learning_heads(policy) if cfg.loss == "ilql" else None
+        self._parameters = adapter_parameters(policy.model) if cfg.trains_adapter else []
+        if self._heads is not None:
+            self._parameters += self._heads.learnt()
         self._gradient = flat_gradient(self._parameters)
         self._optimizer = torch.optim.AdamW(self._parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         self._scheduler = cosine_scheduler(
@@ -146,7 +153,7 @@ class LearnerStep:
         payloads: Payloads,
         clock: Clock,
     ) -> dict[str, float]:
-        sums = torch.zeros(WIDTH, dtype=torch.float64, device=self.policy.device)
+        sums = torch.zeros(width(self.cfg), dtype=torch.float64, device=self.policy.device)
         local: MMRLError | None = None
         self._gradient.zero_()
         try:
@@ -166,6 +173,8 @@ class LearnerStep:
             norm = self._clip(plan)
             self._optimizer.step()
             self._scheduler.step()
+            if self._heads is not None:
+                self._heads.follow(self.cfg.ilql.target_rate)
             self.updates += 1
         return {**step_figures(self.cfg, sums.cpu(), values), "grad_norm": norm, "lr": rate}
 
@@ -237,12 +246,14 @@ class LearnerStep:
 
     def _one(self, plan: StepPlan, batch: LearnerBatch, proximal: torch.Tensor | None) -> tuple[Share, torch.Tensor]:
         scores = self._score(batch)
-        share = micro_batch_share(self.cfg, plan.denominator, batch, scores, proximal)
+        values = None if self._heads is None else values_of(self._heads, self.policy, batch, scores)
+        share = micro_batch_share(self.cfg, plan.denominator, batch, scores, proximal, values)
         share.loss.backward()
         return share, scores.logprobs.detach()
 
     def _score(self, batch: LearnerBatch) -> Scores:
-        with self._autocast():
+        # Where only the heads learn, nothing below them needs a backward pass.
+        with self._autocast(), torch.set_grad_enabled(self.cfg.trains_adapter):
             return score_completions(
                 self.policy,
                 batch.prompts,
@@ -251,6 +262,7 @@ class LearnerStep:
                 batch.temperature,
                 path=self.path,
                 entropy=True,
+                hidden=self._heads is not None,
             )
 
     def _add_regularisers(self) -> dict[str, float]:
@@ -275,7 +287,8 @@ class LearnerStep:
     def _worth_a_pass(self, plan: StepPlan, rank: int) -> list[list[PlannedGroup]]:
         """A rank's micro-batches without the groups whose every gradient is 0."""
         mine = [[plan.groups[i] for i in batch] for batch in plan.micro_batches[rank]]
-        if not kl_in_loss(self.cfg):
+        # A completion that earned 0 says as much about values as any other.
+        if not kl_in_loss(self.cfg) and self._heads is None:
             mine = [[group for group in batch if group.has_signal] for batch in mine]
         return [batch for batch in mine if batch]
 

@@ -43,12 +43,14 @@ from mmrl_ray.learner.learner_meter import measure_checkpoint, measure_learner
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.sharding import shard_layers
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.adapter import adapter_state, add_adapter
+from mmrl_ray.policy.adapter import adapter_state
 from mmrl_ray.policy.checkpointing import checkpoint_layers
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prefix import ScorePath
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.run_adapter import add_run_adapter
+from mmrl_ray.policy.value_heads import add_learning_heads, published
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rollouts.protocols import Stop
 from mmrl_ray.telemetry.logs import CONTEXT, start_logging
@@ -98,7 +100,9 @@ class _Learner:
         # One learner has nothing to split.
         sharded = cfg.learner.sharding == "fsdp2" and self._ranks.size > 1
         self._policy = load_policy(cfg.model, device=device, on_host=sharded)
-        add_adapter(self._policy, cfg.model.lora, derive_seed(cfg.run.seed, "adapter"))
+        add_run_adapter(self._policy, cfg)
+        if cfg.learner.loss == "ilql":
+            add_learning_heads(self._policy, cfg.learner.ilql, derive_seed(cfg.run.seed, "value_heads"))
         if sharded:
             shard_layers(self._policy, device)
         if cfg.learner.gradient_checkpointing:
@@ -156,7 +160,7 @@ class _Learner:
 
         def back_to_checkpoint() -> None:
             self._controller.restore(checkpoint.controller)
-            self._controller.publish(step, adapter_state(self._policy.model))
+            self._controller.publish(step, self._weights(step))
 
         self._on_first(back_to_checkpoint)
 
@@ -186,7 +190,7 @@ class _Learner:
 
         def publish() -> None:
             start = time.perf_counter()
-            self._controller.publish(plan.step + 1, adapter_state(self._policy.model))
+            self._controller.publish(plan.step + 1, self._weights(plan.step + 1))
             if self._serves_live:
                 save_live_version(self._run, self._policy, plan.step + 1)
             seconds = {**self._late_seconds, "seconds/publish": time.perf_counter() - start}
@@ -197,6 +201,12 @@ class _Learner:
         self._late_seconds = {}
         if self._step % self._cfg.learner.checkpoint_every == 0:
             self._on_first(self._save)
+
+    def _weights(self, version: int) -> dict[str, torch.Tensor]:
+        """What workers load. Value heads go with the last version alone, the only one that they decode."""
+        heads = self._policy.value_heads.get(None)
+        last = heads is not None and version == self._cfg.learner.steps
+        return {**adapter_state(self._policy.model), **(published(heads) if heads is not None and last else {})}
 
     def _measure_importance(self, plan: StepPlan) -> dict[str, float]:
         """Rank 0's affair, unless a pass needs every rank's share of the weights."""

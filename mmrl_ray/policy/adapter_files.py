@@ -24,6 +24,7 @@ from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from mmrl_ray.policy.load import Policy, revision_key_of
 from mmrl_ray.policy.targets import examples
+from mmrl_ray.policy.value_heads import ValueHeads, decoding_heads, read_heads_state
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class AdapterFiles:
     """Made anew: the model's layers by full name, rank and scale."""
     state: Mapping[str, torch.Tensor]
     """float32, under the names that PEFT saves."""
+    heads: ValueHeads | None = None
+    """What came with it to decode by values."""
 
 
 def read_adapter_files(
@@ -64,7 +67,7 @@ def read_adapter_files(
 
     Raises:
         AdapterError: a file is missing, a link, or broken; the adapter is no plain LoRA, was made for another base, is
-            of a higher rank, or holds NaN.
+            of a higher rank, or holds NaN; or its value heads do.
     """
     for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if path.is_symlink():
@@ -89,7 +92,8 @@ def read_adapter_files(
         bias="none",
         inference_mode=True,
     )
-    return AdapterFiles(made, state)
+    stored = read_heads_state(folder)
+    return AdapterFiles(made, state, None if stored is None else decoding_heads(policy, *stored))
 
 
 def _check_config(config: LoraConfig, folder: Path, max_rank: int) -> None:

@@ -91,6 +91,8 @@ class Resident:
     version: AdapterVersion
     name: str
     """PEFT's."""
+    beta: float = 0.0
+    """Of decoding by the values that it brought."""
     leases: int = 0
     last_used: int = 0
 
@@ -193,7 +195,7 @@ class AdapterPool:
                 self._refused[id] = (version, reason)
             raise UnknownModelError(reason) from error
         state = {name: tensor.to(self._policy.device) for name, tensor in files.state.items()}
-        return ReadAdapter(id, version, AdapterFiles(files.config, state))
+        return ReadAdapter(id, version, AdapterFiles(files.config, state, files.heads))
 
     def lease(self, id: str) -> Resident | None:
         """The version that a new request of `id` takes, which stays until it is released; None if none is loaded.
@@ -239,10 +241,14 @@ class AdapterPool:
                 self._make_room(read.id)
         name = f"version-{next(self._clock)}"  # an id may hold dots, which a module's name may not
         self._put_on(name, read)
+        heads = read.files.heads
+        if heads is not None:
+            self._policy.value_heads[name] = heads
+        beta = 0.0 if heads is None else heads.beta
         with self._lock:
             if old is not None:
                 self._retired.append(old)
-            self._current[read.id] = Resident(read.id, read.version, name, last_used=next(self._clock))
+            self._current[read.id] = Resident(read.id, read.version, name, beta, last_used=next(self._clock))
         self.rows.refresh()
         self.sweep()
         logger.info("adapter %s of step %d is on", read.id, read.version.step)
@@ -287,6 +293,7 @@ class AdapterPool:
         policy.model.requires_grad_(False).eval()
 
     def _take_off(self, name: str) -> None:
+        self._policy.value_heads.pop(name, None)
         peft: Any = self._policy.model
         others = [other for other in peft.peft_config if other != name]
         if others:

@@ -128,9 +128,11 @@ class Cohort:
         self._own = torch.eye(self.width, dtype=torch.bool, device=index.device)
         self._positions = prefix.next_position[index][:, None].repeat(1, self.width)
         self._tokens = torch.zeros_like(self._positions)
-        self._first: torch.Tensor | None = prefix.logits[index].repeat_interleave(self.width, dim=0)
         self.sampler = RowSampler.of(
             [None if row is None else (row.sampling, row.index, row.greedy) for row in self.slots], index.device
+        )
+        self._first: torch.Tensor | None = self._with_values(
+            *(each[index].repeat_interleave(self.width, dim=0) for each in (prefix.logits, prefix.hidden))
         )
 
     @property
@@ -158,7 +160,10 @@ class Cohort:
         return left < len(live) if self.mergeable and self.width == 1 else left <= _COMPACT_TO * len(live)
 
     def logits(self) -> torch.Tensor:
-        """[S, V] of every slot's next token: the prefix's, and then one forward pass over the tokens put in."""
+        """[S, V] of every slot's next token: the prefix's, and then one forward pass over the tokens put in.
+
+        Where a row asks for it, log π + β(Q − V) in the place of log π, but for a number that a slot's tokens share.
+        """
         if self._first is not None:
             first, self._first = self._first, None
             return first
@@ -174,7 +179,20 @@ class Cohort:
             )
             logits = self._policy.hf_model.get_output_embeddings()(output.last_hidden_state)
         self._positions = positions + 1
-        return logits.flatten(0, 1)
+        return self._with_values(logits.flatten(0, 1), output.last_hidden_state.flatten(0, 1))
+
+    def _with_values(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Adds β(Q − V) to the logits [S, V] of the slots that are decoded by values; all others stay as they are."""
+        by_adapter: dict[str | None, list[tuple[int, float]]] = {}
+        for i, row in enumerate(self.slots):
+            if row is not None and row.finish_reason is None and row.sampling.value_beta > 0:
+                by_adapter.setdefault(row.adapter, []).append((i, row.sampling.value_beta))
+        for adapter, rows in by_adapter.items():
+            index = torch.tensor([i for i, _ in rows], device=logits.device)
+            beta = torch.tensor([[beta] for _, beta in rows], device=logits.device)
+            advantages = self._policy.value_heads[adapter].advantages(hidden[index])
+            logits = logits.float().index_add(0, index, beta * advantages)
+        return logits
 
     def put(self, tokens: torch.Tensor) -> None:
         """Takes the token, int64 [S], that each slot goes on with."""

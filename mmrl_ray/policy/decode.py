@@ -129,7 +129,8 @@ class Decoder:
             the handle that events and `take` name the group by.
 
         Raises:
-            ConfigError: `n` or `sampling` is out of range, or the group has more rows than `max_rows`.
+            ConfigError: `n` or `sampling` is out of range, the group has more rows than `max_rows`, or it is to be
+                decoded by values and its adapter has no value heads.
             ContextLengthError: prompt and completion exceed the model's context.
             ValueError: an adapter is named without `adapters`, or none is with them.
         """
@@ -141,6 +142,11 @@ class Decoder:
                 f"n={n} completions (with greedy {rows} rows) must be from 1 to max_rows={self._max_rows}"
             )
         check_sampling(sampling)
+        if sampling.value_beta > 0 and adapter not in self._policy.value_heads:
+            raise ConfigError(
+                f"value_beta={sampling.value_beta:g} needs value heads, which algorithm: ilql trains, and this policy "
+                "has none: leave beta at 0"
+            )
         check_context(self._policy, prompt, sampling.max_new_tokens)
         handle = self._next_handle
         self._next_handle += 1

@@ -23,6 +23,7 @@ from mmrl_ray.errors import AdapterError, ModelError
 from mmrl_ray.policy.cpu_linear import use_onednn
 from mmrl_ray.policy.processors import load_processor
 from mmrl_ray.policy.tokens import end_of_turn, end_tokens, image_tokens, placeholder, reserved_texts
+from mmrl_ray.policy.value_heads import ValueHeads
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 
@@ -63,6 +64,9 @@ class Policy:
     inject_vision: bool = True
     """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
     runs inside every forward, on the pixels."""
+    value_heads: dict[str | None, ValueHeads] = field(default_factory=dict)
+    """What next tokens are worth, by PEFT's name of the adapter whose hidden states the heads read; None is whatever is
+    active on the model."""
 
     @property
     def hf_model(self) -> PreTrainedModel:
@@ -78,6 +82,11 @@ class Policy:
     def decoder(self) -> nn.Module:
         """The language model (embeddings and layers, without the head)."""
         return cast(nn.Module, self.hf_model.get_decoder())
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the hidden states that the head makes logits of."""
+        return self.hf_model.config.get_text_config().hidden_size
 
     @property
     def vocab_size(self) -> int:

@@ -69,6 +69,8 @@ class Scores:
     """bool [N, T], True at completion tokens."""
     entropies: torch.Tensor | None = None
     """float32 [N, T] without gradient, 0 where `mask` is False; when asked for."""
+    hidden: torch.Tensor | None = None
+    """[M, d], what each of the M completion tokens was chosen from, completion after completion; when asked for."""
 
 
 def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
@@ -111,6 +113,7 @@ def score_completions(
     *,
     path: ScorePath = "shared_prefix",
     entropy: bool = False,
+    hidden: bool = False,
 ) -> Scores:
     """Log-probs of every completion token under π (temperature applied, image tokens forbidden, float32).
 
@@ -122,6 +125,7 @@ def score_completions(
         temperature: the rollout temperature.
         path: "shared_prefix", "packed" or "naive"; they give the same numbers, up to rounding.
         entropy: also return the entropy at every token.
+        hidden: also return the hidden states.
 
     Raises:
         ValueError: the numbers of prompts, features and groups differ, or there is no completion.
@@ -142,12 +146,13 @@ def score_completions(
         rows = packed_rows(policy, prompts, features, index, targets, mask)
         head = output_head(policy)
     elif path == "naive":
-        rows = _naive_rows(policy, prompts, features, index, targets, mask)
-        head = nn.Identity()
+        rows = _naive_rows(policy, prompts, features, index, targets, mask, hidden=hidden)
+        head = output_head(policy) if hidden else nn.Identity()
     else:
         raise ValueError(f"path={path!r} is none of 'shared_prefix', 'packed' and 'naive'")
+    chosen_from = rows[mask]
     logprobs, entropies = token_logprobs(
-        rows[mask],
+        chosen_from,
         targets[mask],
         head=head,
         forbidden=policy.image_token_ids,
@@ -155,7 +160,12 @@ def score_completions(
         entropy=entropy,
         vocab_size=policy.vocab_size,
     )
-    return Scores(_unpack(logprobs, mask), mask, None if entropies is None else _unpack(entropies, mask))
+    return Scores(
+        _unpack(logprobs, mask),
+        mask,
+        None if entropies is None else _unpack(entropies, mask),
+        chosen_from if hidden else None,
+    )
 
 
 def _shared_rows(
@@ -190,8 +200,13 @@ def _naive_rows(
     index: torch.Tensor,
     targets: torch.Tensor,
     mask: torch.Tensor,
+    *,
+    hidden: bool,
 ) -> torch.Tensor:
-    """The model's own logits [N, T, V] that predict `targets`, from N full rows of prompt and completion."""
+    """The model's own logits [N, T, V] that predict `targets`, from N full rows of prompt and completion.
+
+    With `hidden`, the hidden states [N, T, d] that its head makes them of.
+    """
     picks = index.tolist()
     prompts = [prompts[i] for i in picks]
     features = None if features is None else [features[i] for i in picks]
@@ -206,16 +221,17 @@ def _naive_rows(
         per_token={name: nn.functional.pad(value, (0, length)) for name, value in batch.per_token.items()},
     )
     with vision_arguments(policy, prompts, features) as vision:
-        output = policy.model(
-            input_ids=row.input_ids,
-            attention_mask=row.attention_mask,
-            position_ids=row.position_ids,
-            use_cache=False,
-            logits_to_keep=length + 1,
+        arguments = {
+            "input_ids": row.input_ids,
+            "attention_mask": row.attention_mask,
+            "position_ids": row.position_ids,
+            "use_cache": False,
             **row.per_token,
             **vision,
-        )
-    return output.logits[:, :-1]
+        }
+        if hidden:
+            return policy.core(**arguments).last_hidden_state[:, -length - 1 : -1]
+        return policy.model(**arguments, logits_to_keep=length + 1).logits[:, :-1]
 
 
 def _forward_prompts(

@@ -37,13 +37,14 @@ def check_sampling(sampling: SamplingParams) -> None:
         "top_p": not 0 < sampling.top_p <= 1,
         "stop": any(not text for text in sampling.stop),
         "seed": not 0 <= sampling.seed < 2**64,
+        "value_beta": not (sampling.value_beta >= 0 and math.isfinite(sampling.value_beta)),
     }
     for name, is_wrong in refused.items():
         if is_wrong:
             raise ConfigError(
                 f"sampling parameter {name}={getattr(sampling, name)!r} is out of range "
                 "(temperature > 0, 0 <= min_new_tokens <= max_new_tokens, top_k >= 0, 0 < top_p <= 1, "
-                "no empty stop string, seed an unsigned 64-bit integer)"
+                "no empty stop string, seed an unsigned 64-bit integer, value_beta >= 0)"
             )
 
 

@@ -20,6 +20,7 @@ from mmrl_ray.policy.merged import MergedAdapter
 from mmrl_ray.policy.parity import PathChoice, choose_path
 from mmrl_ray.policy.prefix import score_completions
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
+from mmrl_ray.policy.value_heads import decoding_heads, split_heads
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Backend(Protocol):
         ...
 
     def load(self, weights: Mapping[str, torch.Tensor] | None) -> None:
-        """Makes these the adapter's weights; None: as it was made."""
+        """Makes these the adapter's weights; None: as it was made. With them may come value heads, or none."""
         ...
 
     def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
@@ -57,6 +58,14 @@ class Backend(Protocol):
 
     def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
         """What each group's first completion looks like from inside (`analysis/states.py`), where that can be told."""
+        ...
+
+    def features(self, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures] | None:
+        """What the vision tower makes of each prompt's pictures; None where features do not travel."""
+        ...
+
+    def text_of(self, tokens: torch.Tensor) -> str:
+        """The caption that tokens int64 [T] say."""
         ...
 
     def caption_tokens(self, text: str) -> torch.Tensor:
@@ -113,9 +122,13 @@ class PolicyBackend:
         """See `Backend`.
 
         Raises:
-            AdapterError: the weights do not fit the adapter.
+            AdapterError: the weights do not fit the adapter, or the value heads the model.
         """
-        load_adapter_state(self.policy.model, self._as_made if weights is None else weights)
+        adapter, heads = split_heads(self._as_made if weights is None else weights)
+        load_adapter_state(self.policy.model, adapter)
+        self.policy.value_heads.clear()
+        if heads:
+            self.policy.value_heads[None] = decoding_heads(self.policy, heads)
         if self._merged is not None:
             self._merged.refresh()
 
@@ -142,6 +155,14 @@ class PolicyBackend:
         with reference_policy(self.policy.model):
             return self._logprobs(prompts, features, completions, temperature)
 
+    def features(self, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures] | None:
+        """See `Backend`."""
+        return vision_features(self.policy, prompts, self._cache) if self.ships_vision else None
+
+    def text_of(self, tokens: torch.Tensor) -> str:
+        """See `Backend`."""
+        return str(self.policy.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
     def caption_tokens(self, text: str) -> torch.Tensor:
         """See `Backend`."""
         return encode_caption(self.policy, text)
@@ -155,7 +176,7 @@ class PolicyBackend:
         under_policy: bool,
     ) -> list[GroupOutput]:
         """See `Backend`."""
-        features = vision_features(self.policy, prompts, self._cache) if self.ships_vision else None
+        features = self.features(prompts)
         tokens = [[self.caption_tokens(text) for text in group] for group in captions]
         with reference_policy(self.policy.model):
             reference = self._logprobs(prompts, features, tokens, temperature)

@@ -108,12 +108,20 @@ class RolloutEngine:
         for request in requests:
             try:
                 prompt = self._backend.encode(request.sample, request.sampling.max_new_tokens)
+                self._check(request)
             except MMRLError as error:
                 reason = f"{type(error).__name__}: {error}"
                 failures.append(DataFailure(request.key, request.sample.id, reason))
             else:
                 prompts.append((request, prompt))
         return prompts, failures
+
+    def _check(self, request: GroupRequest) -> None:
+        """Whether what a sample brings beside its prompt can be used, where it brings anything.
+
+        Raises:
+            MMRLError: it cannot.
+        """
 
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not prompts:

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from mmrl_ray.config import Config
-from mmrl_ray.experience.seeds import derive_seed
-from mmrl_ray.policy.adapter import add_adapter
 from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.run_adapter import add_run_adapter
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.pairs import PairEngine
+from mmrl_ray.rollouts.stored import StoredEngine
 
 _MB = 2**20
 _MAX_ROWS = 256
+_ENGINES: dict[str, type[RolloutEngine]] = {"dpo": PairEngine, "ilql": StoredEngine}
+"""By `learner.loss`; all others sample."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class PolicyEngineFactory:
         cfg = self.cfg
         torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
         policy = load_policy(cfg.model, device="cuda" if cfg.resources.rollout.gpus else "cpu")
-        add_adapter(policy, cfg.model.lora, derive_seed(cfg.run.seed, "adapter"))
+        add_run_adapter(policy, cfg)
         group_rows = cfg.rollout.group_size + (cfg.learner.advantage == "greedy")
         backend = PolicyBackend(
             policy,
@@ -46,8 +48,7 @@ class PolicyEngineFactory:
             max_rows=max(_MAX_ROWS, group_rows),
             temperature=cfg.rollout.temperature,
         )
-        engine = PairEngine if cfg.learner.loss == "dpo" else RolloutEngine
-        return engine(
+        return _ENGINES.get(cfg.learner.loss, RolloutEngine)(
             backend,
             self.reward,
             worker=worker,

@@ -10,32 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmrl_ray.errors import DataError, MMRLError
+from mmrl_ray.errors import DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.feedback.dataset import LabelledPair, pair_of
-from mmrl_ray.rollouts.assignments import DataFailure, GroupRequest
+from mmrl_ray.rollouts.assignments import GroupRequest
 from mmrl_ray.rollouts.engine import RolloutEngine, Sampled, Score
 
 
 class PairEngine(RolloutEngine):
     """A `RolloutEngine` for which a sample that is a pair brings its captions along; others are sampled as ever."""
 
-    def _encode(
-        self, requests: Sequence[GroupRequest]
-    ) -> tuple[list[tuple[GroupRequest, EncodedPrompt]], list[DataFailure]]:
-        prompts, failures = super()._encode(requests)
-        good = []
-        for request, prompt in prompts:
-            try:
-                self._check_captions(request)
-            except MMRLError as error:
-                failures.append(DataFailure(request.key, request.sample.id, f"{type(error).__name__}: {error}"))
-            else:
-                good.append((request, prompt))
-        return good, failures
-
-    def _check_captions(self, request: GroupRequest) -> None:
+    def _check(self, request: GroupRequest) -> None:
         pair = pair_of(request.sample)
         for caption in pair.captions if pair is not None else ():
             # Its end does not count: a caption of a rollout that was cut off got one only here.

@@ -32,10 +32,11 @@ def caption_samples(
     *,
     max_new_tokens: int,
     batch_size: int = BATCH,
+    beta: float = 0.0,
     states: dict[str, CaptionState] | None = None,
     progress: ProgressFn | None = None,
 ) -> list[str]:
-    """One greedy caption a sample, in order.
+    """One greedy caption a sample, in order, of π or with `beta` of log π + β(Q − V).
 
     `states` is filled with the states of the first `MAX_STATES` of them, by sample id, where the model's can be told.
 
@@ -44,7 +45,7 @@ def caption_samples(
         ContextLengthError: a prompt leaves no room for `max_new_tokens`.
     """
     decoder = Decoder(policy, max_rows=max(1, batch_size))
-    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens)
+    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens, value_beta=beta)
     captions: list[str] = []
     for start in range(0, len(samples), batch_size):
         prompts = encode_prompts(policy, samples[start : start + batch_size])
@@ -71,15 +72,20 @@ def target_captions(
     *,
     max_new_tokens: int | None = None,
     batch_size: int = BATCH,
+    beta: float | None = None,
     states: dict[str, CaptionState] | None = None,
     progress: ProgressFn | None = None,
 ) -> list[str]:
     """`caption_samples` by whatever the target captions with; an agent's captions have its own length, and no states.
 
+    `beta` is by default that of the target's value heads, where it has any.
+
     Raises:
+        ConfigError: a `beta` above 0, of a target without value heads.
         DataError, ImageError: a sample cannot be encoded.
         ContextLengthError: a prompt leaves no room for `max_new_tokens`.
     """
+    beta = target.beta(beta)
     if target.agent is not None:
         return target.agent.captions(target.policy, samples)
     return caption_samples(
@@ -87,6 +93,7 @@ def target_captions(
         samples,
         max_new_tokens=max_new_tokens or target.max_new_tokens,
         batch_size=batch_size,
+        beta=beta,
         states=states,
         progress=progress,
     )
@@ -98,6 +105,7 @@ def caption_images(
     *,
     prompt: str | None = None,
     max_new_tokens: int | None = None,
+    beta: float | None = None,
     device: torch.device | str | None = None,
 ) -> list[tuple[str, str]]:
     """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
@@ -107,9 +115,11 @@ def caption_images(
         images: PNG, JPEG, WebP or GIF files.
         prompt: what to ask; by default what the run asked.
         max_new_tokens: by default the run's.
+        beta: of decoding with value heads; by default the run's.
         device: the first GPU by default where there is one.
 
     Raises:
+        ConfigError: a `beta` above 0, of a target without value heads.
         DataError: a file is missing or cannot be read.
         ImageError: a file is no image of an accepted format; the message names it.
         RunError, ModelError: the target cannot be used.
@@ -118,22 +128,27 @@ def caption_images(
     opened = open_target(target, device=device)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
-    captions = target_captions(opened, samples, max_new_tokens=max_new_tokens)
+    captions = target_captions(opened, samples, max_new_tokens=max_new_tokens, beta=beta)
     return [(str(path), text) for path, text in zip(images, captions, strict=True)]
 
 
 def caption(
-    images: Sequence[Path], *, run: str | None = None, model: str | None = None, prompt: str | None = None
+    images: Sequence[Path],
+    *,
+    run: str | None = None,
+    model: str | None = None,
+    prompt: str | None = None,
+    beta: float | None = None,
 ) -> None:
     """`mmrl caption`: prints one caption a line, after its file's name where there are several.
 
     Raises:
-        ConfigError: not exactly one of `run` and `model` is given.
+        ConfigError: not exactly one of `run` and `model` is given, or `beta` without value heads.
     """
     target = run if run is not None else model
     if target is None or (run is not None and model is not None):
         raise ConfigError("give either a run or a model to caption with")
-    for path, text in caption_images(target, images, prompt=prompt):
+    for path, text in caption_images(target, images, prompt=prompt, beta=beta):
         print(text.strip() if len(images) == 1 else f"{path}: {text.strip()}")
 
 

@@ -28,7 +28,7 @@ from mmrl_ray.data.images import image_format
 from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
-from mmrl_ray.errors import AdapterError, ConfigError, DataError, ModelError, RunError
+from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RunError
 from mmrl_ray.policy.load import Policy, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
@@ -38,6 +38,7 @@ from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.runs.preferences import check_pairs
 from mmrl_ray.runs.reward_facts import reward_lines
+from mmrl_ray.runs.stored import check_stored
 from mmrl_ray.runs.warm_start import build_builtin
 
 
@@ -76,6 +77,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     _look_at_run_folder(cfg, resume, found)
     _look_at_data(cfg, found)
     _look_at_pairs(cfg, found)
+    _look_at_stored(cfg, found)
     _look_at_reward(cfg, found)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
@@ -140,6 +142,19 @@ def _look_at_pairs(cfg: Config, found: DryRun) -> None:
     try:
         found.rows = check_pairs(cfg)
     except DataError as error:
+        found.blocking.append(str(error))
+
+
+def _look_at_stored(cfg: Config, found: DryRun) -> None:
+    wanted = cfg.data.rollouts
+    if wanted is None:
+        return
+    if "://" not in wanted.run and not Path(wanted.run).expanduser().exists():
+        found.unchecked.append(f"data.rollouts.run={wanted.run} is not there yet: train that first")
+        return
+    try:
+        found.rows = check_stored(cfg)
+    except MMRLError as error:
         found.blocking.append(str(error))
 
 

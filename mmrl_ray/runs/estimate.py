@@ -136,6 +136,8 @@ def learner_memory(
     - repeated prefix (otherwise): the micro-batch's completions × (P + T) × 2 k × L × b
     - logits: completion tokens × V × 4 × 2 (logits, gradient), at most one chunk of them
     - vision features: the micro-batch's images × image tokens × h × b
+    - value heads (`loss: ilql`): a Q head of w (h + V) weights each way, two that learn with gradients and AdamW's two
+      moments, two that follow; and one chunk of Q
     """
     rows = plan.micro_batch_groups * cfg.rollout.group_size
     copies = (6 * shape.hidden + shape.intermediate) * _FLOAT32 if shape.itemsize < _FLOAT32 else 0
@@ -153,7 +155,17 @@ def learner_memory(
         "repeated prefix": 0 if packed else rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
         "logits": _logit_bytes(shape, rows * cfg.rollout.max_new_tokens),
         "vision features": plan.micro_batch_groups * image_tokens * shape.hidden * shape.itemsize,
+        **_value_heads(cfg, shape, copies=2 * 4 + 2, tokens=rows * cfg.rollout.max_new_tokens),
     }
+
+
+def _value_heads(cfg: Config, shape: ModelShape, *, copies: int, tokens: int) -> dict[str, int]:
+    """So many times the weights of a Q head, and Q of a chunk of tokens."""
+    if cfg.learner.loss != "ilql":
+        return {}
+    width = cfg.learner.ilql.width or 2 * shape.hidden
+    head = width * (shape.hidden + shape.vocabulary) * _FLOAT32
+    return {"value heads": copies * head + _logit_bytes(shape, tokens)}
 
 
 def _learner_weights(cfg: Config, shape: ModelShape) -> int:
@@ -174,6 +186,7 @@ def rollout_memory(
     - key-value cache: groups an assignment × G × (P + T) × 2 k × L × b
     - logits: a row each × V × 4 × 2 while decoding; where the reference scores, one chunk of completion tokens
     - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset
+    - value heads (`loss: ilql`): two Q heads, and their Q of a token each row
     """
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
     rows = groups * cfg.rollout.group_size
@@ -188,6 +201,7 @@ def rollout_memory(
         "key-value cache": rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
         "logits": _logit_bytes(shape, scored),
         "vision features": groups * one + (budget if images is None else min(budget, images * one)),
+        **_value_heads(cfg, shape, copies=2, tokens=rows),
     }
 
 

@@ -55,6 +55,7 @@ def evaluate(
     prompt: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = BATCH,
+    beta: float | None = None,
     device: torch.device | str | None = None,
 ) -> Evaluation:
     """Captions `data` greedily and scores it; prints a table, and writes JSON where `out` says.
@@ -70,13 +71,15 @@ def evaluate(
         prompt: for rows that bring none; by default the run's.
         max_new_tokens: by default the run's.
         batch_size: images decoded together.
+        beta: of decoding with value heads; by default the run's.
         device: the first GPU by default where there is one.
 
     Raises:
-        ConfigError: no data is given and the run has none.
+        ConfigError: no data is given and the run has none, or a `beta` above 0, and there are no value heads.
         DataError, ModelError, RunError: what is read cannot be used, or `out` cannot be written.
     """
     opened = open_target(target, device=device)
+    beta = opened.beta(beta)
     data = data or opened.eval_data
     if data is None:
         raise ConfigError(f"{target} names no held-out split: give one with --data")
@@ -89,11 +92,12 @@ def evaluate(
             samples,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            beta=beta,
             states=states,
             progress=shown.phase("caption"),
         )
     evaluation = score_captions(samples, captions, build_reward(opened.reward, statistics), statistics)
-    notes = [*opened.notes, source]
+    notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     found = States.of(states).correlations if states else {}
     Console().print(measures_table(opened.name, evaluation))
     if found:

@@ -17,7 +17,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
 from mmrl_ray.policy.vision import vision_features
-from mmrl_ray.runs.captioning import caption_samples, read_image
+from mmrl_ray.runs.captioning import read_image, target_captions
 from mmrl_ray.runs.target import open_target
 
 
@@ -67,7 +67,7 @@ def explain_image(
     policy = opened.policy
     sample = Sample(str(image), (data,), opened.prompt if prompt is None else prompt)
     if caption is None:
-        (caption,) = caption_samples(policy, [sample], max_new_tokens=opened.max_new_tokens)
+        (caption,) = target_captions(opened, [sample])
     (encoded,) = encode_prompts(policy, [sample])
     tokens = encode_caption(policy, caption)
     check_context(policy, encoded, tokens.numel())

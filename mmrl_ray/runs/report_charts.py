@@ -60,6 +60,8 @@ PANELS: tuple[_Panel, ...] = (
     _Panel("Loss and its terms", ("loss", "loss/")),
     _Panel("Preferences", ("dpo/accuracy", "dpo/confidence"), unit="share of the step's pairs"),
     _Panel("Implicit rewards", ("dpo/reward_chosen", "dpo/reward_rejected", "dpo/margin")),
+    _Panel("Values of the stored tokens, and what they were better than V", ("ilql/q", "ilql/v", "ilql/advantage")),
+    _Panel("Terms of the values' loss, a token", ("ilql/td", "ilql/expectile", "ilql/conservative", "ilql/nll")),
     _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
     _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
     _Panel("Mean Q and temporal-difference error", ("q/",)),

@@ -16,11 +16,12 @@ from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import RunError
+from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, checkpoint_name, newest_valid_checkpoint
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.value_heads import HEADS_FILE, add_decoding_heads
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.warm_start import warm_start
@@ -52,6 +53,17 @@ class Target:
     """What a reader of its figures should know."""
     agent: PictureAgent | None = None
     """Of a value-based run: what captions instead of the policy."""
+
+    def beta(self, wanted: float | None) -> float:
+        """The β to caption with: the one that is wanted, or what the run has; 0 without value heads.
+
+        Raises:
+            ConfigError: one above 0 is wanted, and there are no value heads.
+        """
+        heads = self.policy.value_heads.get(None)
+        if heads is None and wanted:
+            raise ConfigError(f"--beta {wanted:g} needs value heads, and {self.name} is no run of algorithm: ilql")
+        return wanted if wanted is not None else heads.beta if heads is not None else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +116,10 @@ def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
             agent = PictureAgent(Agent.load(local), VisionCache(cfg.rollout.vision_cache_mb * 2**20))
     else:
         folder, notes = _newest(run, ADAPTER_FOLDER, CONFIG_FILE)
-        with _local(run, folder, (CONFIG_FILE, WEIGHTS_FILE)) as local:
+        heads = (HEADS_FILE,) if run.exists(f"{folder}/{HEADS_FILE}") else ()
+        with _local(run, folder, (CONFIG_FILE, WEIGHTS_FILE, *heads)) as local:
             load_adapter(policy, local)
+            add_decoding_heads(policy, local)
     policy.model.requires_grad_(False)
     return Target(
         name=run.name,

@@ -37,7 +37,7 @@ from mmrl_ray.rollouts.control_files import STARTING_S, conclude_status, write_s
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs import preferences
+from mmrl_ray.runs import preferences, stored
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
 from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
@@ -59,7 +59,7 @@ _WATCH_S = 0.5
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {
     **{"reward/mean": "reward", "loss": "loss", "kl": "kl"},
-    **{"dpo/accuracy": "accuracy", "samples_per_second": "samples/s"},
+    **{"dpo/accuracy": "accuracy", "ilql/td": "td", "ilql/v": "V", "samples_per_second": "samples/s"},
 }
 
 
@@ -96,6 +96,7 @@ class _Run:
         with self._timed("data"):
             if not resume:
                 preferences.check_pairs(cfg)
+                stored.check_stored(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             samples = evaluation_split(cfg)
@@ -114,8 +115,8 @@ class _Run:
             if not resume:
                 run.write_text("config.yaml", dump_config(cfg))
             statistics = self._statistics(run)
-            with self._timed("preferences"):
-                start, self._pairs = preferences.pair_data(start, run)
+            with self._timed("stored"):
+                start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
             with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
@@ -214,7 +215,10 @@ class _Run:
         with self._timed(f"evaluate_{name}"):
             self._progress.note(f"evaluate ({name}): {len(samples)} held-out samples")
             sampling = SamplingParams(
-                temperature=self._cfg.rollout.temperature, max_new_tokens=self._cfg.rollout.max_new_tokens, greedy=True
+                temperature=self._cfg.rollout.temperature,
+                max_new_tokens=self._cfg.rollout.max_new_tokens,
+                greedy=True,
+                value_beta=stored.decoding_beta(self._cfg) if name == "after" else 0.0,  # there are no values before
             )
             generated = controller.generate(samples, sampling, states=MAX_STATES)
             done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]

@@ -13,6 +13,7 @@ from mmrl_ray.errors import AdapterError, CheckpointError, ConfigError, RunError
 from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, LIVE_FOLDER, checkpoint_name, checkpoint_steps, live_versions
 from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mmrl_ray.policy.adapters import ID_PATTERN, AdapterSource, AdapterVersion
+from mmrl_ray.policy.value_heads import HEADS_FILE
 from mmrl_ray.run_dir import MANIFEST, RunDir
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class FolderSource:
         files = [self._folder / CONFIG_FILE, self._folder / WEIGHTS_FILE]
         if not all(file.is_file() for file in files):
             return None
+        if (heads := self._folder / HEADS_FILE).is_file():
+            files.append(heads)
         stats = [file.stat() for file in files]
         stamp = ",".join(f"{stat.st_mtime_ns}:{stat.st_size}:{stat.st_ino}" for stat in stats)
         return AdapterVersion(0, stamp, int(max(stat.st_mtime for stat in stats)))
@@ -81,10 +84,11 @@ class RunSource:
             yield folder
 
     def _stamp(self, name: str) -> str | None:
-        """What the manifest says of the adapter's two files; None if it does not."""
+        """What the manifest says of the adapter's two files and of its value heads; None if it does not."""
         try:
             files = self._run.read_json(f"{name}/{MANIFEST}")["files"]
-            return ":".join(files[file]["sha256"] for file in (CONFIG_FILE, WEIGHTS_FILE))
+            heads = (HEADS_FILE,) if HEADS_FILE in files else ()
+            return ":".join(files[file]["sha256"] for file in (CONFIG_FILE, WEIGHTS_FILE, *heads))
         except (RunError, KeyError, TypeError):
             return None
 

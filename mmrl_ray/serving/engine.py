@@ -16,6 +16,7 @@ import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from PIL import Image
@@ -248,7 +249,10 @@ class Engine:
         prompt = await loop.run_in_executor(self._encoders, self._encode, turns, request.images, request.sampling)
         name = resident.name if resident is not None else BASE
         adapter = None if self._pool is None else name
-        return Ticket(prompt, request.n, request.sampling, adapter, streams, loop, partial(self._waiting.discard, mark))
+        sampling = request.sampling
+        if resident is not None and resident.beta > 0:
+            sampling = replace(sampling, value_beta=resident.beta)
+        return Ticket(prompt, request.n, sampling, adapter, streams, loop, partial(self._waiting.discard, mark))
 
     def _encode(
         self, turns: Sequence[tuple[str, Sequence[str | int]]], images: Sequence[bytes], sampling: SamplingParams

@@ -172,11 +172,14 @@ def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path
     assert (place / "runs" / "again" / "report.html").exists()
     assert (place / "photo-explained.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_split(place / "data" / "coco" / "train", prompt="")) == 6
-    for run in ("again", "liked"):
+    for run in ("again", "liked", "valued"):
         summary = json.loads((place / "runs" / run / "summary.json").read_text())
         assert summary["status"] == "finished"
     last = (place / "runs" / "liked" / "metrics.jsonl").read_text().splitlines()[-1]
     assert 0 <= json.loads(last)["dpo/accuracy"] <= 1
+    last = (place / "runs" / "valued" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["ilql/td"] >= 0
+    assert (place / "runs" / "valued" / "adapter" / "value_heads.safetensors").exists()
     assert (place / "rewards" / "scenes" / "report.json").exists()
 
 

@@ -143,7 +143,10 @@ def test_what_cannot_work_is_refused_for_real_before_anything_of_the_run_is_writ
 def test_evaluate(patched: Patch) -> None:
     evaluate = patched("mmrl_ray.runs.evaluate.evaluate")
     assert mmrl("evaluate", "runs/demo", "--data", "d", "--limit", 5, "--out", "o.json").exit_code == 0
-    evaluate.assert_called_once_with("runs/demo", data="d", limit=5, out=Path("o.json"), prompt=None)
+    evaluate.assert_called_once_with("runs/demo", data="d", limit=5, out=Path("o.json"), prompt=None, beta=None)
+    assert mmrl("evaluate", "runs/demo", "--beta", "2.5").exit_code == 0
+    evaluate.assert_called_with("runs/demo", data=None, limit=None, out=None, prompt=None, beta=2.5)
+    assert mmrl("evaluate", "runs/demo", "--beta", "-1").exit_code == 2
     assert mmrl("evaluate", "runs/demo", "--limit", 0).exit_code == 2
 
 
@@ -161,4 +164,9 @@ def test_caption_needs_one_source(patched: Patch) -> None:
         done = mmrl("caption", *sources, "a.png")
         assert (done.exit_code, done.stderr) == (2, "error: give --run RUN, --model MODEL or --url URL\n")
     assert mmrl("caption", "--run", "r", "a.png", "b.png").exit_code == 0
-    caption.assert_called_once_with([Path("a.png"), Path("b.png")], run="r", model=None, prompt=None)
+    caption.assert_called_once_with([Path("a.png"), Path("b.png")], run="r", model=None, prompt=None, beta=None)
+    assert mmrl("caption", "--run", "r", "--beta", "0", "a.png").exit_code == 0
+    caption.assert_called_with([Path("a.png")], run="r", model=None, prompt=None, beta=0.0)
+    done = mmrl("caption", "--url", "http://gate:8000", "--beta", "2", "a.png")
+    assert done.exit_code == 2
+    assert "has the beta of its own run" in done.output

@@ -50,8 +50,11 @@ def test_written_keys_win_over_the_preset_section_by_section() -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_a_valid_learner(name: str) -> None:
-    pairs = ["rollout.group_size=2", "data.preferences.store=sqlite:///p.db"] if name == "dpo" else []
-    cfg = parse_config(GOOD, "c.yaml", [f"algorithm={name}", *pairs])
+    needs = {
+        "dpo": ["rollout.group_size=2", "data.preferences.store=sqlite:///p.db"],
+        "ilql": ["data.rollouts.run=runs/again"],
+    }
+    cfg = parse_config(GOOD, "c.yaml", [f"algorithm={name}", *needs.get(name, [])])
     for key, value in PRESETS[name].items():
         written = getattr(cfg.learner, key)
         assert (written.model_dump() if isinstance(value, dict) else written) == value
@@ -79,7 +82,7 @@ learner:
         "c.yaml:5: data.train: required key is missing: add `train:` under `data:`",
         'c.yaml:6: data.trian: unknown key (value "d"); did you mean `train`?',
         "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
-        "'dapo', 'gspo', 'cispo', 'dpo' or 'value_based'; did you mean `grpo`?",
+        "'dapo', 'gspo', 'cispo', 'dpo', 'ilql' or 'value_based'; did you mean `grpo`?",
         'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
         "c.yaml:10: rollout.workers: must be a whole number or a section of `key: value` lines, not true",
         "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",
@@ -315,3 +318,25 @@ def test_what_does_not_go_with_pairs_is_refused(overrides: list[str], message: s
     parse_config(GOOD, "c.yaml", pairs)
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         parse_config(GOOD, "c.yaml", [*pairs, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.rollouts=null"], "learner.loss=ilql needs data.rollouts: write the run"),
+        (["algorithm=grpo"], "data.rollouts is read by learner.loss=ilql alone, not by learner.loss=clipped"),
+        (["learner.advantage=group"], "advantage=group has no meaning with loss=ilql"),
+        (["learner.kl.weight=0.1"], "kl.weight=0.1 is refused with loss=ilql"),
+        (["learner.sharding=fsdp2"], "sharding=fsdp2 is refused with loss=ilql"),
+        (["learner.adapter_l2=0.1"], "have nothing to hold where ilql.bc_weight=0"),
+        (["learner.ilql.expectile=1"], "learner.ilql.expectile: "),
+        (["learner.ilql.beta=-1"], "learner.ilql.beta: "),
+        (["data.rollouts.policy=other"], "data.rollouts.policy: "),
+    ],
+)
+def test_what_does_not_go_with_stored_rollouts_is_refused(overrides: list[str], message: str) -> None:
+    stored = ["algorithm=ilql", "data.rollouts.run=runs/again"]
+    assert not parse_config(GOOD, "c.yaml", stored).learner.trains_adapter
+    assert parse_config(GOOD, "c.yaml", [*stored, "learner.ilql.bc_weight=1", "learner.adapter_l2=0.1"])
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        parse_config(GOOD, "c.yaml", [*stored, *overrides])

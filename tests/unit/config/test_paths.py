@@ -62,6 +62,19 @@ def test_a_store_in_a_file_is_a_path_and_one_by_network_is_none(
     assert "data.preferences.store" not in local_paths(absolute(text.replace("sqlite:///votes.db", url)))
 
 
+def test_the_run_whose_rollouts_are_learnt_from_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    data = "data: {train: data/train, eval: /mnt/shared/eval"
+    text = LOCAL.replace(data, data + ", rollouts: {run: runs/again}") + "algorithm: ilql\n"
+    cfg = absolute(text)
+    assert local_paths(cfg)["data.rollouts.run"] == f"{tmp_path}/runs/again"
+    with pytest.raises(ConfigError, match=r"data\.rollouts\.run=.*/runs/again is a path of this machine"):
+        refuse_unseen(cfg, ("/mnt/shared/",), "it")
+    with pytest.raises(ConfigError, match=r"data\.rollouts\.run=.*/runs/again does not exist"):
+        refuse_missing(cfg)
+
+
 def test_shared_paths_and_uris_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()

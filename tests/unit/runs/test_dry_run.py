@@ -72,6 +72,23 @@ def test_reads_the_first_sample_of_data_that_is_there(tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
+def test_a_log_that_is_not_there_yet_is_told_and_one_that_does_not_fit_blocks(tmp_path: Path) -> None:
+    def look() -> DryRun:
+        cfg = config(
+            tmp_path,
+            data={"rollouts": {"run": str(tmp_path / "again")}},
+            learner={"loss": "ilql", "advantage": "none", "kl": {"weight": 0.0}},
+        )
+        return show(cfg)[0]
+
+    found = look()
+    assert found.blocking == []
+    assert any("again is not there yet: train that first" in line for line in found.unchecked)
+    (tmp_path / "again").mkdir()
+    (blocked,) = look().blocking
+    assert "has no rollout log" in blocked
+
+
 def test_any_model_folder(tmp_path: Path) -> None:
     build_family("qwen2_5_vl", tmp_path / "model")
     found, text = show(config(tmp_path, model={"path": str(tmp_path / "model")}))

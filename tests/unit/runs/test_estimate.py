@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, SmolVLMConfig
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.data import RolloutsSection
+from mmrl_ray.config.learner import IlqlSection
 from mmrl_ray.config.model import LoraSection, ModelSection
 from mmrl_ray.policy.adapter import adapter_parameters, add_adapter
 from mmrl_ray.policy.checkpointing import checkpoint_layers
@@ -192,3 +194,19 @@ def test_sharding_leaves_a_learner_its_part_of_the_layers(policy: Policy) -> Non
         assert weights == rest + layers // parts + 2 * layers // shape.layers
     cfg = config({"sharding": "fsdp2", "workers": 1})
     assert learner_memory(cfg, shape, batch_plan(cfg, 50), 50, 16)["weights"] == shape.weight_bytes
+
+
+def test_value_heads_count_with_what_their_optimiser_keeps(policy: Policy) -> None:
+    plain = load_policy(ModelSection(path=policy.path, dtype="float32"), device="cpu")
+    shape = replace(model_shape(plain.hf_model, LoraSection(r=4), torch.float32), vocabulary=150_000)
+    base = config({"advantage": "none", "kl": {"weight": 0.0}})
+    data = base.data.model_copy(update={"rollouts": RolloutsSection(run="runs/again")})
+    learner = base.learner.model_copy(update={"loss": "ilql", "ilql": IlqlSection(width=300)})
+    cfg = base.model_copy(update={"learner": learner, "data": data})
+    head = 300 * (shape.hidden + 150_000) * 4
+    plan = batch_plan(cfg, 50)
+    parts = learner_memory(cfg, shape, plan, 50, 16)
+    assert parts["value heads"] == 10 * head + parts["logits"]
+    parts = rollout_memory(cfg, shape, 50, 16)
+    assert parts["value heads"] == 2 * head + parts["logits"]
+    assert "value heads" not in learner_memory(base, shape, plan, 50, 16)

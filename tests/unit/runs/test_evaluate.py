@@ -23,6 +23,7 @@ from mmrl_ray.learner.state import LearnerState
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.policy.adapter import adapter_parameters, add_adapter, save_adapter
 from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.value_heads import LearningHeads, save_value_heads
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs import warm_start as warm_start_module
@@ -247,3 +248,43 @@ def test_an_unfinished_run_stands_for_its_newest_checkpoint(world: World) -> Non
     assert opened.notes == ("the run is not finished: this is its checkpoint of step 3",)
     assert opened.statistics is None
     assert not any(p.requires_grad for p in opened.policy.model.parameters())
+
+
+@pytest.fixture
+def valued(world: World, tmp_path: Path) -> RunDir:
+    """The run of the world, with value heads beside its adapter; its own β is 2."""
+    run = RunDir.create(tmp_path, "valued")
+    run.write_text("config.yaml", world.run.read_text("config.yaml"))
+    run.write_text(STATISTICS, world.run.read_text(STATISTICS))
+    save_adapter(world.adapted.model, run.local_path("adapter"))
+    heads = LearningHeads(world.adapted.hidden_size, world.adapted.vocab_size, 8, beta=2.0, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    save_value_heads(heads, run.local_path("adapter"), whole=False)
+    return run
+
+
+def test_a_run_with_values_is_decoded_by_them_and_beta_0_is_the_plain_policy(
+    world: World, valued: RunDir, pictures: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plain = caption_images(world.run.location, pictures)
+    assert caption_images(valued.location, pictures, beta=0.0) == plain
+    by_values = caption_images(valued.location, pictures)
+    assert by_values == caption_images(valued.location, pictures, beta=2.0)
+    assert by_values != plain
+    file = tmp_path / "e.json"
+    found = {}
+    for beta in (None, 0.0):
+        evaluate(valued.location, beta=beta, out=file)
+        told = json.loads(file.read_text())
+        assert f"decoded with log π + {2 if beta is None else 0}·(Q − V)" in told["notes"]
+        found[beta] = [each["caption"] for each in told["captions"]]
+    assert found[None] != found[0.0]
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="--beta 1 needs value heads, and run is no run of algorithm: ilql"):
+        evaluate(world.run.location, beta=1.0)
+    assert caption_images(world.run.location, pictures, beta=0.0) == plain
+    explained = explain_image(valued.location, pictures[0])
+    assert explained.caption == by_values[0][1].strip()

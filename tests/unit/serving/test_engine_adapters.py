@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mmrl_ray.policy.adapters import AdapterPool
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prompts import encode_conversation
+from mmrl_ray.policy.value_heads import HEADS_FILE, LearningHeads, save_value_heads
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.serving.adapter_sources import AdapterFolders, RunSource, open_source
 from mmrl_ray.serving.engine import Engine
@@ -330,3 +332,75 @@ def test_what_is_no_source_is_said_at_once(tmp_path: Path) -> None:
         AdapterFolders({"../x": str(tmp_path)})
     with pytest.raises(AdapterError, match="does not exist"):
         open_source(str(tmp_path / "nothing"))
+
+
+def with_values(policy: Policy, seed: int, beta: float) -> Policy:
+    heads = LearningHeads(policy.hidden_size, policy.vocab_size, 8, beta, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    policy.value_heads[None] = heads
+    return policy
+
+
+def says_by_values(policy: Policy, beta: float) -> list[int]:
+    prompt = encode_conversation(policy, [("user", [0, "describe the image ."])], (PICTURE,))
+    sampling = replace(GREEDY, value_beta=beta)
+    return decode_groups(Decoder(policy), [DecodeRequest(prompt, 1, sampling)])[0].completions[0].token_ids.tolist()
+
+
+def test_an_adapter_with_value_heads_is_decoded_by_them_beside_others(
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path
+) -> None:
+    """Each by its own heads and β; new heads are a new version, though the adapter's weights are the same."""
+    run_dir = RunDir.create(tmp_path, "valued")
+    first, second, other, plain = (
+        with_values(trained(1), seed, beta) for seed, beta in ((1, 2.0), (2, 3.0), (3, 1.0), (4, 0.0))
+    )
+    save_adapter_folder(run_dir, "adapter", first, 4)
+    folders = {}
+    for name, policy in (("other", other), ("plain", plain)):
+        folders[name] = tmp_path / name
+        save_adapter(policy.model, folders[name])
+        save_value_heads(policy.value_heads[None], folders[name], whole=True)
+    expected = {
+        "valued": says_by_values(first, 2.0),
+        "other": says_by_values(other, 1.0),
+        "plain": says(trained(1)),
+    }
+    after = says_by_values(second, 3.0)
+    assert len({tuple(tokens) for tokens in (*expected.values(), after)}) == 4
+
+    async def work(engine: Engine) -> None:
+        order = ["valued", "plain", "other", "tiny"] * 2
+        for id, made in zip(order, await asyncio.gather(*(engine.generate(ask(id)) for id in order)), strict=True):
+            assert id == "tiny" or tokens_of(made) == expected[id], id
+        run_dir.delete("adapter")
+        save_adapter_folder(run_dir, "adapter", second, 4)
+        await engine.refresh()
+        assert tokens_of(await engine.generate(ask("valued"))) == after
+        assert set(engine._policy.value_heads) <= set(engine._policy.model.peft_config)  # type: ignore[arg-type]
+        assert len(engine._policy.value_heads) == 3, "what was replaced has gone"
+
+    source = RunSource(run_dir)
+    before = source.newest()
+    run_dir.write_text("config.yaml", "")
+    with started(base, {"valued": tmp_path / "valued", **folders}) as engine:
+        run(work(engine))
+    assert source.newest() != before
+
+
+def test_broken_value_heads_refuse_the_adapter(base: Path, trained: Callable[[int], Policy], tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    policy = with_values(trained(1), 1, 2.0)
+    save_adapter(policy.model, folder)
+    save_value_heads(policy.value_heads[None], folder, whole=False)
+    (folder / HEADS_FILE).write_bytes(b"nothing")
+
+    async def work(engine: Engine) -> None:
+        with pytest.raises(UnknownModelError, match="adapter 'one' of step 0 cannot be used"):
+            await engine.generate(ask("one"))
+
+    with started(base, {"one": folder}) as engine:
+        run(work(engine))

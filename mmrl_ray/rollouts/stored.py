@@ -1,0 +1,133 @@
+"""The engine of a run that learns from another one's rollout log: groups that were sampled and scored before.
+
+    load version → encode prompts → the stored completions → their stored rewards
+
+They take the way that rollouts take, with their plans, buffer, log, checkpoints and resume. A group is a row of an
+ordinary data set, its completions in the row's metadata (`sample_of`), so that the one reader of data sets, with its
+seeded order, its quarantine and its exact resume, reads them, too. Evaluations are sampled as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import DataError
+from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt
+from mmrl_ray.policy.decode import GroupOutput
+from mmrl_ray.rollouts.assignments import GroupRequest
+from mmrl_ray.rollouts.engine import RolloutEngine, Sampled, Score
+
+COLUMNS = (
+    *("sample_id", "image_hash", "prompt", "caption", "token_ids", "behaviour_logprobs", "finish_reason"),
+    *("reward_parts", "reward_sigma", "reward_risk"),
+)
+"""Of the rollout log, what `sample_of` needs beside a row's place and reward."""
+_KEY = "mmrl_rollouts"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """Completions of one sample, and what each earned."""
+
+    completions: tuple[Completion, ...]
+    rewards: tuple[RewardBreakdown, ...]
+
+
+def sample_of(rows: Sequence[Mapping[str, Any]], images: tuple[bytes, ...]) -> Sample:
+    """A group of the rollout log, given as its rows, as a row of a data set."""
+    first = rows[0]
+    id = f"{first['step']}.{first['index']}.{first['attempt']}/{first['sample_id']}"
+    kept = [{"reward": row["reward"], **{name: row[name] for name in COLUMNS[3:]}} for row in rows]
+    return Sample(id, images, first["prompt"], metadata={_KEY: kept})
+
+
+def stored_group(sample: Sample) -> StoredGroup | None:
+    """The group in a row; None where it is an ordinary sample.
+
+    Raises:
+        DataError: it is no group that `sample_of` wrote.
+    """
+    if _KEY not in sample.metadata:
+        return None
+    try:
+        rows: Any = sample.metadata[_KEY]
+        return StoredGroup(tuple(_completion(row) for row in rows), tuple(_reward(row) for row in rows))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"sample {sample.id!r} has no completions under {_KEY!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+class StoredEngine(RolloutEngine):
+    """A `RolloutEngine` for which a sample that is a stored group brings its completions and rewards along."""
+
+    def _check(self, request: GroupRequest) -> None:
+        group = stored_group(request.sample)
+        if group is None:
+            return
+        if len(group.completions) != request.completions:
+            raise DataError(
+                f"group {request.sample.id!r} has {len(group.completions)} completions with a reward, and "
+                f"rollout.group_size={request.completions}"
+            )
+        for completion in group.completions:
+            tokens, limit = completion.token_ids.numel(), request.sampling.max_new_tokens
+            if not 1 <= tokens <= limit:
+                raise DataError(
+                    f"caption {completion.text!r:.60} has {tokens} tokens, and rollout.max_new_tokens={limit}: set it "
+                    "to that of the run that sampled"
+                )
+            if (text := self._backend.text_of(completion.token_ids)) != completion.text:
+                raise DataError(
+                    f"the tokens of caption {completion.text!r:.60} say {text!r:.60} to this model: they are another "
+                    "tokenizer's; name the model of the run that sampled"
+                )
+
+    def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
+        if not _are_stored([request for request, _ in prompts]):
+            return super()._decode(prompts, greedy=greedy)
+        features = self._backend.features([prompt for _, prompt in prompts])
+        return [
+            Sampled(
+                request,
+                prompt,
+                GroupOutput(_stored(request).completions, None, None if features is None else features[i]),
+            )
+            for i, (request, prompt) in enumerate(prompts)
+        ]
+
+    def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
+        if not _are_stored([each.request for each in sampled]):
+            return super()._score(sampled)
+        return [[*_stored(each.request).rewards] for each in sampled]
+
+
+def _completion(row: Mapping[str, Any]) -> Completion:
+    tokens = torch.tensor(row["token_ids"], dtype=torch.int64)
+    logprobs = torch.tensor(row["behaviour_logprobs"], dtype=torch.float32)
+    if tokens.ndim != 1 or tokens.shape != logprobs.shape:
+        raise ValueError(f"{tokens.numel()} tokens and {logprobs.numel()} log-probs")
+    return Completion(tokens, logprobs, row["caption"], row["finish_reason"])
+
+
+def _reward(row: Mapping[str, Any]) -> RewardBreakdown:
+    parts = {part["name"]: part["value"] for part in row["reward_parts"]}
+    weights = {part["name"]: part["weight"] for part in row["reward_parts"] if part["weight"] is not None}
+    return RewardBreakdown(float(row["reward"]), parts, weights, row["reward_sigma"], row["reward_risk"] or 0.0)
+
+
+def _are_stored(requests: Sequence[GroupRequest]) -> bool:
+    """An assignment is of stored groups throughout, or of none."""
+    return bool(requests) and stored_group(requests[0].sample) is not None
+
+
+def _stored(request: GroupRequest) -> StoredGroup:
+    group = stored_group(request.sample)
+    assert group is not None
+    return group
