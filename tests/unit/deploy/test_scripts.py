@@ -170,6 +170,17 @@ def test_the_signal_before_the_end_reaches_the_run(slurm: Slurm) -> None:
     assert process.returncode == 130
 
 
+def test_a_signal_before_there_is_a_run_ends_it_at_once(slurm: Slurm) -> None:
+    process = slurm.start("my.yaml", LONG="1", HEALTHY_AFTER="20")
+    deadline = time.monotonic() + 30
+    while not any(line.startswith("ray health-check") for line in slurm.lines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)  # the stub's run takes 30 s by itself
+    assert process.returncode == 130
+
+
 def test_what_is_missing_is_said(slurm: Slurm) -> None:
     assert slurm.run()[0] == 2
     status, _, errors = slurm.run("my.yaml", MMRL_BIN="/nowhere")
