@@ -99,7 +99,8 @@ class Slurm:
             "SLURM_GPUS_ON_NODE": "4",
             **environment,
         }
-        command = ["bash", SLURM, *arguments]
+        # A suite started in the background has SIGINT ignored, and a shell cannot trap what came ignored.
+        command = ["env", "--default-signal=INT", "bash", SLURM, *arguments]
         process = subprocess.Popen(
             command, env=variables, stderr=subprocess.PIPE, text=True, cwd=self.folder, start_new_session=True
         )
