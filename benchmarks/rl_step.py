@@ -96,7 +96,9 @@ def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: i
     return {
         "samples_per_second": IMAGES * GROUP_SIZE * len(lines) / sum(seconds),
         "seconds_per_step": statistics.median(seconds),
-        "phases": {key.removeprefix("seconds/"): statistics.median(line[key] for line in lines) for key in phases},
+        "phases": {
+            key.removeprefix("seconds/"): statistics.median(line.get(key, 0.0) for line in lines) for key in phases
+        },
         "completion_length": statistics.mean(line["completion/length_mean"] for line in lines),
         "shared_prefix": all(line["shared_prefix"] for line in lines),
     }
