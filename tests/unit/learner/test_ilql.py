@@ -23,6 +23,7 @@ from mmrl_ray.policy.prefix import ScorePath
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.value_heads import HEADS_FILE, LearningHeads, add_learning_heads, learning_heads
 from mmrl_ray.run_dir import RunDir
+from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import (
     TEMPERATURE,
     make_groups,
@@ -121,6 +122,22 @@ def test_loss_and_gradient_are_those_of_the_formula_on_whole_rows(
     for name in ("td", "expectile", "conservative", "q", "v", "nll", "advantage"):
         assert math.isfinite(metrics[f"ilql/{name}"])
     assert math.isnan(metrics["kl"])
+
+
+@pytest.mark.parametrize("w", [0.0, 0.7])
+def test_two_ranks_make_the_step_of_one(tiny: Path, w: float) -> None:
+    cfg = section(w, micro_batch_tokens=1)
+
+    def make() -> Policy:
+        return make_valued(tiny, cfg)[0]
+
+    ((alone, metrics),) = run_together(make, cfg, 1)
+    for policy, others in run_together(make, cfg, 2):
+        heads, expected = learning_heads(policy), learning_heads(alone)
+        assert torch.allclose(head_weights(heads), head_weights(expected), atol=1e-5)  # the targets are in it
+        assert torch.allclose(weights(policy), weights(alone), atol=1e-5)
+        for name in set(metrics) - {n for n in metrics if n.startswith("seconds/")}:
+            assert others[name] == pytest.approx(metrics[name], rel=1e-4, nan_ok=True), name
 
 
 def test_the_policy_stays_as_it_is_unless_it_clones(tiny: Path) -> None:

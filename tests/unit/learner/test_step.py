@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import torch
 
 from mmrl_ray.config.learner import DpoSection, KlSection, LearnerSection
 from mmrl_ray.config.presets import PRESETS
-from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, NonFiniteError, RolloutError
+from mmrl_ray.errors import ConfigError, LearnerError, NonFiniteError, RolloutError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
-from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.losses.regularizers import adapter_l2, l2_to_pretrained
-from mmrl_ray.policy.load import Policy
+from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import (
     gradient,
     make_groups,
@@ -234,80 +233,11 @@ def test_a_step_without_any_signal_still_ends(tiny: Path) -> None:
     assert torch.equal(weights(policy), before)
 
 
-class Together:
-    """Ranks in threads: the collectives of a process group, without one."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=30)
-        self.board: list[Any] = [None] * size
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self.board[rank] = value
-        self.barrier.wait()
-        everything = list(self.board)
-        self.barrier.wait()
-        return everything
-
-
-class OneOf(Ranks):
-    def __init__(self, together: Together, rank: int) -> None:
-        super().__init__()
-        self._group, self._rank = together, rank
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        return self._group.size
-
-    def sum_(self, values: torch.Tensor) -> None:
-        values.copy_(torch.stack(self._group.exchange(self._rank, values.clone())).sum(dim=0))
-
-    def any(self, flag: bool) -> bool:
-        return any(self._group.exchange(self._rank, flag))
-
-    def raise_first(self, error: MMRLError | None) -> None:
-        for found in self._group.exchange(self._rank, error):
-            if found is not None:
-                raise found
-
-
-def run_together(
-    tiny: Path, cfg: LearnerSection, size: int, steps: int = 2, *, in_lockstep: bool = False, **changes: Any
-) -> list[Any]:
-    """[(policy, metrics of the last step) or the error] of each rank."""
-    together = Together(size)
-    results: list[Any] = [None] * size
-    policies: list[Policy] = [make_policy(tiny) for _ in range(size)]
-    groups = make_groups(policies[0])
-
-    def work(rank: int) -> None:
-        try:
-            learner = LearnerStep(policies[rank], cfg, ranks=OneOf(together, rank), in_lockstep=in_lockstep)
-            metrics: dict[str, Any] = {}
-            for step in range(steps):
-                plan = make_plan(groups, cfg, step=step, world_size=size)
-                metrics = learner.run(plan, changes.get(f"payloads{rank}", payloads))
-            results[rank] = (policies[rank], metrics)
-        except MMRLError as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    return results
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_ranks_make_the_step_of_one(tiny: Path, size: int) -> None:
     cfg = section(kl=KlSection(weight=0.1), adapter_l2=0.01, l2_to_pretrained=0.01, micro_batch_tokens=1)
-    ((alone, metrics),) = run_together(tiny, cfg, 1)
-    ranks = run_together(tiny, cfg, size)  # of 4 ranks one has no group at all
+    ((alone, metrics),) = run_together(partial(make_policy, tiny), cfg, 1)
+    ranks = run_together(partial(make_policy, tiny), cfg, size)  # of 4 ranks one has no group at all
     for policy, others in ranks:
         assert_close(gradient(policy), gradient(alone))
         assert_close(weights(policy), weights(alone), 1e-4)
@@ -319,7 +249,7 @@ def test_several_ranks_make_the_step_of_one(tiny: Path, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_in_lockstep_make_as_many_passes_as_the_busiest(tiny: Path, size: int) -> None:
     cfg = section(kl=KlSection(weight=0.1), adapter_l2=0.01, micro_batch_tokens=1)
-    ((alone, metrics),) = run_together(tiny, cfg, 1, steps=1)
+    ((alone, metrics),) = run_together(partial(make_policy, tiny), cfg, 1, steps=1)
     fetched: dict[int, list[str]] = {rank: [] for rank in range(size)}
 
     def counting(rank: int) -> Any:
@@ -330,7 +260,7 @@ def test_ranks_in_lockstep_make_as_many_passes_as_the_busiest(tiny: Path, size: 
         return watching
 
     changes = {f"payloads{rank}": counting(rank) for rank in range(size)}
-    ranks = run_together(tiny, cfg, size, steps=1, in_lockstep=True, **changes)
+    ranks = run_together(partial(make_policy, tiny), cfg, size, steps=1, in_lockstep=True, **changes)
     assert [len(fetched[rank]) for rank in range(size)] == [2 if size == 2 else 1] * size
     for policy, others in ranks:
         assert_close(gradient(policy), gradient(alone))
@@ -343,7 +273,7 @@ def test_an_error_on_one_rank_is_raised_on_all(tiny: Path, in_lockstep: bool) ->
     def lost(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
         raise RolloutError("the group is gone")
 
-    for result in run_together(tiny, section(), 2, in_lockstep=in_lockstep, payloads1=lost):
+    for result in run_together(partial(make_policy, tiny), section(), 2, in_lockstep=in_lockstep, payloads1=lost):
         assert isinstance(result, RolloutError)
         assert str(result) == "the group is gone"
 
