@@ -239,8 +239,15 @@ class FaultyRun:
         return self.chance.choice(sorted(pids))
 
     def _replaced(self, since: float) -> bool:
+        """Whoever died has a successor that is ready, or that died, too, and has one."""
         lost = self.events("worker_lost", since)
-        return bool(lost) and len(self.events("worker_ready", lost[0]["time"])) >= len(lost)
+        if not lost:
+            return False
+        gone, created, ready = (
+            {event["worker"] for event in self.events(kind, lost[0]["time"])}
+            for kind in ("worker_lost", "worker_created", "worker_ready")
+        )
+        return len(created) >= len(gone) and created - gone <= ready
 
     def _resumed(self) -> Callable[[], bool]:
         """Goes on, until a step is finished that was not before the run ended."""
