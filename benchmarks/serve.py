@@ -219,7 +219,7 @@ def build_loads(folder: Path) -> list[Load]:
     small = folder / "small.parquet"
     write_parquet(small, generate_scenes(ScenesSection(train=64, eval=1, image_size=64))[0])
     return [
-        Load("16M", model, pictures_of(data, CLIENTS + 128 + 16), many=128, one=16),
+        Load("16M", model, pictures_of(data, CLIENTS + 384 + 16), many=384, one=16),
         Load("tiny", tiny, pictures_of(small, CLIENTS + 1600 + 100), many=1600, one=100),
     ]
 
