@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import psutil
 import pytest
 import ray
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from ray._raylet import AuthenticationMode, get_authentication_mode
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
@@ -36,13 +34,12 @@ from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import Stop
 from mmrl_ray.rollouts.weights import encode_state
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.telemetry.table import METRICS
+from tests.support.prometheus import exported
 from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 WAIT_S = 120.0
-RAYS_OWN = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = WAIT_S) -> None:
@@ -414,26 +411,13 @@ def test_metrics_reach_prometheus_and_logs_are_json(tmp_path: Path) -> None:
 
 
 def scraped(run: str) -> dict[tuple[str, str], float]:
-    """Samples of a run at the node's metrics port, by series and the value of the label that is its own.
-
-    Every one of the project's has exactly the labels that the table says, beside Ray's.
-    """
+    """Samples of a run at the node's metrics port, by series and the value of the label that is its own."""
     (node,) = [node for node in ray.nodes() if node["Alive"]]
-    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-    with urllib.request.urlopen(address, timeout=10) as answer:
-        text = answer.read().decode()
-    by_series = {series: metric for metric in METRICS for series in metric.series}
     found: dict[tuple[str, str], float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.labels.get("run") != run or not sample.name.startswith("ray_mmrl_"):
-                continue
-            metric = by_series[sample.name]
-            own = {name for name in sample.labels if name not in RAYS_OWN and not name.startswith("otel_")}
-            assert own == set(metric.labels) | ({"le"} if sample.name.endswith("_bucket") else set()), sample
-            if "le" not in own:
-                first = next((sample.labels[name] for name in metric.labels if name != "run"), "")
-                found[sample.name, first] = sample.value
+    for metric, sample in exported(node["MetricsExportPort"]):
+        if sample.labels.get("run") == run and not sample.name.endswith("_bucket"):
+            first = next((sample.labels[name] for name in metric.labels if name != "run"), "")
+            found[sample.name, first] = sample.value
     return found
 
 

@@ -107,6 +107,15 @@ class Server:
         """Processes of a deployment's replicas."""
         return replica_pids(self.process.pid, deployment)
 
+    def metrics_port(self) -> int:
+        """Where its Ray exports metrics to Prometheus."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            session = next((a for a in child.cmdline() if a.startswith("--session_dir=")), None)
+            if session is not None:
+                (file,) = Path(session.partition("=")[2]).glob("metrics_export_port_*")
+                return int(file.read_text())
+        raise AssertionError("no Ray found below `mmrl serve`")
+
 
 def replica_pids(driver: int, deployment: str) -> list[int]:
     """Replica processes of a deployment on the local Ray that process `driver` started."""

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.data.samples import Sample
@@ -22,6 +23,7 @@ from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.serve_config import check_serve_config
 from tests.integration.serving.conftest import PROMPT, REFERENCES, START_S, Server, start, wait_for
+from tests.support.prometheus import exported
 from tests.unit.data.pictures import picture
 
 torch.set_num_threads(1)
@@ -73,6 +75,37 @@ def test_the_official_client_gets_what_transformers_generates(server: Server) ->
     models = {model.id: model.to_dict() for model in api.models.list()}
     assert set(models) == {"base", "tiny"}
     assert (models["tiny"]["step"], models["tiny"]["parent"]) == (3, "base")
+
+
+def test_what_it_counts_reaches_prometheus_through_ray(server: Server) -> None:
+    ask(client(server), 1)
+    ask(client(server), 2)
+    asked = {"method": "POST", "route": "/v1/chat/completions", "status": "200"}
+    shown = httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {server.key}"}, timeout=60).text
+    by_gateway = sum(
+        sample.value
+        for family in text_string_to_metric_families(shown)
+        for sample in family.samples
+        if sample.name == "mmrl_gateway_requests_total" and sample.labels == asked
+    )
+    assert by_gateway >= 2
+    found: dict[str, float] = {}
+
+    def all_there() -> bool:
+        found.clear()
+        for _, sample in exported(server.metrics_port()):
+            if not sample.name.startswith("ray_mmrl_gateway_requests_t") or sample.labels.items() >= asked.items():
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+        return (
+            found.get("ray_mmrl_gateway_requests_total", 0) >= by_gateway
+            and found.get("ray_mmrl_policy_sampled_tokens_total", 0) >= 2
+            and found.get("ray_mmrl_policy_requests_total", 0) >= by_gateway
+        )
+
+    try:
+        wait_for(all_there, "metrics at Ray's port", 40.0)
+    finally:
+        print("found:", found)
 
 
 def test_errors_have_their_types_through_all_processes(server: Server) -> None:
