@@ -94,7 +94,7 @@ def test_what_it_counts_reaches_prometheus_through_ray(server: Server) -> None:
     def all_there() -> bool:
         found.clear()
         for _, sample in exported(server.metrics_port()):
-            if not sample.name.startswith("ray_mmrl_gateway_requests_t") or sample.labels.items() >= asked.items():
+            if sample.name != "ray_mmrl_gateway_requests_total" or sample.labels.items() >= asked.items():
                 found[sample.name] = found.get(sample.name, 0) + sample.value
         return (
             found.get("ray_mmrl_gateway_requests_total", 0) >= by_gateway
