@@ -203,7 +203,8 @@ class RayWorkerPool:
     def _dispatch(self) -> None:
         busy = self.ledger.busy
         for worker in self._workers.values():
-            if worker.state != "ready" or worker.retiring or worker.id in busy:
+            # One that has yet to answer a ping may hang: it would keep the assignment until that is found out.
+            if worker.state != "ready" or worker.retiring or worker.id in busy or worker.probe_pending:
                 continue
             assignment = self.ledger.give(worker.id, self._clock())
             if assignment is None:
