@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mmrl_ray.experience.carriers import FinishReason, SamplingParams
+from mmrl_ray.policy.cpu_attention import decode_step_attention
 from mmrl_ray.policy.detokenize import TextStream
 from mmrl_ray.policy.kept_keys import KeptLayer, fill_holes
 from mmrl_ray.policy.load import Policy
@@ -169,10 +170,14 @@ class Cohort:
             return first
         self._add_own_keys()
         positions = self._positions
-        with nullcontext() if self._adapters is None else self._adapters.on(self._names):
+        mask = self._attention_mask()
+        with (
+            nullcontext() if self._adapters is None else self._adapters.on(self._names),
+            decode_step_attention(self._policy) if self.width == 1 else nullcontext(),
+        ):
             output = self._policy.core(
                 input_ids=self._tokens,
-                attention_mask=self._attention_mask(),
+                attention_mask=mask,
                 position_ids=positions.expand(3, -1, -1) if has_multi_axis_positions(self._policy) else positions,
                 past_key_values=self._cache,
                 use_cache=True,

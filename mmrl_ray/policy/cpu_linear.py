@@ -73,13 +73,18 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[.., in] → [.., out]."""
-        weight, bias = self.weight, self.bias
+        weight, bias = (
+            self._parameters["weight"],
+            self._parameters["bias"],
+        )  # what attributes take ten times as long for
+        assert weight is not None
         large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
         if not large or not _fits(input) or not _fits(weight) or input.numel() == 0 or torch.is_autocast_enabled("cpu"):
             return linear(input, weight, bias)
-        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if torch.is_grad_enabled() and (input.requires_grad or trains):
-            return _Product.apply(input, weight, bias)
+        if torch.is_grad_enabled():
+            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            if input.requires_grad or trains:
+                return _Product.apply(input, weight, bias)
         if self._packed is not None and self._packed[0] == weight.data_ptr():
             weight = self._packed[1]
         return _multiply(input, weight, bias)
@@ -104,7 +109,7 @@ class _Product(torch.autograd.Function):
 
 
 def _fits(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return tensor.dtype is torch.float32 and tensor.is_cpu
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

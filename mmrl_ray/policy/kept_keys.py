@@ -27,13 +27,16 @@ class KeptLayer(DynamicLayer):
     values: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
-        """Copies `keys` and `values` [B, H, K, d]; `room` is for how many keys there is place at a time."""
+        """Takes over `keys` and `values` [B, H, K, d], which are copied only once they need more place.
+
+        `room` is for how many keys there is place at a time.
+        """
         super().__init__()
-        self.lazy_initialization(keys, values)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._room = room
-        self._rows = self._lo = self._hi = 0
+        self._rows, self._lo, self._hi = keys.shape[0], 0, keys.shape[2]
         self._all_keys, self._all_values = keys, values
-        self._move(keys, values, rows=keys.shape[0])
+        self._look()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

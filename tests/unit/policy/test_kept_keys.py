@@ -104,3 +104,16 @@ def test_room_for_rows_is_made_ahead_but_for_no_more_than_may_come(most_rows: in
     layer = layer_of(2, 4, 8)
     layer.join(layer_of(1, 4, 8), most_rows=most_rows)
     assert layer._all_keys.shape[0] == fit
+
+
+def test_rows_that_join_at_once_are_copied_once() -> None:
+    """What a prompt's pass made is taken as it is: it is copied when it joins others, or when its own steps begin."""
+    made = numbers(1, 5)
+    layer = KeptLayer(made, -made, 3)
+    assert layer.keys.data_ptr() == made.data_ptr()
+    host = layer_of(2, 5, 3)
+    host.join(layer, most_rows=9)
+    assert torch.equal(host.keys[2:], made)
+    layer.update(numbers(1, 1), -numbers(1, 1))
+    assert layer.keys.data_ptr() != made.data_ptr()
+    assert torch.equal(layer.keys[:, :, :5], made)
