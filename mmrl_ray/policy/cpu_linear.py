@@ -73,11 +73,7 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[.., in] → [.., out]."""
-        weight, bias = (
-            self._parameters["weight"],
-            self._parameters["bias"],
-        )  # what attributes take ten times as long for
-        assert weight is not None
+        weight, bias = self.weight, self.bias
         large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
         if not large or not _fits(input) or not _fits(weight) or input.numel() == 0 or torch.is_autocast_enabled("cpu"):
             return linear(input, weight, bias)
