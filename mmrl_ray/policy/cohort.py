@@ -170,11 +170,9 @@ class Cohort:
             return first
         self._add_own_keys()
         positions = self._positions
-        mask = self._attention_mask()
-        with (
-            nullcontext() if self._adapters is None else self._adapters.on(self._names),
-            decode_step_attention(self._policy) if self.width == 1 else nullcontext(),
-        ):
+        mask = self._attention_mask()  # of the shape that the policy's own attention takes
+        adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
+        with adapters, decode_step_attention(self._policy):
             output = self._policy.core(
                 input_ids=self._tokens,
                 attention_mask=mask,

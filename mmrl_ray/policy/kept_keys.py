@@ -32,6 +32,7 @@ class KeptLayer(DynamicLayer):
         `room` is for how many keys there is place at a time.
         """
         super().__init__()
+        # What `lazy_initialization` does, without the two empty tensors that it makes.
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._room = room
         self._rows, self._lo, self._hi = keys.shape[0], 0, keys.shape[2]
