@@ -180,7 +180,7 @@ class Cohort:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-            logits = self._policy.hf_model.get_output_embeddings()(output.last_hidden_state)
+            logits = self._policy.logits(output.last_hidden_state)
         self._positions = positions + 1
         return self._with_values(logits.flatten(0, 1), output.last_hidden_state.flatten(0, 1))
 

@@ -18,7 +18,7 @@ from mmrl_ray.policy.load import Policy
 Turns = Sequence[tuple[str, Sequence[str | int]]]
 """A conversation: for each message its role and its parts, texts and indices of images."""
 
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Processor outputs with one value a token; everything else belongs to images."""
 
 
