@@ -130,8 +130,8 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
 
     Raises:
         ModelError: the folder is missing, the checkpoint has no vision tower, no processor, no chat template or no
-            image token, its weights are not (complete) safetensors, its pictures are no tokens of the prompt, or its logits
-            cannot be made of hidden states.
+            image token, its weights are not (complete) safetensors, its pictures are no tokens of the prompt, or its
+            logits cannot be made of hidden states.
     """
     path = _resolve(cfg.path)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -196,8 +196,9 @@ def _assemble(
     crossing = [name for name in _CROSS_ATTENTION if name in inspect.signature(model.forward).parameters]
     if crossing:
         raise ModelError(
-            f"model {path!r}: the tokens of a {type(model).__name__} look at pictures by cross-attention ({crossing[0]}), "
-            "and only models whose pictures are tokens of the prompt can be sampled and trained; use another checkpoint"
+            f"model {path!r}: the tokens of a {type(model).__name__} look at pictures by cross-attention "
+            f"({crossing[0]}), and only models whose pictures are tokens of the prompt can be sampled and trained; use "
+            "another checkpoint"
         )
     tokenizer = processor.tokenizer
     text_config = config.get_text_config()

@@ -2,10 +2,10 @@
 
 `B` rows, `T` tokens, `M` tokens, `d` hidden width, `V` vocabulary.
 
-Behind the last layer many models do more than multiply by `lm_head`: they cap logits (Gemma, PaliGemma 2), scale them
-(Granite, Cohere, Inkling) or cut the vocabulary. None of it is copied here. The model's `forward` runs on a shallow copy
-of the model whose core gives back the hidden states that it is asked for, and all that follows is the model's. Where
-that is found to be the bare head and nothing else, the head is called directly; `Policy.logits` is the one way in.
+Behind the last layer many models do more than multiply by `lm_head`: they cap logits softly (Gemma 4, PaliGemma 2),
+scale them (Granite, Cohere) or scale what the head is given (Inkling). None of it is copied here. The model's `forward`
+runs on a shallow copy of the model whose core gives back given hidden states, and all that follows is the model's own.
+Where that turns out to be the bare head, the head is called directly. `Policy.logits` is the one way in.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PROBE_RANGE = 64.0
 
 
 def takes_bare_head(model: PreTrainedModel, path: str) -> bool:
-    """Whether the model's logits are what its head makes of the hidden states, bit for bit, with nothing before or after.
+    """Whether the model's logits are what its head makes of the hidden states, with nothing before it or behind it.
 
-    Found out by the model's forward with a made-up core and a made-up head, so that it costs no product with real
-    weights and holds for whatever weights the head is given later.
+    Found out, bit for bit, by the model's forward with a made-up core and a made-up head, so that it costs no product
+    with real weights and holds for whatever weights the head is given later.
 
     Raises:
         ModelError: the model has no core with a head behind it, its forward cannot be run from hidden states, its
@@ -53,8 +53,8 @@ def takes_bare_head(model: PreTrainedModel, path: str) -> bool:
     except Exception as error:  # whatever a model's forward raises when it is run in a way that it was not made for
         raise ModelError(
             f"model {path!r}: the forward of a {kind} cannot be run from its hidden states on "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}), so its logits cannot be known to be those "
-            "that it is sampled by; use another image-text-to-text checkpoint"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}), so that what is sampled would not be "
+            "what is learnt; use another image-text-to-text checkpoint"
         ) from error
     if logits.shape != (*_PROBE_SHAPE[:2], vocabulary):
         raise ModelError(
@@ -63,8 +63,8 @@ def takes_bare_head(model: PreTrainedModel, path: str) -> bool:
         )
     if not torch.equal(apart[:, 0], logits.flatten(0, 1)):
         raise ModelError(
-            f"model {path!r}: what a {kind} makes of one token's hidden state depends on its neighbours, so completions "
-            "cannot be decoded token by token; use another image-text-to-text checkpoint"
+            f"model {path!r}: what a {kind} makes of one token's hidden state depends on its neighbours, so "
+            "completions cannot be decoded token by token; use another image-text-to-text checkpoint"
         )
     return len(head.given) == 2 and torch.equal(head.given[0], hidden) and torch.equal(logits, head(hidden))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.masking_utils import create_masks_for_generate
@@ -152,15 +153,14 @@ def _prompt_masks(policy: Policy, batch: PromptBatch) -> dict[str, torch.Tensor 
     Made by the model's own function, the one that `generate` calls.
     """
     text = policy.hf_model.config.get_text_config()
-    make = getattr(policy.hf_model, "create_masks_for_generate", create_masks_for_generate)
-    made = make(
+    make: Any = getattr(policy.hf_model, "create_masks_for_generate", create_masks_for_generate)
+    made: Any = make(
         config=policy.hf_model.config,
         inputs_embeds=torch.empty((*batch.input_ids.shape, 0), dtype=policy.dtype, device=policy.device),
         attention_mask=batch.attention_mask,
         past_key_values=None,
         position_ids=None,
-        is_first_iteration=True,
-        **batch.per_token,
+        **{"is_first_iteration": True, **batch.per_token},
     )
     if not isinstance(made, Mapping):
         made = {_SLIDING if getattr(text, "sliding_window", None) is not None else _FULL: made}

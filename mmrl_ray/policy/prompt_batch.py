@@ -21,6 +21,7 @@ from mmrl_ray.policy.positions import completion_positions, prompt_positions
 from mmrl_ray.policy.prompts import PER_TOKEN
 from mmrl_ray.policy.vision import image_inputs, injected
 
+
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
     """K prompts on the policy's device, left-padded to P tokens."""
@@ -30,7 +31,7 @@ class PromptBatch:
     attention_mask: torch.Tensor
     """int64 [K, P], 1 where a token is real."""
     position_ids: torch.Tensor
-    """int64 [K, P] or [3, K, P]."""
+    """int64 [K, P] or [A, K, P], see `positions`."""
     next_position: torch.Tensor
     """int64 [K], of the first completion token."""
     per_token: Mapping[str, torch.Tensor]

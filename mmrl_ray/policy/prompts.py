@@ -144,7 +144,7 @@ def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) ->
     inputs = {
         name: value[0] if name in PER_TOKEN else value
         for name, value in encoded.items()
-        if name not in ("input_ids", "attention_mask") and isinstance(value, torch.Tensor)
+        if name not in ("input_ids", "attention_mask", "labels") and isinstance(value, torch.Tensor)
     }
     return EncodedPrompt(input_ids=input_ids, model_inputs=inputs, image_key=image_key(policy, images))
 

@@ -1,7 +1,7 @@
-"""Tiny models that do more behind their core than `lm_head`, or whose prompts are read both ways; as in `tiny_models`.
+"""Tiny models that do more behind their core than `lm_head`, or read their prompts both ways; see `tiny_models`.
 
-Granite-Docling divides its logits. PaliGemma lets every prompt token see the whole prompt; PaliGemma 2, on Gemma 2, caps
-its logits softly beside that, and has layers with a sliding window.
+Granite-Docling divides its logits. PaliGemma lets every prompt token see the whole prompt; PaliGemma 2, on Gemma 2,
+caps its logits softly beside that, and has layers with a sliding window.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def build_capped(name: str, folder: str | Path) -> Path:
 
 
 def _granite_docling() -> tuple[Any, Any, Any]:
-    tokenizer = _tokenizer({"image_token": "<image>", "fake_image_token": "<fake>", "global_image_token": "<global-img>"},
-                           [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)])  # fmt: skip
+    grid = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    named = {"image_token": "<image>", "fake_image_token": "<fake>", "global_image_token": "<global-img>"}
+    tokenizer = _tokenizer(named, grid)
     images = GraniteDoclingImageProcessorPil(size={"height": 32, "width": 32}, min_patches=1, max_patches=3)
     processor = GraniteDoclingProcessor(images, tokenizer, image_seq_len=4, chat_template=_template("<image>"))
     config = GraniteDoclingConfig(

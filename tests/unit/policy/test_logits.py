@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LogitsProcessorList, PreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers.utils import ModelOutput
 
 from mmrl_ray.analysis.probe import caption_importance
 from mmrl_ray.errors import ModelError
@@ -20,6 +22,7 @@ from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.logits import model_logits, takes_bare_head
 from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.positions import completion_positions, prompt_positions
 from mmrl_ray.policy.prefix import score_completions
 from mmrl_ray.policy.prompt_batch import pad_prompts
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
@@ -55,17 +58,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "llava": {},
     "aya_vision": {"text": {"model_type": "cohere2", "logit_scale": 0.25}},
     "cohere_compass": {"text": {"logit_scale": 0.25, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPE}},
-    "gemma4": {"text": {"final_logit_softcapping": 2.0}, "audio_config": None},
+    "gemma4": {"text": {"final_logit_softcapping": 2.0, "vocab_size_per_layer_input": 61}, "audio_config": None},
     "granite_docling": {
         "text": {"logits_scaling": 4.0},
         "vision": {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
         "pad_token_id": 0,
     },
     "hyperclovax_vision_v2": {"text": {"logits_scaling": 3.0}, "vision": {"model_type": "qwen2_5_vl"}},
-    "inkling_mm_model": {},
+    "inkling_mm_model": {"text": {"moe_intermediate_size": 48, "n_routed_experts": 4}},
     "paligemma": {"text": {"model_type": "gemma2", "final_logit_softcapping": 2.0}},
 }
-"""Soft caps, and scales before and behind the head; the first two do nothing of the kind."""
+"""Soft caps, and scales before the head and behind it; the first two do nothing of the kind."""
 
 
 def tiny(kind: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -100,7 +103,8 @@ def test_logits_and_gradients_are_those_of_the_models_own_forward(kind: str, dty
     assert torch.equal(head(hidden), expected) == bare
     parameters = [head.weight, model.get_input_embeddings().weight]
     weights = torch.linspace(-1, 1, got.numel()).view_as(got)
-    for mine, theirs in zip(*(torch.autograd.grad((x * weights).sum(), parameters) for x in (got, expected)), strict=True):
+    mine_and_theirs = [torch.autograd.grad((each * weights).sum(), parameters) for each in (got, expected)]
+    for mine, theirs in zip(*mine_and_theirs, strict=True):
         assert theirs.norm() > 0
         torch.testing.assert_close(mine, theirs)
 
@@ -147,7 +151,7 @@ def test_a_model_without_a_core_of_its_own_is_refused() -> None:
 
 
 def forced(policy: Policy, prompt: EncodedPrompt, completion: torch.Tensor) -> torch.Tensor:
-    """float64 [T]: `generate` on the one prompt, made to say the completion; its raw logits, one step after the other."""
+    """float64 [T]: `generate` on the one prompt, made to say the completion, by the raw logits of its steps."""
     accepted = inspect.signature(policy.hf_model.forward).parameters
     inputs = {n: v[None] if n in PER_TOKEN else v for n, v in prompt.model_inputs.items() if n in accepted}
     inputs.pop("labels", None)
@@ -174,6 +178,10 @@ def forced(policy: Policy, prompt: EncodedPrompt, completion: torch.Tensor) -> t
     return logits.log_softmax(dim=-1).gather(1, completion[:, None])[:, 0]
 
 
+def assert_close(mine: torch.Tensor, expected: torch.Tensor, way: str) -> None:
+    torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6, msg=lambda text: f"{way}: {text}")
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *CAPPED])
 def test_every_way_gives_the_log_probs_of_generate_token_by_token(family: str, load: Load) -> None:
     policy = load(family)
@@ -185,9 +193,9 @@ def test_every_way_gives_the_log_probs_of_generate_token_by_token(family: str, l
     flat = torch.cat([each for group in expected for each in group])
     for path in ("naive", "shared_prefix", *(() if family == "paligemma2" else ("packed",))):
         scores = score_completions(policy, prompts, features, completions, TEMPERATURE, path=path)  # type: ignore[arg-type]
-        torch.testing.assert_close(scores.logprobs[scores.mask].double(), flat, rtol=1e-5, atol=1e-6, msg=f"{path}: {{}}".format)
+        assert_close(scores.logprobs[scores.mask], flat, path)
     hidden = score_completions(policy, prompts, features, completions, TEMPERATURE, path="naive", hidden=True)
-    torch.testing.assert_close(hidden.logprobs[hidden.mask].double(), flat, rtol=1e-5, atol=1e-6)
+    assert_close(hidden.logprobs[hidden.mask], flat, "hidden states")
     explained = caption_importance(policy, prompts[1], features[1], completions[1][0], temperature=TEMPERATURE)
     assert explained.loss == pytest.approx(-float(expected[1][0].sum()), rel=1e-5)
     sampling = SamplingParams(temperature=TEMPERATURE, max_new_tokens=5)
@@ -195,9 +203,7 @@ def test_every_way_gives_the_log_probs_of_generate_token_by_token(family: str, l
         outs = decode_groups(Decoder(policy, packed=packed), [DecodeRequest(p, 2, sampling) for p in prompts])
         for prompt, out in zip(prompts, outs, strict=True):
             for said in out.completions:
-                torch.testing.assert_close(
-                    said.logprobs.double(), forced(policy, prompt, said.token_ids), rtol=1e-5, atol=1e-6
-                )
+                assert_close(said.logprobs, forced(policy, prompt, said.token_ids), "sampler")
 
 
 @pytest.mark.parametrize("family", CAPPED)
@@ -233,7 +239,7 @@ def test_completions_are_no_part_of_a_two_way_prompt_or_picture(load: Load) -> N
     expected = forced(policy, prompt, completion)
     for path in ("naive", "shared_prefix", "packed"):
         scores = score_completions(policy, [prompt], None, completions, TEMPERATURE, path=path)  # type: ignore[arg-type]
-        torch.testing.assert_close(scores.logprobs[0].double(), expected, rtol=1e-5, atol=1e-6, msg=f"{path}: {{}}".format)
+        assert_close(scores.logprobs[0], expected, path)
 
 
 def test_rows_of_several_adapters_share_a_capped_head(load: Load) -> None:
@@ -259,4 +265,30 @@ def test_rows_of_several_adapters_share_a_capped_head(load: Load) -> None:
     for mine, theirs in zip(together, alone, strict=True):
         for said, expected in zip(mine.completions, theirs.completions, strict=True):
             assert said.token_ids.tolist() == expected.token_ids.tolist()
-            torch.testing.assert_close(said.logprobs, expected.logprobs, rtol=1e-5, atol=1e-6)
+            assert_close(said.logprobs, expected.logprobs.double(), "shared pass")
+
+
+@pytest.mark.parametrize("axes", [3, 4])
+def test_positions_are_those_that_generate_prepares(axes: int) -> None:
+    """HunYuan-VL, which counts on as many axes as its config has sections for, by a grid with row ends."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1] * axes}
+    config = CONFIG_MAPPING["hunyuan_vl"](
+        text_config={**TEXT, "head_dim": 2 * axes, "rope_parameters": rope},
+        vision_config={**VISION, "out_hidden_size": 32, "text_hidden_size": 32},
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    merged = model.config.vision_config.spatial_merge_size
+    image = (4 // merged) * (6 // merged + 1)
+    tokens = torch.arange(30, 30 + image + 9)[None].repeat(2, 1)
+    types = torch.zeros_like(tokens)
+    types[0, 3 : 3 + image] = types[1, 5 : 5 + image] = 1
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    inputs = {"mm_token_type_ids": types, "image_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 6]])}
+    expected = model._prepare_position_ids_for_generation(tokens, {"attention_mask": mask, **inputs})
+    policy: Any = SimpleNamespace(core=model.base_model, hf_model=model)
+    positions, following = prompt_positions(policy, tokens, mask, inputs)
+    assert torch.equal(positions, expected[-axes:])
+    after = model._update_model_kwargs_for_generation(ModelOutput(), {"position_ids": expected}, False)
+    assert torch.equal(completion_positions(policy, following, 1), after["position_ids"][-axes:, :, -1:])
