@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "hyperclovax_vision_v2": {"text": {"logits_scaling": 3.0}, "vision": {"model_type": "qwen2_5_vl"}},
-    "inkling_mm_model": {"text": {"moe_intermediate_size": 48, "n_routed_experts": 4}},
+    "inkling_mm_model": {"text": {"moe_intermediate_size": 48, "n_routed_experts": 8}},
     "paligemma": {"text": {"model_type": "gemma2", "final_logit_softcapping": 2.0}},
 }
 """Soft caps, and scales before the head and behind it; the first two do nothing of the kind."""
