@@ -17,7 +17,6 @@ from mmrl_ray.analysis.rows import IMAGE, MODALITIES, forward_rows, places
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.logprobs import token_logprobs
-from mmrl_ray.policy.prompt_batch import output_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def caption_importance(
         logprobs, _ = token_logprobs(
             rows.hidden[rows.mask],
             rows.targets[rows.mask],
-            head=output_head(policy),
+            head=policy.logits,
             forbidden=policy.image_token_ids,
             temperature=temperature,
             vocab_size=policy.vocab_size,

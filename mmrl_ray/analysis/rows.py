@@ -22,8 +22,7 @@ from torch import nn
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.positions import completion_positions
-from mmrl_ray.policy.prompt_batch import pad_prompts, vision_arguments
+from mmrl_ray.policy.prompt_batch import pad_prompts, row_arguments, vision_arguments
 
 IMAGE, TEXT = "image", "text"
 MODALITIES = (IMAGE, TEXT)
@@ -95,17 +94,9 @@ def forward_rows(
     targets = nn.utils.rnn.pad_sequence(list(captions), batch_first=True, padding_value=policy.pad_token_id)
     mask = torch.arange(targets.shape[1]) < torch.tensor([caption.numel() for caption in captions])[:, None]
     targets, mask = targets.to(policy.device), mask.to(policy.device)
-    length, width = targets.shape[1], batch.input_ids.shape[1]
-    positions = completion_positions(policy, batch.next_position, length)
+    width = batch.input_ids.shape[1]
     with vision_arguments(policy, prompts, features) as vision, _exchanged(policy, exchange):
-        output = policy.core(
-            input_ids=torch.cat([batch.input_ids, targets], dim=1),
-            attention_mask=torch.cat([batch.attention_mask, mask.long()], dim=1),
-            position_ids=torch.cat([batch.position_ids, positions], dim=-1),
-            use_cache=False,
-            **{name: nn.functional.pad(value, (0, length)) for name, value in batch.per_token.items()},
-            **vision,
-        )
+        output = policy.core(**row_arguments(policy, batch, targets, mask), use_cache=False, **vision)
     return Rows(output.last_hidden_state[:, width - 1 : -1], targets, mask)
 
 

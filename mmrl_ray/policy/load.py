@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -21,11 +22,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
 from mmrl_ray.policy.cpu_linear import use_onednn
+from mmrl_ray.policy.logits import model_logits, takes_bare_head
 from mmrl_ray.policy.processors import load_processor
 from mmrl_ray.policy.tokens import end_of_turn, end_tokens, image_tokens, placeholder, reserved_texts
 from mmrl_ray.policy.value_heads import ValueHeads
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+
+_CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
+"""Inputs that tell each token of a row which pictures it may look at (Mllama, Idefics)."""
 
 _BRIEF = 300
 _PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
@@ -61,6 +66,8 @@ class Policy:
     """Names the weights and the processor: part of the vision cache's key."""
     path: str
     processor_settings: dict[str, Any] = field(default_factory=dict)
+    bare_head: bool = False
+    """Whether `logits` are the head's product and nothing else (`takes_bare_head`)."""
     inject_vision: bool = True
     """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
     runs inside every forward, on the pixels."""
@@ -93,6 +100,13 @@ class Policy:
         """V, the width of the logits."""
         return self.hf_model.config.get_text_config().vocab_size
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[M, d] or [B, T, d] → [.., V]: logits in the model's dtype, soft caps, scales and all.
+
+        The one way from last hidden states to logits, for sampling, scoring and explaining alike; differentiable.
+        """
+        return model_logits(self.hf_model, hidden, bare=self.bare_head)
+
     @property
     def vision_trainable(self) -> bool:
         """Whether anything before the language model trains or is adapted.
@@ -116,7 +130,8 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
 
     Raises:
         ModelError: the folder is missing, the checkpoint has no vision tower, no processor, no chat template or no
-            image token, or its weights are not (complete) safetensors.
+            image token, its weights are not (complete) safetensors, its pictures are no tokens of the prompt, or its
+            logits cannot be made of hidden states.
     """
     path = _resolve(cfg.path)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -178,6 +193,13 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Policy:
+    crossing = [name for name in _CROSS_ATTENTION if name in inspect.signature(model.forward).parameters]
+    if crossing:
+        raise ModelError(
+            f"model {path!r}: the tokens of a {type(model).__name__} look at pictures by cross-attention "
+            f"({crossing[0]}), and only models whose pictures are tokens of the prompt can be sampled and trained; use "
+            "another checkpoint"
+        )
     tokenizer = processor.tokenizer
     text_config = config.get_text_config()
     eos = end_tokens(model, tokenizer, path)
@@ -199,6 +221,7 @@ def _assemble(
         revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
         path=path,
         processor_settings=dict(cfg.processor),
+        bare_head=takes_bare_head(model, path),
     )
 
 

@@ -4,7 +4,8 @@ Gradient checkpointing drops the cache, and FSDP2 shards a layer again after the
 
     prompt | completion 1 | completion 2 | … | completion G        one row a group, R = P + S tokens
 
-Prompt tokens see the prompt up to themselves; a completion's tokens see the whole prompt and their own completion up to
+Prompt tokens see of the prompt what the model's own mask says, up to themselves in most models, both ways in pictures
+(Gemma 3) or everywhere (PaliGemma) in some. A completion's tokens see the whole prompt and their own completion up to
 themselves, and are blind to the other completions. Positions start again at the end of the prompt for each of them.
 
 `K` groups, `P` prompt tokens (left-padded), `S` completion tokens of the longest row (right-padded), `N = ΣG`
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from transformers.masking_utils import create_masks_for_generate
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
@@ -26,8 +28,7 @@ from mmrl_ray.policy.positions import completion_positions
 from mmrl_ray.policy.prompt_batch import PromptBatch, pad_prompts, vision_arguments
 
 _MASKED_ATTENTION = ("sdpa", "eager")
-_KNOWN_LAYERS = ("full_attention", "sliding_attention")
-_IMAGE_TYPE = 1
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,6 @@ class _Places:
     """int64: 0 the prompt, 1 … G a completion, −1 padding."""
     order: torch.Tensor
     """int64: the token's index in the row that its completion would make alone behind the prompt."""
-    block: torch.Tensor
-    """int64: the block of image tokens that see each other both ways (Gemma 3), −1 outside."""
 
 
 def unpackable(policy: Policy) -> str | None:
@@ -49,7 +48,7 @@ def unpackable(policy: Policy) -> str | None:
     if attention not in _MASKED_ATTENTION:
         return f"attn_implementation={attention} takes no mask of its own; set model.attn_implementation: sdpa"
     for i, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in _KNOWN_LAYERS:
+        if kind not in (_FULL, _SLIDING):
             return f"layer {i} is a {kind} layer, in which completions of one row would see each other"
     return None
 
@@ -89,10 +88,10 @@ def packed_rows(
     with vision_arguments(policy, prompts, features) as vision:
         output = policy.core(
             input_ids=torch.cat([batch.input_ids, tokens], dim=1),
-            attention_mask=_attention(policy, _places(batch, index, inside, packed)),
+            attention_mask=_attention(policy, batch, _places(batch, index, inside, packed), width + inside.shape[1]),
             position_ids=torch.cat([batch.position_ids, positions], dim=-1),
             use_cache=False,
-            **{name: nn.functional.pad(value, (0, length)) for name, value in batch.per_token.items()},
+            **batch.per_token_with(length),
             **vision,
         )
     hidden = output.last_hidden_state
@@ -123,47 +122,71 @@ def _places(batch: PromptBatch, index: torch.Tensor, inside: torch.Tensor, packe
     numbers = torch.arange(1, len(index) + 1, device=index.device)[:, None].expand(inside.shape)
     steps = torch.arange(width, width + inside.shape[1], device=index.device).expand(inside.shape)
     prompt_order = torch.arange(width, device=index.device).expand(groups, width)
-    block = _image_blocks(batch.per_token.get("token_type_ids"), batch.attention_mask)
     return _Places(
         segment=torch.cat([batch.attention_mask - 1, _pack(numbers, inside, packed, -1)], dim=1),
         order=torch.cat([prompt_order, _pack(steps, inside, packed, width)], dim=1),
-        block=torch.cat([block, torch.full_like(packed, -1, dtype=torch.int64)], dim=1),
     )
 
 
-def _image_blocks(types: torch.Tensor | None, attention_mask: torch.Tensor) -> torch.Tensor:
-    """int64 [K, P]: the number of each run of image tokens, −1 elsewhere and in models that do not tell types."""
-    if types is None:
-        return torch.full_like(attention_mask, -1)
-    image = types == _IMAGE_TYPE
-    begins = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
-    return torch.where(image, begins.long().cumsum(dim=1) - 1, -1)
+def _attention(
+    policy: Policy, batch: PromptBatch, places: _Places, longest: int
+) -> torch.Tensor | Mapping[str, torch.Tensor]:
+    """The mask [K, 1, R, R], or one a kind of layer where some have a sliding window that hides something.
 
-
-def _attention(policy: Policy, places: _Places) -> torch.Tensor | Mapping[str, torch.Tensor]:
-    """The mask [K, 1, R, R], or one a kind of layer where some have a sliding window."""
-    config = policy.hf_model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
+    `longest` is the most tokens that a completion and its prompt would make alone.
+    """
+    window = getattr(policy.hf_model.config.get_text_config(), "sliding_window", None)
+    in_prompt = _prompt_masks(policy, batch)
     visible = _visible(places)
-    near = visible if window is None else visible & _near(places, window)
-    if not kinds:  # one kind of layers, with the window if there is one
-        return _as_mask(policy, near)
-    masks = {"full_attention": _as_mask(policy, visible)}
-    if kinds == {"full_attention"}:
-        return masks["full_attention"]
-    return {**masks, "sliding_attention": _as_mask(policy, near)}
+    if window is None or longest <= window:  # all kinds of layers see the same
+        return _as_mask(policy, _with_prompt(visible, next(iter(in_prompt.values()))))
+    masks = {
+        kind: _as_mask(policy, _with_prompt(visible & _near(places, window) if kind == _SLIDING else visible, mask))
+        for kind, mask in in_prompt.items()
+    }
+    return next(iter(masks.values())) if len(masks) == 1 else masks
+
+
+def _prompt_masks(policy: Policy, batch: PromptBatch) -> dict[str, torch.Tensor | None]:
+    """By kind of layer, which prompt token sees which, bool [K, P, P]; None where all are real and attend causally.
+
+    Made by the model's own function, the one that `generate` calls.
+    """
+    text = policy.hf_model.config.get_text_config()
+    make: Any = getattr(policy.hf_model, "create_masks_for_generate", create_masks_for_generate)
+    made: Any = make(
+        config=policy.hf_model.config,
+        inputs_embeds=torch.empty((*batch.input_ids.shape, 0), dtype=policy.dtype, device=policy.device),
+        attention_mask=batch.attention_mask,
+        past_key_values=None,
+        position_ids=None,
+        **{"is_first_iteration": True, **batch.per_token},
+    )
+    if not isinstance(made, Mapping):
+        made = {_SLIDING if getattr(text, "sliding_window", None) is not None else _FULL: made}
+    kinds = set(getattr(text, "layer_types", None) or made)
+    return {kind: None if mask is None else _is_visible(mask[:, 0]) for kind, mask in made.items() if kind in kinds}
+
+
+def _is_visible(mask: torch.Tensor) -> torch.Tensor:
+    """Of a mask as the attention takes it; the inverse of `_as_mask`."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def _visible(places: _Places) -> torch.Tensor:
-    """bool [K, R, R], who (rows) sees whom (columns); padding sees itself, since a row of nothing would make NaN."""
+    """bool [K, R, R], who (rows) sees whom (columns) where all attention is causal."""
     seen_segment, segment = places.segment[:, None, :], places.segment[:, :, None]
     earlier = places.order[:, None, :] <= places.order[:, :, None]
-    block = places.block[:, :, None]
-    together = (places.block[:, None, :] == block) & (block >= 0)
-    causal = earlier & ((seen_segment == 0) | ((seen_segment == segment) & (segment > 0)))
-    itself = torch.eye(places.order.shape[1], dtype=torch.bool, device=places.order.device)
-    return causal | together | itself
+    return earlier & ((seen_segment == 0) | ((seen_segment == segment) & (segment > 0)))
+
+
+def _with_prompt(visible: torch.Tensor, in_prompt: torch.Tensor | None) -> torch.Tensor:
+    """Puts the prompt's own mask in; padding sees itself, since a row of nothing would make NaN."""
+    visible = visible.clone()
+    if in_prompt is not None:
+        visible[:, : in_prompt.shape[1], : in_prompt.shape[2]] = in_prompt
+    visible.diagonal(dim1=1, dim2=2).fill_(True)
+    return visible
 
 
 def _near(places: _Places, window: int) -> torch.Tensor:

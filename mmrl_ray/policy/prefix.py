@@ -28,7 +28,7 @@ from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.logprobs import token_logprobs
 from mmrl_ray.policy.packed import packed_rows
 from mmrl_ray.policy.positions import completion_positions
-from mmrl_ray.policy.prompt_batch import PromptBatch, output_head, pad_prompts, vision_arguments
+from mmrl_ray.policy.prompt_batch import PromptBatch, pad_prompts, row_arguments, vision_arguments
 
 ScorePath = Literal["shared_prefix", "packed", "naive"]
 
@@ -40,9 +40,9 @@ class Prefix:
     cache: Cache
     """Keys and values of every layer, batch K. A forward that gets it grows it: hand out `select(…).cache`."""
     logits: torch.Tensor
-    """[K, V], of the first completion token, as the model's head gives them (no temperature, nothing forbidden)."""
+    """[K, V], of the first completion token, as the model gives them (no temperature, nothing forbidden)."""
     hidden: torch.Tensor
-    """[K, d], what the head made `logits` of."""
+    """[K, d], what `logits` were made of."""
     attention_mask: torch.Tensor
     """int64 [K, P], 1 where a prompt token is real (left padding)."""
     next_position: torch.Tensor
@@ -97,7 +97,7 @@ def encode_prefix(
     hidden = output.last_hidden_state[:, -1]
     return Prefix(
         cache=output.past_key_values,
-        logits=output_head(policy)(hidden),
+        logits=policy.logits(hidden),
         hidden=hidden,
         attention_mask=batch.attention_mask,
         next_position=batch.next_position,
@@ -141,20 +141,17 @@ def score_completions(
     targets, mask = _pad_completions(policy, [c for group in completions for c in group])
     if path == "shared_prefix":
         rows = _shared_rows(policy, prompts, features, index, targets, mask)
-        head: Any = output_head(policy)
     elif path == "packed":
         rows = packed_rows(policy, prompts, features, index, targets, mask)
-        head = output_head(policy)
     elif path == "naive":
         rows = _naive_rows(policy, prompts, features, index, targets, mask, hidden=hidden)
-        head = output_head(policy) if hidden else nn.Identity()
     else:
         raise ValueError(f"path={path!r} is none of 'shared_prefix', 'packed' and 'naive'")
     chosen_from = rows[mask]
     logprobs, entropies = token_logprobs(
         chosen_from,
         targets[mask],
-        head=head,
+        head=nn.Identity() if path == "naive" and not hidden else policy.logits,
         forbidden=policy.image_token_ids,
         temperature=temperature,
         entropy=entropy,
@@ -205,30 +202,15 @@ def _naive_rows(
 ) -> torch.Tensor:
     """The model's own logits [N, T, V] that predict `targets`, from N full rows of prompt and completion.
 
-    With `hidden`, the hidden states [N, T, d] that its head makes them of.
+    With `hidden`, the hidden states [N, T, d] that they are made of.
     """
     picks = index.tolist()
     prompts = [prompts[i] for i in picks]
     features = None if features is None else [features[i] for i in picks]
     batch = pad_prompts(policy, prompts)
     length = targets.shape[1]
-    positions = completion_positions(policy, batch.next_position, length)
-    row = PromptBatch(
-        input_ids=torch.cat([batch.input_ids, targets], dim=1),
-        attention_mask=torch.cat([batch.attention_mask, mask.long()], dim=1),
-        position_ids=torch.cat([batch.position_ids, positions], dim=-1),
-        next_position=batch.next_position,
-        per_token={name: nn.functional.pad(value, (0, length)) for name, value in batch.per_token.items()},
-    )
     with vision_arguments(policy, prompts, features) as vision:
-        arguments = {
-            "input_ids": row.input_ids,
-            "attention_mask": row.attention_mask,
-            "position_ids": row.position_ids,
-            "use_cache": False,
-            **row.per_token,
-            **vision,
-        }
+        arguments = {**row_arguments(policy, batch, targets, mask), "use_cache": False, **vision}
         if hidden:
             return policy.core(**arguments).last_hidden_state[:, -length - 1 : -1]
         return policy.model(**arguments, logits_to_keep=length + 1).logits[:, :-1]

@@ -1,6 +1,6 @@
 """Prompts as one left-padded batch, and what every forward of them needs beside tokens: positions, pixels or features.
 
-`K` prompts, `P` prompt tokens (left-padded).
+`K` prompts, `P` prompt tokens (left-padded), `T` completion tokens (right-padded).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.positions import prompt_positions
+from mmrl_ray.policy.positions import completion_positions, prompt_positions
 from mmrl_ray.policy.prompts import PER_TOKEN
 from mmrl_ray.policy.vision import image_inputs, injected
 
@@ -30,11 +31,21 @@ class PromptBatch:
     attention_mask: torch.Tensor
     """int64 [K, P], 1 where a token is real."""
     position_ids: torch.Tensor
-    """int64 [K, P] or [3, K, P]."""
+    """int64 [K, P] or [A, K, P], see `positions`."""
     next_position: torch.Tensor
     """int64 [K], of the first completion token."""
     per_token: Mapping[str, torch.Tensor]
     """[K, P] each: what the model's forward takes for every token, such as `token_type_ids`."""
+    generated: Mapping[str, torch.Tensor]
+    """[K, 1] each: what `generate` gives for a token that it adds behind the prompt, by the names of `per_token`.
+    It is more than padding: PaliGemma lets tokens of type 0, its prompt's, see everything before and after them."""
+
+    def per_token_with(self, length: int) -> dict[str, torch.Tensor]:
+        """[K, P + length] each: `per_token` of rows that have `length` completion tokens behind the prompt."""
+        return {
+            name: torch.cat([value, self.generated[name].expand(-1, length)], dim=1)
+            for name, value in self.per_token.items()
+        }
 
 
 def pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
@@ -50,13 +61,55 @@ def pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> PromptBatch
     images = {n: v.to(policy.device) for n, v in image_inputs(prompts, without_pixels=True).items()}
     position_ids, next_position = prompt_positions(policy, input_ids, attention_mask, {**images, **per_token})
     accepted = accepted_arguments(policy)
+    taken = {name: value for name, value in per_token.items() if name in accepted}
     return PromptBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         next_position=next_position,
-        per_token={name: value for name, value in per_token.items() if name in accepted},
+        per_token=taken,
+        generated=_of_a_generated_token(policy, taken, input_ids) if taken else {},
     )
+
+
+def row_arguments(
+    policy: Policy, batch: PromptBatch, targets: torch.Tensor, mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Arguments of a forward without a cache over rows of a prompt and one completion behind it.
+
+    Args:
+        policy: the model.
+        batch: K prompts.
+        targets: int64 [K, T], each prompt's completion.
+        mask: bool [K, T], True at completion tokens.
+    """
+    length = targets.shape[1]
+    positions = completion_positions(policy, batch.next_position, length)
+    return {
+        "input_ids": torch.cat([batch.input_ids, targets], dim=1),
+        "attention_mask": torch.cat([batch.attention_mask, mask.long()], dim=1),
+        "position_ids": torch.cat([batch.position_ids, positions], dim=-1),
+        **batch.per_token_with(length),
+    }
+
+
+def _of_a_generated_token(
+    policy: Policy, per_token: Mapping[str, torch.Tensor], input_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """[K, 1] each: what the model's own generation loop gives a new token.
+
+    It goes on from the prompt's last token that is text: some loops repeat the last value, and a completion is no part
+    of a picture that happens to end the prompt. What the loop does not carry on is 0, text, in all models that take it.
+    """
+    last = (input_ids != policy.placeholder_id).long().cumsum(dim=1).argmax(dim=1, keepdim=True)
+    before = {name: value.gather(1, last) for name, value in per_token.items()}
+    after = policy.hf_model._update_model_kwargs_for_generation(  # type: ignore[operator]
+        ModelOutput(), dict(before), is_encoder_decoder=False, num_new_tokens=1
+    )
+    return {
+        name: after[name][:, 1:] if after[name].shape[1] == 2 else torch.zeros_like(value)
+        for name, value in before.items()
+    }
 
 
 def _left_padded(rows: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:
@@ -80,8 +133,3 @@ def vision_arguments(
 def accepted_arguments(policy: Policy) -> Mapping[str, inspect.Parameter]:
     """Named arguments of the model's forward: others would end up deep in the attention, unread."""
     return inspect.signature(policy.core.forward).parameters
-
-
-def output_head(policy: Policy) -> nn.Module:
-    """What makes logits [.., V] of hidden states [.., d]."""
-    return policy.hf_model.get_output_embeddings()

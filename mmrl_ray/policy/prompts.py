@@ -18,7 +18,7 @@ from mmrl_ray.policy.load import Policy
 Turns = Sequence[tuple[str, Sequence[str | int]]]
 """A conversation: for each message its role and its parts, texts and indices of images."""
 
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Processor outputs with one value a token; everything else belongs to images."""
 
 
@@ -144,7 +144,7 @@ def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) ->
     inputs = {
         name: value[0] if name in PER_TOKEN else value
         for name, value in encoded.items()
-        if name not in ("input_ids", "attention_mask") and isinstance(value, torch.Tensor)
+        if name not in ("input_ids", "attention_mask", "labels") and isinstance(value, torch.Tensor)
     }
     return EncodedPrompt(input_ids=input_ids, model_inputs=inputs, image_key=image_key(policy, images))
 

@@ -11,7 +11,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,12 +117,25 @@ def injected(policy: Policy, features: Sequence[VisionFeatures]) -> Iterator[dic
     layers = zip(*(f.deepstack for f in features), strict=True)
     deepstack = [_Pooled([t.to(device, dtype) for t in layer]) for layer in layers]
     core = policy.core
-    output = SimpleNamespace(pooler_output=tokens, deepstack_features=deepstack)
+    output = _TowerOutput(tokens, deepstack)
     core.get_image_features = lambda *args, **kwargs: output
     try:
         yield {"pixel_values": torch.empty(0, device=device, dtype=dtype)}
     finally:
         del core.get_image_features  # the class's own method shows again
+
+
+class _TowerOutput:
+    """What a vision tower gives, and None for all else that a forward hands on (Granite-Docling's router)."""
+
+    def __init__(self, tokens: _Pooled, deepstack: Sequence[_Pooled]) -> None:
+        self.pooler_output = tokens
+        self.deepstack_features = deepstack
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 class _Pooled(list[torch.Tensor]):

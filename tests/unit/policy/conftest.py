@@ -10,6 +10,7 @@ import torch
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.policy.load import Policy, load_policy
+from tests.support.capped_models import CAPPED, build_capped
 from tests.support.tiny_models import build_family
 
 
@@ -29,7 +30,8 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
     def folder(name: str) -> Path:
         if name not in made:
-            made[name] = build_family(name, tmp_path_factory.mktemp(name))
+            build = build_capped if name in CAPPED else build_family
+            made[name] = build(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return folder
@@ -40,7 +42,10 @@ def load(family_folder: Callable[[str], Path]) -> Callable[..., Policy]:
     """Loads a fresh policy of the named family (float32, CPU)."""
 
     def load_fresh(name: str = "llava", **section: Any) -> Policy:
-        return load_policy(ModelSection(path=str(family_folder(name)), **{"dtype": "float32", **section}), device="cpu")
+        # Gemma 2 caps its attention's scores, too, which "sdpa" cannot.
+        attention = {"attn_implementation": "eager"} if name == "paligemma2" else {}
+        settings = {"dtype": "float32", **attention, **section}
+        return load_policy(ModelSection(path=str(family_folder(name)), **settings), device="cpu")
 
     return load_fresh
 
