@@ -31,7 +31,7 @@ from mmrl_ray.policy.cpu_attention import decode_step_attention
 from mmrl_ray.policy.detokenize import TextStream
 from mmrl_ray.policy.kept_keys import KeptLayer, fill_holes
 from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.positions import has_multi_axis_positions
+from mmrl_ray.policy.positions import position_axes
 from mmrl_ray.policy.prefix import Prefix
 from mmrl_ray.policy.row_adapters import RowAdapters
 from mmrl_ray.policy.sampling import RowSampler
@@ -169,14 +169,14 @@ class Cohort:
             first, self._first = self._first, None
             return first
         self._add_own_keys()
-        positions = self._positions
+        positions, axes = self._positions, position_axes(self._policy)
         mask = self._attention_mask()  # of the shape that the policy's own attention takes
         adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
         with adapters, decode_step_attention(self._policy):
             output = self._policy.core(
                 input_ids=self._tokens,
                 attention_mask=mask,
-                position_ids=positions.expand(3, -1, -1) if has_multi_axis_positions(self._policy) else positions,
+                position_ids=positions if axes is None else positions.expand(axes, -1, -1),
                 past_key_values=self._cache,
                 use_cache=True,
             )

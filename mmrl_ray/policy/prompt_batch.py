@@ -30,7 +30,7 @@ class PromptBatch:
     attention_mask: torch.Tensor
     """int64 [K, P], 1 where a token is real."""
     position_ids: torch.Tensor
-    """int64 [K, P] or [3, K, P]."""
+    """int64 [K, P] or [A, K, P], see `positions`."""
     next_position: torch.Tensor
     """int64 [K], of the first completion token."""
     per_token: Mapping[str, torch.Tensor]
@@ -47,8 +47,7 @@ def pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> PromptBatch
         for name in PER_TOKEN
         if name in prompts[0].model_inputs
     }
-    images = {n: v.to(policy.device) for n, v in image_inputs(prompts, without_pixels=True).items()}
-    position_ids, next_position = prompt_positions(policy, input_ids, attention_mask, {**images, **per_token})
+    position_ids, next_position = prompt_positions(policy, prompts, attention_mask)
     accepted = accepted_arguments(policy)
     return PromptBatch(
         input_ids=input_ids,
