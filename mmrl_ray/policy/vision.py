@@ -11,7 +11,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -98,13 +97,16 @@ def vision_features(
     return [found[prompt.image_key] for prompt in prompts]
 
 
-def image_inputs(prompts: Sequence[EncodedPrompt], *, without_pixels: bool = False) -> dict[str, torch.Tensor]:
-    """The prompts' per-image inputs, concatenated along the first axis; other axes are padded with 0 where they differ
-    (SmolVLM: samples of fewer tiles, which its tower tells by their zeros)."""
+def image_inputs(prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
+    """The prompts' per-image inputs, concatenated as their processor batches them: along the first axis, MiniCPM-V's
+    pixels along the last (patches of all tiles in one row). Other axes are padded with 0 where they differ (SmolVLM:
+    samples of fewer tiles, which its tower tells by their zeros)."""
     names = [name for name in prompts[0].model_inputs if name not in PER_TOKEN]
-    if without_pixels:
-        names = [name for name in names if not name.startswith("pixel")]
-    return {name: _concatenated([prompt.model_inputs[name] for prompt in prompts]) for name in names}
+    in_one_row = "pixel_values" if "target_sizes" in names else None
+    return {
+        name: torch.cat(values, dim=-1) if name == in_one_row else _concatenated(values)
+        for name, values in ((name, [prompt.model_inputs[name] for prompt in prompts]) for name in names)
+    }
 
 
 @contextmanager
@@ -118,19 +120,35 @@ def injected(policy: Policy, features: Sequence[VisionFeatures]) -> Iterator[dic
     layers = zip(*(f.deepstack for f in features), strict=True)
     deepstack = [_Pooled([t.to(device, dtype) for t in layer]) for layer in layers]
     core = policy.core
-    output = SimpleNamespace(pooler_output=tokens, deepstack_features=deepstack)
+    output = _TowerOutput(tokens, deepstack)
     core.get_image_features = lambda *args, **kwargs: output
     try:
-        yield {"pixel_values": torch.empty(0, device=device, dtype=dtype)}
+        # LLaVA-NeXT looks for pictures along the first axis.
+        yield {"pixel_values": torch.empty(len(features), 0, device=device, dtype=dtype)}
     finally:
         del core.get_image_features  # the class's own method shows again
 
 
 class _Pooled(list[torch.Tensor]):
-    """Per-sample features: some forwards concatenate a list, others call `.to` on one tensor; this takes both."""
+    """Per-sample features: some forwards concatenate a list, others use one tensor (`.to`, `.reshape`). It is both."""
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.cat(self).to(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(torch.cat(self), name)
+
+
+class _TowerOutput:
+    """What a vision tower gives, and None for all else that a forward hands on (Granite-Docling's router)."""
+
+    def __init__(self, tokens: _Pooled, deepstack: Sequence[_Pooled]) -> None:
+        self.pooler_output = tokens
+        self.deepstack_features = deepstack
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 def _concatenated(values: Sequence[torch.Tensor]) -> torch.Tensor:
