@@ -98,15 +98,26 @@ def vision_features(
 
 
 def image_inputs(prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-    """The prompts' per-image inputs, concatenated as their processor batches them: along the first axis, MiniCPM-V's
-    pixels along the last (patches of all tiles in one row). Other axes are padded with 0 where they differ (SmolVLM:
-    samples of fewer tiles, which its tower tells by their zeros)."""
+    """The prompts' per-image inputs, concatenated as their processor batches them: along the first axis, others padded
+    with 0 where they differ (SmolVLM: samples of fewer tiles, which its tower tells by their zeros).
+
+    MiniCPM-V's pixels go along the last axis, patches of all tiles in one row. Where nothing beside the pixels says
+    which tiles are real (PerceptionLM), all tiles stand in one row instead of padded rows: its tower takes them one by
+    one.
+    """
     names = [name for name in prompts[0].model_inputs if name not in PER_TOKEN]
-    in_one_row = "pixel_values" if "target_sizes" in names else None
-    return {
-        name: torch.cat(values, dim=-1) if name == in_one_row else _concatenated(values)
-        for name, values in ((name, [prompt.model_inputs[name] for prompt in prompts]) for name in names)
-    }
+    inputs = {name: [prompt.model_inputs[name] for prompt in prompts] for name in names}
+    pixels = inputs.pop("pixel_values", None)
+    made = {name: _concatenated(values) for name, values in inputs.items()}
+    if pixels is None:
+        return made
+    if "target_sizes" in inputs:
+        made["pixel_values"] = torch.cat(pixels, dim=-1)
+    elif not inputs and pixels[0].ndim == 5 and len({tiles.shape[1] for tiles in pixels}) > 1:
+        made["pixel_values"] = torch.cat([tiles.flatten(0, 1) for tiles in pixels])[None]
+    else:
+        made["pixel_values"] = _concatenated(pixels)
+    return made
 
 
 @contextmanager
@@ -129,15 +140,6 @@ def injected(policy: Policy, features: Sequence[VisionFeatures]) -> Iterator[dic
         del core.get_image_features  # the class's own method shows again
 
 
-class _Pooled(list[torch.Tensor]):
-    """Per-sample features: some forwards concatenate a list, others use one tensor (`.to`, `.reshape`). It is both."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(torch.cat(self), name)
-
-
 class _TowerOutput:
     """What a vision tower gives, and None for all else that a forward hands on (Granite-Docling's router)."""
 
@@ -149,6 +151,15 @@ class _TowerOutput:
         if name.startswith("__"):
             raise AttributeError(name)
         return None
+
+
+class _Pooled(list[torch.Tensor]):
+    """Per-sample features: some forwards concatenate a list, others use one tensor (`.to`, `.reshape`). It is both."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(torch.cat(self), name)
 
 
 def _concatenated(values: Sequence[torch.Tensor]) -> torch.Tensor:
