@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmrl_ray.policy.load import Policy
@@ -43,9 +43,10 @@ def _at_last_position(module: nn.Module) -> Iterator[None]:
     lengths: list[int] = []
 
     def keep_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = args
-        lengths.append(hidden.shape[1])
-        return (hidden[:, -1:], *rest)
+        lengths.append(args[0].shape[1])
+        shape = args[0].shape[:2]
+        # Whatever else comes for each position is cut alike (Ernie's experts are told which tokens are of images).
+        return tuple(arg[:, -1:] if isinstance(arg, Tensor) and arg.shape[:2] == shape else arg for arg in args)
 
     def pad_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         padding = (0, 0, lengths.pop() - 1, 0)

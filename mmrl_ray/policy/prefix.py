@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.last_layer import last_layer_at_last_position
@@ -213,7 +213,8 @@ def _naive_rows(
         arguments = {**row_arguments(policy, batch, targets, mask), "use_cache": False, **vision}
         if hidden:
             return policy.core(**arguments).last_hidden_state[:, -length - 1 : -1]
-        return policy.model(**arguments, logits_to_keep=length + 1).logits[:, :-1]
+        # Some models (VideoLLaMA 3) make logits of every token whatever they are told.
+        return policy.model(**arguments, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
 
 
 def _forward_prompts(
@@ -228,6 +229,8 @@ def _forward_prompts(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
+            # As `generate` does: some decoders (Granite 4 Vision's) make none by themselves.
+            past_key_values=DynamicCache(config=policy.hf_model.config.get_text_config(decoder=True)),
             use_cache=True,
             **batch.per_token,
             **vision,

@@ -58,8 +58,7 @@ def pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> PromptBatch
         for name in PER_TOKEN
         if name in prompts[0].model_inputs
     }
-    images = {n: v.to(policy.device) for n, v in image_inputs(prompts, without_pixels=True).items()}
-    position_ids, next_position = prompt_positions(policy, input_ids, attention_mask, {**images, **per_token})
+    position_ids, next_position = prompt_positions(policy, prompts, attention_mask)
     accepted = accepted_arguments(policy)
     taken = {name: value for name, value in per_token.items() if name in accepted}
     return PromptBatch(

@@ -97,13 +97,27 @@ def vision_features(
     return [found[prompt.image_key] for prompt in prompts]
 
 
-def image_inputs(prompts: Sequence[EncodedPrompt], *, without_pixels: bool = False) -> dict[str, torch.Tensor]:
-    """The prompts' per-image inputs, concatenated along the first axis; other axes are padded with 0 where they differ
-    (SmolVLM: samples of fewer tiles, which its tower tells by their zeros)."""
+def image_inputs(prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
+    """The prompts' per-image inputs, concatenated as their processor batches them: along the first axis, others padded
+    with 0 where they differ (SmolVLM: samples of fewer tiles, which its tower tells by their zeros).
+
+    MiniCPM-V's pixels go along the last axis, patches of all tiles in one row. Where nothing beside the pixels says
+    which tiles are real (PerceptionLM), all tiles stand in one row instead of padded rows: its tower takes them one by
+    one.
+    """
     names = [name for name in prompts[0].model_inputs if name not in PER_TOKEN]
-    if without_pixels:
-        names = [name for name in names if not name.startswith("pixel")]
-    return {name: _concatenated([prompt.model_inputs[name] for prompt in prompts]) for name in names}
+    inputs = {name: [prompt.model_inputs[name] for prompt in prompts] for name in names}
+    pixels = inputs.pop("pixel_values", None)
+    made = {name: _concatenated(values) for name, values in inputs.items()}
+    if pixels is None:
+        return made
+    if "target_sizes" in inputs:
+        made["pixel_values"] = torch.cat(pixels, dim=-1)
+    elif not inputs and pixels[0].ndim == 5 and len({tiles.shape[1] for tiles in pixels}) > 1:
+        made["pixel_values"] = torch.cat([tiles.flatten(0, 1) for tiles in pixels])[None]
+    else:
+        made["pixel_values"] = _concatenated(pixels)
+    return made
 
 
 @contextmanager
@@ -120,7 +134,8 @@ def injected(policy: Policy, features: Sequence[VisionFeatures]) -> Iterator[dic
     output = _TowerOutput(tokens, deepstack)
     core.get_image_features = lambda *args, **kwargs: output
     try:
-        yield {"pixel_values": torch.empty(0, device=device, dtype=dtype)}
+        # LLaVA-NeXT looks for pictures along the first axis.
+        yield {"pixel_values": torch.empty(len(features), 0, device=device, dtype=dtype)}
     finally:
         del core.get_image_features  # the class's own method shows again
 
@@ -139,10 +154,12 @@ class _TowerOutput:
 
 
 class _Pooled(list[torch.Tensor]):
-    """Per-sample features: some forwards concatenate a list, others call `.to` on one tensor; this takes both."""
+    """Per-sample features: some forwards concatenate a list, others use one tensor (`.to`, `.reshape`). It is both."""
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.cat(self).to(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(torch.cat(self), name)
 
 
 def _concatenated(values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import inspect
+import io
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
+from PIL import Image
 
 from mmrl_ray.errors import ModelError
-from mmrl_ray.experience.carriers import VisionFeatures
+from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prefix import score_completions
-from mmrl_ray.policy.prompts import encode_prompts, without_pixels
-from mmrl_ray.policy.vision import VisionCache, injected, vision_features
+from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts, without_pixels
+from mmrl_ray.policy.vision import VisionCache, image_inputs, injected, vision_features
+from tests.support.families import BUILDERS
 from tests.support.tiny_models import FAMILIES, make_completions, make_samples
 
 Load = Callable[..., Policy]
@@ -162,3 +166,32 @@ def test_features_do_nothing_where_they_cannot_stand_in(load: Load) -> None:
     features = vision_features(policy, prompts)
     assert [f.nbytes for f in features] == [0, 0]
     assert torch.equal(score_completions(policy, prompts, features, completions, 1.0).logprobs, expected.logprobs)
+
+
+@pytest.mark.parametrize("family", ["idefics2", "llava_onevision", "minicpmv4_6", "pixtral", "qwen2_vl", "smolvlm"])
+def test_inputs_of_several_prompts_are_batched_as_their_processor_batches_them(family: str) -> None:
+    processor = BUILDERS[family]().processor
+    pictures = [Image.open(io.BytesIO(sample.images[0])) for sample in make_samples()]
+    mark = re.search(r"image' %}(.+?){% else %}", processor.chat_template)
+    assert mark is not None
+
+    def process(pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+        made = processor(
+            text=[mark[1]] * len(pictures),
+            images=[[picture] for picture in pictures],
+            padding=True,
+            return_tensors="pt",
+            return_mm_token_type_ids=False,
+        )
+        return dict(made)
+
+    def prompt(picture: Image.Image) -> EncodedPrompt:
+        made = process([picture])
+        ids = made.pop("input_ids")[0]
+        return EncodedPrompt(ids, {n: v for n, v in made.items() if n not in ("attention_mask", *PER_TOKEN)}, "")
+
+    mine = image_inputs([prompt(picture) for picture in pictures])
+    batch = process(pictures)
+    assert "pixel_values" in mine
+    for name, value in mine.items():
+        assert torch.equal(value, batch[name]), name
