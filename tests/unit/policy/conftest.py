@@ -10,7 +10,6 @@ import torch
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.policy.load import Policy, load_policy
-from tests.support.capped_models import CAPPED, build_capped
 from tests.support.tiny_models import build_family
 
 
@@ -30,8 +29,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
     def folder(name: str) -> Path:
         if name not in made:
-            build = build_capped if name in CAPPED else build_family
-            made[name] = build(name, tmp_path_factory.mktemp(name))
+            made[name] = build_family(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return folder

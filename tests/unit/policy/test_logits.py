@@ -28,12 +28,13 @@ from mmrl_ray.policy.prompt_batch import pad_prompts
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
 from mmrl_ray.policy.row_adapters import RowAdapters
 from mmrl_ray.policy.vision import vision_features
-from tests.support.capped_models import CAPPED
 from tests.support.tiny_models import FAMILIES, make_completions, make_samples
 from tests.unit.policy.test_prefix import with_lora
 
 Load = Callable[..., Policy]
 TEMPERATURE = 0.7
+CAPPED = ("granite_docling", "paligemma", "paligemma2")
+"""Those that scale or cap their logits, or read their prompts both ways."""
 
 TEXT = {
     "vocab_size": 61,
@@ -278,17 +279,29 @@ def test_positions_are_those_that_generate_prepares(axes: int) -> None:
     )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
+    policy: Any = SimpleNamespace(core=model.base_model, hf_model=model)
     merged = model.config.vision_config.spatial_merge_size
     image = (4 // merged) * (6 // merged + 1)
-    tokens = torch.arange(30, 30 + image + 9)[None].repeat(2, 1)
-    types = torch.zeros_like(tokens)
-    types[0, 3 : 3 + image] = types[1, 5 : 5 + image] = 1
-    mask = torch.ones_like(tokens)
+    prompts, expected, after = [], [], []
+    for before, length in ((3, image + 9), (3, image + 7)):
+        tokens = torch.arange(30, 30 + length)
+        types = torch.zeros_like(tokens)
+        types[before : before + image] = 1
+        grid = torch.tensor([[1, 4, 6]])
+        inputs = {
+            "mm_token_type_ids": types[None],
+            "image_grid_thw": grid,
+            "attention_mask": torch.ones_like(tokens)[None],
+        }
+        made = model._prepare_position_ids_for_generation(tokens[None], inputs)
+        expected.append(made[-axes:, 0])
+        after.append(model._update_model_kwargs_for_generation(ModelOutput(), {"position_ids": made}, False))
+        prompts.append(EncodedPrompt(tokens, {"mm_token_type_ids": types, "image_grid_thw": grid}, ""))
+    mask = torch.ones(2, image + 9, dtype=torch.int64)
     mask[1, :2] = 0
-    inputs = {"mm_token_type_ids": types, "image_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 6]])}
-    expected = model._prepare_position_ids_for_generation(tokens, {"attention_mask": mask, **inputs})
-    policy: Any = SimpleNamespace(core=model.base_model, hf_model=model)
-    positions, following = prompt_positions(policy, tokens, mask, inputs)
-    assert torch.equal(positions, expected[-axes:])
-    after = model._update_model_kwargs_for_generation(ModelOutput(), {"position_ids": expected}, False)
-    assert torch.equal(completion_positions(policy, following, 1), after["position_ids"][-axes:, :, -1:])
+    positions, following = prompt_positions(policy, prompts, mask)
+    assert torch.equal(positions[:, 0], expected[0])
+    assert torch.equal(positions[:, 1, 2:], expected[1])
+    next_one = completion_positions(policy, following, 1)
+    for row in range(2):
+        assert torch.equal(next_one[:, row], after[row]["position_ids"][-axes:, 0, -1:])
