@@ -26,6 +26,7 @@ from tests.support.families.common import WORDS, spread
 
 __all__ = [
     "ALL_FAMILIES",
+    "EAGER",
     "FAMILIES",
     "WORDS",
     "build_family",
@@ -33,12 +34,21 @@ __all__ = [
     "load_family",
     "make_completions",
     "make_samples",
+    "section_of",
 ]
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
 """One of each kind of layout: a fixed grid, grids that follow the picture's size, tiles, a picture that sees both ways
 and sliding windows. Tests of single parts of the product take these."""
 ALL_FAMILIES = ("llava", *BUILDERS)
+EAGER = ("fast_vlm", "paligemma2")
+"""Families with a part that has no scaled dot-product attention in transformers."""
+
+
+def section_of(name: str, path: str | Path, **section: Any) -> ModelSection:
+    """How to load a family's folder: in float32, unless `section` says otherwise."""
+    attention = {"attn_implementation": "eager"} if name in EAGER else {}
+    return ModelSection(path=str(path), **{"dtype": "float32", **attention, **section})
 
 
 def build_family(name: str, folder: str | Path, *, seed: int = 0) -> Path:
@@ -67,8 +77,7 @@ def build_family(name: str, folder: str | Path, *, seed: int = 0) -> Path:
 
 def load_family(name: str, folder: str | Path, *, seed: int = 0, **section: Any) -> Policy:
     """Builds a family into `folder` and loads it as a policy, on the CPU in float32 unless `section` says otherwise."""
-    path = build_family(name, folder, seed=seed)
-    return load_policy(ModelSection(path=str(path), **{"dtype": "float32", **section}), device="cpu")
+    return load_policy(section_of(name, build_family(name, folder, seed=seed), **section), device="cpu")
 
 
 def image_bytes(width: int = 48, height: int = 32, *, seed: int = 0) -> bytes:

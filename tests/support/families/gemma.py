@@ -89,8 +89,8 @@ def _paligemma2() -> Parts:
         query_pre_attn_scalar=8,
         sliding_window=8,  # shorter than every prompt, which all of a prompt sees beyond
         layer_types=_LAYERS,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=3.0,
+        attn_logit_softcapping=9.0,
+        final_logit_softcapping=2.0,
     )
     return _paligemma(text, tokenizer)
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.config.model import ModelSection
 from mmrl_ray.policy.load import Policy, load_policy
-from tests.support.tiny_models import build_family
+from tests.support.tiny_models import build_family, section_of
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -40,10 +39,7 @@ def load(family_folder: Callable[[str], Path]) -> Callable[..., Policy]:
     """Loads a fresh policy of the named family (float32, CPU)."""
 
     def load_fresh(name: str = "llava", **section: Any) -> Policy:
-        # Gemma 2 caps its attention's scores, too, which "sdpa" cannot.
-        attention = {"attn_implementation": "eager"} if name == "paligemma2" else {}
-        settings = {"dtype": "float32", **attention, **section}
-        return load_policy(ModelSection(path=str(family_folder(name)), **settings), device="cpu")
+        return load_policy(section_of(name, family_folder(name), **section), device="cpu")
 
     return load_fresh
 
