@@ -38,6 +38,9 @@ from mmrl_ray.policy.value_heads import ValueHeads
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 
+_WEIGHTS_REMEDY = (
+    "fetch the checkpoint again, as safetensors; where it does not support an attention, set model.attn_implementation"
+)
 _PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
 
 _HASH_WHOLE = 64 << 20
@@ -137,7 +140,7 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)
-    model = _load_model(path, cfg, dtype)
+    model = _load_model(path, cfg, config, dtype)
     if not on_host:
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
@@ -244,7 +247,15 @@ def _use_generation_config(model: PreTrainedModel, path: str, cfg: ModelSection)
     if next(model.parameters()).device.type != "meta":
         return
     with model_call(cfg.path, "its generation_config.json cannot be read"), suppress(OSError):  # it may have none
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=cfg.revision)
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=cfg.revision or "main")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it names a model of the hub: `name` or `owner/name`; whatever else looks like a path is one."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith((".", os.sep)) or expanded.count("/") > 1 or os.path.exists(expanded):
+        return False
+    return not path.startswith("builtin:")
 
 
 def _resolve(path: str) -> str:
@@ -253,8 +264,7 @@ def _resolve(path: str) -> str:
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
         return expanded
-    # A hub id is `name` or `owner/name`; whatever else looks like a path is one that is not there.
-    if expanded.startswith((".", os.sep)) or expanded.count("/") > 1 or os.path.exists(expanded):
+    if not is_hub_id(path):
         raise ModelError(f"model folder {path!r} does not exist or is not a folder; give a folder or a hub id")
     return path
 
@@ -288,17 +298,22 @@ def _load_processor(path: str, cfg: ModelSection, config: Any) -> Any:
     return processor
 
 
-def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
-    with model_call(cfg.path, "its weights cannot be loaded", "fetch the checkpoint again, as safetensors"):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path,
-            revision=cfg.revision,
-            dtype=dtype,
-            attn_implementation=cfg.attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with model_call(cfg.path, "its weights cannot be loaded", _WEIGHTS_REMEDY):
+        try:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                path,
+                revision=cfg.revision,
+                dtype=dtype,
+                attn_implementation=cfg.attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except RuntimeError:
+            if os.path.isdir(path):
+                _skeleton_of_files(Path(path), cfg, config, dtype)  # it names the tensors that do not fit
+            raise
     model, info = loaded
     _refuse_unfit_weights(info, cfg)
     return cast(PreTrainedModel, model)
@@ -306,9 +321,9 @@ def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedM
 
 def _skeleton_of_files(folder: Path, cfg: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, loaded as ever (names are converted, experts stacked), but from headers alone."""
-    with model_call(cfg.path, "its weights cannot be loaded", "fetch the checkpoint again, as safetensors"):
+    with model_call(cfg.path, "its weights cannot be loaded", _WEIGHTS_REMEDY):
         shapes: dict[str, torch.Tensor] = {}
-        for file in _weight_files(folder, cfg):
+        for file in weight_files(folder, cfg.path):
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
                     shapes[name] = torch.empty(opened.get_slice(name).get_shape(), dtype=dtype, device="meta")
@@ -327,19 +342,24 @@ def _skeleton_of_files(folder: Path, cfg: ModelSection, config: Any, dtype: torc
     return cast(PreTrainedModel, model)
 
 
-def _weight_files(folder: Path, cfg: ModelSection) -> list[Path]:
-    """Those that transformers would load."""
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files that transformers would load the weights of model `name` from.
+
+    Raises:
+        ModelError: one of them is not in `folder`.
+    """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFE_WEIGHTS_NAME]
+    files = [SAFE_WEIGHTS_NAME]
     if not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
-            f"model {cfg.path!r}: its weights cannot be loaded: its folder lacks {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; fetch the checkpoint again, as safetensors"
+            f"model {name!r}: its weights cannot be loaded: its folder lacks {missing[0]}{more}; "
+            "fetch the checkpoint again, as safetensors"
         )
-    return [folder / name for name in names]
+    return [folder / file for file in files]
 
 
 def _refuse_unfit_weights(info: Mapping[str, Any], cfg: ModelSection) -> None:

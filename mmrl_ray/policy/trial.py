@@ -12,20 +12,24 @@ import io
 from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from mmrl_ray.config.model import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.boundary import brief
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.load import Policy, load_policy, weight_files
 from mmrl_ray.policy.prefix import score_completions
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
 
+QUICK_BYTES = 1 << 30
+"""Weights up to this size are loaded for a trial before anything else is started."""
 _SIZE = (64, 48)
 _ROWS = 2
 _SAMPLING = SamplingParams(max_new_tokens=2, seed=0)
@@ -49,6 +53,24 @@ def try_policy(policy: Policy) -> None:
     if key not in _passed:
         _passed[key] = _forward(policy, try_prompt(policy))
     policy.inject_vision = _passed[key]
+
+
+def try_quickly(cfg: ModelSection) -> bool:
+    """Loads the model on the CPU and tries it where that is soon done: its weights lie in a folder and are few.
+
+    Returns:
+        whether it was tried.
+
+    Raises:
+        ModelError, ConfigError: as `load_policy`.
+    """
+    folder = Path(cfg.path).expanduser()
+    if not folder.is_dir() or cfg.attn_implementation == "flash_attention_2":
+        return False
+    if sum(file.stat().st_size for file in weight_files(folder, cfg.path)) > QUICK_BYTES:
+        return False
+    load_policy(cfg.model_copy(update={"dtype": "float32"}), device="cpu")
+    return True
 
 
 def try_prompt(policy: Policy) -> EncodedPrompt:
@@ -114,7 +136,7 @@ def _verdict(policy: Policy, prompt: EncodedPrompt, error: Exception) -> ModelEr
 
 @torch.no_grad()
 def _generate(policy: Policy, prompt: EncodedPrompt) -> None:
-    model = policy.hf_model
+    model: Any = policy.hf_model
     taken = {
         name for call in (model.forward, model.prepare_inputs_for_generation) for name in signature(call).parameters
     }

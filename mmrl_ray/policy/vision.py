@@ -100,10 +100,18 @@ def vision_features(
 
 def image_inputs(prompts: Sequence[EncodedPrompt], *, without_pixels: bool = False) -> dict[str, torch.Tensor]:
     """The prompts' per-image inputs, concatenated along the first axis; other axes are padded with 0 where they differ
-    (SmolVLM: samples of fewer tiles, which its tower tells by their zeros)."""
+    (SmolVLM: samples of fewer tiles, which its tower tells by their zeros).
+
+    Where nothing beside the pixels says which tiles are real (PerceptionLM), all tiles stand in one row instead of
+    padded rows: its tower takes them one by one.
+    """
     names = [name for name in prompts[0].model_inputs if name not in PER_TOKEN]
     if without_pixels:
         names = [name for name in names if not name.startswith("pixel")]
+    if names == ["pixel_values"]:
+        pixels = [prompt.model_inputs["pixel_values"] for prompt in prompts]
+        if pixels[0].ndim == 5 and len({tiles.shape[1] for tiles in pixels}) > 1:
+            return {"pixel_values": torch.cat([tiles.flatten(0, 1) for tiles in pixels])[None]}
     return {name: _concatenated([prompt.model_inputs[name] for prompt in prompts]) for name in names}
 
 
