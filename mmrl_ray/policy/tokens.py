@@ -113,7 +113,7 @@ def appended_tokens(tokenizer: Any) -> tuple[int, ...]:
     """Ids that the tokenizer puts behind every text of its own accord, such as T5's end of sequence."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), len(whole))
+    place = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), len(whole))
     return tuple(int(i) for i in whole[place + len(bare) :])
 
 

@@ -97,16 +97,14 @@ def test_the_end_of_a_turn_ends_a_caption(copied: Copied) -> None:
     folder = copied("smolvlm")
     rewrite_template(folder, "</s>", "<end_of_utterance>")
     policy = load_policy(section(folder), device="cpu")
-    with torch.no_grad():
-        weight = policy.hf_model.get_output_embeddings().weight
-        norm = policy.decoder.norm.weight  # type: ignore[union-attr]
-        norm.zero_()
-        weight.zero_()
+    turn = policy.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     head = policy.hf_model.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.zeros(weight.shape[0]).index_fill(0, torch.tensor([policy.end_id]), 9.0))
+    with torch.no_grad():
+        head.weight.zero_()
+    head.bias = torch.nn.Parameter(torch.zeros(policy.vocab_size).index_fill(0, torch.tensor([turn]), 9.0))
     request = DecodeRequest(encode_prompts(policy, make_samples([(64, 64)]))[0], 1, SamplingParams(greedy=True))
     [output] = decode_groups(Decoder(policy), [request])
-    assert output.completions[0].token_ids.tolist() == [policy.end_id]
+    assert output.completions[0].token_ids.tolist() == [turn]
     assert output.completions[0].finish_reason == "stop"
 
 
