@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
+from mmrl_ray.policy.boundary import model_call
 from mmrl_ray.policy.cpu_linear import use_onednn
 from mmrl_ray.policy.logits import model_logits, takes_bare_head
 from mmrl_ray.policy.processors import load_processor
-from mmrl_ray.policy.tokens import end_of_turn, end_tokens, image_tokens, placeholder, reserved_texts
+from mmrl_ray.policy.tokens import (
+    appended_tokens,
+    end_of_turn,
+    end_tokens,
+    image_tokens,
+    placeholder,
+    reserved_texts,
+)
 from mmrl_ray.policy.value_heads import ValueHeads
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
@@ -32,7 +43,9 @@ _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 _CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
 """Inputs that tell each token of a row which pictures it may look at (Mllama, Idefics)."""
 
-_BRIEF = 300
+_WEIGHTS_REMEDY = (
+    "fetch the checkpoint again, as safetensors; where it does not support an attention, set model.attn_implementation"
+)
 _PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
 
 _HASH_WHOLE = 64 << 20
@@ -55,7 +68,7 @@ class Policy:
     image_token_ids: tuple[int, ...]
     """Every token of the image, video or audio machinery: never sampled, logit minus infinity everywhere."""
     eos_token_ids: tuple[int, ...]
-    """Tokens that end a completion."""
+    """Tokens that end a completion; the turn's end is among them, whatever the checkpoint lists."""
     end_id: int
     """The one of `eos_token_ids` that the chat template puts after an assistant's turn."""
     pad_token_id: int
@@ -68,6 +81,8 @@ class Policy:
     processor_settings: dict[str, Any] = field(default_factory=dict)
     bare_head: bool = False
     """Whether `logits` are the head's product and nothing else (`takes_bare_head`)."""
+    appended_ids: tuple[int, ...] = ()
+    """What the tokenizer puts behind every text: no part of a prompt, which goes on."""
     inject_vision: bool = True
     """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
     runs inside every forward, on the pixels."""
@@ -123,27 +138,36 @@ class Policy:
 
 
 def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, on_host: bool = False) -> Policy:
-    """Loads model and processor, freezes every weight and switches dropout off.
+    """Loads model and processor, freezes every weight and switches dropout off; then tries it (`trial.try_policy`).
 
     `device` is the first GPU by default where there is one, else the CPU. With `on_host` the weights wait in host
-    memory for whoever puts them there in parts.
+    memory for whoever puts them there in parts, and no forward is tried.
 
     Raises:
         ModelError: the folder is missing, the checkpoint has no vision tower, no processor, no chat template or no
-            image token, its weights are not (complete) safetensors, its pictures are no tokens of the prompt, or its
-            logits cannot be made of hidden states.
+            image token, its weights are not (complete) safetensors, its parts do not fit together, its pictures are no
+            tokens of the prompt, or its logits cannot be made of hidden states.
+        ConfigError: `model.processor` has a key or a value that the processor does not take.
     """
     path = _resolve(cfg.path)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)
-    model = _load_model(path, cfg, dtype)
+    model = _load_model(path, cfg, config, dtype)
     if not on_host:
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
     use_onednn(model)
-    return _assemble(model, processor, config, cfg, path, device, dtype)
+    policy = _assemble(model, processor, config, cfg, path, device, dtype)
+    # Imported here: a trial prompts and samples, by files that import this one.
+    from mmrl_ray.policy.trial import try_policy, try_prompt
+
+    if on_host:
+        try_prompt(policy)
+    else:
+        try_policy(policy)
+    return policy
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
@@ -172,16 +196,26 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
 def load_skeleton(cfg: ModelSection) -> Policy:
     """`load_policy` without the weights: the model is on the meta device, for encoding prompts and for counting.
 
+    Of a checkpoint in a folder the names and shapes of all weights are held against the model's; a prompt is tried.
+
     Raises:
-        ModelError: as `load_policy`, its weights apart.
+        ModelError: as `load_policy`, the numbers in its weights and its forward apart.
+        ConfigError: as `load_policy`.
     """
     path = _resolve(cfg.path)
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
-    return _assemble(model, processor, config, cfg, path, torch.device("meta"), dtype)
+    if os.path.isdir(path):
+        model = _skeleton_of_files(Path(path), cfg, config, dtype)
+    else:
+        with model_call(cfg.path, "its model cannot be made"), torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+    policy = _assemble(model, processor, config, cfg, path, torch.device("meta"), dtype)
+    from mmrl_ray.policy.trial import try_prompt  # as in `load_policy`
+
+    try_prompt(policy)
+    return policy
 
 
 def _assemble(
@@ -201,28 +235,49 @@ def _assemble(
             "another checkpoint"
         )
     tokenizer = processor.tokenizer
-    text_config = config.get_text_config()
-    eos = end_tokens(model, tokenizer, path)
-    pad = tokenizer.pad_token_id
-    context = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return Policy(
-        model=model,
-        processor=processor,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        placeholder_id=placeholder(config, processor, path),
-        image_token_ids=image_tokens(config, processor, eos, text_config.vocab_size),
-        eos_token_ids=eos,
-        end_id=end_of_turn(processor, eos),
-        pad_token_id=eos[0] if pad is None else int(pad),
-        reserved_texts=reserved_texts(processor),
-        context_length=int(context),
-        revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
-        path=path,
-        processor_settings=dict(cfg.processor),
-        bare_head=takes_bare_head(model, path),
-    )
+    _use_generation_config(model, path, cfg)
+    with model_call(cfg.path, "its tokenizer, its processor and its config cannot be read together", "fetch it again"):
+        text_config = config.get_text_config()
+        listed = end_tokens(model, tokenizer)
+        end = end_of_turn(processor, listed, cfg.path)
+        eos = tuple(dict.fromkeys((*listed, end)))
+        pad = tokenizer.pad_token_id
+        context = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
+        return Policy(
+            model=model,
+            processor=processor,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            placeholder_id=placeholder(config, processor, path),
+            image_token_ids=image_tokens(config, processor, eos, text_config.vocab_size),
+            eos_token_ids=eos,
+            end_id=end,
+            pad_token_id=eos[0] if pad is None else int(pad),
+            reserved_texts=reserved_texts(processor),
+            context_length=int(context),
+            revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
+            path=path,
+            processor_settings=dict(cfg.processor),
+            appended_ids=appended_tokens(tokenizer),
+            bare_head=takes_bare_head(model, path),
+        )
+
+
+def _use_generation_config(model: PreTrainedModel, path: str, cfg: ModelSection) -> None:
+    """Gives a skeleton what `from_pretrained` gives a model: the checkpoint's own list of end tokens."""
+    if next(model.parameters()).device.type != "meta":
+        return
+    with model_call(cfg.path, "its generation_config.json cannot be read"), suppress(OSError):  # it may have none
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=cfg.revision or "main")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it names a model of the hub: `name` or `owner/name`; whatever else looks like a path is one."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith((".", os.sep)) or expanded.count("/") > 1 or os.path.exists(expanded):
+        return False
+    return not path.startswith("builtin:")
 
 
 def _resolve(path: str) -> str:
@@ -231,17 +286,14 @@ def _resolve(path: str) -> str:
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
         return expanded
-    # A hub id is `name` or `owner/name`; whatever else looks like a path is one that is not there.
-    if expanded.startswith((".", os.sep)) or expanded.count("/") > 1 or os.path.exists(expanded):
+    if not is_hub_id(path):
         raise ModelError(f"model folder {path!r} does not exist or is not a folder; give a folder or a hub id")
     return path
 
 
 def _load_config(path: str, cfg: ModelSection) -> Any:
-    try:
+    with model_call(cfg.path, "its config.json cannot be read"):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"model {cfg.path!r}: its config.json cannot be read: {_brief(error)}") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or getattr(config, "vision_config", None) is None:
         raise ModelError(
             f"model {cfg.path!r} is a {config.model_type!r}, without a vision tower that transformers' "
@@ -251,15 +303,8 @@ def _load_config(path: str, cfg: ModelSection) -> Any:
 
 
 def _load_processor(path: str, cfg: ModelSection, config: Any) -> Any:
-    try:
+    with model_call(cfg.path, "its processor cannot be loaded", "mend its processor_config.json or fetch it again"):
         processor = load_processor(path, config, revision=cfg.revision)
-    except ImportError as error:
-        raise ModelError(
-            f"model {cfg.path!r}: its processor needs a library that is not installed ({_brief(error)}); "
-            "install it (torchvision, most often)"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"model {cfg.path!r}: its processor cannot be loaded: {_brief(error)}") from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ModelError(
             f"model {cfg.path!r} has no processor with both an image processor and a tokenizer; "
@@ -275,28 +320,85 @@ def _load_processor(path: str, cfg: ModelSection, config: Any) -> Any:
     return processor
 
 
-def _load_model(path: str, cfg: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path,
-            revision=cfg.revision,
+def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with model_call(cfg.path, "its weights cannot be loaded", _WEIGHTS_REMEDY):
+        try:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                path,
+                revision=cfg.revision,
+                dtype=dtype,
+                attn_implementation=cfg.attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except RuntimeError:
+            if os.path.isdir(path):
+                _skeleton_of_files(Path(path), cfg, config, dtype)  # it names the tensors that do not fit
+            raise
+    model, info = loaded
+    _refuse_unfit_weights(info, cfg)
+    return cast(PreTrainedModel, model)
+
+
+def _skeleton_of_files(folder: Path, cfg: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, loaded as ever (names are converted, experts stacked), but from headers alone."""
+    with model_call(cfg.path, "its weights cannot be loaded", _WEIGHTS_REMEDY):
+        shapes: dict[str, torch.Tensor] = {}
+        for file in weight_files(folder, cfg.path):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    shapes[name] = torch.empty(opened.get_slice(name).get_shape(), dtype=dtype, device="meta")
+        model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=shapes,
+            device_map="meta",
             dtype=dtype,
-            attn_implementation=cfg.attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
+            attn_implementation="sdpa" if cfg.attn_implementation == "flash_attention_2" else cfg.attn_implementation,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {cfg.path!r}: its weights cannot be loaded: {_brief(error)}") from error
-    model, info = loaded
-    # transformers would go on with random weights and a warning.
+    _refuse_unfit_weights(info, cfg)
+    return cast(PreTrainedModel, model)
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files that transformers would load the weights of model `name` from.
+
+    Raises:
+        ModelError: one of them is not in `folder`.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    files = [SAFE_WEIGHTS_NAME]
+    if not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"model {name!r}: its weights cannot be loaded: its folder lacks {missing[0]}{more}; "
+            "fetch the checkpoint again, as safetensors"
+        )
+    return [folder / file for file in files]
+
+
+def _refuse_unfit_weights(info: Mapping[str, Any], cfg: ModelSection) -> None:
+    """transformers would go on with random weights and a warning."""
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise ModelError(
             f"model {cfg.path!r}: its weight files lack {len(missing)} tensors, the first {missing[0]!r}; "
             "fetch the checkpoint again"
         )
-    return cast(PreTrainedModel, model)
+    unfit = sorted(info.get("mismatched_keys") or ())
+    if unfit:
+        name, have, want = unfit[0]
+        raise ModelError(
+            f"model {cfg.path!r}: {len(unfit)} tensors of its weight files have other shapes than its config says, the "
+            f"first {name!r}: {list(have)}, not {list(want)}; config.json and weights are of different checkpoints"
+        )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -327,9 +429,3 @@ def _hash_file(file: Path, size: int, digest: Any) -> None:
         for block in range(_HASH_BLOCKS):
             stream.seek(block * (size - _HASH_BLOCK) // (_HASH_BLOCKS - 1))
             digest.update(stream.read(_HASH_BLOCK))
-
-
-def _brief(error: BaseException) -> str:
-    """What another library says, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 1]}…"

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jinja2 import TemplateError
 
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.policy.boundary import brief
 from mmrl_ray.policy.load import Policy
 
 Turns = Sequence[tuple[str, Sequence[str | int]]]
@@ -117,8 +117,9 @@ def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) ->
     processor = policy.processor
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise DataError(f"{what}: the model's chat template refuses it: {error}") from error
+    except Exception as error:
+        # A template may raise on purpose, by jinja2, or stumble; that it works at all was found out at load time.
+        raise DataError(f"{what}: the model's chat template refuses it: {brief(error)}") from error
     mark = getattr(processor, "image_token", None)
     if isinstance(mark, str) and text.count(mark) != len(images):
         raise ModelError(
@@ -137,12 +138,15 @@ def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) ->
             add_special_tokens=not (bos and text.startswith(bos)),
             **({"images_kwargs": policy.processor_settings} if policy.processor_settings else {}),
         )
-    except ValueError as error:
+    except Exception as error:
         sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
-        raise DataError(f"{what} (images {sizes}): the processor refuses it: {error}") from error
-    input_ids = encoded["input_ids"][0]
+        raise DataError(f"{what} (images {sizes}): the processor refuses it: {brief(error)}") from error
+    input_ids, end = encoded["input_ids"][0], len(policy.appended_ids)
+    # A tokenizer that ends every text would end the prompt, too, which is to go on.
+    keep = slice(-end if end and tuple(input_ids[-end:].tolist()) == policy.appended_ids else None)
+    input_ids = input_ids[keep]
     inputs = {
-        name: value[0] if name in PER_TOKEN else value
+        name: value[0][keep] if name in PER_TOKEN else value
         for name, value in encoded.items()
         if name not in ("input_ids", "attention_mask", "labels") and isinstance(value, torch.Tensor)
     }

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from mmrl_ray.config.model import LoraSection
 from mmrl_ray.errors import AdapterError
+from mmrl_ray.policy.cpu_linear import OneDnnLinear
 
 _SHOWN = 3
 
@@ -18,15 +22,16 @@ _SHOWN = 3
 def resolve_targets(model: PreTrainedModel, lora: LoraSection) -> list[str]:
     """Full names of the linear layers that `lora` adapts, in the model's order.
 
-    By default every linear layer under `model.get_decoder()`: the language model without its head. A list of targets
-    is matched by suffix (`q_proj`, `layers.0.mlp.up_proj`), a string as one regular expression over full names; both
-    as PEFT does it, and over linear layers only.
+    By default every linear layer under `model.get_decoder()`: the language model without its head, and without what
+    only looks like a linear layer (a router that also gives its choice). A list of targets is matched by suffix
+    (`q_proj`, `layers.0.mlp.up_proj`), a string as one regular expression over full names; both as PEFT does it, and
+    over linear layers only. What is left out is `left_out`'s to say.
 
     Raises:
         AdapterError: a target matches nothing; one matches outside the language model without `adapt_vision`, or the
             head whose weight is the embedding's; or the model does not tell its language model apart.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if _is_adaptable(module)]
     if lora.targets is None:
         language = _language_prefix(model)
         return [name for name in names if name.startswith(language)]
@@ -44,6 +49,73 @@ def resolve_targets(model: PreTrainedModel, lora: LoraSection) -> list[str]:
             _refuse_outside(model, target, found)
     chosen = {name for found in matched.values() for name in found}
     return [name for name in names if name in chosen]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Weights of the language model that the adapter does not sit on, those of one kind of layer together."""
+
+    kind: str
+    """The layers' class, and for linear ones their name: "Qwen3VLMoeTextExperts", "Linear gate_proj"."""
+    layers: int
+    tensors: tuple[str, ...]
+    parameters: int
+
+
+def left_out(model: PreTrainedModel, targets: Collection[str]) -> list[LeftOut]:
+    """Every matrix of the language model under no adapter, the most weights first; embeddings are not counted.
+
+    Mixtures of experts keep the experts of a layer in one tensor, which LoRA as it is used here cannot adapt.
+    """
+    chosen = {model.get_submodule(name) for name in targets}
+    found: dict[str, LeftOut] = {}
+    for name, module in model.get_decoder().named_modules():
+        own = {key: p.numel() for key, p in module.named_parameters(recurse=False) if p.ndim > 1}
+        if not own or module in chosen or isinstance(module, nn.Embedding):
+            continue
+        plain = isinstance(module, nn.Linear)
+        kind = f"{'Linear' if _is_plain(module) else type(module).__name__}{f' {_leaf(name)}' if plain else ''}"
+        before = found.get(kind, LeftOut(kind, 0, (), 0))
+        tensors = tuple(dict.fromkeys((*before.tensors, *own)))
+        found[kind] = LeftOut(kind, before.layers + 1, tensors, before.parameters + sum(own.values()))
+    return sorted(found.values(), key=lambda each: -each.parameters)
+
+
+def left_out_line(model: PreTrainedModel, targets: Collection[str]) -> str | None:
+    """`left_out` in words; None where nothing is."""
+    found = left_out(model, targets)
+    if not found:
+        return None
+    total = sum(p.numel() for p in model.get_decoder().parameters())
+    parts = [
+        f"{each.layers} × {each.kind} ({', '.join(each.tensors)}; {each.parameters / total:.1%})"
+        for each in found[:_SHOWN]
+    ]
+    more = f" and {len(found) - _SHOWN} other kinds" if len(found) > _SHOWN else ""
+    share = sum(each.parameters for each in found) / total
+    return f"LoRA leaves out {share:.1%} of the language model's weights: {', '.join(parts)}{more}"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, OneDnnLinear)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    """Whether a branch can be added to what the layer gives: one tensor [.., out], for which a layer with a forward of
+    its own is asked."""
+    if not isinstance(module, nn.Linear) or _is_plain(module):
+        return isinstance(module, nn.Linear)
+    weight = module.weight
+    try:
+        with torch.no_grad():
+            given: Any = module(torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device))
+    except Exception:  # noqa: BLE001 - at the boundary: another library's forward raises what it likes
+        return False
+    return isinstance(given, torch.Tensor) and given.shape == (1, module.out_features)
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _language_prefix(model: PreTrainedModel) -> str:
@@ -93,7 +165,7 @@ def _head_name(model: PreTrainedModel) -> str | None:
 
 
 def _nothing_matched(target: str, names: list[str]) -> str:
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    leaves = sorted({_leaf(name) for name in names})
     near = difflib.get_close_matches(target, leaves, n=_SHOWN, cutoff=0.4)
     near += difflib.get_close_matches(target, names, n=_SHOWN - len(near), cutoff=0.4) if len(near) < _SHOWN else []
     hint = f"nearest: {', '.join(near)}" if near else f"the model has {', '.join(leaves)}"

@@ -8,11 +8,22 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mmrl_ray.errors import ModelError
+from mmrl_ray.policy.boundary import model_call
 
 # Names of image, video and audio tokens in the vocabularies of LLaVA, Qwen-VL, InternVL, SmolVLM, Gemma and PaliGemma.
 _MEDIA = re.compile(r"image|img|vision|video|audio|soft_token|row_\d+_col_\d+", re.IGNORECASE)
 _CONFIG_IDS = re.compile(
     r"^(image|video|audio|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)$|^(boi|eoi)_token_index$"
+)
+
+_REPLIES = ("mauve zebra", "seventeen", "Quartz 7!")
+"""Texts that stand in no template, unlike each other in length and in their last character."""
+_TEMPLATE_REMEDY = (
+    'use a chat template that takes messages of roles "user" and "assistant" whose content is a list of parts, '
+    '{"type": "image"} and {"type": "text", "text": …}'
+)
+_END_REMEDY = (
+    "have the template put one end token there, and list it under eos_token_id in the model's generation_config.json"
 )
 
 
@@ -44,29 +55,66 @@ def image_tokens(config: Any, processor: Any, eos: tuple[int, ...], vocab_size: 
     return tuple(sorted(i for i in found if 0 <= i < vocab_size and i not in eos))
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: Any, path: str) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's first, then those of the generation config.
-
-    Raises:
-        ModelError: there is none.
-    """
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that the checkpoint says end a completion: the tokenizer's first, then those of the generation config."""
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
-    generation = listed if isinstance(listed, list) else [listed]
+    generation = listed if isinstance(listed, list | tuple) else [listed]
     found = [i for i in (tokenizer.eos_token_id, *generation) if i is not None]
-    if not found:
-        raise ModelError(f"model {path!r} has no end-of-sequence token, neither in its tokenizer nor generation config")
     return tuple(dict.fromkeys(int(i) for i in found))
 
 
-def end_of_turn(processor: Any, eos: tuple[int, ...]) -> int:
-    """The end token that the chat template puts after an assistant's turn; the first of `eos` if it puts none."""
-    user = {"role": "user", "content": [{"type": "text", "text": "a"}]}
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
-    opened = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-    whole = processor.apply_chat_template([user, reply], add_generation_prompt=False, tokenize=False)
-    tail = whole[len(opened) :] if whole.startswith(opened) else ""
+def end_of_turn(processor: Any, eos: tuple[int, ...], path: str) -> int:
+    """The token that the chat template puts after an assistant's turn, whether or not the checkpoint lists it in `eos`.
+
+    It is the first control token behind the reply. Where the template ends a turn with nothing (or with white space),
+    it is the only one of `eos`, if there is just one.
+
+    Raises:
+        ModelError: the template cannot be rendered, it leaves the reply out, or what ends a turn cannot be told.
+    """
+    tails = set()
+    with model_call(path, "its chat template cannot render a conversation", _TEMPLATE_REMEDY):
+        for reply in _REPLIES:
+            turns = [(role, [{"type": "text", "text": text}]) for role, text in (("user", "?"), ("assistant", reply))]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            before, found, tail = processor.apply_chat_template(messages, tokenize=False).rpartition(reply)
+            if not found:
+                raise ModelError(
+                    f"model {path!r}: its chat template leaves out what the assistant says ({before + tail!r} for "
+                    f"{reply!r}); {_TEMPLATE_REMEDY}"
+                )
+            tails.add(tail)
+    if len(tails) > 1:
+        raise ModelError(
+            f"model {path!r}: its chat template ends an assistant's turn in different ways ({sorted(tails)}), so that "
+            f"its end is not known; {_END_REMEDY}"
+        )
+    tail = tails.pop()
+    control = _control_tokens(processor.tokenizer, eos)
     ids = processor.tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
-    return next((i for i in ids if i in eos), eos[0])
+    end = next((int(i) for i in ids if i in control), None)
+    if end is None and len(eos) == 1 and not tail.strip():
+        end = eos[0]
+    if end is None:
+        raise ModelError(
+            f"model {path!r}: its chat template puts no control token after an assistant's turn (but {tail!r}), and "
+            f"{len(eos)} end tokens are listed for the model, so that the end of a turn is not known; {_END_REMEDY}"
+        )
+    return end
+
+
+def _control_tokens(tokenizer: Any, eos: tuple[int, ...]) -> set[int]:
+    """What can end a turn: added tokens that are not of the media machinery, and whatever `eos` lists."""
+    added = {i for text, i in tokenizer.get_added_vocab().items() if text.strip() and not _MEDIA.search(text)}
+    return (added - {tokenizer.unk_token_id}) | {*eos}
+
+
+def appended_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that the tokenizer puts behind every text of its own accord, such as T5's end of sequence."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    place = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), len(whole))
+    return tuple(int(i) for i in whole[place + len(bare) :])
 
 
 def reserved_texts(processor: Any) -> tuple[str, ...]:

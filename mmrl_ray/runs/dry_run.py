@@ -29,9 +29,11 @@ from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RunError
-from mmrl_ray.policy.load import Policy, load_skeleton
+from mmrl_ray.policy.load import Policy, is_hub_id, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
+from mmrl_ray.policy.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
+from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
@@ -50,6 +52,8 @@ class DryRun:
     """Of the training split."""
     sample: Sample | None = None
     shape: ModelShape | None = None
+    left_out: str | None = None
+    """Weights that the adapter does not sit on."""
     prompt_tokens: int | None = None
     image_tokens: int = 0
     blocking: list[str] = field(default_factory=list)
@@ -167,13 +171,23 @@ def _look_at_reward(cfg: Config, found: DryRun) -> None:
 
 def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
     try:
-        policy = load_skeleton(cfg.model.model_copy(update={"path": _model_path(cfg, scratch)}))
-    except ModelError as error:
-        found.unchecked.append(f"model, prompt length and memory: {error}")
+        section = cfg.model.model_copy(update={"path": _model_path(cfg, scratch)})
+        policy = load_skeleton(section)
+        tried = try_quickly(section)
+    except DataError as error:
+        words = f"{cfg.model.path} takes its words from the training references"
+        found.unchecked.append(f"model, prompt length and memory: {words}: {error}")
         return
-    found.unchecked.append(f"the weights of {cfg.model.path} (only its config and processor were read)")
+    except (ConfigError, ModelError) as error:
+        out_of_reach = is_hub_id(cfg.model.path) and isinstance(error.__cause__, OSError)
+        what = "model, prompt length and memory: " if out_of_reach else ""
+        (found.unchecked if out_of_reach else found.blocking).append(f"{what}{error}")
+        return
+    if not tried:
+        found.unchecked.append(f"the numbers in the weights of {cfg.model.path}, and a first trial of it")
     try:
         found.shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
+        found.left_out = left_out_line(policy.hf_model, resolve_targets(policy.hf_model, cfg.model.lora))
     except AdapterError as error:
         found.blocking.append(str(error))
     if found.sample is None:
@@ -187,10 +201,7 @@ def _model_path(cfg: Config, scratch: Path) -> str:
         return cfg.model.path
     if cfg.model.path != BUILTIN_TINY_LLAVA:
         raise ModelError(f"no built-in model {cfg.model.path!r}; there is {BUILTIN_TINY_LLAVA}")
-    try:
-        return str(build_builtin(cfg, scratch))
-    except DataError as error:
-        raise ModelError(f"{cfg.model.path} takes its words from the training references: {error}") from error
+    return str(build_builtin(cfg, scratch))
 
 
 def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) -> None:
@@ -286,6 +297,7 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
     lines = [
         f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}",
         f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
+        *([f"            {found.left_out}"] if found.left_out is not None else []),
     ]
     if cfg.value_based is not None:
         return [lines[0], *agent_memory_lines(cfg.value_based, found.rows, shape.hidden)]

@@ -7,7 +7,8 @@ from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.errors import DataError
 from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
-from mmrl_ray.policy.targets import resolve_targets
+from mmrl_ray.policy.targets import left_out_line, resolve_targets
+from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.rewards.build import check_reward
 
 
@@ -26,27 +27,33 @@ def evaluation_split(cfg: Config) -> list[Sample]:
     return samples
 
 
-def check_run(cfg: Config) -> None:
-    """Reward and model, without loading weights.
+def check_run(cfg: Config) -> list[str]:
+    """Reward and model, before anything is started; returns what `check_model` does.
 
     Raises:
         ConfigError: a reward part cannot be made, or the reward's risk has no trained sigma.
         MMRLError: as `check_model`.
     """
     check_reward(cfg.reward)
-    check_model(cfg)
+    return check_model(cfg)
 
 
-def check_model(cfg: Config) -> None:
-    """Model, processor, adapter targets and the first training prompt, without loading weights.
+def check_model(cfg: Config) -> list[str]:
+    """Model, processor, adapter targets and the first training prompt; a small model is loaded and tried.
+
+    Returns:
+        what a user should know, a line each: the weights that the adapter leaves out.
 
     Raises:
         ModelError: the checkpoint, its processor or its chat template cannot be used.
+        ConfigError: a setting of `model.processor` cannot.
         AdapterError: LoRA targets that match nothing, or more than the language model.
         ContextLengthError: prompt and longest completion do not fit the model.
         DataError: the training split cannot be used.
     """
     policy = load_skeleton(cfg.model)
-    resolve_targets(policy.hf_model, cfg.model.lora)
+    left_out = left_out_line(policy.hf_model, resolve_targets(policy.hf_model, cfg.model.lora))
     for prompt in encode_prompts(policy, read_split(cfg.data.train, prompt=cfg.data.prompt, limit=1)):
         check_context(policy, prompt, cfg.rollout.max_new_tokens)
+    try_quickly(cfg.model)
+    return [left_out] if left_out is not None else []

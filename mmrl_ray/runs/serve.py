@@ -19,6 +19,8 @@ from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.config.yaml_tree import dump_yaml
 from mmrl_ray.errors import ConfigError
+from mmrl_ray.policy.load import load_skeleton
+from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
@@ -57,6 +59,7 @@ def serve(
 
     Raises:
         ConfigError: the targets do not go together, or `insecure` does not go with the rest.
+        ModelError: the model is on this machine and cannot be used.
         ServingError: a deployment cannot be made.
         PlacementError: Ray has no room for one.
         RunError: the cluster cannot be joined.
@@ -70,11 +73,20 @@ def serve(
 
         print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
         return
+    _refuse_broken(cfg.model)
     if address is None:
         set_flags(insecure=insecure)
     jobs = cfg.serving.fine_tuning is not None
     with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs):
         _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
+
+
+def _refuse_broken(model: ModelSection) -> None:
+    """A model on this machine is looked at before a replica is started for it, and a small one is tried."""
+    if not Path(model.path).expanduser().is_dir():
+        return
+    load_skeleton(model)
+    try_quickly(model)
 
 
 def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:

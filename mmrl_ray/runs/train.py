@@ -104,7 +104,8 @@ class _Run:
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
-            check_run(start)
+            for line in check_run(start):
+                self._progress.note(line)
             give_back_memory()
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed

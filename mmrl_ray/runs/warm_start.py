@@ -29,6 +29,7 @@ from mmrl_ray.config.sft import SFT_CACHE
 from mmrl_ray.data.samples import dataset_fingerprint, iter_references
 from mmrl_ray.data.scenes import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import ModelError, RunError
+from mmrl_ray.policy.boundary import model_call
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
 from mmrl_ray.runs.progress import ProgressFn
@@ -167,11 +168,8 @@ def _file_identity(file: Path) -> str:
 
 def _commit(path: str, revision: str | None) -> str | None:
     """The hub's commit, so that a branch that moved is not taken for what it was."""
-    try:
+    with model_call(path, "it is no folder, and as a hub id it cannot be read"):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"model {path!r} is no folder, and as a hub id it cannot be read: {reason}") from error
     return getattr(config, "_commit_hash", None)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from mmrl_ray.config.model import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.adapter import add_adapter, resolve_targets
 from mmrl_ray.policy.load import Policy
-from tests.support.tiny_models import FAMILIES
+from mmrl_ray.policy.prefix import score_completions
+from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.targets import left_out, left_out_line
+from tests.support.tiny_models import FAMILIES, make_completions, make_samples
 
 Load = Callable[..., Policy]
 
@@ -97,3 +103,51 @@ def test_the_head_is_adapted_only_when_it_has_a_weight_of_its_own(load: Load) ->
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     with pytest.raises(AdapterError, match="also the embedding's"):
         resolve_targets(model, LoraSection(targets=["lm_head"]))
+
+
+class _Experts(Llama4TextMoe):
+    """In the place of a LLaVA's MLP."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states)[0].view_as(hidden_states)
+
+
+def test_experts_and_a_router_that_gives_two_things_are_left_out_and_named(load: Load) -> None:
+    policy = load()
+    config = Llama4TextConfig(
+        hidden_size=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=1, num_attention_heads=4
+    )
+    experts = _Experts(config).requires_grad_(False)
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.1)
+    policy.decoder.layers[1].mlp = experts  # type: ignore[index,union-attr]
+    names = resolve_targets(policy.hf_model, LoraSection())
+    mlp = [name.rsplit("mlp.", 1)[1] for name in names if "layers.1.mlp" in name]
+    assert mlp == [f"shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    total = sum(p.numel() for p in policy.decoder.parameters())
+    fused, router = left_out(policy.hf_model, names)
+    assert (fused.kind, fused.layers, fused.tensors) == ("Llama4TextExperts", 1, ("gate_up_proj", "down_proj"))
+    assert fused.parameters == 4 * 32 * 3 * 16
+    assert (router.kind, router.parameters) == ("Llama4Router router", 4 * 32)
+    line = left_out_line(policy.hf_model, names)
+    assert line is not None
+    assert line.startswith(
+        f"LoRA leaves out {(fused.parameters + router.parameters) / total:.1%} of the language model"
+    )
+    assert "1 × Llama4TextExperts (gate_up_proj, down_proj" in line
+    with pytest.raises(AdapterError, match=r"'router' matches no linear layer"):
+        resolve_targets(policy.hf_model, LoraSection(targets=["router"]))
+    add_adapter(policy, LoraSection(), seed=0)
+    prompts = encode_prompts(policy, make_samples()[:1])
+    score_completions(
+        policy, prompts, None, make_completions(policy, [[3]]), 1.0, path="naive"
+    ).logprobs.sum().backward()
+
+
+def test_targets_that_leave_linear_layers_out_say_so(load: Load) -> None:
+    model = load().hf_model
+    assert left_out_line(model, resolve_targets(model, LoraSection())) is None
+    found = left_out(model, resolve_targets(model, LoraSection(targets=r"model\.language_model\..*(q|up)_proj")))
+    kinds = {f"Linear {name}" for name in ("k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")}
+    assert {each.kind for each in found} == kinds
+    assert all(each.layers == 2 for each in found)

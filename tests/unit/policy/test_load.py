@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mmrl_ray.config.model import ModelSection
-from mmrl_ray.errors import AdapterError, ModelError
+from mmrl_ray.errors import AdapterError, ConfigError, ModelError
+from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.policy import trial, vision
+from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy, load_skeleton, save_policy
-from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.prompts import encode_caption, encode_prompts
 from tests.support.tiny_models import FAMILIES, make_samples
 
 Load = Callable[..., Policy]
@@ -37,6 +41,15 @@ def edit_json(file: Path, **fields: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
+def rewrite_template(folder: Path, old: str, new: str) -> None:
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace(old, new))
+
+
+def load_family_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_policy(family: str, load: Load) -> None:
     policy = load(family)
@@ -54,18 +67,145 @@ def test_a_loaded_policy(family: str, load: Load) -> None:
     assert policy.decoder is policy.hf_model.get_decoder()
 
 
-def test_the_end_of_a_turn_is_the_templates(copied: Copied) -> None:
+@pytest.mark.parametrize(
+    ("ending", "eos", "expected"),
+    [
+        ("<end_of_utterance>\n", "</s>", "<end_of_utterance>"),  # it ends a turn though nothing lists it
+        ("<end_of_utterance>", ["</s>", "<end_of_utterance>"], "<end_of_utterance>"),
+        ("\n</s>\n", ["<end_of_utterance>", "</s>"], "</s>"),
+        (" ", "</s>", "</s>"),  # it ends nothing, and one token ends everything
+    ],
+)
+def test_the_end_of_a_turn_is_the_templates(copied: Copied, ending: str, eos: str | list[str], expected: str) -> None:
     """Chat models end a turn with another token than the tokenizer's end of sequence."""
     folder = copied("smolvlm")
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").write_text(template.replace("</s>", "<end_of_utterance>"))
-    tokenizer = load_policy(section(folder), device="cpu").tokenizer
-    turn, end = tokenizer.convert_tokens_to_ids(["<end_of_utterance>", "</s>"])
-    edit_json(folder / "generation_config.json", eos_token_id=[end, turn])
+    rewrite_template(folder, "</s>", ending)
+    ids_of = load_family_tokenizer(folder).convert_tokens_to_ids
+    edit_json(folder / "generation_config.json", eos_token_id=ids_of(eos))
     policy = load_policy(section(folder), device="cpu")
-    assert policy.eos_token_ids == (end, turn)
-    assert policy.end_id == turn
-    assert turn not in policy.image_token_ids
+    listed = [ids_of("</s>"), *(ids_of(eos) if isinstance(eos, list) else [ids_of(eos)]), ids_of(expected)]
+    assert policy.eos_token_ids == tuple(dict.fromkeys(listed))
+    assert policy.end_id == ids_of(expected)
+    assert policy.end_id not in policy.image_token_ids
+    assert encode_caption(policy, "a red circle")[-1] == policy.end_id
+    skeleton = load_skeleton(section(folder))
+    assert (skeleton.eos_token_ids, skeleton.end_id) == (policy.eos_token_ids, policy.end_id)
+
+
+def test_the_end_of_a_turn_ends_a_caption(copied: Copied) -> None:
+    """Greedy, of a model that says nothing else."""
+    folder = copied("smolvlm")
+    rewrite_template(folder, "</s>", "<end_of_utterance>")
+    policy = load_policy(section(folder), device="cpu")
+    turn = policy.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    head = policy.hf_model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()
+    head.bias = torch.nn.Parameter(torch.zeros(policy.vocab_size).index_fill(0, torch.tensor([turn]), 9.0))
+    request = DecodeRequest(encode_prompts(policy, make_samples([(64, 64)]))[0], 1, SamplingParams(greedy=True))
+    [output] = decode_groups(Decoder(policy), [request])
+    assert output.completions[0].token_ids.tolist() == [turn]
+    assert output.completions[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("ending", "eos", "message"),
+    [
+        (
+            "",
+            ["</s>", "<end_of_utterance>"],
+            r"no control token after an assistant's turn \(but ' '\), and 2 end tokens",
+        ),
+        ("{{ m['content'][0]['text'] | length }}</s>", "</s>", "ends an assistant's turn in different ways"),
+    ],
+)
+def test_an_end_of_turn_that_cannot_be_told_is_an_error(
+    copied: Copied, ending: str, eos: str | list[str], message: str
+) -> None:
+    folder = copied("smolvlm")
+    rewrite_template(folder, "</s>", ending)
+    edit_json(folder / "generation_config.json", eos_token_id=load_family_tokenizer(folder).convert_tokens_to_ids(eos))
+    with pytest.raises(ModelError, match=rf"{folder.name}'.*{message}.*eos_token_id in .*generation_config"):
+        load_policy(section(folder))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", r"cannot render a conversation: TypeError"),
+        ("{{ raise_exception('no roles here') }}", r"cannot render a conversation: no roles here"),
+        ("{% for m in messages %}{{ m.role }", r"cannot render a conversation: "),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", r"leaves out what the assistant says"),
+        (
+            "{% for m in messages %}{{ m.role }} {{ m.content[-1].text }}</s>{% endfor %}",
+            r"put 0 image tokens '<image>' into a prompt of 1 images",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_the_models_fault(copied: Copied, template: str, message: str) -> None:
+    folder = copied("llava")
+    (folder / "chat_template.jinja").write_text(template)
+    for load_any in (load_policy, load_skeleton):
+        with pytest.raises(ModelError, match=rf"model '{folder}'.*{message}") as error:
+            load_any(section(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_a_processor_that_stumbles_is_the_models_fault(copied: Copied) -> None:
+    folder = copied("llava")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    del settings["patch_size"]
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    for load_any in (load_policy, load_skeleton):
+        with pytest.raises(ModelError, match=rf"model '{folder}'.*the processor refuses it: TypeError.*mend its proc"):
+            load_any(section(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sise": {"longest_edge": 32}}, r"model\.processor\.sise: .* has no such setting; did you mean size\?"),
+        ({"do_image_spliting": False}, r"model\.processor\.do_image_spliting.*did you mean do_image_splitting\?"),
+        ({"do_resize": True, "size": "large"}, r"model\.processor\.size='large': the processor of .* cannot use it"),
+        ({"do_resize": "yes", "do_image_splitting": False}, r"model\.processor\.do_resize='yes': .* cannot use it"),
+    ],
+)
+def test_settings_that_the_processor_does_not_take(
+    family_folder: Copied, settings: dict[str, object], message: str
+) -> None:
+    for load_any in (load_policy, load_skeleton):
+        with pytest.raises(ConfigError, match=message) as error:
+            load_any(section(family_folder("smolvlm"), processor=settings))
+        assert "\n" not in str(error.value)
+
+
+def test_a_processor_and_a_model_that_count_otherwise_are_found_by_a_trial(copied: Copied) -> None:
+    folder = copied("llava")
+    edit_json(folder / "processor_config.json", num_additional_image_tokens=0)
+    with pytest.raises(ModelError, match=rf"model '{folder}' \(llava\).*transformers' own forward: .*do not match"):
+        load_policy(section(folder), device="cpu")
+    load_skeleton(section(folder))  # it cannot know
+
+
+def test_a_model_that_only_transformers_can_use_is_refused_by_name(
+    copied: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise IndexError("no axis 3")
+
+    monkeypatch.setattr(trial, "score_completions", broken)
+    folder = copied("qwen2_5_vl")
+    edit_json(folder / "generation_config.json", pad_token_id=1)  # other files than those that have passed before
+    message = rf"model '{folder}' \(qwen2_5_vl\).*transformers' own forward does not: IndexError: no axis 3"
+    with pytest.raises(ModelError, match=message):
+        load_policy(section(folder), device="cpu")
+
+
+def test_features_that_cannot_stand_in_do_not_stop_a_model(copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied("llava")
+    edit_json(folder / "generation_config.json", pad_token_id=1)
+    monkeypatch.setattr(vision, "_split", lambda pooled, counts: pooled.no_such_thing)
+    assert not load_policy(section(folder), device="cpu").inject_vision
 
 
 def test_the_revision_key_follows_weights_and_processor(copied: Copied) -> None:
@@ -184,12 +324,34 @@ def test_pickled_weights_are_refused(copied: Copied) -> None:
         load_policy(section(folder))
 
 
+def test_a_skeleton_is_held_against_the_headers_of_the_weights(copied: Copied) -> None:
+    folder = copied("qwen2_5_vl")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.visual.blocks.1.attn.proj.weight"
+    stored = name.removeprefix("model.")  # names of files are not those of the model
+    save_file({**weights, stored: torch.zeros(3, 5)}, file, metadata={"format": "pt"})
+    for load_any in (load_policy, load_skeleton):
+        with pytest.raises(ModelError, match=rf"1 tensors .*'{re.escape(name)}': \[3, 5\], not \[32, 32\]"):
+            load_any(section(folder))
+    del weights[stored]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"model '{folder}': its weight files lack 1 tensors, the first '{name}'"):
+        load_skeleton(section(folder))
+    index = {"metadata": {}, "weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    file.rename(folder / "model-1-of-2.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"lacks model-2-of-2\.safetensors; fetch"):
+        load_skeleton(section(folder))
+
+
 def test_truncated_weights_are_an_error(copied: Copied) -> None:
     folder = copied("llava")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="weights cannot be loaded"):
-        load_policy(section(folder))
+    for load_any in (load_policy, load_skeleton):
+        with pytest.raises(ModelError, match="weights cannot be loaded"):
+            load_any(section(folder))
 
 
 @pytest.mark.parametrize("family", ["llava", "smolvlm"])

@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from mmrl_ray.config.model import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ImageError, ModelError
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts, without_pixels
+from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.prompts import (
+    PER_TOKEN,
+    check_context,
+    encode_caption,
+    encode_conversation,
+    encode_prompts,
+    without_pixels,
+)
 from tests.support.tiny_models import FAMILIES, image_bytes
 
 Load = Callable[..., Policy]
+Copied = Callable[[str], Path]
 
 
 def sample_with(prompt: str = "describe the image .", *images: bytes) -> Sample:
@@ -21,10 +34,6 @@ def sample_with(prompt: str = "describe the image .", *images: bytes) -> Sample:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_is_what_the_processor_makes_of_the_chat(family: str, load: Load) -> None:
     """Against the processor's own one-call route."""
-    import io
-
-    from PIL import Image
-
     policy = load(family)
     sample = sample_with("what is in this picture ?", image_bytes(64, 96, seed=3))
     picture = Image.open(io.BytesIO(sample.images[0]))
@@ -43,6 +52,49 @@ def test_the_prompt_is_what_the_processor_makes_of_the_chat(family: str, load: L
     assert prompt.input_ids.tolist().count(bos) == (1 if family == "gemma3" else 0)
     opening = policy.tokenizer.decode(prompt.input_ids[-2:])
     assert opening.replace(" ", "") == "assistant:"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_that_begins_and_ends_every_text_does_neither_to_a_prompt_twice(
+    family: str, copied: Copied
+) -> None:
+    """Against the processor's own one-call route, which leaves the tokenizer's end behind the prompt."""
+    folder = copied(family)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    first, last = "<bos>" if "<bos>" in ids else "<unk>", "</s>"
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [_special(first), {"Sequence": {"id": "A", "type_id": 0}}, _special(last)],
+        "pair": [_special(first), {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in (first, last)},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    policy = load_policy(ModelSection(path=str(folder), dtype="float32"), device="cpu")
+    begins, ends = policy.tokenizer("a")["input_ids"][0], policy.tokenizer("a")["input_ids"][-1]
+    assert (begins, ends) == (ids[first], ids[last]), "the tokenizer does as it was told"
+    sample = sample_with("what is in this picture ?", image_bytes(64, 96, seed=3))
+    content = [
+        {"type": "image", "image": Image.open(io.BytesIO(sample.images[0]))},
+        {"type": "text", "text": sample.prompt},
+    ]
+    chat = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    theirs = policy.processor.apply_chat_template([{"role": "user", "content": content}], **chat)["input_ids"][
+        0
+    ].tolist()
+    [prompt] = encode_prompts(policy, [sample])
+    assert prompt.input_ids.tolist() == (theirs[:-1] if theirs[-1] == ends else theirs)
+    assert policy.tokenizer.decode(prompt.input_ids[-2:]).replace(" ", "") == "assistant:"
+    assert prompt.input_ids.tolist().count(ids[first]) == 1
+    for name in PER_TOKEN:
+        assert prompt.model_inputs.get(name, prompt.input_ids).shape == prompt.input_ids.shape
+    spoken = encode_conversation(policy, [("user", [0, sample.prompt])], sample.images)
+    assert torch.equal(spoken.input_ids, prompt.input_ids)
+    assert encode_caption(policy, "a red circle").tolist()[-2:] == [*policy.tokenizer.encode("circle")[1:-1], ends]
+
+
+def _special(token: str) -> dict[str, dict[str, str | int]]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,10 +4,14 @@ import inspect
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, SiglipVisionConfig
+from transformers.models.perception_lm.configuration_perception_lm import PerceptionLMConfig
+from transformers.models.perception_lm.modeling_perception_lm import PerceptionLMForConditionalGeneration
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
@@ -195,3 +199,31 @@ def test_inputs_of_several_prompts_are_batched_as_their_processor_batches_them(f
     assert "pixel_values" in mine
     for name, value in mine.items():
         assert torch.equal(value, batch[name]), name
+
+
+def test_prompts_of_unequal_tiles_score_together_as_alone(load: Load) -> None:
+    """PerceptionLM says nowhere which tiles are padding: against its own forward, a prompt at a time."""
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=1, image_size=16, patch_size=4,
+        model_args={"embed_dim": 32},
+    )  # fmt: skip
+    text = LlamaConfig(vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = PerceptionLMConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), vision_use_cls_token=False,
+        projector_pooling_ratio=2, image_token_id=3, video_token_id=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PerceptionLMForConditionalGeneration(config).eval()
+    policy = replace(load(), model=model, placeholder_id=3, image_token_ids=(3, 4), pad_token_id=0)
+    prompts, expected = [], []
+    completion = torch.tensor([9, 10, 11, 12])
+    for tiles in (1, 3):
+        ids, pixels = torch.tensor([*([3] * 4 * tiles), 7, 8]), torch.randn(1, tiles, 3, 16, 16)
+        prompts.append(EncodedPrompt(ids, {"pixel_values": pixels}, str(tiles)))
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([ids, completion])[None], pixel_values=pixels).logits[0, :, :]
+        logits[:, [3, 4]] = -torch.inf
+        expected.append(logits.log_softmax(-1)[len(ids) - 1 : -1].gather(1, completion[:, None])[:, 0])
+    with torch.no_grad():
+        scores = score_completions(policy, prompts, None, [[completion], [completion]], 1.0, path="naive")
+    torch.testing.assert_close(scores.logprobs, torch.stack(expected), atol=1e-5, rtol=0)

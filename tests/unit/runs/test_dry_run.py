@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import ScenesSection
 from mmrl_ray.data.scenes import write_scenes
+from mmrl_ray.errors import ModelError
+from mmrl_ray.policy import trial
 from mmrl_ray.runs.dry_run import DryRun, dry_run
+from mmrl_ray.runs.train import train
 from tests.support.tiny_models import build_family
 
 
@@ -95,6 +102,70 @@ def test_any_model_folder(tmp_path: Path) -> None:
     assert found.shape is not None
     assert found.blocking == []
     assert "micro-batches 1 over 1 learner worker(s) a step" in text
+
+
+def _drop_a_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _count_one_token_less(folder: Path) -> None:
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({**settings, "num_additional_image_tokens": 0}))
+
+
+def _write_no_picture(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_drop_a_tensor, "its weight files lack 1 tensors, the first 'lm_head.weight'"),
+        (_count_one_token_less, "a first trial with a picture of 64×48 failed, in transformers' own forward"),
+        (_write_no_picture, "its chat template cannot render a conversation: TypeError"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
+def test_a_model_in_a_folder_that_cannot_be_used_stops_the_run(
+    tmp_path: Path, damage: Callable[[Path], None], expected: str
+) -> None:
+    """Told by the dry run, and by the run itself before its folder exists or anything is started."""
+    model = build_family("llava", tmp_path / "model")
+    damage(model)
+    cfg = config(tmp_path, model={"path": str(model)})
+    found, text = show(cfg)
+    (blocked,) = found.blocking
+    assert str(model) in blocked
+    assert expected in blocked
+    assert "Would stop the run" in text
+    assert not any(str(model) in line for line in found.unchecked)
+    with pytest.raises(ModelError) as error:
+        train(cfg)
+    assert expected in str(error.value)
+    assert not (tmp_path / "runs").exists()
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+
+
+def test_a_model_that_takes_long_to_load_is_looked_at_without_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "QUICK_BYTES", 1000)
+    model = build_family("llava", tmp_path / "model")
+    _count_one_token_less(model)
+    cfg = config(tmp_path, model={"path": str(model)})
+    found, _ = show(cfg)
+    assert found.blocking == []
+    assert any("the numbers in the weights of" in line and "a first trial" in line for line in found.unchecked)
+    _drop_a_tensor(model)
+    assert "lack 1 tensors" in show(cfg)[0].blocking[0]
+
+
+def test_a_setting_of_the_processor_that_is_none_stops_the_run(tmp_path: Path) -> None:
+    found, _ = show(config(tmp_path, model={"processor": {"szie": 3}}))
+    assert "model.processor.szie" in found.blocking[0]
+    assert "did you mean size?" in found.blocking[0]
 
 
 def test_goes_on_without_data_and_without_the_hub(tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 
 from mmrl_ray.config.serving import ServeConfig
-from mmrl_ray.errors import ConfigError
+from mmrl_ray.errors import ConfigError, ModelError
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.serve import first_key, greeting, local_cpus, serve, serving_config
 from mmrl_ray.runs.target import STATISTICS
 from tests.support.fake_jobs import SETTINGS
+from tests.support.tiny_models import build_family
 
 CONFIG = """
 run: {{name: {name}, root: {root}}}
@@ -65,6 +67,14 @@ def test_a_value_based_run_is_its_agent_by_itself(tmp_path: Path) -> None:
 def test_a_model_alone_has_no_reward(tmp_path: Path) -> None:
     cfg = serving_config(["some/base"])
     assert (cfg.model.path, cfg.adapters, cfg.reward) == ("some/base", {}, None)
+
+
+def test_a_model_that_cannot_be_used_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    model = build_family("llava", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(ModelError, match=rf"model '{model}': its chat template leaves out what the assistant says"):
+        serve([str(model)], insecure=True)
+    assert not ray.is_initialized()
 
 
 def test_a_ray_of_its_own_has_room_for_jobs(tmp_path: Path) -> None:
