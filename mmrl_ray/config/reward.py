@@ -59,6 +59,8 @@ class CaptionPart(PartSection):
     """Length is words divided by this."""
     grounded: bool = True
     """Count a word's detail only if some reference has it."""
+    eos: bool = True
+    """BLEU has the end of a caption that ended by itself as a word, and that of every reference."""
 
 
 class CiderPart(PartSection):
@@ -68,6 +70,8 @@ class CiderPart(PartSection):
     needs_statistics: ClassVar[bool] = True
     kind: Literal["cider_d"]
     """Names the part."""
+    eos: bool = True
+    """The end of a caption that ended by itself is a word, and that of every reference."""
 
 
 class RougePart(PartSection):

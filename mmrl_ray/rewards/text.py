@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.metrics.language import LanguageModel
-from mmrl_ray.metrics.text import ngram_counts, words
+from mmrl_ray.metrics.text import Tokenizer, ngram_counts, words
 from mmrl_ray.rewards.base import RewardBreakdown
 from mmrl_ray.rewards.checks import check_pairs
 
@@ -42,13 +42,14 @@ class RepetitionReward(TextReward):
     figure = "repeated"
     weight = -1.0
 
-    def __init__(self, order: int) -> None:
+    def __init__(self, order: int, tokenizer: Tokenizer = Tokenizer.UNICODE) -> None:
         """`order` is n, 1 to 4 words."""
         self._order = order
+        self._tokenizer = tokenizer
 
     def value(self, caption: str) -> float:
         """Repeated n-grams ÷ n-grams; 0 for a caption too short to have any."""
-        counts = ngram_counts(words(caption), self._order)[-1]
+        counts = ngram_counts(words(caption, self._tokenizer), self._order)[-1]
         return 1.0 - len(counts) / counts.total() if counts else 0.0
 
 
@@ -71,13 +72,14 @@ class LengthReward(TextReward):
 
     figure = "within"
 
-    def __init__(self, min_words: int, max_words: int) -> None:
+    def __init__(self, min_words: int, max_words: int, tokenizer: Tokenizer = Tokenizer.UNICODE) -> None:
         self._min = min_words
         self._max = max_words
+        self._tokenizer = tokenizer
 
     def value(self, caption: str) -> float:
         """In [0, 1]."""
-        count = len(words(caption))
+        count = len(words(caption, self._tokenizer))
         if count < self._min:
             return count / self._min
         return max(0.0, 1.0 - max(0, count - self._max) / self._max)

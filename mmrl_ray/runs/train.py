@@ -225,7 +225,7 @@ class _Run:
             for failure in generated.failures:
                 self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
             groups = controller.groups([scored.payload for _, scored in done])
-            captions = [group.completions[0].text for group in groups]
+            captions = [group.completions[0].caption for group in groups]
             kept = [sample for sample, _ in done]
             self._score(run, name, kept, captions, reward, statistics)
             if states := {s.id: g.state for s, g in zip(kept, groups, strict=True) if g.state is not None}:
