@@ -43,7 +43,7 @@ def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
     Raises:
         ConfigError: a part, which it names, cannot be made; or `risk` has no trained sigma to work with.
     """
-    parts = {name: _named(name, part, statistics) for name, part in cfg.parts.items()}
+    parts = {name: _named(name, part, statistics, cfg.timeout_s) for name, part in cfg.parts.items()}
     _refuse_untrained_sigma(cfg, parts)
     modalities = {name: part.modality for name, part in cfg.parts.items()}
     return MultimodalReward(parts, cfg.weights, modalities=modalities, risk=cfg.risk)
@@ -55,18 +55,19 @@ def check_reward(cfg: RewardSection) -> None:
     Raises:
         ConfigError: as `build_reward`.
     """
-    parts = {name: _named(name, part, NOTHING) for name, part in cfg.parts.items() if not part.needs_statistics}
+    ready = {name: part for name, part in cfg.parts.items() if not part.needs_statistics}
+    parts = {name: _named(name, part, NOTHING, cfg.timeout_s) for name, part in ready.items()}
     _refuse_untrained_sigma(cfg, parts)
 
 
-def _named(name: str, part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
+def _named(name: str, part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
     try:
-        return _build_part(part, statistics)
+        return _build_part(part, statistics, timeout_s)
     except (ConfigError, DataError, ModelError) as error:
         raise ConfigError(f"reward.parts.{name}: {error}") from error
 
 
-def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
+def _build_part(part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
     match part:
         case CaptionPart():
             return CaptionReward(
@@ -86,7 +87,7 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
         case RepetitionPart():
             return RepetitionReward(part.order, statistics.tokenizer)
         case FormatPart():
-            return FormatReward(part.pattern)
+            return FormatReward(part.pattern, prefix=part.prefix or "", timeout_s=timeout_s)
         case LengthPart():
             return LengthReward(part.min_words, part.max_words, statistics.tokenizer)
         case FluencyPart():

@@ -43,7 +43,7 @@ from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory, give_back_memory
-from mmrl_ray.runs.preflight import check_run, evaluation_split
+from mmrl_ray.runs.preflight import check_run, evaluation_split, with_opening
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.reward_app import RunReward
@@ -106,6 +106,8 @@ class _Run:
         with self._timed("checks"):
             check_run(start)
             give_back_memory()
+            cfg = self._cfg = with_opening(cfg, start.model)
+            start = start.model_copy(update={"reward": cfg.reward})
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
         write_status(run, "starting", STARTING_S)
