@@ -6,6 +6,7 @@ import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import regex
 from pydantic import Field, field_validator, model_validator
 
 from mmrl_ray.config.base import Section, refuse
@@ -59,6 +60,8 @@ class CaptionPart(PartSection):
     """Length is words divided by this."""
     grounded: bool = True
     """Count a word's detail only if some reference has it."""
+    eos: bool = True
+    """BLEU has the end of a caption that ended by itself as a word, and that of every reference."""
 
 
 class CiderPart(PartSection):
@@ -68,6 +71,8 @@ class CiderPart(PartSection):
     needs_statistics: ClassVar[bool] = True
     kind: Literal["cider_d"]
     """Names the part."""
+    eos: bool = True
+    """The end of a caption that ended by itself is a word, and that of every reference."""
 
 
 class RougePart(PartSection):
@@ -89,20 +94,23 @@ class RepetitionPart(PartSection):
 
 
 class FormatPart(PartSection):
-    """1 where the whole caption matches a pattern, else 0."""
+    """1 where the whole caption, but for white space at its end, matches a pattern, else 0."""
 
     modality: ClassVar[Modality] = "text"
     kind: Literal["format"]
     """Names the part."""
     pattern: str
-    """A regular expression of Python."""
+    """A regular expression; `.` matches newlines, too."""
+    prefix: str | None = None
+    """What the chat template writes before an answer, such as `<think>`: the caption matches with it or without. By
+    default found out from the template when a run starts."""
 
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            regex.compile(pattern, regex.DOTALL)
+        except regex.error as error:
             raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
         return pattern
 
@@ -225,6 +233,21 @@ class RewardSection(Section):
     def language_order(self) -> int:
         """The longest n-gram of the training references that a part needs counted; 0 for none."""
         return max((part.order for part in self.parts.values() if isinstance(part, FluencyPart)), default=0)
+
+    @property
+    def needs_opening(self) -> bool:
+        """Whether a part's prefix is still to be found out from the chat template."""
+        return any(isinstance(part, FormatPart) and part.prefix is None for part in self.parts.values())
+
+    def with_opening(self, opening: str) -> Self:
+        """The same where that is what the chat template writes before an answer; prefixes that were given stay."""
+        parts = {
+            name: part.model_copy(update={"prefix": opening})
+            if isinstance(part, FormatPart) and part.prefix is None
+            else part
+            for name, part in self.parts.items()
+        }
+        return self.model_copy(update={"parts": parts})
 
     @property
     def needs_statistics(self) -> bool:

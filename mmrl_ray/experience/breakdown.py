@@ -1,9 +1,18 @@
-"""`RewardBreakdown`: what one caption earned, and from what. Plain Python, so that rewards need no torch."""
+"""What goes into a reward and comes out of it. Plain Python, so that rewards need no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+class TruncatedCaption(str):
+    """A caption that ran into the limit of tokens: it has no end of its own. Any other text has ended by itself.
+
+    A `str` like any other for whoever does not care.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmrl_ray.config.reward import Normalization
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 
 if TYPE_CHECKING:  # a process that only passes carriers on (a gateway, a reward's replica) needs no 200 MB of torch
     import torch
@@ -55,6 +55,11 @@ class Completion:
     finish_reason: FinishReason
     reference_logprobs: torch.Tensor | None = None
     """float32 [T], under the reference policy; only when the KL weight is not 0."""
+
+    @property
+    def caption(self) -> str:
+        """The text as rewards are given it: they can tell whether it ended by itself."""
+        return self.text if self.finish_reason == "stop" else TruncatedCaption(self.text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,14 @@
 The usual implementations take document frequencies from the very batch that they score, so that a caption's score
 changes with its neighbours; a reward cannot have that. For equal tokens and equal frequencies the figures equal
 pycocoevalcap's `cider_scorer` (which is CIDEr-D under the name Cider). Tokeniser: `metrics/text.py`, not Java PTB.
+
+As a reward it may count the end of a text as one more word. Without it a caption that breaks off after "in a" loses
+nothing but a word, and a policy learns to break off (Rennie et al. 2017, arXiv:1612.00563, whose reward has it).
+
+    ended    caption           references         frequencies
+    None     as it is          as they are        as they are        CIDEr-D as it is reported
+    True     and the end       and the end        with ends          a caption that ended by itself
+    False    as it is          and the end        with ends          one that was cut off
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.language import END
 from mmrl_ray.metrics.text import MAX_ORDER, ngram_counts, words
 
 _SIGMA = 6.0
@@ -29,7 +38,7 @@ class _Vector:
     norms: tuple[float, ...]
     """Euclidean norm by order."""
     length: int
-    """Words."""
+    """Words, the end among them where it counts."""
 
 
 class CiderD:
@@ -44,38 +53,44 @@ class CiderD:
     def __reduce__(self) -> tuple[type[CiderD], tuple[CorpusStatistics]]:
         return CiderD, (self._statistics,)
 
-    def score(self, caption: str, references: Sequence[str]) -> float:
+    def score(self, caption: str, references: Sequence[str], *, ended: bool | None = None) -> float:
         """CIDEr-D of one caption: 10 times the mean over n = 1…4 and over the references.
 
+        `ended` is None unless ends count; see the top of this file.
+
         Raises:
-            ValueError: there are no references.
+            ValueError: there are no references, or ends count and the statistics have none.
         """
+        if ended is not None and self._statistics.ends is None:
+            raise ValueError("these corpus statistics were counted without the ends of texts; make them anew")
         if not references:
             raise ValueError("CIDEr-D needs at least one reference, got none")
-        hypothesis = self._vector(caption)
-        total = math.fsum(
-            _similarity(hypothesis, reference) for reference in self._reference_vectors(tuple(references))
-        )
+        hypothesis = self._vector(caption, ended is True)
+        prepared = self._reference_vectors(tuple(references), ended is not None)
+        total = math.fsum(_similarity(hypothesis, reference) for reference in prepared)
         return 10.0 * total / len(references)
 
     def score_corpus(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         """One score a caption; the corpus score is their mean."""
         return [self.score(caption, refs) for caption, refs in zip(captions, references, strict=True)]
 
-    def _vectors(self, references: tuple[str, ...]) -> tuple[_Vector, ...]:
-        return tuple(self._vector(reference) for reference in references)
+    def _vectors(self, references: tuple[str, ...], ends: bool) -> tuple[_Vector, ...]:
+        return tuple(self._vector(reference, ends) for reference in references)
 
-    def _vector(self, text: str) -> _Vector:
-        tokens = words(text)
+    def _vector(self, text: str, ends: bool) -> _Vector:
+        tokens = [*words(text, self._statistics.tokenizer), *([END] if ends else [])]
         terms = tuple(
-            {
-                ngram: count * (self._log_documents - math.log(max(1, frequency.get(ngram, 0))))
-                for ngram, count in c.items()
-            }
-            for c, frequency in zip(ngram_counts(tokens), self._statistics.document_frequency, strict=True)
+            {ngram: count * self._idf(ngram, order) for ngram, count in counts.items()}
+            for order, counts in enumerate(ngram_counts(tokens))
         )
         norms = tuple(math.sqrt(math.fsum(weight * weight for weight in t.values())) for t in terms)
         return _Vector(terms, norms, len(tokens))
+
+    def _idf(self, ngram: str, order: int) -> float:
+        tables = self._statistics.document_frequency
+        if ngram.endswith(END) and self._statistics.ends is not None:  # no word looks like it
+            tables = self._statistics.ends
+        return self._log_documents - math.log(max(1, tables[order].get(ngram, 0)))
 
 
 def _similarity(hypothesis: _Vector, reference: _Vector) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmrl_ray.errors import DataError
-from mmrl_ray.metrics.text import words
+from mmrl_ray.metrics.text import Tokenizer, words
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 """No word can look like these: words have no angle brackets."""
@@ -63,6 +63,8 @@ class LanguageModel:
     """n; a word is foreseen from the n - 1 before it."""
     smoothing: float
     """k, above 0."""
+    tokenizer: Tokenizer = Tokenizer.UNICODE
+    """What the counts were made with."""
     _totals: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class LanguageModel:
 
     def fluency(self, text: str) -> float:
         """1 + (mean log-probability of its words and its end) ÷ log V: 1 is certain, 0 is a guess among V."""
-        tokens = words(text)
+        tokens = words(text, self.tokenizer)
         return 1.0 + self.log_probability(tokens) / (len(tokens) + 1) / math.log(self.vocabulary_size)
 
     def _log_probability(self, context: str, word: str) -> float:

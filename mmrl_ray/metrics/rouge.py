@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmrl_ray.metrics.text import words
+from mmrl_ray.metrics.text import Tokenizer, words
 
 _BETA = 1.2
 """Weight of recall against precision, from the COCO evaluation."""
@@ -23,7 +23,7 @@ def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - row.bit_count()
 
 
-def rouge_l(caption: str, references: Sequence[str]) -> float:
+def rouge_l(caption: str, references: Sequence[str], *, tokenizer: Tokenizer = Tokenizer.UNICODE) -> float:
     """ROUGE-L F-measure in [0, 1] with beta = 1.2; precision and recall each take their best reference.
 
     Words are those of `metrics/text.py`. A caption without words scores 0.
@@ -33,12 +33,12 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
     """
     if not references:
         raise ValueError("ROUGE-L needs at least one reference, got none")
-    tokens = words(caption)
+    tokens = words(caption, tokenizer)
     if not tokens:
         return 0.0
     precision = recall = 0.0
     for reference in references:
-        other = words(reference)
+        other = words(reference, tokenizer)
         common = lcs_length(tokens, other)
         if common:
             precision = max(precision, common / len(tokens))

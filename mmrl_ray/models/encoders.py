@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mmrl_ray.metrics.text import words
+from mmrl_ray.metrics.text import Tokenizer, words
 
 PATCH = 16
 """Pixels a side that one token of the own image encoder stands for."""
@@ -112,10 +112,11 @@ class Contextual(nn.Module):
 
 
 class Vocabulary:
-    """Words to ids: lower-cased `\\w+` runs, as rewards of words split them; any other word is unknown."""
+    """Words to ids, words being those that rewards of words see; any other word is unknown."""
 
-    def __init__(self, known: Sequence[str]) -> None:
+    def __init__(self, known: Sequence[str], tokenizer: Tokenizer = Tokenizer.UNICODE) -> None:
         self.words = tuple(known)
+        self._tokenizer = tokenizer
         self._ids = {word: i + 2 for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:
@@ -123,7 +124,8 @@ class Vocabulary:
 
     def encode(self, texts: Sequence[str], max_words: int) -> torch.Tensor:
         """int64 [B, L], cut to `max_words`; a text without a word is one unknown word, so that no row is empty."""
-        rows = [[self._ids.get(word, UNKNOWN) for word in words(text)[:max_words]] or [UNKNOWN] for text in texts]
+        split = (words(text, self._tokenizer)[:max_words] for text in texts)
+        rows = [[self._ids.get(word, UNKNOWN) for word in each] or [UNKNOWN] for each in split]
         ids = torch.full((len(rows), max((len(row) for row in rows), default=1)), PAD)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)

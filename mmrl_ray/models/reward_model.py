@@ -137,7 +137,7 @@ class RewardModel(nn.Module):
         """Random weights from torch's generator."""
         super().__init__()
         self.spec = spec
-        self.vocabulary = Vocabulary(spec.vocabulary)
+        self.vocabulary = Vocabulary(spec.vocabulary, spec.tokenizer)
         heads = [spec.heads] if spec.ensemble == "heads" else [1] * spec.heads
         members = nn.ModuleList(Member(spec, len(self.vocabulary), count) for count in heads)
         self.members = cast("Sequence[Member]", members)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmrl_ray.config.base import Section, refuse
 from mmrl_ray.config.model import ModelSection
+from mmrl_ray.metrics.text import Tokenizer
 
 
 class RewardModelSpec(Section):
@@ -39,6 +40,8 @@ class RewardModelSpec(Section):
     """Of a caption that are read."""
     vocabulary: tuple[str, ...] = Field(..., strict=False)
     """The words it knows."""
+    tokenizer: Tokenizer = Field(Tokenizer.WORD_RUNS, strict=False)
+    """What made them; a folder that names none is from before there was a choice."""
     center: float = 0.0
     """A mean of 0 inside stands for this rating."""
     spread: float = Field(1.0, gt=0)

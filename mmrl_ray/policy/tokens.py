@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from mmrl_ray.errors import ModelError
@@ -15,6 +16,7 @@ _MEDIA = re.compile(r"image|img|vision|video|audio|soft_token|row_\d+_col_\d+", 
 _CONFIG_IDS = re.compile(
     r"^(image|video|audio|vision|boi|eoi|boa|eoa)(_\w+)?_token_(id|index)$|^(boi|eoi)_token_index$"
 )
+_OPENING_TAG = re.compile(r"<[^<>|/\s]+>\s*$")
 
 _REPLIES = ("mauve zebra", "seventeen", "Quartz 7!")
 """Texts that stand in no template, unlike each other in length and in their last character."""
@@ -115,6 +117,35 @@ def appended_tokens(tokenizer: Any) -> tuple[int, ...]:
     whole = tokenizer("a")["input_ids"]
     place = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), len(whole))
     return tuple(int(i) for i in whole[place + len(bare) :])
+
+
+def answer_opening(processor: Any) -> str:
+    """What the chat template itself writes at the beginning of an answer, such as `<think>`; of most, nothing.
+
+    That is what a prompt ends with beyond the header of an assistant's turn, which is what stands before the text of
+    one that is over; where that cannot be had, an opening tag at the prompt's end. Special tokens are no part of it, as
+    they are none of a caption.
+    """
+    mark = "\ue000"  # a character that no template writes or trims
+    user = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    reply = {"role": "assistant", "content": [{"type": "text", "text": mark}]}
+
+    def rendered(messages: list[Any], *, opens: bool) -> str:
+        try:
+            return processor.apply_chat_template(messages, add_generation_prompt=opens, tokenize=False)
+        except TemplateError:
+            return ""  # of this order of messages; a template that refuses the first is found out where it is used
+
+    prompt = rendered([user], opens=True)
+    # Templates may leave thoughts out of earlier turns, or write empty ones into the last.
+    turns = [rendered(messages, opens=False) for messages in ([user, reply, user], [user, reply])]
+    headers = [turn[: turn.index(mark)] for turn in turns if mark in turn]
+    openings = [prompt[len(each) :] for each in headers if prompt.startswith(each)]
+    tag = _OPENING_TAG.search(prompt)
+    opening = max(openings, key=len, default=tag[0] if tag is not None else "")
+    for token in processor.tokenizer.all_special_tokens:
+        opening = opening.replace(str(token), "")
+    return opening if opening.strip() else ""
 
 
 def reserved_texts(processor: Any) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 
-__all__ = ["RewardBreakdown", "RewardFn"]
+__all__ = ["RewardBreakdown", "RewardFn", "TruncatedCaption"]
 
 
 @runtime_checkable
@@ -17,6 +17,8 @@ class RewardFn(Protocol):
 
     def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
         """One breakdown a caption, in order; `samples[i]` is what `captions[i]` describes.
+
+        A caption that was cut off is a `TruncatedCaption`; any other one ended by itself.
 
         Raises:
             RewardError: a caption cannot be scored (for example: the sample has no references).

@@ -29,19 +29,21 @@ from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.overlap import CiderReward, RougeReward
 from mmrl_ray.rewards.text import FluencyReward, FormatReward, LengthReward, RepetitionReward
 
-NOTHING = CorpusStatistics(1, ({},) * MAX_ORDER)
+NOTHING = CorpusStatistics(1, ({},) * MAX_ORDER, ends=({},) * MAX_ORDER)
 """Statistics for parts that need none."""
 
 
 def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
     """The composed reward; always a `MultimodalReward`, so that breakdowns look alike however many parts there are.
 
-    Picklable: it is made once by the driver and sent to the workers.
+    Picklable: it is made once by the driver and sent to the workers. All parts make their words with the tokeniser that
+    the statistics were counted with. Ends of captions count only where the statistics have ends: a run that began
+    before they did goes on as it was.
 
     Raises:
         ConfigError: a part, which it names, cannot be made; or `risk` has no trained sigma to work with.
     """
-    parts = {name: _named(name, part, statistics) for name, part in cfg.parts.items()}
+    parts = {name: _named(name, part, statistics, cfg.timeout_s) for name, part in cfg.parts.items()}
     _refuse_untrained_sigma(cfg, parts)
     modalities = {name: part.modality for name, part in cfg.parts.items()}
     return MultimodalReward(parts, cfg.weights, modalities=modalities, risk=cfg.risk)
@@ -53,18 +55,19 @@ def check_reward(cfg: RewardSection) -> None:
     Raises:
         ConfigError: as `build_reward`.
     """
-    parts = {name: _named(name, part, NOTHING) for name, part in cfg.parts.items() if not part.needs_statistics}
+    ready = {name: part for name, part in cfg.parts.items() if not part.needs_statistics}
+    parts = {name: _named(name, part, NOTHING, cfg.timeout_s) for name, part in ready.items()}
     _refuse_untrained_sigma(cfg, parts)
 
 
-def _named(name: str, part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
+def _named(name: str, part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
     try:
-        return _build_part(part, statistics)
+        return _build_part(part, statistics, timeout_s)
     except (ConfigError, DataError, ModelError) as error:
         raise ConfigError(f"reward.parts.{name}: {error}") from error
 
 
-def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
+def _build_part(part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
     match part:
         case CaptionPart():
             return CaptionReward(
@@ -74,17 +77,19 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
                 idf=statistics.idf,
                 max_words=part.max_words,
                 grounded=part.grounded,
+                eos=part.eos and statistics.ends is not None,
+                tokenizer=statistics.tokenizer,
             )
         case CiderPart():
-            return CiderReward(statistics)
+            return CiderReward(statistics, eos=part.eos)
         case RougePart():
-            return RougeReward()
+            return RougeReward(statistics.tokenizer)
         case RepetitionPart():
-            return RepetitionReward(part.order)
+            return RepetitionReward(part.order, statistics.tokenizer)
         case FormatPart():
-            return FormatReward(part.pattern)
+            return FormatReward(part.pattern, prefix=part.prefix or "", timeout_s=timeout_s)
         case LengthPart():
-            return LengthReward(part.min_words, part.max_words)
+            return LengthReward(part.min_words, part.max_words, statistics.tokenizer)
         case FluencyPart():
             return FluencyReward(_language_model(part, statistics))
         case LearnedPart():
@@ -96,7 +101,7 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
 def _language_model(part: FluencyPart, statistics: CorpusStatistics) -> LanguageModel:
     if statistics.language is None:
         raise ConfigError("the statistics hold no n-grams of the training references: use those of a run that has it")
-    return LanguageModel(statistics.language, part.order, part.smoothing)
+    return LanguageModel(statistics.language, part.order, part.smoothing, statistics.tokenizer)
 
 
 def _refuse_untrained_sigma(cfg: RewardSection, parts: Mapping[str, RewardFn]) -> None:

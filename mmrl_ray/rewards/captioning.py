@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
 from mmrl_ray.metrics.bleu import sentence_bleu
-from mmrl_ray.metrics.text import words
-from mmrl_ray.rewards.base import RewardBreakdown
+from mmrl_ray.metrics.text import Tokenizer, words
+from mmrl_ray.rewards.base import RewardBreakdown, TruncatedCaption
 from mmrl_ray.rewards.checks import check_pairs, check_references
 
 _CACHED_SAMPLES = 1024
@@ -25,7 +25,9 @@ class CaptionReward:
       invented attributes earns nothing.
     - `length`: words ÷ `max_words`, not clipped: a clip would end the penalty.
 
-    A caption without words scores 0 for all three.
+    A caption without words scores 0 for all three. `score` knows no end of a text; `score_batch` with `eos` has it as
+    one more word of BLEU, in the references and in captions that ended by themselves, so that breaking off costs
+    something (Rennie et al. 2017, arXiv:1612.00563). Neither detail nor length counts it.
     """
 
     def __init__(
@@ -36,8 +38,11 @@ class CaptionReward:
         idf: Mapping[str, float],
         max_words: int,
         grounded: bool = True,
+        *,
+        eos: bool = False,
+        tokenizer: Tokenizer = Tokenizer.UNICODE,
     ) -> None:
-        """Weights of the three terms, at least 0; `idf` by lower-cased word, an unknown word has 0.
+        """Weights of the three terms, at least 0; `idf` by word as `tokenizer` makes them, an unknown word has 0.
 
         Raises:
             ConfigError: a weight or an idf is negative or not finite, or `max_words` is below 1.
@@ -53,26 +58,31 @@ class CaptionReward:
         self._idf = dict(idf)
         self._max_words = max_words
         self._grounded = grounded
+        self._eos = eos
+        self._tokenizer = tokenizer
         self._weights = {"bleu": float(alpha), "detail": float(beta), "length": -float(gamma)}
         # The G completions of a sample share their references.
         self._prepare = lru_cache(maxsize=_CACHED_SAMPLES)(self._prepare_references)
 
-    def __reduce__(self) -> tuple[type[CaptionReward], tuple[float, float, float, dict[str, float], int, bool]]:
+    def __reduce__(self) -> tuple[Callable[[], CaptionReward], tuple[()]]:
         weights = self._weights
         arguments = (weights["bleu"], weights["detail"], -weights["length"], self._idf, self._max_words, self._grounded)
-        return CaptionReward, arguments
+        return partial(CaptionReward, *arguments, eos=self._eos, tokenizer=self._tokenizer), ()
 
     def score(self, caption: str, references: Sequence[str]) -> RewardBreakdown:
-        """Score one caption against its references.
+        """Score one caption against its references, whatever ended it.
 
         Raises:
             RewardError: there are no references.
         """
+        return self._score(caption, references, None)
+
+    def _score(self, caption: str, references: Sequence[str], ended: bool | None) -> RewardBreakdown:
         check_references(references, "the caption reward")
-        tokens = words(caption)
+        tokens = words(caption, self._tokenizer)
         parts = {
             # Punctuation alone would match a reference's full stop under sacrebleu's tokeniser.
-            "bleu": sentence_bleu(caption, references) if tokens else 0.0,
+            "bleu": sentence_bleu(caption, references, ended=ended, tokenizer=self._tokenizer) if tokens else 0.0,
             "detail": self._detail(tokens, tuple(references)),
             "length": len(tokens) / self._max_words,
         }
@@ -87,7 +97,8 @@ class CaptionReward:
     def _score_sample(self, sample: Sample, caption: str) -> RewardBreakdown:
         if not sample.references:
             raise RewardError(f"sample {sample.id!r} has no references, which the caption reward needs; add some")
-        return self.score(caption, sample.references)
+        ended = not isinstance(caption, TruncatedCaption) if self._eos else None
+        return self._score(caption, sample.references, ended)
 
     def _detail(self, tokens: Sequence[str], references: tuple[str, ...]) -> float:
         grounding, largest = self._prepare(references)
@@ -98,7 +109,7 @@ class CaptionReward:
 
     def _prepare_references(self, references: tuple[str, ...]) -> tuple[frozenset[str], float]:
         """Every word of any reference, and the largest information among the references."""
-        vocabularies = [frozenset(words(reference)) for reference in references]
+        vocabularies = [frozenset(words(reference, self._tokenizer)) for reference in references]
         return frozenset().union(*vocabularies), max(map(self._information, vocabularies))
 
     def _information(self, distinct: set[str] | frozenset[str]) -> float:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import regex
+
 from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import RewardError
 from mmrl_ray.metrics.language import LanguageModel
-from mmrl_ray.metrics.text import ngram_counts, words
+from mmrl_ray.metrics.text import Tokenizer, ngram_counts, words
 from mmrl_ray.rewards.base import RewardBreakdown
 from mmrl_ray.rewards.checks import check_pairs
+
+_MATCH_S = 0.5
+"""For one caption at most, of CPU time. A match takes microseconds; one that takes longer tries the same again and
+again, and may go on for years."""
+_SHOWN = 60
+"""Characters of a caption in an error."""
 
 
 class TextReward(ABC):
@@ -28,7 +36,9 @@ class TextReward(ABC):
 
     def score(self, caption: str) -> RewardBreakdown:
         """Score one caption."""
-        value = self.value(caption)
+        return self._breakdown(self.value(caption))
+
+    def _breakdown(self, value: float) -> RewardBreakdown:
         return RewardBreakdown(self.weight * value, {self.figure: value}, {self.figure: self.weight})
 
     @abstractmethod
@@ -42,28 +52,72 @@ class RepetitionReward(TextReward):
     figure = "repeated"
     weight = -1.0
 
-    def __init__(self, order: int) -> None:
+    def __init__(self, order: int, tokenizer: Tokenizer = Tokenizer.UNICODE) -> None:
         """`order` is n, 1 to 4 words."""
         self._order = order
+        self._tokenizer = tokenizer
 
     def value(self, caption: str) -> float:
         """Repeated n-grams ÷ n-grams; 0 for a caption too short to have any."""
-        counts = ngram_counts(words(caption), self._order)[-1]
+        counts = ngram_counts(words(caption, self._tokenizer), self._order)[-1]
         return 1.0 - len(counts) / counts.total() if counts else 0.0
 
 
 class FormatReward(TextReward):
-    """1 where the whole caption matches a pattern, else 0."""
+    """1 where the whole caption matches a pattern, else 0.
+
+    `.` matches newlines, and white space at the caption's end does not count. Where the chat template itself begins the
+    answer, with `<think>` for instance, the caption goes on from there: it matches with that before it, or alone.
+    """
 
     figure = "matches"
 
-    def __init__(self, pattern: str) -> None:
-        """`pattern` is a regular expression of Python."""
-        self._pattern = re.compile(pattern)
+    def __init__(self, pattern: str, *, prefix: str = "", timeout_s: float = 60.0) -> None:
+        """Prepares a pattern.
+
+        Args:
+            pattern: a regular expression of the library `regex`, which reads those of Python's `re`.
+            prefix: what the chat template writes before an answer.
+            timeout_s: for a batch. Matching takes no more than half of it, so that captions whose match would never
+                end cost the others nothing.
+        """
+        self._pattern = regex.compile(pattern, regex.DOTALL)
+        self._prefix = prefix
+        self._timeout_s = timeout_s
+
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+        """One breakdown a caption, in order; see `RewardFn`.
+
+        Raises:
+            RewardError: matching one of them was not over in time.
+        """
+        check_pairs(samples, captions)
+        seconds = min(_MATCH_S, self._timeout_s / 2 / max(1, len(captions)))
+        return [self._breakdown(self._value(caption, seconds)) for caption in captions]
 
     def value(self, caption: str) -> float:
-        """Whether the caption, as it is, matches from its first character to its last."""
-        return float(self._pattern.fullmatch(caption) is not None)
+        """Whether the caption matches from its first character to the last that is no white space.
+
+        Raises:
+            RewardError: that was not decided in time.
+        """
+        return self._value(caption, _MATCH_S)
+
+    def _value(self, caption: str, seconds: float) -> float:
+        text = str(caption).rstrip()
+        candidates = [text, self._prefix + text] if self._prefix else [text]
+        try:
+            # `concurrent` lets go of the interpreter, which other threads need meanwhile.
+            matches = [
+                self._pattern.fullmatch(each, timeout=seconds / len(candidates), concurrent=True) for each in candidates
+            ]
+        except TimeoutError:
+            raise RewardError(
+                f"pattern {self._pattern.pattern!r} did not come to an end within {seconds:g} s on "
+                f"{text[:_SHOWN]!r}: it can match the same text in too many ways; write repetitions inside repetitions "
+                "as one, or make them possessive (`++`)"
+            ) from None
+        return float(any(matches))
 
 
 class LengthReward(TextReward):
@@ -71,13 +125,14 @@ class LengthReward(TextReward):
 
     figure = "within"
 
-    def __init__(self, min_words: int, max_words: int) -> None:
+    def __init__(self, min_words: int, max_words: int, tokenizer: Tokenizer = Tokenizer.UNICODE) -> None:
         self._min = min_words
         self._max = max_words
+        self._tokenizer = tokenizer
 
     def value(self, caption: str) -> float:
         """In [0, 1]."""
-        count = len(words(caption))
+        count = len(words(caption, self._tokenizer))
         if count < self._min:
             return count / self._min
         return max(0.0, 1.0 - max(0, count - self._max) / self._max)

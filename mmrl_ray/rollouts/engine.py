@@ -148,7 +148,7 @@ class RolloutEngine:
 
     def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
         """All captions of the assignment in one batch; per group, its completions' scores, then the greedy one's."""
-        captions = [[c.text for c in _all_completions(each.output)] for each in sampled]
+        captions = [[c.caption for c in _all_completions(each.output)] for each in sampled]
         flat = score_with_retry(
             self._reward,
             [each.request.sample for each, group in zip(sampled, captions, strict=True) for _ in group],

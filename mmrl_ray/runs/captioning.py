@@ -50,7 +50,7 @@ def caption_samples(
     for start in range(0, len(samples), batch_size):
         prompts = encode_prompts(policy, samples[start : start + batch_size])
         outputs = decode_groups(decoder, [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
-        captions += [output.completions[0].text for output in outputs]
+        captions += [output.completions[0].caption for output in outputs]
         if states is not None and (left := MAX_STATES - start) > 0:
             vision = [output.vision for output in outputs[:left] if output.vision is not None]
             tokens = [output.completions[0].token_ids for output in outputs[:left]]

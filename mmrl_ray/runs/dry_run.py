@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -25,16 +26,18 @@ from mmrl_ray.config.demands import demands_of
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import sqlite_file
 from mmrl_ray.data.images import image_format
-from mmrl_ray.data.samples import Sample, read_split
+from mmrl_ray.data.samples import Sample, iter_references, read_split
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
-from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RunError
+from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
 from mmrl_ray.policy.load import Policy, is_hub_id, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
+from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.rewards.build import check_reward
+from mmrl_ray.rewards.text import FormatReward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
@@ -42,6 +45,9 @@ from mmrl_ray.runs.preferences import check_pairs
 from mmrl_ray.runs.reward_facts import reward_lines
 from mmrl_ray.runs.stored import check_stored
 from mmrl_ray.runs.warm_start import build_builtin
+
+_TEXTS_TRIED = 32
+"""References that patterns are tried on."""
 
 
 @dataclass
@@ -51,6 +57,8 @@ class DryRun:
     rows: int | None = None
     """Of the training split."""
     sample: Sample | None = None
+    opening: str = ""
+    """What the model's template writes before an answer."""
     shape: ModelShape | None = None
     left_out: str | None = None
     """Weights that the adapter does not sit on."""
@@ -60,6 +68,8 @@ class DryRun:
     """What would stop the run as things are."""
     unchecked: list[str] = field(default_factory=list)
     """What could not be looked at from here, and why."""
+    warnings: list[str] = field(default_factory=list)
+    """What lets the run go on, and is probably not what is meant."""
     unplaced: list[str] = field(default_factory=list)
     """Actors that the cluster has no room for; they block, too."""
 
@@ -86,14 +96,16 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
         _look_at_model(cfg, Path(scratch), found)
+    _try_formats(cfg, found)
     plan = batch_plan(cfg, found.prompt_tokens) if found.prompt_tokens is not None else None
     sections = {
         "Config": dump_config(cfg).rstrip("\n").split("\n"),
         "Sample": _sample_lines(found),
-        "Reward": reward_lines(cfg.reward),
+        "Reward": reward_lines(cfg.reward.with_opening(found.opening)),
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.value_based is None else round_lines(cfg, cfg.value_based),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
+        "Warnings": found.warnings,
         "Not checked": found.unchecked,
         "Would stop the run": found.blocking,
     }
@@ -195,6 +207,31 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
     _measure_prompt(cfg, policy, found.sample or _stand_in(cfg), found)
 
 
+def _try_formats(cfg: Config, found: DryRun) -> None:
+    """Tries patterns on what captions are meant to be like: where none matches, sampled ones hardly will."""
+    parts = {name: part for name, part in cfg.reward.with_opening(found.opening).parts.items() if part.kind == "format"}
+    if not parts:
+        return
+    try:
+        cells = islice(iter_references(cfg.data.train), _TEXTS_TRIED)
+        texts = [text for references in cells for text in references[:1]]
+    except DataError:
+        texts = list(found.sample.references[:1]) if found.sample is not None else []
+    for name, part in parts.items():
+        try:
+            reward = FormatReward(part.pattern, prefix=part.prefix or "")
+            matched = any(reward.value(text) for text in texts)
+        except RewardError as error:
+            found.warnings.append(f"reward.parts.{name}: {error}")
+            continue
+        if texts and not matched:
+            began = f" after {part.prefix!r}, which the chat template writes, or alone" if part.prefix else ""
+            found.warnings.append(
+                f"reward.parts.{name}: pattern {part.pattern!r}{began} matches none of {len(texts)} references, such "
+                f"as {_short(texts[0])!r}: unless captions are meant to be unlike them, this part gives every one 0"
+            )
+
+
 def _model_path(cfg: Config, scratch: Path) -> str:
     """The model's folder or hub id; a built-in one is made in `scratch`."""
     if not cfg.model.path.startswith("builtin:"):
@@ -205,6 +242,8 @@ def _model_path(cfg: Config, scratch: Path) -> str:
 
 
 def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) -> None:
+    if cfg.reward.needs_opening and cfg.value_based is None:
+        found.opening = answer_opening(policy.processor)
     try:
         (prompt,) = encode_prompts(policy, [sample])
         found.prompt_tokens = prompt.input_ids.numel()

@@ -16,6 +16,7 @@ from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError
 from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.scores import CaptionScore, Evaluation
 
@@ -25,6 +26,7 @@ SHOWN = 12
 """Samples a report shows."""
 
 _SEED_KEY = "mmrl.bootstrap_seed"
+_TOKENIZER_KEY = "mmrl.tokenizer"
 _PART = pa.struct([("name", pa.string()), ("value", pa.float64()), ("weight", pa.float64())])
 _SCORE = pa.struct([("name", pa.string()), ("value", pa.float64())])
 EVAL_SCHEMA = pa.schema(
@@ -52,7 +54,7 @@ def save_evaluation(run: RunDir, name: str, evaluation: Evaluation, samples: Seq
         RunError: the folder cannot be written.
     """
     table = pa.Table.from_pylist([_row(c) for c in evaluation.captions], schema=EVAL_SCHEMA)
-    table = table.replace_schema_metadata({_SEED_KEY: str(evaluation.seed)})
+    table = table.replace_schema_metadata({_SEED_KEY: str(evaluation.seed), _TOKENIZER_KEY: evaluation.tokenizer.value})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     run.write_bytes(f"{FOLDER}/{name}.parquet", sink.getvalue().to_pybytes())
@@ -76,8 +78,10 @@ def load_evaluation(run: RunDir, name: str) -> Evaluation | None:
         return None
     try:
         table = pq.read_table(pa.BufferReader(run.read_bytes(file)))
-        seed = int((table.schema.metadata or {}).get(_SEED_KEY.encode(), 0))
-        return Evaluation(tuple(_caption_score(row) for row in table.to_pylist()), seed)
+        metadata = table.schema.metadata or {}
+        seed = int(metadata.get(_SEED_KEY.encode(), 0))
+        tokenizer = Tokenizer(metadata.get(_TOKENIZER_KEY.encode(), Tokenizer.WORD_RUNS.encode()).decode())
+        return Evaluation(tuple(_caption_score(row) for row in table.to_pylist()), seed, tokenizer)
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{run.full_path(file)} is not an evaluation ({reason}); evaluate again") from error

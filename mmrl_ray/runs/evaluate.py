@@ -135,7 +135,9 @@ def correlation_table(found: Mapping[str, Correlation], samples: int) -> Table:
 
 def _statistics(opened: Target, data: str) -> tuple[CorpusStatistics, str]:
     if opened.statistics is not None:
-        return opened.statistics, "document frequencies: of the run's training references"
+        known = opened.statistics
+        old = "" if known.ends is not None else "; words are lower-cased \\w+, as when the run began"
+        return known, f"document frequencies: of the run's training references{old}"
     own = CorpusStatistics.from_references(iter_references(data), language_order=opened.reward.language_order)
     return own, f"document frequencies: of the references of {data} itself, not comparable with those of a run"
 

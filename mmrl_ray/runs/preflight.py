@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.model import ModelSection
 from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.errors import DataError
 from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.targets import left_out_line, resolve_targets
+from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.rewards.build import check_reward
 
@@ -25,6 +27,19 @@ def evaluation_split(cfg: Config) -> list[Sample]:
     if bare is not None:
         raise DataError(f"{cfg.data.eval}: sample {bare!r} has no references to evaluate against")
     return samples
+
+
+def with_opening(cfg: Config, model: ModelSection) -> Config:
+    """The config with what the template of `model` writes before an answer, where a part of the reward needs it.
+
+    Raises:
+        ModelError: the model's config or processor cannot be used.
+    """
+    if not cfg.reward.needs_opening:
+        return cfg
+    # The captions of a value-based run come from no template.
+    opening = "" if cfg.value_based is not None else answer_opening(load_skeleton(model).processor)
+    return cfg.model_copy(update={"reward": cfg.reward.with_opening(opening)})
 
 
 def check_run(cfg: Config) -> list[str]:

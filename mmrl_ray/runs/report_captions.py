@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.errors import ImageError
-from mmrl_ray.metrics.text import words
+from mmrl_ray.metrics.text import pieces, words
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import IMAGES, SHOWN, doubtful, find_image, highlights
 from mmrl_ray.runs.scores import CaptionScore, Evaluation
@@ -28,7 +27,6 @@ _THUMBNAIL = 320
 """Pixels of the longer side at most."""
 _COARSE = 128
 """Below it a picture is enlarged with its pixels showing."""
-_PIECE = re.compile(r"\w+|\W+")
 
 
 def caption_groups(run: RunDir, before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
@@ -98,11 +96,11 @@ def _shown_parts(score: CaptionScore) -> list[tuple[str, float]]:
 
 def _pieces(caption: str, known: set[str]) -> list[dict[str, str]]:
     """The caption in words and what stands between; a word is a `hit` if some reference has it."""
-    pieces = []
-    for text in _PIECE.findall(caption):
-        kind = "" if not text[0].isalnum() and text[0] != "_" else "hit" if text.lower() in known else "miss"
-        pieces.append({"text": text, "kind": kind})
-    return pieces
+    shown = []
+    for text in pieces(caption):
+        own = words(text)
+        shown.append({"text": text, "kind": "" if not own else "hit" if known.issuperset(own) else "miss"})
+    return shown
 
 
 def _picture(run: RunDir, names: Sequence[str], score: CaptionScore) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class RunReward:
         self._unhealthy_since: float | None = None
         self.reward: RewardFn = build_reward(cfg.reward, statistics)
         """Picklable. Behind Serve it may be called before `wait`: the call waits for the replica."""
+        self.tokenizer = statistics.tokenizer
+        """Of all words of the run."""
 
     def __enter__(self) -> Self:
         reward, share = self._cfg.reward, self._cfg.resources.reward

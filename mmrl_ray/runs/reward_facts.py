@@ -19,6 +19,9 @@ def reward_lines(reward: RewardSection) -> list[str]:
     """A line for each part, and for what is done to their sum."""
     rows = [(reward.weights[name], name, part) for name, part in reward.parts.items()]
     lines = [f"{weight:g} × {name:<12} {part.kind}, on the {SEES[part.modality]}" for weight, name, part in rows]
+    for name, part in reward.parts.items():
+        if part.kind == "format" and part.prefix:
+            lines.append(f"{name}: answers begin with {part.prefix!r}, which the chat template writes")
     if reward.normalize == "group":
         lines.append("each part normalised by its group before it is weighed")
     if reward.risk:

@@ -17,6 +17,7 @@ from mmrl_ray.data.quarantine import Quarantine
 from mmrl_ray.data.samples import dataset_fingerprint
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.models.reward_data import Judgement, RewardData
 from mmrl_ray.models.reward_folder import load_reward_model, refuse_occupied, save_reward_model
 from mmrl_ray.models.reward_model import RewardModel
@@ -156,6 +157,7 @@ def _spec(cfg: RewardModelConfig, data: RewardData, source: VisionSource) -> Rew
         prior=net.prior,
         max_words=net.max_words,
         vocabulary=data.vocabulary(net.vocabulary),
+        tokenizer=Tokenizer.UNICODE,
         center=center,
         spread=spread,
         sigma_trained=net.sigma,

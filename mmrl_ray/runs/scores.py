@@ -32,7 +32,7 @@ from mmrl_ray.metrics.bootstrap import Interval, bootstrap_difference, bootstrap
 from mmrl_ray.metrics.cider import CiderD
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.rouge import rouge_l
-from mmrl_ray.metrics.text import MAX_ORDER, words
+from mmrl_ray.metrics.text import MAX_ORDER, Tokenizer, words
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.checks import check_breakdowns
 from mmrl_ray.runs.statistics import RESAMPLES, Counts, Figure, figure_difference, figure_interval
@@ -65,6 +65,8 @@ class Evaluation:
     captions: tuple[CaptionScore, ...]
     seed: int = 0
     """Of the bootstrap."""
+    tokenizer: Tokenizer = Tokenizer.UNICODE
+    """Of the run's words."""
 
     @cached_property
     def measures(self) -> dict[str, Interval]:
@@ -104,7 +106,7 @@ class Evaluation:
     @cached_property
     def _figures(self) -> dict[str, tuple[Counts, Figure]]:
         """Measures that are functions of summed counts: the counts [N, K], and the function."""
-        bleu = np.array([bleu_counts(c.caption, c.references) for c in self.captions])
+        bleu = np.array([bleu_counts(c.caption, c.references, tokenizer=self.tokenizer) for c in self.captions])
         found: dict[str, tuple[Counts, Figure]] = {
             f"bleu_{n}": (bleu, partial(_bleu, order=n)) for n in range(1, MAX_ORDER + 1)
         }
@@ -136,6 +138,8 @@ def score_captions(
 ) -> Evaluation:
     """Scores one caption a sample by the reward and by every measure that the reward does not see.
 
+    Ends of captions count in the reward where it says so, in the measures never.
+
     Args:
         samples: with references.
         captions: one a sample, in order.
@@ -156,9 +160,9 @@ def score_captions(
     for start in range(0, len(samples), _BATCH):
         batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
         breakdowns += check_breakdowns(reward.score_batch(batch, said), len(said))
-    cider = CiderD(statistics)
+    cider, tokenizer = CiderD(statistics), statistics.tokenizer
     rows = zip(samples, captions, breakdowns, strict=True)
-    return Evaluation(tuple(_score(*row, cider=cider) for row in rows), seed)
+    return Evaluation(tuple(_score(*row, cider=cider, tokenizer=tokenizer) for row in rows), seed, tokenizer)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
@@ -194,11 +198,13 @@ def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval:
     return figure_difference(counts, after._figures[name][0], figure, seed=before.seed)
 
 
-def _score(sample: Sample, caption: str, reward: RewardBreakdown, *, cider: CiderD) -> CaptionScore:
+def _score(
+    sample: Sample, caption: str, reward: RewardBreakdown, *, cider: CiderD, tokenizer: Tokenizer
+) -> CaptionScore:
     scores = {
         "cider_d": cider.score(caption, sample.references),
-        "rouge_l": rouge_l(caption, sample.references),
-        "caption/words": float(len(words(caption))),
+        "rouge_l": rouge_l(caption, sample.references, tokenizer=tokenizer),
+        "caption/words": float(len(words(caption, tokenizer))),
     }
     if _is_scene(sample):
         facts = attribute_scores(caption, sample.metadata)
@@ -209,7 +215,7 @@ def _score(sample: Sample, caption: str, reward: RewardBreakdown, *, cider: Cide
         image_hashes=tuple(image_hash([image]) for image in sample.images),
         prompt=sample.prompt,
         references=sample.references,
-        caption=caption,
+        caption=str(caption),
         reward=reward,
         scores=scores,
     )

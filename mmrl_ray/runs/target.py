@@ -21,6 +21,7 @@ from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, checkpoint_name, newest
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.value_heads import HEADS_FILE, add_decoding_heads
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import RunDir
@@ -121,12 +122,13 @@ def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
             load_adapter(policy, local)
             add_decoding_heads(policy, local)
     policy.model.requires_grad_(False)
+    opening = answer_opening(policy.processor) if agent is None and cfg.reward.needs_opening else ""
     return Target(
         name=run.name,
         policy=policy,
         prompt=cfg.data.prompt,
         max_new_tokens=cfg.rollout.max_new_tokens,
-        reward=cfg.reward,
+        reward=cfg.reward.with_opening(opening),
         eval_data=cfg.data.eval,
         statistics=_statistics(run, cfg),
         notes=notes,

@@ -43,7 +43,7 @@ from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory, give_back_memory
-from mmrl_ray.runs.preflight import check_run, evaluation_split
+from mmrl_ray.runs.preflight import check_run, evaluation_split, with_opening
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.reward_app import RunReward
@@ -107,6 +107,8 @@ class _Run:
             for line in check_run(start):
                 self._progress.note(line)
             give_back_memory()
+            cfg = self._cfg = with_opening(cfg, start.model)
+            start = start.model_copy(update={"reward": cfg.reward})
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
         run.remove_scratch()  # of a process that was killed
         write_status(run, "starting", STARTING_S)
@@ -226,7 +228,7 @@ class _Run:
             for failure in generated.failures:
                 self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
             groups = controller.groups([scored.payload for _, scored in done])
-            captions = [group.completions[0].text for group in groups]
+            captions = [group.completions[0].caption for group in groups]
             kept = [sample for sample, _ in done]
             self._score(run, name, kept, captions, reward, statistics)
             if states := {s.id: g.state for s, g in zip(kept, groups, strict=True) if g.state is not None}:

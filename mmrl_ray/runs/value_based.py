@@ -65,7 +65,7 @@ class ValueBasedRun:
             raise DataError(f"{cfg.data.train}: sample {bare!r} has no references to be paid by; leave it out")
         images, self._held_out = self._features(held_out)
         scale = FeatureScale.of(images)
-        vocabulary = Vocabulary.of(agent, iter_references(cfg.data.train))
+        vocabulary = Vocabulary.of(agent, iter_references(cfg.data.train), hosted.tokenizer)
         self._facts = AgentFacts.of(agent, vocabulary, scale, images.shape[1:])
         hosted.wait()
         step = newest_valid_checkpoint(run)

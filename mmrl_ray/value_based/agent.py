@@ -151,7 +151,7 @@ class Agent:
                 if action != vocabulary.end:
                     said[i].append(action)
             going = [i for i, action in zip(going, actions, strict=True) if not vocabulary.has_ended(said[i], action)]
-        return [vocabulary.text(caption) for caption in said]
+        return [vocabulary.caption(caption) for caption in said]
 
     def save(self, folder: Path) -> None:
         """Writes both files into a folder that is there."""

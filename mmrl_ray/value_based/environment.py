@@ -21,7 +21,7 @@ from gymnasium import spaces
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.value_based.features import LIMIT
 from mmrl_ray.value_based.vocabulary import Vocabulary
@@ -103,11 +103,11 @@ class CaptionEnv(gym.Env[Observation, np.int64]):
         info: dict[str, Any] = {"index": self._index}
         reward = 0.0
         if ended:
-            text = self.vocabulary.text(self._caption)
+            text = self.vocabulary.caption(self._caption)
             scored = self._score(text)
             reward = scored.total
             parts = {name: float(value) for name, value in scored.parts.items()}
-            info |= {"caption": text, "reward": float(scored.total), "parts": parts}
+            info |= {"caption": str(text), "reward": float(scored.total), "parts": parts}
         if self._shaping:
             after = 0.0 if ended else self._potential_of(self.vocabulary.text(self._caption))
             reward += self._gamma * after - self._potential
@@ -122,7 +122,7 @@ class CaptionEnv(gym.Env[Observation, np.int64]):
         return self._reward.score_batch([self._samples[self._index]], [text])[0]
 
     def _potential_of(self, text: str) -> float:
-        parts = self._score(text).parts
+        parts = self._score(TruncatedCaption(text)).parts  # it goes on
         unknown = [name for name in self._shaping if name not in parts]
         if unknown:
             raise ConfigError(

@@ -15,6 +15,8 @@ import numpy as np
 
 from mmrl_ray.config.value_based import ValueBasedSection
 from mmrl_ray.errors import ConfigError
+from mmrl_ray.experience.breakdown import TruncatedCaption
+from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.metrics.text import words as words_of
 
 
@@ -27,8 +29,13 @@ class Vocabulary:
     template: tuple[tuple[str, ...], ...] | None = None
 
     @classmethod
-    def of(cls, cfg: ValueBasedSection, references: Iterable[Sequence[str]]) -> Vocabulary:
-        """That of a config; the references are read only where it names no words.
+    def of(
+        cls,
+        cfg: ValueBasedSection,
+        references: Iterable[Sequence[str]],
+        tokenizer: Tokenizer = Tokenizer.UNICODE,
+    ) -> Vocabulary:
+        """That of a config; the references are read, with the run's tokeniser, only where it names no words.
 
         Raises:
             ConfigError: the references have no word.
@@ -39,7 +46,7 @@ class Vocabulary:
         elif template is not None:
             words = tuple(dict.fromkeys(word for place in template for word in place))
         else:
-            counts = Counter(word for texts in references for text in texts for word in words_of(text))
+            counts = Counter(word for texts in references for text in texts for word in words_of(text, tokenizer))
             ranked = sorted(counts, key=lambda word: (-counts[word], word))
             words = tuple(ranked[: cfg.vocabulary_size])
         if not words:
@@ -82,6 +89,11 @@ class Vocabulary:
     def text(self, caption: Sequence[int]) -> str:
         """Word numbers counted from 0 as words."""
         return " ".join(self.words[word] for word in caption)
+
+    def caption(self, caption: Sequence[int]) -> str:
+        """`text` of a caption that is over, cut off where there was no room for an end; a template's end is one."""
+        text = self.text(caption)
+        return TruncatedCaption(text) if self.template is None and len(caption) == self.max_words else text
 
     def has_ended(self, caption: Sequence[int], action: int) -> bool:
         """Whether `action`, which made `caption` what it is, was the last one."""

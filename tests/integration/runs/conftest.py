@@ -97,8 +97,12 @@ def prepare(folder: Path) -> dict[str, Any]:
         "rollout": {"group_size": 3, "max_new_tokens": 6, "groups_per_assignment": 2},
         "reward": {
             "host": "inline",  # Serve has tests of its own, and costs every run seconds
-            "parts": {"caption": {"kind": "caption"}, "fluent": {"kind": "fluency"}},
-            "weights": {"caption": 1.0, "fluent": 0.1},
+            "parts": {
+                "caption": {"kind": "caption"},
+                "fluent": {"kind": "fluency"},
+                "short": {"kind": "format", "pattern": ".{0,20}"},
+            },
+            "weights": {"caption": 1.0, "fluent": 0.1, "short": 0.01},
         },
         "learner": {"steps": 6, "groups_per_step": 4, "lr": 1e-2, "checkpoint_every": 3},
         "resources": {"learner": actor, "rollout": actor},

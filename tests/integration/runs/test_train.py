@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -79,7 +80,8 @@ def test_a_run_leaves_everything_a_user_looks_for(workplace: Workplace, straight
     assert summary["status"] == "finished"
     assert {"before", "after", "difference"} <= summary["eval"].keys()
     assert summary["peak_memory_bytes"] > 1e8
-    assert (straight / "config.yaml").exists()
+    resolved = yaml.safe_load((straight / "config.yaml").read_text())
+    assert resolved["reward"]["parts"]["short"]["prefix"] == "", "the template writes nothing before an answer"
     assert list((straight / "tb").iterdir())
     assert not list(straight.glob(".tmp*")), "nothing half-written stays"
 

@@ -33,6 +33,17 @@ def test_sentence_bleu_literal() -> None:
     assert sentence_bleu("a red big square", ["a red small square"]) == pytest.approx(expected, rel=1e-12)
 
 
+def test_sentence_bleu_with_ends_literal() -> None:
+    # a red </s> against a red square </s>: unigrams 3/3, bigrams 1/2, trigrams 0 -> 1/(2*1), 3 words of 4.
+    expected = (1 * 1 / 2 * 1 / 2) ** (1 / 3) * math.exp(1 - 4 / 3)
+    assert sentence_bleu("a red", ["a red square"], ended=True) == pytest.approx(expected, rel=1e-12)
+    # Cut off, it has no end: all of its two words and of its one bigram match, 2 words of 4.
+    assert sentence_bleu("a red", ["a red square"], ended=False) == pytest.approx(math.exp(-1), rel=1e-12)
+    assert sentence_bleu("A red square", ["a red square"], ended=True) == 1.0
+    # Nobody can write the end.
+    assert sentence_bleu("a red \uffff", ["a red square"], ended=False) < 1.0
+
+
 def test_sentence_bleu_stays_within_bounds() -> None:
     assert sentence_bleu("a red square above a blue circle", ["a red square above a blue circle"]) == 1.0
     assert sentence_bleu("", ["a red square"]) == 0.0

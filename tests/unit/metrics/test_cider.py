@@ -4,6 +4,7 @@ import math
 import pickle
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ def corpus(rng: random.Random, size: int) -> list[list[str]]:
     return [[sentence(rng) for _ in range(rng.randint(1, 5))] for _ in range(size)]
 
 
-def oracle(captions: list[str], references: list[list[str]], training: list[list[str]]) -> list[float]:
+def oracle(
+    captions: Sequence[str], references: Sequence[Sequence[str]], training: Sequence[Sequence[str]]
+) -> list[float]:
     scorer = CiderScorer(n=4, sigma=6.0)
     for caption, refs in zip(captions, references, strict=True):
         scorer += (caption, refs)
@@ -59,6 +62,50 @@ def test_equals_pycocoevalcap() -> None:
     np.testing.assert_allclose(metric.score_corpus(captions, references), expected, rtol=1e-9, atol=1e-12)
 
 
+END = "endofcaption"
+
+
+def ended(texts: Sequence[str]) -> list[str]:
+    return [f"{text} {END}".strip() for text in texts]
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_with_ends_equals_pycocoevalcap_of_texts_that_end_with_one_more_word(stopped: bool) -> None:
+    rng = random.Random(1)
+    training = corpus(rng, 30)
+    metric = CiderD(CorpusStatistics.from_references(training))
+    references = corpus(rng, 60)
+    captions = [sentence(rng, shortest=0) for _ in references]
+    captions[:2] = [references[0][0], ""]
+    said = ended(captions) if stopped else captions
+    expected = oracle(said, [ended(refs) for refs in references], [ended(refs) for refs in training])
+    found = [metric.score(c, refs, ended=stopped) for c, refs in zip(captions, references, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert found != metric.score_corpus(captions, references)
+
+
+def test_a_caption_that_breaks_off_is_worth_less_where_ends_count() -> None:
+    references = ["a little girl in a red dress", "a little girl in a garden"]
+    corpora = [references, ["a dog on a beach"], ["a boy in a red shirt"], ["a man in a garden"]]
+    metric = CiderD(CorpusStatistics.from_references(corpora))
+    broken, whole = "a little girl in a", "a little girl in a garden"
+    standard, with_end = metric.score(broken, references), metric.score(broken, references, ended=True)
+    assert with_end < standard
+    full = metric.score(whole, references, ended=True)
+    assert full / with_end > metric.score(whole, references) / standard > 1
+    # By hand, one reference of two words, N = 2: "red" and "square" have an idf of log 2, the end has none, and the
+    # bigrams of both texts have it, too. Said "red": unigrams 1/√2, bigrams red-end against red-square, square-end: 0.
+    small = CiderD(CorpusStatistics.from_references([["red square"], ["blue circle"]]))
+    penalty = math.exp(-1 / 72)
+    assert small.score("red", ["red square"], ended=True) == pytest.approx(10 * penalty / math.sqrt(2) / 4)
+    # Of "square", which ends as the reference does, one of the two bigrams, too.
+    assert small.score("square", ["red square"], ended=True) == pytest.approx(10 * penalty * 2 / math.sqrt(2) / 4)
+    # Cut off, it has no end to match.
+    assert small.score("square", ["red square"], ended=False) == pytest.approx(
+        10 * math.exp(-4 / 72) / math.sqrt(2) / 4
+    )
+
+
 def test_literal() -> None:
     # Every n-gram of the caption is in one of the two documents, so each idf is log 2 and cancels in the cosine.
     statistics = CorpusStatistics.from_references([["red square here now"], ["blue circle"]])
@@ -87,3 +134,8 @@ def test_repetition_is_clipped() -> None:
 def test_no_references() -> None:
     with pytest.raises(ValueError, match="reference"):
         CiderD(CorpusStatistics.from_references([["a"]])).score("a", [])
+
+
+def test_statistics_without_ends_are_refused_where_ends_count() -> None:
+    with pytest.raises(ValueError, match="without the ends of texts"):
+        CiderD(CorpusStatistics(1, ({"a": 1}, {}, {}, {}))).score("a", ["a"], ended=True)

@@ -21,6 +21,7 @@ from mmrl_ray.policy.prompts import (
     encode_prompts,
     without_pixels,
 )
+from mmrl_ray.policy.tokens import answer_opening
 from tests.support.tiny_models import FAMILIES, image_bytes
 
 Load = Callable[..., Policy]
@@ -52,6 +53,36 @@ def test_the_prompt_is_what_the_processor_makes_of_the_chat(family: str, load: L
     assert prompt.input_ids.tolist().count(bos) == (1 if family == "gemma3" else 0)
     opening = policy.tokenizer.decode(prompt.input_ids[-2:])
     assert opening.replace(" ", "") == "assistant:"
+
+
+TURNS = (
+    "{% for m in messages %}[{{ m.role }}]\n{% for p in m.content %}{{ p.text | trim }}{% endfor %}</s>\n{% endfor %}"
+)
+EMPTY_THOUGHT = (
+    "{% for m in messages %}[{{ m.role }}]\n"
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}</s>\n{% endfor %}"
+)
+ONE_MESSAGE = "{% if messages | length > 1 %}{{ raise_exception('one message, please') }}{% endif %}[user] a "
+
+
+@pytest.mark.parametrize(
+    ("turns", "opens", "expected"),
+    [
+        (TURNS, "[assistant]\n", ""),
+        (TURNS, "[assistant]", ""),
+        (TURNS, "[assistant]\n<think>\n", "<think>\n"),
+        (TURNS, "[assistant]\n<s><think>", "<think>"),
+        (TURNS, "[assistant]\n<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        (EMPTY_THOUGHT, "[assistant]\n<think>\n", "<think>\n"),
+        (ONE_MESSAGE, "[assistant]\n<thought>\n", "<thought>\n"),
+        (ONE_MESSAGE, "<|assistant|>", ""),
+    ],
+)
+def test_what_a_template_writes_before_an_answer(turns: str, opens: str, expected: str, load: Load) -> None:
+    processor = load().processor
+    processor.chat_template = turns + "{% if add_generation_prompt %}" + opens + "{% endif %}"
+    assert answer_opening(processor) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

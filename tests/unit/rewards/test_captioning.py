@@ -14,7 +14,7 @@ from sacrebleu.metrics import BLEU
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.base import RewardFn, TruncatedCaption
 from mmrl_ray.rewards.captioning import CaptionReward
 
 IDF = {"red": 1.5, "blue": 1.25, "square": 0.75, "circle": 0.875, "above": 2.0, "small": 1.125, "a": 0.0, "tiny": 3.0}
@@ -117,6 +117,19 @@ def test_score_batch_is_score_of_each() -> None:
         scorer.score("a circle", REFERENCES),
     ]
     assert scorer.score_batch([], []) == []
+
+
+def test_ends_count_in_bleu_alone_and_in_batches_alone() -> None:
+    sample = Sample("x", (b"",), "", ("a red square",))
+    scorer = pickle.loads(pickle.dumps(reward(eos=True)))
+    assert scorer.score("a red", ["a red square"]) == reward().score("a red", ["a red square"])
+    whole, cut = scorer.score_batch([sample, sample], ["a red", TruncatedCaption("a red")])
+    # a red </s> against a red square </s>, see the tests of BLEU.
+    assert whole.parts["bleu"] == pytest.approx((1 / 4) ** (1 / 3) * math.exp(-1 / 3))
+    assert cut.parts["bleu"] == pytest.approx(math.exp(-1))
+    for name in ("detail", "length"):
+        assert whole.parts[name] == cut.parts[name] == scorer.score("a red", ["a red square"]).parts[name]
+    assert scorer.score_batch([sample], [" . "])[0].total == 0.0
 
 
 def test_missing_references_are_an_error() -> None:

@@ -196,9 +196,9 @@ class TestBuild:
         )
         score = pickle.loads(pickle.dumps(build_reward(section, self.STATISTICS))).score_batch(SAMPLES, CAPTIONS)[1]
         assert score.parts["caption"] == score.parts["caption/bleu"] == 1.0
-        assert score.parts["consensus/cider_d"] == pytest.approx(7.5)  # three words have no 4-gram
+        assert score.parts["consensus/cider_d"] == pytest.approx(10.0)  # three words and their end: one 4-gram
         assert score.parts["overlap"] == pytest.approx(1.0)
-        assert score.total == pytest.approx(1.0 + 0.1 * 7.5 + 2.0)
+        assert score.total == pytest.approx(1.0 + 0.1 * 10.0 + 2.0)
 
     @pytest.mark.parametrize(
         "section",

@@ -1,6 +1,7 @@
 """Rewards of the caption as text, by literal values."""
 
 import math
+import pickle
 
 import pytest
 
@@ -8,7 +9,9 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.rewards.base import RewardBreakdown, TruncatedCaption
+from mmrl_ray.rewards.build import NOTHING, build_reward
+from mmrl_ray.rewards.scoring import RewardFailure, score_with_retry
 from mmrl_ray.rewards.text import FormatReward, LengthReward, RepetitionReward
 
 SAMPLE = Sample("s", (b"",), "Describe.", ("a red square",))
@@ -39,6 +42,53 @@ def test_repetition(order: int, caption: str, expected: float) -> None:
 )
 def test_format_is_of_the_whole_caption(caption: str, expected: float) -> None:
     assert FormatReward(r"[A-Z][^.\n]*\.").score(caption).total == expected
+
+
+THOUGHT = r"<think>.+</think>\s*<answer>.+</answer>"
+
+
+@pytest.mark.parametrize(
+    ("caption", "prefix", "expected"),
+    [
+        ("<think>two shapes</think><answer>a star</answer>", "", 1.0),
+        ("<think>\n- blue\n- round\n</think>\n\n<answer>a ball</answer>", "", 1.0),
+        ("<think>x</think><answer>y</answer> \n\n", "", 1.0),
+        ("- blue\n</think>\n<answer>a ball</answer>", "", 0.0),
+        ("- blue\n</think>\n<answer>a ball</answer>", "<think>\n", 1.0),
+        ("<think>x</think><answer>y</answer>", "<think>\n", 1.0),
+        ("<answer>a ball</answer>", "<think>\n", 0.0),
+        ("<answer>a ball</answer> and more", "", 0.0),
+    ],
+)
+def test_format_over_several_lines_and_after_what_the_template_writes(
+    caption: str, prefix: str, expected: float
+) -> None:
+    section = RewardSection.model_validate(
+        {"parts": {"f": {"kind": "format", "pattern": THOUGHT, "prefix": prefix}}, "weights": {"f": 1.0}}
+    )
+    (score,) = build_reward(section, NOTHING).score_batch([SAMPLE], [TruncatedCaption(caption)])
+    assert score.total == expected
+
+
+def test_a_match_that_would_never_end_is_no_answer_and_costs_the_others_nothing() -> None:
+    section = RewardSection.model_validate(
+        {
+            "parts": {"f": {"kind": "format", "pattern": "(?:a|aa)+"}},  # of 41 letters there are 10^8 ways
+            "weights": {"f": 1.0},
+            "timeout_s": 4.0,
+            "retries": 0,
+        }
+    )
+    reward = pickle.loads(pickle.dumps(build_reward(section, NOTHING)))
+    samples = [Sample(str(i), (), "") for i in range(4)]
+    captions = ["a" * 40, "a" * 40 + "!", "b", "aa"]
+    one, hangs, none, other = score_with_retry(reward, samples, captions, timeout_s=4.0, retries=0)
+    assert isinstance(one, RewardBreakdown)
+    assert isinstance(none, RewardBreakdown)
+    assert isinstance(other, RewardBreakdown)
+    assert (one.total, none.total, other.total) == (1.0, 0.0, 1.0)
+    assert isinstance(hangs, RewardFailure)
+    assert "reward part 'f' failed: pattern '(?:a|aa)+' did not come to an end" in hangs.reason
 
 
 @pytest.mark.parametrize(
@@ -82,7 +132,7 @@ def test_fluency_says_what_statistics_it_lacks() -> None:
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ({"kind": "format", "pattern": "(["}, "no regular expression"),
+        ({"kind": "format", "pattern": "ab(["}, r"'ab\(\[' is no regular expression: .* at position 4"),
         ({"kind": "format"}, "pattern"),
         ({"kind": "length", "min_words": 5, "max_words": 4}, "min_words=5 is above max_words=4"),
         ({"kind": "fluency", "smoothing": 0.0}, "greater than 0"),

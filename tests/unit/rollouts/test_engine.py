@@ -14,6 +14,7 @@ from mmrl_ray.errors import ContextLengthError, ImageError, ModelError, RewardEr
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, SamplingParams, VisionFeatures
 from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
+from mmrl_ray.rewards.base import TruncatedCaption
 from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
 from mmrl_ray.rollouts.engine import RolloutEngine
 from tests.unit.rollouts.fakes import samples
@@ -81,9 +82,11 @@ class FakeReward:
     fails_for: str = ""
     times: int = 1_000_000
     batches: list[int] = field(default_factory=list)
+    cut_off: set[str] = field(default_factory=set)
 
     def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
         self.batches.append(len(captions))
+        self.cut_off |= {caption for caption in captions if isinstance(caption, TruncatedCaption)}
         assert all(caption.startswith(sample.id) for sample, caption in zip(samples, captions, strict=True))
         if self.fails_for in {sample.id for sample in samples} and self.times > 0:
             self.times -= 1
@@ -121,6 +124,12 @@ def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
     assert group.payload.greedy.text == "sample-001 9"
     assert torch.equal(group.payload.completions[1].reference_logprobs, torch.tensor([-0.5, -1.5]))
     assert set(result.timings) == {"load", "encode", "sample", "reference", "reward"}
+
+
+def test_the_reward_can_tell_which_captions_were_cut_off() -> None:
+    reward = FakeReward()
+    engine(FakeBackend(), reward).run(assignment(greedy=True), as_made)
+    assert reward.cut_off == {f"{sample.id} {place}" for sample in samples(3) for place in (1, 9)}
 
 
 def test_without_reference_and_greedy_there_is_neither() -> None:

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import ScenesSection
+from mmrl_ray.config.reward import FormatPart
 from mmrl_ray.data.scenes import write_scenes
 from mmrl_ray.errors import ModelError
 from mmrl_ray.policy import trial
 from mmrl_ray.runs.dry_run import DryRun, dry_run
+from mmrl_ray.runs.preflight import with_opening
 from mmrl_ray.runs.train import train
 from tests.support.tiny_models import build_family
 
@@ -210,6 +212,36 @@ def test_says_what_would_stop_the_run(tmp_path: Path, sections: dict[str, Any], 
     assert len(found.blocking) == 1
     assert expected in found.blocking[0]
     assert "Would stop the run" in text
+
+
+def test_warns_of_a_format_that_no_reference_has_and_knows_what_the_template_writes(tmp_path: Path) -> None:
+    write_scenes(ScenesSection(train=12, eval=4), tmp_path / "train", tmp_path / "eval")
+    model = build_family("llava", tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>{% endif %}")
+    parts = {
+        "thought": {"kind": "format", "pattern": "<think>.*</think>.*"},
+        "said": {"kind": "format", "pattern": "<think>.*"},
+        "short": {"kind": "format", "pattern": "(?:a|aa|[^a])+!"},  # in too many ways to try them all
+    }
+    cfg = config(
+        tmp_path,
+        model={"path": str(model)},
+        data={"scenes": None},
+        reward={"parts": parts, "weights": dict.fromkeys(parts, 1.0)},
+    )
+    found, text = show(cfg)
+    assert found.blocking == []
+    thought, short = found.warnings
+    assert "reward.parts.thought: pattern '<think>.*</think>.*' after '<think>', which the chat template" in thought
+    assert "matches none of 12 references, such as 'a " in thought
+    assert "reward.parts.short: " in short
+    assert "Warnings" in text
+    assert "said: answers begin with '<think>', which the chat template writes" in text
+    run = with_opening(cfg, cfg.model).reward.parts
+    assert [part.prefix for part in run.values() if isinstance(part, FormatPart)] == ["<think>"] * 3
+    own = cfg.reward.with_opening("x").with_opening("y")
+    assert own == cfg.reward.with_opening("x")
 
 
 def test_run_folder_and_resume(tmp_path: Path) -> None:

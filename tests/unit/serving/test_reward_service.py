@@ -16,7 +16,7 @@ import pytest
 from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError, UnknownImageError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.protocols import RewardItem
@@ -59,6 +59,15 @@ def test_a_batch_of_items_gets_the_scores_of_the_reward_itself() -> None:
         assert list(got) == [alone.score_batch([sample], [text])[0] for text in texts]
     assert scored.reward == "0.7*caption + 0.3*cider"
     assert scored.image_hashes == (None, None, None)
+
+
+def test_captions_that_were_cut_off_are_so_behind_the_deployment() -> None:
+    sample = Sample("s", (), "", ("a red circle on the left",))
+    captions = ["a red circle", TruncatedCaption("a red circle")]
+    batch = pickle.loads(pickle.dumps(CaptionBatch.of([sample] * 2, captions, images=False)))
+    scores = asyncio.run(HostedReward.build(CFG, STATISTICS).score_batch(batch))
+    assert scores == build_reward(CFG, STATISTICS).score_batch([sample] * 2, captions)
+    assert scores[0] != scores[1]
 
 
 def test_one_call_for_the_whole_batch() -> None:

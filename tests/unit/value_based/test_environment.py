@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from mmrl_ray.config.value_based import ValueBasedSection
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
+from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 from mmrl_ray.value_based.environment import CAPTION_ENV, CaptionEnv
 from mmrl_ray.value_based.vocabulary import Vocabulary
 
@@ -61,6 +64,26 @@ def test_a_caption_is_paid_for_at_its_end(world: World) -> None:
     # The last word that there is room for ends it, too.
     assert len(say(env, 1, (0, 2, 4, 4))[0]) == 4
     assert say(env, 1, (5,))[0] == [0.0]
+
+
+def test_a_caption_that_fills_all_places_was_cut_off_unless_a_template_ends_it(world: World) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Watching:
+        def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+            seen.extend((str(caption), isinstance(caption, TruncatedCaption)) for caption in captions)
+            return [RewardBreakdown(0.0, {"caption": 0.0}, {"caption": 1.0})] * len(captions)
+
+    for vocabulary, actions in ((Vocabulary(WORDS, 2), (0, 1)), (Vocabulary(WORDS, 2), (0, 5)), (TEMPLATE, (0, 1, 3))):
+        env = CaptionEnv(world.images, world.samples, Watching(), vocabulary)
+        info = say(env, 0, actions)[1]
+        assert type(info["caption"]) is str
+    assert seen == [("a red", True), ("a", False), ("a red circle", False)]
+    # A caption that goes on has no end yet.
+    env = CaptionEnv(world.images, world.samples, Watching(), Vocabulary(WORDS, 3), shaping={"caption": 1.0})
+    seen.clear()
+    say(env, 0, (0, 5))
+    assert seen == [("", True), ("a", True), ("a", False)]
 
 
 def test_observations_say_what_was_said_and_what_may_follow(world: World) -> None:
