@@ -1,6 +1,7 @@
 """The same few completions by the sampler, by transformers and by any path of the learner, and how far apart they are.
 
-`parity.py` says what they are for and draws the conclusions. `K` prompts, `R` completions of each (the first two drawn by the sampler, the last two random), `T` tokens each.
+`parity.py` says what they are for and draws the conclusions. `K` prompts, `R` completions of each (the
+first two drawn by the sampler, the last two random), `T` tokens each.
 """
 
 from __future__ import annotations

@@ -102,9 +102,9 @@ def disagreement(policy: Policy, comparison: Comparison) -> ModelError | None:
         return None
     precise = "" if policy.dtype == torch.float32 else ", or try model.dtype: float32"
     return ModelError(
-        f"model {policy.path!r} ({policy.hf_model.config.model_type}): {'; '.join(comparison.troubles)}; it would be "
-        f"trained and served with wrong probabilities: choose another checkpoint{precise}; "
-        f"`mmrl check {policy.path}` shows every figure"
+        f"model {policy.path!r} ({policy.hf_model.config.model_type}) does not pass the start-up comparison: "
+        f"{'; '.join(comparison.troubles)}; choose another checkpoint{precise}; `mmrl check {policy.path}` shows every "
+        "figure"
     )
 
 

@@ -96,7 +96,7 @@ def test_a_sampler_that_fails_is_refused_by_name(load: Load, monkeypatch: pytest
 
     monkeypatch.setattr(RowSampler, "sample", failing)
     policy = load()
-    with pytest.raises(ModelError, match="the sampler failed: IndexError: no such head; it would"):
+    with pytest.raises(ModelError, match="the sampler failed: IndexError: no such head; choose"):
         choose_path(policy, encode_prompts(policy, make_samples()[:1]))
 
 
