@@ -12,9 +12,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.load import Policy
@@ -40,7 +41,8 @@ def generated_logprobs(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tens
     model's `generate` raises.
     """
     count, length = tokens.shape
-    device, model = policy.device, policy.hf_model
+    device = policy.device
+    model: Any = policy.hf_model
     tokens = tokens.to(device)
     inputs = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids)[None]}
     for name, value in prompt.model_inputs.items():
@@ -68,13 +70,13 @@ def generated_logprobs(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tens
     return logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
 
 
-def _accepted(model: PreTrainedModel) -> set[str]:
+def _accepted(model: Any) -> set[str]:
     takes = (model.forward, model.prepare_inputs_for_generation)
     return {name for function in takes for name in inspect.signature(function).parameters}
 
 
 @contextmanager
-def _own_settings(model: PreTrainedModel) -> Iterator[None]:
+def _own_settings(model: Any) -> Iterator[None]:
     """Without the checkpoint's generation settings: an end token or a penalty of theirs would end or change rows."""
     kept = model.generation_config
     model.generation_config = GenerationConfig()
