@@ -110,6 +110,17 @@ def test_generation_settings_of_a_checkpoint_are_not_the_models_forward(load: Lo
     assert policy.hf_model.generation_config is settings
 
 
+@pytest.mark.parametrize(("prompts", "forwards"), [(1, 22), (2, 30)])
+def test_a_comparison_is_a_few_forwards(prompts: int, forwards: int, load: Load) -> None:
+    """Two naive ones to try vision features, eight of the sampler, eight a prompt of `generate`, the naive path, and a
+    prefix, tried and then used in two calls."""
+    policy = with_lora(load())
+    calls: list[None] = []
+    policy.core.register_forward_pre_hook(lambda *_: calls.append(None))
+    choose_path(policy, encode_prompts(policy, make_samples()[:prompts]))
+    assert len(calls) == forwards
+
+
 def test_bfloat16_passes_with_its_own_tolerance(load: Load) -> None:
     policy = load("qwen3_vl", dtype="bfloat16")
     choice = choose_path(policy, encode_prompts(policy, make_samples()[:2]))
