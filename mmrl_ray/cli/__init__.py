@@ -1,7 +1,7 @@
 """`mmrl …`: parses the command line, then imports what the command needs.
 
 Nothing heavy is imported at the top: `mmrl --help` and `mmrl config schema` answer at once. Exit codes: 0 done, 1 a
-failure, 2 a wrong config or command line, 130 interrupted.
+failure, 2 a wrong config or command line (of `mmrl check`: any failure), 130 interrupted.
 """
 
 # These register their commands, in the order in which help lists them.

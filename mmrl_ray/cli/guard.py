@@ -22,10 +22,11 @@ _DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", show_d
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(group: typer.Typer, name: str, *, failure: int = 1) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command that ends every expected failure with one line and an exit code; adds `--debug` to it.
 
-    A command that has a `debug` parameter itself is told, too.
+    A command that has a `debug` parameter itself is told, too. `failure` is the exit code of what the user did not
+    write wrong.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -34,7 +35,7 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
 
         @functools.wraps(function)
         def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-            guarded(functools.partial(function, *args, **kwargs, **({"debug": debug} if told else {})), debug)
+            guarded(functools.partial(function, *args, **kwargs, **({"debug": debug} if told else {})), debug, failure)
 
         parameters = {**signature.parameters}
         parameters["debug"] = inspect.Parameter(
@@ -47,7 +48,7 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., None]], Ca
     return register
 
 
-def guarded(function: Callable[[], None], debug: bool) -> None:
+def guarded(function: Callable[[], None], debug: bool, failure: int = 1) -> None:
     """The one place where exceptions become exit codes. A bug (any other exception) keeps its traceback."""
     try:
         function()
@@ -57,14 +58,14 @@ def guarded(function: Callable[[], None], debug: bool) -> None:
         _fail(error, str(error) or "interrupted", 130, debug)
     except OSError as error:
         if isinstance(error, MMRLError) or error.errno not in _FULL:
-            _fail_or_raise(error, debug)
+            _fail_or_raise(error, debug, failure)
         where = f" while writing {error.filename}" if error.filename else ""
         _fail(error, f"the disk is full{where}: make room, then go on with --resume", 1, debug)
     except Exception as error:  # noqa: BLE001  # boundary: what is no expected failure is raised again
-        _fail_or_raise(error, debug)
+        _fail_or_raise(error, debug, failure)
 
 
-def _fail_or_raise(error: Exception, debug: bool) -> NoReturn:
+def _fail_or_raise(error: Exception, debug: bool, failure: int) -> NoReturn:
     # Ray raises an actor's error as a RayTaskError whose text is the remote traceback; its cause is the error itself.
     cause = getattr(error, "cause", None)
     known = cause if isinstance(cause, MMRLError) else error
@@ -72,7 +73,7 @@ def _fail_or_raise(error: Exception, debug: bool) -> NoReturn:
         _fail(error, str(known) or "interrupted", 130, debug)
     if not isinstance(known, MMRLError):
         raise error
-    _fail(error, str(known), 2 if isinstance(known, ConfigError) else 1, debug)
+    _fail(error, str(known), 2 if isinstance(known, ConfigError) else failure, debug)
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> NoReturn:

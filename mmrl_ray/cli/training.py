@@ -48,6 +48,26 @@ def train(
     run(cfg, resume=resume, address=address, debug=debug)
 
 
+@command(app, "check", failure=2)
+def check(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|CONFIG", help="A model folder, a hub id, or the YAML config of a run.")
+    ],
+    image: Annotated[Path | None, typer.Option("--image", help="A picture; a generated one by default.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask; by default the config's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; short for --set model.dtype=.")
+    ] = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Hold sampler, learner and transformers' own forward of a model against each other; exit 2 if they differ."""
+    from mmrl_ray.runs.check import check as run
+
+    overrides = [*(set_ or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
+    run(model, image=image, prompt=prompt, as_json=as_json, overrides=overrides)
+
+
 @command(app, "sft")
 def sft(config: ConfigFile, set_: Overrides = None) -> None:
     """Only the supervised warm start: train on the references, print the folder of the result."""

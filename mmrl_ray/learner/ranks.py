@@ -36,6 +36,11 @@ class Ranks:
         if self._together:
             dist.all_reduce(values)
 
+    def max_(self, values: torch.Tensor) -> None:
+        """Replaces `values` by their largest over all ranks."""
+        if self._together:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on some rank."""
         if not self._together:

@@ -18,12 +18,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.config.learner import OFFLINE, LearnerSection
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
 from mmrl_ray.learner.objective import Share, kl_in_loss, micro_batch_share, regularisers, step_figures, width
 from mmrl_ray.learner.parts import Clock, check_finite, flat_gradient, values_of
 from mmrl_ray.learner.ranks import Ranks
+from mmrl_ray.learner.sampler_gap import SamplerGap
 from mmrl_ray.learner.schedule import cosine_scheduler
 from mmrl_ray.learner.state import LearnerState, capture_rng, restore_rng
 from mmrl_ray.policy.adapter import adapter_parameters
@@ -94,7 +95,8 @@ class LearnerStep:
 
         Raises:
             NonFiniteError: a loss or the gradient norm is NaN or infinite; the optimiser has not moved then.
-            LearnerError: the plan is for another number of ranks, or a batch does not fit the device's memory.
+            LearnerError: sampler and learner do not compute one policy (the optimiser has not moved then), the plan is
+                for another number of ranks, or a batch does not fit the device's memory.
             MMRLError: whatever `payloads` raised. All ranks raise the same error.
         """
         if len(plan.micro_batches) != self._ranks.size:
@@ -106,10 +108,13 @@ class LearnerStep:
         proximal: list[torch.Tensor | None] = [None] * len(batches)
         clock = Clock()
         metrics: dict[str, float] = {}
-        for _ in range(self.cfg.passes):
-            metrics = self._update(plan, batches, proximal, payloads, clock)
+        # Stored captions were not sampled from this policy, and after an update it is another one.
+        gap = SamplerGap(self.policy, self.cfg) if self.cfg.loss not in OFFLINE else None
+        for i in range(self.cfg.passes):
+            metrics = self._update(plan, batches, proximal, payloads, clock, gap if i == 0 else None)
         return {
             **metrics,
+            **(gap.metrics() if gap is not None else {}),
             "tokens/completion": float(sum(sum(g.completion_tokens) for g in plan.groups)),
             "shared_prefix": self.path != "naive",
             "packed_rows": self.path == "packed",
@@ -152,12 +157,13 @@ class LearnerStep:
         proximal: list[torch.Tensor | None],
         payloads: Payloads,
         clock: Clock,
+        gap: SamplerGap | None,
     ) -> dict[str, float]:
         sums = torch.zeros(width(self.cfg), dtype=torch.float64, device=self.policy.device)
         local: MMRLError | None = None
         self._gradient.zero_()
         try:
-            self._accumulate(plan, batches, proximal, payloads, sums, clock)
+            self._accumulate(plan, batches, proximal, payloads, sums, clock, gap)
         except MMRLError as error:
             local = error  # the others wait in the reduction: meet them there first
         with clock.phase("seconds/reduce"):
@@ -168,6 +174,9 @@ class LearnerStep:
         with clock.phase("seconds/reduce"):
             self._ranks.sum_(sums)
             self._ranks.sum_(self._gradient)
+            if gap is not None:
+                gap.reduce(self._ranks)
+                gap.check(plan.step)
         with clock.phase("seconds/optimizer"):
             rate = float(self._optimizer.param_groups[0]["lr"])
             norm = self._clip(plan)
@@ -186,6 +195,7 @@ class LearnerStep:
         payloads: Payloads,
         sums: torch.Tensor,
         clock: Clock,
+        gap: SamplerGap | None,
     ) -> None:
         """Forward and backward over this rank's micro-batches."""
         losses: list[torch.Tensor] = []
@@ -195,6 +205,8 @@ class LearnerStep:
                 share, logprobs = self._one(plan, batch, proximal[i])
                 proximal[i] = logprobs if proximal[i] is None else proximal[i]
                 losses.append(share.loss.detach())
+                if gap is not None:
+                    gap.add(planned, logprobs, batch.behaviour_logprobs, batch.mask)
                 sums += share.sums
         self._keep_company(plan, len(batches), payloads, clock)
         with clock.phase("seconds/forward_backward"):

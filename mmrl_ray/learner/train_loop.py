@@ -46,7 +46,7 @@ from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.adapter import adapter_state
 from mmrl_ray.policy.checkpointing import checkpoint_layers
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.parity import Comparison, choose_path
 from mmrl_ray.policy.prefix import ScorePath
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.run_adapter import add_run_adapter
@@ -246,15 +246,26 @@ class _Learner:
             save_adapter_folder(self._run, ADAPTER_FOLDER, self._policy, self._step)
 
     def _choose_path(self, plan: StepPlan) -> None:
-        """The start-up check, on a real prompt; rank 0's finding holds for all."""
+        """The start-up comparison, on a real prompt; rank 0's finding holds for all.
+
+        Raises:
+            ModelError: the model's own forward and this project's do not agree.
+        """
         (group,) = self._fetch(plan.groups[:1])
         wanted: ScorePath = "packed" if self._cfg.learner.wants_packed_rows else "shared_prefix"
-        choice = choose_path(
-            self._policy,
-            encode_prompts(self._policy, [group.sample]),
-            temperature=self._cfg.rollout.temperature,
-            wanted=wanted,
-        )
+        choice: Comparison | None = None
+        error: MMRLError | None = None
+        try:
+            choice = choose_path(
+                self._policy,
+                encode_prompts(self._policy, [group.sample]),
+                temperature=self._cfg.rollout.temperature,
+                wanted=wanted,
+            )
+        except MMRLError as failed:
+            error = failed
+        self._ranks.raise_first(error)
+        assert choice is not None
         self._learner.path = self._ranks.from_first(choice.path)
         self._path_chosen = True
         if self._ranks.rank == 0:

@@ -17,7 +17,7 @@ from mmrl_ray.policy.adapter import adapter_state, load_adapter_state, reference
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.merged import MergedAdapter
-from mmrl_ray.policy.parity import PathChoice, choose_path
+from mmrl_ray.policy.parity import Comparison, choose_path
 from mmrl_ray.policy.prefix import score_completions
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
 from mmrl_ray.policy.value_heads import decoding_heads, split_heads
@@ -110,7 +110,7 @@ class PolicyBackend:
         self._merged = MergedAdapter(policy.model) if policy.dtype == torch.float32 else None
         self._decoder = Decoder(policy, vision_cache=None if self._vision_trains else self._cache, max_rows=max_rows)
         self._temperature = temperature
-        self._choice: PathChoice | None = None
+        self._choice: Comparison | None = None
         self._counted = (0, 0)
 
     @property
@@ -234,7 +234,7 @@ class PolicyBackend:
         """Within it the adapter is merged, where that saves time."""
         return self._merged.active() if self._merged is not None else nullcontext()
 
-    def _check_path(self, prompts: Sequence[EncodedPrompt]) -> PathChoice:
+    def _check_path(self, prompts: Sequence[EncodedPrompt]) -> Comparison:
         """Once, on the first prompts that come: they are real ones."""
         if self._choice is None:
             self._choice = choose_path(self.policy, prompts, temperature=self._temperature)

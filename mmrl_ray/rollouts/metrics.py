@@ -1,6 +1,7 @@
 """A step's line in `metrics.jsonl`, and the same numbers for TensorBoard.
 
-From the plan: `reward/…`, `completion/length_…`. From the rollouts: those below. From the learner: whatever it gave.
+From the plan: `reward/…`, `completion/length_…`. From the rollouts: those below. From the learner: whatever it gave,
+`sampler_gap/…` (`learner/sampler_gap.py`) among it.
 
     staleness/mean, staleness/max     policy versions between sampling and learning, over the step's groups
     masked, dropped, quarantined      groups without a reward; too stale and sampled anew; samples left out since

@@ -69,6 +69,14 @@ PANELS: tuple[_Panel, ...] = (
     _Panel("Weights of the modalities in the fusion", ("fusion/",)),
     _Panel("Gradient norm", ("grad_norm",)),
     _Panel("Importance ratios", ("ratio_mean", "behaviour_ratio_mean", "effective_samples")),
+    _Panel(
+        "Sampler against learner, on-policy: |log ratio|", ("sampler_gap/max", "sampler_gap/mean"), unit="nats a token"
+    ),
+    _Panel(
+        "Sampler against learner, stale groups: |log ratio|",
+        ("sampler_gap/stale_max", "sampler_gap/stale_mean"),
+        unit="nats a token",
+    ),
     _Panel("Share of tokens clipped or capped", ("clip_fraction", "behaviour_capped_fraction")),
     _Panel("Learning rate", ("lr",)),
     _Panel(

@@ -67,6 +67,14 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
             Panel("Gradient norm", [(_last("ray_mmrl_grad_norm"), "{{run}}")], text="Before clipping."),
             Panel("Learning rate", [(_last("ray_mmrl_learning_rate"), "{{run}}")]),
             Panel(
+                "Sampler against learner",
+                [
+                    (_last("ray_mmrl_sampler_gap_max_nats"), "{{run}} largest"),
+                    (_last("ray_mmrl_sampler_gap_mean_nats"), "{{run}} mean"),
+                ],
+                text="|log(learner ÷ sampler)| of on-policy tokens, in nats: rounding alone, or the run stops.",
+            ),
+            Panel(
                 "Staleness",
                 [
                     (_last("ray_mmrl_staleness_mean"), "{{run}} mean"),

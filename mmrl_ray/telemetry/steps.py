@@ -19,6 +19,8 @@ _GAUGES: Mapping[str, Metric] = {
     "entropy": table.ENTROPY,
     "grad_norm": table.GRAD_NORM,
     "lr": table.LEARNING_RATE,
+    "sampler_gap/max": table.SAMPLER_GAP_MAX,
+    "sampler_gap/mean": table.SAMPLER_GAP_MEAN,
     "staleness/mean": table.STALENESS_MEAN,
     "staleness/max": table.STALENESS_MAX,
     "completion/length_mean": table.COMPLETION_LENGTH,

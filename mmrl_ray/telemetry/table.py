@@ -62,6 +62,10 @@ KL = _gauge("kl", "Estimated KL divergence from the reference, a token", "run")
 ENTROPY = _gauge("entropy", "Entropy of the policy, a token", "run")
 GRAD_NORM = _gauge("grad_norm", "Norm of the gradient before clipping", "run")
 LEARNING_RATE = _gauge("learning_rate", "Learning rate of the newest step", "run")
+SAMPLER_GAP_MAX = _gauge(
+    "sampler_gap_max_nats", "Largest |log(learner / sampler)| of a token in the newest step's on-policy groups", "run"
+)
+SAMPLER_GAP_MEAN = _gauge("sampler_gap_mean_nats", "The same, mean over those tokens", "run")
 STALENESS_MEAN = _gauge("staleness_mean", "Policy versions between sampling and learning, mean over a step", "run")
 STALENESS_MAX = _gauge("staleness_max", "Policy versions between sampling and learning, largest of a step", "run")
 COMPLETION_LENGTH = _gauge("completion_length_tokens", "Mean length of the newest step's completions", "run")

@@ -122,6 +122,67 @@ def test_on_policy_ratio_is_one(tiny: Path) -> None:
     assert metrics["behaviour_capped_fraction"] == 0
 
 
+# -- sampler and learner -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sampler_gaps_are_those_before_the_first_update_stale_groups_apart(tiny: Path, size: int) -> None:
+    cfg = section(passes=2, micro_batch_tokens=1, max_sampler_gap=0)
+    policy = make_policy(tiny)
+    groups = make_groups(policy, noise=0.2)
+    plan = make_plan(groups, cfg, world_size=size)
+    stale = {1}
+    planned = tuple(replace(group, staleness=2 * (i in stale)) for i, group in enumerate(plan.groups))
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    with torch.no_grad():
+        for i, group in enumerate(groups):
+            for c in group.completions:
+                gap = reference_logprobs(policy, group, c.token_ids).double() - c.logprobs.double()
+                gaps[i in stale] += gap.abs().tolist()
+    for _, metrics in run_together(partial(make_policy, tiny), cfg, size, plan=replace(plan, groups=planned), steps=1):
+        for name, values in (("", gaps[False]), ("stale_", gaps[True])):
+            assert metrics[f"sampler_gap/{name}max"] == pytest.approx(max(values), abs=1e-5)
+            assert metrics[f"sampler_gap/{name}mean"] == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_on_policy_there_is_no_gap_but_rounding(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    metrics = LearnerStep(policy, section()).run(make_plan(make_groups(policy), section(), staleness=0), payloads)
+    assert 0 <= metrics["sampler_gap/mean"] <= metrics["sampler_gap/max"] < 1e-5
+    assert "sampler_gap/stale_max" not in metrics
+
+
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_a_sampler_with_a_policy_of_its_own_stops_the_run_before_the_optimiser_moves(
+    tiny: Path, bound: float | None
+) -> None:
+    """The largest gap is above the default; at 1 it is the mean that stops."""
+    cfg = section(max_sampler_gap=bound)
+    policy = make_policy(tiny)
+    groups = make_groups(policy, noise=0.2)
+    stale = LearnerStep(make_policy(tiny), cfg).run(make_plan(groups, cfg), payloads)
+    largest, mean = stale["sampler_gap/stale_max"], stale["sampler_gap/stale_mean"]
+    assert 0.1 < mean < largest < 1
+    plan = make_plan(groups, cfg, step=3, world_size=2, staleness=0)
+    for error in run_together(partial(make_policy, tiny), cfg, 2, plan=plan, steps=1):
+        assert isinstance(error, LearnerError)
+        assert f"step 3: model {str(tiny)!r} (llava) is sampled from by another policy than learns" in str(error)
+        assert f"is {largest:.3g} at most and {mean:.3g} on average, above learner.max_sampler_gap=" in str(error)
+    learner, before = LearnerStep(policy, cfg), weights(policy)
+    with pytest.raises(LearnerError, match="this update was not made"):
+        learner.run(make_plan(groups, cfg, staleness=0), payloads)
+    assert torch.equal(weights(policy), before)
+    assert learner.updates == 0
+
+
+@pytest.mark.parametrize("bound", [0, 3.0])
+def test_a_gap_within_its_bound_is_told_and_no_more(tiny: Path, bound: float) -> None:
+    cfg, policy = section(max_sampler_gap=bound), make_policy(tiny)
+    groups = make_groups(policy, noise=0.2)
+    metrics = LearnerStep(policy, cfg).run(make_plan(groups, cfg, staleness=0), payloads)
+    assert 0.1 < metrics["sampler_gap/mean"] < metrics["sampler_gap/max"] < 1
+
+
 def test_naive_and_shared_prefix_path_make_the_same_step(tiny: Path) -> None:
     found = []
     for path in ("shared_prefix", "naive"):
@@ -397,7 +458,7 @@ def test_dpo_is_the_papers_loss_on_whole_rows(tiny: Path, budget: int, smoothing
     dpo = DpoSection(beta=0.3, label_smoothing=smoothing)
     cfg = section(loss="dpo", advantage="none", dpo=dpo, micro_batch_tokens=budget)
     policy = make_policy(tiny)
-    groups = make_groups(policy, lengths=((3, 6), (8, 2), (4, 4)))
+    groups = make_groups(policy, lengths=((3, 6), (8, 2), (4, 4)), noise=1.0)
     labels = np.array([[1.0, 0.0], [0.25, 0.75], [0.0, 1.0]])
     losses, correct = [], []
     for group, (p, _) in zip(groups, labels, strict=True):
@@ -411,13 +472,14 @@ def test_dpo_is_the_papers_loss_on_whole_rows(tiny: Path, budget: int, smoothing
     expected = torch.stack(losses).mean()
     parameters = [each for each in policy.model.parameters() if each.requires_grad]
     slopes = torch.cat([g.flatten() for g in torch.autograd.grad(expected, parameters)])
-    plan = make_plan(groups, cfg, rewards=labels)
+    plan = make_plan(groups, cfg, rewards=labels, staleness=0)
     assert plan.denominator == 3
     metrics = LearnerStep(policy, cfg).run(plan, payloads)
     assert_close(gradient(policy), slopes)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["dpo/accuracy"] == pytest.approx(np.mean(correct))
     assert math.isnan(metrics["kl"])  # stored captions say nothing of it
+    assert not any(name.startswith("sampler_gap/") for name in metrics)  # nor were they sampled from this policy
 
 
 def test_dpo_without_reference_logprobs_is_refused(tiny: Path) -> None:

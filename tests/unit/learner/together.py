@@ -48,6 +48,9 @@ class OneOf(Ranks):
     def sum_(self, values: torch.Tensor) -> None:
         values.copy_(torch.stack(self._group.exchange(self._rank, values.clone())).sum(dim=0))
 
+    def max_(self, values: torch.Tensor) -> None:
+        values.copy_(torch.stack(self._group.exchange(self._rank, values.clone())).amax(dim=0))
+
     def any(self, flag: bool) -> bool:
         return any(self._group.exchange(self._rank, flag))
 
@@ -66,7 +69,10 @@ def run_together(
     in_lockstep: bool = False,
     **changes: Any,
 ) -> list[Any]:
-    """[(policy, metrics of the last step) or the error] of each rank, which has the policy that `make` gives."""
+    """[(policy, metrics of the last step) or the error] of each rank, which has the policy that `make` gives.
+
+    `changes` are another `plan` for all steps, or other `payloads0`, `payloads1`, … for a rank.
+    """
     together = Together(size)
     results: list[Any] = [None] * size
     policies: list[Policy] = [make() for _ in range(size)]
@@ -77,7 +83,7 @@ def run_together(
             learner = LearnerStep(policies[rank], cfg, ranks=OneOf(together, rank), in_lockstep=in_lockstep)
             metrics: dict[str, Any] = {}
             for step in range(steps):
-                plan = make_plan(groups, cfg, step=step, world_size=size)
+                plan = changes.get("plan") or make_plan(groups, cfg, step=step, world_size=size)
                 metrics = learner.run(plan, changes.get(f"payloads{rank}", payloads))
             results[rank] = (policies[rank], metrics)
         except MMRLError as error:

@@ -132,13 +132,15 @@ def make_plan(
     step: int = 0,
     world_size: int = 1,
     rewards: np.ndarray | None = None,
+    staleness: int = 1,
 ) -> StepPlan:
+    """Stale by default: what `make_groups` makes was sampled from no policy that learns."""
     rewards = make_rewards(groups) if rewards is None else rewards
     scored = [
         ScoredGroup(
             key=GroupKey(step, i),
             sample_id=group.sample.id,
-            policy_version=step,
+            policy_version=step - staleness,
             prompt_tokens=group.prompt.input_ids.numel(),
             completion_tokens=tuple(c.token_ids.numel() for c in group.completions),
             rewards=tuple(RewardBreakdown(float(r), {"r": float(r)}, {"r": 1.0}) for r in rewards[i]),
