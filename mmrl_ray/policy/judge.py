@@ -59,6 +59,8 @@ class PathGap:
 def unsharable_layer(cache: Cache) -> str | None:
     """The first cache layer that does not hold plain keys and values per token (a recurrent state, …), or None."""
     for i, layer in enumerate(cache.layers):
+        if getattr(layer, "is_initialized", False) and getattr(layer, "keys", layer) is None:
+            continue  # it reads the keys of another layer (Gemma 4)
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             return f"layer {i} keeps a {type(layer).__name__}"
     return None

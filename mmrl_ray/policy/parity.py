@@ -16,7 +16,7 @@ deviation is 6.6); a position shifted by one makes 0.2 or more. A comparison in 
 subtle ones. The gradient's relative distance may be four times the tolerance.
 
 Beside the scores of each path with their gradient it costs two naive passes, and a prompt's pass and seven decode steps
-each of the sampler and, a prompt, of `generate`.
+each of the sampler and, for each of four completions a prompt, of `generate`.
 """
 
 from __future__ import annotations

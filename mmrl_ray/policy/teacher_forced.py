@@ -15,59 +15,55 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import PER_TOKEN
 
 
-class _Take(LogitsProcessor):
-    """Leaves of the logits the one token that comes next in each row."""
-
-    def __init__(self, tokens: torch.Tensor, prompt_tokens: int) -> None:
-        self._tokens, self._prompt_tokens = tokens, prompt_tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
-        following = self._tokens[:, input_ids.shape[1] - self._prompt_tokens]
-        return torch.full_like(scores, float("-inf")).scatter(1, following[:, None], 0.0)
-
-
 @torch.no_grad()
 def generated_logprobs(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs, float32 [N, T], of completions int64 [N, T] of one prompt; its pixels are needed.
 
-    `temperature` and the forbidden image tokens are π's own (DESIGN: the arithmetic of a step). Raises whatever the
-    model's `generate` raises.
+    Each completion alone, since some families' own batches change what they say (HunYuan-VL numbers pictures on through
+    a batch). `temperature` and the forbidden image tokens are π's own. Raises
+    whatever the model's `generate` raises.
     """
-    count, length = tokens.shape
-    device = policy.device
     model: Any = policy.hf_model
-    tokens = tokens.to(device)
+    accepted = _accepted(model)
     inputs = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids)[None]}
     for name, value in prompt.model_inputs.items():
-        inputs[name] = value[None] if name in PER_TOKEN else value
-    accepted = _accepted(model)
-    # The batch that the processor makes of N equal prompts: rows, pictures and tiles follow each other.
-    batch = {n: torch.cat([v.to(device)] * count) for n, v in inputs.items() if n in accepted or n not in PER_TOKEN}
-    batch = {n: v.to(policy.dtype) if v.is_floating_point() else v for n, v in batch.items()}
+        if name in accepted or name not in PER_TOKEN:
+            inputs[name] = value[None] if name in PER_TOKEN else value
+    inputs = {n: v.to(policy.device, policy.dtype if v.is_floating_point() else None) for n, v in inputs.items()}
     settings = GenerationConfig(
-        max_new_tokens=length,
+        max_new_tokens=tokens.shape[1],
         do_sample=False,
         pad_token_id=policy.pad_token_id,
         return_dict_in_generate=True,
         output_logits=True,
         disable_compile=True,
     )
+    made = []
     with _own_settings(model):
-        output = model.generate(
-            **batch,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([_Take(tokens, prompt.input_ids.numel())]),
-        )
-    logits = torch.stack(output.logits, dim=1).float() / temperature
+        for row in tokens.tolist():
+            # Not by a logits processor: Janus' `generate` drops those that it is given.
+            output = model.generate(**inputs, generation_config=settings, prefix_allowed_tokens_fn=_Taken(row, prompt))
+            made.append(torch.cat(output.logits))
+    logits = torch.stack(made).float() / temperature
     logits[..., list(policy.image_token_ids)] = float("-inf")
-    return logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+    return logits.log_softmax(dim=-1).gather(-1, tokens.to(logits.device)[..., None])[..., 0]
+
+
+class _Taken:
+    """The one token that may come next in a row."""
+
+    def __init__(self, tokens: list[int], prompt: EncodedPrompt) -> None:
+        self._tokens, self._prompt_tokens = tokens, prompt.input_ids.numel()
+
+    def __call__(self, row: int, seen: torch.Tensor) -> list[int]:
+        return [self._tokens[seen.numel() - self._prompt_tokens]]
 
 
 def _accepted(model: Any) -> set[str]:

@@ -110,10 +110,10 @@ def test_generation_settings_of_a_checkpoint_are_not_the_models_forward(load: Lo
     assert policy.hf_model.generation_config is settings
 
 
-@pytest.mark.parametrize(("prompts", "forwards"), [(1, 22), (2, 30)])
+@pytest.mark.parametrize(("prompts", "forwards"), [(1, 46), (2, 78)])
 def test_a_comparison_is_a_few_forwards(prompts: int, forwards: int, load: Load) -> None:
-    """Two naive ones to try vision features, eight of the sampler, eight a prompt of `generate`, the naive path, and a
-    prefix, tried and then used in two calls."""
+    """Two naive ones to try vision features, eight of the sampler, eight a completion (four a prompt) of `generate`,
+    the naive path, and a prefix, tried and then used in two calls."""
     policy = with_lora(load())
     calls: list[None] = []
     policy.core.register_forward_pre_hook(lambda *_: calls.append(None))
