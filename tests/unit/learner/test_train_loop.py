@@ -16,6 +16,7 @@ from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.train_loop import _Learner, torch_threads
+from mmrl_ray.policy import prefix
 from mmrl_ray.policy.adapter import add_adapter
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.rollouts.protocols import Stop
@@ -135,6 +136,25 @@ def test_a_model_whose_modalities_cannot_be_told_learns_all_the_same(
     assert live(cfg, controller, run).finished
     assert "importance/image" not in controller.metrics[0]
     assert "not measured: it is not given embeddings" in caplog.text
+
+
+def test_a_model_that_does_not_pass_the_comparison_ends_the_run_before_its_first_step(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, controller, run = world
+    right = prefix._naive_rows
+
+    def leaking(*arguments: Any, **settings: Any) -> torch.Tensor:
+        """Every position sees the last one."""
+        rows = right(*arguments, **settings)
+        return rows + 0.1 * rows[:, -1:].roll(1, dims=-1)
+
+    monkeypatch.setattr(prefix, "_naive_rows", leaking)
+    outcome = live(cfg, controller, run)
+    assert isinstance(outcome.error, ModelError)
+    assert "naive path differs from the model's own forward" in outcome.reason
+    assert "lets a later token of a completion move an earlier one by" in outcome.reason
+    assert controller.calls == ["rewind 0"]
 
 
 def test_a_finished_run_that_is_resumed_ends_at_once(world: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.policy.adapter import adapter_state
 from mmrl_ray.policy.decode import DecodeRequest
+from mmrl_ray.policy.sampling import RowSampler
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.overlap import RougeReward
@@ -160,3 +162,19 @@ def test_threads_follow_from_the_config_alone(tmp_path: Path) -> None:
     assert torch_threads(config(tmp_path, rollout={"workers": 1, "max_staleness": 1}), cores=8) == 1
     explicit = {"rollout": {"threads": 3, "cpus": 2}}
     assert torch_threads(config(tmp_path, rollout={"workers": 1}, resources=explicit), cores=8) == 3
+
+
+def test_a_sampler_that_differs_from_the_model_is_the_models_error_at_once(
+    engine: RolloutEngine, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any group is handed on; the pool ends the run on such an error."""
+    right = RowSampler.sample
+
+    def scaled(self: RowSampler, logits: torch.Tensor, *args: Any) -> Any:
+        return right(self, 2.0 * logits, *args)
+
+    monkeypatch.setattr(RowSampler, "sample", scaled)
+    with pytest.raises(
+        ModelError, match=rf"model '{model_folder}' \(llava\) does not pass .*: the sampler differs from"
+    ):
+        engine.run(assignment(), lambda: None)
