@@ -4,11 +4,19 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ConfigError, ModelError
@@ -389,3 +397,25 @@ def test_a_skeleton_has_all_but_the_weights(family_folder: Copied, load: Load) -
     [a], [b] = (encode_prompts(p, make_samples([(64, 64)])) for p in (skeleton, policy))
     assert torch.equal(a.input_ids, b.input_ids)
     assert a.image_key == b.image_key
+
+
+def test_what_cannot_be_sampled_as_it_is_learnt_is_refused_by_name(
+    family_folder: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mllama's way of looking at pictures, and a forward whose logits are not made of its last hidden states alone."""
+    llava = section(family_folder("llava"), dtype="float32")
+
+    def crossing(self: Any, input_ids: Any, cross_attention_mask: Any = None) -> None: ...
+
+    def looking_back(self: Any, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        return SimpleNamespace(logits=self.lm_head(output.hidden_states[0]))
+
+    for forward, loads, message in (
+        (crossing, (load_skeleton, load_policy), r"look at pictures by cross-attention \(cross_attention_mask\)"),
+        (looking_back, (load_policy,), r"forward of a LlavaForConditionalGeneration cannot be run from its hidden"),
+    ):
+        monkeypatch.setattr(LlavaForConditionalGeneration, "forward", forward)
+        for load in loads:
+            with pytest.raises(ModelError, match=f"^model .*llava.*{message}.*use another"):
+                load(llava)
