@@ -29,11 +29,12 @@ from mmrl_ray.policy.cpu_linear import use_onednn
 from mmrl_ray.policy.logits import model_logits, takes_bare_head
 from mmrl_ray.policy.processors import load_processor
 from mmrl_ray.policy.tokens import (
+    Turn,
     appended_tokens,
-    end_of_turn,
     end_tokens,
     image_tokens,
     placeholder,
+    read_turn,
     reserved_texts,
 )
 from mmrl_ray.policy.value_heads import ValueHeads
@@ -81,6 +82,8 @@ class Policy:
     processor_settings: dict[str, Any] = field(default_factory=dict)
     bare_head: bool = False
     """Whether `logits` are the head's product and nothing else (`takes_bare_head`)."""
+    turn: Turn = field(default_factory=Turn)
+    """How the chat template writes what the assistant says."""
     appended_ids: tuple[int, ...] = ()
     """What the tokenizer puts behind every text: no part of a prompt, which goes on."""
     inject_vision: bool = True
@@ -239,8 +242,8 @@ def _assemble(
     with model_call(cfg.path, "its tokenizer, its processor and its config cannot be read together", "fetch it again"):
         text_config = config.get_text_config()
         listed = end_tokens(model, tokenizer)
-        end = end_of_turn(processor, listed, cfg.path)
-        eos = tuple(dict.fromkeys((*listed, end)))
+        turn = read_turn(processor, listed, cfg.path)
+        eos = tuple(dict.fromkeys((*listed, turn.end_id)))
         pad = tokenizer.pad_token_id
         context = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
         return Policy(
@@ -252,13 +255,14 @@ def _assemble(
             placeholder_id=placeholder(config, processor, path),
             image_token_ids=image_tokens(config, processor, eos, text_config.vocab_size),
             eos_token_ids=eos,
-            end_id=end,
+            end_id=turn.end_id,
             pad_token_id=eos[0] if pad is None else int(pad),
             reserved_texts=reserved_texts(processor),
             context_length=int(context),
             revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
             path=path,
             processor_settings=dict(cfg.processor),
+            turn=turn,
             appended_ids=appended_tokens(tokenizer),
             bare_head=takes_bare_head(model, path),
         )

@@ -74,14 +74,14 @@ def encode_conversation(policy: Policy, turns: Turns, images: Sequence[bytes]) -
 
 
 def encode_caption(policy: Policy, text: str) -> torch.Tensor:
-    """Token ids int64 [T] of an assistant's turn that says `text`, its end token included.
+    """Token ids int64 [T] of an assistant's turn that says `text`, as the chat template has it behind a prompt, its end
+    token included.
 
     Raises:
         DataError: the text holds a special token.
     """
     _check_text(policy, text, "caption")
-    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return torch.tensor([*ids, policy.end_id], dtype=torch.int64)
+    return torch.tensor(policy.turn.reply_ids(policy.tokenizer, text), dtype=torch.int64)
 
 
 def check_context(policy: Policy, prompt: EncodedPrompt, max_new_tokens: int) -> None:

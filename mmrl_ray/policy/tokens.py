@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -65,44 +66,76 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in found))
 
 
-def end_of_turn(processor: Any, eos: tuple[int, ...], path: str) -> int:
-    """The token that the chat template puts after an assistant's turn, whether or not the checkpoint lists it in `eos`.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How the chat template writes an assistant's turn: opening, lead, reply, gap, end."""
 
-    It is the first control token behind the reply. Where the template ends a turn with nothing (or with white space),
-    it is the only one of `eos`, if there is just one.
+    opening: str = ""
+    """A rendered conversation up to where the reply is to begin, as prompts end."""
+    lead: str = ""
+    """White space before the reply that is not in the opening: a model has to say it."""
+    gap: str = ""
+    """White space between the reply and its end."""
+    end_id: int = -1
+    """The token that ends the turn, whether or not the checkpoint lists it."""
+
+    def reply_ids(self, tokenizer: Any, text: str) -> list[int]:
+        """Tokens of `text` as they stand in the turn, its end included.
+
+        Behind the opening: tokenizers treat the beginning of a text in ways of their own (SentencePiece puts a space
+        there). The white space around it is the template's, whatever the text brings along.
+        """
+        text = f"{self.lead}{text.strip()}{self.gap}"
+        before = tokenizer(self.opening, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(f"{self.opening}{text}", add_special_tokens=False)["input_ids"]
+        if whole[: len(before)] != before:  # the first letters grew together with the opening's last
+            whole, before = tokenizer(text, add_special_tokens=False)["input_ids"], []
+        return [*whole[len(before) :], self.end_id]
+
+
+def read_turn(processor: Any, eos: tuple[int, ...], path: str) -> Turn:
+    """The form of an assistant's turn, found by rendering several replies.
+
+    Its end is the first control token behind the reply. Where the template ends a turn with nothing (or with white
+    space), it is the only one of `eos`, if there is just one.
 
     Raises:
         ModelError: the template cannot be rendered, it leaves the reply out, or what ends a turn cannot be told.
     """
-    tails = set()
+    user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+    befores, tails = set(), set()
     with model_call(path, "its chat template cannot render a conversation", _TEMPLATE_REMEDY):
+        opening = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
         for reply in _REPLIES:
-            turns = [(role, [{"type": "text", "text": text}]) for role, text in (("user", "?"), ("assistant", reply))]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            before, found, tail = processor.apply_chat_template(messages, tokenize=False).rpartition(reply)
+            answer = {"role": "assistant", "content": [{"type": "text", "text": reply}]}
+            before, found, tail = processor.apply_chat_template([user, answer], tokenize=False).rpartition(reply)
             if not found:
                 raise ModelError(
                     f"model {path!r}: its chat template leaves out what the assistant says ({before + tail!r} for "
                     f"{reply!r}); {_TEMPLATE_REMEDY}"
                 )
+            befores.add(before)
             tails.add(tail)
     if len(tails) > 1:
         raise ModelError(
             f"model {path!r}: its chat template ends an assistant's turn in different ways ({sorted(tails)}), so that "
             f"its end is not known; {_END_REMEDY}"
         )
-    tail = tails.pop()
-    control = _control_tokens(processor.tokenizer, eos)
-    ids = processor.tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    tail, tokenizer = tails.pop(), processor.tokenizer
+    control = _control_tokens(tokenizer, eos)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
     end = next((int(i) for i in ids if i in control), None)
     if end is None and len(eos) == 1 and not tail.strip():
-        end = eos[0]
+        end, tail = eos[0], ""
     if end is None:
         raise ModelError(
             f"model {path!r}: its chat template puts no control token after an assistant's turn (but {tail!r}), and "
             f"{len(eos)} end tokens are listed for the model, so that the end of a turn is not known; {_END_REMEDY}"
         )
-    return end
+    before = befores.pop()
+    lead = before.removeprefix(opening) if before.startswith(opening) and not befores else ""
+    gap = tail.partition(tokenizer.convert_ids_to_tokens(end))[0]
+    return Turn(opening, *(text if not text.strip() else "" for text in (lead, gap)), end)
 
 
 def _control_tokens(tokenizer: Any, eos: tuple[int, ...]) -> set[int]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.data.samples import Sample
@@ -146,6 +148,57 @@ def test_a_caption_ends_with_the_end_token_and_reads_naturally(load: Load) -> No
     assert ids.dtype == torch.int64
     assert ids[-1] == policy.end_id
     assert policy.tokenizer.decode(ids, skip_special_tokens=True) == "a red circle, above the blue square."
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role | upper }}:OPEN{% for p in m.content %}"
+    "{% if p.type == 'image' %}<image>{% else %}LEAD{{ p.text | trim }}{% endif %}{% endfor %}"
+    "{% if m.role == 'assistant' %}GAP</s>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:OPEN{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("opening", "lead", "gap"), [("", " ", ""), ("{{ '\n' }}", "", ""), ("", " ", "{{ '\n' }}")])
+@pytest.mark.parametrize(
+    "spaces",
+    [
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        pre_tokenizers.Metaspace(prepend_scheme="first"),
+    ],
+    ids=["byte level", "SentencePiece", "SentencePiece, first word"],
+)
+def test_a_caption_has_the_tokens_of_the_whole_conversation(
+    copied: Copied, spaces: pre_tokenizers.PreTokenizer, opening: str, lead: str, gap: str
+) -> None:
+    """Against the processor's own call with the reply in place: white space around it is the template's, and where it
+    is a token of its own or a word's first letter is the tokenizer's."""
+    folder = copied("llava")
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "▁", "Ġ", "Ċ", *(chr(c) for c in range(33, 127)), "\n"]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = spaces
+    core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words[:5]])
+    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named, extra_special_tokens={"image_token": "<image>"})
+    tokenizer.save_pretrained(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    model.resize_token_embeddings(len(words))
+    model.config.image_token_id = words.index("<image>")
+    model.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHAT.replace("OPEN", opening).replace("LEAD", lead).replace("GAP", gap))
+    policy = load_policy(ModelSection(path=str(folder), dtype="float32"), device="cpu")
+    sample = sample_with("what is this ?")
+    content = [
+        {"type": "image", "image": Image.open(io.BytesIO(sample.images[0]))},
+        {"type": "text", "text": sample.prompt},
+    ]
+    [prompt] = encode_prompts(policy, [sample])
+    for caption in ("A red circle .", "x", " A red circle ."):
+        reply = {"role": "assistant", "content": [{"type": "text", "text": caption}]}
+        [whole] = policy.processor.apply_chat_template([{"role": "user", "content": content}, reply], tokenize=True)
+        mine = [*prompt.input_ids.tolist(), *encode_caption(policy, caption).tolist()]
+        assert mine == list(whole)[: len(mine)]
+        assert mine[-1] == words.index("</s>")
 
 
 def test_the_context_is_checked(load: Load) -> None:
