@@ -106,9 +106,7 @@ def test_sums_of_large_parts_that_cancel_are_as_exact_as_the_parts(name: str) ->
     st.floats(-100.0, 100.0),
     st.floats(1.0, 1e12),
 )
-def test_a_true_spread_has_neither_scale_nor_offset(
-    steps: list[int], scale: float, offset: float, tiny: float
-) -> None:
+def test_a_true_spread_has_neither_scale_nor_offset(steps: list[int], scale: float, offset: float, tiny: float) -> None:
     """Spreads of at least 1/200 of the magnitude, and of any size with offset 0."""
     plain = torch.tensor([steps], dtype=torch.float64)
     expected = call("group/std", plain, None, torch.zeros(1))
