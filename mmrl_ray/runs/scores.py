@@ -155,7 +155,7 @@ def score_captions(
     breakdowns: list[RewardBreakdown] = []
     for start in range(0, len(samples), _BATCH):
         batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
-        breakdowns += check_breakdowns(reward.score_batch(batch, said), len(said))
+        breakdowns += check_breakdowns(reward.score_batch(batch, said), batch)
     cider = CiderD(statistics)
     rows = zip(samples, captions, breakdowns, strict=True)
     return Evaluation(tuple(_score(*row, cider=cider) for row in rows), seed)
