@@ -41,7 +41,7 @@ def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
     Raises:
         ConfigError: a part, which it names, cannot be made; or `risk` has no trained sigma to work with.
     """
-    parts = {name: _named(name, part, statistics) for name, part in cfg.parts.items()}
+    parts = {name: _named(name, part, statistics, cfg.timeout_s) for name, part in cfg.parts.items()}
     _refuse_untrained_sigma(cfg, parts)
     modalities = {name: part.modality for name, part in cfg.parts.items()}
     return MultimodalReward(parts, cfg.weights, modalities=modalities, risk=cfg.risk)
@@ -53,18 +53,19 @@ def check_reward(cfg: RewardSection) -> None:
     Raises:
         ConfigError: as `build_reward`.
     """
-    parts = {name: _named(name, part, NOTHING) for name, part in cfg.parts.items() if not part.needs_statistics}
+    ready = {name: part for name, part in cfg.parts.items() if not part.needs_statistics}
+    parts = {name: _named(name, part, NOTHING, cfg.timeout_s) for name, part in ready.items()}
     _refuse_untrained_sigma(cfg, parts)
 
 
-def _named(name: str, part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
+def _named(name: str, part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
     try:
-        return _build_part(part, statistics)
+        return _build_part(part, statistics, timeout_s)
     except (ConfigError, DataError, ModelError) as error:
         raise ConfigError(f"reward.parts.{name}: {error}") from error
 
 
-def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
+def _build_part(part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
     match part:
         case CaptionPart():
             return CaptionReward(
@@ -90,7 +91,7 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics) -> RewardFn:
         case LearnedPart():
             return LearnedReward(part.model)
         case FunctionPart():
-            return FunctionReward(part.path, part.state, part.kwargs)
+            return FunctionReward(part.path, part.state, part.kwargs, timeout_s)
 
 
 def _language_model(part: FluencyPart, statistics: CorpusStatistics) -> LanguageModel:
