@@ -58,11 +58,14 @@ class Captions:
 class Reward:
     """What one caption earned, and from what."""
 
-    total: float
+    total: float | None
+    """None where the caption could not be scored: see `error`."""
     parts: Mapping[str, float]
     weights: Mapping[str, float]
     sigma: float | None
     """Standard deviation of the total where the reward has a model of its own noise."""
+    error: str | None = None
+    """Why the caption has no reward; the others of its request have theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Client:
         DataError            this request is refused; `ImageError` for its picture
         UnknownModelError    no such model is served; `UnknownImageError`: no picture of that hash is remembered
         OverloadedError      still busy after the last try, or for longer than a client should wait
-        RewardError          a caption cannot be scored
+        RewardError          the reward as a whole failed, or by `score` a caption of several
         ServingError         no gateway there, a failure in it, or no answer in time
     """
 
@@ -222,7 +225,7 @@ class Client:
             by_place = {each["index"]: each for each in scored["rewards"]}
             return Rewards(
                 rewards=tuple(
-                    Reward(each["total"], each["parts"], each["weights"], each["sigma"])
+                    Reward(each["total"], each["parts"], each["weights"], each["sigma"], _reason(each.get("error")))
                     for each in (by_place[place] for place in range(len(captions)))
                 ),
                 version=answer["version"],
@@ -293,6 +296,10 @@ def _read(image: Image) -> bytes:
         return Path(image).expanduser().read_bytes()
     except OSError as error:
         raise DataError(f"image {os.fspath(image)} cannot be read: {error.strerror or error}") from error
+
+
+def _reason(error: Mapping[str, str] | None) -> str | None:
+    return None if error is None else error["message"]
 
 
 def _data_uri(data: bytes) -> str:

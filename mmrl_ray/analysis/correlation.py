@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mmrl_ray.analysis.pca import fit_pca
+from mmrl_ray.losses.spread import resolution
 
 COMBINED = "combined"
 """The name of all modalities together."""
@@ -134,5 +135,5 @@ def _scores(side: torch.Tensor) -> torch.Tensor:
 def _centred(x: torch.Tensor) -> torch.Tensor:
     """Less its column means; a column that only rounding tells from a constant one becomes 0."""
     centred = x - x.mean(dim=0)
-    constant = centred.abs().amax(dim=0) <= _ROUNDING * x.abs().amax(dim=0)
+    constant = centred.abs().amax(dim=0) <= resolution(x.abs().amax(dim=0))
     return torch.where(constant, 0.0, centred)

@@ -89,6 +89,9 @@ def score(
     with Client(url) as client:
         rewards = client.rewards(image, captions, references=references or ()).rewards
     for caption, reward in zip(captions, rewards, strict=True):
+        if reward.total is None:
+            typer.echo(f"no reward  {caption}  ({reward.error})")
+            continue
         parts = "  ".join(f"{name}={value:.4f}" for name, value in reward.parts.items())
         sigma = "" if reward.sigma is None else f" ± {reward.sigma:.4f}"
         typer.echo(f"{reward.total:.4f}{sigma}  {caption}  ({parts})")

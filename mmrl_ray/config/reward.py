@@ -29,6 +29,7 @@ RESERVED_NAMES = (
     "adjusted",
     "risk",
     "normalized",
+    "masked",
 )
 """What metrics have under `reward/` beside the parts; no part may be called so."""
 
@@ -216,13 +217,20 @@ class RewardSection(Section):
     host: Literal["serve", "inline"] = "serve"
     """Where rewards are computed: in a Ray Serve deployment of the run, or `inline`, in the rollout workers."""
     timeout_s: float = Field(60.0, gt=0)
-    """For one batch of captions."""
+    """For one batch of captions, each part. Where a function of yours hangs on it, its captions have as much again, one
+    by one."""
     retries: int = Field(2, ge=0)
-    """Tries after the first; then the sample is masked and counted, never scored 0."""
+    """Tries of a batch that raises, after the first; then captions are masked and counted, never scored 0."""
     risk: float = Field(0.0, ge=0)
     """kappa: learning uses mean - kappa * sigma; needs a part with a trained sigma."""
     normalize: Normalization = "none"
     """group: each part divided by its spread within the group before parts are weighed, then all by the step's."""
+
+    @property
+    def longest_s(self) -> float:
+        """How long a batch may take: with functions of yours its turn, a try, and its captions one by one, for each."""
+        functions = sum(isinstance(part, FunctionPart) for part in self.parts.values())
+        return self.timeout_s * max(1, 3 * functions)
 
     @property
     def needs_images(self) -> bool:

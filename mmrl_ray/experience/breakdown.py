@@ -1,9 +1,9 @@
-"""What goes into a reward and comes out of it. Plain Python, so that rewards need no torch."""
+"""What goes into a reward and what comes out of it. Plain Python, so that rewards need no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class TruncatedCaption(str):
@@ -31,8 +31,27 @@ class RewardBreakdown:
     """Standard deviation of the total where the reward has a model of its own noise."""
     risk: float = 0.0
     """kappa: how many standard deviations learning takes off the total."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Parts of weight 0 that could not score this caption, each with its reason; they are not among `parts`."""
 
     @property
     def adjusted(self) -> float:
         """What learning uses: total - risk * sigma."""
         return self.total if self.sigma is None else self.total - self.risk * self.sigma
+
+    @property
+    def magnitude(self) -> float:
+        """Of the numbers that `adjusted` is the sum of, which says how exact it is."""
+        return sum(abs(weight * self.parts.get(name, 0.0)) for name, weight in self.weights.items())
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFailure:
+    """Why a caption has no reward; it is masked and counted, never scored 0."""
+
+    reason: str
+    """One line."""
+
+
+Score = RewardBreakdown | RewardFailure
+"""What one caption earned, or why nobody knows."""

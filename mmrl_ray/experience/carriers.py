@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmrl_ray.config.reward import Normalization
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
+from mmrl_ray.experience.breakdown import RewardBreakdown, Score, TruncatedCaption
 
 if TYPE_CHECKING:  # a process that only passes carriers on (a gateway, a reward's replica) needs no 200 MB of torch
     import torch
@@ -137,14 +137,14 @@ class ScoredGroup:
     prompt_tokens: int
     completion_tokens: tuple[int, ...]
     """T of each completion, length G."""
-    rewards: tuple[RewardBreakdown, ...]
-    """One a completion; empty when masked."""
-    greedy_reward: RewardBreakdown | None = None
+    rewards: tuple[Score, ...]
+    """One a completion; a completion without a reward takes no part in learning. Empty when the group is masked."""
+    greedy_reward: Score | None = None
     kl1: tuple[float, ...] = ()
     """Sum over tokens of behaviour minus reference log-prob, one a completion; empty without a reference. With the k1
     estimator the step plan takes `weight * kl1` off each reward before the baseline."""
     masked: str | None = None
-    """Why the group takes no part in learning (its reward failed, …), or None."""
+    """Why no completion of the group has a reward, or None."""
     payload: Any = None
     """`RolloutGroup` itself (in-process), or where it lies in the object store."""
     worker: str = ""
@@ -152,6 +152,13 @@ class ScoredGroup:
     """Seconds by phase: sample, reference, reward."""
     counters: Mapping[str, float] = field(default_factory=dict)
     """Counts by name: vision_hits, vision_misses, naive_path, …"""
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The reason of each completion without a reward."""
+        if self.masked is not None:
+            return (self.masked,) * len(self.completion_tokens)
+        return tuple(score.reason for score in self.rewards if not isinstance(score, RewardBreakdown))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +169,15 @@ class PlannedGroup:
     sample_id: str
     staleness: int
     advantages: tuple[float, ...]
-    """[G], after the baseline; the R of the reward-guided loss."""
+    """[G], after the baseline; the R of the reward-guided loss. 0 for a completion without a reward."""
     scales: tuple[float, ...]
-    """[G], each completion's per-token weight before the denominator (1, or 1 ÷ its length)."""
+    """[G], each completion's per-token weight before the denominator (1, or 1 ÷ its length); 0 for one without a
+    reward, which the learner leaves out."""
     completion_tokens: tuple[int, ...]
     prompt_tokens: int
     payload: Any
-    rewards: tuple[float, ...] = ()
-    """[G], what the baseline saw: the totals after risk, normalisation and the k1 penalty."""
+    rewards: tuple[float | None, ...] = ()
+    """[G], what the baseline saw: the totals after risk, normalisation and the k1 penalty; None without a reward."""
     normalization: Normalization = "none"
     """Whether parts of the reward were normalised by their group."""
 
@@ -177,6 +185,16 @@ class PlannedGroup:
     def has_signal(self) -> bool:
         """Whether any completion has a weight other than 0."""
         return any(a != 0.0 for a in self.advantages)
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """Places of the completions that take part."""
+        return tuple(i for i, scale in enumerate(self.scales) if scale > 0.0)
+
+    @property
+    def learned_tokens(self) -> tuple[int, ...]:
+        """T of each of them."""
+        return tuple(self.completion_tokens[i] for i in self.learned)
 
 
 @dataclass(frozen=True, slots=True)

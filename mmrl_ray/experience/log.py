@@ -18,7 +18,9 @@ _KEY = ("step", "index", "attempt", "completion")
 
 
 def logged_groups(run: RunDir, columns: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each group whose completions have a reward; the greedy caption is not among them.
+    """The rows of each group of which a completion has a reward; the greedy caption is not among them.
+
+    `reward` is None in the row of a completion that has none.
 
     Args:
         run: a run with a rollout log.
@@ -39,10 +41,11 @@ def logged_groups(run: RunDir, columns: Sequence[str]) -> Iterator[list[dict[str
             raise RunError(f"{run.full_path(f'{FOLDER}/{name}')} cannot be read: {reason}") from error
         groups: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
         for row in table.to_pylist():
-            if row["completion"] >= 0 and row["reward"] is not None:
+            if row["completion"] >= 0:
                 groups[row["step"], row["index"], row["attempt"]].append(row)
         for _, rows in sorted(groups.items()):
-            yield sorted(rows, key=lambda row: row["completion"])
+            if any(row["reward"] is not None for row in rows):
+                yield sorted(rows, key=lambda row: row["completion"])
 
 
 class LoggedPictures:

@@ -14,8 +14,9 @@ import torch
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.reward import Normalization
 from mmrl_ray.errors import LearnerError
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup, StepPlan
-from mmrl_ray.experience.reward_figures import learning_rewards
+from mmrl_ray.experience.reward_figures import learning_rewards, masked_figures
 from mmrl_ray.losses.advantages import advantages
 from mmrl_ray.losses.aggregation import completion_scales
 
@@ -41,26 +42,38 @@ def build_step_plan(
 
     Args:
         step: the step; also the policy version that consumes it.
-        groups: the step's groups by place; masked ones are left out of everything.
+        groups: the step's groups by place. Completions without a reward are left out of everything, and with them
+            what has too little left: see `left_out`.
         learner: advantage, aggregation, KL and token budget.
         max_new_tokens: for the `constant` aggregation.
         world_size: learner ranks.
         normalize: whether parts of the reward are normalised by their group.
 
     Raises:
-        LearnerError: every group of the step is masked.
+        LearnerError: no group of the step can be learned from.
     """
-    live = [g for g in groups if g.masked is None]
+    why = {group.key: left_out(group, learner, normalize) for group in groups}
+    live = [group for group in groups if why[group.key] is None]
     if not live:
-        reasons = sorted({g.masked or "" for g in groups}) or ["no sample of the step could be used"]
+        reasons = sorted({reason for reason in why.values() if reason}) or ["no sample of the step could be used"]
         raise LearnerError(f"step {step} has no group to learn from: {'; '.join(reasons)[:500]}")
-    rewards, figures = learning_rewards(live, learner, normalize)  # [M, G]
+    seen = learning_rewards(live, learner, normalize)  # [M, G]
+    rewards, counts = seen.rewards, seen.counts
     greedy = None
     if learner.advantage == "greedy":
         greedy = torch.tensor([_greedy_reward(g) for g in live], dtype=torch.float64)
-    weights = advantages(learner.advantage, rewards, greedy=greedy, divide_by_std=learner.advantage_std)
+    weights = advantages(
+        learner.advantage,
+        rewards,
+        mask=counts,
+        greedy=greedy,
+        divide_by_std=learner.advantage_std,
+        magnitude=seen.magnitude,
+    )
     lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
-    scales, denominator = completion_scales(learner.aggregation, lengths.flatten(), max_new_tokens=max_new_tokens)
+    scales, denominator = completion_scales(
+        learner.aggregation, lengths.flatten(), max_new_tokens=max_new_tokens, mask=counts.flatten()
+    )
     scales = scales.reshape(lengths.shape)
     if learner.loss == "dpo":
         denominator = float(len(live))  # pairs
@@ -70,7 +83,7 @@ def build_step_plan(
             sample_id=group.sample_id,
             staleness=step - group.policy_version,
             advantages=tuple(weights[i].tolist()),
-            rewards=tuple(rewards[i].tolist()),
+            rewards=tuple(r if c else None for r, c in zip(rewards[i].tolist(), counts[i].tolist(), strict=True)),
             normalization=normalize,
             scales=tuple(scales[i].tolist()),
             completion_tokens=group.completion_tokens,
@@ -79,14 +92,31 @@ def build_step_plan(
         )
         for i, group in enumerate(live)
     )
-    sizes = [GroupSize(g.prompt_tokens, len(g.completion_tokens), max(g.completion_tokens)) for g in planned]
+    sizes = [GroupSize(g.prompt_tokens, len(g.learned), max(g.learned_tokens)) for g in planned]
     return StepPlan(
         step=step,
         groups=planned,
         denominator=float(denominator),
         micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
-        metrics={**figures, **_length_metrics(live)},
+        metrics={**seen.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
     )
+
+
+def left_out(group: ScoredGroup, learner: LearnerSection, normalize: Normalization) -> str | None:
+    """Why a group cannot be learned from; None for one that can.
+
+    A baseline made of the group's other completions, and parts normalised by their group, need two rewards in it;
+    every other baseline needs one, and `greedy` beside it that of the greedy completion.
+    """
+    if group.masked is not None:
+        return group.masked
+    scored, total = len(group.rewards) - len(group.failures), len(group.rewards)
+    needed = 2 if learner.advantage in ("leave_one_out", "group") or normalize == "group" else 1
+    if scored < min(needed, total):
+        return f"{scored} of {total} completions with a reward are too few: {group.failures[0]}"
+    if learner.advantage == "greedy" and isinstance(group.greedy_reward, RewardFailure):
+        return f"its greedy completion has no reward: {group.greedy_reward.reason}"
+    return None
 
 
 def split_micro_batches(
@@ -124,7 +154,7 @@ def _pack(indices: Sequence[int], sizes: Sequence[GroupSize], token_budget: int)
 
 
 def _greedy_reward(group: ScoredGroup) -> float:
-    if group.greedy_reward is None:
+    if not isinstance(group.greedy_reward, RewardBreakdown):
         raise LearnerError(f"group {group.key} has no greedy reward, which learner.advantage=greedy needs")
     return group.greedy_reward.adjusted
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import Completion, PlannedGroup, RolloutGroup, ScoredGroup
 
 _PART = pa.struct([("name", pa.string()), ("value", pa.float64()), ("weight", pa.float64())])
@@ -50,8 +50,9 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("reward_adjusted", pa.float64()),  # reward - kappa * sigma; null when masked
         pa.field("reward_normalization", pa.string()),  # none, or group; null when the group took no part in a step
         pa.field("learning_reward", pa.float64()),  # what the baseline saw; null as the advantage is
-        pa.field("advantage", pa.float64()),  # null when masked, and for the greedy baseline
-        pa.field("masked", pa.string()),  # why, or null
+        # null when the group took no part in a step, and for the greedy baseline; 0 when masked beside others
+        pa.field("advantage", pa.float64()),
+        pa.field("masked", pa.string()),  # why the completion took no part, or null
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("sampling", _SAMPLING, nullable=False),
         pa.field("worker", pa.string(), nullable=False),
@@ -88,7 +89,7 @@ def group_rows(
 
     Args:
         run: the run's name.
-        scored: its rewards; a masked group has none.
+        scored: its rewards; a masked group has none, and each completion without one has its reason.
         group: its completions.
         planned: its advantages, or None for a group that took no part in a step.
     """
@@ -103,7 +104,6 @@ def group_rows(
         "sample_id": scored.sample_id,
         "image_hash": image_hash(group.sample.images),
         "prompt": group.sample.prompt,
-        "masked": scored.masked,
         "sampling": {
             "temperature": group.sampling.temperature,
             "top_k": group.sampling.top_k,
@@ -116,20 +116,22 @@ def group_rows(
     }
     rows = []
     for i, completion in enumerate(group.completions):
-        reward = scored.rewards[i] if scored.rewards else None
+        reward = scored.rewards[i] if scored.rewards else RewardFailure(scored.masked or "")
         learnt = {
             "advantage": None if planned is None else planned.advantages[i],
             "learning_reward": None if planned is None else planned.rewards[i],
         }
         rows.append({**common, **_completion_row(completion, reward), **learnt, "completion": i})
     if group.greedy is not None:
-        row = _completion_row(group.greedy, scored.greedy_reward)
+        unknown = None if scored.masked is None else RewardFailure(scored.masked)
+        row = _completion_row(group.greedy, scored.greedy_reward or unknown)
         rows.append({**common, **row, "completion": -1, "advantage": None, "learning_reward": None})
     return rows
 
 
-def _completion_row(completion: Completion, reward: RewardBreakdown | None) -> dict[str, Any]:
+def _completion_row(completion: Completion, score: Score | None) -> dict[str, Any]:
     reference = completion.reference_logprobs
+    reward = score if isinstance(score, RewardBreakdown) else None
     parts = reward.parts if reward else {}
     return {
         "caption": completion.text,
@@ -141,6 +143,7 @@ def _completion_row(completion: Completion, reward: RewardBreakdown | None) -> d
             {"name": name, "value": value, "weight": reward.weights.get(name) if reward else None}
             for name, value in parts.items()
         ],
+        "masked": score.reason if isinstance(score, RewardFailure) else None,
         "reward": reward.total if reward else None,
         "reward_sigma": reward.sigma if reward else None,
         "reward_risk": reward.risk if reward else None,

@@ -24,6 +24,7 @@ import numpy as np
 from mmrl_ray.errors import PreferenceError, RunError
 from mmrl_ray.experience.log import LoggedPictures, logged_groups
 from mmrl_ray.feedback.schema import Pair, Preference, run_source
+from mmrl_ray.losses.spread import resolution
 from mmrl_ray.run_dir import RunDir
 
 Strategy = Literal["random", "closest", "disagreement"]
@@ -92,7 +93,11 @@ def _item(pair: Pair, candidate: _Candidate, run: RunDir, by_reward: bool) -> Pa
     if not by_reward:
         return pair
     a, b = candidate.rewards
-    return Preference(pair, "tie" if a == b else "a" if a > b else "b", f"reward:{run.name}")
+    return Preference(pair, "tie" if not _differ(a, b) else "a" if a > b else "b", f"reward:{run.name}")
+
+
+def _differ(a: float, b: float) -> bool:
+    return abs(a - b) > resolution(max(abs(a), abs(b)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ class _Group:
 def _group(rows: Sequence[dict[str, Any]]) -> _Group:
     first = rows[0]
     captions: dict[str, _Caption] = {}
-    for row in rows:
+    for row in (row for row in rows if row["reward"] is not None):
         text = row["caption"].strip()
         parts = {part["name"]: part["value"] for part in row["reward_parts"]}
         captions.setdefault(text, _Caption(text, row["reward"], parts))
@@ -134,22 +139,27 @@ def _ranking(strategy: Strategy, seed: int, groups: Sequence[_Group]) -> Ranking
     if strategy == "random":
         return lambda a, b, pair_id: (0.0, drawn(pair_id))
     if strategy == "closest":
-        return lambda a, b, pair_id: (abs(a.reward - b.reward), drawn(pair_id)) if a.reward != b.reward else None
+        return lambda a, b, pair_id: (abs(a.reward - b.reward), drawn(pair_id)) if _differ(a.reward, b.reward) else None
     names, weights = _contributions([caption for group in groups for caption in group.captions])
 
     def disagreement(a: _Caption, b: _Caption, pair_id: bytes) -> tuple[float, bytes] | None:
-        difference = weights * np.array([a.parts.get(n, 0.0) - b.parts.get(n, 0.0) for n in names])
+        both = weights * np.array([[each.parts[n] for n in names] for each in (a, b)])
+        difference = both[0] - both[1]
         cancelled = min(difference.clip(min=0).sum(), -difference.clip(max=0).sum())
-        return (-float(cancelled), drawn(pair_id)) if cancelled > 0 else None
+        # Weights found by least squares carry the rounding of all parts, those that are the same in both included.
+        return (-float(cancelled), drawn(pair_id)) if cancelled > resolution(np.abs(both).sum()) else None
 
     return disagreement
 
 
 def _contributions(captions: Sequence[_Caption]) -> tuple[list[str], np.ndarray]:
-    """The innermost parts' names, and the weight with which each enters the total."""
-    names = sorted({name for caption in captions for name in caption.parts})
+    """The innermost parts' names, and the weight with which each enters the total.
+
+    A part that some caption lacks has weight 0, and says nothing.
+    """
+    names = sorted(set.intersection(*(set(caption.parts) for caption in captions))) if captions else []
     innermost = [n for n in names if not any(other.startswith(f"{n}/") for other in names)]
-    values = np.array([[caption.parts.get(n, 0.0) for n in innermost] for caption in captions])
+    values = np.array([[caption.parts[n] for n in innermost] for caption in captions])
     totals = np.array([caption.reward for caption in captions])
     if not innermost:
         return [], np.zeros(0)

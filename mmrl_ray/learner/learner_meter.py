@@ -18,7 +18,7 @@ def measure_learner(meter: Meter, plan: StepPlan, rank: int, metrics: Mapping[st
     meter.add(table.LEARNER_STEPS)
     groups = [plan.groups[index] for batch in plan.micro_batches[rank] for index in batch]
     meter.add(table.LEARNER_TOKENS, sum(group.prompt_tokens for group in groups), kind="prompt")
-    meter.add(table.LEARNER_TOKENS, sum(sum(group.completion_tokens) for group in groups), kind="completion")
+    meter.add(table.LEARNER_TOKENS, sum(sum(group.learned_tokens) for group in groups), kind="completion")
 
 
 def measure_checkpoint(meter: Meter, seconds: float) -> None:

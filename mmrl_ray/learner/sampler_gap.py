@@ -23,7 +23,7 @@ from mmrl_ray.experience.carriers import PlannedGroup
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.policy.load import Policy
 
-LARGEST = {torch.float32: 0.01, torch.bfloat16: 2.0}
+LARGEST = {torch.float32: 0.01, torch.float16: 0.5, torch.bfloat16: 2.0}
 """Nats, where `learner.max_sampler_gap` is not set. Rounding makes 3e-5 and 0.4 of them at 28 layers whose logits'
 standard deviation is 6.6, over 72 tokens; a step has up to 10⁵, and tails."""
 MEAN_SHARE = 0.1
@@ -50,7 +50,7 @@ class SamplerGap:
         mask: torch.Tensor,
     ) -> None:
         """Takes in a micro-batch: [N, T] each, completions in the order of the groups."""
-        stale = [group.staleness > 0 for group in planned for _ in group.completion_tokens]
+        stale = [group.staleness > 0 for group in planned for _ in group.learned_tokens]
         rows = torch.tensor(stale, device=mask.device)[:, None]
         gap = (logprobs.detach() - behaviour).abs().double()
         # No device is waited for here.

@@ -115,7 +115,7 @@ class LearnerStep:
         return {
             **metrics,
             **(gap.metrics() if gap is not None else {}),
-            "tokens/completion": float(sum(sum(g.completion_tokens) for g in plan.groups)),
+            "tokens/completion": float(sum(sum(g.learned_tokens) for g in plan.groups)),
             "shared_prefix": self.path != "naive",
             "packed_rows": self.path == "packed",
             **clock.seconds,
@@ -236,7 +236,7 @@ class LearnerStep:
         if not self._in_lockstep:
             return
         most = max(len(self._worth_a_pass(plan, rank)) for rank in range(self._ranks.size))
-        smallest = min(plan.groups, key=lambda group: group.prompt_tokens + sum(group.completion_tokens))
+        smallest = min(plan.groups, key=lambda group: group.prompt_tokens + sum(group.learned_tokens))
         for _ in range(most - done):
             batch = self._batch(plan, [smallest], payloads, clock)
             with clock.phase("seconds/forward_backward"), self._within_memory(plan, [smallest]):

@@ -2,16 +2,16 @@
 
 Pure functions from rewards [M, G] to advantages [M, G], `M` groups of the step and `G` completions a group. A mask,
 [M] or [M, G], names the valid groups or completions (ragged groups are padded to G); masked ones take no part in any
-baseline and get exactly 0. Where all rewards behind a baseline are equal the advantages are exactly 0, not rounding
-noise blown up by a small standard deviation.
+baseline and get exactly 0. Where the rewards behind a baseline differ by no more than the resolution of their
+magnitude (`spread.py`) the advantages are exactly 0, not rounding noise blown up by a small standard deviation; a true
+spread gives the same `group` advantages at any scale and offset.
 """
 
 from __future__ import annotations
 
 import torch
 
-STD_EPSILON = 1e-6
-"""Added to the standard deviation of `group` advantages."""
+from mmrl_ray.losses.spread import resolution
 
 
 def advantages(
@@ -21,6 +21,7 @@ def advantages(
     mask: torch.Tensor | None = None,
     greedy: torch.Tensor | None = None,
     divide_by_std: bool = True,
+    magnitude: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Advantages [M, G] by the name of the baseline: none, batch_mean, greedy, leave_one_out or group.
 
@@ -30,6 +31,8 @@ def advantages(
         mask: bool [M] or [M, G]; all valid by default.
         greedy: [M], reward of each group's greedy completion; `greedy` needs it.
         divide_by_std: for `group` only.
+        magnitude: [M, G], how large the numbers were that each reward was summed from, which says how exact it is;
+            the reward's own size by default.
 
     Raises:
         ValueError: an unknown name, wrong shapes, a reward that counts is not finite, or G below 2 where the
@@ -38,15 +41,15 @@ def advantages(
     if name == "none":
         return none(rewards, mask)
     if name == "batch_mean":
-        return batch_mean(rewards, mask)
+        return batch_mean(rewards, mask, magnitude=magnitude)
     if name == "greedy":
         if greedy is None:
             raise ValueError("advantage 'greedy' needs the rewards of the greedy completions [M], got none")
-        return greedy_baseline(rewards, greedy, mask)
+        return greedy_baseline(rewards, greedy, mask, magnitude=magnitude)
     if name == "leave_one_out":
-        return leave_one_out(rewards, mask)
+        return leave_one_out(rewards, mask, magnitude=magnitude)
     if name == "group":
-        return group(rewards, mask, divide_by_std=divide_by_std)
+        return group(rewards, mask, divide_by_std=divide_by_std, magnitude=magnitude)
     raise ValueError(f"unknown advantage {name!r}; choose none, batch_mean, greedy, leave_one_out or group")
 
 
@@ -55,15 +58,24 @@ def none(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tenso
     return _prepare(rewards, mask)[0]
 
 
-def batch_mean(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def batch_mean(
+    rewards: torch.Tensor, mask: torch.Tensor | None = None, *, magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
     """A = R minus the mean of all valid rewards of the step (Williams 1992, with a mean baseline)."""
     values, valid = _prepare(rewards, mask)
     centred = values - values.sum() / valid.sum().clamp(min=1)
-    equal = _spread(values.reshape(1, -1), valid.reshape(1, -1)) == 0
-    return torch.where(valid & ~equal, centred, 0.0)
+    sizes = _sizes(values, magnitude)
+    differ = spreads(values.reshape(1, -1), valid.reshape(1, -1), sizes.reshape(1, -1))
+    return torch.where(valid & differ, centred, 0.0)
 
 
-def greedy_baseline(rewards: torch.Tensor, greedy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def greedy_baseline(
+    rewards: torch.Tensor,
+    greedy: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
     """A = R minus the reward of the group's greedy completion (SCST, Rennie et al. 2017, arXiv:1612.00563)."""
     values, valid = _prepare(rewards, mask)
     if greedy.shape != rewards.shape[:1]:
@@ -71,10 +83,14 @@ def greedy_baseline(rewards: torch.Tensor, greedy: torch.Tensor, mask: torch.Ten
     used = valid.any(dim=1)
     if not torch.isfinite(greedy[used]).all():
         raise ValueError(f"greedy rewards of valid groups must be finite, got {greedy[used].tolist()}")
-    return torch.where(valid, values - greedy[:, None], 0.0)
+    gained = values - greedy[:, None]
+    sizes = torch.maximum(_sizes(values, magnitude), greedy.abs()[:, None])
+    return torch.where(valid & (gained.abs() > resolution(sizes)), gained, 0.0)
 
 
-def leave_one_out(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def leave_one_out(
+    rewards: torch.Tensor, mask: torch.Tensor | None = None, *, magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
     """A = R minus the mean reward of the group's other completions (RLOO, Ahmadian et al. 2024, arXiv:2402.14740).
 
     A completion that is alone in its group after masking has no baseline and gets 0.
@@ -82,12 +98,18 @@ def leave_one_out(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> to
     values, valid = _prepare(rewards, mask, at_least=2)
     count = valid.sum(dim=1, keepdim=True)
     others = (values.sum(dim=1, keepdim=True) - values) / (count - 1).clamp(min=1)
-    signal = valid & (count > 1) & (_spread(values, valid) > 0)
+    signal = valid & (count > 1) & spreads(values, valid, _sizes(values, magnitude))
     return torch.where(signal, values - others, 0.0)
 
 
-def group(rewards: torch.Tensor, mask: torch.Tensor | None = None, *, divide_by_std: bool = True) -> torch.Tensor:
-    """A = R minus the group's mean, divided by (the group's standard deviation + 1e-6) unless `divide_by_std` is off.
+def group(
+    rewards: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    divide_by_std: bool = True,
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A = R minus the group's mean, divided by the group's standard deviation unless `divide_by_std` is off.
 
     With the division GRPO (Shao et al. 2024, arXiv:2402.03300), without Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
     The standard deviation is the sample's (ddof = 1). A completion that is alone in its group gets 0.
@@ -96,9 +118,10 @@ def group(rewards: torch.Tensor, mask: torch.Tensor | None = None, *, divide_by_
     count = valid.sum(dim=1, keepdim=True)
     centred = torch.where(valid, values - values.sum(dim=1, keepdim=True) / count.clamp(min=1), 0.0)
     if divide_by_std:
-        variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + STD_EPSILON)
-    return torch.where(valid & (_spread(values, valid) > 0), centred, 0.0)
+        # By the largest first: squares of very small or large rewards would leave the range of numbers.
+        centred = centred / centred.abs().amax(dim=1, keepdim=True)
+        centred = centred / (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(valid & spreads(values, valid, _sizes(values, magnitude)), centred, 0.0)
 
 
 def _prepare(
@@ -123,8 +146,17 @@ def _prepare(
     return values, valid
 
 
-def _spread(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Largest minus smallest valid value of each row, [M, 1]; 0 or below where fewer than 2 differ."""
-    high = torch.where(valid, values, -torch.inf).amax(dim=1, keepdim=True)
-    low = torch.where(valid, values, torch.inf).amin(dim=1, keepdim=True)
-    return high - low
+def spreads(values: torch.Tensor, valid: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Whether the valid values of each row (the last dimension, kept) differ by more than their magnitude resolves."""
+    high = torch.where(valid, values, -torch.inf).amax(dim=-1, keepdim=True)
+    low = torch.where(valid, values, torch.inf).amin(dim=-1, keepdim=True)
+    return high - low > resolution(torch.where(valid, magnitude, 0.0).amax(dim=-1, keepdim=True))
+
+
+def _sizes(values: torch.Tensor, magnitude: torch.Tensor | None) -> torch.Tensor:
+    """[M, G], of what each value was made from: at least its own."""
+    if magnitude is None:
+        return values.abs()
+    if magnitude.shape != values.shape:
+        raise ValueError(f"magnitude must be [M, G] = {list(values.shape)}, got {list(magnitude.shape)}")
+    return torch.maximum(values.abs(), magnitude)

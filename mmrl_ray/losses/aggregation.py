@@ -8,6 +8,7 @@
 | `constant`      | 1                   | completions × max tokens  | Dr. GRPO             |
 
 Lengths and denominators are those of the whole step, over all ranks and micro-batches, groups without signal included.
+A completion without a reward counts nowhere: its scale is 0, and neither its tokens nor itself are in a denominator.
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ import torch
 
 
 def completion_scales(
-    aggregation: str, lengths: torch.Tensor | Sequence[int], *, max_new_tokens: int | None = None
+    aggregation: str,
+    lengths: torch.Tensor | Sequence[int],
+    *,
+    max_new_tokens: int | None = None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Scales [N] (float64) and the denominator for N completions of `lengths` [N] tokens.
+
+    `mask`, bool [N], names those that count, all by default; the result is that of the others left out, with 0 in
+    their places.
 
     Raises:
         ValueError: an unknown name, no completions, a negative length, no token at all, or `constant` without
             `max_new_tokens`, or with one below the longest completion.
     """
     tokens = torch.as_tensor(lengths, dtype=torch.int64)
+    if mask is not None:
+        if mask.shape != tokens.shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool [N] = {list(tokens.shape)}, got {list(mask.shape)} {mask.dtype}")
+        kept, denominator = completion_scales(aggregation, tokens[mask], max_new_tokens=max_new_tokens)
+        return torch.zeros(tokens.shape, dtype=torch.float64).masked_scatter(mask, kept), denominator
     if tokens.ndim != 1 or tokens.numel() == 0 or bool((tokens < 0).any()) or int(tokens.sum()) == 0:
         raise ValueError(f"lengths must be [N], N >= 1, at least 0 and not all 0, got {tokens.tolist()}")
     ones = torch.ones(tokens.shape, dtype=torch.float64)

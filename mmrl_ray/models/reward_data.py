@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.losses.spread import resolution
 from mmrl_ray.metrics.text import words
 from mmrl_ray.models.vision_source import Picture
 
@@ -97,13 +98,16 @@ class RewardData:
             won[second] -= 2 * preferred - 1
         center, _ = self.center_and_spread()
         for caption, rating in zip(self.rated, self.ratings, strict=True):
-            won[caption] += np.sign(rating - center)
+            if abs(rating - center) > resolution(max(abs(rating), abs(center))):
+                won[caption] += np.sign(rating - center)
         return (won > 0).tolist()
 
     def center_and_spread(self) -> tuple[float, float]:
         """Mean and standard deviation of the ratings; (0, 1) without, or where all are the same."""
-        spread = float(np.std(self.ratings)) if self.ratings else 0.0
-        return (float(np.mean(self.ratings)) if self.ratings else 0.0), spread or 1.0
+        if not self.ratings:
+            return 0.0, 1.0
+        differ = np.ptp(self.ratings) > resolution(np.abs(self.ratings).max())
+        return float(np.mean(self.ratings)), float(np.std(self.ratings)) if differ else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Groups of a micro-batch to what the learner's forward takes.
 
-`K` groups, `N = ΣG` completions in group order, `T` tokens of the longest. An image appears once a group.
+`K` groups, `N = ΣG` completions in group order, `T` tokens of the longest. An image appears once a group; a completion
+that the plan gives no part in learning (its reward failed) not at all.
 """
 
 from __future__ import annotations
@@ -68,19 +69,20 @@ def collate(
         raise ValueError(f"groups of one micro-batch were sampled at temperatures {sorted(temperatures)}")
     payloads = [payload for payload, _ in groups]
     prompts, features, recomputed = prompts_and_features(policy, payloads, cache)
-    flat = [completion for payload in payloads for completion in payload.completions]
+    kept = [[payload.completions[i] for i in planned.learned] for payload, planned in groups]
+    flat = [completion for completions in kept for completion in completions]
     lengths = torch.tensor([completion.token_ids.numel() for completion in flat])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     device = policy.device
     return LearnerBatch(
         prompts=prompts,
         features=features,
-        completions=[[c.token_ids for c in payload.completions] for payload in payloads],
+        completions=[[c.token_ids for c in completions] for completions in kept],
         temperature=temperatures.pop(),
         behaviour_logprobs=_padded(flat, lambda c: c.logprobs).to(device),
         reference_logprobs=_reference(flat, device),
-        advantages=torch.tensor([a for _, planned in groups for a in planned.advantages]).to(device, torch.float32),
-        scales=torch.tensor([s for _, planned in groups for s in planned.scales]).to(device, torch.float32),
+        advantages=torch.tensor([p.advantages[i] for _, p in groups for i in p.learned]).to(device, torch.float32),
+        scales=torch.tensor([p.scales[i] for _, p in groups for i in p.learned]).to(device, torch.float32),
         mask=mask.to(device),
         sample_ids=tuple(planned.sample_id for _, planned in groups),
         vision_shipped=len(groups) - recomputed,

@@ -95,7 +95,7 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics, timeout_s: float
         case LearnedPart():
             return LearnedReward(part.model)
         case FunctionPart():
-            return FunctionReward(part.path, part.state, part.kwargs)
+            return FunctionReward(part.path, part.state, part.kwargs, timeout_s)
 
 
 def _language_model(part: FluencyPart, statistics: CorpusStatistics) -> LanguageModel:

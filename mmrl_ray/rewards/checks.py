@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.rewards.base import RewardBreakdown
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, Score
 
 
 def check_pairs(samples: Sequence[Sample], captions: Sequence[str]) -> None:
@@ -32,8 +32,21 @@ def check_references(references: Sequence[str], reward: str) -> None:
         raise RewardError(f"{reward} needs a list of at least one reference, got {references!r}")
 
 
-def check_breakdowns(scores: object, expected: int, what: str = "the reward") -> list[RewardBreakdown]:
-    """What a reward returned, if it is `expected` finite breakdowns; errors call it `what`.
+def check_breakdowns(scores: object, samples: Sequence[Sample]) -> list[RewardBreakdown]:
+    """What a reward returned for one caption of each sample, if all have a score: for those who need them all.
+
+    Raises:
+        RewardError: as `check_scores`, or a caption has no score.
+    """
+    found = check_scores(scores, len(samples))
+    for sample, score in zip(samples, found, strict=True):
+        if isinstance(score, RewardFailure):
+            raise RewardError(f"the caption of sample {sample.id!r} has no reward: {score.reason}")
+    return [score for score in found if isinstance(score, RewardBreakdown)]
+
+
+def check_scores(scores: object, expected: int, what: str = "the reward") -> list[Score]:
+    """What a reward returned, if it is `expected` finite breakdowns or failures; errors call it `what`.
 
     Raises:
         RewardError: not a list, the wrong count, a wrong type, or a NaN or infinite figure.
@@ -43,6 +56,8 @@ def check_breakdowns(scores: object, expected: int, what: str = "the reward") ->
     if len(scores) != expected:
         raise RewardError(f"{what} returned {len(scores)} scores for {expected} captions")
     for index, score in enumerate(scores):
+        if isinstance(score, RewardFailure):
+            continue
         if not isinstance(score, RewardBreakdown):
             raise RewardError(f"score {index} of {what} is {type(score).__name__} instead of RewardBreakdown")
         figures = {"total": score.total, **score.parts, **{f"weight of {k}": v for k, v in score.weights.items()}}

@@ -1,94 +1,106 @@
-"""A user's own function as a reward part: `fn(captions, states, **kwargs)` gives one number a caption."""
+"""A user's own function as a reward part: `fn(captions, states, **kwargs)` gives one number a caption.
+
+It runs in a process of its own (`isolated.py`). Where a batch hangs or ends that process, its captions are tried one by
+one, so that only those that do it have no score:
+
+    batch, timeout_s ──hangs──▶ each caption, a quarter of what is left of another timeout_s ──hangs──▶ to the end
+                                of the queue ──▶ those that are left, all of what is left
+"""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.rewards.base import RewardBreakdown
+from mmrl_ray.errors import RewardError
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.rewards.checks import check_pairs
+from mmrl_ray.rewards.isolated import IsolatedFunction, Lost
 from mmrl_ray.rewards.state import state_value
 
+TIMEOUT_S = 60.0
 _FIGURE = "value"
+_SHARE = 0.25
+_MOST_RESTARTS = 8
+"""After so many captions that hang there is no hope for the others, and each start may load a model."""
 
 
 class FunctionReward:
     """Calls `module:function` with captions and, for each, the state of one modality.
 
-    The function is imported where the reward is made, so that a wrong path ends the run before it begins. It travels
-    to workers by its path and is imported there at the first call.
+    The function is imported where the reward is made, in its own process, so that a wrong path ends the run before it
+    begins. The reward travels to workers as its path.
     """
 
-    def __init__(self, path: str, state: Modality, kwargs: Mapping[str, Any]) -> None:
-        """`state` is what the function is given: see `state_value`.
+    def __init__(self, path: str, state: Modality, kwargs: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> None:
+        """`state` is what the function is given: see `state_value`; `timeout_s` is for a batch.
 
         Raises:
             ConfigError: the module cannot be imported, has no such function, or that does not take these arguments.
         """
-        self._path = path
         self._state: Modality = state
-        self._kwargs = dict(kwargs)
-        self._function: Callable[..., Any] | None = load_function(path, self._kwargs)
+        self._timeout_s = timeout_s
+        self._function = IsolatedFunction(path, kwargs)
+        self._function.start()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_function": None}
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
+        """`score_within` the reward's own time."""
+        return self.score_within(samples, captions, self._timeout_s)
 
-    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown a caption, in order; see `RewardFn`. Whatever the function raises comes out as it is.
+    def score_within(self, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float) -> list[Score]:
+        """One score a caption, in order; a failure for each that the function hangs on, or has no finite number for.
+
+        Returns within twice `timeout_s`, beside the time in which processes start and other calls have their turn.
 
         Raises:
-            RewardError: it returned anything else than one finite number a caption.
+            RewardError: the function raised, or returned something else than a list of one value a caption.
             ConfigError: it cannot be imported in this process.
         """
         check_pairs(samples, captions)
-        if self._function is None:
-            self._function = load_function(self._path, self._kwargs)
+        if not captions:
+            return []
         states = [state_value(sample, self._state) for sample in samples]
-        values = self._checked(self._function(list(captions), states, **self._kwargs), len(captions))
-        return [RewardBreakdown(value, {_FIGURE: value}, {_FIGURE: 1.0}) for value in values]
+        scores = self._function.call(captions, states, timeout_s).scores
+        if not isinstance(scores, Lost):
+            return [_score(value) for value in scores]
+        if len(captions) == 1:
+            return [RewardFailure(scores.reason)]
+        return self._one_by_one(captions, states, timeout_s)
 
-    def _checked(self, returned: Any, expected: int) -> list[float]:
-        found = returned.tolist() if hasattr(returned, "tolist") else returned  # an array of NumPy, a tensor
-        if not isinstance(found, list | tuple):
-            raise RewardError(f"{self._path} returned {type(returned).__name__}; return a list of one number a caption")
-        if len(found) != expected:
-            raise RewardError(f"{self._path} returned {len(found)} numbers for {expected} captions")
-        for place, value in enumerate(found):
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise RewardError(f"{self._path} returned {value!r} for caption {place}, which is no finite number")
-        return [float(value) for value in found]
+    def _one_by_one(self, captions: Sequence[str], states: Sequence[Any], timeout_s: float) -> list[Score]:
+        scores: dict[int, Score] = {}
+        queue, hung = deque(range(len(captions))), set[int]()
+        left_s, restarts = timeout_s, 0
+        while queue:
+            place = queue.popleft()
+            if left_s <= 0 or restarts > _MOST_RESTARTS:
+                scores.setdefault(place, RewardFailure(f"no time was left for it beside {len(hung)} that hung"))
+                continue
+            share = 1 / (len(queue) + 1) if place in hung else _SHARE
+            began = time.monotonic()
+            try:
+                answer = self._function.call([captions[place]], [states[place]], left_s * share)
+            except RewardError as error:
+                scores[place] = RewardFailure(str(error))
+                left_s -= time.monotonic() - began
+                continue
+            left_s -= answer.seconds
+            if not isinstance(answer.scores, Lost):
+                scores[place] = _score(answer.scores[0])
+                continue
+            scores[place] = RewardFailure(answer.scores.reason)
+            restarts += 1
+            if answer.scores.hung and place not in hung:
+                hung.add(place)
+                queue.append(place)
+        return [scores[place] for place in range(len(captions))]
 
 
-def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function that `module:function` names, if it can be called with captions, states and `kwargs`.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        raise ConfigError(
-            f"{path} cannot be imported ({type(error).__name__}: {error}): install the module on every node, or name "
-            "its folder in PYTHONPATH"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"{path}: module {module} has no function {name!r}")
-    try:
-        inspect.signature(found).bind([], [], **kwargs)
-    except TypeError as error:
-        raise ConfigError(
-            f"{path} cannot be called as {name}(captions, states, **{sorted(kwargs)}): {error}; fix its arguments or "
-            "`kwargs`"
-        ) from error
-    except ValueError:
-        pass  # a builtin that tells nothing of its arguments
-    return found
+def _score(value: float | str) -> Score:
+    if isinstance(value, str):
+        return RewardFailure(value)
+    return RewardBreakdown(value, {_FIGURE: value}, {_FIGURE: 1.0})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.rewards.base import RewardBreakdown, RewardFn
-from mmrl_ray.rewards.checks import check_breakdowns, check_pairs
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, RewardFn, Score, score_within
+from mmrl_ray.rewards.checks import check_pairs, check_scores
 from mmrl_ray.rewards.state import views
 
 
@@ -53,36 +53,72 @@ class MultimodalReward:
         self._modalities: dict[str, Modality] = {name: named.get(name, "sample") for name in parts}
         self._risk = float(risk)
 
-    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown a caption; every part scores the whole batch once. See `RewardFn`.
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
+        """One score a caption; every part scores the whole batch once. See `RewardFn`.
+
+        A caption for which a part has no score has none; a part of weight 0 is `missing` in its breakdown instead.
 
         Raises:
-            RewardError: a part, which it names, raised anything, or returned something else than finite scores.
+            RewardError: a part with a weight, which it names, raised anything, or returned something else than scores.
         """
+        return self._scored(samples, captions, lambda part, views: part.score_batch(views, captions))
+
+    def score_within(self, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float) -> list[Score]:
+        """`score_batch`, each part with so much time for the batch where it can tell; see `TimedReward`."""
+        return self._scored(samples, captions, lambda part, views: score_within(part, views, captions, timeout_s))
+
+    def _scored(
+        self,
+        samples: Sequence[Sample],
+        captions: Sequence[str],
+        ask: Callable[[RewardFn, list[Sample]], Sequence[Score]],
+    ) -> list[Score]:
         check_pairs(samples, captions)
         given = {modality: views(samples, modality) for modality in sorted(set(self._modalities.values()))}
-        scored = {name: self._score(name, given[self._modalities[name]], captions) for name in self._parts}
+        scored: dict[str, list[Score]] = {}
+        for name, part in self._parts.items():
+            try:
+                scored[name] = self._ask_part(name, part, given[self._modalities[name]], ask)
+            except RewardError as error:
+                if self._weights[name]:
+                    raise
+                scored[name] = [RewardFailure(str(error))] * len(captions)
         return [self._compose({name: rows[i] for name, rows in scored.items()}) for i in range(len(captions))]
 
-    def _score(self, name: str, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+    def _ask_part(
+        self,
+        name: str,
+        part: RewardFn,
+        samples: list[Sample],
+        ask: Callable[[RewardFn, list[Sample]], Sequence[Score]],
+    ) -> list[Score]:
+        what = f"reward part {name!r}"
         try:
-            scores = self._parts[name].score_batch(samples, captions)
+            scores = ask(part, samples)
         except Exception as error:  # a part is anybody's code, and whoever reads this needs its name
             told = error if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-            raise RewardError(f"reward part {name!r} failed: {told}") from error
-        return check_breakdowns(scores, len(captions), f"reward part {name!r}")
+            raise RewardError(f"{what} failed: {told}") from error
+        return [
+            RewardFailure(f"{what} failed: {score.reason}") if isinstance(score, RewardFailure) else score
+            for score in check_scores(scores, len(samples), what)
+        ]
 
-    def _compose(self, rows: Mapping[str, RewardBreakdown]) -> RewardBreakdown:
+    def _compose(self, scores: Mapping[str, Score]) -> Score:
+        missing = {name: score.reason for name, score in scores.items() if isinstance(score, RewardFailure)}
+        failed = next((reason for name, reason in missing.items() if self._weights[name]), None)
+        if failed is not None:
+            return RewardFailure(failed)
+        rows = {name: score for name, score in scores.items() if isinstance(score, RewardBreakdown)}
         parts: dict[str, float] = {}
         for name, row in rows.items():
             parts[name] = row.total
             parts.update({f"{name}/{inner}": value for inner, value in row.parts.items()})
             if row.sigma is not None:
                 parts[f"{name}/sigma"] = row.sigma
-        total = sum(weight * rows[name].total for name, weight in self._weights.items())
+        total = sum(weight * rows[name].total for name, weight in self._weights.items() if name in rows)
         # Parts without a noise model count as exact, the others as independent.
         noisy = [self._weights[name] * row.sigma for name, row in rows.items() if row.sigma is not None]
         sigma = math.sqrt(math.fsum(s * s for s in noisy)) if noisy else None
         if self._risk and sigma is None:
             raise RewardError(f"risk={self._risk:g} needs a standard deviation, and none of {sorted(rows)} gave one")
-        return RewardBreakdown(total=total, parts=parts, weights=dict(self._weights), sigma=sigma, risk=self._risk)
+        return RewardBreakdown(total, parts, dict(self._weights), sigma, self._risk, missing)

@@ -1,36 +1,29 @@
-"""Scoring with a deadline and retries; what cannot be scored is masked with its reason, never turned into 0.
+"""Scoring with retries; what cannot be scored is masked with its reason, never turned into 0.
 
-    whole batch ──fails──▶ retries ──fail──▶ one sample at a time ──fails──▶ `RewardFailure` for that sample only
+    whole batch ──fails──▶ retries ──fail──▶ one half, the other half, … ──fail──▶ `RewardFailure` for that caption only
 
-A reward is anybody's code: it may raise anything, hang, or return NaN or too few scores. All of these end up as
-`RewardError` here, the one place where a broad `except` is right.
+A reward is anybody's code: it may raise anything, or return NaN or too few scores. All of these end up as `RewardError`
+here, the one place where a broad `except` is right. What may hang has its own deadline where it can be ended: a user's
+function in its process (`isolated.py`), a pattern in its engine, a service at its handle. Parts of our own compute.
 """
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_before_delay, wait_exponential
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.rewards.base import RewardBreakdown, RewardFn
-from mmrl_ray.rewards.checks import check_breakdowns, check_pairs
+from mmrl_ray.experience.breakdown import RewardFailure, Score
+from mmrl_ray.rewards.base import RewardFn, score_within
+from mmrl_ray.rewards.checks import check_pairs, check_scores
 
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
 _LONGEST_REASON = 300
 """Characters."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewardFailure:
-    """Why a caption has no reward; its sample is masked and counted."""
-
-    reason: str
-    """One line."""
 
 
 def score_with_retry(
@@ -40,16 +33,13 @@ def score_with_retry(
     *,
     timeout_s: float,
     retries: int,
-) -> list[RewardBreakdown | RewardFailure]:
-    """Score a batch; one entry a caption, in order. Captions of one sample (by id) succeed or fail together.
+) -> list[Score]:
+    """Score a batch; one entry a caption, in order. Each caption succeeds or fails by itself.
 
-    The whole batch is tried `1 + retries` times with `timeout_s` each (plus waits of 0.1 to 2 s between them), then
-    each sample's captions once, with an equal share of another `timeout_s`: so the call returns within about
-    `(retries + 2) * timeout_s`.
-
-    An attempt runs on a daemon thread. Python cannot kill a thread: one that ran past its deadline goes on until the
-    reward returns by itself, its result is ignored, and a retry may call the reward beside it. A reward that can
-    hang belongs behind a service.
+    A batch that raises is tried `1 + retries` times (with waits of 0.1 to 2 s between them), then in halves, each once,
+    down to the captions that raise. No try begins later than `(retries + 2) * timeout_s` after the first; each has
+    `timeout_s` for a batch, and as much again where that hangs (see `FunctionReward`). What a reward says of a single
+    caption, that it has no number for it or hangs on it, is not asked again.
 
     Raises:
         RewardError: the batch itself is malformed (samples and captions do not pair up).
@@ -57,79 +47,58 @@ def score_with_retry(
     check_pairs(samples, captions)
     if not captions:
         return []
-    try:
-        return list(_score_retrying(reward, samples, captions, timeout_s, retries))
-    except RewardError as error:
-        by_sample: dict[str, list[int]] = {}
-        for index, sample in enumerate(samples):
-            by_sample.setdefault(sample.id, []).append(index)
-        if len(by_sample) == 1:
-            return [RewardFailure(_reason(error))] * len(captions)
-    results: dict[int, RewardBreakdown | RewardFailure] = {}
-    for indices in by_sample.values():
-        scores = _score_sample(
-            reward, [samples[i] for i in indices], [captions[i] for i in indices], timeout_s / len(by_sample)
-        )
-        results.update(zip(indices, scores, strict=True))
-    return [results[i] for i in range(len(captions))]
-
-
-def _score_sample(
-    reward: RewardFn, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float
-) -> Sequence[RewardBreakdown | RewardFailure]:
-    try:
-        return score_once(reward, samples, captions, timeout_s)
-    except RewardError as error:
-        return [RewardFailure(_reason(error))] * len(captions)
-
-
-def _score_retrying(
-    reward: RewardFn, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float, retries: int
-) -> list[RewardBreakdown]:
+    deadline = time.monotonic() + (retries + 2) * timeout_s
     attempts = Retrying(
-        stop=stop_after_attempt(1 + retries),
+        stop=stop_after_attempt(1 + retries) | stop_before_delay((retries + 1) * timeout_s),
         wait=wait_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
         retry=retry_if_exception_type(RewardError),
         reraise=True,
     )
-    return attempts(score_once, reward, samples, captions, timeout_s)
+    try:
+        return _short(attempts(score_once, reward, samples, captions, timeout_s))
+    except RewardError as error:
+        return _in_halves(reward, samples, captions, timeout_s, deadline, error)
 
 
-def score_once(
-    reward: RewardFn, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float
-) -> list[RewardBreakdown]:
-    """One call under a deadline, its result checked; what the call may leave behind: see `score_with_retry`.
+def _in_halves(
+    reward: RewardFn,
+    samples: Sequence[Sample],
+    captions: Sequence[str],
+    timeout_s: float,
+    deadline: float,
+    error: RewardError,
+) -> list[Score]:
+    """Of a batch that failed with `error`."""
+    if len(captions) == 1 or time.monotonic() >= deadline:
+        return _short([RewardFailure(str(error))] * len(captions))
+    scores: list[Score] = []
+    middle = len(captions) // 2
+    for half in (slice(None, middle), slice(middle, None)):
+        try:
+            scores += _short(score_once(reward, samples[half], captions[half], timeout_s))
+        except RewardError as again:
+            scores += _in_halves(reward, samples[half], captions[half], timeout_s, deadline, again)
+    return scores
+
+
+def score_once(reward: RewardFn, samples: Sequence[Sample], captions: Sequence[str], timeout_s: float) -> list[Score]:
+    """One call, its result checked; `timeout_s` is for rewards that can end what hangs.
 
     Raises:
-        RewardError: it raised, ran past the deadline, or returned something else than finite scores.
+        RewardError: it raised, or returned something else than finite scores and failures.
     """
-    scores: list[object] = []
-    errors: list[Exception] = []
-
-    def call() -> None:
-        try:
-            scores.append(reward.score_batch(samples, captions))
-        except Exception as error:  # noqa: BLE001 - the boundary to anybody's code; becomes a RewardError below
-            errors.append(error)
-
-    # Not a ThreadPoolExecutor: the interpreter joins its threads at exit, so that a hanging reward would never end.
-    thread = threading.Thread(target=call, name="reward", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        raise RewardError(
-            f"the reward did not score {len(captions)} captions within {timeout_s:g} s; raise reward.timeout_s"
-        )
-    if errors:
-        raise (
-            errors[0]
-            if isinstance(errors[0], RewardError)
-            else RewardError(f"the reward raised {type(errors[0]).__name__}: {errors[0]}")
-        ) from errors[0]
-    if not scores:
-        raise RewardError("the reward ended its thread without returning scores")
-    return check_breakdowns(scores[0], len(captions))
+    try:
+        scores = score_within(reward, samples, captions, timeout_s)
+    except RewardError:
+        raise
+    except Exception as error:  # the boundary to anybody's code
+        raise RewardError(f"the reward raised {type(error).__name__}: {error}") from error
+    return check_scores(scores, len(captions))
 
 
-def _reason(error: RewardError) -> str:
-    return " ".join(str(error).split())[:_LONGEST_REASON]
+def _short(scores: Sequence[Score]) -> list[Score]:
+    """Reasons in one line."""
+    return [
+        RewardFailure(" ".join(score.reason.split())[:_LONGEST_REASON]) if isinstance(score, RewardFailure) else score
+        for score in scores
+    ]

@@ -137,8 +137,8 @@ class Controller:
             self._pump.fail(error)
             raise
         self._told.step(done, line)
-        if (failed := reward_failures(done)) is not None:
-            self._loop.note(failed)
+        for event in reward_failures(done):
+            self._loop.note(event)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
     load version → encode prompts → decode groups → reference log-probs → rewards → states, where asked for
 
-A sample that cannot be encoded is a `DataFailure` and the others go on; a group whose reward fails is masked with its
-reason; anything else that goes wrong is raised, and belongs to the worker rather than to a sample.
+A sample that cannot be encoded is a `DataFailure` and the others go on; a completion whose reward fails is masked with
+its reason, and a group that has none left; anything else that goes wrong is raised, and belongs to the worker rather
+than to a sample.
 """
 
 from __future__ import annotations
@@ -17,19 +18,16 @@ import torch
 
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import MMRLError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardFailure, Score
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.losses.kl import kl_penalty
 from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.scoring import RewardFailure, score_with_retry
+from mmrl_ray.rewards.scoring import score_with_retry
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.backend import Backend
 from mmrl_ray.rollouts.protocols import FetchWeights
-
-Score = RewardBreakdown | RewardFailure
-"""What one caption earned, or why nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +161,17 @@ class RolloutEngine:
         self, version: int, sampled: Sampled, scores: Sequence[Score], seconds: Mapping[str, float]
     ) -> ScoredGroup:
         request, output = sampled.request, sampled.output
-        masked = next((score.reason for score in scores if isinstance(score, RewardFailure)), None)
-        rewards = tuple(score for score in scores if isinstance(score, RewardBreakdown)) if masked is None else ()
+        rewards = tuple(scores[: len(output.completions)])
+        reasons = [score.reason for score in rewards if isinstance(score, RewardFailure)]
+        masked = reasons[0] if len(reasons) == len(rewards) else None
         return ScoredGroup(
             key=request.key,
             sample_id=request.sample.id,
             policy_version=version,
             prompt_tokens=sampled.prompt.input_ids.numel(),
             completion_tokens=tuple(c.token_ids.numel() for c in output.completions),
-            rewards=rewards[: len(output.completions)],
-            greedy_reward=rewards[-1] if rewards and output.greedy is not None else None,
+            rewards=() if masked is not None else rewards,
+            greedy_reward=None if masked is not None or output.greedy is None else scores[-1],
             kl1=_kl1(output.completions),
             masked=masked,
             payload=RolloutGroup(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import (
     Completion,
     EncodedPrompt,
@@ -94,11 +94,15 @@ def _scored(facts: Mapping[str, Any]) -> ScoredGroup:
             **facts,
             "key": GroupKey(**facts["key"]),
             "completion_tokens": tuple(facts["completion_tokens"]),
-            "rewards": tuple(RewardBreakdown(**reward) for reward in facts["rewards"]),
-            "greedy_reward": None if greedy is None else RewardBreakdown(**greedy),
+            "rewards": tuple(map(_score, facts["rewards"])),
+            "greedy_reward": None if greedy is None else _score(greedy),
             "kl1": tuple(facts["kl1"]),
         }
     )
+
+
+def _score(facts: Mapping[str, Any]) -> Score:
+    return RewardFailure(**facts) if "reason" in facts else RewardBreakdown(**facts)
 
 
 def _group(row: Mapping[str, Any]) -> RolloutGroup:

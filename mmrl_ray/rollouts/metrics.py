@@ -1,10 +1,10 @@
 """A step's line in `metrics.jsonl`, and the same numbers for TensorBoard.
 
-From the plan: `reward/…`, `completion/length_…`. From the rollouts: those below. From the learner: whatever it gave,
-`sampler_gap/…` (`learner/sampler_gap.py`) among it.
+From the plan: `reward/…`, `masked…`, `completion/length_…`. From the rollouts: those below. From the learner: whatever
+it gave, `sampler_gap/…` (`learner/sampler_gap.py`) among it.
 
     staleness/mean, staleness/max     policy versions between sampling and learning, over the step's groups
-    masked, dropped, quarantined      groups without a reward; too stale and sampled anew; samples left out since
+    dropped, quarantined              groups too stale and sampled anew; samples left out since
     completion/finish_fraction        of completions that ended by themselves, not by max_new_tokens
     shared_prefix                     whether every forward of the step computed its prompts once a group
     vision/hits, vision/misses        of the vision cache in the rollout workers
@@ -51,7 +51,6 @@ def rollout_metrics(
     return {
         "staleness/mean": sum(staleness) / len(staleness),
         "staleness/max": max(staleness),
-        "masked": sum(group.masked is not None for group in groups),
         "completion/finish_fraction": counters["finished"] / max(completions, 1),
         "shared_prefix": not counters["naive_path"],
         "vision/hits": counters["vision_hits"],

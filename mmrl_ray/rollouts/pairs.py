@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmrl_ray.errors import DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, Score
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.feedback.dataset import LabelledPair, pair_of
 from mmrl_ray.rollouts.assignments import GroupRequest
-from mmrl_ray.rollouts.engine import RolloutEngine, Sampled, Score
+from mmrl_ray.rollouts.engine import RolloutEngine, Sampled
 
 
 class PairEngine(RolloutEngine):

@@ -50,6 +50,10 @@ class StepRecord:
     samples: Sequence[Sample]
 
 
+LEFT_OUT = "too few completions of its group have a reward"
+"""Of a completion that has one, in a group that took no part in the step."""
+
+
 def step_table(keys: frozenset[GroupKey], planned: Mapping[GroupKey, PlannedGroup], rows: pa.Table) -> pa.Table:
     """The rows of a step in order of place and completion, with what the step made of them filled in."""
     wanted = {_place(key) for key in keys}
@@ -61,7 +65,12 @@ def step_table(keys: frozenset[GroupKey], planned: Mapping[GroupKey, PlannedGrou
     places = list(zip(groups, rows["completion"].to_pylist(), strict=True))
     advantages = [None if group is None or place < 0 else group.advantages[place] for group, place in places]
     learnt = [None if group is None or place < 0 else group.rewards[place] for group, place in places]
+    masked = [
+        why if why is not None or group is not None else LEFT_OUT
+        for group, why in zip(groups, rows["masked"].to_pylist(), strict=True)
+    ]
     columns = {
+        "masked": masked,
         "staleness": staleness,
         "advantage": advantages,
         "learning_reward": learnt,

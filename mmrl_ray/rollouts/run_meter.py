@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.rollouts.step_writer import PlannedStep
 from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.logs import CONTEXT
@@ -22,6 +23,7 @@ _WARNINGS = frozenset(
         "worker_unplaced",
         "learner_restarted",
         "reward_failed",
+        "reward_part_missing",
         "sample_quarantined",
         "scale_refused",
         "nodes_not_asked_for",
@@ -51,8 +53,8 @@ class RunMeter:
         measure_step(meter, line)
         meter.set(table.FINISHED_STEPS, done.plan.step + 1)
         meter.add(table.GROUPS, len(done.taken.groups))
-        meter.add(table.COMPLETIONS, sum(len(group.completion_tokens) for group in groups))
-        meter.add(table.LEARNED_TOKENS, sum(sum(group.completion_tokens) for group in groups), kind="completion")
+        meter.add(table.COMPLETIONS, sum(len(group.learned) for group in groups))
+        meter.add(table.LEARNED_TOKENS, sum(sum(group.learned_tokens) for group in groups), kind="completion")
         meter.add(table.LEARNED_TOKENS, sum(group.prompt_tokens for group in groups), kind="prompt")
         figures = (f"{name} {line[key]:.4g}" for key, name in _SHOWN.items() if isinstance(line.get(key), int | float))
         logger.info("step %d of %d: %s", done.plan.step + 1, self._steps, "  ".join(figures))
@@ -81,14 +83,23 @@ class RunMeter:
             self._totals.reach(table.ASSIGNMENTS, total, outcome=outcome)
 
 
-def reward_failures(done: PlannedStep) -> dict[str, Any] | None:
-    """The event of a step some of whose groups have no reward, with up to three of the reasons; None for any other."""
-    reasons = Counter(group.masked for group in done.taken.groups if group.masked is not None)
-    if not reasons:
-        return None
-    return {
-        "kind": "reward_failed",
-        "step": done.plan.step,
-        "groups": reasons.total(),
-        "detail": "; ".join(reason for reason, _ in reasons.most_common(3)),
-    }
+def reward_failures(done: PlannedStep) -> list[dict[str, Any]]:
+    """The events of a step some of whose captions have no reward, or none of a part of weight 0.
+
+    `groups` are those left out of learning, `detail` has up to three of the reasons.
+    """
+    step, groups = done.plan.step, done.taken.groups
+    reasons = Counter(reason for group in groups for reason in group.failures)
+    reasons += Counter(g.greedy_reward.reason for g in groups if isinstance(g.greedy_reward, RewardFailure))
+    missing: dict[str, Counter[str]] = {}
+    for row in (score for group in groups for score in group.rewards if isinstance(score, RewardBreakdown)):
+        for part, reason in row.missing.items():
+            missing.setdefault(part, Counter())[reason] += 1
+    left_out = len(groups) - len(done.plan.groups)
+    failed = {"kind": "reward_failed", "step": step, "groups": left_out, **_told(reasons)}
+    parts = [{"kind": "reward_part_missing", "step": step, "part": part, **_told(why)} for part, why in missing.items()]
+    return [failed, *parts] if reasons else parts
+
+
+def _told(reasons: Counter[str]) -> dict[str, Any]:
+    return {"captions": reasons.total(), "detail": "; ".join(reason for reason, _ in reasons.most_common(3))}

@@ -17,15 +17,15 @@ import torch
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt
 from mmrl_ray.policy.decode import GroupOutput
 from mmrl_ray.rollouts.assignments import GroupRequest
-from mmrl_ray.rollouts.engine import RolloutEngine, Sampled, Score
+from mmrl_ray.rollouts.engine import RolloutEngine, Sampled
 
 COLUMNS = (
     *("sample_id", "image_hash", "prompt", "caption", "token_ids", "behaviour_logprobs", "finish_reason"),
-    *("reward_parts", "reward_sigma", "reward_risk"),
+    *("reward_parts", "reward_sigma", "reward_risk", "masked"),
 )
 """Of the rollout log, what `sample_of` needs beside a row's place and reward."""
 _KEY = "mmrl_rollouts"
@@ -36,7 +36,7 @@ class StoredGroup:
     """Completions of one sample, and what each earned."""
 
     completions: tuple[Completion, ...]
-    rewards: tuple[RewardBreakdown, ...]
+    rewards: tuple[Score, ...]
 
 
 def sample_of(rows: Sequence[Mapping[str, Any]], images: tuple[bytes, ...]) -> Sample:
@@ -73,7 +73,7 @@ class StoredEngine(RolloutEngine):
             return
         if len(group.completions) != request.completions:
             raise DataError(
-                f"group {request.sample.id!r} has {len(group.completions)} completions with a reward, and "
+                f"group {request.sample.id!r} has {len(group.completions)} completions, and "
                 f"rollout.group_size={request.completions}"
             )
         for completion in group.completions:
@@ -116,7 +116,9 @@ def _completion(row: Mapping[str, Any]) -> Completion:
     return Completion(tokens, logprobs, row["caption"], row["finish_reason"])
 
 
-def _reward(row: Mapping[str, Any]) -> RewardBreakdown:
+def _reward(row: Mapping[str, Any]) -> Score:
+    if row["reward"] is None:
+        return RewardFailure(row["masked"] or "the run that sampled it has no reward for it")
     parts = {part["name"]: part["value"] for part in row["reward_parts"]}
     weights = {part["name"]: part["weight"] for part in row["reward_parts"] if part["weight"] is not None}
     return RewardBreakdown(float(row["reward"]), parts, weights, row["reward_sigma"], row["reward_risk"] or 0.0)

@@ -18,5 +18,5 @@ def measure_assignment(meter: Meter, result: AssignmentResult) -> None:
     meter.add(table.WORKER_TOKENS, sum(sum(group.completion_tokens) for group in result.groups), kind="completion")
     for name, found in (("vision_hits", "hit"), ("vision_misses", "miss")):
         meter.add(table.WORKER_VISION, sum(group.counters.get(name, 0) for group in result.groups), result=found)
-    meter.add(table.WORKER_REWARD_FAILURES, sum(group.masked is not None for group in result.groups))
+    meter.add(table.WORKER_REWARD_FAILURES, sum(len(group.failures) for group in result.groups))
     meter.add(table.WORKER_BROKEN_SAMPLES, len(result.failures))

@@ -16,6 +16,7 @@ from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError
 from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.losses.spread import resolution
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.scores import CaptionScore, Evaluation
@@ -130,7 +131,7 @@ def _disagreements(captions: Sequence[CaptionScore]) -> list[float]:
     names = [name for name in names if all(name in c.reward.parts for c in captions)]
     values = np.array([[c.reward.parts[name] for name in names] for c in captions]).reshape(len(captions), -1)
     spread = values.std(axis=0)
-    varying = spread > 0
+    varying = np.ptp(values, axis=0) > resolution(np.abs(values).max(axis=0))
     if varying.sum() < 2:
         return [0.0] * len(captions)
     standard = (values - values.mean(axis=0))[:, varying] / spread[varying]

@@ -29,6 +29,7 @@ _WORDS = {
     "learner_path": "forward path chosen",
     "sample_quarantined": "sample quarantined",
     "reward_failed": "rewards failed",
+    "reward_part_missing": "a part of weight 0 failed",
     "reward_replica_lost": "reward replica lost",
     "reward_replica_ready": "reward replica ready again",
     "checkpoint_damaged": "checkpoint damaged",
@@ -43,7 +44,7 @@ def happened(
     """One row for each kind of thing that went wrong or changed; none where nothing did."""
     lost, restarts = _of(events, "worker_lost"), _of(events, "learner_restarted")
     replaced = list(replacements(events))
-    failed = _of(events, "reward_failed")
+    failed, lacking = _of(events, "reward_failed"), _of(events, "reward_part_missing")
     ends = [{"detail": str(each.get("status", ""))} for each in _of(events, "run_ended")]
     ended = [each for each in ends if each["detail"].startswith("failed")]
     stale = sum(int(line["dropped"]) for line in metrics if is_number(line.get("dropped")))
@@ -59,6 +60,8 @@ def happened(
         ("resumed", len(_of(events, "run_resumed")), ""),
         ("samples quarantined", len(quarantined), _reasons(quarantined)),
         ("groups without a reward", sum(int(each.get("groups", 1)) for each in failed), _reasons(failed)),
+        ("captions without a reward", sum(int(each.get("captions", 0)) for each in failed), _reasons(failed)),
+        ("captions that a part of weight 0 lacks", sum(int(each["captions"]) for each in lacking), _reasons(lacking)),
         ("reward replicas lost", len(_of(events, "reward_replica_lost")), ""),
         ("groups sampled again as too stale", stale, ""),
         ("checkpoints damaged", *_damaged(_of(events, "checkpoint_damaged"))),

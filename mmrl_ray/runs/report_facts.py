@@ -130,7 +130,11 @@ def _path_reason(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]
 def _counts(metrics: Sequence[Mapping[str, Any]], quarantined: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     if not metrics:
         return
-    for name, label in (("masked", "groups masked"), ("dropped", "groups dropped as stale")):
+    for name, label in (
+        ("masked", "groups masked"),
+        ("masked_captions", "captions without a reward"),
+        ("dropped", "groups dropped as stale"),
+    ):
         values = [line[name] for line in metrics if is_number(line.get(name))]
         if values:
             yield label, f"{sum(values):g}"
@@ -148,6 +152,7 @@ def _others(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
         "step",
         "policy_version",
         "masked",
+        "masked_captions",
         "dropped",
         "shared_prefix",
         "packed_rows",

@@ -19,6 +19,8 @@ from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.watch import note_event
 
 _LOOK_EVERY_S = 1.0
+_ON_THE_WAY_S = 10.0
+"""For a call to reach the replica and come back, its processes to start again."""
 
 
 class RunReward:
@@ -54,7 +56,8 @@ class RunReward:
             application = reward_application(reward, self._run.filesystem, statistics, options, self._cfg.run)
             launch.deploy(application, app, route_prefix=None)
             self._app = app
-            self.reward = served = ServeReward(app, timeout_s=reward.timeout_s, images=reward.needs_images)
+            timeout_s = reward.longest_s + _ON_THE_WAY_S
+            self.reward = served = ServeReward(app, timeout_s=timeout_s, images=reward.needs_images)
             self._close = served.close
         return self
 

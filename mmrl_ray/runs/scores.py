@@ -159,7 +159,7 @@ def score_captions(
     breakdowns: list[RewardBreakdown] = []
     for start in range(0, len(samples), _BATCH):
         batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
-        breakdowns += check_breakdowns(reward.score_batch(batch, said), len(said))
+        breakdowns += check_breakdowns(reward.score_batch(batch, said), batch)
     cider, tokenizer = CiderD(statistics), statistics.tokenizer
     rows = zip(samples, captions, breakdowns, strict=True)
     return Evaluation(tuple(_score(*row, cider=cider, tokenizer=tokenizer) for row in rows), seed, tokenizer)

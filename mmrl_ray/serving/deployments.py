@@ -23,7 +23,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.run import RunSection
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import Score
 from mmrl_ray.serving.names import GATEWAY, POLICY, REWARD
 from mmrl_ray.serving.policy_meter import watch_engine
 from mmrl_ray.serving.protocols import (
@@ -132,7 +132,7 @@ class RewardReplica:
         """See `RewardService`."""
         return await self._reward.score(items)
 
-    async def score_batch(self, batch: CaptionBatch) -> list[RewardBreakdown]:
+    async def score_batch(self, batch: CaptionBatch) -> list[Score]:
         """See `HostedReward`."""
         return await self._reward.score_batch(batch)
 

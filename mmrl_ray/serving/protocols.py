@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import Score
 from mmrl_ray.experience.carriers import SamplingParams
 
 Role = Literal["system", "user", "assistant"]
@@ -142,9 +142,10 @@ class RewardItem:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Breakdowns of one request, by item and caption, and which reward gave them."""
+    """Scores of one request, by item and caption, and which reward gave them."""
 
-    breakdowns: tuple[tuple[RewardBreakdown, ...], ...]
+    scores: tuple[tuple[Score, ...], ...]
+    """A breakdown, or why that caption has none."""
     reward: str
     version: str
     image_hashes: tuple[str | None, ...]
@@ -154,12 +155,12 @@ class Scored:
 class RewardService(Protocol):
     """The reward deployment.
 
-    Raises (every method): `RewardError` a caption cannot be scored, the reward gave NaN, a wrong number of scores, or
-    ran out of time; `UnknownImageError` no picture of that hash; `OverloadedError` the queue is full.
+    Raises (every method): `RewardError` the reward as a whole cannot answer, or ran out of time; `UnknownImageError` no
+    picture of that hash; `OverloadedError` the queue is full.
     """
 
     async def score(self, items: tuple[RewardItem, ...]) -> Scored:
-        """One breakdown a caption, in order."""
+        """One score a caption, in order."""
         ...
 
     async def describe(self) -> Mapping[str, str]:

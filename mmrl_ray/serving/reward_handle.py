@@ -10,7 +10,7 @@ from ray import serve
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import Score
 from mmrl_ray.rewards.checks import check_pairs
 from mmrl_ray.serving.handle_errors import ATTEMPTS, FIRST_WAIT_S, project_error, replica_lost
 from mmrl_ray.serving.names import REWARD
@@ -33,7 +33,7 @@ class ServeReward:
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self._app, self._timeout_s, self._images)
 
-    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
         """See `RewardFn`."""
         check_pairs(samples, captions)
         batch = CaptionBatch.of(samples, captions, images=self._images)
@@ -55,7 +55,7 @@ class ServeReward:
             self._method.shutdown()
             self._method = None
 
-    def _call(self, batch: CaptionBatch, timeout_s: float) -> list[RewardBreakdown]:
+    def _call(self, batch: CaptionBatch, timeout_s: float) -> list[Score]:
         if self._method is None:
             handle = serve.get_deployment_handle(REWARD, self._app)
             # Where Ray runs with the gateway's switches (`flags.py`) handles are for coroutines only; this is a thread.

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import time
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError, UnknownImageError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import Score
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.rewards.scoring import score_once
+from mmrl_ray.rewards.scoring import score_once, score_with_retry
 from mmrl_ray.serving.protocols import RewardItem, Scored
 
 IMAGE_BYTES = 256 * 2**20
@@ -51,9 +53,10 @@ class CaptionBatch:
 class HostedReward:
     """`RewardService` over any `RewardFn`.
 
-    Calls run beside each other on threads, each with the same deadline. A picture that came once may be named by its
-    hash afterwards, as long as the byte budget has room for it; the memory is this replica's own, so a client that is
-    told of an unknown picture sends the picture again.
+    Calls run beside each other on threads, each with the same deadline; a user's function has its own process and
+    deadline within it, so that only parts of our own can leave a thread behind. A picture that came once may be named
+    by its hash afterwards, as long as the byte budget has room for it; the memory is this replica's own, so a client
+    that is told of an unknown picture sends the picture again.
     """
 
     def __init__(
@@ -63,18 +66,20 @@ class HostedReward:
         name: str,
         version: str,
         timeout_s: float,
+        longest_s: float | None = None,
         image_bytes: int = IMAGE_BYTES,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`timeout_s` is for a batch of a part; a call is given up after `longest_s`, by default the same."""
         self._reward = reward
         self._name = name
         self._version = version
         self._timeout_s = timeout_s
+        self._longest_s = timeout_s if longest_s is None else longest_s
         self._image_budget = image_bytes
         self._image_bytes = 0
         self._images: OrderedDict[str, tuple[bytes, ...]] = OrderedDict()
-        self._clock = clock
         self._stuck = False
+        self._answered = 0
 
     @classmethod
     def build(cls, cfg: RewardSection, statistics: CorpusStatistics) -> Self:
@@ -84,11 +89,15 @@ class HostedReward:
             name=reward_name(cfg),
             version=reward_version(cfg, statistics),
             timeout_s=cfg.timeout_s,
+            longest_s=cfg.longest_s,
         )
 
     @property
     def healthy(self) -> bool:
-        """False from a call that ran past its deadline until one that did not: whoever hosts this replaces it."""
+        """False from a call that ran past its deadline, as all beside it did, until one that did not.
+
+        Whoever hosts this replaces it then.
+        """
         return not self._stuck
 
     async def score(self, items: tuple[RewardItem, ...]) -> Scored:
@@ -102,17 +111,18 @@ class HostedReward:
             sample = Sample(f"input {number}", images, item.prompt, item.references)
             samples += [sample] * len(item.captions)
             captions += item.captions
-        scores = iter(await self._score(samples, captions))
-        breakdowns = tuple(tuple(next(scores) for _ in item.captions) for item in items)
-        return Scored(breakdowns, reward=self._name, version=self._version, image_hashes=tuple(hashes))
+        found = await self._score(partial(score_with_retry, retries=0), samples, captions)
+        scores = iter(found)
+        by_item = tuple(tuple(next(scores) for _ in item.captions) for item in items)
+        return Scored(by_item, reward=self._name, version=self._version, image_hashes=tuple(hashes))
 
-    async def score_batch(self, batch: CaptionBatch) -> list[RewardBreakdown]:
-        """`RewardFn.score_batch` of what was packed, for training.
+    async def score_batch(self, batch: CaptionBatch) -> list[Score]:
+        """`RewardFn.score_batch` of what was packed, for training, which itself tries again what raises.
 
         Raises:
-            RewardError: as `RewardService.score`.
+            RewardError: the batch cannot be scored; see `RewardFn`.
         """
-        return await self._score([batch.samples[place] for place in batch.sample_of], batch.captions)
+        return await self._score(score_once, [batch.samples[place] for place in batch.sample_of], batch.captions)
 
     async def describe(self) -> Mapping[str, str]:
         """See `RewardService`."""
@@ -122,15 +132,30 @@ class HostedReward:
         """See `RewardService`."""
         return self.healthy
 
-    async def _score(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
+    async def _score(
+        self, score: Callable[..., list[Score]], samples: Sequence[Sample], captions: Sequence[str]
+    ) -> list[Score]:
         if not captions:
             return []
-        began = self._clock()
+        done: Future[list[Score]] = Future()
+        done.set_running_or_notify_cancel()
+        answered = self._answered
+
+        def work() -> None:
+            try:
+                done.set_result(score(self._reward, samples, captions, timeout_s=self._timeout_s))
+            except Exception as error:  # noqa: BLE001 - the boundary of the thread; raised where it is waited for
+                done.set_exception(error)
+
+        # Not an executor's: the interpreter joins those at exit, so that a replica that hangs would never end.
+        threading.Thread(target=work, name="reward", daemon=True).start()
         try:
-            scores = await asyncio.to_thread(score_once, self._reward, samples, captions, self._timeout_s)
-        except RewardError:
-            self._stuck = self._clock() - began >= self._timeout_s
-            raise
+            scores = await asyncio.wait_for(asyncio.wrap_future(done), self._longest_s)
+        except TimeoutError:
+            self._stuck = self._answered == answered
+            late = f"the reward did not score {len(captions)} captions within {self._longest_s:g} s"
+            raise RewardError(f"{late}; raise reward.timeout_s") from None
+        self._answered += 1
         self._stuck = False
         return scores
 

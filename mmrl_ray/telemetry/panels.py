@@ -117,6 +117,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                 "Left out, in all",
                 [
                     (f"sum by (run) (ray_mmrl_masked_groups_total{{{_RUN}}})", "{{run}} masked: no reward"),
+                    (f"sum by (run) (ray_mmrl_masked_captions_total{{{_RUN}}})", "{{run}} captions without a reward"),
                     (f"sum by (run) (ray_mmrl_dropped_groups_total{{{_RUN}}})", "{{run}} dropped: too stale"),
                     (f"sum by (run) (ray_mmrl_quarantined_samples_total{{{_RUN}}})", "{{run}} quarantined samples"),
                 ],

@@ -29,6 +29,7 @@ _GAUGES: Mapping[str, Metric] = {
 }
 _COUNTERS: Mapping[str, Metric] = {
     "masked": table.MASKED_GROUPS,
+    "masked_captions": table.MASKED_CAPTIONS,
     "dropped": table.DROPPED_GROUPS,
     "quarantined": table.QUARANTINED_SAMPLES,
 }

@@ -23,6 +23,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.checks import check_breakdowns
 from mmrl_ray.value_based.features import LIMIT
 from mmrl_ray.value_based.vocabulary import Vocabulary
 
@@ -119,7 +120,8 @@ class CaptionEnv(gym.Env[Observation, np.int64]):
         return self.vocabulary.text(self._caption)
 
     def _score(self, text: str) -> RewardBreakdown:
-        return self._reward.score_batch([self._samples[self._index]], [text])[0]
+        sample = self._samples[self._index]
+        return check_breakdowns(self._reward.score_batch([sample], [text]), [sample])[0]
 
     def _potential_of(self, text: str) -> float:
         parts = self._score(TruncatedCaption(text)).parts  # it goes on

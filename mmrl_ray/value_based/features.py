@@ -10,6 +10,7 @@ import torch
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.losses.spread import resolution
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache, vision_features
@@ -17,12 +18,11 @@ from mmrl_ray.policy.vision import VisionCache, vision_features
 LIMIT = 10.0
 """Standardised features are cut at ± this."""
 _BATCH = 32
-_SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
 class FeatureScale:
-    """Mean and standard deviation of each feature over the training pictures."""
+    """Mean and standard deviation of each feature over the training pictures; 1 for one that never changes."""
 
     mean: np.ndarray
     """float32 [d]."""
@@ -33,7 +33,8 @@ class FeatureScale:
     def of(cls, images: np.ndarray) -> FeatureScale:
         """That of features [N, L, d]."""
         flat = images.reshape(-1, images.shape[-1])
-        return cls(flat.mean(axis=0), np.maximum(flat.std(axis=0), _SMALLEST))
+        differ = np.ptp(flat, axis=0) > resolution(np.abs(flat).max(axis=0))
+        return cls(flat.mean(axis=0), np.where(differ, flat.std(axis=0), 1.0).astype(flat.dtype))
 
     def __call__(self, images: np.ndarray, *, blind: bool = False) -> np.ndarray:
         """float32 [N, L, d] of mean 0 and deviation 1, within ± `LIMIT`; all 0 where `blind`."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.errors import UnknownImageError, UnknownModelError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.protocols import (
     Choice,
     Delta,
@@ -130,6 +130,8 @@ class FakeReward:
     running: int = 0
     items: list[tuple[RewardItem, ...]] = field(default_factory=list)
     known: set[str] = field(default_factory=set)
+    failing: tuple[str, ...] = ()
+    """Captions that cannot be scored."""
 
     async def score(self, items: tuple[RewardItem, ...]) -> Scored:
         self.items.append(items)
@@ -140,8 +142,8 @@ class FakeReward:
             if self.block:
                 await asyncio.Event().wait()
             hashes = tuple(self._hash(item) for item in items)
-            breakdowns = tuple(tuple(self._breakdown(item, caption) for caption in item.captions) for item in items)
-            return Scored(breakdowns, reward="length", version="v1", image_hashes=hashes)
+            scores = tuple(tuple(self._score(item, caption) for caption in item.captions) for item in items)
+            return Scored(scores, reward="length", version="v1", image_hashes=hashes)
         finally:
             self.running -= 1
 
@@ -159,7 +161,9 @@ class FakeReward:
             raise UnknownImageError("no picture of that hash is remembered: send the picture itself")
         return item.image_hash
 
-    def _breakdown(self, item: RewardItem, caption: str) -> RewardBreakdown:
+    def _score(self, item: RewardItem, caption: str) -> Score:
+        if caption in self.failing:
+            return RewardFailure(f"no number for {caption}")
         parts = {"characters": float(len(caption)), "references": float(len(item.references))}
         weights = {"characters": 1.0, "references": -1.0}
         return RewardBreakdown(parts["characters"] - parts["references"], parts, weights, self.sigma)

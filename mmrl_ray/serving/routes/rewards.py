@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field, model_validator
 
 from mmrl_ray.errors import RewardError
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.auth import INFER
 from mmrl_ray.serving.http_errors import problem
 from mmrl_ray.serving.openai_types import Strict
@@ -67,15 +68,25 @@ class RewardRequest(Strict):
         return [RewardInput(**given)]
 
 
+class CaptionError(BaseModel):
+    """Why one caption has no reward."""
+
+    code: Literal["reward_failed"]
+    message: str
+
+
 class CaptionReward(BaseModel):
-    """What one caption earned."""
+    """What one caption earned, or why nobody knows: then it has an `error`, no total and no parts."""
 
     index: int
-    total: float
+    total: float | None
     parts: dict[str, float]
     weights: dict[str, float]
     sigma: float | None
     """Standard deviation of the total where the reward has a model of its own noise."""
+    missing: dict[str, str]
+    """Parts of weight 0 that could not score the caption, each with its reason."""
+    error: CaptionError | None
 
 
 class PictureRewards(BaseModel):
@@ -107,6 +118,8 @@ def add_rewards(app: FastAPI, tools: Tools) -> None:
         tags=["reward"],
         dependencies=[INFER],
         summary="Score captions of pictures",
+        description="A caption that cannot be scored has an `error` of its own, and the answer is 200 all the same, "
+        "also where none can be. An error of the request says that nothing was scored.",
         **takes_json(RewardRequest),
     )
     async def rewards(request: Request) -> Response:
@@ -135,21 +148,23 @@ def served_reward(tools: Tools) -> RewardService:
 
 
 async def score_items(tools: Tools, service: RewardService, items: Sequence[RewardItem]) -> Scored:
-    """Scores of which there are as many as captions, and all of them numbers.
+    """Scores of which there are as many as captions, each of them numbers or a failure.
 
     Raises:
         RewardError: there are not, or whatever `RewardService.score` says.
     """
     scored = await service.score(tuple(items))
-    asked, given = [len(item.captions) for item in items], [len(each) for each in scored.breakdowns]
+    asked, given = [len(item.captions) for item in items], [len(each) for each in scored.scores]
     if asked != given:
         raise RewardError(f"reward {scored.reward!r} gave {given} scores for {asked} captions")
-    for number, breakdowns in enumerate(scored.breakdowns):
-        for index, breakdown in enumerate(breakdowns):
+    for number, scores in enumerate(scored.scores):
+        for index, breakdown in enumerate(scores):
+            if isinstance(breakdown, RewardFailure):
+                continue
             numbers = (breakdown.total, breakdown.sigma or 0.0, *breakdown.parts.values(), *breakdown.weights.values())
             if not all(map(math.isfinite, numbers)):
                 raise RewardError(f"reward {scored.reward!r} gave caption {index} of input {number} no finite number")
-    tools.metrics.scored(sum(given))
+    tools.metrics.scored(sum(isinstance(score, RewardBreakdown) for scores in scored.scores for score in scores))
     return scored
 
 
@@ -168,7 +183,7 @@ def check_texts(tools: Tools, inputs: list[tuple[list[str], list[str], str]]) ->
 
 
 def _answer(scored: Scored) -> Rewards:
-    pictures = zip(scored.breakdowns, scored.image_hashes, strict=True)
+    pictures = zip(scored.scores, scored.image_hashes, strict=True)
     return Rewards(
         object="list",
         reward=scored.reward,
@@ -177,17 +192,23 @@ def _answer(scored: Scored) -> Rewards:
             PictureRewards(
                 index=number,
                 image_hash=image_hash,
-                rewards=[
-                    CaptionReward(
-                        index=index,
-                        total=breakdown.total,
-                        parts=dict(breakdown.parts),
-                        weights=dict(breakdown.weights),
-                        sigma=breakdown.sigma,
-                    )
-                    for index, breakdown in enumerate(breakdowns)
-                ],
+                rewards=[_caption(index, score) for index, score in enumerate(scores)],
             )
-            for number, (breakdowns, image_hash) in enumerate(pictures)
+            for number, (scores, image_hash) in enumerate(pictures)
         ],
+    )
+
+
+def _caption(index: int, score: Score) -> CaptionReward:
+    if isinstance(score, RewardFailure):
+        error = CaptionError(code="reward_failed", message=score.reason)
+        return CaptionReward(index=index, total=None, parts={}, weights={}, sigma=None, missing={}, error=error)
+    return CaptionReward(
+        index=index,
+        total=score.total,
+        parts=dict(score.parts),
+        weights=dict(score.weights),
+        sigma=score.sigma,
+        missing=dict(score.missing),
+        error=None,
     )

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from mmrl_ray.errors import UnknownModelError
+from mmrl_ray.errors import RewardError, UnknownModelError
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.auth import INFER
 from mmrl_ray.serving.http_errors import TAG, problem
 from mmrl_ray.serving.names import REWARD
@@ -134,7 +135,7 @@ def add_score(app: FastAPI, tools: Tools) -> None:
             scored = await score_items(tools, service, items)
         if body.model not in (None, REWARD, scored.reward):
             raise UnknownModelError(f"no reward {body.model[:64]!r} is served here: send `{REWARD}`, or no model")
-        totals = [breakdown.total for breakdowns in scored.breakdowns for breakdown in breakdowns]
+        totals = _totals([score for scores in scored.scores for score in scores])
         answer = Scores(
             id=f"score-{secrets.token_hex(12)}",
             object="list",
@@ -144,6 +145,18 @@ def add_score(app: FastAPI, tools: Tools) -> None:
             usage=Usage.of(0, 0),
         )
         return json_answer(answer)
+
+
+def _totals(scores: list[Score]) -> list[float]:
+    """vLLM's shape has a number for every document, and no place for an error of one.
+
+    Raises:
+        RewardError: a document has no reward.
+    """
+    for index, score in enumerate(scores):
+        if isinstance(score, RewardFailure):
+            raise RewardError(f"document {index} has no reward: {score.reason} (/v1/rewards has an error a caption)")
+    return [score.total for score in scores if isinstance(score, RewardBreakdown)]
 
 
 def _several(side: str | MultimodalInput | list[str | MultimodalInput]) -> list[str | MultimodalInput]:

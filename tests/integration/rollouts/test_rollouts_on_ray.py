@@ -389,7 +389,7 @@ def test_metrics_reach_prometheus_and_logs_are_json(tmp_path: Path) -> None:
             ("ray_mmrl_phase_seconds_total", "sample"): sum(line["seconds/sample"] for line in lines),
             ("ray_mmrl_step_seconds_count", ""): 3.0,
             ("ray_mmrl_worker_groups_total", "worker-0"): 12.0,
-            ("ray_mmrl_worker_reward_failures_total", "worker-0"): 1.0,
+            ("ray_mmrl_worker_reward_failures_total", "worker-0"): 2.0,
             ("ray_mmrl_assignment_seconds_count", ""): 6.0,
             # Only a look at the controller every few seconds tells of these:
             ("ray_mmrl_workers", "ready"): 1.0,

@@ -226,7 +226,8 @@ def test_stale_and_with_a_reward_of_its_own_that_fails_at_times(workplace: Workp
     assert all(line["reward/normalized"] == 1.0 and line["reward/mine"] > 0 for line in lines)
     log = [row for step in range(6) for row in rollouts(workplace.runs / "stale", step)]
     reasons = {row["masked"] for row in log}
-    assert reasons == {None, "reward part 'mine' failed: ValueError: not this one"}
+    where = f"({workplace.folder}/own_rewards.py:4)"
+    assert reasons == {None, f"reward part 'mine' failed: ValueError: not this one {where}"}
     for row in log:
         live = row["masked"] is None
         assert (row["reward"] is not None, row["learning_reward"] is not None) == (live, live)

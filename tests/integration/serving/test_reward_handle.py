@@ -17,8 +17,9 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
 from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.rewards.base import RewardFailure
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.rewards.scoring import RewardFailure, score_with_retry
+from mmrl_ray.rewards.scoring import score_with_retry
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.reward_app import RunReward, app_name
 from mmrl_ray.runs.target import STATISTICS

@@ -2,8 +2,8 @@
 
     handover        the worker that takes it dies when its groups are sampled and scored, and before it hands them over
     poison          the first sample of the next assignment kills every worker that samples it, from then on
-    reward_timeout  … reward_nan, reward_few: the reward hangs on one sample of the next assignment, gives NaN for it,
-                    or returns too few scores whenever that sample is in the batch
+    reward_timeout  … reward_nan, reward_few: the reward gives no answer in time for one sample of the next assignment,
+                    gives NaN for it, or returns too few scores whenever that sample is in the batch
     disk_full       as long as the file is there, the learners' disk has no room for a checkpoint
 
 All but the last are taken by whoever comes first, and leave NAME.taken. `python -m tests.support.faults.driver` is
@@ -18,13 +18,14 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.errors import RewardError
+from mmrl_ray.experience.breakdown import RewardBreakdown, Score
 from mmrl_ray.learner import train_loop as learner
 from mmrl_ray.learner.job import LearnerOutcome
 from mmrl_ray.rewards.base import RewardFn
@@ -63,13 +64,14 @@ class FaultyReward:
         self._reward, self._timeout_s = reward, timeout_s
         self.fault, self.sample = "", ""
 
-    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> Sequence[RewardBreakdown]:
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> Sequence[Score]:
         scores = list(self._reward.score_batch(samples, captions))
         hit = [i for i, sample in enumerate(samples) if self.fault and sample.id == self.sample]
         if hit and self.fault == "reward_timeout":
-            time.sleep(2 * self._timeout_s)
+            time.sleep(self._timeout_s)
+            raise RewardError(f"no answer for {len(captions)} captions within {self._timeout_s:g} s")
         if hit and self.fault == "reward_nan":
-            scores[hit[0]] = replace(scores[hit[0]], total=float("nan"))
+            scores[hit[0]] = RewardBreakdown(float("nan"), {}, {})
         return scores[:-1] if hit and self.fault == "reward_few" else scores
 
 

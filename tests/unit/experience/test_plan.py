@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import LearnerError
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
+from mmrl_ray.experience.carriers import GroupKey
 from mmrl_ray.experience.plan import GroupSize, build_step_plan, padded_tokens, split_micro_batches
 
 from .factories import scored
@@ -71,6 +75,71 @@ def test_masked_groups_take_no_part_and_a_step_of_nothing_else_is_an_error() -> 
     assert len(plan.groups) == 1
     with pytest.raises(LearnerError, match="reward timed out"):
         build_step_plan(0, [masked], learner=settings, max_new_tokens=8, world_size=1)
+
+
+class TestCompletionsWithoutReward:
+    def left(self, failures: int, greedy: bool = True, **keys: object) -> bool:
+        """Whether a group of three with so many failures is learned from, beside one without."""
+        group = scored(0, 0, totals=(0.0, 1.0, 3.0), lengths=(1, 2, 3), greedy_reward=0.5)
+        other = replace(group, key=GroupKey(0, 1))
+        rewards = tuple(RewardFailure("NaN") if i < failures else row for i, row in enumerate(group.rewards))
+        group = replace(group, rewards=rewards, greedy_reward=group.greedy_reward if greedy else RewardFailure("NaN"))
+        normalize = keys.pop("normalize", "none")
+        plan = build_step_plan(
+            0, [group, other], learner=learner(**keys), max_new_tokens=8, world_size=1, normalize=normalize
+        )
+        assert plan.metrics["masked_captions"] == failures
+        assert plan.metrics["reward/masked"] == failures / 6
+        assert plan.metrics["masked"] == 2 - len(plan.groups)
+        return len(plan.groups) == 2
+
+    @pytest.mark.parametrize(
+        ("advantage", "needs"),
+        [("none", 1), ("batch_mean", 1), ("greedy", 1), ("leave_one_out", 2), ("group", 2)],
+    )
+    def test_a_group_goes_with_too_few_for_its_baseline(self, advantage: str, needs: int) -> None:
+        for failures in range(4):
+            assert self.left(failures, advantage=advantage) == (3 - failures >= needs)
+
+    def test_parts_normalised_by_the_group_need_two(self) -> None:
+        keys = {"advantage": "none", "advantage_std": False, "normalize": "group"}
+        assert [self.left(failures, **keys) for failures in range(4)] == [True, True, False, False]
+
+    def test_greedy_needs_the_greedy_completions_own(self) -> None:
+        assert not self.left(0, greedy=False, advantage="greedy")
+        assert self.left(0, greedy=False, advantage="group")
+
+    def test_the_batch_mean_and_the_figures_are_of_those_that_have_one(self) -> None:
+        first, second = (scored(0, i, totals=(0.0, 1.0, 5.0), lengths=(2, 3, 9)) for i in (0, 1))
+        first = replace(first, rewards=(*first.rewards[:2], RewardFailure("NaN")), kl1=(0.0, 0.0, float("nan")))
+        second = replace(second, kl1=(0.0, 0.0, 0.0))
+        kl = KlSection(weight=1.0, estimator="k1")
+        plan = build_step_plan(
+            0,
+            [first, second],
+            learner=learner(advantage="batch_mean", aggregation="token_mean", kl=kl),
+            max_new_tokens=9,
+            world_size=1,
+        )
+        mean = (0 + 1 + 0 + 1 + 5) / 5
+        assert plan.groups[0].advantages == pytest.approx((-mean, 1 - mean, 0.0))
+        assert plan.groups[1].advantages == pytest.approx((-mean, 1 - mean, 5 - mean))
+        assert plan.groups[0].rewards == (0.0, 1.0, None)
+        assert plan.denominator == 2 + 3 + 2 + 3 + 9
+        assert plan.metrics["reward/mean"] == pytest.approx(mean)
+        assert plan.metrics["reward/std"] == pytest.approx(np.std([0, 1, 0, 1, 5]))
+        assert plan.metrics["reward/group_std"] == pytest.approx((0.5 + np.std([0, 1, 5])) / 2)
+        assert plan.metrics["reward/with_kl"] == pytest.approx(mean)
+
+
+def test_rewards_that_differ_by_rounding_give_no_advantage() -> None:
+    """Parts of 0.3 that cancel leave 5e-17 or nothing."""
+    rows = [RewardBreakdown(a - b, {"a": a, "b": -b}, {"a": 1.0, "b": 1.0}) for a, b in ((0.1 + 0.2, 0.3), (0.3, 0.3))]
+    group = replace(scored(), rewards=tuple(rows))
+    assert rows[0].total != rows[1].total
+    plan = build_step_plan(0, [group], learner=learner(), max_new_tokens=8, world_size=1)
+    assert plan.groups[0].advantages == (0.0, 0.0)
+    assert plan.metrics["reward/zero_variance_groups"] == 1
 
 
 sizes = st.lists(

@@ -44,6 +44,7 @@ def test_risk_takes_standard_deviations_off_what_learning_uses_only() -> None:
         "reward_weight/judge": 2.0,
         "reward_weight/text": 1.0,
         "reward/zero_variance_groups": 0,  # equal means, and still a signal
+        "reward/masked": 0.0,
     }
     assert {k: v for k, v in found.metrics.items() if k.startswith("reward")} == pytest.approx(
         {**wanted, "reward/group_std": 0.0}
@@ -62,12 +63,9 @@ def test_parts_are_normalised_by_their_group_risk_included() -> None:
     sigma = abs(sigma)
     rows = [[row(judge[i, j], 100 * text[i, j], sigma[i, j], risk=0.5) for j in range(3)] for i in range(2)]
     found = plan(groups(*rows), "group")
-    z = [
-        (p - p.mean(1, keepdims=True)) / (p.std(1, ddof=1, keepdims=True) + 1e-6)
-        for p in (judge - 0.5 * sigma, 100 * text)
-    ]
+    z = [(p - p.mean(1, keepdims=True)) / (p.std(1, ddof=1, keepdims=True)) for p in (judge - 0.5 * sigma, 100 * text)]
     s = 2 * z[0] + z[1]
-    expected = (s - s.mean()) / (s.std(ddof=1) + 1e-6)
+    expected = (s - s.mean()) / (s.std(ddof=1))
     np.testing.assert_allclose([g.rewards for g in found.groups], expected, rtol=1e-9)
     assert {g.normalization for g in found.groups} == {"group"}
     assert found.metrics["reward/normalized"] == 1.0

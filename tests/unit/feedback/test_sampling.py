@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import PreferenceError, RunError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import (
     Completion,
     EncodedPrompt,
@@ -118,6 +119,30 @@ def test_the_runs_reward_may_label_them(run: RunDir) -> None:
         a, b = rewards[each.pair.caption_a], rewards[each.pair.caption_b]
         assert each.choice == ("tie" if a == b else "a" if a > b else "b")
     assert {each.choice for each in found if isinstance(each, Preference)} >= {"tie"}
+
+
+def test_neither_noise_nor_a_missing_part_or_reward_makes_a_pair(tmp_path: Path) -> None:
+    """Rewards that differ in the last bit of a float32; captions that a part of weight 0 or the whole reward lacks."""
+    near = float(np.nextafter(np.float32(100), np.float32(101)))
+    rows: list[tuple[str, Score]] = [
+        ("x", RewardBreakdown(100.0, {"a": 99.5, "b": 0.5, "c": 3.0}, {"a": 1.0, "b": 1.0, "c": 0.0})),
+        ("y", RewardBreakdown(near, {"a": near - 0.5, "b": 0.5}, {"a": 1.0, "b": 1.0, "c": 0.0})),
+        ("z", RewardFailure("it hung")),
+    ]
+    run = RunDir.create(tmp_path / "runs", "noise")
+    sample = Sample("s", (picture(0),), "describe")
+    made = tuple(Completion(torch.ones(2, dtype=torch.int64), torch.zeros(2), c, "stop") for c, _ in rows)
+    group = RolloutGroup(sample, EncodedPrompt(torch.arange(3), {}, "k"), made, 0, SamplingParams())
+    scored = ScoredGroup(GroupKey(7, 0), "s", 0, 3, (2,) * 3, tuple(score for _, score in rows))
+    run.write_bytes(f"images/{image_hash(sample.images)}.png", picture(0))
+    (tmp_path / "runs" / "noise" / "rollouts").mkdir()
+    pq.write_table(group_table("noise", scored, group, None), tmp_path / "runs" / "noise" / "rollouts" / "s.parquet")
+    (labelled,) = sample_pairs(run, 9, seed=0, by_reward=True)
+    assert isinstance(labelled, Preference)
+    assert ({labelled.pair.caption_a, labelled.pair.caption_b}, labelled.choice) == ({"x", "y"}, "tie")
+    for strategy in ("closest", "disagreement"):
+        with pytest.raises(PreferenceError, match="two captions to compare"):
+            sample_pairs(run, 9, seed=0, strategy=strategy)  # type: ignore[arg-type]
 
 
 def test_a_run_without_pairs_or_pictures_is_told(run: RunDir, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.losses.regularizers import adapter_l2, l2_to_pretrained
 from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import (
+    LENGTHS,
     gradient,
     make_groups,
     make_plan,
@@ -281,6 +282,25 @@ def test_a_group_without_signal_is_skipped_but_counts_in_the_denominator(tiny: P
     LearnerStep(policy, cfg).run(make_plan(groups, cfg, rewards=rewards), watching)
     assert sorted(fetched) == ["s0", "s1", "s2"]
     assert_close(gradient(policy), expected.gradient)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "aggregation"),
+    [("group", "sequence_mean"), ("leave_one_out", "token_mean"), ("greedy", "constant"), ("none", "sequence_sum")],
+)
+def test_a_completion_without_a_reward_might_as_well_not_be_there(tiny: Path, advantage: str, aggregation: str) -> None:
+    """Loss, gradient and figures are those of plain autograd without it."""
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    rewards = make_rewards(groups)
+    cfg = section(advantage=advantage, aggregation=aggregation, kl=KlSection(weight=0.1))
+    fewer = [replace(g, completions=g.completions[:1] + g.completions[2:]) for g in groups]
+    expected = truth(policy, fewer, cfg, np.delete(rewards, 1, axis=1))
+    rewards[:, 1] = np.nan
+    metrics = LearnerStep(policy, cfg).run(make_plan(groups, cfg, rewards=rewards), payloads)
+    assert_close(gradient(policy), expected.gradient)
+    assert metrics["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert metrics["tokens/scored"] == metrics["tokens/completion"] == sum(sum(row) - row[1] for row in LENGTHS)
 
 
 def test_a_step_without_any_signal_still_ends(tiny: Path) -> None:

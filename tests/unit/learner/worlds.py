@@ -15,7 +15,7 @@ from PIL import Image
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.model import LoraSection, ModelSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import (
     Completion,
     GroupKey,
@@ -134,7 +134,10 @@ def make_plan(
     rewards: np.ndarray | None = None,
     staleness: int = 1,
 ) -> StepPlan:
-    """Stale by default: what `make_groups` makes was sampled from no policy that learns."""
+    """Stale by default: what `make_groups` makes was sampled from no policy that learns.
+
+    With a NaN in the place of a completion's reward it has none.
+    """
     rewards = make_rewards(groups) if rewards is None else rewards
     scored = [
         ScoredGroup(
@@ -143,7 +146,10 @@ def make_plan(
             policy_version=step - staleness,
             prompt_tokens=group.prompt.input_ids.numel(),
             completion_tokens=tuple(c.token_ids.numel() for c in group.completions),
-            rewards=tuple(RewardBreakdown(float(r), {"r": float(r)}, {"r": 1.0}) for r in rewards[i]),
+            rewards=tuple(
+                RewardFailure("NaN") if np.isnan(r) else RewardBreakdown(float(r), {"r": float(r)}, {"r": 1.0})
+                for r in rewards[i]
+            ),
             greedy_reward=RewardBreakdown(0.4, {"r": 0.4}, {"r": 1.0}),
             kl1=tuple(
                 float((c.logprobs - c.reference_logprobs).sum()) if c.reference_logprobs is not None else 0.0
@@ -237,7 +243,7 @@ def _advantages(cfg: LearnerSection, rewards: np.ndarray) -> np.ndarray:
         others = (rewards.sum(axis=1, keepdims=True) - rewards) / (rewards.shape[1] - 1)
         return rewards - others
     centred = rewards - rewards.mean(axis=1, keepdims=True)
-    return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6) if cfg.advantage_std else centred
+    return centred / np.maximum(rewards.std(axis=1, ddof=1, keepdims=True), 1e-12) if cfg.advantage_std else centred
 
 
 def _token_losses(

@@ -36,7 +36,7 @@ def oracle(name: str, rewards: np.ndarray, mask: np.ndarray, greedy: np.ndarray)
         else:
             out[m, g] = r - np.mean(mine)
             if name == "group/std":
-                out[m, g] /= np.std(mine, ddof=1) + 1e-6
+                out[m, g] /= np.std(mine, ddof=1)
     return out
 
 
@@ -78,6 +78,41 @@ def test_literal() -> None:
 def test_equal_rewards_give_exactly_zero(name: str, value: float, g: int) -> None:
     rewards = torch.full((5, g), value)
     assert call(name, rewards, None, torch.zeros(5)).eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["batch_mean", "greedy", "leave_one_out", "group", "group/std"])
+@pytest.mark.parametrize("value", [100.0, 1.0, 1000.0, 1e-3, 1e-30, -100.0, -0.7])
+def test_the_next_float32_is_no_spread(name: str, value: float) -> None:
+    """Found by NumPy's own `nextafter`; in float64, as rewards come, and in float32."""
+    following = float(np.nextafter(np.float32(value), np.float32(np.inf)))
+    rewards = torch.tensor([[following, value, value, value]], dtype=torch.float64)
+    greedy = torch.tensor([value], dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        assert call(name, rewards.to(dtype), None, greedy.to(dtype)).eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["leave_one_out", "group/std"])
+def test_sums_of_large_parts_that_cancel_are_as_exact_as_the_parts(name: str) -> None:
+    rewards = torch.tensor([[0.0, 0.1 + 0.2 - 0.3, 0.0]], dtype=torch.float64)
+    assert rewards[0, 1] != 0
+    base, _, _ = name.partition("/")
+    assert advantages(base, rewards, magnitude=torch.full_like(rewards, 0.6)).eq(0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(-50, 50), min_size=3, max_size=8),
+    st.floats(1e-6, 1e6),
+    st.floats(-100.0, 100.0),
+    st.floats(1.0, 1e12),
+)
+def test_a_true_spread_has_neither_scale_nor_offset(steps: list[int], scale: float, offset: float, tiny: float) -> None:
+    """Spreads of at least 1/200 of the magnitude, and of any size with offset 0."""
+    plain = torch.tensor([steps], dtype=torch.float64)
+    expected = call("group/std", plain, None, torch.zeros(1))
+    assert expected.eq(0).all() == (len(set(steps)) == 1)
+    for moved in (scale * (plain + offset), plain / tiny):
+        torch.testing.assert_close(call("group/std", moved, None, torch.zeros(1)), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["leave_one_out", "group", "group/std"])

@@ -58,3 +58,13 @@ def test_refuses_settings() -> None:
     for longest in (None, 3):
         with pytest.raises(ValueError, match="max_new_tokens"):
             completion_scales("constant", [4], max_new_tokens=longest)
+
+
+@pytest.mark.parametrize("name", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+def test_a_masked_completion_counts_nowhere(name: str) -> None:
+    kept, over = completion_scales(name, [2, 5], max_new_tokens=8)
+    mask = torch.tensor([True, False, True])
+    scales, denominator = completion_scales(name, [2, 3, 5], max_new_tokens=8, mask=mask)
+    assert (scales[mask].tolist(), scales[1].item(), denominator) == (kept.tolist(), 0.0, over)
+    with pytest.raises(ValueError, match="mask must be bool"):
+        completion_scales(name, [2, 3, 5], max_new_tokens=8, mask=mask[:2])

@@ -77,6 +77,16 @@ def test_tensors_of_a_micro_batch(load: Load) -> None:
     assert torch.equal(scores.mask, batch.mask)
 
 
+def test_a_completion_that_takes_no_part_is_not_there(load: Load) -> None:
+    policy = load()
+    (first, planned), other = make_groups(policy, make_samples()[:2], [(2, 5, 3), (1,)])
+    masked = replace(planned, scales=(0.5, 0.0, 1.0))
+    batch = collate(policy, [(first, masked), other])
+    assert [[c.numel() for c in group] for group in batch.completions] == [[2, 3], [1]]
+    assert batch.mask.shape == (3, 3)
+    assert (batch.advantages.tolist(), batch.scales.tolist()) == ([0.0, 2.0, 10.0], [0.5, 1.0, 1.0])
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "smolvlm"])
 def test_recomputed_features_are_the_shipped_ones(family: str, load: Load) -> None:
     policy = load(family)

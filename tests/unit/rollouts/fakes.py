@@ -16,7 +16,7 @@ from PIL import Image
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Quarantine, Sample
 from mmrl_ray.errors import ModelError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.parcels import open_payload
@@ -62,6 +62,7 @@ class FakeEngine:
     crash_on: frozenset[str] = frozenset()
     broken: frozenset[str] = frozenset()
     masked: frozenset[str] = frozenset()
+    """Samples whose completions have no reward, or single completions: `sample-002/0`."""
     raise_on: frozenset[str] = frozenset()
     hang_once: tuple[str, str] | None = None
     """(sample id, file that is made when it hangs: only the first time)."""
@@ -111,13 +112,18 @@ class FakeEngine:
             policy_version=assignment.version,
             prompt_tokens=5,
             completion_tokens=tuple(len(t) for t in tokens),
-            rewards=() if masked else tuple(RewardBreakdown(t, {"sum": t}, {"sum": 1.0}) for t in totals),
+            rewards=() if masked else tuple(self._score(request, i, total) for i, total in enumerate(totals)),
             masked=masked,
             payload=payload,
             worker=self.worker,
             timings={"sample": self.seconds},
             counters={"finished": len(completions)},
         )
+
+    def _score(self, request: GroupRequest, place: int, total: float) -> Score:
+        if f"{request.sample.id}/{place}" in self.masked:
+            return RewardFailure("no number")
+        return RewardBreakdown(total, {"sum": total}, {"sum": 1.0})
 
 
 @dataclass(frozen=True)

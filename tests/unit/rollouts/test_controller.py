@@ -18,6 +18,7 @@ from mmrl_ray.errors import LearnerError, QuarantineError, RolloutError, RunErro
 from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.protocols import Stop, Wait
+from mmrl_ray.rollouts.recorder import LEFT_OUT
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.run_dir import RunDir
 from tests.unit.rollouts.fakes import FakeEngine, FakePool, ListSource, config, samples
@@ -287,6 +288,22 @@ def test_a_masked_group_is_counted_and_recorded_but_not_learned_from(make: Calla
         ("sample-002", 2, 0, "no references"),
         ("sample-003", 2, 2, None),
     ]
+
+
+def test_a_masked_completion_is_recorded_beside_its_siblings(make: Callable[..., World]) -> None:
+    """One of two is too few for a baseline made of the group."""
+    world = make(engine=FakeEngine("w0", masked=frozenset({"sample-001/0"})))
+    world.controller.rewind(0)
+    assert [g.key.index for g in world.step(0).groups] == [0, 2, 3]
+    world.controller.checkpoint_state(1)
+    (line,) = world.lines()
+    assert (line["masked"], line["masked_captions"], line["reward/masked"]) == (1, 1, 1 / 8)
+    path = world.run.local_path("rollouts/step-000000.parquet")
+    rows = duckdb.sql(
+        "select completion, reward is null, advantage is null, masked "
+        f"from '{path}' where sample_id = 'sample-001' order by 1"
+    )
+    assert rows.fetchall() == [(0, True, True, "no number"), (1, False, True, LEFT_OUT)]
 
 
 def test_a_step_without_any_usable_group_ends_the_run(make: Callable[..., World]) -> None:

@@ -11,8 +11,9 @@ import torch
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError, RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, SamplingParams, VisionFeatures
+from mmrl_ray.experience.schema import group_rows
 from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
 from mmrl_ray.rewards.base import TruncatedCaption
 from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
@@ -196,6 +197,26 @@ def test_a_group_whose_reward_fails_is_masked_and_never_scored_0() -> None:
     assert masked.completion_tokens == (1, 2)
     assert kept.masked is None
     assert [r.total for r in kept.rewards] == [0.0, 1.0]
+
+
+def test_a_completion_whose_reward_fails_is_masked_alone() -> None:
+    class Picky(FakeReward):
+        def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
+            scores = super().score_batch(samples, captions)
+            bad = ("sample-000 0", "sample-001 9")  # a completion, and a greedy one
+            return [
+                RewardFailure("no number") if caption in bad else score
+                for caption, score in zip(captions, scores, strict=True)
+            ]
+
+    first, second, third = engine(FakeBackend(), Picky()).run(assignment(greedy=True), as_made).groups
+    assert [g.masked for g in (first, second, third)] == [None] * 3
+    assert (first.rewards[0], first.failures) == (RewardFailure("no number"), ("no number",))
+    assert [getattr(s, "total", None) for s in (first.rewards[1], first.greedy_reward)] == [1.0, 9.0]
+    assert (second.failures, second.greedy_reward) == ((), RewardFailure("no number"))
+    rows = {row["completion"]: row for row in group_rows("r", first, first.payload, None)}
+    assert {place: row["masked"] for place, row in rows.items()} == {0: "no number", 1: None, -1: None}
+    assert [rows[place]["reward"] for place in (0, 1, -1)] == [None, 1.0, 9.0]
 
 
 def test_all_captions_are_scored_in_one_batch() -> None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from mmrl_ray.experience.breakdown import RewardFailure
 from mmrl_ray.experience.carriers import EncodedPrompt, RolloutGroup, SamplingParams, VisionFeatures
 from mmrl_ray.rollouts.group_codec import decode_groups, encode_groups
 from tests.unit.experience.factories import rollout_group, scored
@@ -39,6 +40,11 @@ def test_groups_come_back_as_they_were(reference: bool, greedy: bool) -> None:
         (replace(scored(2, 0, attempt=1, kl1=(0.1, 0.2), greedy_reward=0.3), payload=None), whole(reference, greedy)),
         (replace(scored(2, 1, masked="no references"), payload=None), rollout_group((4, 1))),
     ]
+    some = scored(2, 2)
+    failed = replace(some, rewards=(some.rewards[0], RewardFailure("it hung")), greedy_reward=RewardFailure("too"))
+    missing = replace(some.rewards[0], missing={"c": "no number"})
+    pairs += [(replace(failed, payload=None), whole(reference, greedy))]
+    pairs += [(replace(some, rewards=(missing, missing), payload=None), whole(reference, greedy))]
     decoded = decode_groups(encode_groups(pairs))
     assert [s for s, _ in decoded] == [s for s, _ in pairs]
     for (_, group), (_, original) in zip(decoded, pairs, strict=True):

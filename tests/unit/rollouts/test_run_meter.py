@@ -81,7 +81,7 @@ def test_steps_are_measured_as_they_are_written_down(
     for step in range(3):
         world.step(step, loss=0.5 * step, **{"seconds/fetch": 0.25})
     (failed,) = world.events("reward_failed")
-    assert (failed["step"], failed["groups"], failed["detail"]) == (0, 1, "no references")
+    assert (failed["step"], failed["groups"], failed["captions"], failed["detail"]) == (0, 1, 2, "no references")
     (broken,) = world.events("sample_quarantined")
     assert (broken["sample"], broken["detail"]) == ("sample-006", "ImageError: broken")
     world.look()
@@ -95,6 +95,7 @@ def test_steps_are_measured_as_they_are_written_down(
     assert values["reward_part", run, "sum"] == lines[2]["reward/sum"]
     assert values["phase_seconds", run, "fetch"] == 0.75
     assert values["masked_groups", run] == sum(line["masked"] for line in lines) == 1
+    assert values["masked_captions", run] == sum(line["masked_captions"] for line in lines) == 2
     assert values["quarantined_samples", run] == sum(line["quarantined"] for line in lines) == 1
     assert (values["groups", run], values["completions", run]) == (11, 20)
     assert values["learned_tokens", run, "prompt"] == 10 * 5
@@ -109,7 +110,7 @@ def test_steps_are_measured_as_they_are_written_down(
     assert values["events", run, "reward_failed"] == values["events", run, "sample_quarantined"] == 1
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert any(level == "INFO" and text.startswith("step 3 of 6: reward ") for level, text in said)
-    assert ("WARNING", "reward failed: step 0, groups 1, detail no references") in said
+    assert ("WARNING", "reward failed: step 0, groups 1, captions 2, detail no references") in said
 
 
 def test_learners_that_start_again_leave_an_event(make: Callable[..., World]) -> None:
@@ -142,7 +143,7 @@ def test_a_worker_measures_each_assignment(make: Callable[..., World], monkeypat
         ("worker_policy_version", "r", "w-9"): 0.0,
         ("worker_groups", "r", "w-9"): 2.0,
         ("worker_tokens", "r", "w-9", "prompt"): 10.0,
-        ("worker_reward_failures", "r", "w-9"): 1.0,
+        ("worker_reward_failures", "r", "w-9"): 2.0,
     }
     assert meter.observed == {("assignment_seconds", "r"): [0.0]}
 

@@ -13,7 +13,7 @@ import torch
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import AdapterError, ConfigError, DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import GroupKey, RolloutGroup, SamplingParams, ScoredGroup
 from mmrl_ray.experience.schema import group_rows
 from mmrl_ray.policy.adapter import adapter_state
@@ -85,14 +85,21 @@ def test_what_was_logged_comes_back_with_its_tokens_and_rewards(tiny: Path) -> N
         assert torch.equal(payload.prompt.input_ids, group.prompt.input_ids)
 
 
+def test_a_completion_that_never_had_a_reward_comes_back_without(tiny: Path) -> None:
+    (good, _), _ = logged(tiny)
+    rows = json.loads(json.dumps(good.metadata["mmrl_rollouts"]))
+    rows[0] |= {"reward": None, "reward_parts": [], "masked": "it hung"}
+    (group,) = run(backend_on(tiny), [replace(good, metadata={"mmrl_rollouts": rows})]).groups
+    assert group.masked is None
+    assert group.failures == ("it hung",)
+    assert group.rewards[0] == RewardFailure("it hung")
+
+
 def test_a_group_that_does_not_fit_is_told_and_the_others_go_on(tiny: Path) -> None:
     (good, _), (other, _) = logged(tiny)
     backend = backend_on(tiny)
     assert "has 8 tokens, and rollout.max_new_tokens=7" in run(backend, [good, other], limit=7).failures[0].reason
-    assert (
-        "has 2 completions with a reward, and rollout.group_size=3"
-        in run(backend, [good], completions=3).failures[0].reason
-    )
+    assert "has 2 completions, and rollout.group_size=3" in run(backend, [good], completions=3).failures[0].reason
     rows = json.loads(json.dumps(good.metadata["mmrl_rollouts"]))
     rows[0]["caption"] = "w1 w2 something else"
     strange = replace(good, id="strange", metadata={"mmrl_rollouts": rows})

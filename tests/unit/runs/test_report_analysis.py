@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -135,6 +136,14 @@ def test_captions_in_doubt_by_sigma_and_by_disagreement() -> None:
     scaled = doubted([None] * 6, [{"a": p["a"], "b": 1000 * p["b"]} for p in parts], {"a": 1.0, "b": 0.5})
     assert [c.sample_id for c in doubtful(scaled, 3)["disagreement"]] == [c.sample_id for c in chosen["disagreement"]]
     assert doubtful(scaled, 3)["sigma"] == []
+
+
+def test_a_part_that_is_always_the_same_disagrees_with_none() -> None:
+    """0.7 has a standard deviation of 1e-16 in floating point, and the next float32 is no other value."""
+    near = float(np.nextafter(np.float32(0.7), np.float32(1)))
+    for constant in ([0.7] * 6, [0.7, near] * 3):
+        parts = [{"a": 0.1 * i, "b": value} for i, value in enumerate(constant)]
+        assert doubtful(doubted([None] * 6, parts, {"a": 1.0, "b": 1.0}))["disagreement"] == []
 
 
 def test_the_parts_of_a_lone_part_are_compared_and_its_penalty_is_not() -> None:

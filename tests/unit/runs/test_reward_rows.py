@@ -114,6 +114,14 @@ def test_missing_columns(dropped: list[str], message: str, tmp_path: Path) -> No
         read(str(tmp_path))
 
 
+@pytest.mark.parametrize("value", [0.7, 0.1, 1 / 3])
+def test_ratings_that_are_all_the_same_like_nothing(value: float) -> None:
+    judgements = [Judgement((picture(i),), "x", "y", None, value, value, "p") for i in range(3)]
+    data = RewardData.of_judgements(judgements)
+    assert data.liked() == [False] * 6
+    assert data.center_and_spread() == (pytest.approx(value), 1.0)
+
+
 def test_arrays_and_batches() -> None:
     one, two = (picture(1),), (picture(2),)
     judgements = [

@@ -16,7 +16,7 @@ from mmrl_ray.config.load import parse_config
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.errors import ConfigError, RunError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import (
     Completion,
     EncodedPrompt,
@@ -57,7 +57,9 @@ def source(tmp_path: Path) -> RunDir:
                 Completion(torch.arange(1, 2 + i), -torch.arange(1.0, 2.0 + i) / 3, f"c{step}{index}{i}", "stop")
                 for i in range(3)
             )
-            rewards = tuple(RewardBreakdown(i / 4, {"p": i / 4}, {"p": 1.0}) for i in range(3))
+            rewards: tuple[Score, ...] = tuple(RewardBreakdown(i / 4, {"p": i / 4}, {"p": 1.0}) for i in range(3))
+            if (step, index) == (3, 0):
+                rewards = (*rewards[:2], RewardFailure("it hung"))
             masked = "its reward failed" if (step, index) == (1, 1) else None
             group = RolloutGroup(sample, EncodedPrompt(torch.arange(3), {}, "k"), made, 0, SamplingParams(), made[0])
             scored = ScoredGroup(
@@ -96,6 +98,9 @@ def test_the_log_is_copied_whole_and_what_becomes_of_it_later_changes_no_run(sou
     assert group is not None
     assert [c.text for c in group.completions] == ["c310", "c311", "c312"]
     assert [r.total for r in group.rewards] == [0.0, 0.25, 0.5]
+    hung = stored_group(samples["3.0.0/s0"])
+    assert hung is not None
+    assert [getattr(r, "total", r) for r in hung.rewards] == [0.0, 0.25, RewardFailure("it hung")]
     assert torch.equal(group.completions[2].logprobs, -torch.arange(1.0, 4.0) / 3)
     source.delete("rollouts")
     assert stored_data(cfg, run) == changed

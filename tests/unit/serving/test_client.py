@@ -106,6 +106,9 @@ def test_rewards() -> None:
         {"index": i, "total": t, "parts": {"bleu": t}, "weights": {"bleu": 1.0}, "sigma": s}
         for i, t, s in [(1, 0.25, 0.1), (0, 0.5, None)]
     ]
+    failed = {"total": None, "parts": {}, "weights": {}, "sigma": None, "error": {"message": "it hung"}}
+    gateway = Gateway(ok({"version": "v1", "data": [{"image_hash": None, "rewards": [{"index": 0, **failed}]}]}))
+    assert gateway.client().rewards(None, ["x"]).rewards == (Reward(None, {}, {}, None, "it hung"),)
     gateway = Gateway(ok({"version": "v1", "data": [{"index": 0, "image_hash": "ab", "rewards": rewards}]}))
     scored = gateway.client().rewards(picture(1, "WEBP"), ("x", "y"), references=("z",), prompt="p")
     assert scored == Rewards(

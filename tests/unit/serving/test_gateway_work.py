@@ -247,6 +247,8 @@ def test_rewards_of_one_picture_in_the_short_form(gateway: Gateway) -> None:
                         "parts": {"characters": characters, "references": 1.0},
                         "weights": {"characters": 1.0, "references": -1.0},
                         "sigma": 0.25,
+                        "missing": {},
+                        "error": None,
                     }
                     for index, characters in enumerate((2.0, 4.0))
                 ],
@@ -304,6 +306,20 @@ def test_a_reward_that_fails_is_an_error_and_no_zero(gateway: Gateway) -> None:
     for path, body in (("/v1/rewards", {"captions": ["a"]}), ("/v1/score", {"queries": "r", "documents": "a"})):
         error = refused(gateway.post(path, body), 502)
         assert (error["code"], error["message"]) == ("reward_failed", "reward gave NaN for input 0")
+
+
+def test_a_caption_without_a_reward_has_an_error_of_its_own(gateway: Gateway) -> None:
+    gateway.reward.failing = ("bad",)
+    response = gateway.post("/v1/rewards", {"captions": ["ab", "bad"]})
+    assert response.status_code == 200
+    good, bad = response.json()["data"][0]["rewards"]
+    assert (good["total"], good["error"]) == (2.0, None)
+    assert bad["error"] == {"code": "reward_failed", "message": "no number for bad"}
+    assert (bad["total"], bad["parts"], bad["sigma"]) == (None, {}, None)
+    (alone,) = gateway.post("/v1/rewards", {"captions": ["bad"]}).json()["data"][0]["rewards"]
+    assert alone["total"] is None
+    error = refused(gateway.post("/v1/score", {"queries": "r", "documents": ["a", "bad"]}), 502)
+    assert error["message"].startswith("document 1 has no reward: no number for bad")
 
 
 def test_a_nan_that_nobody_caught_is_no_number_either(gateway: Gateway) -> None:

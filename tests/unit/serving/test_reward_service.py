@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError, UnknownImageError
-from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, TruncatedCaption
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.protocols import RewardItem
@@ -54,7 +55,7 @@ def test_a_batch_of_items_gets_the_scores_of_the_reward_itself() -> None:
     items = tuple(item(*c, references=tuple(r)) for c, r in zip(captions, REFERENCES, strict=True))
     scored = asyncio.run(HostedReward.build(CFG, STATISTICS).score(items))
     alone = build_reward(CFG, STATISTICS)
-    for got, texts, references in zip(scored.breakdowns, captions, REFERENCES, strict=True):
+    for got, texts, references in zip(scored.scores, captions, REFERENCES, strict=True):
         sample = Sample("any", (), "", tuple(references))
         assert list(got) == [alone.score_batch([sample], [text])[0] for text in texts]
     assert scored.reward == "0.7*caption + 0.3*cider"
@@ -91,10 +92,23 @@ def test_one_call_for_the_whole_batch() -> None:
 def test_whatever_is_wrong_is_an_error(change: Callable[[list[RewardBreakdown]], Any], message: str) -> None:
     service = hosted(Watched(change))
     with pytest.raises(RewardError, match=message):
-        asyncio.run(service.score((item("x", "yy"),)))
-    with pytest.raises(RewardError, match=message):
         asyncio.run(service.score_batch(CaptionBatch.of([Sample("s", (), "")] * 2, ["x", "yy"], images=False)))
     assert service.healthy
+
+
+def test_a_caption_that_cannot_be_scored_fails_by_itself() -> None:
+    def change(scores: list[RewardBreakdown]) -> list[RewardBreakdown]:
+        if any(score.total == 2.0 for score in scores):
+            raise KeyError("yy")
+        return scores
+
+    scored = asyncio.run(hosted(Watched(change)).score((item("x", "yy"), item("zzz"), item("yy"))))
+    failure = RewardFailure("the reward raised KeyError: 'yy'")
+    assert [[getattr(each, "total", each) for each in scores] for scores in scored.scores] == [
+        [1.0, failure],
+        [3.0],
+        [failure],
+    ]
 
 
 def test_a_call_past_its_deadline_is_an_error_and_marks_the_replica_until_one_returns() -> None:
@@ -107,6 +121,27 @@ def test_a_call_past_its_deadline_is_an_error_and_marks_the_replica_until_one_re
     blocked.set()
     asyncio.run(service.score((item("x"),)))
     assert service.healthy
+
+
+def test_a_function_that_hangs_on_a_caption_costs_neither_the_others_nor_the_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a regular expression, which no thread can be interrupted in."""
+    (tmp_path / "hanging.py").write_text(
+        "import re\ndef fn(captions, states):\n    return [float(bool(re.fullmatch('(a+)+', c))) for c in captions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    part = {"kind": "function", "path": "hanging:fn", "state": "text"}
+    cfg = RewardSection.model_validate({"parts": {"mine": part}, "weights": {"mine": 1.0}, "timeout_s": 1.0})
+    service = HostedReward.build(cfg, STATISTICS)
+    before = set(threading.enumerate())
+    found = asyncio.run(service.score((item("aa", "a" * 60 + "b", "b"), item("aaa")))).scores
+    assert [[getattr(score, "total", None) for score in scores] for scores in found] == [[1.0, None, 0.0], [1.0]]
+    assert service.healthy
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in left)
 
 
 def test_a_picture_that_came_once_goes_by_its_hash() -> None:
@@ -180,4 +215,4 @@ def test_a_batch_for_training_is_scored_in_the_order_of_its_captions() -> None:
 def test_no_captions_no_call() -> None:
     reward = Watched(lambda scores: 1 / 0)
     scored = asyncio.run(hosted(reward).score((item(),)))
-    assert scored.breakdowns == ((),)
+    assert scored.scores == ((),)
