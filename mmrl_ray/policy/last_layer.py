@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmrl_ray.policy.load import Policy
@@ -43,9 +43,10 @@ def _at_last_position(module: nn.Module) -> Iterator[None]:
     lengths: list[int] = []
 
     def keep_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = args
-        lengths.append(hidden.shape[1])
-        return (hidden[:, -1:], *rest)
+        tokens = args[0].shape[:2]
+        lengths.append(tokens[1])
+        # A mixture of experts may be told each token's type beside it (Ernie).
+        return tuple(each[:, -1:] if isinstance(each, Tensor) and each.shape[:2] == tokens else each for each in args)
 
     def pad_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         padding = (0, 0, lengths.pop() - 1, 0)
