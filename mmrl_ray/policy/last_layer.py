@@ -43,10 +43,10 @@ def _at_last_position(module: nn.Module) -> Iterator[None]:
     lengths: list[int] = []
 
     def keep_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        lengths.append(args[0].shape[1])
-        shape = args[0].shape[:2]
-        # Whatever else comes for each position is cut alike (Ernie's experts are told which tokens are of images).
-        return tuple(arg[:, -1:] if isinstance(arg, Tensor) and arg.shape[:2] == shape else arg for arg in args)
+        tokens = args[0].shape[:2]
+        lengths.append(tokens[1])
+        # A mixture of experts may be told each token's type beside it (Ernie).
+        return tuple(each[:, -1:] if isinstance(each, Tensor) and each.shape[:2] == tokens else each for each in args)
 
     def pad_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         padding = (0, 0, lengths.pop() - 1, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,9 +72,9 @@ MODELS: dict[str, dict[str, Any]] = {
 """Soft caps, and scales before the head and behind it; the first two do nothing of the kind."""
 
 
-def tiny(kind: str, dtype: torch.dtype) -> PreTrainedModel:
+def tiny(kind: str, dtype: torch.dtype, facts: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Made of a config alone: no processor, no picture."""
-    facts = dict(MODELS[kind])
+    facts = dict(MODELS[kind] if facts is None else facts)
     vision = {**VISION, **facts.pop("vision", {})}
     if kind in ("paligemma", "aya_vision"):
         vision["model_type"] = "siglip_vision_model"
