@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from mmrl_ray.errors import ModelError
@@ -167,8 +166,8 @@ def answer_opening(processor: Any) -> str:
     def rendered(messages: list[Any], *, opens: bool) -> str:
         try:
             return processor.apply_chat_template(messages, add_generation_prompt=opens, tokenize=False)
-        except TemplateError:
-            return ""  # of this order of messages; a template that refuses the first is found out where it is used
+        except Exception:  # noqa: BLE001 - a template is anybody's code; whoever loads it tells what it cannot do
+            return ""
 
     prompt = rendered([user], opens=True)
     # Templates may leave thoughts out of earlier turns, or write empty ones into the last.

@@ -79,6 +79,7 @@ ONE_MESSAGE = "{% if messages | length > 1 %}{{ raise_exception('one message, pl
         (EMPTY_THOUGHT, "[assistant]\n<think>\n", "<think>\n"),
         (ONE_MESSAGE, "[assistant]\n<thought>\n", "<thought>\n"),
         (ONE_MESSAGE, "<|assistant|>", ""),
+        (TURNS + "{% if messages | length > 2 %}{{ 1 + 'a' }}{% endif %}", "[assistant]\n<think>\n", "<think>\n"),
     ],
 )
 def test_what_a_template_writes_before_an_answer(turns: str, opens: str, expected: str, load: Load) -> None:
