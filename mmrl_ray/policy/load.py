@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +14,9 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
@@ -38,15 +34,13 @@ from mmrl_ray.policy.tokens import (
     reserved_texts,
 )
 from mmrl_ray.policy.value_heads import ValueHeads
+from mmrl_ray.policy.weights import WEIGHTS_REMEDY, refuse_unfit, skeleton_of_files
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 
 _CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
 """Inputs that tell each token of a row which pictures it may look at (Mllama, Idefics)."""
 
-_WEIGHTS_REMEDY = (
-    "fetch the checkpoint again, as safetensors; where it does not support an attention, set model.attn_implementation"
-)
 _PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
 
 _HASH_WHOLE = 64 << 20
@@ -210,7 +204,7 @@ def load_skeleton(cfg: ModelSection) -> Policy:
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if os.path.isdir(path):
-        model = _skeleton_of_files(Path(path), cfg, config, dtype)
+        model = skeleton_of_files(Path(path), cfg, config, dtype)
     else:
         with model_call(cfg.path, "its model cannot be made"), torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -325,7 +319,7 @@ def _load_processor(path: str, cfg: ModelSection, config: Any) -> Any:
 
 
 def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with model_call(cfg.path, "its weights cannot be loaded", _WEIGHTS_REMEDY):
+    with model_call(cfg.path, "its weights cannot be loaded", WEIGHTS_REMEDY):
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
@@ -338,71 +332,11 @@ def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -
             )
         except RuntimeError:
             if os.path.isdir(path):
-                _skeleton_of_files(Path(path), cfg, config, dtype)  # it names the tensors that do not fit
+                skeleton_of_files(Path(path), cfg, config, dtype)  # it names the tensors that do not fit
             raise
     model, info = loaded
-    _refuse_unfit_weights(info, cfg)
+    refuse_unfit(info, cfg)
     return cast(PreTrainedModel, model)
-
-
-def _skeleton_of_files(folder: Path, cfg: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, loaded as ever (names are converted, experts stacked), but from headers alone."""
-    with model_call(cfg.path, "its weights cannot be loaded", _WEIGHTS_REMEDY):
-        shapes: dict[str, torch.Tensor] = {}
-        for file in weight_files(folder, cfg.path):
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                    shapes[name] = torch.empty(opened.get_slice(name).get_shape(), dtype=dtype, device="meta")
-        model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-        model, info = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=shapes,
-            device_map="meta",
-            dtype=dtype,
-            attn_implementation="sdpa" if cfg.attn_implementation == "flash_attention_2" else cfg.attn_implementation,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    _refuse_unfit_weights(info, cfg)
-    return cast(PreTrainedModel, model)
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """The files that transformers would load the weights of model `name` from.
-
-    Raises:
-        ModelError: one of them is not in `folder`.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    files = [SAFE_WEIGHTS_NAME]
-    if not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(
-            f"model {name!r}: its weights cannot be loaded: its folder lacks {missing[0]}{more}; "
-            "fetch the checkpoint again, as safetensors"
-        )
-    return [folder / file for file in files]
-
-
-def _refuse_unfit_weights(info: Mapping[str, Any], cfg: ModelSection) -> None:
-    """transformers would go on with random weights and a warning."""
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        raise ModelError(
-            f"model {cfg.path!r}: its weight files lack {len(missing)} tensors, the first {missing[0]!r}; "
-            "fetch the checkpoint again"
-        )
-    unfit = sorted(info.get("mismatched_keys") or ())
-    if unfit:
-        name, have, want = unfit[0]
-        raise ModelError(
-            f"model {cfg.path!r}: {len(unfit)} tensors of its weight files have other shapes than its config says, the "
-            f"first {name!r}: {list(have)}, not {list(want)}; config.json and weights are of different checkpoints"
-        )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

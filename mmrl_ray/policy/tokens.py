@@ -134,8 +134,7 @@ def read_turn(processor: Any, eos: tuple[int, ...], path: str) -> Turn:
     before = befores.pop()
     lead = before.removeprefix(opening) if before.startswith(opening) and not befores else ""
     gap = tail.partition(tokenizer.convert_ids_to_tokens(end))[0]
-    lead, gap = (text if not text.strip() else "" for text in (lead, gap))
-    return Turn(opening, lead, gap, end)
+    return Turn(opening, lead if lead.isspace() else "", gap if gap.isspace() else "", end)
 
 
 def _control_tokens(tokenizer: Any, eos: tuple[int, ...]) -> set[int]:

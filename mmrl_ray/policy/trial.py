@@ -24,9 +24,10 @@ from mmrl_ray.errors import ConfigError, DataError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.boundary import brief
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy, weight_files
+from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prefix import score_completions
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
+from mmrl_ray.policy.weights import weight_files
 
 QUICK_BYTES = 1 << 30
 """Weights up to this size are loaded for a trial before anything else is started."""
