@@ -27,7 +27,7 @@ class Sample:
     """One dataset row: a picture (or several), what is asked of it, and what people wrote about it."""
 
     id: str
-    """Unique within its dataset."""
+    """What people call it; rows may share one (a row a caption of the same picture, say)."""
     images: tuple[bytes, ...]
     """Encoded image files, at least one; decoded only by `data/images.py`."""
     prompt: str
@@ -36,6 +36,13 @@ class Sample:
     """Reference captions; rewards that need them raise when there are none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-like facts about the row (for scenes: the objects and their attributes)."""
+    place: str = field(default="", compare=False)
+    """Shard and row, as `ParquetDataset.where` names them; empty where it was not read from a data set."""
+
+    @property
+    def key(self) -> str:
+        """Which row of its data set this is: told by its place, since ids may repeat."""
+        return self.place or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +95,9 @@ ReadFile = Callable[[str], bytes]
 
 
 def sample_from_row(
-    row: Mapping[str, Any], columns: Columns, *, sample_id: str, prompt: str, read_file: ReadFile
+    row: Mapping[str, Any], columns: Columns, *, sample_id: str, prompt: str, read_file: ReadFile, place: str = ""
 ) -> Sample:
-    """One row as a `Sample`; `sample_id` and `prompt` are for rows that bring none.
+    """One row as a `Sample`; `sample_id` and `prompt` are for rows that bring none, `place` is where it lies.
 
     Raises:
         ImageError: an image is absent or its file cannot be read.
@@ -102,6 +109,7 @@ def sample_from_row(
         prompt=_text(row.get(columns.prompt or ""), "prompt") or prompt,
         references=references_from_cell(row.get(columns.references or "")),
         metadata=_metadata(row.get(columns.metadata or "")),
+        place=place,
     )
 
 
@@ -205,7 +213,7 @@ def _images(cell: Any, read_file: ReadFile) -> tuple[bytes, ...]:
 def _image(cell: Any, read_file: ReadFile) -> bytes:
     if isinstance(cell, bytes):
         return cell
-    if cell is not None and cell.get("bytes") is not None:
+    if cell is not None and cell.get("bytes") is not None and (cell["bytes"] or not cell.get("path")):
         return cell["bytes"]
     if cell is None or not cell.get("path"):
         raise ImageError("the row has neither image bytes nor a path")

@@ -118,7 +118,7 @@ class ParquetDataset:
         self._cache.clear()
 
     def where(self, group: RowGroup, offset: int) -> str:
-        """Names a row for people: shard and row within it."""
+        """Names a row, for people and as its key: shard and row within it."""
         return f"{self.shards[group.shard].name} row {group.first_row + offset}"
 
     def row(self, group: RowGroup, offset: int) -> dict[str, Any]:
@@ -140,8 +140,14 @@ class ParquetDataset:
 
     def sample(self, row: dict[str, Any], group: RowGroup, offset: int, prompt: str) -> Sample:
         """A row as a sample; raises as `row.sample_from_row` does. The images are not decoded."""
-        sample_id = self.sample_id(row, group, offset)
-        return sample_from_row(row, self.columns, sample_id=sample_id, prompt=prompt, read_file=self._read_file)
+        return sample_from_row(
+            row,
+            self.columns,
+            sample_id=self.sample_id(row, group, offset),
+            prompt=prompt,
+            read_file=self._read_file,
+            place=self.where(group, offset),
+        )
 
     def iter_column(self, name: str) -> Iterator[Any]:
         """One column's cells in order, without reading the others."""
@@ -216,7 +222,10 @@ class ParquetDataset:
         """An image that a row names relative to the shard's folder, never outside of it."""
         parts = path.split("/")
         if posixpath.isabs(path) or "\\" in path or ":" in parts[0] or ".." in parts or "\0" in path:
-            raise ImageError(f"image path {path!r} is refused: it must be relative and stay inside the data set")
+            raise ImageError(
+                f"image path {path!r} is refused: it must be relative and stay inside the data set {self.folder}; "
+                "rows written elsewhere need relative paths, or the pictures themselves"
+            )
         full = posixpath.join(self.folder, path)
         if is_local(self._filesystem):
             full = os.path.realpath(full)
