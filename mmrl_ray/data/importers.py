@@ -9,7 +9,7 @@ an error at once. What is written appears whole or not at all. What annotation f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmrl_ray.data.annotations import (
@@ -43,7 +43,7 @@ class ImportSummary:
     """Written."""
     references: int
     quarantined: tuple[QuarantineRecord, ...]
-    unlisted: Unlisted = Unlisted()
+    unlisted: Unlisted = field(default_factory=Unlisted)
     """What a captions file says of images that it does not list."""
 
 

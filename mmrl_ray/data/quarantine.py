@@ -31,6 +31,16 @@ def some(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def told(records: Sequence[QuarantineRecord]) -> str:
+    """What was left out, for people: how many, some ids, the first reasons."""
+    return f"{len(records):,} samples left out ({some([r.sample_id for r in records])}): {reasons_of(records)}"
+
+
+def reasons_of(records: Sequence[QuarantineRecord]) -> str:
+    """The first few places and reasons in words; nothing where there are none."""
+    return "; ".join(f"{r.where or r.sample_id}: {r.reason}" for r in records[:_SHOWN])
+
+
 class Quarantine:
     """What was left out so far, within a budget. A row that comes again counts once; rows may have the same id."""
 
@@ -61,7 +71,7 @@ class Quarantine:
     @property
     def reasons(self) -> str:
         """The first few records in words; nothing where there are none."""
-        return "; ".join(f"{r.where or r.sample_id}: {r.reason}" for r in self.records[:_SHOWN])
+        return reasons_of(self.records)
 
     def add(self, sample_id: str, reason: str, where: str = "") -> None:
         """Leaves a sample out.

@@ -105,7 +105,7 @@ def sample_from_row(
     """
     return Sample(
         id=row_id(row, columns, sample_id),
-        images=_images(row[columns.image], read_file),
+        images=images_from_cell(row[columns.image], read_file),
         prompt=_text(row.get(columns.prompt or ""), "prompt") or prompt,
         references=references_from_cell(row.get(columns.references or "")),
         metadata=_metadata(row.get(columns.metadata or "")),
@@ -202,12 +202,32 @@ def _holds_images(kind: pa.DataType) -> bool:
     return bool(found) and all(found)
 
 
-def _images(cell: Any, read_file: ReadFile) -> tuple[bytes, ...]:
+def images_from_cell(cell: Any, read_file: ReadFile) -> tuple[bytes, ...]:
+    """The encoded pictures of a row.
+
+    Raises:
+        ImageError: one is absent or its file cannot be read.
+    """
     cells = cell if isinstance(cell, list) else [cell]
     images = tuple(_image(each, read_file) for each in cells)
     if not images:
         raise ImageError("the row's list of images is empty")
     return images
+
+
+def images_length(cell: Any, file_size: Callable[[str], int]) -> int:
+    """Bytes of a row's pictures together, of which none is read from a file; raises as `images_from_cell`."""
+    cells = cell if isinstance(cell, list) else [cell]
+    return sum(
+        file_size(each["path"])
+        if isinstance(each, dict) and not each.get("bytes") and each.get("path")
+        else len(_image(each, _no_file))
+        for each in cells
+    )
+
+
+def _no_file(path: str) -> bytes:
+    raise AssertionError(f"{path} is not to be read")
 
 
 def _image(cell: Any, read_file: ReadFile) -> bytes:

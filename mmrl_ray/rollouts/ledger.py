@@ -62,7 +62,7 @@ class FirstErrors:
         if len(self._failed) >= SAME_ERRORS and not frozenset.intersection(*self._failed):
             raise ModelError(
                 f"the first samples all failed with the same error, and none has worked: {reason}; no single sample is "
-                f"to blame: look at model {self._model!r}, its processor and settings, and what all samples have in common"
+                f"to blame: look at model {self._model!r}, its processor and settings, and at what all samples share"
             )
 
 

@@ -202,7 +202,7 @@ def test_rows_that_name_pictures_of_another_machine_say_where_they_look(tmp_path
 
 def test_rows_of_one_id_are_known_by_their_places(tmp_path: Path) -> None:
     """A row a caption is a common layout: one that is left out leaves its siblings in, and each counts."""
-    rows = [sample(i, id="dog") for i in range(6)]
+    rows = [sample(i, id="dog", prompt="What is this?") for i in range(6)]
     write_parquet(tmp_path / "d", rows, shards=2)
     source = stream(tmp_path / "d")
     taken = source.take(6)

@@ -179,10 +179,10 @@ def test_evaluating_a_run_uses_its_own_statistics(
     assert [c["caption"] for c in document["captions"]] == captions
     assert list(document["correlations"]) == ["image", "text", "combined"]
     assert document["correlations"]["text"] == {"rho": None, "p_value": None}, "one prompt for all"
-    states: dict[str, CaptionState] = {}
+    states: list[CaptionState] = []
     caption_samples(world.adapted, samples, max_new_tokens=9, states=states)
-    actions = torch.stack([states[sample.id].action for sample in samples])
-    image = torch.stack([states[sample.id].modalities["image"] for sample in samples])
+    actions = torch.stack([state.action for state in states])
+    image = torch.stack([state.modalities["image"] for state in states])
     if actions.std(dim=0).any():
         assert document["correlations"]["image"]["rho"] == pytest.approx(abs(modality_correlation(actions, image)))
     printed = capsys.readouterr().out
