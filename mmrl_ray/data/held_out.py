@@ -57,10 +57,13 @@ class Overlap:
         )
         if not self.found:
             return f"none of {self.samples:,} held-out pictures is in {self.trained_on} ({covered} compared)"
+        if len(self.found) == self.samples:
+            told = f"nothing is held out: all {self.samples:,} held-out pictures are trained on"
+        else:
+            told = f"{len(self.found):,} of {self.samples:,} held-out pictures ({self.share:.0%}) are trained on"
         return (
-            f"{len(self.found):,} of {self.samples:,} held-out pictures ({self.share:.0%}) are trained on: "
-            f"{some(self.found)}; figures on them do not show what was learned. They are in {self.trained_on} "
-            f"({covered} compared); take them out of one of the two"
+            f"{told}: {some(self.found)}; figures on them do not show what was learned. They are in {self.trained_on} "
+            f"({covered} compared): take them out of one of the two"
         )
 
     def to_json(self) -> dict[str, Any]:
