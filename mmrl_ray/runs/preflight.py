@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hashes, same_place
@@ -31,10 +32,15 @@ def check_references(cfg: Config) -> None:
     """Whether the training split has what document frequencies and rewards are made of.
 
     Raises:
-        DataError: it cannot be read, or no row has a reference.
+        DataError: it cannot be read, no row has a reference, or one that an agent is paid by has none.
     """
     if not any(iter_references(cfg.data.train)):
         raise DataError(f"no row of {cfg.data.train} has a reference: a run needs some, for its document frequencies")
+    if cfg.value_based is not None:
+        rows = islice(iter_references(cfg.data.train), cfg.value_based.max_pictures)
+        bare = next((number for number, references in enumerate(rows) if not references), None)
+        if bare is not None:
+            raise DataError(f"{cfg.data.train}: row {bare} has no references to be paid by; leave it out")
 
 
 def held_out_quarantine(cfg: Config) -> Quarantine:
@@ -58,8 +64,10 @@ def evaluation_split(cfg: Config, quarantine: Quarantine) -> list[Sample]:
     return samples
 
 
-def trained_on(cfg: Config, samples: list[Sample]) -> Iterator[Overlap]:
+def trained_on(cfg: Config, samples: list[Sample], *, resume: bool = False) -> Iterator[Overlap]:
     """Held-out samples whose pictures the run trains on, for each place that it takes pictures from.
+
+    A resumed run has copies of its pairs and rollouts, and needs neither the store nor the other run any more.
 
     Raises:
         DataError, RunError: such a place cannot be read.
@@ -71,9 +79,9 @@ def trained_on(cfg: Config, samples: list[Sample]) -> Iterator[Overlap]:
         yield Overlap("data.train, which data.eval is, too", len(ids), ids, len(ids), len(ids))
     else:
         yield overlap_with_data(samples, cfg.data.train)
-    if cfg.data.preferences is not None:
+    if cfg.data.preferences is not None and not resume:
         yield overlap_with_hashes(samples, trained_pictures(cfg.data.preferences), "data.preferences")
-    if cfg.data.rollouts is not None:
+    if cfg.data.rollouts is not None and not resume:
         yield overlap_with_hashes(samples, logged_pictures(cfg.data.rollouts), "data.rollouts")
 
 

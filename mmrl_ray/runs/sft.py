@@ -52,11 +52,11 @@ def train_supervised(
 ) -> list[float]:
     """Trains `policy` in place on `cfg.data.train`; an adapter is merged at the end. Returns the loss of each step.
 
-    Rows whose pictures or prompts cannot be used are left out, within `data.max_quarantined`; `on_left_out` hears of
-    each. The same arguments give the same weights on the CPU.
+    Rows whose pictures or prompts cannot be used, or that have no target of the kinds asked for, are left out, within
+    `data.max_quarantined`; `on_left_out` hears of each. The same arguments give the same weights on the CPU.
 
     Raises:
-        DataError: the data cannot be read, or a row has no target of the kinds asked for.
+        DataError: the data cannot be read.
         QuarantineError: more rows that cannot be used than are tolerated.
         ModelError: the first rows all fail with the same error.
         ContextLengthError: a prompt and its caption exceed the model's context.
@@ -95,7 +95,18 @@ def draw_target(sample: Sample, sft: SftSection, rng: random.Random) -> str:
     """One caption to train on: terse, partial or full by the section's weights, among the kinds that the row has.
 
     Raises:
-        DataError: the row has none of the kinds that have a weight.
+        DataError: as `usable_targets`.
+    """
+    usable = usable_targets(sample, sft)
+    (texts,) = rng.choices([texts for _, texts in usable], [weight for weight, _ in usable])
+    return rng.choice(texts)
+
+
+def usable_targets(sample: Sample, sft: SftSection) -> list[tuple[float, list[str]]]:
+    """(weight, captions) of each kind that has a weight and that the row has.
+
+    Raises:
+        DataError: there is none.
     """
     kinds = (
         (sft.terse, _texts(sample.metadata, "terse")),
@@ -108,8 +119,7 @@ def draw_target(sample: Sample, sft: SftSection, rng: random.Random) -> str:
             f"sample {sample.id!r} has no caption to train on: sft asks for terse={sft.terse:g}, "
             f"partial={sft.partial:g}, full={sft.full:g}; give the row such captions or change the weights"
         )
-    (texts,) = rng.choices([texts for _, texts in usable], [weight for weight, _ in usable])
-    return rng.choice(texts)
+    return usable
 
 
 def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
@@ -147,7 +157,7 @@ def _batches(
     first = FirstErrors(policy.path)
     rng = random.Random(seed)
     for _ in range(sft.steps):
-        taken = _take(policy, stream, sft.batch_size // sft.captions_per_image, first)
+        taken = _take(policy, stream, sft, first)
         samples = [sample for sample, _ in taken]
         pairs: list[Pair] = []
         for sample, prompt in taken:
@@ -158,12 +168,16 @@ def _batches(
         yield samples, pairs
 
 
-def _take(policy: Policy, stream: SampleStream, count: int, first: FirstErrors) -> list[tuple[Sample, EncodedPrompt]]:
-    """The next samples that can be encoded; others are quarantined, as rollouts do."""
+def _take(
+    policy: Policy, stream: SampleStream, sft: SftSection, first: FirstErrors
+) -> list[tuple[Sample, EncodedPrompt]]:
+    """A step's samples: the next that can be encoded and have a target; others are quarantined, as in rollouts."""
+    count = sft.batch_size // sft.captions_per_image
     taken: list[tuple[Sample, EncodedPrompt]] = []
     while len(taken) < count:
         for sample in stream.take(count - len(taken)):
             try:
+                usable_targets(sample, sft)
                 taken += [(sample, prompt) for prompt in encode_prompts(policy, [sample])]
             except (DataError, ModelError) as error:
                 reason = f"{type(error).__name__}: {error}"

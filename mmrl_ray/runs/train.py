@@ -105,7 +105,7 @@ class _Run:
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             check_references(cfg)
-            samples = self._held_out()
+            samples = self._held_out(resume)
         with self._timed("warm_start"):
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
             self._tell_left_out("warm_start", warm_start_left_out(model.path))
@@ -151,12 +151,12 @@ class _Run:
 
     # -- data ------------------------------------------------------------------------------------------------------
 
-    def _held_out(self) -> list[Sample]:
+    def _held_out(self, resume: bool) -> list[Sample]:
         """The samples to evaluate on; says which of them are broken, and which are trained on."""
         quarantine = held_out_quarantine(self._cfg)
         samples = evaluation_split(self._cfg, quarantine)
         self._tell_left_out("held_out", quarantine.records)
-        overlaps = list(trained_on(self._cfg, samples))
+        overlaps = list(trained_on(self._cfg, samples, resume=resume))
         self._facts["held_out"] = {"samples": len(samples), "trained_on": [each.to_json() for each in overlaps]}
         for each in overlaps:
             if each.found:

@@ -234,6 +234,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tmp_path: Path) -> None:
     rows = [replace(each, id="same", prompt="describe it") for each in SCENES]
     rows[2] = replace(rows[2], images=(b"no picture",))
     rows[5] = replace(rows[5], prompt="see <image>")
+    rows[6] = replace(rows[6], references=())
     write_parquet(tmp_path / "own", rows)
     data = {"train": str(tmp_path / "own")}
     cfg = config(tmp_path, data=data, sft={"steps": 6})
@@ -241,10 +242,11 @@ def test_rows_that_cannot_be_used_are_left_out_and_told(tmp_path: Path) -> None:
     found = {record.where[-5:]: record.reason for record in warm_start_left_out(folder)}
     assert found["row 2"].startswith("text instead of an image")
     assert found["row 5"].startswith("DataError: prompt of sample 'same' contains the special token '<image>'")
-    assert len(found) == len(warm_start_left_out(folder)) == 2
+    assert found["row 6"].startswith("DataError: sample 'same' has no caption to train on")
+    assert len(found) == len(warm_start_left_out(folder)) == 3
     assert warm_start_left_out(tmp_path) == ()
     with pytest.raises(QuarantineError, match=f"First of {tmp_path / 'own'}"):
-        warm_start(config(tmp_path, data={**data, "max_quarantined": 1}, sft={"steps": 6, "lr": 1e-5}))
+        warm_start(config(tmp_path, data={**data, "max_quarantined": 2}, sft={"steps": 6, "lr": 1e-5}))
     # The same of all rows is no matter of rows, however many may be left out.
     write_parquet(tmp_path / "all", [replace(each, prompt="see <image>") for each in rows])
     with pytest.raises(ModelError, match=r"the first samples all failed with the same error.*special token '<image>'"):
