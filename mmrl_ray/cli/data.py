@@ -109,3 +109,8 @@ def _import(run: Callable[..., ImportSummary]) -> None:
     typer.echo(f"{summary.out}: {summary.rows:,} images, {summary.references:,} references")
     for record in summary.quarantined:
         typer.echo(f"left out: {record.sample_id} ({record.where}): {record.reason}", err=True)
+    if summary.unlisted.captions:
+        from mmrl_ray.data.quarantine import some
+
+        ids = some(summary.unlisted.image_ids)
+        typer.echo(f"left out: {summary.unlisted.captions:,} captions of images that are not listed: {ids}", err=True)

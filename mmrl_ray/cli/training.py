@@ -74,11 +74,14 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     cfg = load(config, set_)
     if cfg.sft is None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
+    from mmrl_ray.data.quarantine import told
     from mmrl_ray.runs.progress import RunProgress
-    from mmrl_ray.runs.warm_start import warm_start
+    from mmrl_ray.runs.warm_start import warm_start, warm_start_left_out
 
     with RunProgress() as shown:
         folder = warm_start(cfg, progress=shown.phase("warm start"))
+    if left_out := warm_start_left_out(folder):
+        typer.echo(f"warm start: {told(left_out)}", err=True)
     typer.echo(folder)
 
 

@@ -66,7 +66,7 @@ class DataSection(Section):
     eval_samples: int | None = Field(None, ge=1)
     """Evaluate on the first so many rows; all by default."""
     max_quarantined: int = Field(20, ge=0)
-    """Broken samples a run tolerates before it stops."""
+    """Broken samples a run tolerates before it stops; as many in the held-out split, and in the warm start."""
     scenes: ScenesSection | None = None
     """Generate the scenes dataset; none by default."""
     preferences: PreferencesSection | None = None

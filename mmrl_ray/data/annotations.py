@@ -1,4 +1,7 @@
-"""What annotation files say of each sample: COCO captions, Karpathy's `dataset_coco.json`, JSONL. No image is read."""
+"""What annotation files say of each sample: COCO captions, Karpathy's `dataset_coco.json`, JSONL. No image is read.
+
+An id stands for one picture: a file that gives it to two is refused, since nobody could say whose the captions are.
+"""
 
 from __future__ import annotations
 
@@ -33,55 +36,66 @@ class Annotation:
     """Why it cannot be used, where that is known already."""
 
 
-def coco_annotations(file: Path, images: Path) -> list[Annotation]:
-    """Every image of a COCO captions file, in the file's order.
+@dataclass(frozen=True, slots=True)
+class Unlisted:
+    """Captions of images that the same file does not list."""
+
+    captions: int = 0
+    image_ids: tuple[str, ...] = ()
+
+
+def coco_annotations(file: Path, images: Path) -> tuple[list[Annotation], Unlisted]:
+    """Every image of a COCO captions file, in the file's order, and the captions that belong to none of them.
 
     Raises:
-        DataError: the file is missing, no JSON, or not in COCO's layout.
+        DataError: the file is missing, no JSON, or not in COCO's layout; a caption is no text; an id is that of two
+            images.
     """
     content = _load_json(file)
     try:
         captions: dict[Any, list[str]] = {}
-        for entry in content["annotations"]:
-            captions.setdefault(entry["image_id"], []).append(_text(entry["caption"]))
-        found = {
-            entry["id"]: _coco_annotation(
-                str(entry["id"]),
-                f"{file} image {entry['id']}",
-                [_text(entry["file_name"])],
-                captions.get(entry["id"]),
-                images,
-            )
-            for entry in content["images"]
-        }
-    except (KeyError, TypeError, ValueError) as error:
+        for number, entry in enumerate(content["annotations"]):
+            what = f"annotation {entry.get('id', f'number {number + 1}')} of image {entry['image_id']}"
+            captions.setdefault(entry["image_id"], []).append(_caption(entry["caption"], f"{file}, {what}"))
+        names: dict[Any, str] = {}
+        for entry in content["images"]:
+            _one_picture(names, entry["id"], _text(entry["file_name"]), file)
+        found = [
+            _coco_annotation(str(key), f"{file} image {key}", [name], captions.pop(key, None), images)
+            for key, name in names.items()
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{file} is no COCO captions file (images[].id, .file_name; annotations[].image_id, .caption): "
             f"{_reason(error)}"
         ) from error
     if not found:
         raise DataError(f"{file} lists no images")
-    return list(found.values())
+    return found, Unlisted(sum(map(len, captions.values())), tuple(map(str, captions)))
 
 
 def karpathy_annotations(file: Path, images: Path, split: str) -> list[Annotation]:
     """The images of one of Karpathy's splits, or of several joined by "+", in the file's order.
 
     Raises:
-        DataError: the file is missing, no JSON or not in that layout, or no image is of that split.
+        DataError: the file is missing, no JSON or not in that layout, or no image is of that split; a caption is no
+            text; an id is that of two images.
     """
     wanted = set(split.split("+"))
     if not wanted <= set(KARPATHY_SPLITS):
         raise DataError(f"no split {split!r}: choose of {', '.join(KARPATHY_SPLITS)}, joined by +")
     content = _load_json(file)
     found: list[Annotation] = []
+    pictures: dict[Any, str] = {}
     try:
         for entry in content["images"]:
             if entry["split"] not in wanted:
                 continue
             sample_id = str(entry.get("cocoid", entry.get("imgid", entry["filename"])))
             name = _text(entry["filename"])
-            captions = [_text(sentence["raw"]) for sentence in entry["sentences"]]
+            what = f"{file}, image {sample_id} ({name})"
+            captions = [_caption(sentence["raw"], f"{what}: a sentence") for sentence in entry["sentences"]]
+            _one_picture(pictures, sample_id, f"{entry.get('filepath') or ''}/{name}".lstrip("/"), file)
             # Flickr8k and Flickr30k in the same layout have no filepath, and some keep COCO in one flat folder.
             places = [f"{entry['filepath']}/{name}", name] if entry.get("filepath") else [name]
             found.append(_coco_annotation(sample_id, f"{file} image {sample_id}", places, captions, images))
@@ -193,6 +207,21 @@ def _places(names: list[str], images: Path) -> tuple[tuple[Path, ...], str]:
         if not inside:
             return places, f"image {name!r} is refused: it lies outside {images}"
     return places, ""
+
+
+def _one_picture(names: dict[Any, str], key: Any, name: str, file: Path) -> None:
+    """Notes which picture an id stands for."""
+    if names.setdefault(key, name) != name:
+        raise DataError(
+            f"{file}: image id {key} is that of two pictures, {names[key]} and {name}: whose its captions are cannot "
+            "be told; give each an id of its own"
+        )
+
+
+def _caption(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{what} has the caption {value!r}: it must be text; write one or take it out")
+    return _text(value)
 
 
 def _text(value: Any) -> str:

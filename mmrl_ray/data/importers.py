@@ -9,10 +9,16 @@ an error at once. What is written appears whole or not at all. What annotation f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mmrl_ray.data.annotations import Annotation, coco_annotations, jsonl_annotations, karpathy_annotations
+from mmrl_ray.data.annotations import (
+    Annotation,
+    Unlisted,
+    coco_annotations,
+    jsonl_annotations,
+    karpathy_annotations,
+)
 from mmrl_ray.data.images import MAX_BYTES, decode_image, image_extension, image_hash
 from mmrl_ray.data.quarantine import Quarantine, QuarantineRecord
 from mmrl_ray.data.row import Sample
@@ -37,6 +43,8 @@ class ImportSummary:
     """Written."""
     references: int
     quarantined: tuple[QuarantineRecord, ...]
+    unlisted: Unlisted = field(default_factory=Unlisted)
+    """What a captions file says of images that it does not list."""
 
 
 def import_coco(
@@ -65,14 +73,16 @@ def import_coco(
     if (annotations is None) == (karpathy is None):
         raise DataError("name either a captions file or Karpathy's dataset_coco.json: the latter has captions too")
     _check_folder(images)
+    unlisted = Unlisted()
     if karpathy is not None:
         found = karpathy_annotations(karpathy, images, split or "train+restval")
     elif annotations is not None:
         if split is not None:
             raise DataError(f"split {split!r} needs Karpathy's dataset_coco.json: a captions file is one split")
-        found = coco_annotations(annotations, images)
+        found, unlisted = coco_annotations(annotations, images)
     writer = _writer(out, rows_per_shard, several_images=False)
-    return _import(iter(found), len(found), writer, embed, Quarantine(max_quarantined), progress)
+    summary = _import(iter(found), len(found), writer, embed, Quarantine(max_quarantined), progress)
+    return replace(summary, unlisted=unlisted)
 
 
 def import_jsonl(

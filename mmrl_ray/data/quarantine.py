@@ -1,8 +1,8 @@
-"""Broken samples: counted, told apart, and too many of them an error."""
+"""Broken samples: counted, told apart by their place, and too many of them an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,19 +18,41 @@ class QuarantineRecord:
     sample_id: str
     reason: str
     where: str = ""
-    """Shard and row, or file and line; empty when it was found broken later, in a rollout worker say."""
+    """Shard and row (`Sample.place`), or file and line; empty in runs from before workers' finds had their places."""
 
     def as_dict(self) -> dict[str, str]:
         """JSON-able, for `quarantine.jsonl` and checkpoints."""
         return asdict(self)
 
 
-class Quarantine:
-    """What was left out so far, within a budget. A sample that comes again counts once."""
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first few of many, for a message: `a, b, c and 4 more`."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
-    def __init__(self, budget: int, on_record: Callable[[QuarantineRecord], None] | None = None) -> None:
-        """`budget` samples may be broken; `on_record` hears of each new one before the budget is checked."""
+
+def told(records: Sequence[QuarantineRecord]) -> str:
+    """What was left out, for people: how many, some ids, the first reasons."""
+    return f"{len(records):,} samples left out ({some([r.sample_id for r in records])}): {reasons_of(records)}"
+
+
+def reasons_of(records: Sequence[QuarantineRecord]) -> str:
+    """The first few places and reasons in words; nothing where there are none."""
+    return "; ".join(f"{r.where or r.sample_id}: {r.reason}" for r in records[:_SHOWN])
+
+
+class Quarantine:
+    """What was left out so far, within a budget. A row that comes again counts once; rows may have the same id."""
+
+    def __init__(
+        self, budget: int, on_record: Callable[[QuarantineRecord], None] | None = None, *, source: str = ""
+    ) -> None:
+        """`budget` samples may be broken; `on_record` hears of each new one before the budget is checked.
+
+        `source` is where the samples come from, for the error.
+        """
         self.budget = budget
+        self._source = source
         self._on_record = on_record
         self._records: dict[str, QuarantineRecord] = {}
 
@@ -43,8 +65,13 @@ class Quarantine:
         return tuple(self._records.values())
 
     def holds(self, sample_id: str, where: str) -> bool:
-        """Whether this sample is left out already."""
+        """Whether this row is left out already; an id counts only where it was left out without a place."""
         return where in self._records or sample_id in self._records
+
+    @property
+    def reasons(self) -> str:
+        """The first few records in words; nothing where there are none."""
+        return reasons_of(self.records)
 
     def add(self, sample_id: str, reason: str, where: str = "") -> None:
         """Leaves a sample out.
@@ -61,10 +88,10 @@ class Quarantine:
         if self._on_record is not None:
             self._on_record(record)
         if len(self._records) > self.budget:
-            first = "; ".join(f"{r.where or r.sample_id}: {r.reason}" for r in self.records[:_SHOWN])
+            source = f" of {self._source}" if self._source else ""
             raise QuarantineError(
                 f"{len(self._records)} broken samples, but at most {self.budget} are tolerated (max_quarantined): "
-                f"mend them or raise it. First: {first}"
+                f"mend them or raise it. First{source}: {self.reasons}"
             )
 
     def state(self) -> list[dict[str, str]]:

@@ -27,7 +27,7 @@ class Sample:
     """One dataset row: a picture (or several), what is asked of it, and what people wrote about it."""
 
     id: str
-    """Unique within its dataset."""
+    """What people call it; rows may share one (a row a caption of the same picture, say)."""
     images: tuple[bytes, ...]
     """Encoded image files, at least one; decoded only by `data/images.py`."""
     prompt: str
@@ -36,6 +36,13 @@ class Sample:
     """Reference captions; rewards that need them raise when there are none."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON-like facts about the row (for scenes: the objects and their attributes)."""
+    place: str = field(default="", compare=False)
+    """Shard and row, as `ParquetDataset.where` names them; empty where it was not read from a data set."""
+
+    @property
+    def key(self) -> str:
+        """Which row of its data set this is: told by its place, since ids may repeat."""
+        return self.place or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +95,9 @@ ReadFile = Callable[[str], bytes]
 
 
 def sample_from_row(
-    row: Mapping[str, Any], columns: Columns, *, sample_id: str, prompt: str, read_file: ReadFile
+    row: Mapping[str, Any], columns: Columns, *, sample_id: str, prompt: str, read_file: ReadFile, place: str = ""
 ) -> Sample:
-    """One row as a `Sample`; `sample_id` and `prompt` are for rows that bring none.
+    """One row as a `Sample`; `sample_id` and `prompt` are for rows that bring none, `place` is where it lies.
 
     Raises:
         ImageError: an image is absent or its file cannot be read.
@@ -98,10 +105,11 @@ def sample_from_row(
     """
     return Sample(
         id=row_id(row, columns, sample_id),
-        images=_images(row[columns.image], read_file),
+        images=images_from_cell(row[columns.image], read_file),
         prompt=_text(row.get(columns.prompt or ""), "prompt") or prompt,
         references=references_from_cell(row.get(columns.references or "")),
         metadata=_metadata(row.get(columns.metadata or "")),
+        place=place,
     )
 
 
@@ -194,7 +202,12 @@ def _holds_images(kind: pa.DataType) -> bool:
     return bool(found) and all(found)
 
 
-def _images(cell: Any, read_file: ReadFile) -> tuple[bytes, ...]:
+def images_from_cell(cell: Any, read_file: ReadFile) -> tuple[bytes, ...]:
+    """The encoded pictures of a row.
+
+    Raises:
+        ImageError: one is absent or its file cannot be read.
+    """
     cells = cell if isinstance(cell, list) else [cell]
     images = tuple(_image(each, read_file) for each in cells)
     if not images:
@@ -202,10 +215,25 @@ def _images(cell: Any, read_file: ReadFile) -> tuple[bytes, ...]:
     return images
 
 
+def images_length(cell: Any, file_size: Callable[[str], int]) -> int:
+    """Bytes of a row's pictures together, of which none is read from a file; raises as `images_from_cell`."""
+    cells = cell if isinstance(cell, list) else [cell]
+    return sum(
+        file_size(each["path"])
+        if isinstance(each, dict) and not each.get("bytes") and each.get("path")
+        else len(_image(each, _no_file))
+        for each in cells
+    )
+
+
+def _no_file(path: str) -> bytes:
+    raise AssertionError(f"{path} is not to be read")
+
+
 def _image(cell: Any, read_file: ReadFile) -> bytes:
     if isinstance(cell, bytes):
         return cell
-    if cell is not None and cell.get("bytes") is not None:
+    if cell is not None and cell.get("bytes") is not None and (cell["bytes"] or not cell.get("path")):
         return cell["bytes"]
     if cell is None or not cell.get("path"):
         raise ImageError("the row has neither image bytes nor a path")

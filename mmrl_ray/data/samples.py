@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class SampleStream:
             DataError: the data set cannot be read (see `ParquetDataset`).
         """
         self.dataset = ParquetDataset(path, cached_groups=WINDOW_GROUPS)
-        self.quarantine = Quarantine(max_quarantined, on_quarantine)
+        self.quarantine = Quarantine(max_quarantined, on_quarantine, source=str(path))
         """Shared on purpose: whoever finds a sample broken later adds it here, and it does not come again."""
         self._prompt = prompt
         self._seed = seed
@@ -135,7 +136,7 @@ class SampleStream:
             sample = _checked_sample(self.dataset, *place, self._prompt, self.quarantine, self._decoded)
             if sample is not None:
                 return sample
-        raise DataError(f"every row of {self.dataset.location} is quarantined")
+        raise DataError(f"every row of {self.dataset.location} is quarantined: {self.quarantine.reasons}")
 
     def _shuffled_rows(self, skip: int = 0) -> Iterator[tuple[RowGroup, int]]:
         """(row group, offset in it) of each row of this epoch, without the first `skip`."""
@@ -170,12 +171,15 @@ def iter_samples(path: str | Path, *, prompt: str, quarantine: Quarantine | None
 def read_split(
     path: str | Path, *, prompt: str, limit: int | None = None, quarantine: Quarantine | None = None
 ) -> list[Sample]:
-    """The first `limit` good samples in order (all by default), for evaluation; raises as `iter_samples`."""
-    samples: list[Sample] = []
-    for sample in iter_samples(path, prompt=prompt, quarantine=quarantine):
-        samples.append(sample)
-        if len(samples) == limit:
-            break
+    """The first `limit` good samples in order (all by default), for evaluation.
+
+    Raises:
+        DataError, QuarantineError: as `iter_samples`, or no row is good.
+    """
+    samples = list(islice(iter_samples(path, prompt=prompt, quarantine=quarantine), limit))
+    if not samples:
+        reasons = "" if quarantine is None else quarantine.reasons
+        raise DataError(f"no row of {path} can be used: {reasons}")
     return samples
 
 

@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from mmrl_ray.data.images import MAX_BYTES
 from mmrl_ray.data.location import is_local, locate
-from mmrl_ray.data.row import Columns, Sample, row_id, sample_from_row
+from mmrl_ray.data.row import Columns, Sample, images_from_cell, images_length, row_id, sample_from_row
 from mmrl_ray.errors import DataError, ImageError
 
 _FOOTER_TAIL = 8
@@ -118,7 +118,7 @@ class ParquetDataset:
         self._cache.clear()
 
     def where(self, group: RowGroup, offset: int) -> str:
-        """Names a row for people: shard and row within it."""
+        """Names a row, for people and as its key: shard and row within it."""
         return f"{self.shards[group.shard].name} row {group.first_row + offset}"
 
     def row(self, group: RowGroup, offset: int) -> dict[str, Any]:
@@ -140,8 +140,14 @@ class ParquetDataset:
 
     def sample(self, row: dict[str, Any], group: RowGroup, offset: int, prompt: str) -> Sample:
         """A row as a sample; raises as `row.sample_from_row` does. The images are not decoded."""
-        sample_id = self.sample_id(row, group, offset)
-        return sample_from_row(row, self.columns, sample_id=sample_id, prompt=prompt, read_file=self._read_file)
+        return sample_from_row(
+            row,
+            self.columns,
+            sample_id=self.sample_id(row, group, offset),
+            prompt=prompt,
+            read_file=self._read_file,
+            place=self.where(group, offset),
+        )
 
     def iter_column(self, name: str) -> Iterator[Any]:
         """One column's cells in order, without reading the others."""
@@ -162,6 +168,22 @@ class ParquetDataset:
                 raise DataError(f"{self.location}, {self.where(group, 0)} ff.: text that is not UTF-8") from error
             for offset, row in enumerate(rows):
                 yield self.where(group, offset), row
+
+    def iter_images(self, group: RowGroup, lengths: Collection[int]) -> Iterator[tuple[bytes, ...]]:
+        """The pictures of those rows whose files are together as long as one of `lengths`; no other column is read.
+
+        Rows whose pictures cannot be read are passed over.
+
+        Raises:
+            DataError: the row group cannot be read.
+        """
+        for cell in self._read(group, [self.columns.image]).column(self.columns.image):
+            try:
+                value = cell.as_py()
+                if images_length(value, self._file_size) in lengths:
+                    yield images_from_cell(value, self._read_file)
+            except ImageError:
+                continue
 
     def read_file(self, path: str) -> bytes:
         """An image that a row names by a path relative to its shard's folder, never outside of it.
@@ -212,26 +234,45 @@ class ParquetDataset:
                 )
         return first
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine's file system."""
+        return is_local(self._filesystem)
+
     def _read_file(self, path: str) -> bytes:
         """An image that a row names relative to the shard's folder, never outside of it."""
+        self._file_size(path)
+        try:
+            with self._filesystem.open_input_stream(self._full(path)) as source:
+                return source.read()
+        except (pa.ArrowException, OSError) as error:
+            raise ImageError(f"image file {path} cannot be read: {' '.join(str(error).split())}") from error
+
+    def _file_size(self, path: str) -> int:
+        """Bytes of such an image, which is there and none too many."""
+        try:
+            info = self._filesystem.get_file_info(self._full(path))
+        except (pa.ArrowException, OSError) as error:
+            raise ImageError(f"image file {path} cannot be read: {' '.join(str(error).split())}") from error
+        if info.type != fs.FileType.File:
+            raise ImageError(f"image file {path} is missing in {self.folder}")
+        if info.size is not None and info.size > MAX_BYTES:
+            raise ImageError(f"image file {path} has {info.size:,} bytes: at most {MAX_BYTES:,} are accepted")
+        return info.size or 0
+
+    def _full(self, path: str) -> str:
         parts = path.split("/")
         if posixpath.isabs(path) or "\\" in path or ":" in parts[0] or ".." in parts or "\0" in path:
-            raise ImageError(f"image path {path!r} is refused: it must be relative and stay inside the data set")
+            raise ImageError(
+                f"image path {path!r} is refused: it must be relative and stay inside the data set {self.folder}; "
+                "rows written elsewhere need relative paths, or the pictures themselves"
+            )
         full = posixpath.join(self.folder, path)
         if is_local(self._filesystem):
             full = os.path.realpath(full)
             if not Path(full).is_relative_to(os.path.realpath(self.folder)):
                 raise ImageError(f"image path {path!r} is refused: a link leads outside the data set")
-        try:
-            info = self._filesystem.get_file_info(full)
-            if info.type != fs.FileType.File:
-                raise ImageError(f"image file {path} is missing in {self.folder}")
-            if info.size is not None and info.size > MAX_BYTES:
-                raise ImageError(f"image file {path} has {info.size:,} bytes: at most {MAX_BYTES:,} are accepted")
-            with self._filesystem.open_input_stream(full) as source:
-                return source.read()
-        except (pa.ArrowException, OSError) as error:
-            raise ImageError(f"image file {path} cannot be read: {' '.join(str(error).split())}") from error
+        return full
 
 
 def _list_shards(filesystem: fs.FileSystem, root: str, location: str) -> tuple[fs.FileInfo, list[fs.FileInfo]]:

@@ -58,7 +58,7 @@ def write_split(preferences: Iterable[Preference], train: str, held_out: str, *,
         # The first to come is the last to be moved into place: where `train` is, both are.
         writers: list[ShardWriter | None] = [stack.enter_context(ShardWriter(train)), None]
         for pair, label in labelled(preferences):
-            side = int(_fraction(pair.image_hash) < share)
+            side = int(is_held_out(pair.image_hash, share))
             if (writer := writers[side]) is None:
                 writer = writers[side] = stack.enter_context(ShardWriter(held_out))
             writer.write(sample_of(pair, label))
@@ -69,6 +69,11 @@ def write_split(preferences: Iterable[Preference], train: str, held_out: str, *,
                 f"data.preferences.held_out={share:g}"
             )
     return SplitSizes(*sizes)
+
+
+def is_held_out(image_hash: str, share: float) -> bool:
+    """Whether a picture is among the `share` of all whose pairs are kept from training; by the picture alone."""
+    return _fraction(image_hash) < share
 
 
 def labelled(preferences: Iterable[Preference]) -> Iterator[tuple[Pair, LabelledPair]]:

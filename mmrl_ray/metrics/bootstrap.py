@@ -5,6 +5,7 @@ For corpus metrics the unit that is resampled is the sample: pass one score a sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,25 @@ class Interval:
 
     mean: float
     low: float
+    """NaN, as `high`, of a single sample: resampling it gives nothing but itself."""
     high: float
     n: int
     """Samples behind the mean."""
 
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
+
     def overlaps(self, other: Interval) -> bool:
-        """Whether the two intervals have a point in common."""
-        return self.low <= other.high and other.low <= self.high
+        """Whether the two intervals have a point in common, for all that is known."""
+        return not (self.known and other.known) or (self.low <= other.high and other.low <= self.high)
+
+    def words(self, style: str, between: str = ", ", brackets: str = "[]") -> str:
+        """The interval for people, each end in this format: `[0.25, 0.75]`, or `n/a`."""
+        if not self.known:
+            return "n/a"
+        return f"{brackets[:1]}{self.low:{style}}{between}{self.high:{style}}{brackets[1:]}"
 
 
 def bootstrap_mean(
@@ -37,7 +50,7 @@ def bootstrap_mean(
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Interval:
-    """Percentile interval of the mean of `scores` [N]; the same arguments give the same interval.
+    """Percentile interval of the mean of `scores` [N]; the same arguments give the same interval, N = 1 none.
 
     Raises:
         ValueError: no scores, not one-dimensional, a NaN or infinite score, or a confidence outside (0, 1).
@@ -49,6 +62,8 @@ def bootstrap_mean(
         raise ValueError(f"bootstrap got {int((~np.isfinite(values)).sum())} NaN or infinite scores of {values.size}")
     if not 0.0 < confidence < 1.0 or resamples < 1:
         raise ValueError(f"confidence={confidence} must lie in (0, 1) and resamples={resamples} be at least 1")
+    if values.size == 1:
+        return Interval(float(values[0]), math.nan, math.nan, 1)
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // values.size)
     means = [

@@ -75,13 +75,13 @@ class StepComposer:
             for index, sample in enumerate(samples)
         )
 
-    def quarantine(self, sample_id: str, reason: str) -> None:
-        """A worker could not use this sample: it does not come again.
+    def quarantine(self, sample: Sample, reason: str) -> None:
+        """A worker could not use this row: it does not come again, while others of the same id do.
 
         Raises:
             QuarantineError: more than the run tolerates.
         """
-        self._source.quarantine.add(sample_id, reason)
+        self._source.quarantine.add(sample.id, reason, sample.place)
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the stream stands before `step`, with everything quarantined by now. JSON-able.

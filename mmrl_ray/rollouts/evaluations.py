@@ -71,10 +71,13 @@ class Evaluations:
             if group.key.step in self._tickets:
                 self._tickets[group.key.step].groups.setdefault(group.key.index, group)
 
-    def fail(self, failure: DataFailure) -> None:
-        """Notes a sample that cannot be captioned."""
-        if failure.key.step in self._tickets:
-            self._tickets[failure.key.step].failures.setdefault(failure.key.index, failure)
+    def fail(self, failure: DataFailure) -> GroupRequest | None:
+        """Notes a sample that cannot be captioned: what was asked for, or None of a ticket that is closed."""
+        ticket = self._tickets.get(failure.key.step)
+        if ticket is None:
+            return None
+        ticket.failures.setdefault(failure.key.index, failure)
+        return ticket.requests[failure.key.index]
 
     def close(self, ticket: Ticket) -> None:
         """Forgets a ticket."""

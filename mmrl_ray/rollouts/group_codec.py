@@ -64,6 +64,7 @@ def _facts(group: RolloutGroup) -> dict[str, Any]:
             "prompt": group.sample.prompt,
             "references": list(group.sample.references),
             "metadata": dict(group.sample.metadata),
+            "place": group.sample.place,
         },
         "image_key": group.prompt.image_key,
         "policy_version": group.policy_version,
@@ -127,6 +128,7 @@ def _group(row: Mapping[str, Any]) -> RolloutGroup:
             prompt=sample["prompt"],
             references=tuple(sample["references"]),
             metadata=sample["metadata"],
+            place=sample.get("place", ""),  # checkpoints from before rows were known by their places have none
         ),
         prompt=EncodedPrompt(
             input_ids=tensors["prompt"],

@@ -6,18 +6,64 @@ once: accepted, or quarantined group by group. Every try has an id of its own, u
     crash 1 of an assignment      the next worker gets it whole, for the same completions: it may have been the machine
     crash 2                       its groups go on as assignments of one, of which one is the culprit
     a single that crashes again   quarantined; and at crash 2 already one that was alone from the beginning
+
+Samples are blamed only where others do work. At the beginning of a run the same error from different samples, with none
+that worked, is the model's (`FirstErrors`): what crashes then goes to the end of the queue, so that the next worker
+takes other samples.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from mmrl_ray.errors import ModelError
 from mmrl_ray.rollouts.assignments import Assignment, DataFailure
 
 CRASHES_BEFORE_SPLIT = 2
+SAME_ERRORS = 3
+"""Of different samples, at the beginning of a run and with none that worked: then the model is at fault."""
+_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+")
+"""What differs in one error from sample to sample: names in quotes, sizes, addresses."""
+
+
+class FirstErrors:
+    """Whether a run's first failures are all the same error: then no sample is to blame, and the run ends with it.
+
+    One that works settles it: what fails later is a matter of samples.
+    """
+
+    def __init__(self, model: str) -> None:
+        """`model` is named in the error."""
+        self.settled = False
+        self._model = model
+        self._kind = ""
+        self._failed: list[frozenset[str]] = []
+
+    def worked(self) -> None:
+        """A sample went through."""
+        self.settled = True
+
+    def failed(self, samples: Iterable[str], reason: str) -> None:
+        """One of these samples (by `Sample.key`), or the model, is to blame for `reason`.
+
+        Raises:
+            ModelError: it is the `SAME_ERRORS`-th such failure, and no single sample explains all of them.
+        """
+        if self.settled:
+            return
+        if (kind := _VARIABLE.sub("…", reason)) != self._kind:
+            self._kind, self._failed = kind, []
+        if (keys := frozenset(samples)) not in self._failed:
+            self._failed.append(keys)
+        if len(self._failed) >= SAME_ERRORS and not frozenset.intersection(*self._failed):
+            raise ModelError(
+                f"the first samples all failed with the same error, and none has worked: {reason}; no single sample is "
+                f"to blame: look at model {self._model!r}, its processor and settings, and at what all samples share"
+            )
 
 
 @dataclass(slots=True)
@@ -31,6 +77,8 @@ class _Entry:
 class _AtWork:
     entry: _Entry
     since: float
+    number: int
+    """Of the tries, from 0."""
     cancelled: bool = False
 
 
@@ -40,9 +88,13 @@ class Ledger:
     One thread changes it; others may read its figures.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
+        """`model` is the run's, to be named where it is to blame."""
         self.counts: Counter[str] = Counter()
         """`accepted`, `retried`, `split`, `quarantined` and `superseded` so far."""
+        self._first = FirstErrors(model)
+        self._given = 0
+        self._counts_from = 0
         self._queue: deque[_Entry] = deque()
         self._at_work: dict[int, _AtWork] = {}
         # Ids of tries after the first; below 0, since the controller counts its own upwards from 0.
@@ -65,12 +117,7 @@ class Ledger:
 
     def submit(self, assignment: Assignment) -> None:
         """Queues a new assignment: an evaluation before the first training one, others at the end."""
-        entry = _Entry(assignment)
-        if assignment.kind != "eval":
-            self._queue.append(entry)
-            return
-        place = next((i for i, e in enumerate(self._queue) if e.assignment.kind != "eval"), len(self._queue))
-        self._queue.insert(place, entry)
+        self._append(_Entry(assignment))
 
     def give(self, worker: int, now: float) -> Assignment | None:
         """The next assignment, from now on `worker`'s; None when none is queued."""
@@ -79,7 +126,8 @@ class Ledger:
         if not self._queue:
             return None
         entry = self._queue.popleft()
-        self._at_work[worker] = _AtWork(entry, now)
+        self._at_work[worker] = _AtWork(entry, now, self._given)
+        self._given += 1
         return entry.assignment
 
     def accept(self, worker: int, assignment_id: int) -> float | None:
@@ -93,6 +141,7 @@ class Ledger:
             self.counts["superseded"] += 1
             return None
         self.counts["accepted"] += 1
+        self._first.worked()
         return work.since
 
     def lose(self, worker: int, reason: str, *, blame: bool = True) -> list[DataFailure]:
@@ -101,6 +150,9 @@ class Ledger:
         With `blame`, the assignment is counted as having crashed it (see the top of this file).
 
         Returns the groups given up: at most one.
+
+        Raises:
+            ModelError: the run's first assignments all end so, and none was ever finished.
         """
         work = self._at_work.pop(worker, None)
         if work is None or work.cancelled:
@@ -109,6 +161,7 @@ class Ledger:
         if blame:
             entry.crashes += 1
             entry.last_reason = reason
+            self._look_for_a_common_cause(work, reason)
         if entry.crashes < CRASHES_BEFORE_SPLIT or not blame:
             self.counts["retried"] += 1
             self._requeue([_Entry(self._again(entry.assignment), entry.crashes, entry.last_reason)])
@@ -149,8 +202,25 @@ class Ledger:
         work = self._at_work.get(worker)
         return None if work is None else work.since
 
+    def _look_for_a_common_cause(self, work: _AtWork, reason: str) -> None:
+        # Tries that were under way at the last loss that counted may have ended with it, by the node they shared say.
+        if work.number >= self._counts_from:
+            self._counts_from = self._given
+            self._first.failed((group.sample.key for group in work.entry.assignment.groups), reason)
+
+    def _append(self, entry: _Entry) -> None:
+        if entry.assignment.kind != "eval":
+            self._queue.append(entry)
+            return
+        place = next((i for i, e in enumerate(self._queue) if e.assignment.kind != "eval"), len(self._queue))
+        self._queue.insert(place, entry)
+
     def _requeue(self, entries: Iterable[_Entry]) -> None:
-        self._queue.extendleft(reversed(list(entries)))
+        if self._first.settled:
+            self._queue.extendleft(reversed(list(entries)))
+            return
+        for entry in entries:
+            self._append(entry)
 
     def _again(self, assignment: Assignment) -> Assignment:
         groups = tuple(replace(g, key=replace(g.key, attempt=g.key.attempt + 1)) for g in assignment.groups)

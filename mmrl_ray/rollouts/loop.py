@@ -14,13 +14,14 @@ from typing import Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import RolloutError
+from mmrl_ray.errors import QuarantineError, RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGroup
 from mmrl_ray.experience.schema import encode_records, group_rows
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.composer import StepComposer
 from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.evaluations import Evaluations, Ticket, chunks
+from mmrl_ray.rollouts.ledger import FirstErrors
 from mmrl_ray.rollouts.protocols import Collected, SampleSource, WorkerPool
 from mmrl_ray.rollouts.pump import Pump
 from mmrl_ray.rollouts.scaling import Scaling
@@ -62,6 +63,7 @@ class RolloutLoop:
         self.stopping = False
         self._cfg, self._run, self._source, self._put = cfg, run, source, put
         self._assignments = 0
+        self._first = FirstErrors(cfg.model.path)
         self._restored: dict[tuple[int, int], tuple[ScoredGroup, RolloutGroup]] = {}
         self._resample: list[GroupRequest] = []
         self._notes: list[Mapping[str, Any]] = []
@@ -210,7 +212,9 @@ class RolloutLoop:
     def _newly_quarantined(self) -> list[Mapping[str, Any]]:
         records = self._source.quarantine.records[self._told_quarantined :]
         self._told_quarantined += len(records)
-        return [{"kind": "sample_quarantined", "sample": r.sample_id, "detail": r.reason} for r in records]
+        return [
+            {"kind": "sample_quarantined", "sample": r.sample_id, "where": r.where, "detail": r.reason} for r in records
+        ]
 
     def _dispatch(self) -> None:
         with self.pump.changed:
@@ -267,15 +271,26 @@ class RolloutLoop:
             else:
                 self.book.add(item)
                 self.evaluations.add(item.result.groups)
+                if item.result.groups:
+                    self._first.worked()
                 for failure in item.result.failures:
                     self._fail_sample(failure)
             self.pump.changed.notify_all()
 
     def _fail_sample(self, failure: DataFailure) -> None:
-        if failure.key.step < 0:
-            self.evaluations.fail(failure)
-        elif self.book.fail(failure):
-            self.composer.quarantine(failure.sample_id, failure.reason)
+        is_train = failure.key.step >= 0
+        request = self.book.fail(failure) if is_train else self.evaluations.fail(failure)
+        if request is None:
+            return
+        self._first.failed([request.sample.key], failure.reason)
+        if is_train:
+            try:
+                self.composer.quarantine(request.sample, failure.reason)
+            except QuarantineError as error:
+                if self._first.settled:
+                    raise
+                model = self._cfg.model.path
+                raise QuarantineError(f"{error}; no sample has worked yet: it may well be model {model!r}") from error
 
     def _put_back(self, request: GroupRequest) -> bool:
         """Whether a checkpoint brought this group along."""

@@ -43,7 +43,7 @@ class RayWorkerPool:
         self, run: str, factory: EngineFactory, settings: PoolSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Workers are made from the first `poll` on, each with an engine from `factory`."""
-        self.ledger = Ledger()
+        self.ledger = Ledger(settings.model)
         self._run = run
         self._factory = factory
         self._settings = settings
@@ -90,6 +90,7 @@ class RayWorkerPool:
 
         Raises:
             RolloutError: too few workers for too long, or they cannot be placed or started.
+            ModelError: workers end with the same error on whatever samples come first.
             MMRLError: what an engine could not be built from.
         """
         self._fit_to_target()

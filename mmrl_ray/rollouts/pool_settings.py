@@ -40,6 +40,8 @@ class PoolSettings:
     """After a worker that died before it was ready; doubles with each one in a row."""
     log_format: LogFormat = "text"
     """Of the workers' log lines."""
+    model: str = ""
+    """Path of the run's model, for the error of workers that it ends."""
 
     @property
     def demand(self) -> str:
@@ -73,6 +75,7 @@ class PoolSettings:
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
             log_format=cfg.run.log_format,
+            model=cfg.model.path,
             beside=tuple(demand for demand in demands_of(cfg) if demand.kind not in ("learner", "rollout")),
             learners_grow=not isinstance(cfg.learner.workers, int),
             most_workers=cfg.rollout.most_workers,

@@ -56,9 +56,11 @@ class StepBook:
             self._open[step].tables.append(collected.records)
             self._open[step].timings.append(result.timings)
 
-    def fail(self, failure: DataFailure) -> bool:
-        """Resolves a place without a group; False when it was resolved already."""
-        return self.buffer.fail(failure.key, failure.reason)
+    def fail(self, failure: DataFailure) -> GroupRequest | None:
+        """Resolves a place without a group: what was asked for there, or None when it was resolved already."""
+        if not self.buffer.fail(failure.key, failure.reason):
+            return None
+        return self._open[failure.key.step].requests[failure.key.index]
 
     def take(self, step: int, version: int) -> TakenStep | list[GroupRequest]:
         """A complete step for a learner at `version`, or requests for those of its groups that are too stale for it."""

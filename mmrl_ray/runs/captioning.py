@@ -33,12 +33,12 @@ def caption_samples(
     max_new_tokens: int,
     batch_size: int = BATCH,
     beta: float = 0.0,
-    states: dict[str, CaptionState] | None = None,
+    states: list[CaptionState] | None = None,
     progress: ProgressFn | None = None,
 ) -> list[str]:
     """One greedy caption a sample, in order, of π or with `beta` of log π + β(Q − V).
 
-    `states` is filled with the states of the first `MAX_STATES` of them, by sample id, where the model's can be told.
+    `states` is filled with the states of the first `MAX_STATES` of them, in order, where the model's can be told.
 
     Raises:
         DataError, ImageError: a sample cannot be encoded.
@@ -60,7 +60,7 @@ def caption_samples(
                 logger.warning("captions without their states: %s", error)
                 states = None
             else:
-                states.update((sample.id, state) for sample, state in zip(samples[start:], found, strict=False))
+                states += found
         if progress is not None:
             progress(len(captions), len(samples), {})
     return captions
@@ -73,7 +73,7 @@ def target_captions(
     max_new_tokens: int | None = None,
     batch_size: int = BATCH,
     beta: float | None = None,
-    states: dict[str, CaptionState] | None = None,
+    states: list[CaptionState] | None = None,
     progress: ProgressFn | None = None,
 ) -> list[str]:
     """`caption_samples` by whatever the target captions with; an agent's captions have its own length, and no states.

@@ -26,7 +26,8 @@ from mmrl_ray.config.demands import demands_of
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import sqlite_file
 from mmrl_ray.data.images import image_format
-from mmrl_ray.data.samples import Sample, iter_references, read_split
+from mmrl_ray.data.quarantine import told
+from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
@@ -42,6 +43,7 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.runs.preferences import check_pairs
+from mmrl_ray.runs.preflight import check_references, evaluation_split, first_sample, held_out_quarantine, trained_on
 from mmrl_ray.runs.reward_facts import reward_lines
 from mmrl_ray.runs.stored import check_stored
 from mmrl_ray.runs.warm_start import build_builtin
@@ -70,6 +72,8 @@ class DryRun:
     """What could not be looked at from here, and why."""
     warnings: list[str] = field(default_factory=list)
     """What lets the run go on, and is probably not what is meant."""
+    held_out: list[str] = field(default_factory=list)
+    """What there is to know about the held-out samples: broken ones, and those that are trained on."""
     unplaced: list[str] = field(default_factory=list)
     """Actors that the cluster has no room for; they block, too."""
 
@@ -101,6 +105,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     sections = {
         "Config": dump_config(cfg).rstrip("\n").split("\n"),
         "Sample": _sample_lines(found),
+        "Held out": found.held_out,
         "Reward": reward_lines(cfg.reward.with_opening(found.opening)),
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.value_based is None else round_lines(cfg, cfg.value_based),
         "Devices": _device_lines(cfg, found, address),
@@ -131,7 +136,8 @@ def _look_at_run_folder(cfg: Config, resume: bool, found: DryRun) -> None:
 def _look_at_data(cfg: Config, found: DryRun) -> None:
     try:
         found.rows = ParquetDataset(cfg.data.train).rows
-        found.sample = read_split(cfg.data.train, prompt=cfg.data.prompt, limit=1)[0]
+        found.sample = first_sample(cfg)
+        check_references(cfg)
     except DataError as error:
         if cfg.data.scenes is None or Path(cfg.data.train).exists():
             found.blocking.append(f"data.train: {error}")
@@ -142,9 +148,21 @@ def _look_at_data(cfg: Config, found: DryRun) -> None:
             found.unchecked.append(f"data.train={cfg.data.train} is not there yet: the run will generate the scenes")
     if cfg.data.eval is not None and (cfg.data.scenes is None or Path(cfg.data.eval).exists()):
         try:
-            ParquetDataset(cfg.data.eval)
+            _look_at_held_out(cfg, found)
         except DataError as error:
             found.blocking.append(f"data.eval: {error}")
+
+
+def _look_at_held_out(cfg: Config, found: DryRun) -> None:
+    quarantine = held_out_quarantine(cfg)
+    samples = evaluation_split(cfg, quarantine)
+    found.held_out.append(f"{len(samples):,} samples of {cfg.data.eval}")
+    if len(quarantine):
+        found.held_out.append(told(quarantine.records))
+    try:
+        found.held_out += [str(overlap) for overlap in trained_on(cfg, samples)]
+    except MMRLError as error:
+        found.unchecked.append(f"whether held-out pictures are trained on: {error}")
 
 
 def _look_at_pairs(cfg: Config, found: DryRun) -> None:

@@ -19,7 +19,7 @@ from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.losses.spread import resolution
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.scores import CaptionScore, Evaluation
+from mmrl_ray.runs.scores import CaptionScore, Evaluation, paired
 
 FOLDER = "eval"
 IMAGES = "images"
@@ -33,6 +33,7 @@ _SCORE = pa.struct([("name", pa.string()), ("value", pa.float64())])
 EVAL_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("sample_place", pa.string()),  # shard and row, by which a row is known: ids may repeat
         pa.field("image_hashes", pa.list_(pa.string()), nullable=False),  # SHA-256 of each encoded picture
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("references", pa.list_(pa.string()), nullable=False),
@@ -59,13 +60,13 @@ def save_evaluation(run: RunDir, name: str, evaluation: Evaluation, samples: Seq
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     run.write_bytes(f"{FOLDER}/{name}.parquet", sink.getvalue().to_pybytes())
-    shown = {c.sample_id for c in evaluation.captions[:SHOWN]}
-    shown |= {c.sample_id for chosen in doubtful(evaluation.captions).values() for c in chosen}
+    shown = [*evaluation.captions[:SHOWN]]
+    shown += [c for chosen in doubtful(evaluation.captions).values() for c in chosen]
     before = load_evaluation(run, "before") if name == "after" else None
     if before is not None:
         chosen = highlights(before.captions, evaluation.captions)
-        shown |= {after.sample_id for pairs in chosen.values() for _, after in pairs}
-    _store_images(run, [sample for sample in samples if sample.id in shown])
+        shown += [after for pairs in chosen.values() for _, after in pairs]
+    _store_images(run, samples, {digest for c in shown for digest in c.image_hashes})
 
 
 def load_evaluation(run: RunDir, name: str) -> Evaluation | None:
@@ -95,9 +96,9 @@ def highlights(
 
     Under the keys "best", "middle" and "worst"; no sample twice, best and worst first where samples are few.
     """
-    known = {c.sample_id: c for c in before}
-    pairs = [(known[c.sample_id], c) for c in after if c.sample_id in known]
-    ranked = sorted(pairs, key=lambda pair: pair[0].reward.total - pair[1].reward.total)  # largest gain first
+    ranked = sorted(
+        paired(before, after), key=lambda pair: pair[0].reward.total - pair[1].reward.total
+    )  # largest gain first
     third = max(1, min(count // 3, -(-len(ranked) // 3)))
     best = ranked[:third]
     rest = ranked[third:]
@@ -144,12 +145,13 @@ def find_image(run: RunDir, digest: str, names: Sequence[str]) -> bytes | None:
     return None if name is None else run.read_bytes(f"{IMAGES}/{name}")
 
 
-def _store_images(run: RunDir, samples: Sequence[Sample]) -> None:
+def _store_images(run: RunDir, samples: Sequence[Sample], wanted: set[str]) -> None:
+    """Those with a hash in `wanted`."""
     there = {name.split(".", 1)[0] for name in run.list(IMAGES)}
     for sample in samples:
         for image in sample.images:
             digest = image_hash([image])
-            if digest not in there:
+            if digest in wanted and digest not in there:
                 run.write_bytes(f"{IMAGES}/{digest}.{image_extension(image)}", image)
                 there.add(digest)
 
@@ -158,6 +160,7 @@ def _row(score: CaptionScore) -> dict[str, Any]:
     reward = score.reward
     return {
         "sample_id": score.sample_id,
+        "sample_place": score.place or None,
         "image_hashes": list(score.image_hashes),
         "prompt": score.prompt,
         "references": list(score.references),
@@ -185,4 +188,5 @@ def _caption_score(row: dict[str, Any]) -> CaptionScore:
         caption=row["caption"],
         reward=reward,
         scores={s["name"]: s["value"] for s in row["scores"]},
+        place=row.get("sample_place") or "",
     )

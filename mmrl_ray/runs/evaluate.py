@@ -13,8 +13,10 @@ from rich.table import Table
 
 from mmrl_ray import atomic
 from mmrl_ray.analysis.correlation import Correlation
-from mmrl_ray.data.samples import dataset_fingerprint, iter_references, read_split
-from mmrl_ray.errors import ConfigError, RunError
+from mmrl_ray.data.held_out import overlap_with_data, same_place
+from mmrl_ray.data.quarantine import Quarantine, told
+from mmrl_ray.data.samples import Sample, dataset_fingerprint, iter_references, read_split
+from mmrl_ray.errors import ConfigError, DataError, RunError
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
@@ -74,6 +76,8 @@ def evaluate(
         beta: of decoding with value heads; by default the run's.
         device: the first GPU by default where there is one.
 
+    Broken rows are left out and told, up to the run's `data.max_quarantined`; so are pictures that it was trained on.
+
     Raises:
         ConfigError: no data is given and the run has none, or a `beta` above 0, and there are no value heads.
         DataError, ModelError, RunError: what is read cannot be used, or `out` cannot be written.
@@ -83,9 +87,10 @@ def evaluate(
     data = data or opened.eval_data
     if data is None:
         raise ConfigError(f"{target} names no held-out split: give one with --data")
-    samples = read_split(data, prompt=prompt or opened.prompt, limit=limit)
+    quarantine = Quarantine(opened.max_quarantined, source=data)
+    samples = read_split(data, prompt=prompt or opened.prompt, limit=limit, quarantine=quarantine)
     statistics, source = _statistics(opened, data)
-    states: dict[str, CaptionState] = {}
+    states: list[CaptionState] = []
     with RunProgress() as shown:
         captions = target_captions(
             opened,
@@ -98,7 +103,9 @@ def evaluate(
         )
     evaluation = score_captions(samples, captions, build_reward(opened.reward, statistics), statistics)
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
-    found = States.of(states).correlations if states else {}
+    notes += [told(quarantine.records)] if len(quarantine) else []
+    notes += _trained_on(opened, samples, data)
+    found = States.of(samples[: len(states)], states).correlations if states else {}
     Console().print(measures_table(opened.name, evaluation))
     if found:
         Console().print(correlation_table(found, len(states)))
@@ -118,7 +125,7 @@ def measures_table(title: str, evaluation: Evaluation) -> Table:
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     for name, interval in evaluation.measures.items():
-        table.add_row(name, f"{interval.mean:.4f}", f"{interval.low:.4f} … {interval.high:.4f}")
+        table.add_row(name, f"{interval.mean:.4f}", interval.words(".4f", " … ", ""))
     return table
 
 
@@ -131,6 +138,20 @@ def correlation_table(found: Mapping[str, Correlation], samples: int) -> Table:
     for row in correlation_lines(found):
         table.add_row(*row)
     return table
+
+
+def _trained_on(opened: Target, samples: list[Sample], data: str) -> list[str]:
+    """Which of the samples show pictures that the run was trained on, in words; of a model nobody knows."""
+    lines = []
+    for location in opened.trained_on:
+        try:
+            if same_place(location, data):
+                lines.append(f"{data} is what the run was trained on: figures on it do not show what was learned")
+            else:
+                lines.append(str(overlap_with_data(samples, location)))
+        except DataError as error:
+            lines.append(f"whether these pictures were trained on is not known: {error}")
+    return lines
 
 
 def _statistics(opened: Target, data: str) -> tuple[CorpusStatistics, str]:
@@ -155,6 +176,7 @@ def _document(
         "captions": [
             {
                 "sample_id": score.sample_id,
+                "sample_place": score.place,
                 "caption": score.caption,
                 "references": list(score.references),
                 "reward": score.reward.total,

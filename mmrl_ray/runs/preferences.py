@@ -6,14 +6,15 @@ come later change no run, a resumed one goes on in the very same pairs, and no n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmrl_ray.config import Config
-from mmrl_ray.data.samples import Sample, read_split
+from mmrl_ray.config.data import PreferencesSection
+from mmrl_ray.data.samples import Quarantine, Sample, read_split
 from mmrl_ray.errors import PreferenceError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams
-from mmrl_ray.feedback.dataset import pair_of, write_split
+from mmrl_ray.feedback.dataset import is_held_out, pair_of, write_split
 from mmrl_ray.feedback.store import PreferenceStore
 from mmrl_ray.metrics.bootstrap import bootstrap_difference, bootstrap_mean
 from mmrl_ray.rollouts.controller_actor import ControllerClient
@@ -40,6 +41,18 @@ def check_pairs(cfg: Config) -> int:
     return pairs
 
 
+def trained_pictures(wanted: PreferencesSection) -> Iterator[str]:
+    """Hash of each vote's picture, of those that a run trains on.
+
+    Raises:
+        PreferenceError: the store cannot be read.
+    """
+    with PreferenceStore(wanted.store, must_exist=True) as store:
+        for each in store.preferences():
+            if not is_held_out(each.pair.image_hash, wanted.held_out):
+                yield each.pair.image_hash
+
+
 def pair_data(cfg: Config, run: RunDir) -> tuple[Config, list[Sample]]:
     """The config of a run that trains on pairs, its `data.train` its own copy of them; and the held-out pairs.
 
@@ -59,7 +72,8 @@ def pair_data(cfg: Config, run: RunDir) -> tuple[Config, list[Sample]]:
             write_split(store.preferences(pictures=True), train, held_out, share=wanted.held_out)
     pairs = []
     if run.exists(HELD_OUT):
-        pairs = read_split(held_out, prompt=cfg.data.prompt, limit=cfg.data.eval_samples)
+        broken = Quarantine(cfg.data.max_quarantined, source=held_out)
+        pairs = read_split(held_out, prompt=cfg.data.prompt, limit=cfg.data.eval_samples, quarantine=broken)
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": train})}), pairs
 
 
@@ -79,10 +93,7 @@ def measure_pairs(cfg: Config, run: RunDir, name: str, controller: ControllerCli
     if not margins:
         return f"preferences ({name}): no held-out pair has a better caption"
     accuracy = bootstrap_mean([_correct(m) for m in margins], seed=cfg.run.seed, resamples=RESAMPLES)
-    return (
-        f"preferences ({name}): {accuracy.mean:.1%} of {len(margins)} held-out pairs "
-        f"[{accuracy.low:.1%}, {accuracy.high:.1%}]"
-    )
+    return f"preferences ({name}): {accuracy.mean:.1%} of {len(margins)} held-out pairs {accuracy.words('.1%')}"
 
 
 def preferences_json(run: RunDir) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def state_map(sides: Sides) -> Chart | None:
     ratios = [float(ratio) for ratio in fit.explained_variance_ratio]
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    if len(points) == 2 and sides["before"].sample_ids == sides["after"].sample_ids:
+    if len(points) == 2 and sides["before"].same_rows(sides["after"]):
         pairs = torch.stack([points["before"], points["after"]], dim=1)[:_LINKS]
         for pair in pairs.tolist():
             x, y = zip(*pair, strict=True)
@@ -56,7 +56,7 @@ def state_map(sides: Sides) -> Chart | None:
 
 def drift(sides: Sides) -> str:
     """How far the states moved, in units of their spread before: the mean of all, and a sample on average."""
-    if len(sides) < 2 or sides["before"].sample_ids != sides["after"].sample_ids:
+    if len(sides) < 2 or not sides["before"].same_rows(sides["after"]):
         return ""
     before, after = (sides[name].hidden.double() for name in ("before", "after"))
     spread = float((before - before.mean(dim=0)).square().sum(dim=1).mean().sqrt())

@@ -14,7 +14,7 @@ from mmrl_ray.errors import ImageError
 from mmrl_ray.metrics.text import pieces, words
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import IMAGES, SHOWN, doubtful, find_image, highlights
-from mmrl_ray.runs.scores import CaptionScore, Evaluation
+from mmrl_ray.runs.scores import CaptionScore, Evaluation, paired
 
 _TITLES = {
     "best": "Where the reward rose most",
@@ -35,11 +35,14 @@ def caption_groups(run: RunDir, before: Evaluation | None, after: Evaluation | N
     newest = after or before
     if newest is None:
         return []
-    old, new = ({c.sample_id: c for c in each.captions} if each is not None else {} for each in (before, after))
+    earlier: dict[int, CaptionScore] = {}
+    if before is not None and after is not None:
+        # By the caption itself, not its sample's id, which others may share.
+        earlier = {id(new): old for old, new in paired(before.captions, after.captions)}
 
     def group(title: str, captions: Sequence[CaptionScore]) -> dict[str, Any]:
-        ids = [c.sample_id for c in captions]
-        return {"title": title, "cards": [_card(run, names, old.get(i), new.get(i)) for i in ids]}
+        pairs = [(earlier.get(id(c)), c) if after is not None else (c, None) for c in captions]
+        return {"title": title, "cards": [_card(run, names, old, new) for old, new in pairs]}
 
     if before is not None and after is not None:
         chosen = highlights(before.captions, after.captions)

@@ -28,6 +28,9 @@ _WORDS = {
     "learners": "learners together",
     "learner_path": "forward path chosen",
     "sample_quarantined": "sample quarantined",
+    "held_out_left_out": "held-out samples left out",
+    "held_out_trained_on": "held-out pictures are trained on",
+    "warm_start_left_out": "samples left out by the warm start",
     "reward_failed": "rewards failed",
     "reward_part_missing": "a part of weight 0 failed",
     "reward_replica_lost": "reward replica lost",
@@ -59,6 +62,9 @@ def happened(
         ("ended with an error", len(ended), _reasons(ended)),
         ("resumed", len(_of(events, "run_resumed")), ""),
         ("samples quarantined", len(quarantined), _reasons(quarantined)),
+        ("held-out pictures trained on", *_counted(_of(events, "held_out_trained_on"), "found")),
+        ("held-out samples left out", *_counted(_of(events, "held_out_left_out"), "count")),
+        ("samples left out by the warm start", *_counted(_of(events, "warm_start_left_out"), "count")),
         ("groups without a reward", sum(int(each.get("groups", 1)) for each in failed), _reasons(failed)),
         ("captions without a reward", sum(int(each.get("captions", 0)) for each in failed), _reasons(failed)),
         ("captions that a part of weight 0 lacks", sum(int(each["captions"]) for each in lacking), _reasons(lacking)),
@@ -126,6 +132,11 @@ def _reasons(records: Sequence[Mapping[str, Any]]) -> str:
     """Each reason once, the last three."""
     reasons = [str(each.get("detail") or each.get("reason") or "") for each in records]
     return "; ".join(list(dict.fromkeys(reason for reason in reversed(reasons) if reason))[:3][::-1])
+
+
+def _counted(events: Sequence[Event], key: str) -> tuple[int, str]:
+    """What an event counts under that key, summed, and the reasons."""
+    return sum(int(each[key]) for each in events if is_number(each.get(key))), _reasons(events)
 
 
 def _slowest(replaced: Sequence[float | None]) -> str:

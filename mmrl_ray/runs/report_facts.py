@@ -66,8 +66,9 @@ def _preferences(summary: Mapping[str, Any]) -> Iterator[Row]:
             yield f"pairs, {name}", f"{side['pairs']:g}"
         for measure in ("accuracy", "margin"):
             interval = _mapping(side.get(measure))
-            if all(is_number(interval.get(key)) for key in ("value", "low", "high")):
-                bounds = f"[{interval['low']:.3f}, {interval['high']:.3f}]"
+            if is_number(interval.get("value")):
+                known = is_number(interval.get("low")) and is_number(interval.get("high"))
+                bounds = f"[{interval['low']:.3f}, {interval['high']:.3f}]" if known else "(no interval: one pair)"
                 yield f"{measure} of the implicit reward, {name}", f"{interval['value']:.3f} {bounds}"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmrl_ray.errors import DataError
 from mmrl_ray.metrics.bootstrap import Interval
-from mmrl_ray.runs.scores import Difference, Evaluation, compare
+from mmrl_ray.runs.scores import Difference, Evaluation, compare, in_common
 
 _LABELS = {
     "reward": ("Total reward", ""),
@@ -35,10 +35,14 @@ def measure_table(before: Evaluation | None, after: Evaluation | None) -> dict[s
     differences: dict[str, Difference] = {}
     note = ""
     if before is not None and after is not None:
+        both = in_common(before, after)
         try:
-            differences = compare(before, after)
+            differences = compare(*both) if both is not None else {}
         except DataError as error:
             note = f" {error}"
+        shared = len(both[0].captions) if both is not None else 0
+        if shared < max(len(before.captions), len(after.captions)):
+            note = f" They are of the {shared} samples that both sides have."
     sides = [e.measures for e in (before, after) if e is not None]
     names = dict.fromkeys(name for measures in sides for name in measures)
     alone = _only_part(before or after)
@@ -110,7 +114,9 @@ def _verdict(name: str, difference: Difference) -> dict[str, str]:
     interval = difference.difference
     moved = interval.low > 0 or interval.high < 0
     up = interval.mean > 0
-    if not moved:
+    if not interval.known:
+        word, kind, sentence = "n/a", "flat", "one sample has no interval"
+    elif not moved:
         word, kind, sentence = "no clear change", "flat", "a change that chance alone could make"
     else:
         direction = "higher" if up else "lower"
@@ -123,7 +129,7 @@ def _verdict(name: str, difference: Difference) -> dict[str, str]:
         )
     return {
         "difference": f"{interval.mean:+.3f}",
-        "difference_interval": f"[{interval.low:+.3f}, {interval.high:+.3f}]",
+        "difference_interval": interval.words("+.3f"),
         "verdict": word,
         "verdict_kind": kind,
         "sentence": sentence,
@@ -140,14 +146,14 @@ def _value(interval: Interval | None) -> str:
 
 
 def _range(interval: Interval | None) -> str:
-    return "" if interval is None else f"[{interval.low:.3f}, {interval.high:.3f}]"
+    return "" if interval is None else interval.words(".3f")
 
 
 def _bars(before: Interval | None, after: Interval | None) -> list[dict[str, Any]]:
     """The intervals side by side, each row on its own scale."""
     drawn = [("before", 6, before), ("after", 14, after)]
-    known = [interval for _, _, interval in drawn if interval is not None]
-    low, high = min(i.low for i in known), max(i.high for i in known)
+    known = [interval for _, _, interval in drawn if interval is not None and interval.known]
+    low, high = min((i.low for i in known), default=0.0), max((i.high for i in known), default=0.0)
     scale = (_WIDTH - 2 * _MARGIN) / (high - low) if high > low else 0.0
 
     def place(value: float) -> float:
@@ -156,5 +162,5 @@ def _bars(before: Interval | None, after: Interval | None) -> list[dict[str, Any
     return [
         {"kind": kind, "y": y, "low": place(i.low), "high": place(i.high), "mean": place(i.mean)}
         for kind, y, i in drawn
-        if i is not None
+        if i is not None and i.known
     ]

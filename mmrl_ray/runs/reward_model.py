@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrl_ray.config.reward_model import RewardDataSection, RewardModelConfig
+from mmrl_ray.data.held_out import overlap_with_hashes
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.data.quarantine import Quarantine
-from mmrl_ray.data.samples import dataset_fingerprint
+from mmrl_ray.data.quarantine import Quarantine, some
+from mmrl_ray.data.samples import Sample, dataset_fingerprint
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.metrics.text import Tokenizer
@@ -113,10 +114,13 @@ def _splits(cfg: RewardModelConfig, quarantine: Quarantine) -> tuple[RewardData,
     train = read_judgements(cfg.data.train, cfg.data, quarantine)
     if cfg.data.eval is not None:
         held_out = read_judgements(cfg.data.eval, cfg.data, quarantine)
-        seen = {row.picture for row in train}
-        both = sum(picture in seen for picture in {row.picture for row in held_out})
-        if both:
-            raise DataError(f"{both} pictures of {cfg.data.eval} are in {cfg.data.train}, too: nothing is held out")
+        pictures = [Sample(image_hash(picture), picture, "") for picture in {row.picture: None for row in held_out}]
+        both = overlap_with_hashes(pictures, (image_hash(row.picture) for row in train), cfg.data.train)
+        if both.found:
+            raise DataError(
+                f"{len(both.found)} of {both.samples} pictures of {cfg.data.eval} are in {cfg.data.train}, too: "
+                f"nothing is held out; the first: {some(both.found, 3)}"
+            )
     else:
         held_out = [row for row in train if _is_held_out(row, cfg)]
         train = [row for row in train if not _is_held_out(row, cfg)]

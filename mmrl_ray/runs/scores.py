@@ -56,6 +56,8 @@ class CaptionScore:
     scores: Mapping[str, float]
     """Sentence scores and counts: cider_d, rouge_l, caption/words, and for scenes how many facts were claimed, of these
     are correct, were required, and of those were covered."""
+    place: str = ""
+    """Of the row in its data set (`Sample.place`): ids may repeat."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ def score_captions(
         DataError: no samples, or a sample without references.
         RewardError: the reward failed.
     """
-    if not samples or len(samples) != len(captions):
+    if not samples:
+        raise DataError("there is no sample to evaluate")
+    if len(samples) != len(captions):
         raise DataError(f"an evaluation needs one caption a sample, got {len(captions)} for {len(samples)} samples")
     bare = next((s.id for s in samples if not s.references), None)
     if bare is not None:
@@ -171,7 +175,8 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
     Raises:
         DataError: they are of different samples.
     """
-    if [c.sample_id for c in before.captions] != [c.sample_id for c in after.captions]:
+    pairs = paired(before.captions, after.captions)
+    if [b for b, _ in pairs] != [*before.captions] or [a for _, a in pairs] != [*after.captions]:
         raise DataError("two evaluations of different samples cannot be compared; evaluate both on the same split")
     found: dict[str, Difference] = {}
     for name, interval in before.measures.items():
@@ -181,14 +186,48 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
     return found
 
 
+def paired(before: Sequence[CaptionScore], after: Sequence[CaptionScore]) -> list[tuple[CaptionScore, CaptionScore]]:
+    """(before, after) of each row that both have, in the order of `after`.
+
+    Rows are known by their places; records from before those were written by their ids, the n-th of an id being that
+    of the other side.
+    """
+    by_place = all(c.place for c in (*before, *after))
+    known = dict(zip(_row_keys(before, by_place), before, strict=True))
+    return [(known[key], c) for key, c in zip(_row_keys(after, by_place), after, strict=True) if key in known]
+
+
+def in_common(before: Evaluation, after: Evaluation) -> tuple[Evaluation, Evaluation] | None:
+    """Both, of the rows that both have; None where there is none. A sample may fail on one side alone."""
+    pairs = paired(before.captions, after.captions)
+    if not pairs:
+        return None
+    if len(pairs) == len(before.captions) == len(after.captions):
+        return before, after
+    first, second = zip(*pairs, strict=True)
+    return Evaluation(first, before.seed), Evaluation(second, after.seed)
+
+
+def _row_keys(captions: Sequence[CaptionScore], by_place: bool) -> list[tuple[str, int]]:
+    if by_place:
+        return [(c.place, 0) for c in captions]
+    seen: Counter[str] = Counter()
+    keys = []
+    for c in captions:
+        keys.append((c.sample_id, seen[c.sample_id]))
+        seen[c.sample_id] += 1
+    return keys
+
+
 def comparison_json(differences: Mapping[str, Difference]) -> dict[str, Any]:
     """`compare`'s answer for `summary.json`."""
     return {name: {**interval_json(d.difference), "intervals_apart": d.apart} for name, d in differences.items()}
 
 
-def interval_json(interval: Interval) -> dict[str, float]:
-    """As it stands in JSON files."""
-    return {"value": interval.mean, "low": interval.low, "high": interval.high}
+def interval_json(interval: Interval) -> dict[str, float | None]:
+    """As it stands in JSON files; null ends where a single sample has no interval."""
+    low, high = (interval.low, interval.high) if interval.known else (None, None)
+    return {"value": interval.mean, "low": low, "high": high}
 
 
 def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval:
@@ -218,6 +257,7 @@ def _score(
         caption=str(caption),
         reward=reward,
         scores=scores,
+        place=sample.place,
     )
 
 

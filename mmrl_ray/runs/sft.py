@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.sft import SftSection
-from mmrl_ray.data.samples import Sample, SampleStream
-from mmrl_ray.errors import DataError, NonFiniteError
+from mmrl_ray.data.samples import QuarantineRecord, Sample, SampleStream
+from mmrl_ray.errors import DataError, ModelError, NonFiniteError
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.experience.plan import GroupSize, split_micro_batches
 from mmrl_ray.experience.seeds import derive_seed
@@ -30,6 +30,7 @@ from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prefix import ScorePath, score_completions
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
 from mmrl_ray.policy.vision import VisionCache, vision_features
+from mmrl_ray.rollouts.ledger import FirstErrors
 from mmrl_ray.runs.progress import ProgressFn
 
 REPORT_EVERY = 10
@@ -42,13 +43,22 @@ Pair = tuple[EncodedPrompt, list[torch.Tensor]]
 """One image's prompt and the token ids int64 [T] of its captions."""
 
 
-def train_supervised(policy: Policy, cfg: Config, sft: SftSection, progress: ProgressFn | None = None) -> list[float]:
+def train_supervised(
+    policy: Policy,
+    cfg: Config,
+    sft: SftSection,
+    progress: ProgressFn | None = None,
+    on_left_out: Callable[[QuarantineRecord], None] | None = None,
+) -> list[float]:
     """Trains `policy` in place on `cfg.data.train`; an adapter is merged at the end. Returns the loss of each step.
 
-    The same arguments give the same weights on the CPU.
+    Rows whose pictures or prompts cannot be used, or that have no target of the kinds asked for, are left out, within
+    `data.max_quarantined`; `on_left_out` hears of each. The same arguments give the same weights on the CPU.
 
     Raises:
-        DataError: the data cannot be read, or a row has no target of the kinds asked for.
+        DataError: the data cannot be read.
+        QuarantineError: more rows that cannot be used than are tolerated.
+        ModelError: the first rows all fail with the same error.
         ContextLengthError: a prompt and its caption exceed the model's context.
         NonFiniteError: the loss or the gradient norm is NaN or infinite.
     """
@@ -60,7 +70,7 @@ def train_supervised(policy: Policy, cfg: Config, sft: SftSection, progress: Pro
     losses: list[float] = []
     started = time.monotonic()
     path: ScorePath | None = None
-    for step, (samples, batch) in enumerate(_batches(policy, cfg, sft, seed)):
+    for step, (samples, batch) in enumerate(_batches(policy, cfg, sft, seed, on_left_out)):
         path = path or choose_path(policy, [prompt for prompt, _ in batch[:2]]).path
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad(set_to_none=True)
@@ -85,7 +95,18 @@ def draw_target(sample: Sample, sft: SftSection, rng: random.Random) -> str:
     """One caption to train on: terse, partial or full by the section's weights, among the kinds that the row has.
 
     Raises:
-        DataError: the row has none of the kinds that have a weight.
+        DataError: as `usable_targets`.
+    """
+    usable = usable_targets(sample, sft)
+    (texts,) = rng.choices([texts for _, texts in usable], [weight for weight, _ in usable])
+    return rng.choice(texts)
+
+
+def usable_targets(sample: Sample, sft: SftSection) -> list[tuple[float, list[str]]]:
+    """(weight, captions) of each kind that has a weight and that the row has.
+
+    Raises:
+        DataError: there is none.
     """
     kinds = (
         (sft.terse, _texts(sample.metadata, "terse")),
@@ -98,8 +119,7 @@ def draw_target(sample: Sample, sft: SftSection, rng: random.Random) -> str:
             f"sample {sample.id!r} has no caption to train on: sft asks for terse={sft.terse:g}, "
             f"partial={sft.partial:g}, full={sft.full:g}; give the row such captions or change the weights"
         )
-    (texts,) = rng.choices([texts for _, texts in usable], [weight for weight, _ in usable])
-    return rng.choice(texts)
+    return usable
 
 
 def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
@@ -119,20 +139,53 @@ def _trainable(policy: Policy, cfg: Config, sft: SftSection, seed: int) -> list[
     return [p for p in policy.model.parameters() if p.requires_grad]
 
 
-def _batches(policy: Policy, cfg: Config, sft: SftSection, seed: int) -> Iterator[tuple[list[Sample], list[Pair]]]:
+def _batches(
+    policy: Policy,
+    cfg: Config,
+    sft: SftSection,
+    seed: int,
+    on_left_out: Callable[[QuarantineRecord], None] | None = None,
+) -> Iterator[tuple[list[Sample], list[Pair]]]:
     """One batch a step: its samples, and each one's prompt with its captions."""
-    stream = SampleStream(cfg.data.train, prompt=cfg.data.prompt, seed=seed, max_quarantined=cfg.data.max_quarantined)
+    stream = SampleStream(
+        cfg.data.train,
+        prompt=cfg.data.prompt,
+        seed=seed,
+        max_quarantined=cfg.data.max_quarantined,
+        on_quarantine=on_left_out,
+    )
+    first = FirstErrors(policy.path)
     rng = random.Random(seed)
     for _ in range(sft.steps):
-        samples = stream.take(sft.batch_size // sft.captions_per_image)
-        prompts = encode_prompts(policy, samples)
+        taken = _take(policy, stream, sft, first)
+        samples = [sample for sample, _ in taken]
         pairs: list[Pair] = []
-        for sample, prompt in zip(samples, prompts, strict=True):
+        for sample, prompt in taken:
             texts = [draw_target(sample, sft, rng) for _ in range(sft.captions_per_image)]
             captions = [encode_caption(policy, text) for text in texts]
             check_context(policy, prompt, max(caption.numel() for caption in captions))
             pairs.append((prompt, captions))
         yield samples, pairs
+
+
+def _take(
+    policy: Policy, stream: SampleStream, sft: SftSection, first: FirstErrors
+) -> list[tuple[Sample, EncodedPrompt]]:
+    """A step's samples: the next that can be encoded and have a target; others are quarantined, as in rollouts."""
+    count = sft.batch_size // sft.captions_per_image
+    taken: list[tuple[Sample, EncodedPrompt]] = []
+    while len(taken) < count:
+        for sample in stream.take(count - len(taken)):
+            try:
+                usable_targets(sample, sft)
+                taken += [(sample, prompt) for prompt in encode_prompts(policy, [sample])]
+            except (DataError, ModelError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                first.failed([sample.key], reason)
+                stream.quarantine.add(sample.id, reason, sample.place)
+            else:
+                first.worked()
+    return taken
 
 
 def _backward(policy: Policy, batch: Sequence[Pair], cache: VisionCache, path: ScorePath, token_budget: int) -> float:

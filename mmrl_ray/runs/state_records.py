@@ -6,7 +6,7 @@ Plain lists of numbers, so that duckdb, pandas and Hugging Face `datasets` open 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from mmrl_ray.analysis.correlation import Correlation, correlations
 from mmrl_ray.analysis.rows import MODALITIES
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.run_dir import RunDir
@@ -31,6 +32,7 @@ _VECTOR = pa.list_(pa.float32())
 STATE_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("sample_place", pa.string()),  # shard and row, by which a row is known: ids may repeat
         pa.field("action", _VECTOR, nullable=False),  # mean embedding of the caption's tokens
         *(pa.field(name, _VECTOR, nullable=False) for name in MODALITIES),  # mean input embedding of the modality
         pa.field("hidden", _VECTOR, nullable=False),  # mean last hidden state behind the caption's tokens
@@ -49,17 +51,24 @@ class States:
     """float32 [N, d] each."""
     hidden: torch.Tensor
     """float32 [N, d]."""
+    places: tuple[str, ...] = ()
+    """Of each row in its data set; none in files from before they were written."""
 
     @classmethod
-    def of(cls, states: Mapping[str, CaptionState]) -> States:
-        """By sample id; one or more."""
-        each = list(states.values())
+    def of(cls, samples: Sequence[Sample], states: Sequence[CaptionState]) -> States:
+        """One or more states, each of the sample at its place in the list."""
         return cls(
-            sample_ids=tuple(states),
-            actions=torch.stack([state.action for state in each]),
-            modalities={name: torch.stack([state.modalities[name] for state in each]) for name in MODALITIES},
-            hidden=torch.stack([state.hidden for state in each]),
+            sample_ids=tuple(sample.id for sample in samples),
+            actions=torch.stack([state.action for state in states]),
+            modalities={name: torch.stack([state.modalities[name] for state in states]) for name in MODALITIES},
+            hidden=torch.stack([state.hidden for state in states]),
+            places=tuple(sample.place for sample in samples) if all(sample.place for sample in samples) else (),
         )
+
+    def same_rows(self, other: States) -> bool:
+        """Whether both are of the same rows, in the same order."""
+        same_places = self.places == other.places or not (self.places and other.places)
+        return self.sample_ids == other.sample_ids and same_places
 
     @cached_property
     def correlations(self) -> dict[str, Correlation]:
@@ -76,7 +85,12 @@ def save_states(run: RunDir, name: str, states: States) -> None:
         RunError: the folder cannot be written.
     """
     columns = [states.actions, *(states.modalities[name] for name in MODALITIES), states.hidden]
-    arrays = [pa.array(states.sample_ids), *(pa.array(list(column.numpy()), type=_VECTOR) for column in columns)]
+    places = pa.array(states.places or [None] * len(states.sample_ids), pa.string())
+    arrays = [
+        pa.array(states.sample_ids),
+        places,
+        *(pa.array(list(column.numpy()), type=_VECTOR) for column in columns),
+    ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(arrays, schema=STATE_SCHEMA), sink, compression="zstd")
     run.write_bytes(f"{FOLDER}/{name}.parquet", sink.getvalue().to_pybytes())
@@ -94,14 +108,15 @@ def load_states(run: RunDir, name: str) -> States | None:
     try:
         table = pq.read_table(pa.BufferReader(run.read_bytes(file)), schema=STATE_SCHEMA)
         columns = {field.name: table.column(field.name).to_pylist() for field in STATE_SCHEMA}
-        vectors = {key: torch.tensor(columns[key]) for key in columns if key != "sample_id"}
+        vectors = {key: torch.tensor(columns[key]) for key in columns if not key.startswith("sample_")}
         if any(vector.ndim != 2 or not bool(torch.isfinite(vector).all()) for vector in vectors.values()):
             raise ValueError("its vectors are not finite numbers of one length")
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{run.full_path(file)} holds no states ({reason}); train again without it") from error
     modalities = {name: vectors[name] for name in MODALITIES}
-    return States(tuple(columns["sample_id"]), vectors["action"], modalities, vectors["hidden"])
+    places = () if None in columns["sample_place"] else tuple(columns["sample_place"])
+    return States(tuple(columns["sample_id"]), vectors["action"], modalities, vectors["hidden"], places)
 
 
 def correlations_json(found: Mapping[str, Correlation]) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ resampled with the same draws, so that their difference is paired.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -67,6 +68,8 @@ def figure_difference(
 
 
 def _interval(value: float, values: Sequence[float], n: int) -> Interval:
+    if n == 1:
+        return Interval(float(value), math.nan, math.nan, n)
     tail = (1.0 - _CONFIDENCE) / 2.0
     low, high = np.quantile(values, [tail, 1.0 - tail])
     return Interval(float(value), float(low), float(high), n)

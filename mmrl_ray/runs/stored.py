@@ -54,6 +54,15 @@ def check_stored(cfg: Config) -> int:
     return count
 
 
+def logged_pictures(wanted: RolloutsSection) -> Iterator[str]:
+    """Hash of each group's picture, of those that a run learns from.
+
+    Raises:
+        RunError: that run is not there, or has no log.
+    """
+    return (rows[0]["image_hash"] for rows in _groups(RunDir.at(wanted.run), wanted, ("image_hash",)))
+
+
 def stored_data(cfg: Config, run: RunDir) -> Config:
     """The config of a run that learns from stored rollouts, its `data.train` its own copy of them.
 

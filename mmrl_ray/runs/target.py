@@ -25,6 +25,8 @@ from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.value_heads import HEADS_FILE, add_decoding_heads
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.preferences import TRAIN as PAIRS
+from mmrl_ray.runs.stored import TRAIN as STORED
 from mmrl_ray.runs.warm_start import warm_start
 from mmrl_ray.value_based.agent import AGENT_FOLDER, FACTS_FILE, Agent
 from mmrl_ray.value_based.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
@@ -54,6 +56,10 @@ class Target:
     """What a reader of its figures should know."""
     agent: PictureAgent | None = None
     """Of a value-based run: what captions instead of the policy."""
+    trained_on: tuple[str, ...] = ()
+    """Data sets whose pictures the run has learned from; none known of a bare model."""
+    max_quarantined: int = DataSection.model_fields["max_quarantined"].default
+    """Broken samples that are left out of an evaluation before it stops."""
 
     def beta(self, wanted: float | None) -> float:
         """The β to caption with: the one that is wanted, or what the run has; 0 without value heads.
@@ -133,6 +139,8 @@ def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
         statistics=_statistics(run, cfg),
         notes=notes,
         agent=agent,
+        trained_on=(cfg.data.train, *(f"{run.location}/{own}" for own in (PAIRS, STORED) if run.exists(own))),
+        max_quarantined=cfg.data.max_quarantined,
     )
 
 

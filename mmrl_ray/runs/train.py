@@ -25,9 +25,10 @@ import mmrl_ray
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import with_absolute_paths
+from mmrl_ray.data.quarantine import QuarantineRecord, reasons_of, told
 from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import write_scenes
-from mmrl_ray.errors import Interrupted, MMRLError
+from mmrl_ray.errors import Interrupted, MMRLError, ModelError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
@@ -43,14 +44,21 @@ from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.live_policy import LivePolicy
 from mmrl_ray.runs.memory import PeakMemory, give_back_memory
-from mmrl_ray.runs.preflight import check_run, evaluation_split, with_opening
+from mmrl_ray.runs.preflight import (
+    check_references,
+    check_run,
+    evaluation_split,
+    held_out_quarantine,
+    trained_on,
+    with_opening,
+)
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.reward_app import RunReward
-from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, score_captions
+from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, in_common, score_captions
 from mmrl_ray.runs.state_records import MAX_STATES, States, load_states, save_states, states_json
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import warm_start
+from mmrl_ray.runs.warm_start import warm_start, warm_start_left_out
 from mmrl_ray.runs.watch import note_event, scrape_targets
 from mmrl_ray.telemetry.logs import start_logging
 
@@ -85,6 +93,10 @@ class _Run:
         self._progress = progress
         self._memory = memory
         self._pairs: list[Sample] = []
+        self._facts: dict[str, Any] = {}
+        """Of the data, for the summary."""
+        self._findings: list[tuple[str, dict[str, Any]]] = []
+        """Events from before there was a run folder to write them into."""
         self._seconds: dict[str, float] = {}
         self._began = time.monotonic()
 
@@ -99,9 +111,11 @@ class _Run:
                 stored.check_stored(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
-            samples = evaluation_split(cfg)
+            check_references(cfg)
+            samples = self._held_out(resume)
         with self._timed("warm_start"):
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
+            self._tell_left_out("warm_start", warm_start_left_out(model.path))
         start = cfg.model_copy(update={"model": model})
         with self._timed("checks"):
             for line in check_run(start):
@@ -113,6 +127,8 @@ class _Run:
         run.remove_scratch()  # of a process that was killed
         write_status(run, "starting", STARTING_S)
         note_event(run, "run_resumed" if resume else "run_started")
+        for kind, told_of in self._findings if not resume else ():
+            note_event(run, kind, **told_of)
         status = "failed"
         try:
             if not resume:
@@ -142,6 +158,29 @@ class _Run:
         finally:
             self._conclude(run, status)
         return run.location
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def _held_out(self, resume: bool) -> list[Sample]:
+        """The samples to evaluate on; says which of them are broken, and which are trained on."""
+        quarantine = held_out_quarantine(self._cfg)
+        samples = evaluation_split(self._cfg, quarantine)
+        self._tell_left_out("held_out", quarantine.records)
+        overlaps = list(trained_on(self._cfg, samples, resume=resume))
+        self._facts["held_out"] = {"samples": len(samples), "trained_on": [each.to_json() for each in overlaps]}
+        for each in overlaps:
+            if each.found:
+                self._progress.note(f"warning: {each}")
+                self._findings.append(("held_out_trained_on", {"detail": str(each), **each.to_json()}))
+        return samples
+
+    def _tell_left_out(self, where: str, records: Sequence[QuarantineRecord]) -> None:
+        """On the terminal, in the events and in the summary."""
+        self._facts.setdefault("left_out", {})[where] = [record.as_dict() for record in records]
+        if records:
+            self._progress.note(f"{where.replace('_', ' ')}: {told(records)}")
+            details = {"samples": [record.sample_id for record in records[:20]], "detail": reasons_of(records)}
+            self._findings.append((f"{where}_left_out", {"count": len(records), **details}))
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -227,12 +266,18 @@ class _Run:
             done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
             for failure in generated.failures:
                 self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
+            if not done:
+                raise ModelError(
+                    f"none of {len(samples)} held-out samples could be captioned by {self._cfg.model.path}; the first: "
+                    f"{generated.failures[0].reason}"
+                )
             groups = controller.groups([scored.payload for _, scored in done])
             captions = [group.completions[0].caption for group in groups]
             kept = [sample for sample, _ in done]
             self._score(run, name, kept, captions, reward, statistics)
-            if states := {s.id: g.state for s, g in zip(kept, groups, strict=True) if g.state is not None}:
-                save_states(run, name, States.of(states))
+            looked_into = [(s, g.state) for s, g in zip(kept, groups, strict=True) if g.state is not None]
+            if looked_into:
+                save_states(run, name, States.of(*zip(*looked_into, strict=True)))
 
     def _score(
         self,
@@ -279,6 +324,7 @@ class _Run:
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
             "correlations": states_json(states),
+            **self._facts,
             **({"preferences": pairs} if (pairs := preferences.preferences_json(run)) else {}),
             "seconds": seconds,
             "peak_memory_bytes": self._memory.peak_bytes,
@@ -309,8 +355,8 @@ def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict
         found["before"] = before.to_json()
     if after is not None:
         found["after"] = after.to_json()
-    if before is not None and after is not None:
-        found["difference"] = comparison_json(compare(before, after))
+    if before is not None and after is not None and (both := in_common(before, after)) is not None:
+        found["difference"] = comparison_json(compare(*both))
     return found
 
 

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.images import image_extension, image_hash
-from mmrl_ray.data.samples import Sample, iter_references, read_split
+from mmrl_ray.data.samples import Quarantine, QuarantineRecord, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError, Interrupted
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
 from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.rollouts.loop import QUARANTINE_FILE
 from mmrl_ray.rollouts.metrics import StepLog
 from mmrl_ray.rollouts.status_desk import StatusDesk
 from mmrl_ray.run_dir import RunDir
@@ -59,7 +60,10 @@ class ValueBasedRun:
         assert cfg.value_based is not None
         agent = cfg.value_based
         self._cfg, self._run, self._progress = cfg, run, progress
-        self._samples = read_split(cfg.data.train, prompt=cfg.data.prompt, limit=agent.max_pictures)
+        quarantine = Quarantine(cfg.data.max_quarantined, self._left_out, source=cfg.data.train)
+        self._samples = read_split(
+            cfg.data.train, prompt=cfg.data.prompt, limit=agent.max_pictures, quarantine=quarantine
+        )
         bare = next((sample.id for sample in self._samples if not sample.references), None)
         if bare is not None:
             raise DataError(f"{cfg.data.train}: sample {bare!r} has no references to be paid by; leave it out")
@@ -199,6 +203,13 @@ class ValueBasedRun:
         note_event(self._run, told.pop("kind"), **told)
 
     # -- pictures and the rollout log ------------------------------------------------------------------------------
+
+    def _left_out(self, record: QuarantineRecord) -> None:
+        """Writes a broken training picture down; a resumed run comes upon it again."""
+        if record.as_dict() not in self._run.read_lines(QUARANTINE_FILE):
+            self._run.append_line(QUARANTINE_FILE, record.as_dict())
+            told = {"sample": record.sample_id, "where": record.where, "detail": record.reason}
+            self._note({"kind": "sample_quarantined", **told})
 
     def _features(self, held_out: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Of the training pictures and of the held-out ones; the model goes again."""

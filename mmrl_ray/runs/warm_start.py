@@ -26,7 +26,7 @@ from transformers.utils import logging
 from mmrl_ray import atomic
 from mmrl_ray.config import Config
 from mmrl_ray.config.sft import SFT_CACHE
-from mmrl_ray.data.samples import dataset_fingerprint, iter_references
+from mmrl_ray.data.samples import QuarantineRecord, dataset_fingerprint, iter_references
 from mmrl_ray.data.scenes import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import ModelError, RunError
 from mmrl_ray.policy.boundary import model_call
@@ -36,7 +36,7 @@ from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.sft import train_supervised
 
 FACTS = "warm_start.json"
-"""In the folder: what it was made from, its first and last loss, seconds."""
+"""In the folder: what it was made from, its first and last loss, the rows that it left out, seconds."""
 
 TINY_LLAVA: Mapping[str, Any] = {
     "patch_size": 16,
@@ -92,6 +92,11 @@ def warm_start_facts(folder: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+def warm_start_left_out(folder: str | Path) -> tuple[QuarantineRecord, ...]:
+    """Rows that the warm start of that folder could not use; none of any other model."""
+    return tuple(QuarantineRecord(**record) for record in warm_start_facts(folder).get("left_out", ()))
+
+
 def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
@@ -104,12 +109,14 @@ def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, A
     # Weights that train are float32, whatever they are used in later; a frozen base under an adapter need not be.
     dtype = "float32" if cfg.sft.mode == "full" else cfg.model.dtype
     policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
-    losses = train_supervised(policy, cfg, cfg.sft, progress)
+    left_out: list[dict[str, str]] = []
+    losses = train_supervised(policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()))
     _save(policy, folder)
     return {
         "steps": len(losses),
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        "left_out": left_out,
         "seconds": time.monotonic() - started,
     }
 

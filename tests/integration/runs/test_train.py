@@ -7,6 +7,7 @@ import html.parser
 import json
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from mmrl_ray.data.samples import read_split, write_parquet
 from mmrl_ray.jobs.control import RunControl
 from mmrl_ray.run_dir import RunDir
 
@@ -218,7 +220,10 @@ def test_stale_and_with_a_reward_of_its_own_that_fails_at_times(workplace: Workp
     reward = {"parts": {"caption": {"kind": "caption"}, "mine": mine}, "weights": {"caption": 1.0, "mine": 0.5}}
     reward |= {"normalize": "group", "retries": 0}
     rollout = {"max_staleness": 2, "workers": 2}
-    workplace.mmrl("train", workplace.config("stale", rollout=rollout, algorithm="rloo", reward=reward))
+    config = workplace.config("stale", rollout=rollout, algorithm="rloo", reward=reward, data=torn_data(workplace))
+    said = workplace.mmrl("train", config)
+    assert "held out: 1 samples left out (torn)" in said
+    assert "warning: 1 of 7 held-out pictures (14%) are trained on" in said
     lines = metrics(workplace.runs / "stale")
     assert [line["step"] for line in lines] == list(range(6))
     assert max(line["staleness/max"] for line in lines) in (1, 2)
@@ -233,6 +238,35 @@ def test_stale_and_with_a_reward_of_its_own_that_fails_at_times(workplace: Workp
         assert (row["reward"] is not None, row["learning_reward"] is not None) == (live, live)
         assert row["reward_normalization"] == ("group" if live else None)
         assert live != row["sample_id"].endswith("7")
+
+
+def test_broken_rows_cost_themselves_alone(workplace: Workplace) -> None:
+    """Of the run before: a broken picture first in both splits, a prompt that no model takes, one picture in both."""
+    run = workplace.runs / "stale"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["eval"]["after"]["samples"] == 7
+    assert [record["sample_id"] for record in summary["left_out"]["held_out"]] == ["torn"]
+    (overlap,) = summary["held_out"]["trained_on"]
+    assert (overlap["found"], overlap["samples"], overlap["rows"]) == (1, 7, 26)
+    events = RunDir.at(run).read_lines("events.jsonl")
+    told = {event["kind"]: event["detail"] for event in events if event["kind"].startswith("held_out")}
+    assert set(told) == {"held_out_left_out", "held_out_trained_on"}
+    assert "1 of 7 held-out pictures (14%) are trained on" in told["held_out_trained_on"]
+    page = (run / "report.html").read_text()
+    assert "held-out pictures trained on" in page
+    quarantined = RunDir.at(run).read_lines("quarantine.jsonl")
+    assert {record["where"][-5:] for record in quarantined} <= {"row 0", "ow 25"}
+    log = [row for step in range(6) for row in rollouts(run, step)]
+    assert {row["prompt"] for row in log} == {"describe the image ."}, "the row of the same id goes on"
+
+
+def torn_data(workplace: Workplace) -> dict[str, Any]:
+    """The workplace's splits with what may be wrong with single rows."""
+    train, held_out = (read_split(workplace.folder / name, prompt="") for name in ("train", "eval"))
+    torn = replace(train[0], id="torn", images=(b"no picture",))
+    write_parquet(workplace.folder / "torn-train", [torn, *train, replace(train[3], prompt="see <image>")])
+    write_parquet(workplace.folder / "torn-eval", [torn, *held_out, train[5]])
+    return {"train": str(workplace.folder / "torn-train"), "eval": str(workplace.folder / "torn-eval")}
 
 
 def test_evaluate_and_caption_take_the_run(workplace: Workplace, straight: Path) -> None:

@@ -117,6 +117,40 @@ def test_broken_missing_and_uncaptioned_images_are_left_out(tmp_path: Path) -> N
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_an_id_of_two_pictures_is_refused_and_names_both(tmp_path: Path) -> None:
+    """Whose the captions are cannot be told; the same picture listed twice is one."""
+    annotations, images = coco(tmp_path)
+    content = json.loads(annotations.read_text())
+    content["images"].append(content["images"][2])
+    summary = import_coco(put_json(annotations, content), images, tmp_path / "same")
+    assert (summary.rows, summary.references) == (4, 12)
+    content["images"][3]["id"] = 101
+    with pytest.raises(DataError, match=r"image id 101 is that of two pictures, 000000000001.jpg and 000000000003.jpg"):
+        import_coco(put_json(annotations, content), images, tmp_path / "out")
+    file, flat = karpathy(tmp_path)
+    content = json.loads(file.read_text())
+    content["images"][4]["cocoid"] = 1
+    with pytest.raises(DataError, match=r"image id 1 is that of two pictures, train2014/1.jpg and train2014/5.jpg"):
+        import_coco(None, flat, tmp_path / "out", karpathy=put_json(file, content))
+
+
+def test_a_caption_that_is_no_text_is_named_and_those_of_unlisted_images_are_counted(tmp_path: Path) -> None:
+    annotations, images = coco(tmp_path)
+    content = json.loads(annotations.read_text())
+    content["annotations"] += [{"id": 90 + i, "image_id": 500 + i // 2, "caption": "whose?"} for i in range(3)]
+    summary = import_coco(put_json(annotations, content), images, tmp_path / "out")
+    assert summary.rows == 4
+    assert (summary.unlisted.captions, summary.unlisted.image_ids) == (3, ("500", "501"))
+    content["annotations"][5]["caption"] = None
+    with pytest.raises(DataError, match=r"captions_val.json, annotation 11 of image 101 has the caption None: it must"):
+        import_coco(put_json(annotations, content), images, tmp_path / "null")
+    file, flat = karpathy(tmp_path)
+    content = json.loads(file.read_text())
+    content["images"][1]["sentences"][1]["raw"] = 3
+    with pytest.raises(DataError, match=r"dataset_coco.json, image 2 \(2.jpg\): a sentence has the caption 3"):
+        import_coco(None, flat, tmp_path / "null", karpathy=put_json(file, content))
+
+
 def test_coco_files_that_are_something_else(tmp_path: Path) -> None:
     annotations, images = coco(tmp_path)
     out = tmp_path / "out"

@@ -179,8 +179,45 @@ def test_a_sample_found_broken_later_does_not_come_again(dataset: Path) -> None:
 
 def test_all_rows_broken_is_an_error(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", image=[b"x", b"y"])
-    with pytest.raises(DataError, match=r"every row of .* is quarantined"):
+    with pytest.raises(DataError, match=r"every row of .*a.parquet is quarantined: a.parquet row \d: .*PNG, JPEG"):
         stream(path).take(1)
+    with pytest.raises(DataError, match=r"no row of .*a.parquet can be used: a.parquet row 0: "):
+        read_split(path, prompt="P", quarantine=Quarantine(5))
+
+
+def test_rows_that_name_pictures_of_another_machine_say_where_they_look(tmp_path: Path) -> None:
+    cells = [
+        {"bytes": cell, "path": f"{place}{i}.png"}
+        for i, (cell, place) in enumerate([(None, "/home/somebody/"), (b"", "pictures/"), (None, "pictures/")])
+    ]
+    path = table(tmp_path / "moved.parquet", image=cells)
+    with pytest.raises(DataError) as caught:
+        stream(path).take(1)
+    assert f"every row of {path} is quarantined" in str(caught.value)
+    assert f"'/home/somebody/0.png' is refused: it must be relative and stay inside the data set {tmp_path}" in str(
+        caught.value
+    )
+    assert f"image file pictures/1.png is missing in {tmp_path}" in str(caught.value)
+
+
+def test_rows_of_one_id_are_known_by_their_places(tmp_path: Path) -> None:
+    """A row a caption is a common layout: one that is left out leaves its siblings in, and each counts."""
+    rows = [sample(i, id="dog", prompt="What is this?") for i in range(6)]
+    write_parquet(tmp_path / "d", rows, shards=2)
+    source = stream(tmp_path / "d")
+    taken = source.take(6)
+    assert len({each.key for each in taken}) == 6
+    assert taken == [rows[each.metadata["number"]] for each in taken], "where it lies is no part of what it says"
+    for each in taken[:2]:
+        source.quarantine.add(each.id, "the processor refused it", each.place)
+    assert len(source.quarantine) == 2
+    left = {each.place for each in taken[2:]}
+    other = stream(tmp_path / "d")
+    other.restore(json.loads(json.dumps(source.state())))
+    for each in (source, other):
+        counts = Counter(again.place for again in each.take(8))
+        assert set(counts) == left
+        assert set(counts.values()) == {2}
 
 
 def test_quarantine_state_goes_through_json() -> None:

@@ -58,7 +58,15 @@ def test_paired_difference_is_tighter_than_two_intervals() -> None:
 def test_overlap() -> None:
     assert Interval(1, 0, 2, 9).overlaps(Interval(2, 2, 3, 9))
     assert not Interval(1, 0, 2, 9).overlaps(Interval(3, 2.1, 3, 9))
-    assert bootstrap_mean([0.25]) == Interval(0.25, 0.25, 0.25, 1)
+
+
+def test_one_sample_has_a_mean_and_no_interval() -> None:
+    one, many = bootstrap_mean([0.25]), bootstrap_mean([0.5, 0.75])
+    assert (one.mean, one.n, one.known, one.words(".2f")) == (0.25, 1, False, "n/a")
+    assert not bootstrap_difference([0.25], [0.5]).known
+    assert many.words(".2f") == "[0.50, 0.75]"
+    assert one.overlaps(many), "nothing is known that speaks against it"
+    assert many.overlaps(one)
 
 
 def test_refuses() -> None:

@@ -61,6 +61,7 @@ class FakeEngine:
     seconds: float = 0.0
     crash_on: frozenset[str] = frozenset()
     broken: frozenset[str] = frozenset()
+    """Samples by id, or rows by place."""
     masked: frozenset[str] = frozenset()
     """Samples whose completions have no reward, or single completions: `sample-002/0`."""
     raise_on: frozenset[str] = frozenset()
@@ -80,12 +81,13 @@ class FakeEngine:
         if self.hang_once is not None and self.hang_once[0] in ids and not Path(self.hang_once[1]).exists():
             Path(self.hang_once[1]).touch()
             time.sleep(3600)
-        groups = [self._group(assignment, r) for r in assignment.groups if r.sample.id not in self.broken]
         failures = [
             DataFailure(r.key, r.sample.id, "ImageError: broken")
             for r in assignment.groups
-            if r.sample.id in self.broken
+            if {r.sample.id, r.sample.key} & self.broken
         ]
+        failed = {failure.key for failure in failures}
+        groups = [self._group(assignment, r) for r in assignment.groups if r.key not in failed]
         return AssignmentResult(
             assignment.id, assignment.version, self.worker, tuple(groups), tuple(failures), {"sample": self.seconds}
         )
@@ -223,7 +225,7 @@ class ListSource:
         while len(taken) < count:
             sample = self.items[self.position % len(self.items)]
             self.position += 1
-            if not self.quarantine.holds(sample.id, ""):
+            if not self.quarantine.holds(sample.id, sample.place):
                 taken.append(sample)
         return taken
 

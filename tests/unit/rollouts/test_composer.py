@@ -45,7 +45,7 @@ def test_a_sample_found_broken_is_passed_over_even_when_it_was_read_ahead(tmp_pa
         each.compose()
     ahead.read_ahead()
     for each in (plain, ahead):
-        each.quarantine("sample-000", "broken")
+        each.quarantine(samples(1)[0], "broken")
     assert ids(plain) == ["sample-004", "sample-005", "sample-001", "sample-002"]
     assert ids(ahead) == ["sample-004", "sample-005", "sample-001", "sample-002"]
 
@@ -54,7 +54,7 @@ def test_a_state_continues_exactly_and_knows_what_is_quarantined(tmp_path: Path)
     one = composer(tmp_path, 6)
     ids(one)
     one.read_ahead()
-    one.quarantine("sample-001", "broken")
+    one.quarantine(samples(2)[1], "broken")
     state = one.state(1)
     expected = [ids(one), ids(one)]
     other = composer(tmp_path, 6)
@@ -77,6 +77,6 @@ def test_seeking_back_without_a_state(tmp_path: Path) -> None:
 
 def test_the_budget_ends_the_run(tmp_path: Path) -> None:
     one = composer(tmp_path, budget=1)
-    one.quarantine("sample-001", "broken")
+    one.quarantine(samples(2)[1], "broken")
     with pytest.raises(QuarantineError, match="sample-002"):
-        one.quarantine("sample-002", "broken too")
+        one.quarantine(samples(3)[2], "broken too")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import duckdb
 import pytest
 import torch
 
-from mmrl_ray.errors import LearnerError, QuarantineError, RolloutError, RunError
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import LearnerError, ModelError, QuarantineError, RolloutError, RunError
 from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.protocols import Stop, Wait
@@ -30,7 +31,13 @@ class World:
     """A controller, what it is made of, and a learner that takes its steps."""
 
     def __init__(
-        self, folder: Path, *, count: int = 40, engine: FakeEngine | None = None, **sections: Sections
+        self,
+        folder: Path,
+        *,
+        count: int = 40,
+        rows: Sequence[Sample] = (),
+        engine: FakeEngine | None = None,
+        **sections: Sections,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.cfg = config(folder, **sections)
@@ -41,7 +48,7 @@ class World:
             self.cfg,
             self.run,
             pool=self.pool,
-            source=ListSource(samples(count)),
+            source=ListSource(rows or samples(count), self.cfg.data.max_quarantined),
             put=lambda value: value,
             fetch=lambda value: value,
         )
@@ -269,6 +276,39 @@ def test_too_many_broken_samples_end_the_run(make: Callable[..., World]) -> None
     assert isinstance(answer, Stop)
     assert answer.failed
     assert isinstance(world.controller.failure(), QuarantineError)
+
+
+def test_of_rows_with_one_id_only_the_broken_one_stays_away(make: Callable[..., World]) -> None:
+    """A checkpoint of before, which knew ids alone, keeps all of them away, as that run did."""
+    rows = [replace(each, id="dog", place=f"a.parquet row {i}") for i, each in enumerate(samples(5))]
+    world = make(rows=rows, engine=FakeEngine("w0", broken=frozenset({"a.parquet row 1", "a.parquet row 3"})))
+    world.controller.rewind(0)
+    plans = [world.step(step) for step in range(3)]
+    assert [[g.payload.sample.place[-1] for g in plan.groups] for plan in plans] == [
+        ["0", "2"],
+        list("4024"),
+        list("0240"),
+    ]
+    assert [line["quarantined"] for line in world.lines()] == [2, 0, 0]
+    (first, _) = (e for e in world.run.read_lines("events.jsonl") if e["kind"] == "sample_quarantined")
+    assert (first["sample"], first["where"]) == ("dog", "a.parquet row 1")
+
+
+def test_the_same_error_from_the_first_samples_is_the_models(make: Callable[..., World]) -> None:
+    nothing = frozenset(f"sample-{i:03d}" for i in range(40))
+    world = make(engine=FakeEngine("w0", broken=nothing), data={"max_quarantined": 20})
+    world.controller.rewind(0)
+    with pytest.raises(ModelError, match=r"none has worked: ImageError: broken; no single .*/model'"):
+        world.controller.generate(samples(8), SamplingParams(), timeout_s=20.0)
+    answer = world.controller.next_plan(0, 1, wait_s=20.0)
+    assert isinstance(answer, Stop)
+    assert answer.failed
+    assert isinstance(world.controller.failure(), ModelError)
+    # A budget that ends before: nobody is told to mend samples without a word of the model.
+    strict = make("strict", engine=FakeEngine("w0", broken=nothing), data={"max_quarantined": 0})
+    strict.controller.rewind(0)
+    strict.controller.next_plan(0, 1, wait_s=20.0)
+    assert "no sample has worked yet: it may well be model" in str(strict.controller.failure())
 
 
 def test_a_masked_group_is_counted_and_recorded_but_not_learned_from(make: Callable[..., World]) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
+from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
 from mmrl_ray.rollouts.ledger import Ledger
@@ -33,6 +35,8 @@ def test_assignments_are_given_in_order_and_evaluations_first() -> None:
 
 def test_a_lost_assignment_goes_first_under_a_fresh_id_and_attempt() -> None:
     ledger = Ledger()
+    ledger.submit(assignment(0))
+    assert ledger.accept(0, given(ledger, 0).id) is not None
     ledger.submit(assignment(1))
     ledger.submit(assignment(2))
     first = given(ledger, 0)
@@ -143,3 +147,66 @@ def test_whatever_happens_every_group_is_resolved_exactly_once(seed: int) -> Non
     assert ledger.outstanding == 0
     assert sorted(resolved) == [(number, index) for number in range(6) for index in range(4)]
     assert ledger.counts["quarantined"] >= 1
+
+
+# -- who is to blame ---------------------------------------------------------------------------------------------------
+
+
+def test_the_same_error_from_the_first_assignments_is_the_models() -> None:
+    """Each worker takes other samples than the one before; numbers and names in the error are the samples' own."""
+    ledger = Ledger("some/model")
+    for number in range(4):
+        ledger.submit(distinct(number))
+    for worker in range(2):
+        assert given(ledger, worker).groups[0].sample.id == f"{worker}-0"
+        assert ledger.lose(worker, f"ValueError: {10 + worker} tokens, 9 features of '{worker}-0'") == []
+    assert given(ledger, 2).groups[0].sample.id == "2-0"
+    with pytest.raises(ModelError, match=r"none has worked: ValueError: 12 tokens, 9 features.*'some/model'"):
+        ledger.lose(2, "ValueError: 12 tokens, 9 features of '2-0'")
+
+
+def test_one_sample_that_breaks_every_worker_at_the_beginning_is_still_the_one_to_blame() -> None:
+    ledger = Ledger("some/model")
+    ledger.submit(distinct(0))
+    for worker in range(2):
+        given(ledger, worker)
+        assert ledger.lose(worker, "segfault") == []
+    singles = [given(ledger, worker) for worker in (2, 3)]
+    (failure,) = ledger.lose(2, "segfault")
+    assert failure.sample_id == "0-0"
+    assert ledger.accept(3, singles[1].id) is not None
+    # Something worked: from here on it is a matter of samples, one by one.
+    for number in range(1, 6):
+        ledger.submit(distinct(number))
+    given_up = []
+    for worker in range(10, 60):
+        if ledger.give(worker, 0.0) is not None:
+            given_up += [failure.sample_id for failure in ledger.lose(worker, "segfault")]
+    assert len(given_up) == 10
+    assert ledger.outstanding == 0
+
+
+def test_workers_that_die_together_at_the_beginning_are_one_loss() -> None:
+    """Of a node, say; those that came afterwards count again. Errors of different kinds are not one fault."""
+    ledger = Ledger("some/model")
+    for number in range(12):
+        ledger.submit(distinct(number))
+    for worker in range(6):
+        given(ledger, worker)
+    for worker in range(6):
+        ledger.lose(worker, "ActorDiedError: its node died")
+    given(ledger, 6)
+    ledger.lose(6, "KeyError: 'labels'")
+    for worker in (7, 8):
+        given(ledger, worker)
+        ledger.lose(worker, "ActorDiedError: its node died")
+    given(ledger, 9)
+    with pytest.raises(ModelError, match="ActorDiedError"):
+        ledger.lose(9, "ActorDiedError: its node died")
+
+
+def distinct(number: int) -> Assignment:
+    """Two groups of samples that no other assignment has."""
+    plain = assignment(number)
+    groups = tuple(replace(g, sample=replace(g.sample, id=f"{number}-{i}")) for i, g in enumerate(plain.groups))
+    return replace(plain, groups=groups)

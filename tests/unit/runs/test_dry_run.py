@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -17,12 +21,15 @@ from safetensors.torch import load_file, save_file
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import ScenesSection
 from mmrl_ray.config.reward import FormatPart
-from mmrl_ray.data.scenes import write_scenes
-from mmrl_ray.errors import ModelError
+from mmrl_ray.data.samples import write_parquet
+from mmrl_ray.data.scenes import generate_scenes, write_scenes
+from mmrl_ray.errors import DataError, ModelError
 from mmrl_ray.policy import trial
+from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.runs.dry_run import DryRun, dry_run
 from mmrl_ray.runs.preflight import with_opening
 from mmrl_ray.runs.train import train
+from mmrl_ray.runs.warm_start import TINY_LLAVA
 from tests.support.tiny_models import build_family
 
 
@@ -79,6 +86,49 @@ def test_reads_the_first_sample_of_data_that_is_there(tmp_path: Path) -> None:
     found, _ = show(config(tmp_path, data={"scenes": None, "eval": str(tmp_path / "eval")}))
     assert (found.rows, found.blocking) == (12, [])
     assert files(tmp_path) == before
+
+
+def test_the_first_row_does_not_stand_for_the_set(tmp_path: Path) -> None:
+    """A broken picture comes first in both splits, and two held-out pictures are trained on."""
+    _, scenes = generate_scenes(ScenesSection(train=1, eval=8))
+    broken = replace(scenes[0], id="broken", images=(b"no picture",))
+    write_parquet(tmp_path / "train", [broken, *scenes[:5]])
+    write_parquet(tmp_path / "eval", [broken, *scenes[3:]])
+    data = {"scenes": None, "eval": str(tmp_path / "eval")}
+    found, text = show(config(tmp_path, data=data))
+    assert found.blocking == []
+    assert found.sample == replace(scenes[0], prompt=found.sample.prompt)  # type: ignore[union-attr]
+    assert f"5 samples of {tmp_path / 'eval'}" in text
+    assert "1 samples left out (broken): part-00000-of-00001.parquet row 0: text instead of an image" in text
+    assert f"2 of 5 held-out pictures (40%) are trained on: {scenes[3].id}, {scenes[4].id};" in text
+    (blocked,) = show(config(tmp_path, data={**data, "max_quarantined": 0}))[0].blocking[:1]
+    assert f"at most 0 are tolerated (max_quarantined): mend them or raise it. First of {tmp_path / 'train'}" in blocked
+    same, _ = show(config(tmp_path, data={**data, "eval": str(tmp_path / "train")}))
+    assert any("nothing is held out: all 5 held-out pictures are trained on" in line for line in same.held_out)
+    assert any("in data.train, which data.eval is, too" in line for line in same.held_out)
+
+
+def test_what_train_refuses_of_the_data_is_said(tmp_path: Path) -> None:
+    _, scenes = generate_scenes(ScenesSection(train=1, eval=4))
+    bare = [replace(each, references=()) for each in scenes]
+    write_parquet(tmp_path / "train", bare)
+    write_parquet(tmp_path / "eval", [*scenes[:2], bare[2]])
+    model = build_tiny_llava(tmp_path / "model", vocabulary=["a"], **TINY_LLAVA)
+    cfg = config(tmp_path, data={"scenes": None, "eval": str(tmp_path / "eval")}, model={"path": str(model)})
+    found, _ = show(cfg)
+    train, held_out = found.blocking
+    assert train.startswith(f"data.train: no row of {tmp_path / 'train'} has a reference")
+    assert held_out.endswith(f"sample {bare[2].id!r} has no references to evaluate against")
+    pq.write_table(pa.table({"image": [each.images[0] for each in scenes]}), tmp_path / "column.parquet")
+    column = config(tmp_path, data={"scenes": None, "train": str(tmp_path / "column.parquet")})
+    assert "has no references" in show(column)[0].blocking[0]
+    with pytest.raises(DataError, match=re.escape(train.removeprefix("data.train: "))):
+        train(cfg)
+    write_parquet(tmp_path / "good", scenes)
+    other = config(tmp_path, data={"scenes": None, "train": str(tmp_path / "good"), "eval": str(tmp_path / "eval")})
+    with pytest.raises(DataError, match=re.escape(held_out.removeprefix("data.eval: "))):
+        train(other)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_log_that_is_not_there_yet_is_told_and_one_that_does_not_fit_blocks(tmp_path: Path) -> None:

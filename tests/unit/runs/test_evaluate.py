@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from mmrl_ray.analysis.correlation import modality_correlation
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.model import ModelSection
-from mmrl_ray.data.samples import iter_references, read_split
+from mmrl_ray.data.samples import iter_references, read_split, write_parquet
 from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError, RunError
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.learner.checkpoints import save_checkpoint
@@ -179,16 +179,43 @@ def test_evaluating_a_run_uses_its_own_statistics(
     assert [c["caption"] for c in document["captions"]] == captions
     assert list(document["correlations"]) == ["image", "text", "combined"]
     assert document["correlations"]["text"] == {"rho": None, "p_value": None}, "one prompt for all"
-    states: dict[str, CaptionState] = {}
+    states: list[CaptionState] = []
     caption_samples(world.adapted, samples, max_new_tokens=9, states=states)
-    actions = torch.stack([states[sample.id].action for sample in samples])
-    image = torch.stack([states[sample.id].modalities["image"] for sample in samples])
+    actions = torch.stack([state.action for state in states])
+    image = torch.stack([state.modalities["image"] for state in states])
     if actions.std(dim=0).any():
         assert document["correlations"]["image"]["rho"] == pytest.approx(abs(modality_correlation(actions, image)))
     printed = capsys.readouterr().out
     assert "of the run's training references" in printed
     assert f"{expected.measures['cider_d'].mean:.4f}" in printed
     assert "one side does not vary" in printed
+
+
+def test_rows_of_one_id_and_broken_ones_and_those_trained_on(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [replace(each, id="x") for each in read_split(world.cfg.data.eval or "", prompt="describe it")]
+    (known,) = read_split(world.cfg.data.train, prompt="", limit=1)
+    write_parquet(tmp_path / "d", [replace(rows[0], id="torn", images=(b"?",)), *rows, known])
+    out = tmp_path / "e.json"
+    found = evaluate(world.run.location, data=str(tmp_path / "d"), out=out)
+    assert [each.sample_id for each in found.captions] == ["x"] * 6 + [known.id]
+    assert len({each.place for each in found.captions}) == 7
+    document = json.loads(out.read_text())
+    plain = document["correlations"]["image"]
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "captions and their modalities: 7 samples" in printed
+    evaluate(world.run.location, data=str(tmp_path / "d"), limit=1, out=out)
+    one = json.loads(out.read_text())
+    assert plain["rho"] is not None or len({each.caption for each in found.captions}) == 1
+    assert one["measures"]["reward"]["low"] is None
+    assert "n/a" in capsys.readouterr().out
+    (left_out,) = (note for note in document["notes"] if "left out" in note)
+    assert left_out.startswith("1 samples left out (torn): part-00000-of-00001.parquet row 0: ")
+    assert any(f"1 of 7 held-out pictures (14%) are trained on: {known.id};" in note for note in document["notes"])
+    assert "are trained on" in printed
+    evaluate(world.run.location, data=world.cfg.data.train, limit=2, out=out)
+    assert any("is what the run was trained on" in note for note in json.loads(out.read_text())["notes"])
 
 
 def test_explaining_a_caption(

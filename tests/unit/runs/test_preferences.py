@@ -11,7 +11,7 @@ import torch
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import parse_config
-from mmrl_ray.data.samples import Sample, read_split
+from mmrl_ray.data.samples import Sample, read_split, write_parquet
 from mmrl_ray.errors import PreferenceError
 from mmrl_ray.experience.carriers import (
     Completion,
@@ -26,6 +26,7 @@ from mmrl_ray.rollouts.assignments import DataFailure
 from mmrl_ray.rollouts.protocols import Generated
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.preferences import check_pairs, measure_pairs, pair_data, preferences_json
+from mmrl_ray.runs.preflight import trained_on
 from mmrl_ray.runs.report_facts import fact_blocks
 from tests.unit.feedback.examples import preference
 
@@ -66,6 +67,23 @@ def test_labels_that_come_later_change_no_run(cfg: Config, run: RunDir) -> None:
     again, same = pair_data(cfg, run)
     assert (again, same) == (changed, pairs)
     assert read_split(again.data.train, prompt="") == train
+
+
+def test_held_out_samples_whose_pictures_have_pairs_are_said(cfg: Config, run: RunDir) -> None:
+    """Those of held-out pairs are not trained on. A resumed run needs no store."""
+    fill(cfg, 30)
+    _, pairs = pair_data(cfg, run)
+    train = read_split(f"{run.location}/preferences/train", prompt="")
+    write_parquet(f"{run.location}/other", [train[0]])
+    data = cfg.data.model_copy(update={"train": f"{run.location}/other", "eval": "elsewhere"})
+    own = cfg.model_copy(update={"data": data})
+    first, second = trained_on(own, [*pairs, train[0], train[1]])
+    assert (first.found, first.rows) == ((train[0].id,), 1)
+    assert (second.trained_on, second.found) == ("data.preferences", (train[0].id, train[1].id))
+    assert second.rows == 30 - len(pairs)
+    assert cfg.data.preferences is not None
+    Path(cfg.data.preferences.store.removeprefix("sqlite:///")).unlink()
+    assert [each.found for each in trained_on(own, [*pairs, train[0]], resume=True)] == [(train[0].id,)]
 
 
 def test_a_copy_that_was_cut_off_is_made_anew(cfg: Config, run: RunDir) -> None:

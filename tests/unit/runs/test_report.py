@@ -23,6 +23,7 @@ from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import EVAL_SCHEMA, doubtful, highlights, load_evaluation, save_evaluation
 from mmrl_ray.runs.report import write_report
+from mmrl_ray.runs.report_captions import caption_groups
 from mmrl_ray.runs.report_charts import MAX_POINTS, charts, constants
 from mmrl_ray.runs.report_events import event_rows, happened, replacements
 from mmrl_ray.runs.report_facts import duration
@@ -218,6 +219,33 @@ def test_the_table_tells_the_figures_of_the_evaluations(finished: tuple[RunDir, 
     for evaluation in (BEFORE, AFTER):
         reward = evaluation.measures["reward"]
         assert f"{reward.mean:.3f} [{reward.low:.3f}, {reward.high:.3f}]" in page.words
+
+
+def test_one_held_out_sample_has_figures_and_no_interval(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "one")
+    for name, evaluation in (("before", BEFORE), ("after", AFTER)):
+        save_evaluation(run, name, Evaluation(evaluation.captions[:1]), SCENES[:1])
+    pair = {"pairs": 1, "accuracy": {"value": 1.0, "low": None, "high": None}}
+    run.write_json("summary.json", {"status": "finished", "preferences": {"after": pair}})
+    page = Page(Path(write_report(run)).read_text())
+    assert f"{BEFORE.captions[0].reward.total:.3f} n/a" in page.words
+    assert "1.000 (no interval: one pair)" in page.words
+    assert "nan" not in page.words.lower()
+    assert "apart" not in page.words.replace("“Apart” means", "")
+
+
+def test_rows_of_one_id_keep_their_own_pictures_and_captions(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "same")
+    rows = [replace(each, id="x", place=f"a.parquet row {i}") for i, each in enumerate(SCENES)]
+    for name, evaluation in (("before", BEFORE), ("after", AFTER)):
+        own = [replace(c, sample_id="x", place=row.place) for c, row in zip(evaluation.captions, rows, strict=True)]
+        save_evaluation(run, name, Evaluation(tuple(own)), rows)
+    groups = caption_groups(run, load_evaluation(run, "before"), load_evaluation(run, "after"))
+    expected = highlights(BEFORE.captions, AFTER.captions)
+    for group, pairs in zip(groups, expected.values(), strict=False):
+        said = [["".join(p["text"] for p in side["pieces"]) for side in card["sides"]] for card in group["cards"]]
+        assert said == [[old.caption, new.caption] for old, new in pairs]
+        assert len({card["image"] for card in group["cards"]}) == len(pairs)
 
 
 def test_a_half_finished_run_says_what_is_missing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ import torch
 
 from mmrl_ray.analysis.correlation import correlations
 from mmrl_ray.analysis.pca import fit_pca
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import CaptionState
@@ -29,17 +31,18 @@ from tests.unit.runs.test_report import BEFORE, SCENES, Page
 WIDTH, COUNT = 6, 20
 
 
-def states(seed: int, *, shift: float = 0.0, count: int = COUNT) -> States:
+def states(seed: int, *, shift: float = 0.0, count: int = COUNT, rows: Sequence[Sample] = ()) -> States:
     """Captions that go with their picture, and one prompt for all."""
     rng = torch.Generator().manual_seed(seed)
     image = torch.randn(count, WIDTH, generator=rng) * torch.tensor([3.0, 1, 1, 1, 1, 1])
     action = image.flip(1) + 0.1 * torch.randn(count, WIDTH, generator=rng)
     hidden = torch.randn(count, WIDTH, generator=rng) + shift
     return States.of(
-        {
-            f"s{i}": CaptionState(action[i], {"image": image[i], "text": torch.full((WIDTH,), 0.1)}, hidden[i])
+        rows or [Sample(f"s{i}", (), "") for i in range(count)],
+        [
+            CaptionState(action[i], {"image": image[i], "text": torch.full((WIDTH,), 0.1)}, hidden[i])
             for i in range(count)
-        }
+        ],
     )
 
 
@@ -55,6 +58,25 @@ def test_states_come_back_as_they_were_and_open_as_plain_parquet(tmp_path: Path)
         assert torch.equal(getattr(again, name), getattr(made, name))
     assert torch.equal(again.modalities["image"], made.modalities["image"])
     assert pq.read_table(run.local_path("analysis/before.parquet")).schema == STATE_SCHEMA
+
+
+def test_rows_of_one_id_are_told_apart_and_older_files_still_load(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run")
+    rows = [Sample("x", (), "", place=f"a.parquet row {i}") for i in range(COUNT + 1)]
+    made, other = states(0, rows=rows[:-1]), states(1, rows=rows[1:])
+    assert made.actions.shape[0] == COUNT, "no row hides another of its id"
+    save_states(run, "before", made)
+    again = load_states(run, "before")
+    assert again is not None
+    assert again.places == made.places == tuple(row.place for row in rows[:-1])
+    assert drift({"before": again, "after": states(1, rows=rows[:-1])}) != ""
+    assert drift({"before": again, "after": other}) == "", "the same ids, but other rows"
+    file = run.local_path("analysis/before.parquet")
+    pq.write_table(pq.read_table(file).drop_columns(["sample_place"]), file)
+    old = load_states(run, "before")
+    assert old is not None
+    assert old.places == ()
+    assert drift({"before": old, "after": states(1, rows=rows[:-1])}) != ""
 
 
 def test_files_that_hold_no_states_are_named(tmp_path: Path) -> None:

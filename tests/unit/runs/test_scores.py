@@ -18,7 +18,8 @@ from mmrl_ray.errors import DataError, RewardError
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, score_captions
+from mmrl_ray.runs.eval_records import highlights
+from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, in_common, score_captions
 from mmrl_ray.runs.statistics import figure_difference, figure_interval, resampled_sums
 
 _, SCENES = generate_scenes(ScenesSection(train=1, eval=40, image_size=32))
@@ -112,9 +113,40 @@ def test_comparison_is_paired_by_sample() -> None:
     assert comparison_json(differences)["reward"]["intervals_apart"] is True
 
 
+def test_one_sample_has_no_interval_anywhere() -> None:
+    before, after = score(terse()[:1], SCENES[:1]), score(full()[:1], SCENES[:1])
+    measures = before.to_json()["measures"]
+    assert {name: (m["low"], m["high"]) for name, m in measures.items()} == dict.fromkeys(measures, (None, None))
+    assert measures["reward"]["value"] == before.captions[0].reward.total
+    differences = comparison_json(compare(before, after))
+    assert all(d["low"] is None and d["intervals_apart"] is False for d in differences.values())
+
+
+def test_rows_are_paired_by_their_places() -> None:
+    """All have one id, as rows of one picture may; records of before have no places, and are taken in their order."""
+    rows = [replace(each, id="x", place=f"a.parquet row {i}") for i, each in enumerate(SCENES)]
+    before, after = score(terse(), rows), score(full(), rows)
+    gains = [a.reward.total - b.reward.total for b, a in zip(before.captions, after.captions, strict=True)]
+    assert compare(before, after)["reward"].difference.mean == pytest.approx(float(np.mean(gains)))
+    best = highlights(before.captions, after.captions, 3)["best"]
+    assert len(best) == 1
+    assert best[0][1].reward.total - best[0][0].reward.total == pytest.approx(max(gains))
+    old = Evaluation(tuple(replace(each, place="") for each in before.captions))
+    assert compare(old, after)["reward"].difference.mean == pytest.approx(float(np.mean(gains)))
+    lacking = Evaluation(after.captions[3:])
+    with pytest.raises(DataError, match="different samples"):
+        compare(before, lacking)
+    both = in_common(before, lacking)
+    assert both is not None
+    assert compare(*both)["reward"].difference.mean == pytest.approx(float(np.mean(gains[3:])))
+    assert in_common(Evaluation(before.captions[:3]), lacking) is None
+
+
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(DataError, match="39 for 40"):
         score(terse()[1:])
+    with pytest.raises(DataError, match="no sample to evaluate"):
+        score_captions([], [], REWARD, STATISTICS)
     bare = [replace(SCENES[0], references=()), *SCENES[1:]]
     with pytest.raises(DataError, match=f"'{SCENES[0].id}' has no references"):
         score(terse(), bare)

@@ -13,6 +13,7 @@ import torch
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import parse_config
+from mmrl_ray.data.held_out import overlap_with_hashes
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.errors import ConfigError, RunError
@@ -30,7 +31,7 @@ from mmrl_ray.policy.adapter import adapter_state, add_adapter, save_adapter
 from mmrl_ray.policy.run_adapter import add_run_adapter
 from mmrl_ray.rollouts.stored import stored_group
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.stored import check_stored, decoding_beta, stored_data
+from mmrl_ray.runs.stored import check_stored, decoding_beta, logged_pictures, stored_data
 from tests.support.tiny_models import load_family
 from tests.unit.feedback.examples import picture
 
@@ -172,3 +173,15 @@ def test_runs_that_learn_from_no_log_are_left_as_they_are(source: RunDir, run: R
     assert decoding_beta(cfg) == 5.0
     plain = parse_config("run: {name: demo}\nmodel: {path: x}\ndata: {train: d}\nlearner: {steps: 1}\n", "c.yaml")
     assert (check_stored(plain), stored_data(plain, run), decoding_beta(plain)) == (0, plain, 0.0)
+
+
+def test_held_out_samples_whose_pictures_are_in_the_rollouts_are_said(source: RunDir, tmp_path: Path) -> None:
+    """Of the steps that are learned from; a group of two pictures is known by both."""
+    held_out = [Sample(f"h{i}", (picture(i),), "") for i in (0, 5, 99)]
+    held_out.append(Sample("pair", (picture(60), picture(61)), ""))
+    cfg = parse_config(TEXT.replace("SOURCE", source.location), "c.yaml")
+    assert cfg.data.rollouts is not None
+    assert overlap_with_hashes(held_out, logged_pictures(cfg.data.rollouts), "log").found == ("h0", "h5", "pair")
+    late = cfg.data.rollouts.model_copy(update={"first_step": 2})
+    found = overlap_with_hashes(held_out, logged_pictures(late), "log")
+    assert (found.found, found.rows) == (("h5", "pair"), 4)

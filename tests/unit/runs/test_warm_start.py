@@ -19,9 +19,9 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.data import ScenesSection
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.sft import SftSection
-from mmrl_ray.data.samples import iter_samples
+from mmrl_ray.data.samples import iter_samples, write_parquet
 from mmrl_ray.data.scenes import generate_scenes
-from mmrl_ray.errors import DataError, ModelError, NonFiniteError, RunError
+from mmrl_ray.errors import DataError, ModelError, NonFiniteError, QuarantineError, RunError
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prefix import Scores, score_completions
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
@@ -29,7 +29,7 @@ from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.runs import sft as sft_module
 from mmrl_ray.runs import warm_start as warm_start_module
 from mmrl_ray.runs.sft import draw_target, train_supervised
-from mmrl_ray.runs.warm_start import FACTS, warm_start, warm_start_facts
+from mmrl_ray.runs.warm_start import FACTS, warm_start, warm_start_facts, warm_start_left_out
 
 SMALL = {"patch_size": 32, "hidden": 32, "layers": 2, "vision_hidden": 32, "vision_layers": 1}
 _, SCENES = generate_scenes(ScenesSection(train=1, eval=8, image_size=32))
@@ -227,6 +227,30 @@ def test_a_loss_that_is_nan_stops_with_step_and_samples(tmp_path: Path, monkeypa
     with pytest.raises(NonFiniteError, match=r"step 1: loss is nan on samples train-\d+, .* and 1 more"):
         warm_start(config(tmp_path))
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_told(tmp_path: Path) -> None:
+    """A broken picture and a prompt with the image's own token; the second's id is that of a good row."""
+    rows = [replace(each, id="same", prompt="describe it") for each in SCENES]
+    rows[2] = replace(rows[2], images=(b"no picture",))
+    rows[5] = replace(rows[5], prompt="see <image>")
+    rows[6] = replace(rows[6], references=())
+    write_parquet(tmp_path / "own", rows)
+    data = {"train": str(tmp_path / "own")}
+    cfg = config(tmp_path, data=data, sft={"steps": 6})
+    folder = warm_start(cfg)
+    found = {record.where[-5:]: record.reason for record in warm_start_left_out(folder)}
+    assert found["row 2"].startswith("text instead of an image")
+    assert found["row 5"].startswith("DataError: prompt of sample 'same' contains the special token '<image>'")
+    assert found["row 6"].startswith("DataError: sample 'same' has no caption to train on")
+    assert len(found) == len(warm_start_left_out(folder)) == 3
+    assert warm_start_left_out(tmp_path) == ()
+    with pytest.raises(QuarantineError, match=f"First of {tmp_path / 'own'}"):
+        warm_start(config(tmp_path, data={**data, "max_quarantined": 2}, sft={"steps": 6, "lr": 1e-5}))
+    # The same of all rows is no matter of rows, however many may be left out.
+    write_parquet(tmp_path / "all", [replace(each, prompt="see <image>") for each in rows])
+    with pytest.raises(ModelError, match=r"the first samples all failed with the same error.*special token '<image>'"):
+        warm_start(config(tmp_path, data={"train": str(tmp_path / "all")}))
 
 
 def test_a_checkpoint_without_sft_is_taken_as_it_is(tmp_path: Path) -> None:
