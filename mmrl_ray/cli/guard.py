@@ -14,6 +14,7 @@ import typer
 
 from mmrl_ray.errors import ConfigError, Interrupted, MMRLError
 from mmrl_ray.telemetry.logs import logs_json
+from mmrl_ray.telemetry.terminal import visible
 
 logger = logging.getLogger(__name__)
 
@@ -82,5 +83,5 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> NoRetur
         logger.error(message, exc_info=error)
         raise typer.Exit(code)
     for line in message.splitlines() or [type(error).__name__]:
-        typer.echo(f"{typer.style('error:', fg='red')} {line}", err=True)
+        typer.echo(f"{typer.style('error:', fg='red')} {visible(line)}", err=True)
     raise typer.Exit(code)

@@ -55,10 +55,12 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     if cfg.sft is None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
     from mmrl_ray.runs.progress import RunProgress
-    from mmrl_ray.runs.warm_start import warm_start
+    from mmrl_ray.runs.warm_start import warm_start, warm_start_blindness
 
     with RunProgress() as shown:
         folder = warm_start(cfg, progress=shown.phase("warm start"))
+        if (found := warm_start_blindness(folder)) is not None:
+            shown.warn(found.told("warm start"))
     typer.echo(folder)
 
 

@@ -20,6 +20,7 @@ from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.state_records import MAX_STATES
 from mmrl_ray.runs.target import Target, open_target
+from mmrl_ray.telemetry.terminal import visible
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def caption(
     if target is None or (run is not None and model is not None):
         raise ConfigError("give either a run or a model to caption with")
     for path, text in caption_images(target, images, prompt=prompt, beta=beta):
-        print(text.strip() if len(images) == 1 else f"{path}: {text.strip()}")
+        print(text.strip() if len(images) == 1 else visible(f"{path}: {text.strip()}"))
 
 
 def read_image(path: str | Path) -> bytes:

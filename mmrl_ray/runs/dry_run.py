@@ -40,6 +40,7 @@ from mmrl_ray.runs.preferences import check_pairs
 from mmrl_ray.runs.reward_facts import reward_lines
 from mmrl_ray.runs.stored import check_stored
 from mmrl_ray.runs.warm_start import build_builtin
+from mmrl_ray.telemetry.terminal import say
 
 
 @dataclass
@@ -95,9 +96,10 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     }
     for title, lines in sections.items():
         if lines:
-            console.print(f"\n{title}", style="bold", markup=False)
+            console.print()
+            say(console, title, "bold")
             for line in lines:
-                console.print(f"  {line}", markup=False, soft_wrap=True)
+                say(console, f"  {line}")
     return found
 
 
