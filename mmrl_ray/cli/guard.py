@@ -14,7 +14,6 @@ import typer
 
 from mmrl_ray.errors import ConfigError, Interrupted, MMRLError
 from mmrl_ray.telemetry.logs import logs_json
-from mmrl_ray.telemetry.terminal import visible
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +81,8 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> NoRetur
     if logs_json():
         logger.error(message, exc_info=error)
         raise typer.Exit(code)
+    from mmrl_ray.telemetry.terminal import visible
+
     for line in message.splitlines() or [type(error).__name__]:
         typer.echo(f"{typer.style('error:', fg='red')} {visible(line)}", err=True)
     raise typer.Exit(code)
