@@ -18,7 +18,8 @@ MMRLError
 ├── LearnerError           the learner group cannot go on
 │   └── NonFiniteError         loss or gradient norm is NaN or infinite
 ├── RunError               a run folder: exists, missing, not resumable
-│   └── CheckpointError        no valid checkpoint, or a broken one was asked for
+│   ├── CheckpointError        no valid checkpoint, or a broken one was asked for
+│   └── RaySessionError        a Ray that does not start, or cannot be joined
 ├── JobError               a job on a cluster: not taken, not to be had
 │   ├── UnknownJobError        no job of that id
 │   └── JobServerError         the job server is out of reach
@@ -105,6 +106,10 @@ class RunError(MMRLError):
 
 class CheckpointError(RunError):
     """A checkpoint is missing, truncated or fails its hashes."""
+
+
+class RaySessionError(RunError):
+    """A local Ray does not start, or a cluster cannot be joined."""
 
 
 class JobError(MMRLError):

@@ -82,6 +82,8 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> NoRetur
     if logs_json():
         logger.error(message, exc_info=error)
         raise typer.Exit(code)
+    from mmrl_ray.telemetry.terminal import visible
+
     for line in message.splitlines() or [type(error).__name__]:
-        typer.echo(f"{typer.style('error:', fg='red')} {line}", err=True)
+        typer.echo(f"{typer.style('error:', fg='red')} {visible(line)}", err=True)
     raise typer.Exit(code)

@@ -85,6 +85,7 @@ def score(
 ) -> None:
     """Print the reward of each caption of an image, and its parts."""
     from mmrl_ray.client import Client
+    from mmrl_ray.telemetry.terminal import visible
 
     with Client(url) as client:
         rewards = client.rewards(image, captions, references=references or ()).rewards
@@ -94,12 +95,13 @@ def score(
             continue
         parts = "  ".join(f"{name}={value:.4f}" for name, value in reward.parts.items())
         sigma = "" if reward.sigma is None else f" ± {reward.sigma:.4f}"
-        typer.echo(f"{reward.total:.4f}{sigma}  {caption}  ({parts})")
+        typer.echo(visible(f"{reward.total:.4f}{sigma}  {caption}  ({parts})"))
 
 
 def _caption_by(url: str, images: list[Path], model: str | None, prompt: str | None) -> None:
     """Asks for several captions at a time: the policy decodes them together."""
     from mmrl_ray.client import Client
+    from mmrl_ray.telemetry.terminal import visible
 
     pool = ThreadPoolExecutor(_AT_A_TIME)
     with Client(url) as client:
@@ -108,6 +110,6 @@ def _caption_by(url: str, images: list[Path], model: str | None, prompt: str | N
                 images, pool.map(lambda path: client.caption(path, model=model, prompt=prompt), images), strict=True
             ):
                 text = made.captions[0].text.strip()
-                typer.echo(text if len(images) == 1 else f"{path}: {text}")
+                typer.echo(text if len(images) == 1 else visible(f"{path}: {text}"))
         finally:
             pool.shutdown(cancel_futures=True)

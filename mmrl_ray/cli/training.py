@@ -76,12 +76,14 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
     from mmrl_ray.data.quarantine import told
     from mmrl_ray.runs.progress import RunProgress
-    from mmrl_ray.runs.warm_start import warm_start, warm_start_left_out
+    from mmrl_ray.runs.warm_start import warm_start, warm_start_blindness, warm_start_left_out
 
     with RunProgress() as shown:
         folder = warm_start(cfg, progress=shown.phase("warm start"))
-    if left_out := warm_start_left_out(folder):
-        typer.echo(f"warm start: {told(left_out)}", err=True)
+        if left_out := warm_start_left_out(folder):
+            shown.note(f"warm start: {told(left_out)}")
+        if (found := warm_start_blindness(folder)) is not None:
+            shown.warn(found.told("warm start"))
     typer.echo(folder)
 
 

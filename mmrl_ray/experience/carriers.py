@@ -30,7 +30,8 @@ class SamplingParams:
     temperature: float = 1.0
     """Above 0; `greedy` ignores it for the choice of tokens, the log-probs still use it."""
     max_new_tokens: int = 32
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = 0
+    """None leaves it to the checkpoint's generation config, where that is obeyed; elsewhere it is 0."""
     top_k: int = 0
     """0 keeps every token."""
     top_p: float = 1.0

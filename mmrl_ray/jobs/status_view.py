@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from mmrl_ray.jobs.control import amounts
+from mmrl_ray.telemetry.terminal import PlainTable, plain
 
 _DECISIONS = 5
 _WALL = ("step", "wait_plan")
@@ -29,12 +29,14 @@ def render(status: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _facts(status: Mapping[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
+def _facts(status: Mapping[str, Any]) -> PlainTable:
+    table = PlainTable(
+        box=None, show_header=False, show_edge=False, pad_edge=False, collapse_padding=True, padding=(0, 2)
+    )
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, value in _rows(status):
-        table.add_row(name, Text(value))
+        table.add_row(name, value)
     return table
 
 
@@ -86,8 +88,8 @@ def _scaling(status: Mapping[str, Any]) -> str:
     return f"{told}; {scaling['mode']}" + (f": {scaling['finding']}" if scaling["finding"] else "")
 
 
-def _workers(pool: Mapping[str, Any]) -> Table:
-    table = Table(title=None, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _workers(pool: Mapping[str, Any]) -> PlainTable:
+    table = PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("worker", "state", "for", "version", "at", "groups", "where"):
         table.add_column(column, justify="right" if column in ("for", "version", "groups") else "left")
     for name, worker in pool["workers"].items():
@@ -95,12 +97,13 @@ def _workers(pool: Mapping[str, Any]) -> Table:
         told = (f"{worker['seconds']:.0f} s", _or(worker["version"]), worker["at"] or "", str(worker["groups"]), where)
         table.add_row(name, worker["state"], *told)
     if pool["free"] is not None:
-        table.caption = f"each worker asks for {pool['demand']}; free in the cluster: {amounts(pool['free'])}"
+        free = f"each worker asks for {pool['demand']}; free in the cluster: {amounts(pool['free'])}"
+        table.caption = plain(free, "table.caption")
     return table
 
 
-def _throughput(rate: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _throughput(rate: Mapping[str, Any]) -> PlainTable:
+    table = PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("phase")
     table.add_column("seconds a step", justify="right")
     seconds = rate["seconds"]
@@ -110,14 +113,14 @@ def _throughput(rate: Mapping[str, Any]) -> Table:
     return table
 
 
-def _decisions(decisions: list[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _decisions(decisions: list[Mapping[str, Any]]) -> PlainTable:
+    table = PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("when", "workers", "why"):
         table.add_column(column)
     for decision in decisions:
         when = datetime.fromtimestamp(decision["time"]).astimezone()
         change = f"{decision['before']} → {decision['workers']}"
-        table.add_row(f"{when:%H:%M:%S}", change, Text(decision["reason"]))
+        table.add_row(f"{when:%H:%M:%S}", change, decision["reason"])
     return table
 
 

@@ -22,6 +22,7 @@ from mmrl_ray.experience.carriers import VisionFeatures
 from mmrl_ray.models.reward_spec import RewardModelSpec
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.revision import is_revision
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 Picture = tuple[bytes, ...]
@@ -95,7 +96,7 @@ class PolicyVision:
             ModelError: it cannot be loaded, or is not the one that `key` names.
         """
         policy = load_policy(cfg)
-        if key is not None and policy.revision_key != key:
+        if key is not None and not is_revision(key, policy.revision_key, policy.path, policy.processor_settings):
             raise ModelError(
                 f"the reward was trained on the vision features of another {cfg.path} (key {key}, this one has "
                 f"{policy.revision_key}): put those weights back, or train the reward again"

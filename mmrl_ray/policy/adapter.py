@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from mmrl_ray.config.model import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.targets import examples, resolve_targets
+from mmrl_ray.policy.targets import check_tensor_names, resolve_targets
 
 __all__ = [
     "adapter_parameters",
@@ -99,12 +99,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> N
         AdapterError: a name is missing or unknown, a shape differs, or a value is not finite.
     """
     live = _live_state(model)
-    missing, unknown = sorted(live.keys() - state.keys()), sorted(state.keys() - live.keys())
-    if missing or unknown:
-        raise AdapterError(
-            f"the adapter's weights do not fit: {len(missing)} missing{examples(missing)}, "
-            f"{len(unknown)} unknown{examples(unknown)}; it was made for another model or other targets"
-        )
+    check_tensor_names(live.keys(), state.keys())
     for name, tensor in state.items():
         if tensor.shape != live[name].shape:
             raise AdapterError(

@@ -1,8 +1,9 @@
 """An adapter's folder from outside, read and checked whole before anything of it reaches the model.
 
 Nothing in the folder is trusted: the weights are safetensors, no larger than an adapter of this model can be, their
-names and shapes are held against the model's layers, and of the config only rank and scale are used. PEFT would also
-take patterns to match, modules to import and pickled weights from it.
+names and shapes are held against the model's layers, and of the config only rank, scale and targets are used: the
+targets to know which tensors there must be, patterns among them under a deadline. PEFT would also take modules to
+import and pickled weights from it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from safetensors.torch import load as load_tensors
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
-from mmrl_ray.policy.load import Policy, revision_key_of
-from mmrl_ray.policy.targets import examples
+from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.revision import revision_key_of
+from mmrl_ray.policy.targets import check_tensor_names, head_name, layers_of_config
 from mmrl_ray.policy.value_heads import ValueHeads, decoding_heads, read_heads_state
 
 logger = logging.getLogger(__name__)
@@ -55,19 +57,19 @@ class AdapterFiles:
 
 
 def read_adapter_files(
-    folder: Path, policy: Policy, layers: Mapping[str, tuple[int, int]], *, max_rank: int
+    folder: Path, policy: Policy, layers: Mapping[str, tuple[int, int] | None], *, max_rank: int
 ) -> AdapterFiles:
     """Reads the adapter in `folder`.
 
     Args:
         folder: in the PEFT layout.
         policy: the model that it is for.
-        layers: (inputs, outputs) of every linear layer of the bare model, by name.
+        layers: `adaptable_layers` of the bare model.
         max_rank: the largest rank that is accepted.
 
     Raises:
         AdapterError: a file is missing, a link, or broken; the adapter is no plain LoRA, was made for another base, is
-            of a higher rank, or holds NaN; or its value heads do.
+            of a higher rank, lacks tensors of its targets or has others, or holds NaN; or its value heads do.
     """
     for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
         if path.is_symlink():
@@ -80,9 +82,15 @@ def read_adapter_files(
     _check_config(config, folder, max_rank)
     _check_base(config, folder, policy)
     try:
-        modules, state = _read_weights(folder / WEIGHTS_FILE, layers, config.r)
+        state = _read_weights(folder / WEIGHTS_FILE, layers, config.r)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is broken: {error}; take another checkpoint") from error
+    try:
+        modules = sorted(layers_of_config(config, layers, head_name(policy.hf_model)))
+        expected = {f"base_model.model.{module}.lora_{part}.weight" for module in modules for part in "AB"}
+        check_tensor_names(expected, state.keys())
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from error
     made = LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -122,24 +130,22 @@ def _check_base(config: LoraConfig, folder: Path, policy: Policy) -> None:
     raise AdapterError(f"{folder} was made for another base, {named!r}, and not for {served!r}; serve that base")
 
 
-def _read_weights(
-    file: Path, layers: Mapping[str, tuple[int, int]], rank: int
-) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """Names of the adapted layers, and all weights."""
-    largest = 4 * rank * sum(inputs + outputs for inputs, outputs in layers.values()) + _MAX_HEADER_BYTES
-    size = file.stat().st_size
-    if size > largest:
-        raise AdapterError(f"{file} has {size:,} bytes; an adapter of this model with r={rank} has {largest:,} at most")
+def _read_weights(file: Path, layers: Mapping[str, tuple[int, int] | None], rank: int) -> dict[str, torch.Tensor]:
+    """All weights, each of a linear layer of the model and of its shape."""
+    largest = 4 * rank * sum(sum(size) for size in layers.values() if size is not None) + _MAX_HEADER_BYTES
+    bytes_there = file.stat().st_size
+    if bytes_there > largest:
+        raise AdapterError(
+            f"{file} has {bytes_there:,} bytes; an adapter of this model with r={rank} has {largest:,} at most"
+        )
     # Read, not mapped: whoever overwrites a mapped file takes the process down that looks at it.
     stored = load_tensors(file.read_bytes())
-    modules: dict[str, set[str]] = {}
     for name, tensor in stored.items():
         match = _WEIGHT.fullmatch(name)
-        if match is None or match[1] not in layers:
+        size = None if match is None else layers.get(match[1])
+        if match is None or size is None:
             raise AdapterError(f"{file} holds {name!r}, which belongs to no linear layer of this model")
-        module, part = match[1], match[2]
-        inputs, outputs = layers[module]
-        expected = [rank, inputs] if part == "A" else [outputs, rank]
+        expected = [rank, size[0]] if match[2] == "A" else [size[1], rank]
         if list(tensor.shape) != expected:
             raise AdapterError(
                 f"{file}: {name} has shape {list(tensor.shape)}, this model with r={rank} has {expected}; "
@@ -149,8 +155,4 @@ def _read_weights(
             raise AdapterError(f"{file}: {name} is of type {tensor.dtype}, which is no floating-point type")
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{file}: {name} holds NaN or infinity; take an earlier version")
-        modules.setdefault(module, set()).add(part)
-    halves = sorted(module for module, parts in modules.items() if len(parts) < 2)
-    if halves or not modules:
-        raise AdapterError(f"{file} lacks one of lora_A and lora_B for {len(halves)} layers{examples(halves)}")
-    return sorted(modules), {name: tensor.float() for name, tensor in stored.items()}
+    return {name: tensor.float() for name, tensor in stored.items()}

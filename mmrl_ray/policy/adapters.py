@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peft import PeftModel
-from torch import nn
 
 from mmrl_ray.errors import AdapterError, MMRLError, OverloadedError, UnknownModelError
 from mmrl_ray.policy.adapter import forget_adapters
 from mmrl_ray.policy.adapter_files import AdapterFiles, read_adapter_files
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.row_adapters import RowAdapters
+from mmrl_ray.policy.targets import adaptable_layers
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +129,7 @@ class AdapterPool:
         self._list_sources = sources
         self.max_adapters = max_adapters
         self._max_rank = max_rank
-        self._layers = {
-            name: (module.in_features, module.out_features)
-            for name, module in policy.hf_model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        self._layers = adaptable_layers(policy.hf_model)
         self._lock = threading.Lock()
         self._sources: dict[str, AdapterSource] = {}
         self._newest: dict[str, AdapterVersion] = {}

@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from mmrl_ray.experience.carriers import FinishReason, SamplingParams
 from mmrl_ray.policy.cpu_attention import decode_step_attention
 from mmrl_ray.policy.detokenize import TextStream
+from mmrl_ray.policy.generation import RuledGroup
 from mmrl_ray.policy.kept_keys import KeptLayer, fill_holes
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.positions import position_axes
@@ -56,6 +57,8 @@ class Row:
     """Followed token by token when somebody reads along or a stop string may end the row."""
     adapter: str | None = None
     """PEFT's name of the adapter it goes through; None is whatever is active on the model."""
+    rules: RuledGroup | None = None
+    """What its checkpoint asks of every next token, shared with the rest of its group."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -22,6 +22,7 @@ from mmrl_ray.errors import ConfigError, ModelError
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.policy.cohort import Cohort, Row, keeps_every_key, takes_4d_mask
 from mmrl_ray.policy.detokenize import TextStream
+from mmrl_ray.policy.generation import GenerationRules, RuledGroup
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prefix import encode_prefix
 from mmrl_ray.policy.prompts import check_context
@@ -58,6 +59,7 @@ class Decoder:
         prefill_tokens: int = 32768,
         packed: bool | None = None,
         adapters: RowAdapters | None = None,
+        rules: GenerationRules | None = None,
     ) -> None:
         """Decodes with `policy`, whose weights may change between groups but not while some are running.
 
@@ -69,6 +71,7 @@ class Decoder:
             packed: decode the completions of a prompt on one copy of its keys; by default wherever that is possible.
                 False is for comparison.
             adapters: lets every group name its adapter; without it all go through whatever is active on the model.
+            rules: of the checkpoint, where captions are to be those of `generate`; never where a policy learns.
         """
         self.counters: Counter[str] = Counter()
         """Since the start: steps, passes (forwards of cohorts), prefills, prompts, rows, merges, compactions, and
@@ -79,6 +82,7 @@ class Decoder:
         self._prefill_tokens = prefill_tokens
         self._packed = packed
         self._adapters = adapters
+        self._rules = rules
         self._forbidden = torch.tensor(policy.image_token_ids, dtype=torch.int64, device=policy.device)
         self._eos = torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=policy.device)
         self._ends = frozenset(policy.eos_token_ids)
@@ -151,6 +155,9 @@ class Decoder:
         handle = self._next_handle
         self._next_handle += 1
         follow = stream or bool(sampling.stop)
+        ruled = None
+        if self._rules is not None:
+            ruled = RuledGroup(self._rules, prompt.input_ids.to(self._policy.device), rows, sampling)
         group = _Group(
             handle=handle,
             request=DecodeRequest(prompt, n, sampling, greedy_extra, features),
@@ -162,6 +169,7 @@ class Decoder:
                     sampling.greedy or i == n,
                     self._text_stream(sampling) if follow else None,
                     adapter,
+                    ruled,
                 )
                 for i in range(rows)
             ],
@@ -304,7 +312,10 @@ class Decoder:
         """One token for every row of `cohort`."""
         self.counters["passes"] += not cohort.is_fresh
         try:
-            tokens, logprobs = cohort.sampler.sample(cohort.logits(), self._forbidden, self._eos)
+            logits = cohort.logits()
+            if self._rules is not None:
+                logits = _ruled(cohort, logits)
+            tokens, logprobs = cohort.sampler.sample(logits, self._forbidden, self._eos)
             cohort.put(tokens)
             drawn = list(zip(cohort.slots, tokens.tolist(), logprobs.tolist(), strict=True))
         except Exception as error:
@@ -384,6 +395,23 @@ class Decoder:
             text=text,
             finish_reason=row.finish_reason or "cancelled",
         )
+
+
+def _ruled(cohort: Cohort, logits: torch.Tensor) -> torch.Tensor:
+    """The logits [S, V] of a cohort's slots after what their checkpoint asks for, group by group."""
+    groups: dict[int, list[tuple[int, Row]]] = {}
+    for slot, row in enumerate(cohort.slots):
+        if row is not None and row.finish_reason is None:
+            groups.setdefault(row.handle, []).append((slot, row))
+    logits = logits.float()
+    for found in groups.values():
+        rules = found[0][1].rules
+        if rules is not None:
+            index = torch.tensor([slot for slot, _ in found], device=logits.device)
+            rows = [row for _, row in found]
+            changed = rules.apply(logits[index], [row.index for row in rows], [row.tokens for row in rows])
+            logits = logits.index_copy(0, index, changed)
+    return logits
 
 
 def decode_groups(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import re
@@ -17,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
@@ -24,6 +24,7 @@ from mmrl_ray.policy.boundary import model_call
 from mmrl_ray.policy.cpu_linear import use_onednn
 from mmrl_ray.policy.logits import model_logits, takes_bare_head
 from mmrl_ray.policy.processors import load_processor
+from mmrl_ray.policy.revision import revision_key_of
 from mmrl_ray.policy.tokens import (
     Turn,
     appended_tokens,
@@ -42,10 +43,6 @@ _CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
 """Inputs that tell each token of a row which pictures it may look at (Mllama, Idefics)."""
 
 _PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
-
-_HASH_WHOLE = 64 << 20
-_HASH_BLOCK = 1 << 20
-_HASH_BLOCKS = 16
 
 
 @dataclass(slots=True)
@@ -147,6 +144,7 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
         ConfigError: `model.processor` has a key or a value that the processor does not take.
     """
     path = _resolve(cfg.path)
+    _refuse_adapter(path, cfg)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
@@ -200,6 +198,7 @@ def load_skeleton(cfg: ModelSection) -> Policy:
         ConfigError: as `load_policy`.
     """
     path = _resolve(cfg.path)
+    _refuse_adapter(path, cfg)
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -289,6 +288,26 @@ def _resolve(path: str) -> str:
     return path
 
 
+def _refuse_adapter(path: str, cfg: ModelSection) -> None:
+    """transformers puts an adapter that lies beside the model on it, unasked and under the name of the base."""
+    try:
+        found = find_adapter_config_file(path, revision=cfg.revision)
+    except (OSError, ValueError):  # a hub that cannot be asked: what loads the config says so
+        return
+    if found is None:
+        return
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, CONFIG_NAME)):
+        raise ModelError(
+            f"{cfg.path!r} is an adapter, not a model: name its base as the model, and serve the adapter from "
+            "serving.adapters_root, or merge it into the base (PEFT's merge_and_unload)"
+        )
+    raise ModelError(
+        f"model {cfg.path!r} has an adapter beside its weights ({ADAPTER_CONFIG_NAME}), and which of the two is meant "
+        f"cannot be told: move {ADAPTER_CONFIG_NAME} and the adapter's weights to a folder of their own (one below "
+        "serving.adapters_root is served by its name), or merge the adapter into the model (PEFT's merge_and_unload)"
+    )
+
+
 def _load_config(path: str, cfg: ModelSection) -> Any:
     with model_call(cfg.path, "its config.json cannot be read"):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
@@ -343,27 +362,3 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def revision_key_of(path: str, cfg: ModelSection, commit: str | None) -> str:
-    """16 hex digits: of the hub's commit, or of the folder's configs and weights (large files by samples)."""
-    digest = hashlib.sha256(repr(sorted(cfg.processor.items())).encode())
-    if not os.path.isdir(path):
-        digest.update(f"{path}@{commit or cfg.revision}".encode())
-        return digest.hexdigest()[:16]
-    for file in sorted(Path(path).iterdir()):
-        if file.suffix in (".json", ".safetensors", ".jinja"):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            _hash_file(file, size, digest)
-    return digest.hexdigest()[:16]
-
-
-def _hash_file(file: Path, size: int, digest: Any) -> None:
-    with file.open("rb") as stream:
-        if size <= _HASH_WHOLE:
-            digest.update(stream.read())
-            return
-        for block in range(_HASH_BLOCKS):
-            stream.seek(block * (size - _HASH_BLOCK) // (_HASH_BLOCKS - 1))
-            digest.update(stream.read(_HASH_BLOCK))

@@ -32,7 +32,7 @@ def check_sampling(sampling: SamplingParams) -> None:
     refused = {
         "temperature": not (sampling.temperature > 0 and math.isfinite(sampling.temperature)),
         "max_new_tokens": sampling.max_new_tokens < 1,
-        "min_new_tokens": not 0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+        "min_new_tokens": not 0 <= (sampling.min_new_tokens or 0) <= sampling.max_new_tokens,
         "top_k": sampling.top_k < 0,
         "top_p": not 0 < sampling.top_p <= 1,
         "stop": any(not text for text in sampling.stop),
@@ -143,7 +143,7 @@ class RowSampler:
             temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             top_k=torch.tensor([p.top_k for p in params], device=device),
             top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            min_new=torch.tensor([p.min_new_tokens for p in params], device=device),
+            min_new=torch.tensor([p.min_new_tokens or 0 for p in params], device=device),
             greedy=torch.tensor([row is not None and row[2] for row in rows], device=device),
             uniforms=torch.from_numpy(table).to(device),
             age=torch.zeros(len(rows), dtype=torch.int64, device=device),

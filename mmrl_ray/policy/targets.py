@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mmrl_ray.config.model import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.cpu_linear import OneDnnLinear
 
 _SHOWN = 3
+_PATTERN_S = 2.0
+"""How long a pattern from outside may take over all names of a model's layers."""
+_PLAIN = re.compile(r"[\w.]+")
+# The kinds of layers that PEFT puts LoRA on, beside linear ones.
+_OTHER_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
 
 
 def resolve_targets(model: PreTrainedModel, lora: LoraSection) -> list[str]:
@@ -118,6 +129,84 @@ def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
+def adaptable_layers(model: PreTrainedModel) -> dict[str, tuple[int, int] | None]:
+    """Every layer of a bare model that PEFT could put LoRA on: (inputs, outputs) of linear ones, None for others."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = (module.in_features, module.out_features)
+        elif isinstance(module, _OTHER_LAYERS):
+            found[name] = None
+    return found
+
+
+def layers_of_config(config: LoraConfig, layers: Mapping[str, tuple[int, int] | None], head: str | None) -> list[str]:
+    """Which of `layers` PEFT adapts by a config from outside.
+
+    Its patterns have a deadline: whoever wrote them may not be trusted.
+
+    Args:
+        config: as it was saved.
+        layers: from `adaptable_layers`.
+        head: the output head's name, which "all-linear" leaves out.
+
+    Raises:
+        AdapterError: it names no layers, or a pattern of it is none, or takes too long.
+    """
+    targets = config.target_modules
+    if targets is None:
+        raise AdapterError("its config names no target_modules, so which layers it adapts is unknown")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = [name for name, size in layers.items() if size is not None and name != head]
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    if unclear := [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]:
+        raise AdapterError(f"its layers_pattern {unclear[0]!r} is no plain name of layers")
+    left_out = config.exclude_modules
+    plain = LoraConfig(
+        target_modules=_matching(targets, layers) if isinstance(targets, str) else targets,
+        exclude_modules=_matching(left_out, layers) if isinstance(left_out, str) else left_out,
+    )
+    plain.layers_to_transform, plain.layers_pattern = config.layers_to_transform, config.layers_pattern
+    return [name for name in layers if check_target_module_exists(plain, name)]
+
+
+def check_tensor_names(expected: AbstractSet[str], given: AbstractSet[str]) -> None:
+    """Refuses an adapter whose tensors are not exactly those that its targets make on this model.
+
+    Raises:
+        AdapterError: with how many are missing and how many nobody knows, and the first of each.
+    """
+    missing, unknown = sorted(expected - given), sorted(given - expected)
+    if missing or unknown:
+        raise AdapterError(
+            f"the adapter's weights do not fit: {len(missing)} missing{examples(missing)}, "
+            f"{len(unknown)} unknown{examples(unknown)}; it was made for another model or other targets"
+        )
+
+
+def head_name(model: PreTrainedModel) -> str | None:
+    """The name of the output head's module."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    ends = time.monotonic() + _PATTERN_S
+    try:
+        compiled = regex.compile(pattern)
+        return [
+            name
+            for name in names
+            if compiled.fullmatch(name, timeout=max(0.0, ends - time.monotonic()), concurrent=True)
+        ]
+    except regex.error as error:
+        raise AdapterError(f"its pattern of layers {pattern!r} is not a regular expression: {error}") from error
+    except TimeoutError as error:
+        raise AdapterError(
+            f"its pattern of layers {pattern!r} takes more than {_PATTERN_S:g} s; name the layers instead"
+        ) from error
+
+
 def _language_prefix(model: PreTrainedModel) -> str:
     """`"model.language_model."`: what the names of the language model's layers begin with."""
     decoder = model.get_decoder()
@@ -140,7 +229,7 @@ def _match_pattern(pattern: str, names: list[str]) -> list[str]:
 
 
 def _refuse_tied_head(model: PreTrainedModel, target: str, found: list[str]) -> None:
-    head = _head_name(model)
+    head = head_name(model)
     if head in found and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         raise AdapterError(
             f"LoRA target {target!r} matches {head}, whose weight is also the embedding's: "
@@ -149,7 +238,7 @@ def _refuse_tied_head(model: PreTrainedModel, target: str, found: list[str]) -> 
 
 
 def _refuse_outside(model: PreTrainedModel, target: str, found: list[str]) -> None:
-    language, head = _language_prefix(model), _head_name(model)
+    language, head = _language_prefix(model), head_name(model)
     outside = [name for name in found if not name.startswith(language) and name != head]
     if outside:
         raise AdapterError(
@@ -157,11 +246,6 @@ def _refuse_outside(model: PreTrainedModel, target: str, found: list[str]) -> No
             f"write a regular expression that begins with {re.escape(language)!r}, "
             "or set model.lora.adapt_vision: true"
         )
-
-
-def _head_name(model: PreTrainedModel) -> str | None:
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def _nothing_matched(target: str, names: list[str]) -> str:

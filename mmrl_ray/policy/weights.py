@@ -73,13 +73,21 @@ def refuse_unfit(info: Mapping[str, Any], cfg: ModelSection) -> None:
     """Where transformers would go on with random weights and a warning.
 
     Raises:
-        ModelError: of the loading report `info`, tensors are missing or of another shape.
+        ModelError: of the loading report `info`, tensors are missing, unknown or of another shape.
     """
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise ModelError(
             f"model {cfg.path!r}: its weight files lack {len(missing)} tensors, the first {missing[0]!r}; "
             "fetch the checkpoint again"
+        )
+    # Those that transformers knows as harmless for this model are not among them.
+    extra = sorted(info.get("unexpected_keys") or ())
+    if extra:
+        raise ModelError(
+            f"model {cfg.path!r}: its weight files hold {len(extra)} tensors that the model by its config.json has no "
+            f"place for, such as {', '.join(extra[:3])}; without them it is another model: fetch the checkpoint again, "
+            "with the config.json that belongs to it"
         )
     unfit = sorted(info.get("mismatched_keys") or ())
     if unfit:

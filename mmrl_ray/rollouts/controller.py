@@ -3,7 +3,7 @@
     pump thread     ┌─▶ dispatch: steps within max_staleness of the newest version, while the buffer has room
     (`loop.py`)     │   poll the pool ─▶ groups into the buffer, broken samples into quarantine
                     └── read the next step's samples ahead
-    other threads   next_plan · publish · finish_step · checkpoint_state · restore · rewind · generate · status
+    other threads   next_plan · publish · finish_step · checkpoint_state · restore · rewind · captions · status
 
 A step's life: composed → dispatched → complete → planned (`next_plan`) → finished (`finish_step`). An error in the
 pump ends the run: the next `next_plan` answers `Stop(failed=True)`, every other call raises it.
@@ -199,27 +199,30 @@ class Controller:
 
     # -- the driver's calls ----------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        samples: Sequence[Sample],
-        sampling: SamplingParams,
-        *,
-        completions: int = 1,
-        states: int = 0,
-        timeout_s: float = 600.0,
-    ) -> Generated:
-        """Captions and rewards for `samples` by the newest version, on the pool, before any training rollout.
+    def ask_captions(
+        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, states: int = 0
+    ) -> int:
+        """Asks for captions and rewards for `samples` by the newest version, on the pool, before any training rollout.
 
-        The groups of the first `states` samples hold the state of their first completion, too.
+        The groups of the first `states` samples hold the state of their first completion, too. Returns the number that
+        `captions` is asked for.
 
         Raises:
-            RolloutError: not done within `timeout_s`, or no version is published.
+            RolloutError: no version is published.
         """
         ticket = self._pump.call(
             lambda: self._loop.submit_evaluation(samples, sampling, completions, states), COMMAND_TIMEOUT_S
         )
-        self._loop.await_evaluation(ticket, timeout_s, self._clock)
-        return ticket.answer()
+        return ticket.number
+
+    def captions(self, number: int, wait_s: float, idle_s: float) -> Generated | Wait:
+        """What `ask_captions` asked for, once; `Wait` if it is not there after `wait_s`.
+
+        Raises:
+            RolloutError: workers were ready, and none gave an answer for `idle_s`.
+        """
+        ticket = self._loop.await_evaluation(number, wait_s, idle_s, self._clock)
+        return Wait("captions are under way") if ticket is None else ticket.answer()
 
     def resize(self, workers: int | None, by: str = "the driver") -> ScaleAnswer:
         """Sets how many rollout workers there should be, or leaves it to the run.

@@ -32,6 +32,11 @@ CALL_TIMEOUT_S = 300.0
 PLAN_TIMEOUT_S = 3600.0
 """For one plan. The pool's own deadlines end a run that is stuck long before."""
 
+IDLE_TIMEOUT_S = 600.0
+"""For the next answer of an evaluation, while workers are ready to give it."""
+_POLL_S = 2.0
+"""How long one call waits in the controller."""
+
 
 class ControllerActor:
     """A `Controller` with the run's stream and pool. Made empty: what an actor's constructor raises loses its type."""
@@ -86,9 +91,9 @@ class ControllerClient:
         Raises:
             RolloutError: there was none within `timeout_s`, or the controller is gone.
         """
-        polls, wait_s = 0, 2.0
-        while polls * wait_s < timeout_s:
-            answer = self._call("next_plan", step, world_size, wait_s)
+        polls = 0
+        while polls * _POLL_S < timeout_s:
+            answer = self._call("next_plan", step, world_size, _POLL_S)
             if not isinstance(answer, Wait):
                 return answer
             polls += 1
@@ -154,18 +159,19 @@ class ControllerClient:
         *,
         completions: int = 1,
         states: int = 0,
-        timeout_s: float = 600.0,
+        idle_s: float = IDLE_TIMEOUT_S,
     ) -> Generated:
-        """See `Controller.generate`."""
-        return self._call(
-            "generate",
-            samples,
-            sampling,
-            completions=completions,
-            states=states,
-            timeout_s=timeout_s,
-            beyond_s=timeout_s,
-        )
+        """See `Controller.ask_captions`; returns when all are there, however long workers take to start.
+
+        Raises:
+            RolloutError: workers were ready, and none gave an answer for `idle_s`; or no version is published.
+            MMRLError: the run has ended, since its workers could not be placed or started, say.
+        """
+        number = self._call("ask_captions", samples, sampling, completions=completions, states=states)
+        # Each call has a deadline, and the pool's own end a run whose workers do not come.
+        while isinstance(answer := self._call("captions", number, _POLL_S, idle_s), Wait):
+            pass
+        return answer
 
     def resize(self, workers: int | None) -> ScaleAnswer:
         """See `Controller.resize`."""

@@ -21,11 +21,27 @@ class Ticket:
     requests: tuple[GroupRequest, ...]
     groups: dict[int, ScoredGroup] = field(default_factory=dict)
     failures: dict[int, DataFailure] = field(default_factory=dict)
+    moved: tuple[int, float] | None = None
+    """How many answers there were when it was last seen to move, and when that was."""
+
+    @property
+    def came(self) -> int:
+        """Samples that have their groups or their failure."""
+        return len(self.groups) + len(self.failures)
 
     @property
     def done(self) -> bool:
-        """Whether every sample has its groups or its failure."""
-        return len(self.groups) + len(self.failures) == len(self.requests)
+        """Whether every sample has."""
+        return self.came == len(self.requests)
+
+    def stuck_for(self, now: float, is_served: bool) -> float:
+        """Seconds without an answer while somebody could have given one.
+
+        The start of a worker, and of one in the place of another, has deadlines of its own (those of the pool).
+        """
+        if not is_served or self.moved is None or self.came > self.moved[0]:
+            self.moved = (self.came, now)
+        return now - self.moved[1]
 
     def answer(self) -> Generated:
         """What has come back, in the order of the samples."""
@@ -78,6 +94,14 @@ class Evaluations:
             return None
         ticket.failures.setdefault(failure.key.index, failure)
         return ticket.requests[failure.key.index]
+
+    def get(self, number: int) -> Ticket:
+        """A ticket under way.
+
+        Raises:
+            KeyError: it is not, or not any more.
+        """
+        return self._tickets[-number]
 
     def close(self, ticket: Ticket) -> None:
         """Forgets a ticket."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import QuarantineError, RolloutError
+from mmrl_ray.errors import MMRLError, QuarantineError, RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGroup
 from mmrl_ray.experience.schema import encode_records, group_rows
 from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
@@ -31,6 +31,8 @@ from mmrl_ray.run_dir import RunDir
 
 EVENTS_FILE = "events.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
+_LOOK_S = 1.0
+"""How often an evaluation that waits looks whether anybody is there to answer it."""
 POLL_S = 0.01
 """How long a turn waits for workers, or for something to do."""
 
@@ -169,24 +171,35 @@ class RolloutLoop:
             self._submit("eval", requests)
         return ticket
 
-    def await_evaluation(self, ticket: Ticket, timeout_s: float, clock: Callable[[], float]) -> None:
-        """On the caller's own thread: returns when every sample has its answer. Closes the ticket.
+    def await_evaluation(self, number: int, wait_s: float, idle_s: float, clock: Callable[[], float]) -> Ticket | None:
+        """On the caller's own thread: the ticket when every sample has its answer, None if that takes over `wait_s`.
+
+        It is closed then, and with any error.
 
         Raises:
-            RolloutError: not within `timeout_s`.
+            RolloutError: workers were ready, and none of them gave an answer for `idle_s`.
             MMRLError: the run has ended.
         """
-        deadline = clock() + timeout_s
+        ends = clock() + wait_s
         with self.pump.changed:
+            ticket = self.evaluations.get(number)
             try:
                 while not ticket.done:
                     self.pump.check()
-                    if (left := deadline - clock()) <= 0:
-                        came, asked = len(ticket.groups) + len(ticket.failures), len(ticket.requests)
-                        raise RolloutError(f"{came} of {asked} samples were captioned within {timeout_s:g} s")
-                    self.pump.changed.wait(left)
-            finally:
+                    now = clock()
+                    if ticket.stuck_for(now, self.pool.status()["ready"] > 0) > idle_s:
+                        raise RolloutError(
+                            f"{ticket.came} of {len(ticket.requests)} samples were captioned, and no other one within "
+                            f"{idle_s:g} s though workers were ready; mmrl status says what they do"
+                        )
+                    if now >= ends:
+                        return None
+                    self.pump.changed.wait(min(ends - now, idle_s, _LOOK_S))
+            except MMRLError:
                 self.evaluations.close(ticket)
+                raise
+            self.evaluations.close(ticket)
+            return ticket
 
     # -- the turn --------------------------------------------------------------------------------------------------
 

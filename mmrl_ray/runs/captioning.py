@@ -14,11 +14,13 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError
 from mmrl_ray.experience.carriers import CaptionState, SamplingParams
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.generation import GenerationRules, generation_rules
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.state_records import MAX_STATES
 from mmrl_ray.runs.target import Target, open_target
+from mmrl_ray.telemetry.terminal import visible
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +37,19 @@ def caption_samples(
     beta: float = 0.0,
     states: list[CaptionState] | None = None,
     progress: ProgressFn | None = None,
+    rules: GenerationRules | None = None,
 ) -> list[str]:
     """One greedy caption a sample, in order, of π or with `beta` of log π + β(Q − V).
 
     `states` is filled with the states of the first `MAX_STATES` of them, in order, where the model's can be told.
+    With `rules` the captions are those that `generate` gives, penalties of the checkpoint and all.
 
     Raises:
         DataError, ImageError: a sample cannot be encoded.
         ContextLengthError: a prompt leaves no room for `max_new_tokens`.
     """
-    decoder = Decoder(policy, max_rows=max(1, batch_size))
-    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens, value_beta=beta)
+    decoder = Decoder(policy, max_rows=max(1, batch_size), rules=rules)
+    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens, min_new_tokens=None, value_beta=beta)
     captions: list[str] = []
     for start in range(0, len(samples), batch_size):
         prompts = encode_prompts(policy, samples[start : start + batch_size])
@@ -75,10 +79,12 @@ def target_captions(
     beta: float | None = None,
     states: list[CaptionState] | None = None,
     progress: ProgressFn | None = None,
+    as_served: bool = False,
 ) -> list[str]:
     """`caption_samples` by whatever the target captions with; an agent's captions have its own length, and no states.
 
-    `beta` is by default that of the target's value heads, where it has any.
+    `beta` is by default that of the target's value heads, where it has any. `as_served` obeys the checkpoint's
+    generation config, as `mmrl serve` does; an evaluation measures the policy alone.
 
     Raises:
         ConfigError: a `beta` above 0, of a target without value heads.
@@ -96,6 +102,7 @@ def target_captions(
         beta=beta,
         states=states,
         progress=progress,
+        rules=generation_rules(target.policy) if as_served else None,
     )
 
 
@@ -128,7 +135,7 @@ def caption_images(
     opened = open_target(target, device=device)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
-    captions = target_captions(opened, samples, max_new_tokens=max_new_tokens, beta=beta)
+    captions = target_captions(opened, samples, max_new_tokens=max_new_tokens, beta=beta, as_served=True)
     return [(str(path), text) for path, text in zip(images, captions, strict=True)]
 
 
@@ -149,7 +156,7 @@ def caption(
     if target is None or (run is not None and model is not None):
         raise ConfigError("give either a run or a model to caption with")
     for path, text in caption_images(target, images, prompt=prompt, beta=beta):
-        print(text.strip() if len(images) == 1 else f"{path}: {text.strip()}")
+        print(text.strip() if len(images) == 1 else visible(f"{path}: {text.strip()}"))
 
 
 def read_image(path: str | Path) -> bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.demands import demands_of
-from mmrl_ray.errors import RunError
+from mmrl_ray.errors import RaySessionError, RunError
 
 _SETTINGS = {
     # Ray is a control plane: whoever reaches it runs code. Never without its token, not even on a laptop.
@@ -31,6 +33,12 @@ _SETTINGS = {
     # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
+
+_START_LOGS = ("gcs_server", "raylet", "dashboard", "log_monitor", "runtime_env_agent")
+# Of Ray's C++ ("[2026-01-31 12:00:00,000 E 12 34] …", C and F too) and Python processes.
+_LOG_ERROR = re.compile(r"^\[[^]]* [ECF] \d+ \d+\]|\bERROR\b|^\w*(Error|Exception): ")
+_LOG_TAIL = 64 << 10
+_LOG_LINE = 300
 
 _ROOM_TO_SCALE = 2
 """Workers that `mmrl scale` can add where the machine has no core for them. Ray starts a process a CPU beforehand."""
@@ -59,7 +67,7 @@ def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False)
     rollout workers: on one small machine learner and workers take turns, so that more actors than cores is no error.
 
     Raises:
-        RunError: the cluster at `address` cannot be joined.
+        RaySessionError: no local Ray starts, or the cluster at `address` cannot be joined.
     """
     store = cfg.resources.object_store_mb
     room = math.ceil(_ROOM_TO_SCALE * cfg.resources.rollout.cpus)
@@ -83,7 +91,7 @@ def ray_at(
     when the block is left; with `dashboard` it takes jobs, too.
 
     Raises:
-        RunError: the cluster at `address` cannot be joined.
+        RaySessionError: no local one starts, or the cluster at `address` cannot be joined.
     """
     configure_ray()
     address = address or os.environ.get("RAY_ADDRESS")
@@ -92,30 +100,68 @@ def ray_at(
     if own_token:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     read_token_again()
+    began = time.time()
     try:
-        if address is None:
-            ray.init(
-                address="local",  # without it, Ray joins whatever `ray start` has left on this machine
-                num_cpus=max(os.cpu_count() or 1, cpus),
-                object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
-                include_dashboard=dashboard,
-                log_to_driver=debug,
-                logging_level=level,
-                namespace=namespace,
-            )
-        else:
-            try:
+        try:
+            if address is None:
+                ray.init(
+                    address="local",  # without it, Ray joins whatever `ray start` has left on this machine
+                    num_cpus=max(os.cpu_count() or 1, cpus),
+                    object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
+                    include_dashboard=dashboard,
+                    log_to_driver=debug,
+                    logging_level=level,
+                    namespace=namespace,
+                )
+            else:
                 ray.init(address=address, log_to_driver=debug, logging_level=level, namespace=namespace)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                first = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise RunError(
-                    f"cannot join Ray at {address}: {first}; check the address and that RAY_AUTH_TOKEN is the cluster's"
-                ) from error
+        except Exception as error:  # boundary: Ray's start raises bare exceptions, too
+            if address is None:
+                raise _not_started(error, began, cpus, object_store_mb) from error
+            raise RaySessionError(
+                f"cannot join Ray at {address}: {_first_line(error)}; check the address and that RAY_AUTH_TOKEN is the "
+                "cluster's"
+            ) from error
         yield
     finally:
         ray.shutdown()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+def _not_started(error: Exception, began: float, cpus: int, object_store_mb: int | None) -> RaySessionError:
+    """Why no local Ray started: what was tried, what Ray and the log of its processes say, and what to do."""
+    store = f"{object_store_mb} MB of object store" if object_store_mb else "an object store of Ray's own choice"
+    said = "; ".join(filter(None, (_first_line(error), _last_cause(began))))
+    return RaySessionError(
+        f"no local Ray started in {time.time() - began:.0f} s, with {max(os.cpu_count() or 1, cpus)} CPUs and {store}: "
+        f"{said}. See that memory, /dev/shm and the disk of {_ray_folder()} have room and that the machine is not "
+        "overloaded, lower resources.object_store_mb or rollout.workers, or join a Ray that runs with --address"
+    )
+
+
+def _last_cause(since: float) -> str:
+    """The last error in the logs of the Ray that this process began at `since` (Unix seconds); empty if none."""
+    found: list[tuple[float, str]] = []
+    for file in sorted(_ray_folder().glob(f"session_*_{os.getpid()}/logs/*")):
+        try:
+            changed = file.stat().st_mtime
+            if file.name.startswith(_START_LOGS) and changed >= since:
+                lines = file.read_bytes()[-_LOG_TAIL:].decode(errors="replace").splitlines()
+                errors = [line.strip() for line in lines if _LOG_ERROR.search(line)]
+                found += [(changed, f"{file} says: {line[:_LOG_LINE]}") for line in errors[-1:]]
+        except OSError:
+            continue
+    return max(found)[1] if found else ""
+
+
+def _ray_folder() -> Path:
+    """Where Ray keeps its sessions on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;: ")
 
 
 def demanded_cpus(cfg: Config) -> int:

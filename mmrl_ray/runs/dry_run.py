@@ -47,6 +47,7 @@ from mmrl_ray.runs.preflight import check_references, evaluation_split, first_sa
 from mmrl_ray.runs.reward_facts import reward_lines
 from mmrl_ray.runs.stored import check_stored
 from mmrl_ray.runs.warm_start import build_builtin
+from mmrl_ray.telemetry.terminal import say
 
 _TEXTS_TRIED = 32
 """References that patterns are tried on."""
@@ -116,9 +117,10 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     }
     for title, lines in sections.items():
         if lines:
-            console.print(f"\n{title}", style="bold", markup=False)
+            console.print()
+            say(console, title, "bold")
             for line in lines:
-                console.print(f"  {line}", markup=False, soft_wrap=True)
+                say(console, f"  {line}")
     return found
 
 

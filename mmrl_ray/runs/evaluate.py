@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from mmrl_ray import atomic
 from mmrl_ray.analysis.correlation import Correlation
@@ -21,6 +20,7 @@ from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import to_json
+from mmrl_ray.runs.blindness import evaluation_blindness
 from mmrl_ray.runs.captioning import BATCH, target_captions
 from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.scores import (
@@ -34,6 +34,7 @@ from mmrl_ray.runs.scores import (
 )
 from mmrl_ray.runs.state_records import States, correlation_lines, correlations_json
 from mmrl_ray.runs.target import Target, open_target
+from mmrl_ray.telemetry.terminal import PlainTable, say
 
 __all__ = [
     "CaptionScore",
@@ -102,6 +103,8 @@ def evaluate(
             progress=shown.phase("caption"),
         )
     evaluation = score_captions(samples, captions, build_reward(opened.reward, statistics), statistics)
+    found_blind = evaluation_blindness(evaluation)
+    unseeing = None if found_blind is None else found_blind.told("this evaluation")
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     notes += [told(quarantine.records)] if len(quarantine) else []
     notes += _trained_on(opened, samples, data)
@@ -110,17 +113,20 @@ def evaluate(
     if found:
         Console().print(correlation_table(found, len(states)))
     for note in notes:
-        Console().print(note, markup=False, highlight=False)
+        say(Console(), note)
+    if unseeing is not None:
+        say(Console(), f"WARNING: {unseeing}", "bold red")
     if out is not None:
         file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
-        _write(file, _document(target, data, evaluation, found, notes))
-        Console().print(f"written to {file}", markup=False, highlight=False)
+        warned = [*notes, *([unseeing] if unseeing is not None else [])]
+        _write(file, _document(target, data, evaluation, found, warned))
+        say(Console(), f"written to {file}")
     return evaluation
 
 
-def measures_table(title: str, evaluation: Evaluation) -> Table:
+def measures_table(title: str, evaluation: Evaluation) -> PlainTable:
     """Every measure with its 95 % interval, for a terminal or plain."""
-    table = Table(title=f"{title}: {len(evaluation.captions)} samples", title_justify="left")
+    table = PlainTable(title=f"{title}: {len(evaluation.captions)} samples", title_justify="left")
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
@@ -129,9 +135,9 @@ def measures_table(title: str, evaluation: Evaluation) -> Table:
     return table
 
 
-def correlation_table(found: Mapping[str, Correlation], samples: int) -> Table:
+def correlation_table(found: Mapping[str, Correlation], samples: int) -> PlainTable:
     """|ρ| of the captions with what they were made of, for a terminal or plain."""
-    table = Table(title=f"captions and their modalities: {samples} samples", title_justify="left")
+    table = PlainTable(title=f"captions and their modalities: {samples} samples", title_justify="left")
     table.add_column("modality")
     table.add_column("|ρ|", justify="right")
     table.add_column("by permutation", justify="right")

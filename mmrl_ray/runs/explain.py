@@ -19,6 +19,7 @@ from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompt
 from mmrl_ray.policy.vision import vision_features
 from mmrl_ray.runs.captioning import read_image, target_captions
 from mmrl_ray.runs.target import open_target
+from mmrl_ray.telemetry.terminal import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def explain(
         RunError: the file cannot be written.
     """
     explained = explain_image(target, image, caption=caption, prompt=prompt)
-    print(f"caption: {explained.caption}")
+    print(visible(f"caption: {explained.caption}"))
     for line in (*figures(explained.importance), *explained.notes):
         print(line)
     heat_map = explained.heat_map

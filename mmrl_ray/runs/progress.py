@@ -12,6 +12,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from mmrl_ray.telemetry.terminal import say
+
 logger = logging.getLogger(__name__)
 
 ProgressFn = Callable[[int, int, Mapping[str, float]], None]
@@ -35,11 +37,11 @@ class RunProgress:
     def __enter__(self) -> Self:
         if self.console.is_terminal and not self._as_log:
             self._bars = Progress(
-                TextColumn("{task.description:<22}"),
+                TextColumn("{task.description:<22}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 console=self.console,
             )
             self._bars.start()
@@ -56,7 +58,14 @@ class RunProgress:
         if self._as_log:
             logger.info(text)
             return
-        self.console.print(f"[{time.monotonic() - self._start:6.1f}s] {text}", markup=False, soft_wrap=True)
+        say(self.console, f"[{time.monotonic() - self._start:6.1f}s] {text}")
+
+    def warn(self, text: str) -> None:
+        """A line that stays and is not overlooked."""
+        if self._as_log:
+            logger.warning(text)
+            return
+        say(self.console, f"[{time.monotonic() - self._start:6.1f}s] WARNING: {text}", "bold red")
 
     def phase(self, name: str) -> ProgressFn:
         """Begins a phase; the function it returns takes (done, total, figures)."""

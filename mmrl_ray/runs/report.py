@@ -17,6 +17,7 @@ from markupsafe import Markup
 from mmrl_ray import __version__
 from mmrl_ray.errors import RunError
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.blindness import evaluation_blindness
 from mmrl_ray.runs.eval_records import load_evaluation
 from mmrl_ray.runs.report_analysis import correlation_table, state_map
 from mmrl_ray.runs.report_captions import caption_groups
@@ -65,6 +66,7 @@ def render_report(run: RunDir) -> str:
         lede=_lede(table, len(metrics)),
         state=_state(summary, metrics),
         chips=list(_chips(summary, metrics, before or after)),
+        warnings=list(_warnings(before, after)),
         missing=[*problems, *_missing(run, summary, metrics, before, after)],
         table=table,
         groups=caption_groups(run, before, after),
@@ -80,6 +82,13 @@ def render_report(run: RunDir) -> str:
         quarantined_left_out=quarantine_left,
         config=config,
     )
+
+
+def _warnings(before: Evaluation | None, after: Evaluation | None) -> Iterator[str]:
+    """What a reader has to know before any figure."""
+    for name, evaluation in (("before", before), ("after", after)):
+        if evaluation is not None and (found := evaluation_blindness(evaluation)) is not None:
+            yield found.told(f"evaluation {name} training")
 
 
 def _template() -> Any:

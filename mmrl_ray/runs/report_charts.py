@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mmrl_ray.config.reward import RESERVED_NAMES
 from mmrl_ray.runs.report_svg import GRID, INK, Chart, colour, quiet_axes, svg_data_uri
+from mmrl_ray.telemetry.terminal import visible
 
 Metrics = Sequence[Mapping[str, Any]]
 Curve = list[tuple[float, float]]
@@ -178,7 +179,9 @@ def _curve(name: str, metrics: Metrics) -> Curve:
 def _label(panel: _Panel, name: str) -> str:
     """Without the family's name where the panel's title has it already; `loss` and `kl` are curves themselves."""
     prefix = name.split("/", 1)[0] + "/"
-    return name.removeprefix(prefix) if panel.names == (prefix,) or prefix == "completion/" else name
+    label = visible(name.removeprefix(prefix) if panel.names == (prefix,) or prefix == "completion/" else name)
+    # matplotlib leaves what begins with an underscore out of its legends.
+    return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _lines(axes: Axes, curves: Mapping[str, Curve]) -> None:

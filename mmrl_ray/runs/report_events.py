@@ -36,6 +36,7 @@ _WORDS = {
     "reward_replica_lost": "reward replica lost",
     "reward_replica_ready": "reward replica ready again",
     "checkpoint_damaged": "checkpoint damaged",
+    "captions_blind": "captions do not depend on the picture",
 }
 _ORDINARY = frozenset(("worker_created", "worker_ready"))
 """Left out first where there are too many."""
@@ -48,6 +49,7 @@ def happened(
     lost, restarts = _of(events, "worker_lost"), _of(events, "learner_restarted")
     replaced = list(replacements(events))
     failed, lacking = _of(events, "reward_failed"), _of(events, "reward_part_missing")
+    blind = _of(events, "captions_blind")
     ends = [{"detail": str(each.get("status", ""))} for each in _of(events, "run_ended")]
     ended = [each for each in ends if each["detail"].startswith("failed")]
     stale = sum(int(line["dropped"]) for line in metrics if is_number(line.get("dropped")))
@@ -58,6 +60,11 @@ def happened(
         ("rollout workers not placed", len(_of(events, "worker_unplaced")), _reasons(_of(events, "worker_unplaced"))),
         ("changes of scale", len(_of(events, "workers_scaled")), _reasons(_of(events, "workers_scaled"))),
         ("requests to scale refused", len(_of(events, "scale_refused")), _reasons(_of(events, "scale_refused"))),
+        (
+            "captions that do not depend on the picture",
+            len(blind),
+            _reasons([{"detail": e.get("what")} for e in blind]),
+        ),
         ("learner restarts", len(restarts), "; ".join(_restart(each) for each in restarts[-3:])),
         ("ended with an error", len(ended), _reasons(ended)),
         ("resumed", len(_of(events, "run_resumed")), ""),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 INK, GRID = 16, 17
 """Numbers of the colours of text and of lines; 0 to 7 are for what is drawn."""
@@ -55,8 +57,11 @@ def colour(index: int) -> str:
 
 def svg_data_uri(figure: Figure) -> str:
     """The picture as a data URI."""
+    for text in figure.findobj(Text):  # a name of somebody's may hold a dollar sign, and is no formula
+        text.set_parse_math(False)
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmrl"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmrl"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # text stays text: the reader's fonts draw it
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # without the doctype, which names a host

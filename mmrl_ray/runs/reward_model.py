@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from mmrl_ray.config.reward_model import RewardDataSection, RewardModelConfig
 from mmrl_ray.data.held_out import overlap_with_hashes
@@ -28,6 +27,7 @@ from mmrl_ray.models.vision_source import Pixels, PolicyVision, VisionSource, so
 from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.reward_rows import read_judgements
 from mmrl_ray.runs.reward_training import train_reward_model
+from mmrl_ray.telemetry.terminal import PlainTable, say
 
 _SHARES = 1_000_000
 
@@ -106,7 +106,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
             table.add_row(name, f"{row['count']:,}", *map(_figure, figures))
         console.print(table)
     for reason, count in report["left_out"]["reasons"].items():
-        console.print(f"left out: {count} rows: {reason}", markup=False)
+        say(console, f"left out: {count} rows: {reason}")
 
 
 def _splits(cfg: RewardModelConfig, quarantine: Quarantine) -> tuple[RewardData, RewardData]:
@@ -178,8 +178,8 @@ def _left_out(quarantine: Quarantine) -> dict[str, Any]:
     }
 
 
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=f"held-out {title}")
+def _table(title: str, columns: tuple[str, ...]) -> PlainTable:
+    table = PlainTable(title=f"held-out {title}")
     table.add_column("part")
     for column in columns:
         table.add_column(column, justify="right")

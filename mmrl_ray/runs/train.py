@@ -39,6 +39,7 @@ from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controlle
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs import preferences, stored
+from mmrl_ray.runs.blindness import EVENT, Blindness, evaluation_blindness
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
 from mmrl_ray.runs.eval_records import load_evaluation, save_evaluation
 from mmrl_ray.runs.interrupts import StopOnInterrupt
@@ -58,7 +59,7 @@ from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, in_common, score_captions
 from mmrl_ray.runs.state_records import MAX_STATES, States, load_states, save_states, states_json
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import warm_start, warm_start_left_out
+from mmrl_ray.runs.warm_start import warm_start, warm_start_blindness, warm_start_left_out
 from mmrl_ray.runs.watch import note_event, scrape_targets
 from mmrl_ray.telemetry.logs import start_logging
 
@@ -117,6 +118,7 @@ class _Run:
             model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
             self._tell_left_out("warm_start", warm_start_left_out(model.path))
         start = cfg.model_copy(update={"model": model})
+        unseeing = warm_start_blindness(model.path)
         with self._timed("checks"):
             for line in check_run(start):
                 self._progress.note(line)
@@ -133,6 +135,7 @@ class _Run:
         try:
             if not resume:
                 run.write_text("config.yaml", dump_config(cfg))
+                self._warn_if_blind(run, "warm start", unseeing)
             statistics = self._statistics(run)
             with self._timed("stored"):
                 start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
@@ -293,6 +296,13 @@ class _Run:
         measures = evaluation.measures
         shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
         self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
+        if self._cfg.value_based is None or not self._cfg.value_based.blind:
+            self._warn_if_blind(run, f"evaluation {name} training", evaluation_blindness(evaluation))
+
+    def _warn_if_blind(self, run: RunDir, what: str, found: Blindness | None) -> None:
+        if found is not None:
+            self._progress.warn(found.told(what))
+            note_event(run, EVENT, what=what, **found.to_json())
 
     def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
         """What the policy makes of the held-out pairs, if there are any."""

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ from transformers.utils import logging
 from mmrl_ray import atomic
 from mmrl_ray.config import Config
 from mmrl_ray.config.sft import SFT_CACHE
-from mmrl_ray.data.samples import QuarantineRecord, dataset_fingerprint, iter_references
+from mmrl_ray.data.images import image_hash
+from mmrl_ray.data.samples import QuarantineRecord, dataset_fingerprint, iter_references, read_split
 from mmrl_ray.data.scenes import scenes_vocabulary, write_scenes
-from mmrl_ray.errors import ModelError, RunError
+from mmrl_ray.errors import DataError, ModelError, RunError
+from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.boundary import model_call
+from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
+from mmrl_ray.runs.blindness import Blindness, blindness
 from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.sft import train_supervised
 
@@ -49,6 +55,8 @@ TINY_LLAVA: Mapping[str, Any] = {
 """The size of `builtin:tiny-llava`: 1.2 M parameters, 16 image tokens for a picture."""
 _TINY_WORDS = 8000
 """The most frequent words of the training references that a tiny model knows where the data set is not scenes."""
+_LOOKED_AT = 32
+"""Pictures that a new warm start is asked for captions of."""
 _FORMAT = 1
 """Raised when the same settings come to mean another model."""
 _WHOLE = 16 << 20
@@ -97,6 +105,28 @@ def warm_start_left_out(folder: str | Path) -> tuple[QuarantineRecord, ...]:
     return tuple(QuarantineRecord(**record) for record in warm_start_facts(folder).get("left_out", ()))
 
 
+def warm_start_blindness(folder: str | Path) -> Blindness | None:
+    """What was found of the captions of a folder from `warm_start`, if they do not depend on the picture."""
+    found = warm_start_facts(folder).get("blind")
+    return None if found is None else Blindness(**found)
+
+
+def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
+    """Of greedy captions of a few held-out pictures, or of training ones where none are held out."""
+    try:
+        samples = read_split(cfg.data.eval or cfg.data.train, prompt=cfg.data.prompt, limit=_LOOKED_AT)
+        prompts = encode_prompts(policy, samples)
+        sampling = SamplingParams(greedy=True, max_new_tokens=cfg.rollout.max_new_tokens)
+        made = decode_groups(Decoder(policy), [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
+    except (DataError, ModelError) as error:  # the run's own evaluation says more of it
+        logging.get_logger(__name__).warning(f"the warm start's captions were not looked at: {error}")
+        return None
+    return blindness(
+        ([image_hash([image]) for image in sample.images], sample.references, output.completions[0].text)
+        for sample, output in zip(samples, made, strict=True)
+    )
+
+
 def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
@@ -112,7 +142,9 @@ def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, A
     left_out: list[dict[str, str]] = []
     losses = train_supervised(policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()))
     _save(policy, folder)
+    found = _blindness(policy, cfg)
     return {
+        "blind": None if found is None else asdict(found),
         "steps": len(losses),
         "loss_first": losses[0],
         "loss_last": losses[-1],

@@ -32,6 +32,7 @@ from mmrl_ray.errors import (
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.adapters import AdapterPool, Resident
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.generation import generation_rules
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import check_context, encode_conversation
@@ -78,6 +79,9 @@ class Engine:
             max_rows: completions decoded at the same time.
             max_queue: requests that may wait for their first token; one more is refused at once.
             timeout_s: a request that takes longer ends with an error.
+
+        Raises:
+            ModelError: the checkpoint's generation config holds what cannot be obeyed.
         """
         self._policy = policy
         self._pool = pool
@@ -87,6 +91,7 @@ class Engine:
         self._max_queue = max_queue
         self._timeout_s = timeout_s
         self._cache = VisionCache(vision_cache_bytes)
+        self._rules = generation_rules(policy)
         self._thread = DecodeThread(self._make_decoder)
         self._encoders = ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
         self._leases = AdapterLeases(pool, self._thread) if pool is not None else None
@@ -280,7 +285,9 @@ class Engine:
 
     def _make_decoder(self) -> Decoder:
         rows = self._pool.rows if self._pool is not None else None
-        return Decoder(self._policy, vision_cache=self._cache, max_rows=self._max_rows, adapters=rows)
+        return Decoder(
+            self._policy, vision_cache=self._cache, max_rows=self._max_rows, adapters=rows, rules=self._rules
+        )
 
     def _warm_up(self, prompt: EncodedPrompt) -> None:
         """Finds out how this model takes vision features, and lets every buffer and kernel be made."""

@@ -46,7 +46,7 @@ class Sampled(Strict):
     top_k: Annotated[int | None, Field(ge=0, le=2**31)] = None
     """Not OpenAI's; 0 keeps every token."""
     min_tokens: Annotated[int | None, Field(ge=0)] = None
-    """Not OpenAI's."""
+    """Not OpenAI's; by default what the model's generation config says."""
     stop: TextOrTexts | None = None
     """Up to 4 texts that end a completion and are not part of it."""
 
@@ -69,7 +69,7 @@ class Sampled(Strict):
         return SamplingParams(
             temperature=1.0 if greedy else chosen,
             max_new_tokens=max_tokens,
-            min_new_tokens=min(self.min_tokens or 0, max_tokens),
+            min_new_tokens=None if self.min_tokens is None else min(self.min_tokens, max_tokens),
             top_k=self.top_k or 0,
             top_p=1.0 if greedy else top_p,
             greedy=greedy,

@@ -159,7 +159,7 @@ def test_a_run_through_the_actor(tmp_path: Path) -> None:
     assert seen == [{0}, {1}, {2}, {2}]
     assert client.next_plan(4, 2) == Stop("all 4 steps are done")
     assert client.fetch(4) == {"version": torch.tensor(4)}
-    generated = client.generate(samples(3), SamplingParams(greedy=True, max_new_tokens=4), timeout_s=WAIT_S)
+    generated = client.generate(samples(3), SamplingParams(greedy=True, max_new_tokens=4), idle_s=WAIT_S)
     assert generated.version == 4
     captions = client.groups([group.payload for group in generated.groups if group is not None])
     assert [group.sample.id for group in captions] == ["sample-000", "sample-001", "sample-002"]

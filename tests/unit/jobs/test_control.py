@@ -228,6 +228,19 @@ def test_the_view_shows_everything_that_was_promised(tmp_path: Path) -> None:
         assert wanted in shown, shown
 
 
+def test_names_in_the_view_are_no_markup(tmp_path: Path) -> None:
+    said = facts(1, 0, "busy", free={"CPU": 1.0})
+    said["pool"]["workers"]["worker-0"] |= {"node": "[/x]", "at": "[b]groups"}
+    said["pool"]["demand"] = ":dog: [b]CPU"
+    said["scaling"]["decisions"][0]["reason"] = "[/x] <b>"
+    played = Played(tmp_path, [])
+    played.says(**said)
+    text = io.StringIO()
+    Console(file=text, width=160).print(render(played.control.status()))
+    for wanted in ("[/x], pid", "[b]groups", "asks for :dog: [b]CPU", "[/x] <b>"):
+        assert wanted in text.getvalue()
+
+
 @pytest.mark.parametrize("state", ["starting", "running", "finished", "failed"])
 def test_a_status_without_figures_shows_too(tmp_path: Path, state: str) -> None:
     played = Played(tmp_path, [])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mmrl_ray.config.model import LoraSection
@@ -357,6 +357,15 @@ def huge_rank(folder: Path) -> None:
     edit_config(folder, r=1_000_000_000)
 
 
+def only_layer_0(state: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in state if ".layers.1." in name]:
+        del state[name]
+
+
+def fewer_targets(folder: Path) -> None:
+    edit_config(folder, target_modules=r".*language_model.*q_proj")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "linked weights": (link_weights, "symbolic link"),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "it has no adapter_model.safetensors"),
@@ -370,14 +379,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank 0": (lambda f: edit_config(f, r=0), "rank r=0"),
     "rank of the weights": (lambda f: edit_config(f, r=8), "with another rank"),
     "width": (lambda f: edit_weights(f, lambda s: s.update({first(s): s[first(s)][:, :-1].clone()})), "has shape"),
-    "half a pair": (lambda f: edit_weights(f, lambda s: s.pop(first(s, "lora_B"))), "lacks one of lora_A and lora_B"),
+    "half a pair": (lambda f: edit_weights(f, lambda s: s.pop(first(s, "lora_B"))), "1 missing (base_model.model."),
+    "half the layers": (lambda f: edit_weights(f, only_layer_0), "14 missing (base_model.model.model.language_model."),
+    "other targets": (lambda f: edit_config(f, target_modules=["q_proj"]), "4 missing (base_model.model.model.vision_"),
+    "fewer targets": (fewer_targets, "0 missing, 24 unknown (base_model.model.model.language_model.layers.0.mlp.down"),
+    "targets by a pattern": (lambda f: edit_config(f, target_modules=r".*\.layers\.1\..*"), "14 unknown"),
+    "a pattern without end": (lambda f: edit_config(f, target_modules=r"(.|.)*\d{9}"), "takes more than 2 s"),
+    "no pattern": (lambda f: edit_config(f, target_modules="(a"), "is not a regular expression"),
+    "no targets": (lambda f: edit_config(f, target_modules=None), "names no target_modules"),
     "stray name": (lambda f: edit_weights(f, lambda s: s.update(x=torch.zeros(1))), "belongs to no linear layer"),
     "integers": (
         lambda f: edit_weights(f, lambda s: s.update({first(s): s[first(s)].int()})),
         "no floating-point type",
     ),
     "too large": (lambda f: edit_weights(f, lambda s: s.update(x=torch.zeros(5 << 20))), "at most"),
-    "no weights at all": (lambda f: save_file({}, f / WEIGHTS_FILE), "lacks one of"),
+    "no weights at all": (lambda f: save_file({}, f / WEIGHTS_FILE), "28 missing"),
     "alpha": (lambda f: edit_config(f, lora_alpha=float("nan")), "lora_alpha=nan"),
     "no JSON": (lambda f: (f / CONFIG_FILE).write_text("{"), "cannot be read"),
     "a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), ""),
@@ -420,15 +436,37 @@ def test_a_folder_that_is_not_a_sound_adapter_of_this_model_is_refused(
     assert [info.version.step for info in pool.infos()] == [3]
 
 
-def test_patterns_of_a_config_are_never_run(load: Load, make_adapter: MakeAdapter) -> None:
-    folder = make_adapter(1)
-    edit_config(folder, target_modules="(.+)+x(.+)+y(.+)+z(.*)*$")
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        r".*\.(q|v)_proj",
+        r"model\.language_model\..*\.(q|v)_proj",
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*vision.*"},
+        "all-linear",
+    ],
+)
+def test_an_adapter_of_another_program_is_whole_where_peft_would_take_it_as_whole(
+    targets: Any, load: Load, tmp_path: Path
+) -> None:
+    """PEFT's own saved folder, its config as the user wrote it: the tensors that its targets make, no more, no less."""
+    fields = targets if isinstance(targets, dict) else {"target_modules": targets}
+    made = get_peft_model(load().hf_model, LoraConfig(r=2, **fields))
+    state = {name: tensor + 0.1 for name, tensor in get_peft_model_state_dict(made).items()}
+    made.save_pretrained(tmp_path)
+    save_file(state, tmp_path / WEIGHTS_FILE)
+    edit_config(tmp_path, **fields)
     policy = load()
-    [name] = put_on(make_pool(policy, {"one": FakeSource(folder)}), "one")
-    [prompt] = encode_prompts(policy, make_samples()[:1])
-    edit_config(folder, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-    assert name in on_model(policy)
-    assert prompt.input_ids.numel() > 0
+    [name] = put_on(make_pool(policy, {"theirs": FakeSource(tmp_path)}), "theirs")
+    found = {n.replace(f".{name}", ""): p for n, p in policy.model.named_parameters() if name in n}
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[n], state[n]) for n in state)
+    edit_weights(tmp_path, lambda s: s.pop(first(s, "lora_A")))
+    with pytest.raises(AdapterError, match="1 missing"):
+        load_adapter(load(), tmp_path)
+    with pytest.raises(UnknownModelError):
+        make_pool(load(), {"theirs": FakeSource(tmp_path)}).read("theirs")
 
 
 def test_the_same_base_in_another_folder_is_the_same_base(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +21,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.model import LoraSection, ModelSection
 from mmrl_ray.errors import AdapterError, ConfigError, ModelError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy import trial, vision
+from mmrl_ray.policy.adapter import add_adapter, save_adapter
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy, load_skeleton, save_policy
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
+from mmrl_ray.policy.revision import is_revision, revision_key_of
 from tests.support.tiny_models import FAMILIES, make_samples
 
 Load = Callable[..., Policy]
@@ -226,6 +231,69 @@ def test_the_revision_key_follows_weights_and_processor(copied: Copied) -> None:
     assert load_policy(section(folder), device="cpu").revision_key != before
 
 
+def test_the_revision_key_is_of_every_byte(copied: Copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two fine-tunes of one size differ in a few bytes of a large file, wherever those are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = copied("llava")
+    large = folder / "model-00002.safetensors"
+    with large.open("wb") as file:
+        file.truncate(200 << 20)
+    keys = set()
+    for changed in (None, 5 << 20, (64 << 20) + 7, (199 << 20) + 3):
+        if changed is not None:
+            with large.open("r+b") as file:
+                file.seek(changed)
+                file.write(b"x")
+        os.utime(large, ns=(0, 0))  # as a copy that keeps its time stamp
+        keys.add(revision_key_of(str(folder), section(folder), None))
+    assert len(keys) == 4
+
+
+def test_a_digest_is_kept_until_the_file_changes(
+    copied: Copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = copied("llava")
+    large = folder / "model-00002.safetensors"
+    with large.open("wb") as file:
+        file.truncate(70 << 20)
+
+    def key() -> str:
+        return revision_key_of(str(folder), section(folder), None)
+
+    first = key()
+    assert not list((tmp_path / "cache").rglob("*")), "a file that may still be being written is read again"
+    long_ago = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: long_ago)
+    assert key() == first
+    [kept] = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    digest = kept.read_text()
+    assert digest != "0" * 64
+    kept.write_text("0" * 64)
+    assert key() != first, "what is kept is what is used"
+    with large.open("r+b") as file:
+        file.write(b"\0")  # the same content, another time
+    assert key() == first
+
+
+def test_keys_that_were_kept_before_name_what_they_named(copied: Copied) -> None:
+    """A reward's folder may hold a key of the time when large files were known by 16 samples of a MiB."""
+    folder = copied("llava")
+    large = b"".join(bytes([i]) * (1 << 20) for i in range(70))
+    (folder / "model-00002.safetensors").write_bytes(large)
+    digest = hashlib.sha256(b"[]")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            data = file.read_bytes()
+            digest.update(f"{file.name}:{len(data)}".encode())
+            starts = [i * (len(data) - (1 << 20)) // 15 for i in range(16)] if len(data) > 64 << 20 else []
+            digest.update(b"".join(data[start : start + (1 << 20)] for start in starts) if starts else data)
+    old, new = digest.hexdigest()[:16], revision_key_of(str(folder), section(folder), None)
+    assert old != new
+    assert is_revision(old, new, str(folder), {})
+    assert not is_revision(old, new, str(folder), {"size": 1})
+
+
 def test_dtype_and_attention_are_the_configs(load: Load) -> None:
     policy = load("llava", dtype="bfloat16", attn_implementation="eager")
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
@@ -321,6 +389,44 @@ def test_missing_weights_are_not_made_up(copied: Copied) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 1 tensors, the first 'lm_head\.weight'"):
         load_policy(section(folder))
+
+
+def test_weights_that_the_model_has_no_place_for_are_not_left_out(copied: Copied) -> None:
+    """With a deeper model's weights under this config, transformers would go on with half of it and a warning."""
+    folder = copied("llava")
+    weights = load_file(folder / "model.safetensors")
+    deeper = {
+        n.replace(".layers.1.", ".layers.2."): t.clone()
+        for n, t in weights.items()
+        if "language_model.model.layers.1" in n
+    }
+    save_file({**weights, **deeper}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"hold {len(deeper)} tensors .* no place for \(.*layers\.2\.") as error:
+        load_policy(section(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_weights_that_are_known_as_harmless_are(family: str, copied: Copied) -> None:
+    folder = copied(family)
+    weights = load_file(folder / "model.safetensors")
+    weights |= {"model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_policy(section(folder))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_in_a_models_folder_is_never_put_on_unasked(whole: bool, copied: Copied, load: Load) -> None:
+    folder = copied("llava")
+    policy = load()
+    add_adapter(policy, LoraSection(r=2), seed=0)
+    save_adapter(policy.model, folder)
+    if not whole:
+        (folder / "config.json").unlink()
+    message = "has an adapter beside its weights" if whole else "is an adapter, not a model: name its base"
+    for read in (load_policy, load_skeleton):
+        with pytest.raises(ModelError, match=message):
+            read(section(folder))
 
 
 def test_pickled_weights_are_refused(copied: Copied) -> None:

@@ -158,6 +158,8 @@ class FakePool:
         self.release = 1_000_000
         self.error: Exception | None = None
         self.target = 1
+        self.ready = 1
+        self.polls = 0
         self.closed = False
         self._fetch_weights = fetch_weights
 
@@ -167,6 +169,7 @@ class FakePool:
         self.queue.insert(place, assignment)
 
     def poll(self, timeout_s: float) -> list[Collected | DataFailure]:
+        self.polls += 1
         if self.error is not None:
             raise self.error
         finished: list[Collected | DataFailure] = []
@@ -198,7 +201,7 @@ class FakePool:
 
     def status(self) -> dict[str, Any]:
         return {
-            "ready": 1,
+            "ready": self.ready,
             "target": self.target,
             "workers": {"w0": {"state": "busy" if self.queue else "ready"}},
             "queued_assignments": len(self.queue),

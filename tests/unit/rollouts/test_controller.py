@@ -18,7 +18,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import LearnerError, ModelError, QuarantineError, RolloutError, RunError
 from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
-from mmrl_ray.rollouts.protocols import Stop, Wait
+from mmrl_ray.rollouts.protocols import Generated, Stop, Wait
 from mmrl_ray.rollouts.recorder import LEFT_OUT
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.run_dir import RunDir
@@ -37,6 +37,7 @@ class World:
         count: int = 40,
         rows: Sequence[Sample] = (),
         engine: FakeEngine | None = None,
+        clock: Callable[[], float] = time.monotonic,
         **sections: Sections,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,7 @@ class World:
             source=ListSource(rows or samples(count), self.cfg.data.max_quarantined),
             put=lambda value: value,
             fetch=lambda value: value,
+            clock=clock,
         )
         self.controller.start()
 
@@ -67,6 +69,11 @@ class World:
         self.publish(step + 1)
         self.controller.finish_step(step, metrics)
         return plan
+
+    def generate(self, asked: Sequence[Sample], sampling: SamplingParams, **options: Any) -> Generated:
+        answer = self.controller.captions(self.controller.ask_captions(asked, sampling, **options), 20.0, 20.0)
+        assert isinstance(answer, Generated), answer
+        return answer
 
     def lines(self) -> list[dict[str, Any]]:
         return self.run.read_lines("metrics.jsonl")
@@ -251,7 +258,7 @@ def test_an_error_of_the_pump_ends_the_run_with_its_cause(make: Callable[..., Wo
         lambda: world.controller.finish_step(0, {}),
         lambda: world.controller.checkpoint_state(0),
         lambda: world.controller.rewind(0),
-        lambda: world.controller.generate(samples(1), SamplingParams()),
+        lambda: world.controller.ask_captions(samples(1), SamplingParams()),
         lambda: world.publish(1),
     ):
         with pytest.raises(RolloutError, match="at least 1"):
@@ -501,7 +508,7 @@ def test_captions_on_request_come_in_order_beside_a_run(make: Callable[..., Worl
     asked = [replace(s, id=f"sample-{100 + i}") for i, s in enumerate(samples(5))]
     answers: list[Any] = []
     sampling = SamplingParams(greedy=True, seed=1)
-    caller = threading.Thread(target=lambda: answers.append(world.controller.generate(asked, sampling, timeout_s=20.0)))
+    caller = threading.Thread(target=lambda: answers.append(world.generate(asked, sampling)))
     caller.start()
     until(lambda: len(world.pool.queue) == 5)
     world.pool.release = 3
@@ -525,15 +532,54 @@ def test_captions_on_request_come_in_order_beside_a_run(make: Callable[..., Worl
 
 def test_as_many_captions_as_were_asked_for_bring_their_state(make: Callable[..., World]) -> None:
     world = make()
-    generated = world.controller.generate(samples(4), SamplingParams(), states=3, timeout_s=20.0)
+    generated = world.generate(samples(4), SamplingParams(), states=3)
     assert [g is not None and g.payload.state is not None for g in generated.groups] == [True, True, True, False]
-    none = world.controller.generate(samples(2), SamplingParams(), timeout_s=20.0)
+    none = world.generate(samples(2), SamplingParams())
     assert [g and g.payload.state for g in none.groups] == [None, None]
 
 
-def test_captions_that_do_not_come_are_an_error(make: Callable[..., World]) -> None:
+def test_captions_that_do_not_come_from_workers_that_are_there_are_an_error(make: Callable[..., World]) -> None:
     world = make()
     world.pool.release = 0
-    with pytest.raises(RolloutError, match=r"0 of 2 samples were captioned within 0\.05 s"):
-        world.controller.generate(samples(2), SamplingParams(), timeout_s=0.05)
+    number = world.controller.ask_captions(samples(2), SamplingParams())
+    with pytest.raises(RolloutError, match=r"0 of 2 samples were captioned, and no other one within 0\.05 s"):
+        world.controller.captions(number, 20.0, 0.05)
     assert world.controller.status()["evaluations"] == 0
+
+
+def test_an_evaluations_deadline_counts_neither_the_start_of_a_worker_nor_what_was_answered_before(
+    make: Callable[..., World],
+) -> None:
+    now = [0.0]
+    world = make(clock=lambda: now[0])
+    pool = world.pool
+    pool.release, pool.ready = 0, 0
+    number = world.controller.ask_captions(samples(9), SamplingParams())
+
+    def ask() -> Any:
+        return world.controller.captions(number, 0.0, 600.0)
+
+    def answer() -> None:
+        left, pool.release = len(pool.queue) - 1, 1
+        until(lambda: len(pool.queue) == left)
+        turn = pool.polls
+        until(lambda: pool.polls > turn)  # what the turn before gave is taken in
+
+    for _ in range(3):  # nobody is there: the pool's own deadlines count
+        assert isinstance(ask(), Wait)
+        now[0] += 500.0
+    pool.ready = 1
+    for _ in range(3):  # two answers, and two more: each pair has its time
+        assert isinstance(ask(), Wait)
+        now[0] += 500.0
+        answer()
+    pool.ready = 0  # it died
+    assert isinstance(ask(), Wait)
+    now[0] += 500.0
+    assert isinstance(ask(), Wait)
+    pool.ready = 1
+    now[0] += 500.0
+    assert isinstance(ask(), Wait)
+    now[0] += 101.0
+    with pytest.raises(RolloutError, match=r"5 of 9 samples were captioned, and no other one within 600 s"):
+        ask()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import ray
 from ray._private.auto_init_hook import auto_init_ray
 
-from mmrl_ray.errors import RunError
-from mmrl_ray.runs.cluster import configure_ray, node_local_root_refused
+from mmrl_ray.errors import RaySessionError, RunError
+from mmrl_ray.runs.cluster import configure_ray, node_local_root_refused, ray_at
 
 
 def test_a_late_call_starts_no_ray_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,6 +19,56 @@ def test_a_late_call_starts_no_ray_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     configure_ray()
     auto_init_ray()
     assert not started
+
+
+def test_a_local_ray_that_does_not_start_is_one_line_of_what_was_tried_and_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's own start, in a folder whose name is too long for a socket."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 90)))
+    with (
+        pytest.raises(RaySessionError, match=r"no local Ray started in \d+ s, with \d+ CPUs and 80 MB of") as raised,
+        ray_at(None, cpus=1, object_store_mb=80, namespace="none"),
+    ):
+        pass
+    said = str(raised.value)
+    assert "\n" not in said
+    assert "AF_UNIX" in said
+    assert "join a Ray that runs with --address" in said
+    assert not ray.is_initialized()
+
+
+def test_what_the_log_of_a_ray_that_did_not_start_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    logs = tmp_path / "ray" / f"session_2026-01-31_{os.getpid()}" / "logs"
+
+    def init(**settings: object) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "raylet.out").write_text(
+            "[2026-01-31 12:00:00,001 I 7 7] (raylet) main.cc:1: started\n"
+            "[2026-01-31 12:00:00,002 E 7 7] (raylet) store.cc:9: cannot create /dev/shm/plasma: no space\n"
+            "[2026-01-31 12:00:00,003 I 7 7] (raylet) main.cc:2: ended\n"
+        )
+        raise Exception("The current node timed out during startup.\nmore\nlines")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(
+            RaySessionError, match=r"timed out during startup; .*raylet.out says: .* no space\. See"
+        ) as raised,
+        ray_at(None, cpus=1, object_store_mb=None, namespace="none"),
+    ):
+        pass
+    assert "\n" not in str(raised.value)
+    with (
+        pytest.raises(
+            RaySessionError, match=r"cannot join Ray at h:1: The current node timed out during startup; check"
+        ),
+        ray_at("h:1", cpus=1, object_store_mb=None, namespace="none"),
+    ):
+        pass
 
 
 def test_a_local_root_is_refused_where_other_machines_would_not_see_it(monkeypatch: pytest.MonkeyPatch) -> None:

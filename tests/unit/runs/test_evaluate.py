@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_a_run_captions_as_transformers_does_with_base_and_adapter(world: World,
     bare = hf_greedy(plain, pictures[0], "describe it", 9)
     assert caption_images(world.base, pictures[:1], prompt="describe it", max_new_tokens=9)[0][1] == bare
     assert bare != expected[0]
+
+
+def test_captions_obey_the_checkpoints_generation_config_and_evaluations_measure_the_policy(
+    world: World, pictures: list[Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(world.base, tmp_path / "model"))
+    policy = load_policy(ModelSection(path=world.base, dtype="float32"), device="cpu")
+    plain = hf_greedy(policy, pictures[0], "it", 9)
+    file = model / "generation_config.json"
+    suppressed = policy.tokenizer.convert_tokens_to_ids(plain.split())[:2]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "suppress_tokens": suppressed}))
+    ruled = hf_greedy(load_policy(ModelSection(path=str(model), dtype="float32"), device="cpu"), pictures[0], "it", 9)
+    assert ruled != plain
+    assert caption_images(str(model), pictures[:1], prompt="it", max_new_tokens=9)[0][1] == ruled
+    assert world.cfg.data.eval is not None
+    found = evaluate(str(model), data=world.cfg.data.eval, prompt="it", limit=1, max_new_tokens=9)
+    assert found.captions[0].caption == plain
 
 
 def test_the_command_prints_one_line_an_image(

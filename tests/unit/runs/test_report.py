@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
+import itertools
 import re
 from dataclasses import replace
 from html import unescape
@@ -13,22 +15,30 @@ from xml.etree import ElementTree
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmrl_ray.analysis.correlation import Correlation
 from mmrl_ray.config.data import ScenesSection
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.errors import RunError
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.rollouts.metrics import StepLog
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import EVAL_SCHEMA, doubtful, highlights, load_evaluation, save_evaluation
+from mmrl_ray.runs.evaluate import correlation_table, measures_table
+from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.report_captions import caption_groups
 from mmrl_ray.runs.report_charts import MAX_POINTS, charts, constants
 from mmrl_ray.runs.report_events import event_rows, happened, replacements
 from mmrl_ray.runs.report_facts import duration
 from mmrl_ray.runs.reward_facts import reward_rows
+from mmrl_ray.runs.reward_model import print_report
 from mmrl_ray.runs.scores import Evaluation, score_captions
+from mmrl_ray.telemetry.terminal import visible
 
 _, SCENES = generate_scenes(ScenesSection(train=1, eval=30, image_size=32))
 STATISTICS = CorpusStatistics.from_references(sample.references for sample in SCENES)
@@ -456,6 +466,84 @@ def test_a_loss_that_nobody_has_made_good_is_told() -> None:
     (row,) = [row for row in happened(FAULTS[:7], [], []) if row["what"] == "rollout workers replaced"]
     assert row["details"] == "1 not ready (yet)"
     assert happened(FAULTS[:5], [], []) == []
+
+
+HOSTILE = (
+    *("$a_{b$", "[b]bold", "[/x]", "<script>alert(1)</script>", "line\nbreak", "🙂", "\u202eback", "_under", ":dog:"),
+    *("\x1b[31mred", "$", "%s {0} {{x}}", "&amp;"),
+)
+
+
+def hostile_run(folder: Path) -> RunDir:
+    """A run whose reward's parts, workers, samples and captions are called so."""
+    run = RunDir.create(folder, "[b]run")
+    for name, evaluation in (("before", BEFORE), ("after", AFTER)):
+        captions = [
+            replace(c, caption=said, reward=replace(c.reward, parts=dict.fromkeys(HOSTILE, 0.1)))
+            for c, said in zip(evaluation.captions, itertools.cycle(HOSTILE), strict=False)
+        ]
+        save_evaluation(run, name, Evaluation(tuple(captions)), SCENES)
+    log = StepLog(run)
+    for step in range(3):
+        names = [f"{family}/{name}" for family in ("reward", "seconds") for name in HOSTILE]
+        log.write({"step": step, **dict.fromkeys(names, 1.0 + step)})
+    log.close()
+    run.append_line("events.jsonl", {"time": 0, "kind": "[b]what", "worker": "[/x]", "detail": "<script>"})
+    run.append_line("quarantine.jsonl", {"sample_id": "[/x]", "reason": "<script>", "where": "$a_{b$"})
+    return run
+
+
+def on_terminal(*shown: Any) -> str:
+    text = io.StringIO()
+    console = Console(file=text, width=200, force_terminal=True, color_system=None)
+    for each in shown:
+        console.print(each)
+    return text.getvalue()
+
+
+def test_names_and_captions_are_shown_as_they_are_written(tmp_path: Path) -> None:
+    """No markup, formula, emoji code, escape sequence or direction of writing is taken from one."""
+    run = hostile_run(tmp_path)
+    html = Path(write_report(run)).read_text(encoding="utf-8")
+    page = Page(html)
+    assert "alert(1)" in page.words
+    assert "<script" not in html.lower()
+    charts_by_words = {p["alt"].split(":")[1].split(",")[0].strip(): p["src"] for p in page.all("img") if "alt" in p}
+    for title in ("Reward parts", "Seconds by phase"):
+        svg = base64.b64decode(charts_by_words[title].split(",", 1)[1])
+        labels = {"".join(e.itertext()).strip("\u200b") for e in ElementTree.fromstring(svg).iter() if "text" in e.tag}
+        assert {visible(name) for name in HOSTILE[:6]} <= labels
+    evaluation = load_evaluation(run, "after")
+    assert evaluation is not None
+    correlations = dict.fromkeys(HOSTILE, Correlation(0.5, 0.5))
+    figures = {"count": 1, "accuracy": 0.5, "expected": 0.5, "nll": 0.1}
+    parts = {"held_out": {"pairs": {**figures, "parts": dict.fromkeys(HOSTILE, figures)}}, "left_out": {"reasons": {}}}
+    told = io.StringIO()
+    print_report(parts, Console(file=told, width=200))
+    tables = {
+        "evaluate": on_terminal(measures_table("[b]run", evaluation)),
+        "correlations": on_terminal(correlation_table(correlations, 3)),
+        "reward": told.getvalue(),
+    }
+    for table, text in tables.items():
+        for name in HOSTILE:
+            assert visible(name) in text, (table, name)
+        assert not set(text) & {"\x1b", "\u202e"}
+    assert "[b]run: 30 samples" in tables["evaluate"]
+    lines = io.StringIO()
+    with RunProgress(Console(file=lines, width=40)) as progress:
+        for name in HOSTILE:
+            progress.note(name)
+    assert [line.split("] ", 1)[1] for line in lines.getvalue().splitlines()] == [visible(name) for name in HOSTILE]
+    board = EventAccumulator(str(run.local_path("tb")))
+    board.Reload()
+    assert {f"reward/{name}" for name in HOSTILE} <= set(board.Tags()["scalars"])
+
+
+def test_what_is_visible() -> None:
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # joined by characters that nobody sees
+    assert visible(f"पानी {family} café") == f"पानी {family} café"
+    assert visible("a\tb\r\nc\x00\x9b\u2028\u202e") == r"a\tb\r\nc\x00\x9b\u2028\u202e"
 
 
 def test_many_events_leave_the_ordinary_ones_out_first() -> None:

@@ -29,7 +29,13 @@ from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.runs import sft as sft_module
 from mmrl_ray.runs import warm_start as warm_start_module
 from mmrl_ray.runs.sft import draw_target, train_supervised
-from mmrl_ray.runs.warm_start import FACTS, warm_start, warm_start_facts, warm_start_left_out
+from mmrl_ray.runs.warm_start import (
+    FACTS,
+    warm_start,
+    warm_start_blindness,
+    warm_start_facts,
+    warm_start_left_out,
+)
 
 SMALL = {"patch_size": 32, "hidden": 32, "layers": 2, "vision_hidden": 32, "vision_layers": 1}
 _, SCENES = generate_scenes(ScenesSection(train=1, eval=8, image_size=32))
@@ -288,3 +294,16 @@ def test_train_supervised_leaves_nothing_trainable(tmp_path: Path) -> None:
     losses = train_supervised(policy, cfg, cfg.sft.model_copy(update={"steps": 2}))
     assert len(losses) == 2
     assert not any(p.requires_grad for p in policy.model.parameters())
+
+
+def test_a_warm_start_that_does_not_look_is_told_each_time_it_is_used(tmp_path: Path) -> None:
+    """A language model that learns faster than the frozen tower's features mean anything to it."""
+    scenes = {"train": 40, "eval": 24, "image_size": 32}
+    places = {"train": str(tmp_path / "train"), "eval": str(tmp_path / "eval"), "scenes": scenes}
+    blind = config(tmp_path, sft={"steps": 30, "lr": 3e-3, "train_vision": False}, data=places)
+    for _ in range(2):  # made, and then found in the cache
+        found = warm_start_blindness(warm_start(blind))
+        assert found is not None
+        assert (found.pictures, found.share) == (24, 1.0)
+    without = config(tmp_path, data=places).model_copy(update={"sft": None})
+    assert warm_start_blindness(warm_start(without)) is None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
+import json
+import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from mmrl_ray.errors import (
     ContextLengthError,
     DataError,
     ImageError,
+    ModelError,
     OverloadedError,
     ServingError,
     UnknownModelError,
@@ -109,7 +113,7 @@ def by_transformers(policy: Policy, request: GenerateRequest) -> list[int]:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        suppress_tokens=list(policy.image_token_ids),
+        suppress_tokens=[*policy.image_token_ids, *(policy.hf_model.generation_config.suppress_tokens or ())],
         eos_token_id=list(policy.eos_token_ids),
         pad_token_id=policy.pad_token_id,
         max_new_tokens=request.sampling.max_new_tokens,
@@ -199,6 +203,75 @@ def test_greedy_answers_are_what_generate_gives_alone_and_under_load(family: str
     assert stats["decode_passes"] < sum(len(tokens) for tokens in expected), "requests share passes"
     assert stats["images_encoded"] >= 8
     assert stats["vision_cache_hits"] >= 1
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.7},
+    "reward for repetition": {"repetition_penalty": 0.6},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "suppressed": {"suppress_tokens": "SAID", "begin_suppress_tokens": [12, 13]},
+    "bad words": {"bad_words_ids": "SAID", "sequence_bias": [[[14], 2.5], [[15, 16], -3.0]]},
+    "long": {"min_new_tokens": 5},
+    "long with its prompt": {"min_length": 22},
+    "ends": {"forced_eos_token_id": 2, "exponential_decay_length_penalty": [2, 1.5]},
+    "all": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "suppress_tokens": [20, 21], "min_new_tokens": 4},
+}
+
+
+@pytest.mark.parametrize(("name", "family"), [*((name, "llava") for name in RULES), ("all", "qwen2_5_vl")])
+def test_a_checkpoints_rules_of_generation_are_obeyed_as_generate_obeys_them(
+    name: str, family: str, folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts of several lengths in one batch, and neighbours that sample; one request names its own length."""
+    place = Path(shutil.copytree(folder(family), tmp_path / family))
+    file = place / "generation_config.json"
+    sizes = ((64, 64), (96, 64), (64, 128))
+    requests = [
+        ask(i, tokens=8 + i % 3, size=sizes[i % 3], prompt=PROMPT * (1 + i % 2), min_new_tokens=None) for i in range(5)
+    ]
+    plain = load(place)
+    third = by_transformers(plain, requests[0])[2]  # by itself this model ends nothing
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [*plain.eos_token_ids, third]}))
+    plain = load(place)
+    without = [by_transformers(plain, request) for request in requests]
+    assert len(without[0]) == 3
+    said = sorted({token for tokens in without for token in tokens[:4]} - set(plain.eos_token_ids))[:4]
+    rules = {key: value if value != "SAID" else said for key, value in RULES[name].items()}
+    if "bad_words_ids" in rules:
+        rules["bad_words_ids"] = [[said[0]], said[1:3]]
+    file.write_text(json.dumps({**json.loads(file.read_text()), **rules, "num_beams": 1, "guidance_scale": 1.5}))
+    policy = load(place)
+    asked = policy.hf_model.generation_config
+    assert asked.guidance_scale == 1.5
+    with caplog.at_level("INFO"), started(policy, max_rows=9) as engine:
+        asked.guidance_scale = None  # what is not obeyed is left out of the oracle, too
+        expected = [by_transformers(policy, request) for request in requests]
+        assert expected != without, "the rules are felt"
+        ruled = dataclasses.replace(
+            requests[0], n=3, sampling=dataclasses.replace(requests[0].sampling, min_new_tokens=0)
+        )
+
+        async def work() -> list[Generated]:
+            neighbours = [asyncio.create_task(engine.generate(ask(70 + i, n=2, greedy=False))) for i in range(2)]
+            made = await asyncio.gather(*(engine.generate(request) for request in [*requests, ruled]))
+            await asyncio.gather(*neighbours)
+            return made
+
+        *answers, own_length = run(work())
+        assert [tokens_of(made) for made in answers] == expected
+        asked.min_length, asked.min_new_tokens = None, None
+        assert [tokens_of(own_length, i) for i in range(3)] == [by_transformers(policy, requests[0])] * 3
+    found = [record for record in caplog.records if "generation_config.json asks for" in record.message]
+    assert len(found) == 2, "what is obeyed, and what is not"
+    assert "guidance_scale=1.5, which is not obeyed" in found[0].message
+    assert all(f"{key}=" in found[1].message for key in rules)
+    assert "num_beams" not in caplog.text
+
+
+def test_a_rule_that_is_none_is_an_error_before_anything_is_served(policy: Policy) -> None:
+    policy.hf_model.generation_config.repetition_penalty = -2.0
+    with pytest.raises(ModelError, match=r"repetition_penalty=-2\.0\) cannot be obeyed"):
+        Engine(policy, None, model_id="tiny", created=5, vision_cache_bytes=1, max_rows=1, max_queue=1, timeout_s=1)
 
 
 def test_an_answer_is_whole(policy: Policy) -> None:
