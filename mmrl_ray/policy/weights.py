@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import ModelError
 from mmrl_ray.policy.boundary import model_call
+from mmrl_ray.policy.targets import examples
 
 WEIGHTS_REMEDY = (
     "fetch the checkpoint again, as safetensors; where it does not support an attention, set model.attn_implementation"
@@ -86,8 +87,8 @@ def refuse_unfit(info: Mapping[str, Any], cfg: ModelSection) -> None:
     if extra:
         raise ModelError(
             f"model {cfg.path!r}: its weight files hold {len(extra)} tensors that the model by its config.json has no "
-            f"place for, such as {', '.join(extra[:3])}; without them it is another model: fetch the checkpoint again, "
-            "with the config.json that belongs to it"
+            f"place for{examples(extra)}; without them it is another model: fetch the checkpoint again, with the "
+            "config.json that belongs to it"
         )
     unfit = sorted(info.get("mismatched_keys") or ())
     if unfit:

@@ -11,7 +11,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
 from mmrl_ray.metrics.language import LanguageModel
 from mmrl_ray.metrics.text import Tokenizer, ngram_counts, words
-from mmrl_ray.rewards.base import RewardBreakdown
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.rewards.checks import check_pairs
 
 _MATCH_S = 0.5
@@ -29,8 +29,8 @@ class TextReward(ABC):
     weight = 1.0
     """-1 for a figure that counts against the caption."""
 
-    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown a caption, in order; see `RewardFn`."""
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> Sequence[Score]:
+        """One score a caption, in order; see `RewardFn`."""
         check_pairs(samples, captions)
         return [self.score(caption) for caption in captions]
 
@@ -85,15 +85,17 @@ class FormatReward(TextReward):
         self._prefix = prefix
         self._timeout_s = timeout_s
 
-    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown a caption, in order; see `RewardFn`.
-
-        Raises:
-            RewardError: matching one of them was not over in time.
-        """
+    def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> Sequence[Score]:
+        """One score a caption, in order; see `RewardFn`. One whose match was not over in time has none."""
         check_pairs(samples, captions)
         seconds = min(_MATCH_S, self._timeout_s / 2 / max(1, len(captions)))
-        return [self._breakdown(self._value(caption, seconds)) for caption in captions]
+        return [self._score_within(caption, seconds) for caption in captions]
+
+    def _score_within(self, caption: str, seconds: float) -> Score:
+        try:
+            return self._breakdown(self._value(caption, seconds))
+        except RewardError as error:
+            return RewardFailure(str(error))
 
     def value(self, caption: str) -> float:
         """Whether the caption matches from its first character to the last that is no white space.

@@ -28,7 +28,7 @@ from mmrl_ray import atomic
 from mmrl_ray.config import Config
 from mmrl_ray.config.sft import SFT_CACHE
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.data.samples import QuarantineRecord, dataset_fingerprint, iter_references, read_split
+from mmrl_ray.data.samples import Quarantine, QuarantineRecord, dataset_fingerprint, iter_references, read_split
 from mmrl_ray.data.scenes import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import DataError, ModelError, RunError
 from mmrl_ray.experience.carriers import SamplingParams
@@ -114,7 +114,9 @@ def warm_start_blindness(folder: str | Path) -> Blindness | None:
 def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
     """Of greedy captions of a few held-out pictures, or of training ones where none are held out."""
     try:
-        samples = read_split(cfg.data.eval or cfg.data.train, prompt=cfg.data.prompt, limit=_LOOKED_AT)
+        source = cfg.data.eval or cfg.data.train
+        broken = Quarantine(cfg.data.max_quarantined, source=source)
+        samples = read_split(source, prompt=cfg.data.prompt, limit=_LOOKED_AT, quarantine=broken)
         prompts = encode_prompts(policy, samples)
         sampling = SamplingParams(greedy=True, max_new_tokens=cfg.rollout.max_new_tokens)
         made = decode_groups(Decoder(policy), [DecodeRequest(prompt, 1, sampling) for prompt in prompts])

@@ -306,7 +306,7 @@ def test_the_same_error_from_the_first_samples_is_the_models(make: Callable[...,
     world = make(engine=FakeEngine("w0", broken=nothing), data={"max_quarantined": 20})
     world.controller.rewind(0)
     with pytest.raises(ModelError, match=r"none has worked: ImageError: broken; no single .*/model'"):
-        world.controller.generate(samples(8), SamplingParams(), timeout_s=20.0)
+        world.generate(samples(8), SamplingParams())
     answer = world.controller.next_plan(0, 1, wait_s=20.0)
     assert isinstance(answer, Stop)
     assert answer.failed
