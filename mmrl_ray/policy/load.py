@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
+from transformers.utils.logging import disable_progress_bar
 
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
@@ -36,6 +37,8 @@ from mmrl_ray.policy.tokens import (
 )
 from mmrl_ray.policy.value_heads import ValueHeads
 from mmrl_ray.policy.weights import WEIGHTS_REMEDY, refuse_unfit, skeleton_of_files
+
+disable_progress_bar()  # of loading and saving weights: they would run through the program's own, and through JSON logs
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 

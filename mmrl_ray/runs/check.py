@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -102,7 +101,6 @@ def check_model(cfg: Config, picture: bytes | None = None, *, prompt: str | None
         picture: an encoded image; a generated one otherwise.
         prompt: what to ask; by default what the config asks.
     """
-    transformers.utils.logging.disable_progress_bar()
     found = Checked(facts={"model": cfg.model.path, "agree": False})
     try:
         with _model_folder(cfg) as path:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 import torch
-import transformers
 from PIL import Image
 from rich.console import Console
 
@@ -98,7 +97,6 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     _look_at_pairs(cfg, found)
     _look_at_stored(cfg, found)
     _look_at_reward(cfg, found)
-    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
         _look_at_model(cfg, Path(scratch), found)
     _try_formats(cfg, found)

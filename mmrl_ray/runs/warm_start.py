@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 import uuid
@@ -22,7 +23,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig
-from transformers.utils import logging
 
 from mmrl_ray import atomic
 from mmrl_ray.config import Config
@@ -40,6 +40,8 @@ from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
 from mmrl_ray.runs.blindness import Blindness, blindness
 from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.sft import train_supervised
+
+logger = logging.getLogger(__name__)
 
 FACTS = "warm_start.json"
 """In the folder: what it was made from, its first and last loss, the rows that it left out, seconds."""
@@ -121,7 +123,7 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
         sampling = SamplingParams(greedy=True, max_new_tokens=cfg.rollout.max_new_tokens)
         made = decode_groups(Decoder(policy), [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
     except (DataError, ModelError) as error:  # the run's own evaluation says more of it
-        logging.get_logger(__name__).warning(f"the warm start's captions were not looked at: {error}")
+        logger.warning(f"the warm start's captions were not looked at: {error}")
         return None
     return blindness(
         ([image_hash([image]) for image in sample.images], sample.references, output.completions[0].text)
@@ -132,7 +134,6 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
 def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
-    logging.disable_progress_bar()  # of loading and saving weights: they would run through the program's own
     path = cfg.model.path
     if _is_builtin(cfg):
         path = str(build_builtin(cfg, folder))
