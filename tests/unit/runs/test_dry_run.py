@@ -116,13 +116,13 @@ def test_what_train_refuses_of_the_data_is_said(tmp_path: Path) -> None:
     model = build_tiny_llava(tmp_path / "model", vocabulary=["a"], **TINY_LLAVA)
     cfg = config(tmp_path, data={"scenes": None, "eval": str(tmp_path / "eval")}, model={"path": str(model)})
     found, _ = show(cfg)
-    train, held_out = found.blocking
-    assert train.startswith(f"data.train: no row of {tmp_path / 'train'} has a reference")
+    training, held_out = found.blocking
+    assert training.startswith(f"data.train: no row of {tmp_path / 'train'} has a reference")
     assert held_out.endswith(f"sample {bare[2].id!r} has no references to evaluate against")
     pq.write_table(pa.table({"image": [each.images[0] for each in scenes]}), tmp_path / "column.parquet")
     column = config(tmp_path, data={"scenes": None, "train": str(tmp_path / "column.parquet")})
     assert "has no references" in show(column)[0].blocking[0]
-    with pytest.raises(DataError, match=re.escape(train.removeprefix("data.train: "))):
+    with pytest.raises(DataError, match=re.escape(training.removeprefix("data.train: "))):
         train(cfg)
     write_parquet(tmp_path / "good", scenes)
     other = config(tmp_path, data={"scenes": None, "train": str(tmp_path / "good"), "eval": str(tmp_path / "eval")})
