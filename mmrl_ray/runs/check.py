@@ -26,11 +26,11 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config, parse_config
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import MMRLError
+from mmrl_ray.errors import ConfigError, MMRLError
 from mmrl_ray.policy.adapter import add_adapter, resolve_targets
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.parity import Comparison, compare, disagreement
-from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.targets import left_out
 from mmrl_ray.run_dir import to_json
 from mmrl_ray.runs.captioning import read_image
@@ -86,8 +86,12 @@ def check_config(model: str, overrides: list[str]) -> Config:
     """The config of a model: a run's where `model` is a YAML file, else that of a run with all defaults.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`; or the model is a built-in one, which there is only with a run's data.
     """
+    if model.startswith(_BUILTIN):
+        raise ConfigError(
+            f"{model} takes its words from the training references of a run: check that run's YAML config"
+        )
     if Path(model).suffix in (".yaml", ".yml") and not Path(model).is_dir():
         return load_config(model, overrides)
     return parse_config(_NO_RUN.format(path=json.dumps(model)), model, overrides)
@@ -119,6 +123,8 @@ def _look(cfg: Config, path: str, picture: bytes | None, prompt: str, found: Che
     # Of another length, so that padding is compared, too.
     samples = [Sample("picture", (shown,), prompt), Sample("other", (_generated(_SMALLER),), _OTHER_PROMPT)]
     prompts = encode_prompts(policy, samples)
+    for each in prompts:
+        check_context(policy, each, cfg.rollout.max_new_tokens)
     tokens = prompts[0].input_ids.numel()
     image_tokens = int((prompts[0].input_ids == policy.placeholder_id).sum())
     size = decode_image(shown).size
