@@ -39,9 +39,11 @@ def train(
     if dry_run:
         from mmrl_ray.runs.dry_run import dry_run as show
 
-        unplaced = show(cfg, resume=resume, address=address).unplaced
-        if unplaced:
-            raise PlacementError("\n".join(unplaced))
+        found = show(cfg, resume=resume, address=address)
+        if found.unplaced:
+            raise PlacementError("\n".join(found.unplaced))
+        if found.refused:
+            raise RunError("the run would stop: " + "\n".join(found.refused))
         return
     from mmrl_ray.runs.train import train as run
 

@@ -76,6 +76,13 @@ class DryRun:
     """What there is to know about the held-out samples: broken ones, and those that are trained on."""
     unplaced: list[str] = field(default_factory=list)
     """Actors that the cluster has no room for; they block, too."""
+    lacking: list[str] = field(default_factory=list)
+    """What this machine has too little of; it blocks here, too, and nowhere else."""
+
+    @property
+    def refused(self) -> list[str]:
+        """What would stop the run on every machine."""
+        return [line for line in self.blocking if line not in self.lacking]
 
 
 def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, console: Console | None = None) -> DryRun:
@@ -340,10 +347,11 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     if cpus > (os.cpu_count() or 1):
         lines.append("more CPUs are asked for than are here: workers will take turns")
     if gpus > here:
-        found.blocking.append(
+        found.lacking.append(
             f"{gpus:g} GPU asked for and {here} here: set resources.learner.gpus and resources.rollout.gpus, "
             "or run on a cluster that has them"
         )
+        found.blocking += found.lacking
     return lines
 
 

@@ -69,6 +69,17 @@ def test_dry_run_does_not_train(config: Path, patched: Patch, tmp_path: Path) ->
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_of_what_would_stop_fails(config: Path, tmp_path: Path) -> None:
+    """GPUs that this machine lacks are another's affair: a plan is looked at anywhere."""
+    done = mmrl("train", config, "--dry-run", "--set", f"model.path={tmp_path}")
+    assert done.exit_code == 1
+    assert "Would stop the run" in done.stdout
+    assert f"error: the run would stop: model '{tmp_path}': its config.json" in done.stderr
+    done = mmrl("train", config, "--dry-run", "--set", "resources.learner.gpus=64")
+    assert done.exit_code == 0, done.stderr
+    assert "64 GPU asked for" in done.stdout
+
+
 def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
     patched("mmrl_ray.runs.warm_start.warm_start", return_value="/cache/abc")
     assert mmrl("sft", config).stdout == "/cache/abc\n"
