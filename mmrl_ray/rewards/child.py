@@ -25,6 +25,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from mmrl_ray.errors import ConfigError, RewardError
@@ -80,11 +81,13 @@ def _work(owner: socket.socket) -> None:
     except ConfigError as error:
         send(owner, json.dumps({"error": str(error)}).encode())
         return
+    mine = os.getpid()
     send(owner, b"{}")
     while (request := receive(owner)) is not None:
         captions, states = pickle.loads(request)  # noqa: S301 - as above
         answer = _answer(function, path, captions, states, kwargs)
-        sys.stdout.flush()
+        if os.getpid() != mine:
+            os._exit(0)  # the function forked and came back twice: a second answer would be taken for the next call's
         send(owner, json.dumps(answer).encode())
 
 
@@ -95,7 +98,7 @@ def _answer(
         return {"scores": checked_scores(path, function(captions, states, **kwargs), len(captions))}
     except RewardError as error:
         return {"error": str(error)}
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary to anybody's code
+    except BaseException as error:  # noqa: BLE001 - the boundary to anybody's code; time-outs of libraries are some
         return {"error": told(error)}
 
 
@@ -108,7 +111,7 @@ def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(
             f"{path} cannot be imported ({told(error)}): install the module on every node, or name its folder in "
             "PYTHONPATH"
@@ -138,17 +141,18 @@ def checked_scores(path: str, returned: Any, expected: int) -> list[float | str]
         raise RewardError(f"{path} returned {type(returned).__name__}; return a list of one number a caption")
     if len(found) != expected:
         raise RewardError(f"{path} returned {len(found)} numbers for {expected} captions")
+    numbers_found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]  # their scalars
     return [
         float(value)
-        if isinstance(value, numbers.Real) and math.isfinite(value)
+        if isinstance(value, numbers.Real | Decimal) and math.isfinite(value)
         else f"{path} returned {value!r:.80} for caption {place}, which is no finite number"
-        for place, value in enumerate(found)
+        for place, value in enumerate(numbers_found)
     ]
 
 
 def told(error: BaseException) -> str:
     """Type, message, and file and line of the last call that the exception came through."""
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).encode(errors="backslashreplace").decode()  # files cannot hold surrogates
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[: _LONGEST_MESSAGE - 1]}…"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_import(f.filename)]
