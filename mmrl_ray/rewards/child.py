@@ -25,7 +25,9 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from mmrl_ray.errors import ConfigError, RewardError
@@ -41,16 +43,16 @@ def main(requests: int, life: int, owner: int) -> None:
     """Runs worker and watcher; `requests` and `life` are open files, `owner` is the process that holds their ends."""
     for inherited in (requests, life):
         os.set_inheritable(inherited, False)
-    signal.signal(signal.SIGCHLD, _end_with_worker)
+    connection = socket.socket(fileno=requests)
+    signal.signal(signal.SIGCHLD, partial(_end_with_worker, connection))
     watcher = os.getpid()
     if os.fork() == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(life)
         _die_with(watcher)
-        with socket.socket(fileno=requests) as owner_socket:
-            _work(owner_socket)
+        with connection:
+            _work(connection)
         os._exit(0)
-    os.close(requests)
     watched = select.poll()
     watched.register(life, select.POLLIN | select.POLLHUP)
     while not watched.poll(_LOOK_EVERY_S * 1000) and os.getppid() == owner:
@@ -58,9 +60,11 @@ def main(requests: int, life: int, owner: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _end_with_worker(*_: Any) -> None:
+def _end_with_worker(connection: socket.socket, *_: Any) -> None:
     worker, status = os.waitpid(-1, os.WNOHANG)
     if worker and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
+        with suppress(OSError):  # the owner is gone
+            connection.shutdown(socket.SHUT_RDWR)  # processes that the function forked may hold it open, too
         os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
