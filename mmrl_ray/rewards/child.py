@@ -25,6 +25,9 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from mmrl_ray.errors import ConfigError, RewardError
@@ -40,16 +43,16 @@ def main(requests: int, life: int, owner: int) -> None:
     """Runs worker and watcher; `requests` and `life` are open files, `owner` is the process that holds their ends."""
     for inherited in (requests, life):
         os.set_inheritable(inherited, False)
-    signal.signal(signal.SIGCHLD, _end_with_worker)
+    connection = socket.socket(fileno=requests)
+    signal.signal(signal.SIGCHLD, partial(_end_with_worker, connection))
     watcher = os.getpid()
     if os.fork() == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.close(life)
         _die_with(watcher)
-        with socket.socket(fileno=requests) as owner_socket:
-            _work(owner_socket)
+        with connection:
+            _work(connection)
         os._exit(0)
-    os.close(requests)
     watched = select.poll()
     watched.register(life, select.POLLIN | select.POLLHUP)
     while not watched.poll(_LOOK_EVERY_S * 1000) and os.getppid() == owner:
@@ -57,9 +60,11 @@ def main(requests: int, life: int, owner: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _end_with_worker(*_: Any) -> None:
+def _end_with_worker(connection: socket.socket, *_: Any) -> None:
     worker, status = os.waitpid(-1, os.WNOHANG)
     if worker and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
+        with suppress(OSError):  # the owner is gone
+            connection.shutdown(socket.SHUT_RDWR)  # processes that the function forked may hold it open, too
         os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
@@ -80,11 +85,13 @@ def _work(owner: socket.socket) -> None:
     except ConfigError as error:
         send(owner, json.dumps({"error": str(error)}).encode())
         return
+    mine = os.getpid()
     send(owner, b"{}")
     while (request := receive(owner)) is not None:
         captions, states = pickle.loads(request)  # noqa: S301 - as above
         answer = _answer(function, path, captions, states, kwargs)
-        sys.stdout.flush()
+        if os.getpid() != mine:
+            os._exit(0)  # the function forked and came back twice: a second answer would be taken for the next call's
         send(owner, json.dumps(answer).encode())
 
 
@@ -95,7 +102,7 @@ def _answer(
         return {"scores": checked_scores(path, function(captions, states, **kwargs), len(captions))}
     except RewardError as error:
         return {"error": str(error)}
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary to anybody's code
+    except BaseException as error:  # noqa: BLE001 - the boundary to anybody's code; time-outs of libraries are some
         return {"error": told(error)}
 
 
@@ -108,7 +115,7 @@ def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(
             f"{path} cannot be imported ({told(error)}): install the module on every node, or name its folder in "
             "PYTHONPATH"
@@ -138,17 +145,18 @@ def checked_scores(path: str, returned: Any, expected: int) -> list[float | str]
         raise RewardError(f"{path} returned {type(returned).__name__}; return a list of one number a caption")
     if len(found) != expected:
         raise RewardError(f"{path} returned {len(found)} numbers for {expected} captions")
+    numbers_found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]  # their scalars
     return [
         float(value)
-        if isinstance(value, numbers.Real) and math.isfinite(value)
+        if isinstance(value, numbers.Real | Decimal) and math.isfinite(value)
         else f"{path} returned {value!r:.80} for caption {place}, which is no finite number"
-        for place, value in enumerate(found)
+        for place, value in enumerate(numbers_found)
     ]
 
 
 def told(error: BaseException) -> str:
     """Type, message, and file and line of the last call that the exception came through."""
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).encode(errors="backslashreplace").decode()  # files cannot hold surrogates
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[: _LONGEST_MESSAGE - 1]}…"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_import(f.filename)]

@@ -102,11 +102,19 @@ def evaluate(
             states=states,
             progress=shown.phase("caption"),
         )
-    evaluation = score_captions(samples, captions, build_reward(opened.reward, statistics), statistics)
+    evaluation = score_captions(
+        samples,
+        captions,
+        build_reward(opened.reward, statistics),
+        statistics,
+        timeout_s=opened.reward.timeout_s,
+        retries=opened.reward.retries,
+    )
     found_blind = evaluation_blindness(evaluation)
     unseeing = None if found_blind is None else found_blind.told("this evaluation")
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     notes += [told(quarantine.records)] if len(quarantine) else []
+    notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
     notes += _trained_on(opened, samples, data)
     found = States.of(samples[: len(states)], states).correlations if states else {}
     Console().print(measures_table(opened.name, evaluation))
@@ -185,8 +193,9 @@ def _document(
                 "sample_place": score.place,
                 "caption": score.caption,
                 "references": list(score.references),
-                "reward": score.reward.total,
-                "reward_parts": dict(score.reward.parts),
+                "reward": None if score.reward is None else score.reward.total,
+                "reward_parts": {} if score.reward is None else dict(score.reward.parts),
+                **({"no_reward": score.no_reward} if score.no_reward else {}),
                 "scores": dict(score.scores),
             }
             for score in evaluation.captions

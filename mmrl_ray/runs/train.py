@@ -291,11 +291,21 @@ class _Run:
         reward: RewardFn,
         statistics: CorpusStatistics,
     ) -> None:
-        evaluation = score_captions(samples, captions, reward, statistics, seed=self._cfg.run.seed)
+        evaluation = score_captions(
+            samples,
+            captions,
+            reward,
+            statistics,
+            seed=self._cfg.run.seed,
+            timeout_s=self._cfg.reward.timeout_s,
+            retries=self._cfg.reward.retries,
+        )
         save_evaluation(run, name, evaluation, samples)
         measures = evaluation.measures
         shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
         self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
+        if evaluation.unrewarded:
+            self._progress.warn(f"evaluation {name} training: {evaluation.told_unrewarded()}")
         if self._cfg.value_based is None or not self._cfg.value_based.blind:
             self._warn_if_blind(run, f"evaluation {name} training", evaluation_blindness(evaluation))
 
