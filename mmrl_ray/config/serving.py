@@ -93,6 +93,10 @@ class LimitsSection(Section):
     """Images in one conversation, or in one item to score."""
     max_image_mb: float = Field(20.0, gt=0)
     """Bytes of one encoded image."""
+    max_scored_images: int = Field(256, ge=1, le=MAX_ITEMS)
+    """Images of all items to score in one request."""
+    max_megapixels: float = Field(200.0, gt=0)
+    """Pixels of all different images of one request, by their headers; one image may have 50 million."""
     max_n: int = Field(16, ge=1)
     """Completions of one request."""
     max_tokens: int = Field(512, ge=1)

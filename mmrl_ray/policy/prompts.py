@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
@@ -41,13 +42,16 @@ def encode_prompts(policy: Policy, samples: Sequence[Sample]) -> list[EncodedPro
     return prompts
 
 
-def encode_conversation(policy: Policy, turns: Turns, images: Sequence[bytes]) -> EncodedPrompt:
+def encode_conversation(
+    policy: Policy, turns: Turns, images: Sequence[bytes], pictures: Sequence[Image.Image] | None = None
+) -> EncodedPrompt:
     """A conversation that goes on with the assistant's turn.
 
     Args:
         policy: the model.
         turns: messages of the roles "system", "user" and "assistant".
         images: encoded files; each is named once, by a part of a user's message.
+        pictures: what `decode_image` makes of them, where that has been done.
 
     Raises:
         DataError: a text holds a special token or is no Unicode text, there is no image, images and parts do not
@@ -70,7 +74,8 @@ def encode_conversation(policy: Policy, turns: Turns, images: Sequence[bytes]) -
     order = [part for _, parts in turns for part in parts if isinstance(part, int)]
     if sorted(order) != list(range(len(images))):
         raise DataError(f"the messages place the images {order}, of {len(images)} given: each must stand in one place")
-    return _encode(policy, turns, [images[i] for i in order], "the conversation")
+    in_order = None if pictures is None else [pictures[i] for i in order]
+    return _encode(policy, turns, [images[i] for i in order], "the conversation", in_order)
 
 
 def encode_caption(policy: Policy, text: str) -> torch.Tensor:
@@ -111,7 +116,9 @@ def image_key(policy: Policy, images: Sequence[bytes]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) -> EncodedPrompt:
+def _encode(
+    policy: Policy, turns: Turns, images: Sequence[bytes], what: str, pictures: Sequence[Image.Image] | None = None
+) -> EncodedPrompt:
     """`turns` whose texts were checked and that place `images` in their order."""
     messages = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in turns]
     processor = policy.processor
@@ -126,7 +133,7 @@ def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) ->
             f"model {policy.path!r}: its chat template put {text.count(mark)} image tokens {mark!r} into a prompt of "
             f"{len(images)} images; its processor and its template do not fit together"
         )
-    pictures = [decode_image(image) for image in images]
+    pictures = [decode_image(image) for image in images] if pictures is None else list(pictures)
     # Templates that write the beginning-of-sequence token themselves must not get a second one.
     bos = policy.tokenizer.bos_token
     try:

@@ -1,16 +1,11 @@
-"""The process that a user's function runs in. `isolated.py` starts it, asks it and ends it.
+"""What runs in the process of a user's function, see `isolated.py`.
 
-    owner ── socket ──▶ worker: imports the function, then one answer a request
-      └──── pipe ─────▶ watcher, its parent: kills the process group when the owner is gone
-
-The watcher forks the worker before anything of the user's is imported, and does nothing but wait, so that it can end
-a worker whose function holds the interpreter; the kernel ends the worker if the watcher is killed. Requests are pickled
-by the owner; answers are JSON, so that nothing that a function made is ever unpickled by the owner.
+Nothing of the user's is imported before the process has its watcher. Requests are pickled by the owner; answers are
+JSON, so that nothing that a function made is ever unpickled by the owner.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import inspect
 import json
@@ -18,64 +13,21 @@ import math
 import numbers
 import os
 import pickle
-import select
-import signal
 import socket
-import struct
-import sys
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
+from mmrl_ray.child.main import receive, send
 from mmrl_ray.errors import ConfigError, RewardError
 
-_LENGTH = struct.Struct("!Q")
-_LOOK_EVERY_S = 1.0
-_PR_SET_PDEATHSIG = 1
 _LONGEST_MESSAGE = 160
 """Characters of what a function's exception says."""
 
 
-def main(requests: int, life: int, owner: int) -> None:
-    """Runs worker and watcher; `requests` and `life` are open files, `owner` is the process that holds their ends."""
-    for inherited in (requests, life):
-        os.set_inheritable(inherited, False)
-    connection = socket.socket(fileno=requests)
-    signal.signal(signal.SIGCHLD, partial(_end_with_worker, connection))
-    watcher = os.getpid()
-    if os.fork() == 0:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.close(life)
-        _die_with(watcher)
-        with connection:
-            _work(connection)
-        os._exit(0)
-    watched = select.poll()
-    watched.register(life, select.POLLIN | select.POLLHUP)
-    while not watched.poll(_LOOK_EVERY_S * 1000) and os.getppid() == owner:
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
-def _end_with_worker(connection: socket.socket, *_: Any) -> None:
-    worker, status = os.waitpid(-1, os.WNOHANG)
-    if worker and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
-        with suppress(OSError):  # the owner is gone
-            connection.shutdown(socket.SHUT_RDWR)  # processes that the function forked may hold it open, too
-        os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _work(owner: socket.socket) -> None:
+def work(owner: socket.socket) -> None:
+    """Imports the function that comes first, then gives one answer a request."""
     setup = receive(owner)
     if setup is None:
         return
@@ -166,28 +118,3 @@ def told(error: BaseException) -> str:
 
 def _is_import(filename: str) -> bool:
     return filename in (__file__, importlib.__file__) or filename.startswith("<frozen importlib")
-
-
-def send(to: socket.socket, content: bytes) -> None:
-    """One frame; raises OSError where nobody reads, TimeoutError among them."""
-    to.sendall(_LENGTH.pack(len(content)))
-    to.sendall(content)
-
-
-def receive(source: socket.socket) -> bytes | None:
-    """One frame; None where the other side has closed or is gone. Raises TimeoutError as the socket is set."""
-    head = _read(source, _LENGTH.size)
-    return None if head is None else _read(source, _LENGTH.unpack(head)[0])
-
-
-def _read(source: socket.socket, count: int) -> bytes | None:
-    content = bytearray()
-    while len(content) < count:
-        try:
-            piece = source.recv(min(count - len(content), 1 << 20))
-        except ConnectionError:
-            return None
-        if not piece:
-            return None
-        content += piece
-    return bytes(content)

@@ -1,11 +1,11 @@
-"""Pictures that came over HTTP, as data URIs or uploads, checked by the one decoder before anything else sees them."""
+"""Pictures that came over HTTP, as data URIs or uploads: their headers checked before anything else sees them."""
 
 from __future__ import annotations
 
 import binascii
 from dataclasses import dataclass
 
-from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, ImageFormat, decode_image, image_format
+from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, ImageFormat, image_format, inspect_image
 from mmrl_ray.errors import ImageError
 
 _FORMATS: dict[str, ImageFormat] = {
@@ -38,13 +38,13 @@ def is_data_uri(url: str) -> bool:
 
 
 def decode_data_uri(uri: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The encoded picture in `data:image/png;base64,…`, after it was decoded once as a check.
+    """The encoded picture in `data:image/png;base64,…`, whose header is right; its pixels nobody has seen yet.
 
-    Decoding takes as long as the picture is large: call it off the event loop.
+    A large one takes some 30 ms: call it off the event loop.
 
     Raises:
         ImageError: not such a URI, not strict base64, a type that is not accepted or not the content's, or whatever
-            `decode_image` refuses.
+            `inspect_image` refuses.
     """
     header, comma, payload = uri.partition(",")
     if not is_data_uri(uri) or not comma or len(header) > _LONGEST_HEADER:
@@ -61,12 +61,12 @@ def decode_data_uri(uri: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
 
 
 def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """`data` itself, after it was decoded once as a check; for uploads, whose declared type is only a file name's.
+    """`data` itself, after a look at its header; for uploads, whose declared type is only a file name's.
 
     Raises:
-        ImageError: whatever `decode_image` refuses.
+        ImageError: whatever `inspect_image` refuses.
     """
-    decode_image(data, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
+    inspect_image(data, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
     return data
 
 

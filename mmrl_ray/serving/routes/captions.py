@@ -102,11 +102,11 @@ def add_captions(app: FastAPI, tools: Tools) -> None:
         sampling = tools.sampling(fields, max_tokens=fields.max_tokens, temperature=0.0 if n == 1 else 1.0)
         prompt = tools.deps.prompt if fields.prompt is None else fields.prompt
         at_most("prompt", len(prompt), tools.limits.max_text_chars, "characters")
-        if isinstance(fields, CaptionRequest):
-            images = await tools.pictures.at([fields.image])
-        else:
-            images = (await tools.pictures.check(upload),)
         async with for_client(request.receive, tools.timeout_s):
+            if isinstance(fields, CaptionRequest):
+                images = await tools.pictures.at([fields.image])
+            else:
+                images = (await tools.pictures.uploaded(upload),)
             asked = GenerateRequest(
                 id=f"caption-{secrets.token_hex(12)}",
                 model=fields.model or tools.deps.default_model or await _first_model(tools),

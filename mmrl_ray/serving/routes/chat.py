@@ -33,11 +33,13 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         body = await read_json(request, ChatRequest, tools.timeout_s)
-        asked = await _generate_request(tools, body)
-        if body.stream:
-            return ChatStream(tools, asked, body)
+        deadline = time.monotonic() + tools.timeout_s
         async with for_client(request.receive, tools.timeout_s):
-            made = await tools.deps.policy.generate(asked)
+            asked = await _generate_request(tools, body)
+            if not body.stream:
+                made = await tools.deps.policy.generate(asked)
+        if body.stream:
+            return ChatStream(tools, asked, body, deadline)
         served, choices = made.served, sorted(made.choices, key=lambda choice: choice.index)
         written = sum(len(choice.tokens) for choice in choices)
         tools.metrics.generated(served.prompt_tokens, written)
@@ -62,7 +64,7 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
 
 
 async def _generate_request(tools: Tools, body: ChatRequest) -> GenerateRequest:
-    """Everything is counted before the first picture is decoded."""
+    """Everything is counted before the first picture is looked at."""
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     sampling = tools.sampling(body, max_tokens=body.token_limit, temperature=_OPENAI_TEMPERATURE, name=name)
     at_most("messages", len(body.messages), tools.limits.max_messages, "messages")

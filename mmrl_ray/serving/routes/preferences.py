@@ -25,6 +25,7 @@ from mmrl_ray.serving.openai_types import Strict
 from mmrl_ray.serving.routes.body import read_json
 from mmrl_ray.serving.routes.documents import json_answer, takes_json
 from mmrl_ray.serving.routes.tools import Tools, at_most
+from mmrl_ray.serving.routes.work import for_client
 
 _LOG = logging.getLogger(__name__)
 _PATH = "/v1/preferences"
@@ -126,7 +127,8 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
         for text in (*(body.captions or ()), body.prompt):
             at_most("captions", len(text), tools.limits.max_text_chars, "characters")
         rater = _rater(request, body.user)
-        images = await tools.pictures.at([] if body.image is None else [body.image])
+        async with for_client(request.receive, tools.timeout_s):
+            (images,) = await tools.pictures.decoded([[] if body.image is None else [body.image]])
         return json_answer(await _in_thread(tools, lambda: _write(store, body, rater, images[0] if images else None)))
 
 

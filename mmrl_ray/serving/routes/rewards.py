@@ -127,11 +127,13 @@ def add_rewards(app: FastAPI, tools: Tools) -> None:
         body = await read_json(request, RewardRequest, tools.timeout_s)
         inputs = body.items
         check_texts(tools, [(item.captions, item.references, item.prompt) for item in inputs])
-        items = []
-        for item in inputs:
-            images = await tools.pictures.at([] if item.image is None else [item.image])
-            items.append(RewardItem(images, tuple(item.captions), tuple(item.references), item.prompt, item.image_hash))
+        urls = [[] if item.image is None else [item.image] for item in inputs]
+        at_most("inputs", sum(map(len, urls)), tools.limits.max_scored_images, "images")
         async with for_client(request.receive, tools.timeout_s):
+            items = [
+                RewardItem(images, tuple(item.captions), tuple(item.references), item.prompt, item.image_hash)
+                for item, images in zip(inputs, await tools.pictures.decoded(urls), strict=True)
+            ]
             scored = await score_items(tools, service, items)
         return json_answer(_answer(scored))
 
