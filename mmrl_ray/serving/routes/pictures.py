@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.serving.http_errors import about
 from mmrl_ray.serving.images import ImageLimits, check_image, decode_data_uri, is_data_uri
 from mmrl_ray.serving.remote_images import RemoteImagePolicy, fetch_image
 
@@ -32,21 +33,30 @@ class Pictures:
         )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
 
-    async def at(self, urls: Sequence[str]) -> tuple[bytes, ...]:
+    async def at(self, urls: Sequence[str], params: Sequence[str]) -> tuple[bytes, ...]:
         """The encoded files of these URLs, in order.
 
+        Args:
+            urls: data URIs, or where they are allowed others.
+            params: where in the request each one stands.
+
         Raises:
-            ImageError: one is broken, too large, refused, or cannot be fetched.
+            HTTPException: 400, one is broken, too large, refused, or cannot be fetched.
         """
-        return tuple([await self._one(url) for url in urls])
+        files = []
+        for url, param in zip(urls, params, strict=True):
+            with about(param):
+                files.append(await self._one(url))
+        return tuple(files)
 
     async def check(self, data: bytes) -> bytes:
-        """An uploaded file.
+        """A file that was uploaded as `image`.
 
         Raises:
-            ImageError: broken, too large, or of a format that is not accepted.
+            HTTPException: 400, broken, too large, or of a format that is not accepted.
         """
-        return await self._decoded(check_image, data)
+        with about("image"):
+            return await self._decoded(check_image, data)
 
     async def _one(self, url: str) -> bytes:
         if is_data_uri(url):

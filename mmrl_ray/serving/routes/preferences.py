@@ -126,7 +126,7 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
         for text in (*(body.captions or ()), body.prompt):
             at_most("captions", len(text), tools.limits.max_text_chars, "characters")
         rater = _rater(request, body.user)
-        images = await tools.pictures.at([] if body.image is None else [body.image])
+        images = () if body.image is None else await tools.pictures.at([body.image], ["image"])
         return json_answer(await _in_thread(tools, lambda: _write(store, body, rater, images[0] if images else None)))
 
 

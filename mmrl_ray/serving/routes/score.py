@@ -129,7 +129,8 @@ def add_score(app: FastAPI, tools: Tools) -> None:
         # One query holds all captions of its picture; several hold one each.
         groups = [tuple(captions)] if len(queries) == 1 else [(caption,) for caption in captions]
         items = [
-            RewardItem(await tools.pictures.at(urls[i]), group, tuple(references[i])) for i, group in enumerate(groups)
+            RewardItem(await tools.pictures.at(urls[i], ["queries"] * len(urls[i])), group, tuple(references[i]))
+            for i, group in enumerate(groups)
         ]
         async with for_client(request.receive, tools.timeout_s):
             scored = await score_items(tools, service, items)
