@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ TAG = "~"
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _VALUE_CHARS = 40
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class _Kind(NamedTuple):
@@ -100,6 +102,11 @@ def about(param: str) -> Iterator[None]:
         if kind.param is not None:
             raise
         raise problem(400, _message(error), code=kind.code, param=param) from error
+
+
+def harmless_id(given: str) -> str | None:
+    """A client's own id of its request, where logs and headers can hold it."""
+    return given if _REQUEST_ID.fullmatch(given) else None
 
 
 def rate_limited(message: str, retry_after_s: float) -> HTTPException:

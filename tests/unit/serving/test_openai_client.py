@@ -15,6 +15,7 @@ from mmrl_ray.config.serving import LimitsSection, RateSection, ServingSection
 from mmrl_ray.errors import OverloadedError
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore
+from mmrl_ray.serving.protocols import Choice, Generated, Served, TokenInfo
 from tests.support.fake_services import ADAPTER, ADAPTER_STEP, BASE, PROMPT_TOKENS, FakePolicy, png, running_gateway
 
 DATA_URI = "data:image/png;base64," + base64.b64encode(png()).decode()
@@ -118,6 +119,17 @@ def test_logprobs(server: Server) -> None:
     assert bytes(content[1].bytes) == b" red"
     assert content[0].top_logprobs == []
     assert server.ask().choices[0].logprobs is None
+
+
+def test_the_bytes_of_tokens_that_are_parts_of_a_character(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [TokenInfo("\\xc3", 1, -1.0, b"\xc3"), TokenInfo("\\xa9", 2, -1.0, b"\xa9")]
+
+    async def generate(self: FakePolicy, request: Any) -> Generated:
+        return Generated(Served(BASE, 0, 1), (Choice(0, "é", "stop", tuple(parts)),))
+
+    monkeypatch.setattr(FakePolicy, "generate", generate)
+    choice = server.ask(logprobs=True).choices[0]
+    assert b"".join(bytes(token.bytes) for token in choice.logprobs.content).decode() == choice.message.content
 
 
 def test_parameters_that_change_nothing_are_taken(server: Server) -> None:
