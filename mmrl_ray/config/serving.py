@@ -201,6 +201,8 @@ class ServingSection(Section):
     preferences: str | None = None
     """SQLAlchemy URL of a store of preferences: keys with the role feedback may label its pairs and bring new ones.
     None by default."""
+    preference_lease_s: float = Field(600.0, gt=0)
+    """A pair that a rater was handed is kept from other raters for so long, or until it is labelled."""
     fine_tuning: FineTuningSection | None = None
     """Jobs over HTTP; none by default."""
 

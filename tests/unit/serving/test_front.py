@@ -17,7 +17,7 @@ from tests.support.fake_services import FakePolicy
 
 
 def behind_ray(app: Any) -> TestClient:
-    """As a proxy or a replica of Serve has it: Ray's middleware around the app, and what the switch names around that."""
+    """As a proxy or a replica of Serve has it: Ray's middleware around the app, and around that what we put there."""
     module, name = FAST["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].split(":")
     found = getattr(importlib.import_module(module), name)()
     return TestClient(_apply_middlewares(app, found), base_url="http://localhost", raise_server_exceptions=False)
