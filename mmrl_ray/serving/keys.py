@@ -179,6 +179,10 @@ class KeyStore:
             return None
         return known[0]
 
+    def was_good(self, key: str) -> bool:
+        """Whether the last look into the database, however long ago, found this key to work."""
+        return _digest(key) in self._known
+
     def verify(self, key: str) -> KeyRecord | None:
         """The record of a key that works, or None.
 

@@ -8,6 +8,7 @@ import time
 from fastapi import FastAPI, Request, Response
 
 from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.http_errors import about
 from mmrl_ray.serving.openai_answers import AnswerMessage, ChatChoice, ChatCompletion, Logprobs, Usage
 from mmrl_ray.serving.openai_types import ChatRequest, ImagePart
 from mmrl_ray.serving.protocols import GenerateRequest, Turn
@@ -37,7 +38,8 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
         async with for_client(request.receive, tools.timeout_s):
             asked = await _generate_request(tools, body)
             if not body.stream:
-                made = await tools.deps.policy.generate(asked)
+                with about("messages"):
+                    made = await tools.deps.policy.generate(asked)
         if body.stream:
             return ChatStream(tools, asked, body, deadline)
         served, choices = made.served, sorted(made.choices, key=lambda choice: choice.index)
@@ -69,14 +71,16 @@ async def _generate_request(tools: Tools, body: ChatRequest) -> GenerateRequest:
     sampling = tools.sampling(body, max_tokens=body.token_limit, temperature=_OPENAI_TEMPERATURE, name=name)
     at_most("messages", len(body.messages), tools.limits.max_messages, "messages")
     urls: list[str] = []
+    places: list[str] = []
     turns = []
     characters = 0
-    for message in body.messages:
+    for i, message in enumerate(body.messages):
         parts: list[str | int] = []
-        for part in message.parts:
+        for j, part in enumerate(message.parts):
             if isinstance(part, ImagePart):
                 parts.append(len(urls))
                 urls.append(part.image_url.url)
+                places.append(f"messages[{i}].content[{j}].image_url.url")
             else:
                 characters += len(part.text)
                 parts.append(part.text)
@@ -87,7 +91,7 @@ async def _generate_request(tools: Tools, body: ChatRequest) -> GenerateRequest:
         id=f"chatcmpl-{secrets.token_hex(12)}",
         model=body.model,
         turns=tuple(turns),
-        images=await tools.pictures.at(urls),
+        images=await tools.pictures.at(urls, places),
         sampling=sampling,
         n=body.n or 1,
     )

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mmrl_ray.errors import ServingError
-from mmrl_ray.serving.http_errors import CLIENT_GONE, error_body, is_expected
+from mmrl_ray.serving.http_errors import CLIENT_GONE, about, error_body, is_expected
 from mmrl_ray.serving.openai_answers import ChatChunk, ChoiceDelta, ChunkChoice, Logprobs, Usage
 from mmrl_ray.serving.openai_types import ChatRequest
 from mmrl_ray.serving.protocols import Delta, GenerateRequest, Served, ServedFinishReason
@@ -52,7 +52,8 @@ class ChatStream(Response):
                 stream = self._tools.deps.policy.stream(self._asked)
                 # An async generator, which is closed for its rows to go, also where a client leaves in the middle.
                 async with aclosing(cast("AsyncGenerator[Served | Delta, None]", stream)) as items:
-                    served = await anext(items, None)
+                    with about("messages"):
+                        served = await anext(items, None)
                     if not isinstance(served, Served):
                         raise ServingError("the policy's stream did not begin with what serves it")
                     self.headers[VERSION_HEADER] = str(served.version)

@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.data.images import inspect_image
 from mmrl_ray.serving.decoding import RequestDecoder
-from mmrl_ray.serving.http_errors import problem
+from mmrl_ray.serving.http_errors import about, problem
 from mmrl_ray.serving.images import ImageLimits, decode_data_uri, is_data_uri
 from mmrl_ray.serving.remote_images import RemoteImagePolicy, fetch_image
 
@@ -39,44 +39,55 @@ class Pictures:
         self._decoder = RequestDecoder(self.limits)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
 
-    async def at(self, urls: Sequence[str]) -> tuple[bytes, ...]:
+    async def at(self, urls: Sequence[str], params: Sequence[str]) -> tuple[bytes, ...]:
         """The encoded files of these URLs, in order, their headers looked at; whoever is sent them decodes them.
 
+        Args:
+            urls: data URIs, or where they are allowed others.
+            params: where in the request each one stands.
+
         Raises:
-            ImageError: one is broken, too large, refused, or cannot be fetched.
-            HTTPException: 400, they have too many pixels together.
+            HTTPException: 400, one is broken, too large, refused or cannot be fetched, or they have too many pixels
+                together.
         """
-        found = await self._read(urls)
+        found = await self._read(urls, params)
         return tuple(found[url].data for url in urls)
 
-    async def decoded(self, urls: Sequence[Sequence[str]]) -> list[tuple[bytes, ...]]:
-        """The same for each of several items, and every different picture is known to decode.
+    async def decoded(self, urls: Sequence[Sequence[str]], params: Sequence[str]) -> list[tuple[bytes, ...]]:
+        """The same for each of several items, of which `params` says where each stands, and every different picture is
+        known to decode.
 
         Raises:
-            ImageError: as `at`, or one cannot be decoded.
-            HTTPException: as `at`.
+            HTTPException: as `at`, or one cannot be decoded.
             OverloadedError: the decoders are lost or busy.
         """
-        found = await self._read([url for item in urls for url in item])
-        for file in found.values():
-            await self._decoder.check(file.data, file.digest)
+        places = [param for item, param in zip(urls, params, strict=True) for _ in item]
+        flat = [url for item in urls for url in item]
+        found = await self._read(flat, places)
+        first = dict(zip(reversed(flat), reversed(places), strict=True))
+        for url, file in found.items():
+            with about(first[url]):
+                await self._decoder.check(file.data, file.digest)
         return [tuple(found[url].data for url in item) for item in urls]
 
     async def uploaded(self, data: bytes) -> bytes:
-        """An uploaded file, its header looked at.
+        """A file that was uploaded as `image`, its header looked at.
 
         Raises:
-            ImageError: broken, too large, or of a format that is not accepted.
-            HTTPException: as `at`.
+            HTTPException: 400, broken, too large, or of a format that is not accepted.
         """
-        self._count([await self._in_thread(_File.of, data)])
+        with about("image"):
+            self._count([await self._in_thread(_File.of, data)])
         return data
 
-    async def _read(self, urls: Sequence[str]) -> dict[str, _File]:
+    async def _read(self, urls: Sequence[str], params: Sequence[str]) -> dict[str, _File]:
         """Each different one once."""
         found: dict[str, _File] = {}
-        for url in dict.fromkeys(urls):
-            found[url] = await self._one(url)
+        for url, param in zip(urls, params, strict=True):
+            if url in found:
+                continue
+            with about(param):
+                found[url] = await self._one(url)
             self._count(found.values())
         return found
 

@@ -132,7 +132,9 @@ def add_score(app: FastAPI, tools: Tools) -> None:
         async with for_client(request.receive, tools.timeout_s):
             items = [
                 RewardItem(images, group, tuple(texts))
-                for images, group, texts in zip(await tools.pictures.decoded(urls), groups, references, strict=True)
+                for images, group, texts in zip(
+                    await tools.pictures.decoded(urls, ["queries"] * len(urls)), groups, references, strict=True
+                )
             ]
             scored = await score_items(tools, service, items)
         if body.model not in (None, REWARD, scored.reward):

@@ -44,3 +44,9 @@ def test_bad_uris_are_image_errors(name: str) -> None:
 
 def test_the_good_uri_is_good() -> None:
     assert base64.b64encode(decode_data_uri(uris.GOOD)).decode() in uris.GOOD
+
+
+@pytest.mark.parametrize("name", uris.ODD)
+def test_data_uris_as_clients_write_them(name: str) -> None:
+    uri, data = uris.ODD[name]
+    assert decode_data_uri(uri) == data
