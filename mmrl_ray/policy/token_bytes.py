@@ -31,14 +31,14 @@ class TokenBytes:
         if token in self._tokenizer.all_special_ids:
             return b""
         if token in self._added:
-            return self._tokenizer.decode([token], skip_special_tokens=True).encode()  # type: ignore[no-any-return]
+            return self._tokenizer.decode([token], skip_special_tokens=True).encode()
         text = self._tokenizer.convert_ids_to_tokens(token)
         if self._byte_of and text is not None and all(character in self._byte_of for character in text):
             return bytes(self._byte_of[character] for character in text)
         if self._is_sentencepiece and text is not None:
             byte = _BYTE.fullmatch(text)
             return bytes([int(byte[1], 16)]) if byte else text.replace(_SPACE, " ").encode()
-        return self._tokenizer.decode([token], skip_special_tokens=True).encode("utf-8", "replace")  # type: ignore[no-any-return]
+        return self._tokenizer.decode([token], skip_special_tokens=True).encode("utf-8", "replace")
 
 
 def _kinds(decoder: Any) -> set[str]:
