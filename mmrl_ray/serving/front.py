@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mmrl_ray.serving.http_errors import error_response, harmless_id, problem
+from mmrl_ray.serving.http_errors import closed, error_response, harmless_id, unavailable
 
 ROUTES = "/-/routes"
 """Ray's list of applications. Its `/-/healthz` says no more than that it lives, and Kubernetes asks for it."""
@@ -57,26 +57,14 @@ class Front:
                 await send(message)
 
         async def answered(status: int) -> None:
-            error = TimeoutError() if status in (408, 504) else _unavailable()
+            error = TimeoutError() if status in (408, 504) else unavailable()
             response = error_response(error)
             response.headers[_ID] = request_id
             await response(scope, receive, send)
 
         if scope["path"] == ROUTES:
-            closed = problem(
-                401, "there is nothing here without a key", code="invalid_api_key", type="authentication_error"
-            )
-            response = error_response(closed)
+            response = error_response(closed())
             response.headers[_ID] = request_id
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send_once)
-
-
-def _unavailable() -> Exception:
-    return problem(
-        503,
-        "the server is starting, stopping or has lost a part: try again later",
-        code="unavailable",
-        type="server_error",
-    )

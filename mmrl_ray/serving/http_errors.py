@@ -117,6 +117,17 @@ def rate_limited(message: str, retry_after_s: float) -> HTTPException:
     return problem(429, message, code="rate_limit_exceeded", type="rate_limit_error", headers=headers)
 
 
+def unavailable() -> HTTPException:
+    """503 where no application answers."""
+    message = "the server is starting, stopping or has lost a part: try again later"
+    return problem(503, message, code="unavailable", type=_SERVER)
+
+
+def closed() -> HTTPException:
+    """401 for paths that are Ray's, and nobody's business."""
+    return problem(401, "there is nothing here without a key", code="invalid_api_key", type="authentication_error")
+
+
 def invalid_body(problems: Sequence[Any]) -> HTTPException:
     """400 from pydantic's errors, of which the first is told in full."""
     # Of a union whose branches all refuse, the branch that got furthest tells best.

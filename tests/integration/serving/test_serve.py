@@ -118,6 +118,15 @@ def test_errors_have_their_types_through_all_processes(server: Server) -> None:
         ask(client(server), 1, max_tokens=500)  # beyond the model's context
 
 
+def test_an_answer_has_one_id_and_rays_own_paths_are_closed(server: Server) -> None:
+    for given in ("mine-1", "a b"):
+        answer = httpx.get(f"{server.url}/version", headers={"x-request-id": given})
+        assert len(answer.headers.get_list("x-request-id")) == 1
+        assert (answer.headers["x-request-id"] == given) == (given == "mine-1")
+    for path in ("/-/routes", "/-/healthz"):
+        assert httpx.get(f"{server.url}{path}").json()["error"]["code"] == "invalid_api_key"
+
+
 def test_the_printed_curl_line_gives_a_caption(server: Server) -> None:
     (line,) = [said for said in server.said if said.startswith("curl ")]
     assert line == (

