@@ -17,7 +17,7 @@ from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import Min
 from transformers.models.minicpmv4_6.processing_minicpmv4_6 import MiniCPMV4_6Processor
 
 from mmrl_ray.policy.processors import NoVideo, load_processor, stills_only
-from tests.support.tiny_models import _template, _tokenizer
+from tests.support.families.common import make_template, make_tokenizer
 
 GEMMA4 = ("boi", "eoi", "image", "audio", "boa", "eoa")
 MINICPM = ("image", "video", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
@@ -28,9 +28,9 @@ def gemma4(folder: Path) -> tuple[Any, Any]:
     made = stills_only(Gemma4Processor)(
         Gemma4AudioFeatureExtractor(sampling_rate=8000),
         Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70),
-        _tokenizer(named, ["<|video|>"], bos="<bos>"),
+        make_tokenizer(named, ["<|video|>"], bos="<bos>"),
         NoVideo(),
-        chat_template=_template("<image>", start="{{ bos_token }}"),
+        chat_template=make_template("<image>", start="{{ bos_token }}"),
     )
     made.save_pretrained(folder)
     return made, Gemma4Config()
@@ -41,8 +41,8 @@ def minicpm(folder: Path) -> tuple[Any, Any]:
     made = stills_only(MiniCPMV4_6Processor)(
         MiniCPMV4_6ImageProcessorPil(patch_size=8, scale_resolution=64, max_slice_nums=4),
         NoVideo(),
-        _tokenizer(named, ["\n"]),
-        chat_template=_template("<image>"),
+        make_tokenizer(named, ["\n"]),
+        chat_template=make_template("<image>"),
     )
     made.save_pretrained(folder)
     return made, MiniCPMV4_6Config()
