@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
+
+from mmrl_ray import __version__
 
 # Boxes and colours on a terminal, plain lines elsewhere; typer decides once for help and usage errors.
 _MARKUP: Literal["rich"] | None = "rich" if sys.stdout.isatty() and sys.stderr.isatty() else None
 
 app = typer.Typer(
     name="mmrl",
-    help="Reinforcement-learning fine-tuning of vision-language models on Ray.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=_MARKUP,
 )
@@ -37,3 +37,18 @@ app.add_typer(preferences_app)
 app.add_typer(reward_app)
 app.add_typer(jobs_app)
 app.add_typer(deploy_app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Reinforcement-learning fine-tuning of vision-language models on Ray."""

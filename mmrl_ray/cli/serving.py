@@ -35,6 +35,11 @@ def serve(
     set_: Overrides = None,
 ) -> None:
     """Serve a policy and its reward behind an OpenAI-compatible HTTP gateway."""
+    from mmrl_ray.config.paths import refuse_unknown
+
+    for target in targets:  # before anything that takes seconds to import
+        if Path(target).suffix not in (".yaml", ".yml"):
+            refuse_unknown(target)
     from mmrl_ray.runs.serve import serve as run
 
     run(
@@ -69,6 +74,12 @@ def caption(
         return
     if (run is None) == (model is None):
         raise ConfigError("give --run RUN, --model MODEL or --url URL")
+    from mmrl_ray.config.paths import refuse_no_run, refuse_unknown
+
+    if run is not None:
+        refuse_no_run(run)
+    else:
+        refuse_unknown(model or "")
     from mmrl_ray.runs.captioning import caption as make
 
     make(images, run=run, model=model, prompt=prompt, beta=beta)

@@ -24,14 +24,14 @@ from rich.console import Console
 from mmrl_ray.config import Config
 from mmrl_ray.config.demands import demands_of
 from mmrl_ray.config.load import dump_config
-from mmrl_ray.config.paths import sqlite_file
+from mmrl_ray.config.paths import is_hub_id, sqlite_file
 from mmrl_ray.data.images import image_format
 from mmrl_ray.data.quarantine import told
 from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
-from mmrl_ray.policy.load import Policy, is_hub_id, load_skeleton
+from mmrl_ray.policy.load import Policy, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA

@@ -5,9 +5,11 @@ targets ──▶ ServeConfig ──▶ Ray's switches ──▶ Ray ──▶ S
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
+import socket
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,9 +18,16 @@ from pathlib import Path
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config, load_serve_config, parse_as, parse_config
 from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.paths import (
+    RUN_CONFIG,
+    is_run,
+    refuse_missing_places,
+    refuse_unknown,
+    with_absolute_places,
+)
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.config.yaml_tree import dump_yaml
-from mmrl_ray.errors import ConfigError
+from mmrl_ray.errors import ConfigError, ServingError
 from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.run_dir import RunDir
@@ -26,12 +35,11 @@ from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import warm_start
+from mmrl_ray.runs.warm_start import base_of_run
 from mmrl_ray.serving.flags import set_flags
 from mmrl_ray.serving.names import APP
 from mmrl_ray.serving.recipes import recipe_configs
 
-_RUN_CONFIG = "config.yaml"
 _START_TIMEOUT_S = 600.0
 """For all deployments to run: mostly the loading of a model."""
 
@@ -60,7 +68,7 @@ def serve(
     Raises:
         ConfigError: the targets do not go together, or `insecure` does not go with the rest.
         ModelError: the model is on this machine and cannot be used.
-        ServingError: a deployment cannot be made.
+        ServingError: the port is taken, the key database cannot be used, or a deployment cannot be made.
         PlacementError: Ray has no room for one.
         RunError: the cluster cannot be joined.
     """
@@ -73,6 +81,11 @@ def serve(
 
         print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
         return
+    if address is None:  # the replicas will be on this machine
+        refuse_missing_places(cfg)
+        _refuse_taken(cfg.serving.host, cfg.serving.port)
+        if not insecure:
+            _try_keys(cfg.serving.database)
     _refuse_broken(cfg.model)
     if address is None:
         set_flags(insecure=insecure)
@@ -87,6 +100,30 @@ def _refuse_broken(model: ModelSection) -> None:
         return
     load_skeleton(model)
     try_quickly(model)
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Refuses an address that the gateway could not listen on."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a server: closed connections do not count
+            tried.bind(place)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        why = "another program listens there; end it, or choose another --port" if taken else error.strerror or error
+        raise ServingError(f"the gateway cannot listen on {host}:{port}: {why}") from error
+
+
+def _try_keys(database: str | None) -> None:
+    """A database that takes no key now would take none when the model is loaded."""
+    from mmrl_ray.serving.keys import KeyStore, default_database
+
+    store = KeyStore(database or default_database())
+    try:
+        store.try_writing()
+    finally:
+        store.close()
 
 
 def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
@@ -117,7 +154,7 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
 def serving_config(
     targets: Sequence[str], overrides: Sequence[str] = (), *, host: str | None = None, port: int | None = None
 ) -> ServeConfig:
-    """The config that the targets stand for, with overrides; `host` and `port` come last.
+    """The config that the targets stand for, with overrides and absolute paths; `host` and `port` come last.
 
     Raises:
         ConfigError: see `serve`.
@@ -130,6 +167,7 @@ def serving_config(
         cfg = load_serve_config(targets[0], written)
     else:
         cfg = parse_as(ServeConfig, dump_config(_of_targets(targets)), "mmrl serve", written)
+    cfg = with_absolute_places(cfg)
     if cfg.reward is not None and cfg.reward.needs_statistics and cfg.statistics is None:
         raise ConfigError(
             "reward: its parts need the statistics of the training references: name the file with `statistics:` "
@@ -139,8 +177,10 @@ def serving_config(
 
 
 def _of_targets(targets: Sequence[str]) -> ServeConfig:
-    runs = [target for target in targets if _is_run(target)]
-    models = [target for target in targets if not _is_run(target)]
+    for target in targets:
+        refuse_unknown(target)
+    runs = [target for target in targets if is_run(target)]
+    models = [target for target in targets if not is_run(target)]
     if len(models) > 1:
         raise ConfigError(f"{' and '.join(models)} are two models: a server has one, and adapters of it")
     base = ServeConfig(model=ModelSection(path=models[0]), reward=None) if models else None
@@ -151,16 +191,12 @@ def _of_targets(targets: Sequence[str]) -> ServeConfig:
     return base
 
 
-def _is_run(target: str) -> bool:
-    return "://" in target or (Path(target).expanduser() / _RUN_CONFIG).is_file()
-
-
 def _with_run(base: ServeConfig | None, run: RunDir) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
-    cfg = parse_config(run.read_text(_RUN_CONFIG), run.full_path(_RUN_CONFIG))
+    cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     if base is not None and (cfg.value_based is not None or base.agent is not None):
         raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
-    path = warm_start(cfg)
+    path = base_of_run(cfg)
     if base is not None and base.adapters:
         if path != base.model.path:
             raise ConfigError(f"{run.location} was trained on {path}, not on {base.model.path}: serve it by itself")

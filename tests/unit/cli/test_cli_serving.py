@@ -18,7 +18,10 @@ from tests.unit.data.pictures import picture
 # -- serve -------------------------------------------------------------------------------------------------------------
 
 
-def test_serve_hands_over_what_was_asked(patched: Patch) -> None:
+def test_serve_hands_over_what_was_asked(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / "runs" / name).mkdir(parents=True)
     serve = patched("mmrl_ray.runs.serve.serve")
     assert mmrl("serve", "runs/a").exit_code == 0
     plain = {"address": None, "host": None, "port": None, "insecure": False, "print_config": False, "overrides": ()}
