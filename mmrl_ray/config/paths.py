@@ -182,14 +182,15 @@ def _absolute_cache(sft: SftSection) -> SftSection:
 
 def _absolute_reward(reward: RewardSection) -> RewardSection:
     learned = {name: part for name, part in reward.parts.items() if isinstance(part, LearnedPart)}
-    if not learned:
-        return reward
     parts = {name: part.model_copy(update={"model": _absolute(part.model)}) for name, part in learned.items()}
-    return reward.model_copy(update={"parts": {**reward.parts, **parts}})
+    code = _absolute(reward.code or ".") if reward.functions else reward.code
+    return reward.model_copy(update={"parts": {**reward.parts, **parts}, "code": code})
 
 
 def _reward_places(where: str, reward: RewardSection) -> dict[str, str]:
-    return {f"{where}.parts.{n}.model": part.model for n, part in reward.parts.items() if isinstance(part, LearnedPart)}
+    learned = {name: part.model for name, part in reward.parts.items() if isinstance(part, LearnedPart)}
+    places = {f"{where}.parts.{name}.model": place for name, place in learned.items()}
+    return places | ({f"{where}.code": reward.code} if reward.functions and reward.code is not None else {})
 
 
 def sqlite_file(url: str) -> str | None:
@@ -211,7 +212,7 @@ def local_paths(cfg: Config) -> dict[str, str]:
         places["model.path"] = cfg.model.path
     if cfg.sft is not None:
         places["sft.cache"] = cfg.sft.cache
-    places |= _reward_places("reward", cfg.reward)
+    places |= {k: v for k, v in _reward_places("reward", cfg.reward).items() if k != "reward.code"}  # it travels
     return {key: place for key, place in places.items() if "://" not in place}
 
 

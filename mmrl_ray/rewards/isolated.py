@@ -4,7 +4,7 @@ A thread cannot be ended, and one that holds the interpreter (a regular expressi
 too. A process can: one is started for each function, once (70 ms and its import), and reused; a batch costs a round
 trip of some 0.15 ms, with the pickling of its states. A process that ran past its deadline is killed, and the next call
 starts another one. It begins as a fresh interpreter, so a function may use CUDA, and keeps what it loaded at its import
-from call to call. It writes to the same standard output and error, and never outlives its owner, see `child.py`.
+from call to call. It writes to the owner's standard error, and never outlives its owner, see `child.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import mmrl_ray
 from mmrl_ray.errors import ConfigError, RewardError
 from mmrl_ray.rewards.child import receive, send
 
 START_TIMEOUT_S = 300.0
 """For a function's module to be imported, with whatever models it loads."""
+SENT_CODE = "reward_code"
+"""Beside the package, where a job brought both: the user's own modules."""
 _END_TIMEOUT_S = 5.0
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -58,9 +62,11 @@ class Answer:
 class IsolatedFunction:
     """`module:function` of anybody's, called in its own process. Pickles as its path; one call at a time."""
 
-    def __init__(self, path: str, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, kwargs: Mapping[str, Any], code: str | None = None) -> None:
+        """`code` is the folder whose modules come before those that are installed; the working directory else."""
         self.path = path
         self._kwargs = dict(kwargs)
+        self._code = code
         self._process: _Process | None = None
         self._turn = threading.Lock()
 
@@ -71,7 +77,7 @@ class IsolatedFunction:
             ConfigError: the function cannot be imported, within `START_TIMEOUT_S`, or not be called with its arguments.
         """
         if self._process is None or not self._process.alive:
-            self._process = _Process(self.path, self._kwargs)
+            self._process = _Process(self.path, self._kwargs, _folder(self._code))
 
     def call(self, captions: Sequence[str], states: Sequence[Any], timeout_s: float) -> Answer:
         """What the function returns within `timeout_s`.
@@ -106,16 +112,16 @@ class IsolatedFunction:
             self._process = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "kwargs": self._kwargs}
+        return {"path": self.path, "kwargs": self._kwargs, "code": self._code}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(state["path"], state["kwargs"])  # type: ignore[misc]
+        self.__init__(state["path"], state["kwargs"], state["code"])  # type: ignore[misc]
 
 
 class _Process:
     """One process, from its start to its end."""
 
-    def __init__(self, path: str, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, kwargs: Mapping[str, Any], folder: str) -> None:
         self._path = path
         self._socket, theirs = socket.socketpair()
         watched, life = os.pipe()
@@ -136,7 +142,7 @@ class _Process:
             os.close(watched)
         # Also when this is collected, and when the interpreter ends; not in a process that was forked off.
         self.end = weakref.finalize(self, _end, self._popen, self._socket, life, os.getpid())
-        answer = self.ask(pickle.dumps((path, dict(kwargs))), START_TIMEOUT_S)
+        answer = self.ask(pickle.dumps((path, dict(kwargs), folder)), START_TIMEOUT_S)
         if isinstance(answer, Lost):
             raise ConfigError(f"{path} cannot be imported: {answer.reason}; a function's module loads within that time")
         if "error" in answer:
@@ -168,6 +174,12 @@ class _Process:
             self.end()
             return Lost(f"the process of {self._path} ended by itself ({_how(code)})")
         return json.loads(answer)
+
+
+def _folder(code: str | None) -> str:
+    """Where the user's modules are: what a job brought, else the folder itself; empty for the working directory."""
+    sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
+    return str(sent) if sent.is_dir() else code or ""
 
 
 def _how(code: int) -> str:

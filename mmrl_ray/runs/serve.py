@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -39,6 +40,7 @@ from mmrl_ray.runs.warm_start import base_of_run
 from mmrl_ray.serving.flags import set_flags
 from mmrl_ray.serving.names import APP
 from mmrl_ray.serving.recipes import recipe_configs
+from mmrl_ray.telemetry.terminal import visible
 
 _START_TIMEOUT_S = 600.0
 """For all deployments to run: mostly the loading of a model."""
@@ -90,8 +92,14 @@ def serve(
     if address is None:
         set_flags(insecure=insecure)
     jobs = cfg.serving.fine_tuning is not None
-    with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs):
+    show = _show if cfg.reward is not None and cfg.reward.functions else None
+    with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs, show=show):
         _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
+
+
+def _show(line: str) -> None:
+    """What a reward function of the user's prints in a replica."""
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def _refuse_broken(model: ModelSection) -> None:
