@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=_MARKUP,
 )
+runs_app = typer.Typer(name="runs", help="Runs there are.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 config_app = typer.Typer(name="config", help="Look at configs.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 data_app = typer.Typer(name="data", help="Make datasets.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 import_app = typer.Typer(
@@ -30,6 +31,7 @@ reward_app = typer.Typer(name="reward", help="Learned rewards.", no_args_is_help
 jobs_app = typer.Typer(name="jobs", help="Runs on a cluster.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 deploy_app = typer.Typer(name="deploy", help="Run on Kubernetes.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 data_app.add_typer(import_app)
+app.add_typer(runs_app)
 app.add_typer(config_app)
 app.add_typer(data_app)
 app.add_typer(keys_app)

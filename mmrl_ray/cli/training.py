@@ -12,7 +12,7 @@ import typer
 
 from mmrl_ray.cli.groups import app, config_app
 from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import Beta, ConfigFile, Overrides, load, show
+from mmrl_ray.cli.options import AsJson, Beta, ConfigFile, Overrides, load, show
 from mmrl_ray.errors import ConfigError, PlacementError, RunError
 
 if TYPE_CHECKING:
@@ -73,9 +73,11 @@ def train(
     if dry_run:
         from mmrl_ray.runs.dry_run import dry_run as show
 
-        unplaced = show(cfg, resume=resume, address=address).unplaced
-        if unplaced:
-            raise PlacementError("\n".join(unplaced))
+        found = show(cfg, resume=resume, address=address)
+        if found.unplaced:
+            raise PlacementError("\n".join(found.unplaced))
+        if found.blocking:
+            raise RunError(f"{len(found.blocking)} of the things above would stop the run")
         return
     from mmrl_ray.runs.train import train as run
 
@@ -133,6 +135,7 @@ def evaluate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For rows that bring none; a run's own else.")] = None,
     beta: Beta = None,
+    as_json: AsJson = False,
 ) -> None:
     """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
     from mmrl_ray.config.paths import refuse_unknown
@@ -140,7 +143,7 @@ def evaluate(
     refuse_unknown(target)  # before anything that takes seconds to import
     from mmrl_ray.runs.evaluate import evaluate as run
 
-    run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta)
+    run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta, as_json=as_json)
 
 
 @command(app, "explain")

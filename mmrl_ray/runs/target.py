@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging as stdlib_logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import DataSection
@@ -100,6 +103,7 @@ def open_target(target: str, *, device: torch.device | str | None = None) -> Tar
         ModelError: the model cannot be loaded.
     """
     refuse_unknown(target)
+    _quieten()
     if is_run(target):
         return _open_run(RunDir.at(target), device)
     policy = load_policy(ModelSection(path=target), device=device)
@@ -113,6 +117,15 @@ def open_target(target: str, *, device: torch.device | str | None = None) -> Tar
         statistics=None,
         notes=(),
     )
+
+
+def _quieten() -> None:
+    """What libraries say and draw while a model is loaded is not for a user of it; errors are raised all the same."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in ("huggingface_hub", "peft", "torch"):
+        stdlib_logging.getLogger(name).setLevel(stdlib_logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b.*")
 
 
 def _open_run(run: RunDir, device: torch.device | str | None) -> Target:

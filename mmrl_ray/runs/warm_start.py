@@ -63,9 +63,7 @@ _WHOLE = 16 << 20
 """Files of a model folder up to this size enter the key by content, larger ones by size and time of change."""
 
 
-def warm_start(
-    cfg: Config, *, progress: ProgressFn | None = None, notice: Callable[[str], None] | None = None
-) -> str:
+def warm_start(cfg: Config, *, progress: ProgressFn | None = None, notice: Callable[[str], None] | None = None) -> str:
     """What `model.path` stands for: a folder with a model ready for reinforcement learning.
 
     A built-in model is made and, with an `sft` section, the model is trained; both are kept in `sft.cache` and found

@@ -69,6 +69,12 @@ def test_dry_run_does_not_train(config: Path, patched: Patch, tmp_path: Path) ->
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_of_what_would_not_run_fails(config: Path) -> None:
+    done = mmrl("train", config, "--dry-run", "--set", "data.scenes=null")
+    assert "Would stop the run" in done.stdout
+    assert (done.exit_code, done.stderr) == (1, "error: 1 of the things above would stop the run\n")
+
+
 def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
     patched("mmrl_ray.runs.warm_start.warm_start", return_value="/cache/abc")
     assert mmrl("sft", config).stdout == "/cache/abc\n"

@@ -209,6 +209,11 @@ def test_a_wrong_override_says_which(override: str, expected: str) -> None:
     assert line.startswith(expected.split(", but found")[0])
 
 
+def test_a_value_that_is_no_misspelling_gets_the_choices_and_no_guess() -> None:
+    (line,) = problems(GOOD, "algorithm=ppo")  # one letter off `dpo`, which is something else
+    assert line.endswith("'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql' or 'value_based'")
+
+
 def test_environment_variables_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "leaked")
     cfg = parse_config(GOOD.replace("data/train", "data/${SECRET}/$SECRET"), "c.yaml")

@@ -251,6 +251,20 @@ def test_a_status_without_figures_shows_too(tmp_path: Path, state: str) -> None:
     assert ("why" in text.getvalue()) == (state == "failed")
 
 
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_leaving_a_watch_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: tuple[str, ...]) -> None:
+    played = Played(tmp_path, [])
+    played.says("running", **facts(1, 0, "ready"))
+
+    def leave(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmrl_ray.cli.scaling.time.sleep", leave)
+    left = mmrl("status", played.run.location, "--watch", *form)
+    assert (left.exit_code, left.stderr) == (0, "")
+    assert "running" in left.stdout
+
+
 def test_the_commands(tmp_path: Path) -> None:
     played = Played(tmp_path, [])
     played.says("finished", **facts(1, 0, "ready"))

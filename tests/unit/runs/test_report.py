@@ -516,10 +516,11 @@ def test_names_and_captions_are_shown_as_they_are_written(tmp_path: Path) -> Non
     evaluation = load_evaluation(run, "after")
     assert evaluation is not None
     correlations = dict.fromkeys(HOSTILE, Correlation(0.5, 0.5))
-    figures = {"count": 1, "accuracy": 0.5, "expected": 0.5, "nll": 0.1}
+    figures = {"count": 2, "decided": 2, "accuracy": 0.5, "expected": 0.5, "nll": 0.1}
     parts = {"held_out": {"pairs": {**figures, "parts": dict.fromkeys(HOSTILE, figures)}}, "left_out": {"reasons": {}}}
     told = io.StringIO()
     print_report(parts, Console(file=told, width=200))
+    assert "0.095 … 0.905" in told.getvalue()  # Wilson's interval of 1 of 2
     tables = {
         "evaluate": on_terminal(measures_table("[b]run", evaluation)),
         "correlations": on_terminal(correlation_table(correlations, 3)),
