@@ -231,6 +231,21 @@ def test_the_table_tells_the_figures_of_the_evaluations(finished: tuple[RunDir, 
         assert f"{reward.mean:.3f} [{reward.low:.3f}, {reward.high:.3f}]" in page.words
 
 
+def test_on_a_narrow_screen_each_figure_has_its_name_and_the_verdict_its_place(
+    finished: tuple[RunDir, Page, str],
+) -> None:
+    """There the head of the table is hidden, and a row is a block: nothing lies beyond the edge."""
+    _, page, html = finished
+    cells = page.all("td")
+    figures = [cell.get("data-label") for cell in cells if cell.get("class") == "num" and "data-label" in cell]
+    verdicts = [cell for cell in cells if cell.get("class") == "judged"]
+    assert verdicts
+    assert figures[: 3 * len(verdicts)] == ["before", "after", "difference"] * len(verdicts)
+    narrow = html[html.index("@media screen and (max-width: 42rem)") : html.index("@page")]
+    assert ".measures td.num::before { content: attr(data-label);" in narrow
+    assert ".measures td.judged { grid-area: 1 / 3;" in narrow
+
+
 def test_one_held_out_sample_has_figures_and_no_interval(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "one")
     for name, evaluation in (("before", BEFORE), ("after", AFTER)):
