@@ -152,7 +152,7 @@ def refuse_missing_places(cfg: ServeConfig) -> None:
     """
     places = {f"adapters.{name}": place for name, place in cfg.adapters.items()}
     places |= {key: place for key in ("agent", "statistics") if (place := getattr(cfg, key)) is not None}
-    if not is_hub_id(cfg.model.path):
+    if not is_hub_id(cfg.model.path) and not cfg.model.path.startswith(_BUILTIN):
         places["model.path"] = cfg.model.path
     if cfg.reward is not None:
         places |= _reward_places("reward", cfg.reward)

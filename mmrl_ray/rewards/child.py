@@ -81,6 +81,7 @@ def _work(owner: socket.socket) -> None:
     if setup is None:
         return
     path, kwargs, folder = pickle.loads(setup)  # noqa: S301 - from the process that started this one
+    os.dup2(2, 1)  # what a library in C prints is no answer of a command either
     sys.stdout = sys.stderr = _Marked(path)
     sys.path.insert(0, folder)
     try:

@@ -179,7 +179,9 @@ class _Process:
 def _folder(code: str | None) -> str:
     """Where the user's modules are: what a job brought, else the folder itself; empty for the working directory."""
     sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
-    return str(sent) if sent.is_dir() else code or ""
+    if sent.is_dir():
+        return str(sent)
+    return "" if code is None else str(Path(code).expanduser())
 
 
 def _how(code: int) -> str:

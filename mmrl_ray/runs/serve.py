@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -74,8 +74,11 @@ def serve(
         PlacementError: Ray has no room for one.
         RunError: the cluster cannot be joined.
     """
-    cfg = serving_config(targets, overrides, host=host, port=port)
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is None and not print_config:  # the replicas will be on this machine
+        # Before a base that is gone would be made anew, which takes its time.
+        _refuse_unusable(serving_config(targets, overrides, host=host, port=port, base=_as_written), insecure=insecure)
+    cfg = serving_config(targets, overrides, host=host, port=port)
     if insecure:
         _refuse_insecure(cfg.serving.host, address)
     if print_config:
@@ -83,11 +86,6 @@ def serve(
 
         print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
         return
-    if address is None:  # the replicas will be on this machine
-        refuse_missing_places(cfg)
-        _refuse_taken(cfg.serving.host, cfg.serving.port)
-        if not insecure:
-            _try_keys(cfg.serving.database)
     _refuse_broken(cfg.model)
     if address is None:
         set_flags(insecure=insecure)
@@ -108,6 +106,20 @@ def _refuse_broken(model: ModelSection) -> None:
         return
     load_skeleton(model)
     try_quickly(model)
+
+
+def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:
+    """What would fail once the model is loaded: places that are not there, the port, the keys."""
+    if insecure:
+        _refuse_insecure(cfg.serving.host, None)
+    refuse_missing_places(cfg)
+    _refuse_taken(cfg.serving.host, cfg.serving.port)
+    if not insecure:
+        _try_keys(cfg.serving.database)
+
+
+def _as_written(cfg: Config) -> str:
+    return cfg.model.path
 
 
 def _refuse_taken(host: str, port: int) -> None:
@@ -160,9 +172,16 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
 
 
 def serving_config(
-    targets: Sequence[str], overrides: Sequence[str] = (), *, host: str | None = None, port: int | None = None
+    targets: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    base: Callable[[Config], str] | None = None,
 ) -> ServeConfig:
     """The config that the targets stand for, with overrides and absolute paths; `host` and `port` come last.
+
+    `base` says which model a run began with; by default `base_of_run`, which makes it anew where it is gone.
 
     Raises:
         ConfigError: see `serve`.
@@ -174,7 +193,7 @@ def serving_config(
     if len(targets) == 1 and Path(targets[0]).suffix in (".yaml", ".yml"):
         cfg = load_serve_config(targets[0], written)
     else:
-        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets)), "mmrl serve", written)
+        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets, base or base_of_run)), "mmrl serve", written)
     cfg = with_absolute_places(cfg)
     if cfg.reward is not None and cfg.reward.needs_statistics and cfg.statistics is None:
         raise ConfigError(
@@ -184,7 +203,7 @@ def serving_config(
     return cfg
 
 
-def _of_targets(targets: Sequence[str]) -> ServeConfig:
+def _of_targets(targets: Sequence[str], base_of: Callable[[Config], str]) -> ServeConfig:
     for target in targets:
         refuse_unknown(target)
     runs = [target for target in targets if is_run(target)]
@@ -193,18 +212,18 @@ def _of_targets(targets: Sequence[str]) -> ServeConfig:
         raise ConfigError(f"{' and '.join(models)} are two models: a server has one, and adapters of it")
     base = ServeConfig(model=ModelSection(path=models[0]), reward=None) if models else None
     for target in runs:
-        base = _with_run(base, RunDir.at(target))
+        base = _with_run(base, RunDir.at(target), base_of)
     if base is None:
         raise ConfigError("name a run folder, a model or a config to serve")
     return base
 
 
-def _with_run(base: ServeConfig | None, run: RunDir) -> ServeConfig:
+def _with_run(base: ServeConfig | None, run: RunDir, base_of: Callable[[Config], str]) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     if base is not None and (cfg.value_based is not None or base.agent is not None):
         raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
-    path = base_of_run(cfg)
+    path = base_of(cfg)
     if base is not None and base.adapters:
         if path != base.model.path:
             raise ConfigError(f"{run.location} was trained on {path}, not on {base.model.path}: serve it by itself")

@@ -149,6 +149,13 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path)
     assert not ray.is_initialized()
 
 
+def test_nothing_is_made_for_a_server_that_could_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, "one", "builtin:tiny-llava")  # whose base is not there any more
+    monkeypatch.setattr("mmrl_ray.runs.serve.base_of_run", lambda cfg: pytest.fail("it is made anew first"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServingError, match="another program listens"):
+        serve([run], port=taken.getsockname()[1], insecure=True)
+
+
 def test_a_key_database_that_takes_no_key_is_told_before_anything_is_started(tmp_path: Path) -> None:
     file = tmp_path / "keys.db"
     store = KeyStore(f"sqlite:///{file}")
