@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,14 +283,16 @@ def test_the_runs_of_a_folder_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [(), ("--json",)])
 def test_leaving_a_watch_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: tuple[str, ...]) -> None:
     played = Played(tmp_path, [])
-    played.says("running", **facts(1, 0, "ready"))
+    played.says("running", age=played.now - time.time(), **facts(1, 0, "ready"))  # just now
+    slept: list[float] = []
 
     def leave(seconds: float) -> None:
+        slept.append(seconds)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mmrl_ray.cli.scaling.time.sleep", leave)
     left = mmrl("status", played.run.location, "--watch", *form)
-    assert (left.exit_code, left.stderr) == (0, "")
+    assert (left.exit_code, left.stderr, len(slept)) == (0, "", 1)
     assert "running" in left.stdout
 
 
