@@ -167,14 +167,10 @@ class PreferenceStore:
         written.pairs += len(insert_absent(connection, PAIRS, [self._pair_row(pair) for pair in pairs.values()]))
         first = select(PAIRS.c.id, PAIRS.c.caption_a).where(PAIRS.c.id.in_(pairs))
         stored = {row.id: row.caption_a for row in connection.execute(first)}
-        said = [
-            each if each.pair.caption_a == stored[each.pair.id] else each.flipped()
-            for each in good
-            if isinstance(each, Preference)
-        ]
+        said = [(each, each.pair.caption_a != stored[each.pair.id]) for each in good if isinstance(each, Preference)]
         for error in self._add_said(connection, said, replace, written):
             refuse(error)
-        done = {each.rater for each in said}
+        done = {each.rater for each, _ in said}
         connection.execute(delete(LEASES).where(LEASES.c.pair_id.in_(pairs), LEASES.c.rater.in_(done)))
 
     def _add_pictures(self, connection: Connection, pairs: Sequence[Pair]) -> set[str]:
@@ -186,14 +182,16 @@ class PreferenceStore:
         return {*data, *found}
 
     def _add_said(
-        self, connection: Connection, said: Sequence[Preference], replace: bool, written: Written
+        self, connection: Connection, said: Sequence[tuple[Preference, bool]], replace: bool, written: Written
     ) -> Iterator[ConflictError]:
-        """Writes them; yields what contradicts an earlier say and does not replace it."""
-        rows = {each.id: self._preference_row(each) for each in reversed(said)}
+        """Writes them, with captions in the order of the stored pair where they come in the other one (True); yields
+        what contradicts an earlier say and does not replace it, told in the order in which it came."""
+        ordered = [(each.flipped() if is_flipped else each, is_flipped) for each, is_flipped in said]
+        rows = {each.id: self._preference_row(each) for each, _ in reversed(ordered)}
         inserted = insert_absent(connection, PREFERENCES, list(rows.values()))
         found = connection.execute(select(PREFERENCES).where(PREFERENCES.c.id.in_(rows)))
         stored = {row.id: (row.choice, row.rating_a, row.rating_b) for row in found}
-        for each in said:
+        for each, is_flipped in ordered:
             if each.says == stored[each.id]:
                 is_new = each.id in inserted
                 inserted.discard(each.id)
@@ -205,7 +203,7 @@ class PreferenceStore:
                 stored[each.id] = each.says
                 written.replaced += 1
             else:
-                yield conflict(each, stored[each.id])
+                yield conflict(each, stored[each.id], is_flipped)
 
     def _wrong(self, item: Pair | Preference, known: set[str]) -> PreferenceError | None:
         """What keeps it out of the store, other than what is in there already."""

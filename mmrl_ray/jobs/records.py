@@ -35,12 +35,16 @@ class JobFacts:
     task: Literal["train", "resume"] = "train"
     request: Mapping[str, Any] = field(default_factory=dict)
     """JSON of whoever asked for the job over HTTP; empty otherwise."""
+    code: str = ""
+    """Folder on the submitter's machine with its own reward functions, for a resume; empty where none is sent."""
 
     def metadata(self) -> dict[str, str]:
         """In Ray's shape: texts alone."""
         facts = {"run": self.run, "location": self.location, "by": self.by, "task": self.task}
         if self.request:
             facts["request"] = json.dumps(self.request, ensure_ascii=False)
+        if self.code:
+            facts["code"] = self.code
         return {"job_name": self.run, **{f"{_MARK}{key}": value for key, value in facts.items()}}
 
     @classmethod
@@ -50,7 +54,8 @@ class JobFacts:
         try:
             task: Literal["train", "resume"] = "resume" if found.get("task") == "resume" else "train"
             request = json.loads(found.get("request", "{}"))
-            return cls(found["run"], found["location"], found["by"], task, request if isinstance(request, dict) else {})
+            request = request if isinstance(request, dict) else {}
+            return cls(found["run"], found["location"], found["by"], task, request, found.get("code", ""))
         except (KeyError, ValueError):
             return None
 

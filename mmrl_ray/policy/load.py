@@ -20,6 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONF
 from transformers.utils.logging import disable_progress_bar
 
 from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.paths import is_hub_id, nearest_folder
 from mmrl_ray.errors import AdapterError, ModelError
 from mmrl_ray.policy.boundary import model_call
 from mmrl_ray.policy.cpu_linear import use_onednn
@@ -288,14 +289,6 @@ def _use_generation_config(model: PreTrainedModel, path: str, cfg: ModelSection)
             model.generation_config = found
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether it names a model of the hub: `name` or `owner/name`; whatever else looks like a path is one."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith((".", os.sep)) or expanded.count("/") > 1 or os.path.exists(expanded):
-        return False
-    return not path.startswith("builtin:")
-
-
 def _resolve(path: str) -> str:
     if path.startswith("builtin:"):
         raise ModelError(f"{path}: a built-in model must be made into a folder before it is loaded")
@@ -303,7 +296,10 @@ def _resolve(path: str) -> str:
     if os.path.isdir(expanded):
         return expanded
     if not is_hub_id(path):
-        raise ModelError(f"model folder {path!r} does not exist or is not a folder; give a folder or a hub id")
+        raise ModelError(
+            f"model folder {path!r} does not exist or is not a folder{nearest_folder(expanded)}; "
+            "give a folder or a hub id"
+        )
     return path
 
 

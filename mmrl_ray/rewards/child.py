@@ -2,18 +2,23 @@
 
 Nothing of the user's is imported before the process has its watcher. Requests are pickled by the owner; answers are
 JSON, so that nothing that a function made is ever unpickled by the owner.
+
+What the function prints goes to standard error, each line with the function's name before it (`MARK`), by which a run
+finds it among what its workers log. So does the traceback of an exception, the first time that it comes from there.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
 import math
 import numbers
 import os
 import pickle
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -22,6 +27,8 @@ from typing import Any
 from mmrl_ray.child.main import receive, send
 from mmrl_ray.errors import ConfigError, RewardError
 
+MARK = "[reward "
+"""Begins each line that a function prints."""
 _LONGEST_MESSAGE = 160
 """Characters of what a function's exception says."""
 
@@ -31,31 +38,86 @@ def work(owner: socket.socket) -> None:
     setup = receive(owner)
     if setup is None:
         return
-    path, kwargs = pickle.loads(setup)  # noqa: S301 - from the process that started this one
+    path, kwargs, folder = pickle.loads(setup)  # noqa: S301 - from the process that started this one
+    os.dup2(2, 1)  # what a library in C prints is no answer of a command either
+    sys.stdout = sys.stderr = _Marked(path)
+    sys.path.insert(0, folder)
     try:
         function = load_function(path, kwargs)
     except ConfigError as error:
+        if error.__cause__ is not None:
+            _show(error.__cause__, set())
         send(owner, json.dumps({"error": str(error)}).encode())
         return
     mine = os.getpid()
     send(owner, b"{}")
+    shown: set[tuple[str, str]] = set()
     while (request := receive(owner)) is not None:
         captions, states = pickle.loads(request)  # noqa: S301 - as above
-        answer = _answer(function, path, captions, states, kwargs)
+        answer = _answer(function, path, captions, states, kwargs, shown)
         if os.getpid() != mine:
             os._exit(0)  # the function forked and came back twice: a second answer would be taken for the next call's
         send(owner, json.dumps(answer).encode())
 
 
+class _Marked(io.TextIOBase):
+    """Standard error, each line with a mark before it; whole lines, so that those of several processes do not mix."""
+
+    def __init__(self, path: str) -> None:
+        self._mark = f"{MARK}{path}] "
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        if lines:
+            os.write(2, "".join(f"{self._mark}{line}\n" for line in lines).encode(errors="replace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: a line that has no end yet is held."""
+
+    def end_line(self) -> None:
+        """Writes what has no end yet."""
+        if self._line:
+            self.write("\n")
+
+    def fileno(self) -> int:
+        return 2
+
+    def writable(self) -> bool:
+        return True
+
+
+def _show(error: BaseException, shown: set[tuple[str, str]]) -> None:
+    """The traceback from the user's own code on, unless one of that kind from that line was shown before."""
+    trace = error.__traceback__
+    while trace is not None and _is_import(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    last = traceback.extract_tb(trace)[-1:]
+    key = (type(error).__name__, f"{last[0].filename}:{last[0].lineno}" if last else "")
+    if key not in shown:
+        shown.add(key)
+        traceback.print_exception(type(error), error, trace)
+
+
 def _answer(
-    function: Callable[..., Any], path: str, captions: list[str], states: list[Any], kwargs: Mapping[str, Any]
+    function: Callable[..., Any],
+    path: str,
+    captions: list[str],
+    states: list[Any],
+    kwargs: Mapping[str, Any],
+    shown: set[tuple[str, str]],
 ) -> dict[str, Any]:
     try:
         return {"scores": checked_scores(path, function(captions, states, **kwargs), len(captions))}
     except RewardError as error:
         return {"error": str(error)}
     except BaseException as error:  # noqa: BLE001 - the boundary to anybody's code; time-outs of libraries are some
+        _show(error, shown)
         return {"error": told(error)}
+    finally:
+        if isinstance(sys.stderr, _Marked):
+            sys.stderr.end_line()
 
 
 def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
@@ -69,8 +131,8 @@ def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name, None)
     except BaseException as error:
         raise ConfigError(
-            f"{path} cannot be imported ({told(error)}): install the module on every node, or name its folder in "
-            "PYTHONPATH"
+            f"{path} cannot be imported ({told(error)}): it is looked for in reward.code, by default the working "
+            f"directory, here {sys.path[0] or os.getcwd()}, and among what is installed"
         ) from error
     if not callable(found):
         raise ConfigError(f"{path}: module {module} has no function {name!r}")

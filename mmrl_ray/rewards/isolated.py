@@ -2,7 +2,7 @@
 
 One is started for each function and keeps what it loaded at its import from call to call; a batch costs the pickling of
 its states beside the round trip. A process that ran past its deadline is killed, and the next call starts another one;
-see `mmrl_ray/child`.
+see `mmrl_ray/child`. What it prints goes to the owner's standard error.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import mmrl_ray
 from mmrl_ray.child.process import ChildProcess, Lost
 from mmrl_ray.errors import ConfigError, ProcessError, RewardError
 
 START_TIMEOUT_S = 300.0
 """For a function's module to be imported, with whatever models it loads."""
+SENT_CODE = "reward_code"
+"""Beside the package, where a job brought both: the user's own modules."""
 _WORKER = "mmrl_ray.rewards.child:work"
 
 
@@ -36,9 +40,11 @@ class Answer:
 class IsolatedFunction:
     """`module:function` of anybody's, called in its own process. Pickles as its path; one call at a time."""
 
-    def __init__(self, path: str, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, kwargs: Mapping[str, Any], code: str | None = None) -> None:
+        """`code` is the folder whose modules come before those that are installed; the working directory else."""
         self.path = path
         self._kwargs = dict(kwargs)
+        self._code = code
         self._process: ChildProcess | None = None
         self._turn = threading.Lock()
 
@@ -89,7 +95,7 @@ class IsolatedFunction:
             process = ChildProcess(_WORKER, self.path)
         except ProcessError as error:
             raise RewardError(str(error)) from error
-        answer = process.ask(pickle.dumps((self.path, self._kwargs)), timeout_s=START_TIMEOUT_S)
+        answer = process.ask(pickle.dumps((self.path, self._kwargs, _folder(self._code))), timeout_s=START_TIMEOUT_S)
         if isinstance(answer, Lost):
             raise ConfigError(
                 f"{self.path} cannot be imported: {answer.reason}; a function's module loads within that time"
@@ -100,7 +106,15 @@ class IsolatedFunction:
         return process
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "kwargs": self._kwargs}
+        return {"path": self.path, "kwargs": self._kwargs, "code": self._code}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(state["path"], state["kwargs"])  # type: ignore[misc]
+        self.__init__(state["path"], state["kwargs"], state["code"])  # type: ignore[misc]
+
+
+def _folder(code: str | None) -> str:
+    """Where the user's modules are: what a job brought, else the folder itself; empty for the working directory."""
+    sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
+    if sent.is_dir():
+        return str(sent)
+    return "" if code is None else str(Path(code).expanduser())

@@ -23,20 +23,21 @@ from rich.console import Console
 from mmrl_ray.config import Config
 from mmrl_ray.config.demands import demands_of
 from mmrl_ray.config.load import dump_config
-from mmrl_ray.config.paths import sqlite_file
+from mmrl_ray.config.paths import is_hub_id, sqlite_file
 from mmrl_ray.data.images import image_format
 from mmrl_ray.data.quarantine import told
 from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
-from mmrl_ray.policy.load import Policy, is_hub_id, load_skeleton
+from mmrl_ray.policy.load import Policy, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.trial import try_quickly
-from mmrl_ray.rewards.build import check_reward
+from mmrl_ray.rewards.base import RewardFailure
+from mmrl_ray.rewards.build import check_reward, try_functions
 from mmrl_ray.rewards.text import FormatReward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
@@ -74,6 +75,8 @@ class DryRun:
     """What lets the run go on, and is probably not what is meant."""
     held_out: list[str] = field(default_factory=list)
     """What there is to know about the held-out samples: broken ones, and those that are trained on."""
+    tried: list[str] = field(default_factory=list)
+    """What functions of the user's have for one caption."""
     unplaced: list[str] = field(default_factory=list)
     """Actors that the cluster has no room for; they block, too."""
     lacking: list[str] = field(default_factory=list)
@@ -112,7 +115,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Config": dump_config(cfg).rstrip("\n").split("\n"),
         "Sample": _sample_lines(found),
         "Held out": found.held_out,
-        "Reward": reward_lines(cfg.reward.with_opening(found.opening)),
+        "Reward": [*reward_lines(cfg.reward.with_opening(found.opening)), *found.tried],
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.value_based is None else round_lines(cfg, cfg.value_based),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
@@ -202,6 +205,14 @@ def _look_at_stored(cfg: Config, found: DryRun) -> None:
 def _look_at_reward(cfg: Config, found: DryRun) -> None:
     try:
         check_reward(cfg.reward)
+        if found.sample is None or not cfg.reward.functions:
+            return
+        caption = next(iter(found.sample.references), "a picture")
+        for name, score in try_functions(cfg.reward, found.sample, caption).items():
+            if isinstance(score, RewardFailure):
+                found.blocking.append(f"reward.parts.{name}: {score.reason}")
+            else:
+                found.tried.append(f"{name} of {_short(caption)!r}, on sample {found.sample.id}: {score.total:g}")
     except ConfigError as error:
         found.blocking.append(str(error))
 

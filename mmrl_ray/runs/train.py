@@ -23,7 +23,7 @@ from typing import Any
 
 import mmrl_ray
 from mmrl_ray.config import Config
-from mmrl_ray.config.load import dump_config
+from mmrl_ray.config.load import changed_keys, dump_config
 from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.data.quarantine import QuarantineRecord, reasons_of, told
 from mmrl_ray.data.samples import Sample, iter_references
@@ -133,13 +133,13 @@ class _Run:
             note_event(run, kind, **told_of)
         status = "failed"
         try:
+            self._keep_config(run)
             if not resume:
-                run.write_text("config.yaml", dump_config(cfg))
                 self._warn_if_blind(run, "warm start", unseeing)
             statistics = self._statistics(run)
             with self._timed("stored"):
                 start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
-            with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
+            with ray_session(cfg, address=address, debug=debug, show=self._progress.note), ExitStack() as stack:
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
                 with self._timed("serve"):
@@ -161,6 +161,16 @@ class _Run:
         finally:
             self._conclude(run, status)
         return run.location
+
+    def _keep_config(self, run: RunDir) -> None:
+        """The config as it is from here on; a resume that changes it says what it changes."""
+        text = dump_config(self._cfg)
+        before = run.read_text("config.yaml") if run.exists("config.yaml") else None
+        if before == text:
+            return
+        run.write_text("config.yaml", text)
+        if before is not None and (changed := changed_keys(before, text)):
+            note_event(run, "config_changed", detail=", ".join(changed))
 
     # -- data ------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +38,7 @@ from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
 from mmrl_ray.runs.blindness import Blindness, blindness
-from mmrl_ray.runs.progress import ProgressFn
+from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.sft import train_supervised
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,12 @@ _WHOLE = 16 << 20
 """Files of a model folder up to this size enter the key by content, larger ones by size and time of change."""
 
 
-def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
+def warm_start(cfg: Config, *, progress: ProgressFn | None = None, notice: Callable[[str], None] | None = None) -> str:
     """What `model.path` stands for: a folder with a model ready for reinforcement learning.
 
     A built-in model is made and, with an `sft` section, the model is trained; both are kept in `sft.cache` and found
     there the next time. A checkpoint without `sft` is returned as it was written (it may be a hub id). Writes the
-    scenes first where the config asks for them.
+    scenes first where the config asks for them. `notice` is told before anything is made.
 
     Raises:
         ModelError: no such built-in model, or the checkpoint cannot be used.
@@ -81,6 +81,8 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
     if cfg.sft is None and not _is_builtin(cfg):
         return cfg.model.path
     if cfg.data.scenes is not None:
+        if notice is not None and not Path(cfg.data.train).exists():
+            notice(f"{cfg.data.train} is not there any more: the scenes are drawn anew")
         write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
     cache = Path(cfg.sft.cache if cfg.sft is not None else SFT_CACHE).expanduser().absolute()
     made_from = _made_from(cfg)
@@ -88,12 +90,28 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
     target = cache / key
     if (target / FACTS).is_file():
         return str(target)
+    if notice is not None:
+        steps = "" if cfg.sft is None else f", with {cfg.sft.steps:,} steps of warm start"
+        notice(f"the model that it began with is not in {cache} any more: it is made anew{steps}")
     with _staging(cache) as scratch:
         facts = _make(cfg, scratch, progress)
         (scratch / FACTS).write_text(json.dumps({"made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
         if not (target / FACTS).is_file():  # another process may have been faster
             atomic.commit_folder(scratch, target)
     return str(target)
+
+
+def base_of_run(cfg: Config) -> str:
+    """`warm_start` for who only uses a run: what is gone of its data and its base is made anew, which is said."""
+    with RunProgress() as shown:
+        update: list[ProgressFn] = []
+
+        def progress(done: int, total: int, figures: Mapping[str, float]) -> None:
+            if not update:
+                update.append(shown.phase("warm start"))
+            update[0](done, total, figures)
+
+        return warm_start(cfg, progress=progress, notice=lambda text: shown.warn(f"{cfg.run.name}: {text}"))
 
 
 def warm_start_facts(folder: str | Path) -> dict[str, Any]:

@@ -146,6 +146,17 @@ class KeyStore:
             connection.execute(_KEYS.insert().values(row))
         return key, record
 
+    def try_writing(self) -> None:
+        """Writes a row and takes it back.
+
+        Raises:
+            ServingError: the database takes none: it is full, locked or read-only.
+        """
+        row = dict.fromkeys(("name", "roles", "prefix", "digest"), "") | {"id": secrets.token_hex(6)}
+        with self._explained(), self._engine.connect() as connection:
+            connection.execute(_KEYS.insert().values(row | {"created": self._now()}))
+            connection.rollback()
+
     def list(self) -> tuple[KeyRecord, ...]:
         """All keys, revoked ones too, oldest first.
 

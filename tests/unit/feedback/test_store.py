@@ -50,6 +50,18 @@ def test_captions_the_other_way_round_are_the_same_pair(store: PreferenceStore) 
     assert by_rater["bob"].pair.caption_a == "a red square"
 
 
+def test_a_conflict_is_told_with_the_captions_as_they_were_written(store: PreferenceStore) -> None:
+    first = preference("a", ratings=(0.75, 0.25))
+    store.add([first])
+    a, b = first.pair.caption_a, first.pair.caption_b
+    other = preference("b", ratings=(0.0, 1.0)).flipped()  # a file whose columns are the other way round
+    with pytest.raises(ConflictError) as error:
+        store.add([other])
+    assert str(error.value).startswith(
+        f"'ann' says 'a' (ratings 1.0, 0.0) of {b!r} against {a!r}, but said 'b' (ratings 0.25, 0.75) before"
+    )
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_another_answer_of_the_same_rater_is_refused_replaces_or_is_left_out(
     store: PreferenceStore, at_once: bool

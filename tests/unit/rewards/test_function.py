@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.config.load import parse_config
+from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
@@ -139,11 +141,60 @@ def test_it_travels_by_its_path() -> None:
     assert pickle.loads(there).score_batch(SAMPLES, CAPTIONS)[0].total == 6.0
 
 
+def test_modules_of_the_working_directory_or_of_a_named_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, factor in (("here", 1), ("there", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "place_rewards.py").write_text("from place_helper import count\n")
+        (tmp_path / name / "place_helper.py").write_text(
+            f"def count(captions, states):\n    return [{factor}.0 * len(c) for c in captions]\n"
+        )
+    monkeypatch.chdir(tmp_path / "here")
+    assert build("place_rewards:count").score_batch(SAMPLES, ["abc", "d"])[0].total == 6.0
+    relative = section("place_rewards:count").model_copy(update={"code": "../there"})
+    assert build_reward(relative, NOTHING).score_batch(SAMPLES, ["abc", "d"])[0].total == 60.0
+
+    text = "run: {name: a}\nmodel: {path: o/m}\ndata: {train: d}\nlearner: {steps: 1}\n"
+    cfg = parse_config(text, "test").model_copy(update={"reward": section("place_rewards:count")})
+    kept = with_absolute_paths(cfg).reward
+    assert kept.code == str(tmp_path / "here")
+    there = pickle.dumps(build_reward(kept, NOTHING))
+    monkeypatch.chdir("/")  # as a worker's, which is somewhere else
+    assert pickle.loads(there).score_batch(SAMPLES, ["abc", "d"])[0].total == 6.0
+    with pytest.raises(ConfigError, match=r"looked for in reward\.code, by default the working directory, here /"):
+        build("place_rewards:count")
+
+
+def test_an_exception_shows_its_traceback_at_once_and_once(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    reward = build("own_rewards:picky")
+    capfd.readouterr()
+    for _ in range(2):
+        with pytest.raises(RewardError, match="no blue here"):
+            reward.score_batch(SAMPLES, CAPTIONS)
+    lines = capfd.readouterr().err.splitlines()
+    line = 1 + MODULE.splitlines().index('        raise KeyError("no blue here")')
+    assert lines == [
+        f"[reward own_rewards:picky] {text}"
+        for text in (
+            "Traceback (most recent call last):",
+            f'  File "{tmp_path}/own_rewards.py", line {line}, in picky',
+            '    raise KeyError("no blue here")',
+            "KeyError: 'no blue here'",
+        )
+    ]
+    with pytest.raises(ConfigError, match="half written"):
+        build("broken_rewards:f")
+    assert f'[reward broken_rewards:f]   File "{tmp_path}/broken_rewards.py", line 1' in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("returned", ["bools", "tuple", "array", "float32", "scalars", "decimals"])
 def test_it_may_return_any_sequence_of_numbers(returned: str, capfd: pytest.CaptureFixture[str]) -> None:
     scores = build("own_rewards:odd", returned=returned).score_batch(SAMPLES, CAPTIONS)
     assert [(type(s.total), s.total) for s in scores] == [(float, 2.0)] * 2
-    assert f"asked for {returned}" in capfd.readouterr().out  # of the other process
+    printed = capfd.readouterr()  # of the other process
+    assert printed.err == f"[reward own_rewards:odd] asked for {returned}\n"
+    assert printed.out == ""  # where captions and figures of a command go
 
 
 @pytest.mark.parametrize(
