@@ -66,7 +66,7 @@ def test_a_picture_that_takes_too_long_ends_with_its_process(
     before = workers()
     with pytest.raises(ImageError, match=r"more than 0\.1 s of CPU time"):
         pool.decode(many_scans(30, 4000))
-    assert not before & workers()
+    assert len(before - workers()) == 1  # the others, if any, are of other tests
     monkeypatch.undo()
     assert pool.decode(picture()).size == (8, 8)
 

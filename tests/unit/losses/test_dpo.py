@@ -33,10 +33,11 @@ def oracle(logprobs: np.ndarray, reference: np.ndarray, mask: np.ndarray, p: np.
             theta = sum(value for value, real in zip(logprobs[row], mask[row], strict=True) if real)
             ref = sum(value for value, real in zip(reference[row], mask[row], strict=True) if real)
             rewards.append(beta * (theta - ref))
-        a_wins = 1.0 / (1.0 + math.exp(-(rewards[0] - rewards[1])))
-        b_wins = 1.0 / (1.0 + math.exp(-(rewards[1] - rewards[0])))
+        margin = rewards[0] - rewards[1]
+        # −log σ, which a σ next to 1 would round away.
+        a_loses, b_loses = math.log1p(math.exp(-margin)), math.log1p(math.exp(margin))
         q = p[k] * (1 - eps) + (1 - p[k]) * eps
-        losses.append(-(q * math.log(a_wins) + (1 - q) * math.log(b_wins)))
+        losses.append(q * a_loses + (1 - q) * b_loses)
     return sum(losses)
 
 
