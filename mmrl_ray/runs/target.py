@@ -122,7 +122,6 @@ def open_target(target: str, *, device: torch.device | str | None = None) -> Tar
 def _quieten() -> None:
     """What libraries say and draw while a model is loaded is not for a user of it; errors are raised all the same."""
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     for name in ("huggingface_hub", "peft", "torch"):
         stdlib_logging.getLogger(name).setLevel(stdlib_logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b.*")
