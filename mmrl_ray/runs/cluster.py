@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 import re
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray._private import auto_init_hook
+from ray._private import auto_init_hook, services
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
@@ -104,17 +108,19 @@ def ray_at(
     try:
         try:
             if address is None:
-                ray.init(
-                    address="local",  # without it, Ray joins whatever `ray start` has left on this machine
-                    num_cpus=max(os.cpu_count() or 1, cpus),
-                    object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
-                    include_dashboard=dashboard,
-                    log_to_driver=debug,
-                    logging_level=level,
-                    namespace=namespace,
-                )
+                with _signals_kept(), _out_of_reach():
+                    ray.init(
+                        address="local",  # without it, Ray joins whatever `ray start` has left on this machine
+                        num_cpus=max(os.cpu_count() or 1, cpus),
+                        object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
+                        include_dashboard=dashboard,
+                        log_to_driver=debug,
+                        logging_level=level,
+                        namespace=namespace,
+                    )
             else:
-                ray.init(address=address, log_to_driver=debug, logging_level=level, namespace=namespace)
+                with _signals_kept():
+                    ray.init(address=address, log_to_driver=debug, logging_level=level, namespace=namespace)
         except Exception as error:  # boundary: Ray's start raises bare exceptions, too
             if address is None:
                 raise _not_started(error, began, cpus, object_store_mb) from error
@@ -127,6 +133,35 @@ def ray_at(
         ray.shutdown()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+@contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Ray's processes are started in sessions of their own meanwhile, and so are all that they start.
+
+    A signal to the driver's process group (Ctrl-C on a terminal, `timeout`, systemd) is then the driver's alone, which
+    ends its run by a checkpoint for which it needs them. They still end with it, however it dies: Linux tells them.
+    """
+    started = services.ConsolePopen
+
+    @functools.wraps(started, updated=())
+    def start(*args: Any, **options: Any) -> Any:
+        return started(*args, **{**options, "start_new_session": True})
+
+    services.ConsolePopen = start  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = started  # type: ignore[misc]
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray's start takes SIGTERM away from whoever had it; it is given back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and before is not signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _not_started(error: Exception, began: float, cpus: int, object_store_mb: int | None) -> RaySessionError:

@@ -40,6 +40,7 @@ from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rewards.text import FormatReward
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_owner import living_owner
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.runs.preferences import check_pairs
@@ -131,7 +132,9 @@ def _look_at_run_folder(cfg: Config, resume: bool, found: DryRun) -> None:
         if resume:
             found.blocking.append(f"there is no run {cfg.run.name} in {cfg.run.root} to resume")
         return
-    if not resume:
+    if (owner := living_owner(folder)) is not None:
+        found.blocking.append(f"run folder {folder.location} is being written by {owner}")
+    elif not resume:
         found.blocking.append(f"run folder {folder.location} exists: add --resume, or choose another run.name")
 
 

@@ -26,7 +26,7 @@ from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import warm_start
+from mmrl_ray.runs.warm_start import base_of_run, same_base
 from mmrl_ray.serving.flags import set_flags
 from mmrl_ray.serving.names import APP
 from mmrl_ray.serving.recipes import recipe_configs
@@ -160,9 +160,9 @@ def _with_run(base: ServeConfig | None, run: RunDir) -> ServeConfig:
     cfg = parse_config(run.read_text(_RUN_CONFIG), run.full_path(_RUN_CONFIG))
     if base is not None and (cfg.value_based is not None or base.agent is not None):
         raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
-    path = warm_start(cfg)
+    path = base_of_run(cfg, run)
     if base is not None and base.adapters:
-        if path != base.model.path:
+        if not same_base(path, base.model.path):
             raise ConfigError(f"{run.location} was trained on {path}, not on {base.model.path}: serve it by itself")
         if run.name in base.adapters:
             raise ConfigError(f"two runs are called {run.name}: give them ids in a config, under `adapters:`")

@@ -4,13 +4,14 @@
                          └─no─▶ build or load ──train──▶ .tmp-… ──rename──▶ KEY/
 
 A finished warm start is an ordinary Hugging Face folder (model, processor, chat template) named by a hash of all that
-made it. It appears by a rename, so that one which is there is whole.
+made it. It appears by a rename, so that one which is there is whole. A run keeps it as its own `base/`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pyarrow import fs
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -37,10 +39,13 @@ from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
+from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.blindness import Blindness, blindness
 from mmrl_ray.runs.progress import ProgressFn
 from mmrl_ray.runs.sft import train_supervised
 
+BASE = "base"
+"""Folder of a run that keeps its base model, where a warm start made it."""
 FACTS = "warm_start.json"
 """In the folder: what it was made from, its first and last loss, the rows that it left out, seconds."""
 
@@ -76,14 +81,12 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
         NonFiniteError: training diverged.
         RunError: the cache cannot be written.
     """
-    if cfg.sft is None and not _is_builtin(cfg):
+    if not _is_made(cfg):
         return cfg.model.path
     if cfg.data.scenes is not None:
         write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
-    cache = Path(cfg.sft.cache if cfg.sft is not None else SFT_CACHE).expanduser().absolute()
-    made_from = _made_from(cfg)
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:20]
-    target = cache / key
+    cache, made_from = _cache(cfg), _made_from(cfg)
+    target = cache / _key(made_from)
     if (target / FACTS).is_file():
         return str(target)
     with _staging(cache) as scratch:
@@ -92,6 +95,67 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
         if not (target / FACTS).is_file():  # another process may have been faster
             atomic.commit_folder(scratch, target)
     return str(target)
+
+
+def base_of_run(cfg: Config, run: RunDir, *, progress: ProgressFn | None = None) -> str:
+    """The model that a run's adapter belongs to: the one kept with the run, else (of older runs) as `warm_start`.
+
+    Of a run that does not lie on this machine it is found in `sft.cache`, or copied there.
+
+    Raises:
+        RunError: it cannot be read or kept.
+        as `warm_start`: the run has no base of its own.
+    """
+    if not _is_made(cfg) or not run.exists(f"{BASE}/{FACTS}"):
+        return warm_start(cfg, progress=progress)
+    if run.is_local:
+        return str(run.local_path(BASE))
+    target = _cache(cfg) / _key(run.read_json(f"{BASE}/{FACTS}")["made_from"])
+    if not (target / FACTS).is_file():
+        with _staging(target.parent) as scratch:
+            fs.copy_files(run.full_path(BASE), str(scratch), source_filesystem=run.filesystem)
+            atomic.commit_folder(scratch, target)
+    return str(target)
+
+
+def keep_base(cfg: Config, run: RunDir, folder: str) -> tuple[str, int]:
+    """Keeps what `warm_start` has made with the run, as `base/`, so that the run outlives the cache.
+
+    On the cache's own file system they are hard links, which take no room; anywhere else copies. A model that was
+    not made here is left where it is.
+
+    Returns:
+        where the run finds it, and the bytes in `base/`.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    source = Path(folder)
+    if not _is_made(cfg):
+        return folder, 0
+    files = [file for file in source.iterdir() if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    if run.exists(f"{BASE}/{FACTS}"):
+        return (str(run.local_path(BASE)) if run.is_local else folder), size
+    if not run.is_local:
+        for file in sorted(files, key=lambda file: file.name == FACTS):  # the last to come: where it is, all is
+            target = run.full_path(f"{BASE}/{file.name}")
+            fs.copy_files(str(file), target, destination_filesystem=run.filesystem)
+        return folder, size
+    with run.staging_folder() as scratch:
+        for file in files:
+            try:
+                os.link(file, scratch / file.name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copy2(file, scratch / file.name)
+        atomic.commit_folder(scratch, run.local_path(BASE))
+    return str(run.local_path(BASE)), size
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two models are one: by what they were made from where `warm_start` made them, else by where they lie."""
+    made = warm_start_facts(one).get("made_from"), warm_start_facts(other).get("made_from")
+    return one == other if made == (None, None) else made[0] == made[1]
 
 
 def warm_start_facts(folder: str | Path) -> dict[str, Any]:
@@ -167,6 +231,19 @@ def build_builtin(cfg: Config, folder: Path) -> Path:
         DataError: its words come from the training references, and those cannot be read.
     """
     return build_tiny_llava(folder, vocabulary=_vocabulary(cfg), seed=cfg.run.seed, **TINY_LLAVA)
+
+
+def _is_made(cfg: Config) -> bool:
+    """Whether the run's base is made here, and not just named by the config."""
+    return cfg.sft is not None or _is_builtin(cfg)
+
+
+def _cache(cfg: Config) -> Path:
+    return Path(cfg.sft.cache if cfg.sft is not None else SFT_CACHE).expanduser().absolute()
+
+
+def _key(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _is_builtin(cfg: Config) -> bool:
