@@ -2,6 +2,7 @@
 
     config ──key──▶ cache has KEY/warm_start.json? ──yes──▶ that folder
                          └─no─▶ build or load ──train──▶ .tmp-… ──rename──▶ KEY/
+                                  └──▶ KEY.partial.pt, from which one that was stopped goes on
 
 A finished warm start is an ordinary Hugging Face folder (model, processor, chat template) named by a hash of all that
 made it. It appears by a rename, so that one which is there is whole. A run keeps it as its own `base/`.
@@ -62,6 +63,8 @@ _TINY_WORDS = 8000
 """The most frequent words of the training references that a tiny model knows where the data set is not scenes."""
 _LOOKED_AT = 32
 """Pictures that a new warm start is asked for captions of."""
+_PARTIAL = ".partial.pt"
+"""Ends the name of the file in the cache that an unfinished warm start goes on from."""
 _FORMAT = 1
 """Raised when the same settings come to mean another model."""
 _WHOLE = 16 << 20
@@ -89,11 +92,13 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
     target = cache / _key(made_from)
     if (target / FACTS).is_file():
         return str(target)
+    partial = cache / f"{target.name}{_PARTIAL}"
     with _staging(cache) as scratch:
-        facts = _make(cfg, scratch, progress)
+        facts = _make(cfg, scratch, progress, partial)
         (scratch / FACTS).write_text(json.dumps({"made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
         if not (target / FACTS).is_file():  # another process may have been faster
             atomic.commit_folder(scratch, target)
+    partial.unlink(missing_ok=True)
     return str(target)
 
 
@@ -138,6 +143,7 @@ def keep_base(cfg: Config, run: RunDir, folder: str) -> tuple[str, int]:
     if run.exists(f"{BASE}/{FACTS}"):
         return (str(run.local_path(BASE)) if run.is_local else folder), size
     if not run.is_local:
+        run.filesystem.create_dir(run.full_path(BASE), recursive=True)
         for file in sorted(files, key=lambda file: file.name == FACTS):  # the last to come: where it is, all is
             target = run.full_path(f"{BASE}/{file.name}")
             fs.copy_files(str(file), target, destination_filesystem=run.filesystem)
@@ -193,7 +199,7 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
     )
 
 
-def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, Any]:
+def _make(cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Path) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
     logging.disable_progress_bar()  # of loading and saving weights: they would run through the program's own
@@ -206,7 +212,9 @@ def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, A
     dtype = "float32" if cfg.sft.mode == "full" else cfg.model.dtype
     policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
     left_out: list[dict[str, str]] = []
-    losses = train_supervised(policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()))
+    losses = train_supervised(
+        policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint
+    )
     _save(policy, folder)
     found = _blindness(policy, cfg)
     return {
