@@ -65,6 +65,15 @@ from mmrl_ray.runs.watch import EVENTS, note_event, scrape_targets
 from mmrl_ray.telemetry.logs import start_logging
 
 SUMMARY = "summary.json"
+_DOES = {
+    "warm_start": "loading what the warm start begins with",
+    "checks": "loading the model for a trial",
+    "statistics": "counting words of the references",
+    "stored": "copying stored data",
+    "serve": "starting the servers",
+    "start": "starting the rollout workers",
+}
+"""What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
@@ -164,7 +173,9 @@ class _Run:
             statistics = self._statistics(run)
             with self._timed("stored"):
                 start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
-            with ray_session(cfg, address=address, debug=debug), ExitStack() as stack:
+            with ExitStack() as stack:
+                with self._progress.busy("starting Ray"):
+                    stack.enter_context(ray_session(cfg, address=address, debug=debug))
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
                 with self._timed("serve"):
@@ -277,7 +288,8 @@ class _Run:
             with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
                 learner = LearnerGroup(cfg, run, controller)
                 learner.start()
-                hosted.wait()
+                with self._progress.busy("loading the reward"):
+                    hosted.wait()
                 if samples and load_evaluation(run, "before") is None:
                     if is_beginning:
                         self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
@@ -325,14 +337,17 @@ class _Run:
     ) -> None:
         """Greedy captions of the held-out split, by the rollout workers, into `eval/NAME.parquet`."""
         with self._timed(f"evaluate_{name}"):
-            self._progress.note(f"evaluate ({name}): {len(samples)} held-out samples")
             sampling = SamplingParams(
                 temperature=self._cfg.rollout.temperature,
                 max_new_tokens=self._cfg.rollout.max_new_tokens,
                 greedy=True,
                 value_beta=stored.decoding_beta(self._cfg) if name == "after" else 0.0,  # there are no values before
             )
-            generated = controller.generate(samples, sampling, states=MAX_STATES)
+            shown = self._progress.phase(f"evaluate ({name})")
+            generated = controller.generate(
+                samples, sampling, states=MAX_STATES, progress=lambda came: shown(came, len(samples), {})
+            )
+            shown(len(samples), len(samples), {})
             done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
             for failure in generated.failures:
                 self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
@@ -421,7 +436,8 @@ class _Run:
     def _timed(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         try:
-            yield
+            with self._progress.busy(_DOES.get(phase, phase.replace("_", " "))):
+                yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
 
