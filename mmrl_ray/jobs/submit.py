@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     # As Ctrl-C does: the run finishes its step, writes a checkpoint, and says how to go on.
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
+    # See `runs/cluster.py`.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -67,18 +69,23 @@ def submit_run(
         JobError: another job is at this run, or Ray does not take it.
     """
     location = run_location(cfg.run.root, cfg.run.name)
-    facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {})
+    text = dump_config(cfg)
+    facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {}, text)
     command = f"train {CONFIG_FILE}" + (f" --address {shlex.quote(ray_address)}" if ray_address else "")
-    return _send(server, facts, command, dump_config(cfg), python, id)
+    return _send(server, facts, command, text, python, id)
 
 
 def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTHON, id: str | None = None) -> str:
     """Sends a job that goes on with the run of another one from its newest checkpoint; returns the new job's id.
 
+    The config goes along, for the case that the other was stopped before there was a run folder.
+
     Raises:
         JobError: a job is still at this run, or Ray does not take it.
     """
-    again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request)
+    again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request, facts.config)
+    if facts.config:
+        return _send(server, again, f"train {CONFIG_FILE} --resume-or-start", facts.config, python, id)
     return _send(server, again, f"train --resume {shlex.quote(facts.location)}", None, python, id)
 
 

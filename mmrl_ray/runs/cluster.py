@@ -34,6 +34,9 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Threads of torch that wait for each other by spinning take the cores from those that have work, as soon as two
+    # processes share a machine.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import demands_of
+from mmrl_ray.config.demands import cpu_processes, demands_of, torch_threads
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import sqlite_file
 from mmrl_ray.data.images import image_format
@@ -328,6 +328,7 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     demands = demands_of(cfg)
     lines = [f"{d.kind:<11} {d.count} × {d.cpus:g} CPU, {d.gpus:g} GPU{d.where}" for d in demands]
     cpus, gpus = sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands)
+    lines.append(_threads_line(cfg, address))
     lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
     if address is not None:
         from mmrl_ray.runs.placement_check import check_placement
@@ -350,6 +351,17 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
             "or run on a cluster that has them"
         )
     return lines
+
+
+def _threads_line(cfg: Config, address: str | None) -> str:
+    learner, rollout = cfg.resources.learner, cfg.resources.rollout
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        return f"threads     of each process: its node's cores ÷ {cpu_processes(cfg)}, unless resources.*.threads says"
+    cores = os.cpu_count() or 1
+    each = [
+        f"{torch_threads(cfg, share, cores)} a {name}" for name, share in (("learner", learner), ("worker", rollout))
+    ]
+    return f"threads     {', '.join(each)}: {cores} cores ÷ {cpu_processes(cfg)} processes, or resources.*.threads"
 
 
 def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: str | None) -> list[str]:
