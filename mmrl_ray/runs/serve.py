@@ -5,6 +5,7 @@ targets ──▶ ServeConfig ──▶ Ray's switches ──▶ Ray ──▶ S
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import json
 import os
@@ -18,7 +19,9 @@ from mmrl_ray.config.load import dump_config, load_serve_config, parse_as, parse
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.config.yaml_tree import dump_yaml
-from mmrl_ray.errors import ConfigError
+from mmrl_ray.errors import ConfigError, JobError
+from mmrl_ray.jobs.client import JobsClient, own_address
+from mmrl_ray.jobs.shutdown import stop_jobs
 from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.run_dir import RunDir
@@ -105,10 +108,20 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
                 print("\n".join(greeting(cfg, insecure=insecure)), flush=True)
                 stop.wait()
                 print("stopping: what is under way may finish; press Ctrl-C again to stop at once", flush=True)
+            if cfg.serving.fine_tuning is not None and cfg.serving.fine_tuning.address is None and not joined:
+                _stop_jobs()
         finally:
             launch.delete(APP, wait=True)
             if mine and joined:  # a local Ray takes it along
                 launch.stop_serve()
+
+
+def _stop_jobs() -> None:
+    """Fine-tuning jobs live in this Ray, and end with it."""
+    try:
+        stop_jobs(JobsClient(own_address()), functools.partial(print, flush=True))
+    except JobError as error:
+        print(f"whether fine-tuning jobs are under way cannot be told: {error}", flush=True)
 
 
 # -- what is served ----------------------------------------------------------------------------------------------------
