@@ -28,6 +28,7 @@ MMRLError
 │   ├── UnknownImageError      no picture of that hash
 │   ├── OverloadedError        a queue or a limit is full: try again later
 │   └── AccessError            no key, a wrong one, or one without the role
+├── ProcessError           a process beside this one does not start, or is lost
 └── Interrupted            the user stopped the run
 """
 
@@ -142,6 +143,10 @@ class OverloadedError(ServingError):
 
 class AccessError(ServingError):
     """No key, a wrong or revoked one, or one whose role does not allow this."""
+
+
+class ProcessError(MMRLError):
+    """A process that works for this one cannot be started, or ended without an answer."""
 
 
 class Interrupted(MMRLError):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
+
+from mmrl_ray import __version__
 
 # Boxes and colours on a terminal, plain lines elsewhere; typer decides once for help and usage errors.
 _MARKUP: Literal["rich"] | None = "rich" if sys.stdout.isatty() and sys.stderr.isatty() else None
 
 app = typer.Typer(
     name="mmrl",
-    help="Reinforcement-learning fine-tuning of vision-language models on Ray.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=_MARKUP,
 )
+runs_app = typer.Typer(name="runs", help="Runs there are.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 config_app = typer.Typer(name="config", help="Look at configs.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 data_app = typer.Typer(name="data", help="Make datasets.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 import_app = typer.Typer(
@@ -30,6 +31,7 @@ reward_app = typer.Typer(name="reward", help="Learned rewards.", no_args_is_help
 jobs_app = typer.Typer(name="jobs", help="Runs on a cluster.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 deploy_app = typer.Typer(name="deploy", help="Run on Kubernetes.", no_args_is_help=True, rich_markup_mode=_MARKUP)
 data_app.add_typer(import_app)
+app.add_typer(runs_app)
 app.add_typer(config_app)
 app.add_typer(data_app)
 app.add_typer(keys_app)
@@ -37,3 +39,18 @@ app.add_typer(preferences_app)
 app.add_typer(reward_app)
 app.add_typer(jobs_app)
 app.add_typer(deploy_app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Reinforcement-learning fine-tuning of vision-language models on Ray."""

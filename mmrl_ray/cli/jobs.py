@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmrl_ray.cli.groups import app, jobs_app
 from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import ConfigFile, Overrides, load
+from mmrl_ray.cli.options import AsJson, ConfigFile, Overrides, load, show_columns, show_json
 
 if TYPE_CHECKING:
     from mmrl_ray.jobs.client import JobsClient
@@ -66,19 +66,23 @@ def submit(
 
 
 @command(jobs_app, "list")
-def show(address: _ADDRESS = _DEFAULT_ADDRESS) -> None:
+def show(address: _ADDRESS = _DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List the jobs that the cluster remembers, the newest first."""
+    found = _client(address).jobs()
+    if as_json:
+        show_json([_facts(job) for job in found])
+        return
     rows = [("JOB", "STATUS", "RUN", "BEGAN", "BY")]
-    rows += [(j.id, j.status, j.facts.run, _time(j.created), j.facts.by) for j in _client(address).jobs()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+    show_columns(rows + [(j.id, j.status, j.facts.run, _time(j.created), j.facts.by) for j in found])
 
 
 @command(jobs_app, "status")
-def status(name: _JOB, address: _ADDRESS = _DEFAULT_ADDRESS) -> None:
+def status(name: _JOB, address: _ADDRESS = _DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Say how a job is."""
     job = _client(address).find(name)
+    if as_json:
+        show_json(_facts(job))
+        return
     lines = {
         "job": job.id,
         "status": job.status,
@@ -160,6 +164,22 @@ def _follow(client: JobsClient, id: str) -> None:
     if line is not None:
         typer.echo(f"{typer.style('error:', fg='red')} {line}", err=True)
         raise typer.Exit(job.exit_code)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """For programs: times in Unix seconds, and nothing where there is nothing."""
+    return {
+        "job": job.id,
+        "status": job.status,
+        "run": job.facts.run,
+        "location": job.facts.location,
+        "task": job.facts.task,
+        "by": job.facts.by,
+        "began": job.created,
+        "ended": job.ended,
+        "exit_code": job.exit_code if job.is_over else None,
+        "reason": job.reason if job.status == "failed" else None,
+    }
 
 
 def _time(seconds: float | None) -> str:

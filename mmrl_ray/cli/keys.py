@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from mmrl_ray.cli.groups import keys_app
 from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.options import AsJson, show_columns, show_json
 
 if TYPE_CHECKING:
     from mmrl_ray.serving.keys import KeyRecord, KeyRole, KeyStore
@@ -36,17 +37,16 @@ def create(
 
 
 @command(keys_app, "list")
-def show(database: _DATABASE = None) -> None:
+def show(database: _DATABASE = None, as_json: AsJson = False) -> None:
     """List the keys that were made, but for what is secret in them."""
     now = datetime.now(UTC)
+    found = _store(database).list()
+    if as_json:
+        show_json([_facts(record) for record in found])
+        return
     rows = [("ID", "BEGINS", "NAME", "ROLES", "CREATED", "ENDS")]
-    rows += [
-        (r.id, f"{r.prefix}…", r.name, _roles(r), f"{r.created:%Y-%m-%d}", _end(r, now))
-        for r in _store(database).list()
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())
+    rows += [(r.id, f"{r.prefix}…", r.name, _roles(r), f"{r.created:%Y-%m-%d}", _end(r, now)) for r in found]
+    show_columns(rows)
 
 
 @command(keys_app, "revoke")
@@ -65,6 +65,12 @@ def _store(database: str | None) -> KeyStore:
     from mmrl_ray.serving.keys import KeyStore, default_database
 
     return KeyStore(database or default_database())
+
+
+def _facts(record: KeyRecord) -> dict[str, Any]:
+    times = {name: getattr(record, name) for name in ("created", "expires", "revoked")}
+    facts = {"id": record.id, "prefix": record.prefix, "name": record.name, "roles": sorted(record.roles)}
+    return facts | {name: None if time is None else time.isoformat() for name, time in times.items()}
 
 
 def _roles(record: KeyRecord) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +27,7 @@ Beta = Annotated[
         show_default=False,
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
 
 
 def load(path: Path, overrides: list[str] | None) -> Config:
@@ -43,3 +46,20 @@ def show(text: str, language: str) -> None:
     from rich.syntax import Syntax
 
     Console().print(Syntax(text, language, background_color="default", word_wrap=True))
+
+
+def show_json(value: Any) -> None:
+    """Prints it indented; NaN is null."""
+    from mmrl_ray.run_dir import to_json
+
+    typer.echo(json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def show_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of texts, the first of them heads, in columns that are as wide as they have to be."""
+    from mmrl_ray.telemetry.terminal import visible
+
+    shown = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        typer.echo("  ".join(map(str.ljust, row, widths)).rstrip())

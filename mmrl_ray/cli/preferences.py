@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from mmrl_ray.cli.groups import preferences_app
 from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.options import AsJson, show_json
 from mmrl_ray.errors import ConfigError, PreferenceError
 
 if TYPE_CHECKING:
@@ -81,13 +83,16 @@ def export(
 
 
 @command(preferences_app, "stats")
-def stats(store: _STORE = _DEFAULT) -> None:
+def stats(store: _STORE = _DEFAULT, as_json: AsJson = False) -> None:
     """How many there are, how far raters agree, and whether the caption shown first has an advantage."""
     from mmrl_ray.feedback.stats import preference_stats
     from mmrl_ray.feedback.store import PreferenceStore
 
     with PreferenceStore(store, must_exist=True) as opened:
         pairs, found = opened.count_pairs(), preference_stats(opened.preferences())
+    if as_json:
+        show_json({"pairs": pairs, **dataclasses.asdict(found)})
+        return
     for line in _lines(pairs, found):
         typer.echo(line)
 

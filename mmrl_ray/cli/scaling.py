@@ -1,21 +1,47 @@
-"""Commands that look at a run in progress and scale it, through its folder."""
+"""Commands that list runs, look at one in progress and scale it, through their folders."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
+from datetime import datetime
 from typing import Annotated
 
 import typer
 
-from mmrl_ray.cli.groups import app
+from mmrl_ray.cli.groups import app, runs_app
 from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.options import AsJson, show_columns, show_json
 from mmrl_ray.errors import ConfigError
 
 _RUN = Annotated[str, typer.Argument(metavar="RUN", help="A run folder: a path, or a location as in run.root.")]
 _WATCH_S = 1.0
+
+
+@command(runs_app, "list")
+def list_(
+    root: Annotated[
+        str, typer.Argument(metavar="[ROOT]", help="Folder of runs, or a location as in run.root.")
+    ] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """List the runs below a folder: how each stands, and what its reward became."""
+    from mmrl_ray.jobs.control import list_runs
+
+    found = list_runs(root)
+    if as_json:
+        show_json(found)
+        return
+    rows = [("RUN", "STATE", "STEP", "LAST HEARD", "REWARD BEFORE", "AFTER")]
+    for run in found:
+        when = "" if run["heard"] is None else f"{datetime.fromtimestamp(run['heard']):%Y-%m-%d %H:%M}"
+        step = "" if run["step"] is None else f"{run['step']}/{run['steps']}"
+        before, after = ("" if run[key] is None else f"{run[key]:.4f}" for key in ("reward_before", "reward_after"))
+        rows.append((run["run"], run["state"], step, when, before, after))
+    show_columns(rows)
 
 
 @command(app, "status")
@@ -34,22 +60,23 @@ def status(
 
     control = RunControl(RunDir.at(run))
     found = control.status()
-    if as_json:
-        typer.echo(json.dumps(found))
-        while watch and found["alive"]:
-            time.sleep(_WATCH_S)
-            found = control.status()
-            typer.echo(json.dumps(found))
-        return
     console = Console(highlight=False)
     if not watch:
-        console.print(render(found))
+        typer.echo(json.dumps(found)) if as_json else console.print(render(found))
         return
-    with Live(render(found), console=console, auto_refresh=False) as live:
-        while found["alive"]:
-            time.sleep(_WATCH_S)
-            found = control.status()
-            live.update(render(found), refresh=True)
+    with contextlib.suppress(KeyboardInterrupt):  # how a watcher leaves; the run goes on
+        if as_json:
+            typer.echo(json.dumps(found))
+            while found["alive"]:
+                time.sleep(_WATCH_S)
+                found = control.status()
+                typer.echo(json.dumps(found))
+            return
+        with Live(render(found), console=console, auto_refresh=False) as live:
+            while found["alive"]:
+                time.sleep(_WATCH_S)
+                found = control.status()
+                live.update(render(found), refresh=True)
 
 
 @command(app, "scale")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +12,44 @@ import typer
 
 from mmrl_ray.cli.groups import app, config_app
 from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import Beta, ConfigFile, Overrides, load, show
+from mmrl_ray.cli.options import AsJson, Beta, ConfigFile, Overrides, load, show
 from mmrl_ray.errors import ConfigError, PlacementError, RunError
 
 if TYPE_CHECKING:
     from mmrl_ray.config import Config
+
+
+_EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@command(app, "init")
+def init(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="Which; --list shows them.", show_default="quickstart")
+    ] = "quickstart",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; NAME.yaml by default.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show what there is, and write nothing.")] = False,
+) -> None:
+    """Write an example config, to be changed."""
+    known = {file.stem: file.read_text(encoding="utf-8") for file in sorted(_EXAMPLES.glob("*.yaml"))}
+    if list_:
+        for stem, text in known.items():
+            line = text.partition("\n")[0].removeprefix("# ")
+            typer.echo(f"{stem:<20}  {line}{'' if line.endswith(('.', ':')) else ' …'}")
+        return
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ConfigError(f"no example config is called {name}: {hint}")
+    out = out or Path(f"{name}.yaml")
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(known[name].replace(f"configs/{name}.yaml", str(out)))
+    except FileExistsError:
+        raise ConfigError(f"{out} is there already: name another file with --out") from None
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
+    typer.echo(str(out))
 
 
 @command(app, "train")
@@ -42,9 +76,11 @@ def train(
         if dry_run:
             from mmrl_ray.runs.dry_run import dry_run as show
 
-            unplaced = show(cfg, resume=resume, address=address).unplaced
-            if unplaced:
-                raise PlacementError("\n".join(unplaced))
+            found = show(cfg, resume=resume, address=address)
+            if found.unplaced:
+                raise PlacementError("\n".join(found.unplaced))
+            if found.refused:
+                raise RunError("the run would stop: " + "\n".join(found.refused))
             return
         from mmrl_ray.runs.train import train as run
 
@@ -103,11 +139,15 @@ def evaluate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For rows that bring none; a run's own else.")] = None,
     beta: Beta = None,
+    as_json: AsJson = False,
 ) -> None:
     """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
+    from mmrl_ray.config.paths import refuse_unknown
+
+    refuse_unknown(target)  # before anything that takes seconds to import
     from mmrl_ray.runs.evaluate import evaluate as run
 
-    run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta)
+    run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta, as_json=as_json)
 
 
 @command(app, "explain")
@@ -123,6 +163,9 @@ def explain(
     ] = None,
 ) -> None:
     """What a caption hangs on: the share of each modality, and a heat map over the picture."""
+    from mmrl_ray.config.paths import refuse_unknown
+
+    refuse_unknown(target)  # before anything that takes seconds to import
     from mmrl_ray.runs.explain import explain as run
 
     run(target, image, caption=caption, prompt=prompt, out=out)

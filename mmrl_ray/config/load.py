@@ -101,6 +101,28 @@ def dump_config(cfg: Section) -> str:
     return dump_yaml(cfg.model_dump(mode="json"))
 
 
+def changed_keys(before: str, after: str) -> list[str]:
+    """`a.b: old → new` for each value in which two dumped configs differ."""
+    old, new = (_leaves(parse_yaml(text, "config").value) for text in (before, after))
+    return [
+        f"{key}: {_short(old.get(key))} → {_short(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    inside = (_leaves(each, f"{path}.{key}" if path else str(key)) for key, each in value.items())
+    return {key: leaf for part in inside for key, leaf in part.items()}
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def config_schema() -> dict[str, Any]:
     """JSON Schema of a config file, for editors and for reading."""
     schema = Config.model_json_schema(mode="validation")

@@ -2,18 +2,85 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmrl_ray.config.base import Section
-from mmrl_ray.config.reward import LearnedPart
+from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.reward import LearnedPart, RewardSection
+from mmrl_ray.config.run import RunSection
 from mmrl_ray.config.schema import Config
+from mmrl_ray.config.serving import ServeConfig
+from mmrl_ray.config.sft import SftSection
 from mmrl_ray.errors import ConfigError
 
+RUN_CONFIG = "config.yaml"
+"""What makes a folder a run's."""
 _BUILTIN = "builtin:"
 _SQLITE = "sqlite:///"
+_MEMORY = ":memory:"
+_ROOT = str(RunSection.model_fields["root"].default)
+
+
+def is_run(target: str) -> bool:
+    """Whether it names a run: a folder with a `config.yaml`, or a location that is no path."""
+    return "://" in target or (Path(target).expanduser() / RUN_CONFIG).is_file()
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it names a model of the hub, `name` or `owner/name`; whatever looks like a path of this machine is none.
+
+    An owner that is a folder here, or that runs lie in by default, makes it a path; so does a run of that name.
+    """
+    expanded = os.path.expanduser(path)
+    if path.startswith(_BUILTIN) or expanded.startswith((".", os.sep)) or os.path.exists(expanded):
+        return False
+    owner, slash, rest = expanded.partition("/")
+    if slash:
+        return bool(owner and rest) and "/" not in rest and owner != _ROOT and not os.path.isdir(owner)
+    return bool(owner) and not is_run(f"{_ROOT}/{path}")
+
+
+def refuse_unknown(target: str) -> None:
+    """Refuses what can be neither a run, nor a model's folder, nor an id of the hub, without asking the hub.
+
+    Raises:
+        ConfigError: with the nearest folder that there is.
+    """
+    if "://" in target or target.startswith(_BUILTIN) or is_hub_id(target):
+        return
+    if not os.path.isdir(os.path.expanduser(target)):
+        raise ConfigError(f"no such run folder: {target}{nearest_folder(target)}")
+
+
+def refuse_no_run(target: str) -> None:
+    """Refuses what is no run folder.
+
+    Raises:
+        ConfigError: with the nearest folder that there is.
+    """
+    if is_run(target):
+        return
+    if os.path.isdir(os.path.expanduser(target)):
+        raise ConfigError(f"{target} is no run folder: it has no {RUN_CONFIG}; for a model write --model {target}")
+    raise ConfigError(f"no such run folder: {target}{nearest_folder(target)}")
+
+
+def nearest_folder(path: str) -> str:
+    """`; did you mean …?` with the folder of the nearest name, or which folder on the way is missing; or nothing."""
+    place = Path(path).expanduser()
+    parent = place.parent
+    if not parent.is_dir():
+        return f"; there is no folder {parent}{nearest_folder(str(parent))}"
+    for folder in (parent,) if parent != Path() else (Path(_ROOT), parent):
+        names = [each.name for each in folder.iterdir() if each.is_dir()] if folder.is_dir() else []
+        if near := difflib.get_close_matches(place.name, names, n=1):
+            return f"; did you mean {folder / near[0]}?"
+    return ""
 
 
 def with_absolute_paths(cfg: Config) -> Config:
@@ -25,24 +92,111 @@ def with_absolute_paths(cfg: Config) -> Config:
         data["preferences"] = preferences.model_copy(update={"store": f"{_SQLITE}{_absolute(file)}"})
     if (rollouts := cfg.data.rollouts) is not None:
         data["rollouts"] = rollouts.model_copy(update={"run": _absolute(rollouts.run)})
-    model = _absolute(cfg.model.path) if Path(cfg.model.path).expanduser().exists() else cfg.model.path
     sections: dict[str, Section] = {
         "run": cfg.run.model_copy(update={"root": _absolute(cfg.run.root)}),
-        "model": cfg.model.model_copy(update={"path": model}),
+        "model": _absolute_model(cfg.model),
         "data": cfg.data.model_copy(update=data),
     }
-    learned = {name: part for name, part in cfg.reward.parts.items() if isinstance(part, LearnedPart)}
-    if learned:
-        parts = {name: part.model_copy(update={"model": _absolute(part.model)}) for name, part in learned.items()}
-        sections["reward"] = cfg.reward.model_copy(update={"parts": {**cfg.reward.parts, **parts}})
+    sections["reward"] = _absolute_reward(cfg.reward)
     if cfg.sft is not None:
-        sections["sft"] = cfg.sft.model_copy(update={"cache": _absolute(cfg.sft.cache)})
+        sections["sft"] = _absolute_cache(cfg.sft)
     return cfg.model_copy(update=sections)
+
+
+def with_absolute_places(cfg: ServeConfig) -> ServeConfig:
+    """`with_absolute_paths` of a config of `mmrl serve`: its replicas work in folders of Ray's."""
+    serving = cfg.serving
+    places: dict[str, Any] = {
+        name: _absolute(place)
+        for name in ("adapters_root", "runs_root")
+        if (place := getattr(serving, name)) is not None
+    }
+    if serving.database is not None and (file := sqlite_file(serving.database)) is not None:
+        places["database"] = f"{_SQLITE}{_absolute(file)}"
+    if (tuning := serving.fine_tuning) is not None:
+        models = {
+            name: recipe.model_copy(
+                update={
+                    "model": _absolute_model(recipe.model),
+                    "reward": _absolute_reward(recipe.reward),
+                    "sft": None if recipe.sft is None else _absolute_cache(recipe.sft),
+                }
+            )
+            for name, recipe in tuning.models.items()
+        }
+        datasets = {name: _absolute(place) for name, place in tuning.datasets.items()}
+        root = None if tuning.root is None else _absolute(tuning.root)
+        places["fine_tuning"] = tuning.model_copy(update={"models": models, "datasets": datasets, "root": root})
+    return cfg.model_copy(
+        update={
+            "model": _absolute_model(cfg.model),
+            "adapters": {name: _absolute(place) for name, place in cfg.adapters.items()},
+            "agent": None if cfg.agent is None else _absolute(cfg.agent),
+            "reward": None if cfg.reward is None else _absolute_reward(cfg.reward),
+            "statistics": None if cfg.statistics is None else _absolute(cfg.statistics),
+            "serving": serving.model_copy(update=places),
+        }
+    )
+
+
+def refuse_missing_places(cfg: ServeConfig) -> None:
+    """Refuses places of a config of `mmrl serve` that are not on this machine, which is to serve.
+
+    Folders that fill up later (`serving.adapters_root`, `serving.runs_root`, the root of jobs) may be missing.
+
+    Args:
+        cfg: with absolute paths.
+
+    Raises:
+        ConfigError: one line a place, with the nearest folder that there is.
+    """
+    places = {f"adapters.{name}": place for name, place in cfg.adapters.items()}
+    places |= {key: place for key in ("agent", "statistics") if (place := getattr(cfg, key)) is not None}
+    if not is_hub_id(cfg.model.path) and not cfg.model.path.startswith(_BUILTIN):
+        places["model.path"] = cfg.model.path
+    if cfg.reward is not None:
+        places |= _reward_places("reward", cfg.reward)
+    if (tuning := cfg.serving.fine_tuning) is not None:
+        where = "serving.fine_tuning"
+        places |= {f"{where}.datasets.{name}": place for name, place in tuning.datasets.items()}
+        for name, recipe in tuning.models.items():
+            places |= _reward_places(f"{where}.models.{name}.reward", recipe.reward)
+            if not is_hub_id(recipe.model.path) and not recipe.model.path.startswith(_BUILTIN):
+                places[f"{where}.models.{name}.model.path"] = recipe.model.path
+    missing = {key: place for key, place in places.items() if "://" not in place and not Path(place).exists()}
+    if missing:
+        raise ConfigError(
+            "\n".join(f"{key}={place} does not exist{nearest_folder(place)}" for key, place in missing.items())
+        )
+
+
+def _absolute_model(model: ModelSection) -> ModelSection:
+    """A hub id and a built-in model stay."""
+    is_path = not model.path.startswith(_BUILTIN) and not is_hub_id(model.path)
+    return model.model_copy(update={"path": _absolute(model.path)}) if is_path else model
+
+
+def _absolute_cache(sft: SftSection) -> SftSection:
+    return sft.model_copy(update={"cache": _absolute(sft.cache)})
+
+
+def _absolute_reward(reward: RewardSection) -> RewardSection:
+    learned = {name: part for name, part in reward.parts.items() if isinstance(part, LearnedPart)}
+    parts = {name: part.model_copy(update={"model": _absolute(part.model)}) for name, part in learned.items()}
+    code = _absolute(reward.code or ".") if reward.functions else reward.code
+    return reward.model_copy(update={"parts": {**reward.parts, **parts}, "code": code})
+
+
+def _reward_places(where: str, reward: RewardSection) -> dict[str, str]:
+    learned = {name: part.model for name, part in reward.parts.items() if isinstance(part, LearnedPart)}
+    places = {f"{where}.parts.{name}.model": place for name, place in learned.items()}
+    return places | ({f"{where}.code": reward.code} if reward.functions and reward.code is not None else {})
 
 
 def sqlite_file(url: str) -> str | None:
     """The file that an SQLite URL names; None of any other database."""
-    return url.removeprefix(_SQLITE) if url.startswith(_SQLITE) else None
+    file = url.removeprefix(_SQLITE)
+    return file if file not in (url, "", _MEMORY) else None
 
 
 def local_paths(cfg: Config) -> dict[str, str]:
@@ -54,13 +208,11 @@ def local_paths(cfg: Config) -> dict[str, str]:
         places["data.preferences.store"] = file
     if cfg.data.rollouts is not None:
         places["data.rollouts.run"] = cfg.data.rollouts.run
-    if _is_folder(cfg.model.path):
+    if not is_hub_id(cfg.model.path) and not cfg.model.path.startswith(_BUILTIN):
         places["model.path"] = cfg.model.path
     if cfg.sft is not None:
         places["sft.cache"] = cfg.sft.cache
-    for name, part in cfg.reward.parts.items():
-        if isinstance(part, LearnedPart):
-            places[f"reward.parts.{name}.model"] = part.model
+    places |= {k: v for k, v in _reward_places("reward", cfg.reward).items() if k != "reward.code"}  # it travels
     return {key: place for key, place in places.items() if "://" not in place}
 
 
@@ -118,13 +270,6 @@ def _remedy(key: str, path: str) -> str:
 def _is_below(path: str, folders: Sequence[str]) -> bool:
     place = PurePosixPath(posixpath.normpath(path))
     return any(place.is_relative_to(posixpath.normpath(folder)) for folder in folders)
-
-
-def _is_folder(model: str) -> bool:
-    """Whether a model is a path: it is there, or it is written as only paths are."""
-    return not model.startswith(_BUILTIN) and (
-        model.startswith(("/", "./", "../", "~")) or Path(model).expanduser().exists()
-    )
 
 
 def _absolute(location: str) -> str:

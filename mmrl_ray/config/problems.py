@@ -23,6 +23,8 @@ _TYPES = {
     "string_type": "must be text",
     "tuple_type": "must be a list",
 }
+_ALIKE = 0.7
+"""How near a value has to be to one that is meant: `ppo` is no misspelt `dpo`."""
 _COUNTS = {"too_long": "must have at most {max_length} items, not {actual_length}"}
 
 
@@ -118,7 +120,7 @@ def _nearest_key(name: str, parent: type[BaseModel] | None, root: type[BaseModel
 
 def _nearest_value(given: Any, allowed: str) -> str:
     choices = re.findall(r"'([^']+)'", allowed)
-    near = difflib.get_close_matches(given, choices, n=1) if isinstance(given, str) else []
+    near = difflib.get_close_matches(given, choices, n=1, cutoff=_ALIKE) if isinstance(given, str) else []
     return f"; did you mean `{near[0]}`?" if near else ""
 
 

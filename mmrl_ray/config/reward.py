@@ -164,7 +164,7 @@ class FunctionPart(PartSection):
     kind: Literal["function"]
     """Names the part."""
     path: str
-    """`module:function`, importable by the driver and on every node."""
+    """`module:function`, in `reward.code` or installed on every node."""
     state: Modality
     """What it is given of each sample: `image` (encoded files), `text` (the prompt), `reference` (a tuple of texts),
     or `sample` (all of it, metadata too)."""
@@ -214,6 +214,8 @@ class RewardSection(Section):
     """Reward parts by name; the names are what metrics call them."""
     weights: dict[str, float] = Field({"caption": 1.0})
     """One weight a part."""
+    code: str | None = None
+    """Folder of the modules of your functions; by default the working directory. It travels with a job."""
     host: Literal["serve", "inline"] = "serve"
     """Where rewards are computed: in a Ray Serve deployment of the run, or `inline`, in the rollout workers."""
     timeout_s: float = Field(60.0, gt=0)
@@ -229,8 +231,12 @@ class RewardSection(Section):
     @property
     def longest_s(self) -> float:
         """How long a batch may take: with functions of yours its turn, a try, and its captions one by one, for each."""
-        functions = sum(isinstance(part, FunctionPart) for part in self.parts.values())
-        return self.timeout_s * max(1, 3 * functions)
+        return self.timeout_s * max(1, 3 * len(self.functions))
+
+    @property
+    def functions(self) -> dict[str, FunctionPart]:
+        """Parts that are the user's own functions, by name."""
+        return {name: part for name, part in self.parts.items() if isinstance(part, FunctionPart)}
 
     @property
     def needs_images(self) -> bool:

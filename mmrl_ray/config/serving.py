@@ -18,6 +18,7 @@ MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a served model or adapter may be called; never a path."""
 MAX_ITEMS = 16_384
 """What the limits on lists may be at most: longer bodies are refused before they are parsed."""
+_ORIGIN = re.compile(r"https?://([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _DOMAIN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[?[0-9a-f:.]+\]?")
 
 
@@ -93,6 +94,10 @@ class LimitsSection(Section):
     """Images in one conversation, or in one item to score."""
     max_image_mb: float = Field(20.0, gt=0)
     """Bytes of one encoded image."""
+    max_scored_images: int = Field(256, ge=1, le=MAX_ITEMS)
+    """Images of all items to score in one request."""
+    max_megapixels: float = Field(200.0, gt=0)
+    """Pixels of all different images of one request, by their headers; one image may have 50 million."""
     max_n: int = Field(16, ge=1)
     """Completions of one request."""
     max_tokens: int = Field(512, ge=1)
@@ -194,9 +199,14 @@ class ServingSection(Section):
     """What one key may do."""
     remote_images: RemoteImagesSection = RemoteImagesSection()
     """Images by URL."""
+    cors_origins: list[str] = []
+    """Web pages of these origins may ask the gateway from a browser: `https://app.example.com`, with its port if it has
+    one; none by default."""
     preferences: str | None = None
     """SQLAlchemy URL of a store of preferences: keys with the role feedback may label its pairs and bring new ones.
     None by default."""
+    preference_lease_s: float = Field(600.0, gt=0)
+    """A pair that a rater was handed is kept from other raters for so long, or until it is labelled."""
     fine_tuning: FineTuningSection | None = None
     """Jobs over HTTP; none by default."""
 
@@ -205,6 +215,8 @@ class ServingSection(Section):
         rows, n = self.policy.max_rows, self.limits.max_n
         if rows < n:
             raise ValueError(f"policy.max_rows={rows} is below limits.max_n={n}: such a request could never be decoded")
+        if wrong := [origin for origin in self.cors_origins if not _ORIGIN.fullmatch(origin)]:
+            raise ValueError(f"cors_origins={wrong}: write each as scheme://host or scheme://host:port, no path, no *")
         url = self.preferences or ""
         if url.startswith("sqlite:///") and not url.startswith("sqlite:////"):
             raise ValueError(

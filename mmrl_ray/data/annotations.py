@@ -5,6 +5,7 @@ An id stands for one picture: a file that gives it to two is refused, since nobo
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from mmrl_ray.errors import DataError
 
 KARPATHY_SPLITS = ("train", "restval", "val", "test")
 _CAPTION_KEYS = ("references", "captions", "caption", "text")
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""How files begin whose lines cannot be told apart by their bytes; UTF-32 in the other order begins as UTF-16 does."""
 _JSONL_KEYS = ("id", "image", "images", "prompt", "metadata", *_CAPTION_KEYS)
 
 
@@ -53,15 +56,16 @@ def coco_annotations(file: Path, images: Path) -> tuple[list[Annotation], Unlist
     """
     content = _load_json(file)
     try:
-        captions: dict[Any, list[str]] = {}
+        captions: dict[str, list[str]] = {}
         for number, entry in enumerate(content["annotations"]):
-            what = f"annotation {entry.get('id', f'number {number + 1}')} of image {entry['image_id']}"
-            captions.setdefault(entry["image_id"], []).append(_caption(entry["caption"], f"{file}, {what}"))
-        names: dict[Any, str] = {}
+            key = _id(entry["image_id"])
+            what = f"annotation {entry.get('id', f'number {number + 1}')} of image {key}"
+            captions.setdefault(key, []).append(_caption(entry["caption"], f"{file}, {what}"))
+        names: dict[str, str] = {}
         for entry in content["images"]:
-            _one_picture(names, entry["id"], _text(entry["file_name"]), file)
+            _one_picture(names, _id(entry["id"]), _text(entry["file_name"]), file)
         found = [
-            _coco_annotation(str(key), f"{file} image {key}", [name], captions.pop(key, None), images)
+            _coco_annotation(key, f"{file} image {key}", [name], captions.pop(key, None), images)
             for key, name in names.items()
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -71,7 +75,7 @@ def coco_annotations(file: Path, images: Path) -> tuple[list[Annotation], Unlist
         ) from error
     if not found:
         raise DataError(f"{file} lists no images")
-    return found, Unlisted(sum(map(len, captions.values())), tuple(map(str, captions)))
+    return found, Unlisted(sum(map(len, captions.values())), tuple(captions))
 
 
 def karpathy_annotations(file: Path, images: Path, split: str) -> list[Annotation]:
@@ -86,12 +90,12 @@ def karpathy_annotations(file: Path, images: Path, split: str) -> list[Annotatio
         raise DataError(f"no split {split!r}: choose of {', '.join(KARPATHY_SPLITS)}, joined by +")
     content = _load_json(file)
     found: list[Annotation] = []
-    pictures: dict[Any, str] = {}
+    pictures: dict[str, str] = {}
     try:
         for entry in content["images"]:
             if entry["split"] not in wanted:
                 continue
-            sample_id = str(entry.get("cocoid", entry.get("imgid", entry["filename"])))
+            sample_id = _id(entry.get("cocoid", entry.get("imgid", entry["filename"])))
             name = _text(entry["filename"])
             what = f"{file}, image {sample_id} ({name})"
             captions = [_caption(sentence["raw"], f"{what}: a sentence") for sentence in entry["sentences"]]
@@ -119,6 +123,8 @@ def jsonl_annotations(file: Path, images: Path) -> Iterator[Annotation]:
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
+                if number == 1 and line.startswith(_UTF_16):
+                    raise DataError(f"{file} is not UTF-8 but UTF-16 or UTF-32: save it as UTF-8")
                 if not line.strip():
                     continue
                 annotation = _jsonl_annotation(line, number, file, images)
@@ -209,7 +215,16 @@ def _places(names: list[str], images: Path) -> tuple[tuple[Path, ...], str]:
     return places, ""
 
 
-def _one_picture(names: dict[Any, str], key: Any, name: str, file: Path) -> None:
+def _id(value: Any) -> str:
+    """An image's id as text: files that tools wrote give one picture's as 7, "7" or 7.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"the image id {value!r} is neither a whole number nor text")
+    return _text(str(value))
+
+
+def _one_picture(names: dict[str, str], key: str, name: str, file: Path) -> None:
     """Notes which picture an id stands for."""
     if names.setdefault(key, name) != name:
         raise DataError(

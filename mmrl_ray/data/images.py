@@ -1,16 +1,16 @@
 """The one hardened image decoder: serving, rollouts and data all come through here.
 
-    bytes ──cap──▶ magic bytes ──allow-list──▶ header ──pixel, side, shape caps──▶ decode ──▶ orientation ──▶ RGB
+    bytes ──cap──▶ magic bytes ──allow-list──▶ header ──pixel, side, shape, count caps──▶ decode ──▶ orientation ──▶ RGB
 
 Nothing is allocated for pixels before the header passed its caps, and whatever is wrong with a picture leaves as an
-`ImageError`. No global state of Pillow is read for the limits or changed.
+`ImageError`. No global state of Pillow is read for the limits or changed. Pictures of strangers are decoded by the
+same function in a process that can be ended, see `decoder_pool.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import re
 import struct
 from collections.abc import Sequence
 from typing import Literal
@@ -20,6 +20,7 @@ import numpy as np
 # Imported by name so that Pillow need not import every plugin it has (and every parser with it) to find these.
 from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
+from mmrl_ray.data.image_structure import check_gif, check_jpeg, check_png, exif_is_light, without_heavy_exif
 from mmrl_ray.errors import ImageError
 
 ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF"]
@@ -32,16 +33,15 @@ MAX_SIDE = 16_384
 """Pixels; also the most that WebP can hold."""
 MAX_ASPECT = 200
 """Longer to shorter side: beyond it Qwen-VL's processor raises, and no processor keeps anything readable."""
-MAX_SCANS = 40
-"""Of a progressive JPEG; encoders write 6 to 20. Each takes as long as the picture is large and may cost 10 bytes: 500
-of them in a file of 0.3 MB kept a processor busy for 38 s."""
 
 _EXTENSIONS: dict[ImageFormat, str] = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
-_MAX_SEGMENTS = 2000
-"""Of a JPEG up to its end: a file of `MAX_BYTES` needs 320 for metadata."""
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-"""Of a JPEG segment that has a length, or the end; inside of scans nothing looks like one."""
 _ORIENTATION_TAG = 0x0112
+_RAW_EXIF = "Raw profile type exif"
+"""Text of a PNG that has EXIF in hexadecimal digits."""
+_LONGEST_RAW_EXIF = 65_536
+"""Characters; longer ones are ignored."""
+_BAND_PIXELS = 2**20
+"""Converted at a time, where that takes several copies: a whole large picture's would be gigabytes."""
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,33 +85,41 @@ def decode_image(
         ImageError: broken, too large (bytes, pixels, a side, or a strip more than `MAX_ASPECT` times longer than it
             is wide), or of a format that is not on the list.
     """
-    if len(data) > max_bytes:
-        raise ImageError(f"image of {len(data):,} bytes: at most {max_bytes:,} are accepted; make it smaller")
-    kind = image_format(data)
-    # Pillow allocates a WebP's canvas while opening it, and warns of a large PNG or GIF: ask the header before.
-    size = _size_from_header(data, kind)
-    if size is not None:
-        _check_size(*size, max_pixels=max_pixels, max_side=max_side)
-    if kind == "JPEG":
-        _check_scans(data)
+    kind, _, exif = _inspected(data, max_bytes, max_pixels, max_side)
     try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            # A JPEG with further pictures in it (phones write those) opens as MPO; its first frame is the JPEG.
-            if image.format not in (kind, "MPO"):
-                raise ImageError(f"{kind} image opened as {image.format}: refused")
+        with _opened(data, kind, exif) as image:
             _check_size(*image.size, max_pixels=max_pixels, max_side=max_side)
             image.load()
-            upright = _upright(image)
-            rgb = _to_rgb(upright)
+            rgb = _to_rgb(_upright(image))
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # its own message is the address of a buffer
         raise ImageError(f"broken {kind} image: its header cannot be read") from error
+    except MemoryError as error:
+        raise ImageError(f"{kind} image that takes more memory than there is for it: make it smaller") from error
     except Exception as error:
         # The boundary: Pillow raises anything from struct.error to KeyError.
         raise ImageError(f"broken {kind} image: {_one_line(error)}") from error
     rgb.info = {}
     return rgb
+
+
+def inspect_image(
+    data: bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    max_side: int = MAX_SIDE,
+) -> int:
+    """Pixels that the header announces, after everything that `decode_image` refuses before it decodes; microseconds.
+
+    Raises:
+        ImageError: too large, of a format that is not on the list, or without a header.
+    """
+    kind, size, _ = _inspected(data, max_bytes, max_pixels, max_side)
+    if size is None:
+        raise ImageError(f"broken {kind} image: its header cannot be read")
+    return size[0] * size[1]
 
 
 def image_format(data: bytes) -> ImageFormat:
@@ -155,18 +163,36 @@ def _check_size(width: int, height: int, *, max_pixels: int, max_side: int) -> N
         raise ImageError(f"image of {width}x{height} pixels: a side may be at most {MAX_ASPECT} times the other")
 
 
-def _check_scans(data: bytes) -> None:
-    """Goes from segment to segment as the decoder does, so that none is missed or taken from a file's attachments."""
-    place, scans = 2, 0
-    for _ in range(_MAX_SEGMENTS):
-        marker = _MARKER.search(data, place)
-        if marker is None or marker[0] == b"\xff\xd9":
-            return
-        scans += marker[0] == b"\xff\xda"
-        if scans > MAX_SCANS:
-            raise ImageError(f"JPEG image of more than {MAX_SCANS} scans: refused; save it again")
-        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    raise ImageError(f"JPEG image of more than {_MAX_SEGMENTS:,} segments: refused; save it again")
+def _inspected(
+    data: bytes, max_bytes: int, max_pixels: int, max_side: int
+) -> tuple[ImageFormat, tuple[int, int] | None, list[int]]:
+    """Format, (width, height) and the places of a JPEG's EXIF; raises like `inspect_image`."""
+    if len(data) > max_bytes:
+        raise ImageError(f"image of {len(data):,} bytes: at most {max_bytes:,} are accepted; make it smaller")
+    kind = image_format(data)
+    # Pillow allocates a WebP's canvas while opening it, and warns of a large PNG or GIF: ask the header before.
+    exif: list[int] = []
+    if kind == "JPEG":
+        size, exif = check_jpeg(data)
+    else:
+        size = _size_from_header(data, kind)
+    if size is not None:
+        _check_size(*size, max_pixels=max_pixels, max_side=max_side)
+    if kind == "PNG":
+        check_png(data)
+    elif kind == "GIF":
+        check_gif(data)
+    return kind, size, exif
+
+
+def _opened(data: bytes, kind: ImageFormat, exif: list[int]) -> Image.Image:
+    if kind == "JPEG":
+        # Not by `Image.open`, which also unpacks the directory of further pictures that phones write into a JPEG.
+        try:
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(without_heavy_exif(data, exif)))
+        except SyntaxError as error:
+            raise ImageError("broken JPEG image: its header cannot be read") from error
+    return Image.open(io.BytesIO(data), formats=[kind])
 
 
 def _size_from_header(data: bytes, kind: ImageFormat) -> tuple[int, int] | None:
@@ -175,21 +201,23 @@ def _size_from_header(data: bytes, kind: ImageFormat) -> tuple[int, int] | None:
         return struct.unpack(">II", data[16:24])
     if kind == "GIF" and len(data) >= 10:
         return struct.unpack("<HH", data[6:10])
-    if kind == "WEBP" and len(data) >= 30:
+    if kind == "WEBP" and len(data) >= 25:
         chunk = data[12:16]
-        if chunk == b"VP8X":
+        if chunk == b"VP8X" and len(data) >= 30:
             return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
         if chunk == b"VP8L":
             bits = int.from_bytes(data[21:25], "little")
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        if chunk == b"VP8 ":
+        if chunk == b"VP8 " and len(data) >= 30:
             width, height = struct.unpack("<HH", data[26:30])
             return width & 0x3FFF, height & 0x3FFF
     return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned the way its EXIF orientation says."""
+    """Turned the way its EXIF orientation says, where that can be read at a small price."""
+    if not exif_is_light(image.info.get("exif", b"")) or len(image.info.get(_RAW_EXIF, "")) > _LONGEST_RAW_EXIF:
+        return image
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         transpose = _TRANSPOSES.get(orientation)
@@ -199,18 +227,36 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    deep = image.mode == "I" or image.mode.startswith("I;16")
+    if not deep and not _is_transparent(image):
+        return image.convert("RGB")
+    rows = max(1, _BAND_PIXELS // image.width)
+    if rows >= image.height:
+        return _band_to_rgb(image)
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_band_to_rgb(band), (0, top))
+    return rgb
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _scale_16_bit(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _is_transparent(image):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
 
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def _scale_16_bit(image: Image.Image) -> Image.Image:
     """A 16-bit grey picture as 8-bit L or, when one grey value stands for "transparent", as LA."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int32)
     # Pillow's own conversion clips at 255, which turns nearly every 16-bit picture white.
     grey = np.clip((values + 128) // 257, 0, 255).astype(np.uint8)
     key = image.info.get("transparency")

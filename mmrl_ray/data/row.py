@@ -69,6 +69,10 @@ class Columns:
             DataError: no image column (the message names the columns there are), or one of another type.
         """
         there = ", ".join(schema.names) or "none"
+        known = {*_IMAGE_COLUMNS, *_REFERENCE_COLUMNS, "id", "prompt", "metadata"}
+        twice = next((name for name in schema.names if name in known and schema.names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{source} has several columns `{twice}`; keep one. Its columns are: {there}")
         image = _first(_IMAGE_COLUMNS, schema)
         if image is None:
             raise DataError(

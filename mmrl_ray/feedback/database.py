@@ -2,6 +2,7 @@
 
     mmrl_pictures ◀── mmrl_pairs ◀── mmrl_preferences          mmrl_preference_store: version, rating scale
      by hash           by content      one a pair and rater
+                           ▲───────── mmrl_leases: who has which pair on the screen, and until when
 
 SQLite is set to write-ahead logging, so that readers and a writer do not wait for each other, and writers take their
 turn at the beginning of a transaction: two that had begun by reading could not both go on.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,13 @@ PREFERENCES = Table(
     Column("created", DateTime(timezone=True), nullable=False),
     UniqueConstraint("pair_id", "rater"),
 )
+LEASES = Table(
+    "mmrl_leases",
+    METADATA,
+    Column("pair_id", String(32), ForeignKey(PAIRS.c.id), primary_key=True),
+    Column("rater", String(128), nullable=False),
+    Column("until", DateTime(timezone=True), nullable=False),
+)
 _INDEXES = (Index("mmrl_preferences_by_rater", PREFERENCES.c.rater),)
 
 
@@ -144,6 +153,18 @@ def insert_absent(connection: Connection, table: Table, rows: list[dict[str, Any
     insert: Any = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     statement = insert(table).values(ordered).on_conflict_do_nothing().returning(key)
     return set(connection.execute(statement).scalars())
+
+
+def take_lease(connection: Connection, pair_id: str, rater: str, now: datetime, until: datetime) -> bool:
+    """Gives the pair to this rater, unless another one has it now. One statement, so that of two takers one gets it."""
+    insert: Any = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(LEASES).values(pair_id=pair_id, rater=rater, until=until)
+    taken = statement.on_conflict_do_update(
+        index_elements=[LEASES.c.pair_id],
+        set_={"rater": rater, "until": until},
+        where=(LEASES.c.rater == rater) | (LEASES.c.until <= now),
+    ).returning(LEASES.c.pair_id)
+    return connection.execute(taken).one_or_none() is not None
 
 
 def shown(url: URL) -> str:

@@ -23,9 +23,13 @@ def pair_from(row: Row[Any]) -> Pair:
     return replace(pair, image=row.data) if "data" in row._fields else pair
 
 
-def conflict(preference: Preference, before: tuple[Any, ...]) -> ConflictError:
-    """An error that tells what the rater said now, and `before`."""
-    pair, (choice, *ratings) = preference.pair, before
+def conflict(preference: Preference, before: tuple[Any, ...], flipped: bool = False) -> ConflictError:
+    """An error that tells what the rater said now, and `before`; both with the captions exchanged if so asked."""
+    choice, *ratings = before
+    if flipped:
+        preference, ratings = preference.flipped(), ratings[::-1]
+        choice = {"a": "b", "b": "a"}.get(choice, choice)
+    pair = preference.pair
     problem = (
         f"{preference.rater!r} says {preference.choice!r} (ratings {preference.rating_a}, {preference.rating_b}) of "
         f"{pair.caption_a!r:.60} against {pair.caption_b!r:.60}, but said {choice!r} "

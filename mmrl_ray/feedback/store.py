@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, and_, case, delete, func, or_, select, update
 
 from mmrl_ray.errors import ConfigError, ConflictError, PreferenceError, UnknownPairError
 from mmrl_ray.feedback.database import (
+    LEASES,
     PAIRS,
     PICTURES,
     PREFERENCES,
@@ -28,6 +29,7 @@ from mmrl_ray.feedback.database import (
     insert_absent,
     open_database,
     shown,
+    take_lease,
 )
 from mmrl_ray.feedback.rows import conflict, pair_from, pair_of, utc
 from mmrl_ray.feedback.schema import Pair, Preference
@@ -36,6 +38,10 @@ OnBad = Callable[[PreferenceError], None]
 """Hears of what is left out, and why."""
 RATING_SCALE = (0.0, 1.0)
 """Of a store that is made without one."""
+LEASE_S = 600.0
+"""How long a pair that a rater was handed is kept from others."""
+_TAKES = 20
+"""Tries to take a pair while other raters take theirs."""
 _CHUNK = 500
 """Rows of one statement: SQLite takes 32,766 values."""
 
@@ -161,13 +167,11 @@ class PreferenceStore:
         written.pairs += len(insert_absent(connection, PAIRS, [self._pair_row(pair) for pair in pairs.values()]))
         first = select(PAIRS.c.id, PAIRS.c.caption_a).where(PAIRS.c.id.in_(pairs))
         stored = {row.id: row.caption_a for row in connection.execute(first)}
-        said = [
-            each if each.pair.caption_a == stored[each.pair.id] else each.flipped()
-            for each in good
-            if isinstance(each, Preference)
-        ]
+        said = [(each, each.pair.caption_a != stored[each.pair.id]) for each in good if isinstance(each, Preference)]
         for error in self._add_said(connection, said, replace, written):
             refuse(error)
+        done = {each.rater for each, _ in said}
+        connection.execute(delete(LEASES).where(LEASES.c.pair_id.in_(pairs), LEASES.c.rater.in_(done)))
 
     def _add_pictures(self, connection: Connection, pairs: Sequence[Pair]) -> set[str]:
         """Stores what came along; returns those of the pairs' pictures that are there now."""
@@ -178,14 +182,16 @@ class PreferenceStore:
         return {*data, *found}
 
     def _add_said(
-        self, connection: Connection, said: Sequence[Preference], replace: bool, written: Written
+        self, connection: Connection, said: Sequence[tuple[Preference, bool]], replace: bool, written: Written
     ) -> Iterator[ConflictError]:
-        """Writes them; yields what contradicts an earlier say and does not replace it."""
-        rows = {each.id: self._preference_row(each) for each in reversed(said)}
+        """Writes them, with captions in the order of the stored pair where they come in the other one (True); yields
+        what contradicts an earlier say and does not replace it, told in the order in which it came."""
+        ordered = [(each.flipped() if is_flipped else each, is_flipped) for each, is_flipped in said]
+        rows = {each.id: self._preference_row(each) for each, _ in reversed(ordered)}
         inserted = insert_absent(connection, PREFERENCES, list(rows.values()))
         found = connection.execute(select(PREFERENCES).where(PREFERENCES.c.id.in_(rows)))
         stored = {row.id: (row.choice, row.rating_a, row.rating_b) for row in found}
-        for each in said:
+        for each, is_flipped in ordered:
             if each.says == stored[each.id]:
                 is_new = each.id in inserted
                 inserted.discard(each.id)
@@ -197,7 +203,7 @@ class PreferenceStore:
                 stored[each.id] = each.says
                 written.replaced += 1
             else:
-                yield conflict(each, stored[each.id])
+                yield conflict(each, stored[each.id], is_flipped)
 
     def _wrong(self, item: Pair | Preference, known: set[str]) -> PreferenceError | None:
         """What keeps it out of the store, other than what is in there already."""
@@ -239,6 +245,29 @@ class PreferenceStore:
             "created": (preference.created or self._now()).astimezone(UTC),
         }
 
+    def undo(self, preference_id: str, rater: str) -> str | None:
+        """Takes back what `rater` said last, which must be this; its pair is theirs to label again.
+
+        Returns:
+            The pair's id; None where this rater has said nothing of that id.
+
+        Raises:
+            ConflictError: they have said something since.
+            PreferenceError: the database cannot be reached.
+        """
+        mine = select(PREFERENCES.c.id, PREFERENCES.c.pair_id).where(PREFERENCES.c.rater == rater)
+        with explained(self._engine.url), self._writing.begin() as connection:
+            said = connection.execute(mine.where(PREFERENCES.c.id == preference_id)).one_or_none()
+            if said is None:
+                return None
+            last = connection.execute(mine.order_by(PREFERENCES.c.created.desc(), PREFERENCES.c.id).limit(1)).one()
+            if last.id != said.id:
+                raise ConflictError(f"{said.id!r} is not what this rater said last, which alone can be undone")
+            connection.execute(delete(PREFERENCES).where(PREFERENCES.c.id == said.id))
+            now = self._now()
+            take_lease(connection, said.pair_id, rater, now, now + timedelta(seconds=LEASE_S))
+        return str(said.pair_id)
+
     # -- out ---------------------------------------------------------------------------------------------------------
 
     def pair(self, pair_id: str) -> Pair:
@@ -254,8 +283,10 @@ class PreferenceStore:
             raise UnknownPairError(f"no pair has the id {pair_id!r:.70}: ask for the next one to label")
         return pair_from(row)
 
-    def next_pair(self, rater: str) -> Pair | None:
+    def next_pair(self, rater: str, *, lease_s: float = LEASE_S) -> Pair | None:
         """With its picture, a pair that `rater` has not labelled: the one that the fewest have; None when all are done.
+
+        For `lease_s` the pair is this rater's: asking again gives it again, and others get others as long as there are.
 
         Raises:
             PreferenceError: the database cannot be reached.
@@ -264,15 +295,31 @@ class PreferenceStore:
         labels = (
             select(func.count()).select_from(PREFERENCES).where(PREFERENCES.c.pair_id == PAIRS.c.id).scalar_subquery()
         )
-        with explained(self._engine.url), self._engine.begin() as connection:
-            row = connection.execute(
-                select(PAIRS, PICTURES.c.data)
-                .join(PICTURES, PICTURES.c.hash == PAIRS.c.image_hash)
-                .where(PAIRS.c.id.not_in(mine))
-                .order_by(labels, PAIRS.c.id)
-                .limit(1)
-            ).one_or_none()
-        return None if row is None else replaced(pair_from(row), image=row.data)
+        with explained(self._engine.url), self._writing.begin() as connection:
+            for _ in range(_TAKES):  # the last one shares the pair with whoever was quicker
+                now = self._now()
+                valid = LEASES.c.until > now
+                own = and_(valid, LEASES.c.rater == rater)
+                row = connection.execute(
+                    select(
+                        PAIRS,
+                        PICTURES.c.data,
+                        or_(LEASES.c.rater == rater, ~valid, LEASES.c.until.is_(None)).label("free"),
+                    )
+                    .join(PICTURES, PICTURES.c.hash == PAIRS.c.image_hash)
+                    .outerjoin(LEASES, LEASES.c.pair_id == PAIRS.c.id)
+                    .where(PAIRS.c.id.not_in(mine))
+                    .order_by(case((own, 0), (and_(valid, LEASES.c.rater != rater), 2), else_=1), labels, PAIRS.c.id)
+                    .limit(1)
+                ).one_or_none()
+                if row is None:
+                    return None
+                # Where others have all that is left on their screens, two raters see one pair: each may label it.
+                until = now + timedelta(seconds=lease_s)
+                if not row.free or take_lease(connection, row.id, rater, now, until):
+                    break
+        assert row is not None
+        return replaced(pair_from(row), image=row.data)
 
     def preferences(self, *, pictures: bool = False) -> Iterator[Preference]:
         """All of them, by pair and rater; each with its picture if asked for.

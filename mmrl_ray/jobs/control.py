@@ -5,6 +5,7 @@ Whoever may write the folder may scale the run. See `rollouts/control_files.py` 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,47 @@ from mmrl_ray.run_dir import RunDir
 ALIVE = ("starting", "running", "ending")
 _LOCAL_S = 0.2
 _REMOTE_S = 1.0
+
+
+def list_runs(root: str, *, clock: Callable[[], float] = time.time) -> list[dict[str, Any]]:
+    """The runs below a folder, by name: state, step of steps, when each was last heard of, reward before and after.
+
+    None stands for what a run has not said: one that has just begun, or is of an older version.
+
+    Raises:
+        RunError: there is no such folder, or it cannot be read.
+    """
+    try:
+        folder = RunDir.at(root)
+    except RunError as error:
+        if error.__cause__ is not None:  # storage that fails
+            raise
+        raise RunError(f"there is no folder {root}: name the one of run.root") from None
+    return [_facts(RunDir.open(root, name), clock) for name in folder.list() if folder.exists(f"{name}/config.yaml")]
+
+
+def _facts(run: RunDir, clock: Callable[[], float]) -> dict[str, Any]:
+    status: Mapping[str, Any] = {}
+    summary: Mapping[str, Any] = {}
+    with contextlib.suppress(RunError):  # it has none yet, or none that this version reads
+        status = RunControl(run, clock=clock).status()
+    with contextlib.suppress(RunError):
+        summary = run.read_json("summary.json")
+    state = str(status.get("state") or summary.get("status") or "unknown").partition(":")[0]
+    rewards = {
+        f"reward_{side}": figures.get("measures", {}).get("reward", {}).get("value")
+        for side in ("before", "after")
+        if isinstance(figures := summary.get("eval", {}).get(side, {}), Mapping)
+    }
+    return {
+        "run": run.name,
+        "location": run.location,
+        "state": "dead" if state in ALIVE and not status.get("alive") else state,
+        "step": status.get("step"),
+        "steps": status.get("steps"),
+        "heard": status.get("time"),
+        **rewards,
+    }
 
 
 class RunControl:

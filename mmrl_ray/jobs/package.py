@@ -2,6 +2,7 @@
 
     config.yaml        the config, resolved; not with a resume, which takes the one of its run folder
     mmrl_ray/          the package as it is installed here
+    reward_code/       of the folder with the user's own reward functions, where a config has some: its Python files
 
 The job works in that folder, so that its driver and its workers run the submitter's code, whatever the cluster's image
 has of it. Everything else (Python, Ray, torch, …) is the cluster's own.
@@ -9,29 +10,37 @@ has of it. Everything else (Python, Ray, torch, …) is the cluster's own.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mmrl_ray
+from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import JobError
+from mmrl_ray.rewards.isolated import SENT_CODE
 
 CONFIG_FILE = "config.yaml"
 MAX_BYTES = 16 * 2**20
 """The package has about one megabyte. Ray keeps what is sent in the head node's memory."""
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 _NAMED = 3
+_MOST_FILES = 20_000
+"""In a folder of reward functions, whatever they are: more are hardly meant."""
 
 
 @contextmanager
-def packed(config: str | None, *, source: Path | None = None, max_bytes: int = MAX_BYTES) -> Iterator[Path]:
+def packed(
+    config: str | None, *, source: Path | None = None, code: str = "", max_bytes: int = MAX_BYTES
+) -> Iterator[Path]:
     """A folder of exactly what is sent, gone afterwards.
 
     Args:
         config: text of `config.yaml`.
         source: the package's folder; the one that runs here by default.
+        code: folder of the user's reward functions, see `own_code`.
         max_bytes: more is not sent.
 
     Raises:
@@ -41,8 +50,12 @@ def packed(config: str | None, *, source: Path | None = None, max_bytes: int = M
     with tempfile.TemporaryDirectory(prefix="mmrl-job-") as scratch:
         folder = Path(scratch)
         try:
-            _refuse_large(source, max_bytes)
+            _refuse_large(
+                source, _files_of(source), max_bytes, "keep data, weights and runs out of the package's folder"
+            )
             shutil.copytree(source, folder / "mmrl_ray", ignore=_LEFT_OUT)
+            if code:
+                _copy_code(Path(code), folder / SENT_CODE, max_bytes)
         except (OSError, shutil.Error) as error:
             raise JobError(f"{source} cannot be packed for the job: {error}") from error
         if config is not None:
@@ -50,16 +63,54 @@ def packed(config: str | None, *, source: Path | None = None, max_bytes: int = M
         yield folder
 
 
-def _refuse_large(source: Path, max_bytes: int) -> None:
-    files = [path for path in source.rglob("*") if path.is_file() and not _is_left_out(path.relative_to(source))]
+def own_code(reward: RewardSection) -> str:
+    """The folder that a job needs for the functions of a reward; empty where they are installed, or none are.
+
+    Args:
+        reward: with absolute paths.
+    """
+    folder = Path(reward.code or ".").absolute()
+    tops = {part.path.partition(":")[0].partition(".")[0] for part in reward.functions.values()}
+    return str(folder) if any((folder / top).is_dir() or (folder / f"{top}.py").is_file() for top in tops) else ""
+
+
+def _copy_code(source: Path, target: Path, max_bytes: int) -> None:
+    """Python files, and whatever lies beside an `__init__.py`: the data that a package brings for itself."""
+    files = []
+    for seen, path in enumerate(_files_of(source)):
+        if seen > _MOST_FILES:
+            raise JobError(f"{source} has more than {_MOST_FILES:,} files: name a smaller folder in reward.code")
+        if path.suffix == ".py" or (path.parent / "__init__.py").is_file():
+            files.append(path)
+    _refuse_large(source, files, max_bytes, "name a folder with your reward functions alone in reward.code")
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _files_of(folder: Path) -> Iterator[Path]:
+    """All but hidden ones, bytecode, virtual environments, and this package where it lies among others."""
+    for where, folders, files in os.walk(folder):
+        here = Path(where)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not _is_left_out(Path(name))
+            and not (here / name / "pyvenv.cfg").is_file()
+            and not (here / name).samefile(Path(mmrl_ray.__file__).parent)
+        )
+        yield from (here / name for name in sorted(files) if not _is_left_out(Path(name)))
+
+
+def _refuse_large(source: Path, files: Iterable[Path], max_bytes: int, remedy: str) -> None:
     sizes = {path: path.stat().st_size for path in files}
     total = sum(sizes.values())
     if total > max_bytes:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:_NAMED]
         named = ", ".join(f"{path.relative_to(source)} ({sizes[path]:,} bytes)" for path in largest)
         raise JobError(
-            f"{source} has {total:,} bytes, and a job takes {max_bytes:,} at most: the largest are {named}; "
-            "keep data, weights and runs out of the package's folder"
+            f"{source} has {total:,} bytes, and a job takes {max_bytes:,} at most: the largest are {named}; {remedy}"
         )
 
 

@@ -37,6 +37,8 @@ class JobFacts:
     task: Literal["train", "resume"] = "train"
     request: Mapping[str, Any] = field(default_factory=dict)
     """JSON of whoever asked for the job over HTTP; empty otherwise."""
+    code: str = ""
+    """Folder on the submitter's machine with its own reward functions, for a resume; empty where none is sent."""
     config: str = ""
     """YAML of the run, for a resume where the job was stopped before there was a run folder; empty of older jobs."""
 
@@ -45,6 +47,8 @@ class JobFacts:
         facts = {"run": self.run, "location": self.location, "by": self.by, "task": self.task}
         if self.request:
             facts["request"] = json.dumps(self.request, ensure_ascii=False)
+        if self.code:
+            facts["code"] = self.code
         if self.config and len(self.config.encode()) <= _LARGEST_CONFIG:
             facts["config"] = self.config
         return {"job_name": self.run, **{f"{_MARK}{key}": value for key, value in facts.items()}}
@@ -57,7 +61,8 @@ class JobFacts:
             task: Literal["train", "resume"] = "resume" if found.get("task") == "resume" else "train"
             request = json.loads(found.get("request", "{}"))
             request = request if isinstance(request, dict) else {}
-            return cls(found["run"], found["location"], found["by"], task, request, found.get("config", ""))
+            code, config = found.get("code", ""), found.get("config", "")
+            return cls(found["run"], found["location"], found["by"], task, request, code, config)
         except (KeyError, ValueError):
             return None
 

@@ -7,12 +7,13 @@ import shlex
 import socket
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.errors import JobError
-from mmrl_ray.jobs.package import CONFIG_FILE, packed
+from mmrl_ray.jobs.package import CONFIG_FILE, own_code, packed
 from mmrl_ray.jobs.records import Job, JobFacts, new_id
 from mmrl_ray.run_dir import run_location
 
@@ -69,8 +70,8 @@ def submit_run(
         JobError: another job is at this run, or Ray does not take it.
     """
     location = run_location(cfg.run.root, cfg.run.name)
-    text = dump_config(cfg)
-    facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {}, text)
+    code, text = own_code(cfg.reward), dump_config(cfg)
+    facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {}, code, text)
     command = f"train {CONFIG_FILE}" + (f" --address {shlex.quote(ray_address)}" if ray_address else "")
     return _send(server, facts, command, text, python, id)
 
@@ -83,7 +84,11 @@ def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTH
     Raises:
         JobError: a job is still at this run, or Ray does not take it.
     """
-    again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request, facts.config)
+    if facts.code and not Path(facts.code).is_dir():
+        raise JobError(
+            f"job of {facts.run}: its own reward functions are in {facts.code} of {facts.by}: resume it from there"
+        )
+    again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request, facts.code, facts.config)
     if facts.config:
         return _send(server, again, f"train {CONFIG_FILE} --resume-or-start", facts.config, python, id)
     return _send(server, again, f"train --resume {shlex.quote(facts.location)}", None, python, id)
@@ -123,6 +128,6 @@ def _send(server: JobServer, facts: JobFacts, command: str, config: str | None, 
     id = id or new_id(facts.run)
     # `exec`: the shell that Ray starts makes way for the interpreter, which then gets the signals itself.
     entrypoint = f"exec {shlex.quote(python)} -m mmrl_ray.cli {command}"
-    with packed(config) as folder:
+    with packed(config, code=facts.code) as folder:
         server.submit(id, entrypoint, folder, facts, _ENVIRONMENT)
     return id

@@ -21,9 +21,10 @@ COVERAGES = (0.5, 0.8, 0.95)
 def evaluate_reward_model(model: RewardModel, source: VisionSource, data: RewardData) -> dict[str, Any]:
     """JSON-able figures, over all and by part.
 
-    `pairs`: count, accuracy (ties left out), nll (mean −log Φ(z)), expected (the accuracy that the model itself
-    expects, the mean of Φ(|z|); near the accuracy where σ fits). `ratings`: count, rmse, nll (row 15, in units of the
-    ratings), coverage of the central 50, 80 and 95 % intervals. What a split has none of is left out.
+    `pairs`: count, decided (those that are no ties), accuracy of the decided, nll (mean −log Φ(z)), expected (the
+    accuracy that the model itself expects, the mean of Φ(|z|); near the accuracy where σ fits). `ratings`: count, rmse,
+    nll (row 15, in units of the ratings), coverage of the central 50, 80 and 95 % intervals. What a split has none of
+    is left out.
     """
     scores = model.score(source, [data.pictures[i] for i in data.of], data.captions)
     figures: dict[str, Any] = {"pictures": len(data.pictures), "captions": len(data.captions)}
@@ -61,6 +62,7 @@ def _pair_figures(scores: Scores, data: RewardData, rows: list[int]) -> dict[str
     right = (mean[first] > mean[second]) == (preferred == 1.0)
     return {
         "count": len(rows),
+        "decided": int(decided.sum()),
         "accuracy": float(right[decided].double().mean()) if decided.any() else None,
         "nll": float((preferred * won + (1 - preferred) * lost).mean()),
         "expected": float(torch.exp(-torch.minimum(won, lost)).mean()),

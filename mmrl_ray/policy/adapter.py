@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from mmrl_ray.config.model import LoraSection
 from mmrl_ray.errors import AdapterError
+from mmrl_ray.policy.boundary import brief
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.targets import check_tensor_names, resolve_targets
 
@@ -157,8 +158,8 @@ def load_adapter(policy: Policy | PreTrainedModel, folder: Path | str) -> PeftMo
         raise AdapterError(f"the model has an adapter already; {folder} cannot be put on top of it")
     try:
         model = _wrap(base, config, seed=0)
-    except ValueError as error:
-        raise AdapterError(f"the adapter in {folder} does not fit {base.name_or_path!r}: {error}") from error
+    except Exception as error:  # PEFT computes with what the config says, whatever it is
+        raise AdapterError(f"the adapter in {folder} does not fit {base.name_or_path!r}: {brief(error)}") from error
     try:
         load_adapter_state(model, state)
     except AdapterError as error:
@@ -177,8 +178,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
+        given = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except Exception as error:  # PEFT makes whatever it is given into configs of its own
+        raise AdapterError(f"{folder / CONFIG_FILE} cannot be read: {brief(error)}") from error
     if config.peft_type != PeftType.LORA:
         raise AdapterError(f"{folder} is a {config.peft_type} adapter; only LoRA is supported")
     # These rewrite the base's weights when they are put on, or add trained parts that other code here does not know.
@@ -189,6 +191,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         "bias": config.bias != "none",
     }
     found = [f"{name}={getattr(config, name)!r}" for name, is_set in unsupported.items() if is_set]
+    # PEFT leaves out, with a warning, what only a later version of it knows: a switch of a variant, or its settings.
+    later = sorted(given.keys() - vars(config).keys())
+    found += [f"{n}={given[n]!r}" for n in later if given[n] is True or (given[n] and isinstance(given[n], dict))]
     if found:
         raise AdapterError(f"{folder} is a LoRA variant that is not supported ({', '.join(found)})")
     config.inference_mode = False

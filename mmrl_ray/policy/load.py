@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +16,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, find_adapter_config_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, find_adapter_config_file
+from transformers.utils.logging import disable_progress_bar
 
 from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.paths import is_hub_id, nearest_folder
 from mmrl_ray.errors import AdapterError, ModelError
 from mmrl_ray.policy.boundary import model_call
 from mmrl_ray.policy.cpu_linear import use_onednn
@@ -32,10 +34,13 @@ from mmrl_ray.policy.tokens import (
     image_tokens,
     placeholder,
     read_turn,
+    refuse_unknown_token,
     reserved_texts,
 )
 from mmrl_ray.policy.value_heads import ValueHeads
 from mmrl_ray.policy.weights import WEIGHTS_REMEDY, refuse_unfit, skeleton_of_files
+
+disable_progress_bar()  # of loading and saving weights: they would run through the program's own, and through JSON logs
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 
@@ -234,10 +239,15 @@ def _assemble(
     _use_generation_config(model, path, cfg)
     with model_call(cfg.path, "its tokenizer, its processor and its config cannot be read together", "fetch it again"):
         text_config = config.get_text_config()
-        listed = end_tokens(model, tokenizer)
+        vocabulary = text_config.vocab_size
+        listed = end_tokens(model, tokenizer, vocabulary)
         turn = read_turn(processor, listed, cfg.path)
+        refuse_unknown_token(turn.end_id, vocabulary, tokenizer, cfg.path)
         eos = tuple(dict.fromkeys((*listed, turn.end_id)))
+        never = image_tokens(config, processor, eos, vocabulary)
         pad = tokenizer.pad_token_id
+        if pad is None or pad >= vocabulary or pad in never:  # padding is masked: any token of the text will do
+            pad = eos[0]
         context = getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length
         return Policy(
             model=model,
@@ -246,10 +256,10 @@ def _assemble(
             device=device,
             dtype=dtype,
             placeholder_id=placeholder(config, processor, path),
-            image_token_ids=image_tokens(config, processor, eos, text_config.vocab_size),
+            image_token_ids=never,
             eos_token_ids=eos,
             end_id=turn.end_id,
-            pad_token_id=eos[0] if pad is None else int(pad),
+            pad_token_id=int(pad),
             reserved_texts=reserved_texts(processor),
             context_length=int(context),
             revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
@@ -262,19 +272,21 @@ def _assemble(
 
 
 def _use_generation_config(model: PreTrainedModel, path: str, cfg: ModelSection) -> None:
-    """Gives a skeleton what `from_pretrained` gives a model: the checkpoint's own list of end tokens."""
-    if next(model.parameters()).device.type != "meta":
+    """Gives a skeleton what `from_pretrained` gives a model: the checkpoint's own list of end tokens.
+
+    `from_pretrained` passes over a file that it cannot read, and the list is gone without a word: not here.
+    """
+    there = os.path.isfile(os.path.join(path, GENERATION_CONFIG_NAME))
+    skeleton = next(model.parameters()).device.type == "meta"
+    if not (there or skeleton):
         return
-    with model_call(cfg.path, "its generation_config.json cannot be read"), suppress(OSError):  # it may have none
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=cfg.revision or "main")
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether it names a model of the hub: `name` or `owner/name`; whatever else looks like a path is one."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith((".", os.sep)) or expanded.count("/") > 1 or os.path.exists(expanded):
-        return False
-    return not path.startswith("builtin:")
+    with (
+        model_call(cfg.path, f"its {GENERATION_CONFIG_NAME} cannot be read", "fetch it again"),
+        nullcontext() if there else suppress(OSError),  # it may have none
+    ):
+        found = GenerationConfig.from_pretrained(path, revision=cfg.revision or "main")
+        if skeleton:
+            model.generation_config = found
 
 
 def _resolve(path: str) -> str:
@@ -284,7 +296,10 @@ def _resolve(path: str) -> str:
     if os.path.isdir(expanded):
         return expanded
     if not is_hub_id(path):
-        raise ModelError(f"model folder {path!r} does not exist or is not a folder; give a folder or a hub id")
+        raise ModelError(
+            f"model folder {path!r} does not exist or is not a folder{nearest_folder(expanded)}; "
+            "give a folder or a hub id"
+        )
     return path
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from PIL import Image
 
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
@@ -20,6 +23,7 @@ Turns = Sequence[tuple[str, Sequence[str | int]]]
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Processor outputs with one value a token; everything else belongs to images."""
+_HARMLESS = "a"
 
 
 def encode_prompts(policy: Policy, samples: Sequence[Sample]) -> list[EncodedPrompt]:
@@ -41,17 +45,20 @@ def encode_prompts(policy: Policy, samples: Sequence[Sample]) -> list[EncodedPro
     return prompts
 
 
-def encode_conversation(policy: Policy, turns: Turns, images: Sequence[bytes]) -> EncodedPrompt:
+def encode_conversation(
+    policy: Policy, turns: Turns, images: Sequence[bytes], pictures: Sequence[Image.Image] | None = None
+) -> EncodedPrompt:
     """A conversation that goes on with the assistant's turn.
 
     Args:
         policy: the model.
         turns: messages of the roles "system", "user" and "assistant".
         images: encoded files; each is named once, by a part of a user's message.
+        pictures: what `decode_image` makes of them, where that has been done.
 
     Raises:
-        DataError: a text holds a special token or is no Unicode text, there is no image, images and parts do not
-            match, or the chat template refuses this order of messages.
+        DataError: a text holds a special token, several make one, a text is no Unicode, there is no image, images and
+            parts do not match, or the chat template refuses this order of messages.
         ImageError: an image cannot be decoded.
         ModelError: the processor made no place for an image.
     """
@@ -70,7 +77,8 @@ def encode_conversation(policy: Policy, turns: Turns, images: Sequence[bytes]) -
     order = [part for _, parts in turns for part in parts if isinstance(part, int)]
     if sorted(order) != list(range(len(images))):
         raise DataError(f"the messages place the images {order}, of {len(images)} given: each must stand in one place")
-    return _encode(policy, turns, [images[i] for i in order], "the conversation")
+    in_order = None if pictures is None else [pictures[i] for i in order]
+    return _encode(policy, turns, [images[i] for i in order], "the conversation", in_order)
 
 
 def encode_caption(policy: Policy, text: str) -> torch.Tensor:
@@ -111,22 +119,20 @@ def image_key(policy: Policy, images: Sequence[bytes]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) -> EncodedPrompt:
+def _encode(
+    policy: Policy, turns: Turns, images: Sequence[bytes], what: str, pictures: Sequence[Image.Image] | None = None
+) -> EncodedPrompt:
     """`turns` whose texts were checked and that place `images` in their order."""
-    messages = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in turns]
     processor = policy.processor
-    try:
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:
-        # A template may raise on purpose, by jinja2, or stumble; that it works at all was found out at load time.
-        raise DataError(f"{what}: the model's chat template refuses it: {brief(error)}") from error
+    text = _rendered(processor, turns, what)
+    _check_rendered(policy, text, turns, what)
     mark = getattr(processor, "image_token", None)
     if isinstance(mark, str) and text.count(mark) != len(images):
         raise ModelError(
             f"model {policy.path!r}: its chat template put {text.count(mark)} image tokens {mark!r} into a prompt of "
             f"{len(images)} images; its processor and its template do not fit together"
         )
-    pictures = [decode_image(image) for image in images]
+    pictures = [decode_image(image) for image in images] if pictures is None else list(pictures)
     # Templates that write the beginning-of-sequence token themselves must not get a second one.
     bos = policy.tokenizer.bos_token
     try:
@@ -153,6 +159,47 @@ def _encode(policy: Policy, turns: Turns, images: Sequence[bytes], what: str) ->
     return EncodedPrompt(input_ids=input_ids, model_inputs=inputs, image_key=image_key(policy, images))
 
 
+def _rendered(processor: Any, turns: Turns, what: str) -> str:
+    messages = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in turns]
+    try:
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:
+        # A template may raise on purpose, by jinja2, or stumble; that it works at all was found out at load time.
+        raise DataError(f"{what}: the model's chat template refuses it: {brief(error)}") from error
+
+
+def _check_rendered(policy: Policy, text: str, turns: Turns, what: str) -> None:
+    """Refuses texts that become control tokens only where the chat template trims and joins them.
+
+    What it writes must have the control tokens that it has for the same conversation about nothing, in their order.
+    """
+    nothing = [(role, [_HARMLESS if isinstance(p, str) and p.strip() else p for p in parts]) for role, parts in turns]
+    found, expected = (_control_tokens(policy, each) for each in (text, _rendered(policy.processor, nothing, what)))
+    if found != expected:
+        more = Counter(found) - Counter(expected)
+        token = next(iter(more), None) or next(
+            (a for a, b in zip(found, expected, strict=False) if a != b), expected[-1]
+        )
+        raise DataError(
+            f"{what} contains the special token {token!r} in pieces that the chat template joins; remove them: such "
+            "tokens are the model's own"
+        )
+
+
+def _control_tokens(policy: Policy, text: str) -> list[str]:
+    """Those in `text`, in their order."""
+    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = {i: policy.tokenizer.convert_ids_to_tokens(i) for i in set(ids)}
+    control, reserved, unknown = _control_ids(policy), set(policy.reserved_texts), policy.tokenizer.unk_token_id
+    own = {i for i, token in texts.items() if i in control or (token in reserved and i != unknown)}
+    return [texts[i] for i in ids if i in own]
+
+
+def _control_ids(policy: Policy) -> set[int]:
+    # An unknown word is a special token too, and anybody may write one.
+    return {*policy.image_token_ids, *policy.tokenizer.all_special_ids} - {policy.tokenizer.unk_token_id}
+
+
 def _content(part: str | int) -> dict[str, str]:
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
 
@@ -177,8 +224,7 @@ def _check_text(policy: Policy, text: str, what: str) -> None:
         raise DataError(f"{what} is no Unicode text: character {error.start} is a lone surrogate") from None
     found = next((token for token in policy.reserved_texts if token in text), None)
     if found is None:
-        # An unknown word is a special token too, and anybody may write one.
-        control = {*policy.image_token_ids, *policy.tokenizer.all_special_ids} - {policy.tokenizer.unk_token_id}
+        control = _control_ids(policy)
         ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
         found = next((policy.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control), None)
     if found is not None:

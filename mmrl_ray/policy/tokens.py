@@ -57,12 +57,15 @@ def image_tokens(config: Any, processor: Any, eos: tuple[int, ...], vocab_size: 
     return tuple(sorted(i for i in found if 0 <= i < vocab_size and i not in eos))
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that the checkpoint says end a completion: the tokenizer's first, then those of the generation config."""
+def end_tokens(model: PreTrainedModel, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Ids that the checkpoint says end a completion: the tokenizer's first, then those of the generation config.
+
+    Those beyond the vocabulary are no tokens of the model: it never says them.
+    """
     listed = model.generation_config.eos_token_id if model.generation_config is not None else None
     generation = listed if isinstance(listed, list | tuple) else [listed]
     found = [i for i in (tokenizer.eos_token_id, *generation) if i is not None]
-    return tuple(dict.fromkeys(int(i) for i in found))
+    return tuple(dict.fromkeys(int(i) for i in found if int(i) < vocab_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,20 @@ def read_turn(processor: Any, eos: tuple[int, ...], path: str) -> Turn:
     lead = before.removeprefix(opening) if before.startswith(opening) and not befores else ""
     gap = tail.partition(tokenizer.convert_ids_to_tokens(end))[0]
     return Turn(opening, lead if lead.isspace() else "", gap if gap.isspace() else "", end)
+
+
+def refuse_unknown_token(token: int, vocab_size: int, tokenizer: Any, path: str) -> None:
+    """Refuses a token of the chat template that the model does not have.
+
+    Raises:
+        ModelError: it was added to the tokenizer alone.
+    """
+    if token >= vocab_size:
+        raise ModelError(
+            f"model {path!r}: its chat template writes {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), and "
+            f"the model has {vocab_size} tokens: tokens were added to the tokenizer and not to the model "
+            "(resize_token_embeddings)"
+        )
 
 
 def _control_tokens(tokenizer: Any, eos: tuple[int, ...]) -> set[int]:

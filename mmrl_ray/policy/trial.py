@@ -11,7 +11,6 @@ import difflib
 import io
 from collections.abc import Mapping
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ from mmrl_ray.policy.boundary import brief
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prefix import score_completions
-from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
+from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.teacher_forced import generated_logprobs
+from mmrl_ray.policy.tokens import refuse_unknown_token
 from mmrl_ray.policy.weights import weight_files
 
 QUICK_BYTES = 1 << 30
@@ -124,35 +125,20 @@ def _verdict(policy: Policy, prompt: EncodedPrompt, error: Exception) -> ModelEr
     kind = policy.hf_model.config.model_type
     what = f"model {policy.path!r} ({kind}): a first trial with a picture of {_SIZE[0]}×{_SIZE[1]}"
     try:
-        _generate(policy, prompt)
+        logprobs = generated_logprobs(policy, prompt, torch.tensor([[policy.end_id] * 2]), _SAMPLING.temperature)
     except Exception as own:  # noqa: BLE001 - at the boundary: a model's forward raises what it likes
         return ModelError(
             f"{what} failed, in transformers' own forward: {brief(own)}; its config, processor and weights do not fit "
             "together: compare them with the original's, or fetch it again"
         )
+    if bool(logprobs.isnan().any()):
+        precise = "" if policy.dtype == torch.float32 else f", or {policy.dtype} is too coarse for it: try float32"
+        return ModelError(
+            f"{what} gave logits that are NaN, in transformers' own forward, too: its weights are broken: fetch it "
+            f"again{precise}"
+        )
     return ModelError(
         f"{what} failed, where transformers' own forward does not: {brief(error)}; this kind of model is not supported"
-    )
-
-
-@torch.no_grad()
-def _generate(policy: Policy, prompt: EncodedPrompt) -> None:
-    model: Any = policy.hf_model
-    taken = {
-        name for call in (model.forward, model.prepare_inputs_for_generation) for name in signature(call).parameters
-    }
-    inputs = {
-        name: value[None] if name in PER_TOKEN else value.to(policy.dtype) if value.is_floating_point() else value
-        for name, value in prompt.model_inputs.items()
-        if name in taken
-    }
-    ids = prompt.input_ids[None].to(policy.device)
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **{name: value.to(policy.device) for name, value in inputs.items()},
-        max_new_tokens=_SAMPLING.max_new_tokens,
-        do_sample=False,
     )
 
 
@@ -165,6 +151,17 @@ def _prompt(policy: Policy, settings: Mapping[str, Any]) -> EncodedPrompt:
             f"model {policy.path!r}: its chat template or its processor cannot be used: {error}; mend its "
             "processor_config.json and chat template, or fetch it again"
         ) from error
+    length, unknown = prompt.input_ids.numel(), prompt.input_ids >= policy.vocab_size
+    # Some families' image token is beyond the vocabulary: their own embedding passes over it.
+    unknown &= prompt.input_ids != policy.placeholder_id
+    if bool(unknown.any()):
+        refuse_unknown_token(int(prompt.input_ids[unknown][0]), policy.vocab_size, policy.tokenizer, policy.path)
+    if length + _SAMPLING.max_new_tokens > policy.context_length:
+        raise ModelError(
+            f"model {policy.path!r}: its context of {policy.context_length} tokens does not hold a picture of "
+            f"{_SIZE[0]}×{_SIZE[1]} and a few words, which take {length} tokens; mend max_position_embeddings in its "
+            "config.json, or choose another checkpoint"
+        )
     if not bool((prompt.input_ids == policy.placeholder_id).any()):
         raise ModelError(
             f"model {policy.path!r}: a prompt with a picture holds no image token (id {policy.placeholder_id}); its "

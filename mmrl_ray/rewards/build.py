@@ -17,11 +17,12 @@ from mmrl_ray.config.reward import (
     RewardSection,
     RougePart,
 )
-from mmrl_ray.errors import ConfigError, DataError, ModelError
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import ConfigError, DataError, ModelError, RewardError
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.language import LanguageModel
 from mmrl_ray.metrics.text import MAX_ORDER
-from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.base import RewardFailure, RewardFn, Score
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.function import FunctionReward
 from mmrl_ray.rewards.learned import LearnedReward
@@ -43,7 +44,7 @@ def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
     Raises:
         ConfigError: a part, which it names, cannot be made; or `risk` has no trained sigma to work with.
     """
-    parts = {name: _named(name, part, statistics, cfg.timeout_s) for name, part in cfg.parts.items()}
+    parts = {name: _named(name, part, statistics, cfg) for name, part in cfg.parts.items()}
     _refuse_untrained_sigma(cfg, parts)
     modalities = {name: part.modality for name, part in cfg.parts.items()}
     return MultimodalReward(parts, cfg.weights, modalities=modalities, risk=cfg.risk)
@@ -56,18 +57,34 @@ def check_reward(cfg: RewardSection) -> None:
         ConfigError: as `build_reward`.
     """
     ready = {name: part for name, part in cfg.parts.items() if not part.needs_statistics}
-    parts = {name: _named(name, part, NOTHING, cfg.timeout_s) for name, part in ready.items()}
+    parts = {name: _named(name, part, NOTHING, cfg) for name, part in ready.items()}
     _refuse_untrained_sigma(cfg, parts)
 
 
-def _named(name: str, part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
+def try_functions(cfg: RewardSection, sample: Sample, caption: str) -> dict[str, Score]:
+    """What each function of the user's has for one caption of a sample, by the name of its part.
+
+    Raises:
+        ConfigError: one cannot be made.
+    """
+    found: dict[str, Score] = {}
+    for name, part in cfg.functions.items():
+        made = _named(name, part, NOTHING, cfg)
+        try:
+            (found[name],) = made.score_batch([sample], [caption])
+        except RewardError as error:
+            found[name] = RewardFailure(str(error))
+    return found
+
+
+def _named(name: str, part: RewardPart, statistics: CorpusStatistics, cfg: RewardSection) -> RewardFn:
     try:
-        return _build_part(part, statistics, timeout_s)
+        return _build_part(part, statistics, cfg)
     except (ConfigError, DataError, ModelError) as error:
         raise ConfigError(f"reward.parts.{name}: {error}") from error
 
 
-def _build_part(part: RewardPart, statistics: CorpusStatistics, timeout_s: float) -> RewardFn:
+def _build_part(part: RewardPart, statistics: CorpusStatistics, cfg: RewardSection) -> RewardFn:
     match part:
         case CaptionPart():
             return CaptionReward(
@@ -87,7 +104,7 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics, timeout_s: float
         case RepetitionPart():
             return RepetitionReward(part.order, statistics.tokenizer)
         case FormatPart():
-            return FormatReward(part.pattern, prefix=part.prefix or "", timeout_s=timeout_s)
+            return FormatReward(part.pattern, prefix=part.prefix or "", timeout_s=cfg.timeout_s)
         case LengthPart():
             return LengthReward(part.min_words, part.max_words, statistics.tokenizer)
         case FluencyPart():
@@ -95,7 +112,7 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics, timeout_s: float
         case LearnedPart():
             return LearnedReward(part.model)
         case FunctionPart():
-            return FunctionReward(part.path, part.state, part.kwargs, timeout_s)
+            return FunctionReward(part.path, part.state, part.kwargs, cfg.timeout_s, cfg.code)
 
 
 def _language_model(part: FluencyPart, statistics: CorpusStatistics) -> LanguageModel:

@@ -1,102 +1,123 @@
-"""The process that a user's function runs in. `isolated.py` starts it, asks it and ends it.
+"""What runs in the process of a user's function, see `isolated.py`.
 
-    owner ── socket ──▶ worker: imports the function, then one answer a request
-      └──── pipe ─────▶ watcher, its parent: kills the process group when the owner is gone
+Nothing of the user's is imported before the process has its watcher. Requests are pickled by the owner; answers are
+JSON, so that nothing that a function made is ever unpickled by the owner.
 
-The watcher forks the worker before anything of the user's is imported, and does nothing but wait, so that it can end
-a worker whose function holds the interpreter; the kernel ends the worker if the watcher is killed. Requests are pickled
-by the owner; answers are JSON, so that nothing that a function made is ever unpickled by the owner.
+What the function prints goes to standard error, each line with the function's name before it (`MARK`), by which a run
+finds it among what its workers log. So does the traceback of an exception, the first time that it comes from there.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import inspect
+import io
 import json
 import math
 import numbers
 import os
 import pickle
-import select
-import signal
 import socket
-import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
+from mmrl_ray.child.main import receive, send
 from mmrl_ray.errors import ConfigError, RewardError
 
-_LENGTH = struct.Struct("!Q")
-_LOOK_EVERY_S = 1.0
-_PR_SET_PDEATHSIG = 1
+MARK = "[reward "
+"""Begins each line that a function prints."""
 _LONGEST_MESSAGE = 160
 """Characters of what a function's exception says."""
 
 
-def main(requests: int, life: int, owner: int) -> None:
-    """Runs worker and watcher; `requests` and `life` are open files, `owner` is the process that holds their ends."""
-    for inherited in (requests, life):
-        os.set_inheritable(inherited, False)
-    signal.signal(signal.SIGCHLD, _end_with_worker)
-    watcher = os.getpid()
-    if os.fork() == 0:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.close(life)
-        _die_with(watcher)
-        with socket.socket(fileno=requests) as owner_socket:
-            _work(owner_socket)
-        os._exit(0)
-    os.close(requests)
-    watched = select.poll()
-    watched.register(life, select.POLLIN | select.POLLHUP)
-    while not watched.poll(_LOOK_EVERY_S * 1000) and os.getppid() == owner:
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
-def _end_with_worker(*_: Any) -> None:
-    worker, status = os.waitpid(-1, os.WNOHANG)
-    if worker and not os.WIFSTOPPED(status) and not os.WIFCONTINUED(status):
-        os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _work(owner: socket.socket) -> None:
+def work(owner: socket.socket) -> None:
+    """Imports the function that comes first, then gives one answer a request."""
     setup = receive(owner)
     if setup is None:
         return
-    path, kwargs = pickle.loads(setup)  # noqa: S301 - from the process that started this one
+    path, kwargs, folder = pickle.loads(setup)  # noqa: S301 - from the process that started this one
+    os.dup2(2, 1)  # what a library in C prints is no answer of a command either
+    sys.stdout = sys.stderr = _Marked(path)
+    sys.path.insert(0, folder)
     try:
         function = load_function(path, kwargs)
     except ConfigError as error:
+        if error.__cause__ is not None:
+            _show(error.__cause__, set())
         send(owner, json.dumps({"error": str(error)}).encode())
         return
+    mine = os.getpid()
     send(owner, b"{}")
+    shown: set[tuple[str, str]] = set()
     while (request := receive(owner)) is not None:
         captions, states = pickle.loads(request)  # noqa: S301 - as above
-        answer = _answer(function, path, captions, states, kwargs)
-        sys.stdout.flush()
+        answer = _answer(function, path, captions, states, kwargs, shown)
+        if os.getpid() != mine:
+            os._exit(0)  # the function forked and came back twice: a second answer would be taken for the next call's
         send(owner, json.dumps(answer).encode())
 
 
+class _Marked(io.TextIOBase):
+    """Standard error, each line with a mark before it; whole lines, so that those of several processes do not mix."""
+
+    def __init__(self, path: str) -> None:
+        self._mark = f"{MARK}{path}] "
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        if lines:
+            os.write(2, "".join(f"{self._mark}{line}\n" for line in lines).encode(errors="replace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: a line that has no end yet is held."""
+
+    def end_line(self) -> None:
+        """Writes what has no end yet."""
+        if self._line:
+            self.write("\n")
+
+    def fileno(self) -> int:
+        return 2
+
+    def writable(self) -> bool:
+        return True
+
+
+def _show(error: BaseException, shown: set[tuple[str, str]]) -> None:
+    """The traceback from the user's own code on, unless one of that kind from that line was shown before."""
+    trace = error.__traceback__
+    while trace is not None and _is_import(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    last = traceback.extract_tb(trace)[-1:]
+    key = (type(error).__name__, f"{last[0].filename}:{last[0].lineno}" if last else "")
+    if key not in shown:
+        shown.add(key)
+        traceback.print_exception(type(error), error, trace)
+
+
 def _answer(
-    function: Callable[..., Any], path: str, captions: list[str], states: list[Any], kwargs: Mapping[str, Any]
+    function: Callable[..., Any],
+    path: str,
+    captions: list[str],
+    states: list[Any],
+    kwargs: Mapping[str, Any],
+    shown: set[tuple[str, str]],
 ) -> dict[str, Any]:
     try:
         return {"scores": checked_scores(path, function(captions, states, **kwargs), len(captions))}
     except RewardError as error:
         return {"error": str(error)}
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the boundary to anybody's code
+    except BaseException as error:  # noqa: BLE001 - the boundary to anybody's code; time-outs of libraries are some
+        _show(error, shown)
         return {"error": told(error)}
+    finally:
+        if isinstance(sys.stderr, _Marked):
+            sys.stderr.end_line()
 
 
 def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
@@ -108,10 +129,10 @@ def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ConfigError(
-            f"{path} cannot be imported ({told(error)}): install the module on every node, or name its folder in "
-            "PYTHONPATH"
+            f"{path} cannot be imported ({told(error)}): it is looked for in reward.code, by default the working "
+            f"directory, here {sys.path[0] or os.getcwd()}, and among what is installed"
         ) from error
     if not callable(found):
         raise ConfigError(f"{path}: module {module} has no function {name!r}")
@@ -138,17 +159,18 @@ def checked_scores(path: str, returned: Any, expected: int) -> list[float | str]
         raise RewardError(f"{path} returned {type(returned).__name__}; return a list of one number a caption")
     if len(found) != expected:
         raise RewardError(f"{path} returned {len(found)} numbers for {expected} captions")
+    numbers_found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]  # their scalars
     return [
         float(value)
-        if isinstance(value, numbers.Real) and math.isfinite(value)
+        if isinstance(value, numbers.Real | Decimal) and math.isfinite(value)
         else f"{path} returned {value!r:.80} for caption {place}, which is no finite number"
-        for place, value in enumerate(found)
+        for place, value in enumerate(numbers_found)
     ]
 
 
 def told(error: BaseException) -> str:
     """Type, message, and file and line of the last call that the exception came through."""
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).encode(errors="backslashreplace").decode()  # files cannot hold surrogates
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[: _LONGEST_MESSAGE - 1]}…"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_import(f.filename)]
@@ -158,28 +180,3 @@ def told(error: BaseException) -> str:
 
 def _is_import(filename: str) -> bool:
     return filename in (__file__, importlib.__file__) or filename.startswith("<frozen importlib")
-
-
-def send(to: socket.socket, content: bytes) -> None:
-    """One frame; raises OSError where nobody reads, TimeoutError among them."""
-    to.sendall(_LENGTH.pack(len(content)))
-    to.sendall(content)
-
-
-def receive(source: socket.socket) -> bytes | None:
-    """One frame; None where the other side has closed or is gone. Raises TimeoutError as the socket is set."""
-    head = _read(source, _LENGTH.size)
-    return None if head is None else _read(source, _LENGTH.unpack(head)[0])
-
-
-def _read(source: socket.socket, count: int) -> bytes | None:
-    content = bytearray()
-    while len(content) < count:
-        try:
-            piece = source.recv(min(count - len(content), 1 << 20))
-        except ConnectionError:
-            return None
-        if not piece:
-            return None
-        content += piece
-    return bytes(content)

@@ -36,15 +36,23 @@ class FunctionReward:
     begins. The reward travels to workers as its path.
     """
 
-    def __init__(self, path: str, state: Modality, kwargs: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> None:
-        """`state` is what the function is given: see `state_value`; `timeout_s` is for a batch.
+    def __init__(
+        self,
+        path: str,
+        state: Modality,
+        kwargs: Mapping[str, Any],
+        timeout_s: float = TIMEOUT_S,
+        code: str | None = None,
+    ) -> None:
+        """`state` is what the function is given: see `state_value`; `timeout_s` is for a batch; `code` is the folder
+        of its module, by default the working directory.
 
         Raises:
             ConfigError: the module cannot be imported, has no such function, or that does not take these arguments.
         """
         self._state: Modality = state
         self._timeout_s = timeout_s
-        self._function = IsolatedFunction(path, kwargs)
+        self._function = IsolatedFunction(path, kwargs, code)
         self._function.start()
 
     def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:

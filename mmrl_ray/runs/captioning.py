@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -113,6 +115,8 @@ def caption_images(
     prompt: str | None = None,
     max_new_tokens: int | None = None,
     beta: float | None = None,
+    n: int = 1,
+    temperature: float | None = None,
     device: torch.device | str | None = None,
 ) -> list[tuple[str, str]]:
     """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
@@ -123,10 +127,12 @@ def caption_images(
         prompt: what to ask; by default what the run asked.
         max_new_tokens: by default the run's.
         beta: of decoding with value heads; by default the run's.
+        n: captions an image; it comes as often.
+        temperature: 0 is greedy; by default 0 for one caption and 1 for more, as of the gateway.
         device: the first GPU by default where there is one.
 
     Raises:
-        ConfigError: a `beta` above 0, of a target without value heads.
+        ConfigError: a `beta` above 0, of a target without value heads; or samples of an agent, which has none.
         DataError: a file is missing or cannot be read.
         ImageError: a file is no image of an accepted format; the message names it.
         RunError, ModelError: the target cannot be used.
@@ -135,8 +141,38 @@ def caption_images(
     opened = open_target(target, device=device)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
-    captions = target_captions(opened, samples, max_new_tokens=max_new_tokens, beta=beta, as_served=True)
-    return [(str(path), text) for path, text in zip(images, captions, strict=True)]
+    if temperature is None:
+        temperature = 0.0 if n == 1 else 1.0
+    if n == 1 and temperature == 0:
+        captions = target_captions(opened, samples, max_new_tokens=max_new_tokens, beta=beta, as_served=True)
+        return [(str(path), text) for path, text in zip(images, captions, strict=True)]
+    drawn = _drawn(opened, samples, n, temperature, max_new_tokens or opened.max_new_tokens, opened.beta(beta))
+    return [(str(path), text) for path, texts in zip(images, drawn, strict=True) for text in texts]
+
+
+def _drawn(
+    target: Target, samples: Sequence[Sample], n: int, temperature: float, max_new_tokens: int, beta: float
+) -> list[list[str]]:
+    """`n` captions of each sample, other ones each time."""
+    if target.agent is not None:
+        raise ConfigError(
+            f"{target.name} is a value-based run, whose captions are not sampled: leave out -n and --temperature"
+        )
+    policy = target.policy
+    decoder = Decoder(policy, rules=generation_rules(policy))
+    sampling = SamplingParams(
+        greedy=temperature == 0,
+        temperature=temperature or 1.0,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=None,
+        value_beta=beta,
+    )
+    found: list[list[str]] = []
+    for start in range(0, len(samples), BATCH):
+        prompts = encode_prompts(policy, samples[start : start + BATCH])
+        asked = [DecodeRequest(p, n, replace(sampling, seed=secrets.randbits(31))) for p in prompts]
+        found += [[each.caption for each in output.completions] for output in decode_groups(decoder, asked)]
+    return found
 
 
 def caption(
@@ -146,6 +182,8 @@ def caption(
     model: str | None = None,
     prompt: str | None = None,
     beta: float | None = None,
+    n: int = 1,
+    temperature: float | None = None,
 ) -> None:
     """`mmrl caption`: prints one caption a line, after its file's name where there are several.
 
@@ -155,8 +193,11 @@ def caption(
     target = run if run is not None else model
     if target is None or (run is not None and model is not None):
         raise ConfigError("give either a run or a model to caption with")
-    for path, text in caption_images(target, images, prompt=prompt, beta=beta):
-        print(text.strip() if len(images) == 1 else visible(f"{path}: {text.strip()}"))
+    for path, text in caption_images(target, images, prompt=prompt, beta=beta, n=n, temperature=temperature):
+        if len(images) == n == 1:
+            print(text.strip())
+        else:
+            print(visible(text.strip() if len(images) == 1 else f"{path}: {text.strip()}"))
 
 
 def read_image(path: str | Path) -> bytes:

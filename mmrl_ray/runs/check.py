@@ -10,29 +10,27 @@ import io
 import json
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config, parse_config
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import MMRLError
+from mmrl_ray.errors import ConfigError, MMRLError
 from mmrl_ray.policy.adapter import add_adapter, resolve_targets
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.parity import Comparison, compare, disagreement
-from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.prompts import check_context, encode_prompts
+from mmrl_ray.policy.targets import left_out
 from mmrl_ray.run_dir import to_json
 from mmrl_ray.runs.captioning import read_image
 from mmrl_ray.runs.estimate import batch_plan, learner_memory, model_shape, rollout_memory
@@ -87,8 +85,12 @@ def check_config(model: str, overrides: list[str]) -> Config:
     """The config of a model: a run's where `model` is a YAML file, else that of a run with all defaults.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`; or the model is a built-in one, which there is only with a run's data.
     """
+    if model.startswith(_BUILTIN):
+        raise ConfigError(
+            f"{model} takes its words from the training references of a run: check that run's YAML config"
+        )
     if Path(model).suffix in (".yaml", ".yml") and not Path(model).is_dir():
         return load_config(model, overrides)
     return parse_config(_NO_RUN.format(path=json.dumps(model)), model, overrides)
@@ -102,7 +104,6 @@ def check_model(cfg: Config, picture: bytes | None = None, *, prompt: str | None
         picture: an encoded image; a generated one otherwise.
         prompt: what to ask; by default what the config asks.
     """
-    transformers.utils.logging.disable_progress_bar()
     found = Checked(facts={"model": cfg.model.path, "agree": False})
     try:
         with _model_folder(cfg) as path:
@@ -120,6 +121,8 @@ def _look(cfg: Config, path: str, picture: bytes | None, prompt: str, found: Che
     # Of another length, so that padding is compared, too.
     samples = [Sample("picture", (shown,), prompt), Sample("other", (_generated(_SMALLER),), _OTHER_PROMPT)]
     prompts = encode_prompts(policy, samples)
+    for each in prompts:
+        check_context(policy, each, cfg.rollout.max_new_tokens)
     tokens = prompts[0].input_ids.numel()
     image_tokens = int((prompts[0].input_ids == policy.placeholder_id).sum())
     size = decode_image(shown).size
@@ -142,7 +145,11 @@ def _look(cfg: Config, path: str, picture: bytes | None, prompt: str, found: Che
 
 def _model_facts(policy: Policy) -> dict[str, Any]:
     model, processor = policy.hf_model, policy.processor
-    say = policy.tokenizer.convert_ids_to_tokens
+
+    def say(token: int) -> str:
+        """Ids of a vocabulary that was padded have no name."""
+        return policy.tokenizer.convert_ids_to_tokens(token) or f"token {token}"
+
     return {
         "family": model.config.model_type,
         "architecture": type(model).__name__,
@@ -160,25 +167,12 @@ def _lora_facts(cfg: Config, policy: Policy) -> dict[str, Any]:
     """Which layers the adapter sits on, and the share of the language model's weights in matrices that it leaves out;
     embeddings do not count."""
     targets = resolve_targets(policy.hf_model, cfg.model.lora)
-    adapted = {policy.hf_model.get_submodule(name) for name in targets}
-    left: Counter[str] = Counter()
-    for name, module in policy.decoder.named_modules():
-        if module in adapted or isinstance(module, nn.Embedding):
-            continue
-        kind = "Linear" if isinstance(module, nn.Linear) else type(module).__name__
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                left[f"{kind} {_leaf(name)}.{key}"] += parameter.numel()
     total = sum(parameter.numel() for parameter in policy.decoder.parameters())
     return {
         "layers": len(targets),
-        "names": sorted(set(map(_leaf, targets))),
-        "left_out": {kind: count / total for kind, count in left.most_common()},
+        "names": sorted({name.rsplit(".", 1)[-1] for name in targets}),
+        "left_out": {each.kind: each.parameters / total for each in left_out(policy.hf_model, targets)},
     }
-
-
-def _leaf(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
 
 
 def _memory(cfg: Config, policy: Policy, prompt_tokens: int, image_tokens: int) -> dict[str, int]:

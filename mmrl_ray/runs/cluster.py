@@ -11,19 +11,21 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import auto_init_hook, services
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
+from mmrl_ray.rewards.child import MARK
 
 _SETTINGS = {
     # Ray is a control plane: whoever reaches it runs code. Never without its token, not even on a laptop.
@@ -47,6 +49,8 @@ _LOG_ERROR = re.compile(r"^\[[^]]* [ECF] \d+ \d+\]|\bERROR\b|^\w*(Error|Exceptio
 _LOG_TAIL = 64 << 10
 _LOG_LINE = 300
 
+_MARKED = "mmrl_marked_lines"
+
 _ROOM_TO_SCALE = 2
 """Workers that `mmrl scale` can add where the machine has no core for them. Ray starts a process a CPU beforehand."""
 
@@ -69,16 +73,23 @@ def read_token_again() -> None:
 
 
 @contextmanager
-def ray_session(cfg: Config, *, address: str | None = None, debug: bool = False) -> Iterator[None]:
-    """A Ray for one run. A local one has at least the CPUs that the run's actors ask for, and those of a few more
-    rollout workers: on one small machine learner and workers take turns, so that more actors than cores is no error.
+def ray_session(
+    cfg: Config, *, address: str | None = None, debug: bool = False, show: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """A Ray for one run; `show` is given what the user's own reward functions print.
+
+    A local one has at least the CPUs that the run's actors ask for, and those of a few more rollout workers: on one
+    small machine learner and workers take turns, so that more actors than cores is no error.
 
     Raises:
         RaySessionError: no local Ray starts, or the cluster at `address` cannot be joined.
     """
     store = cfg.resources.object_store_mb
     room = math.ceil(_ROOM_TO_SCALE * cfg.resources.rollout.cpus)
-    with ray_at(address, cpus=demanded_cpus(cfg) + room, object_store_mb=store, namespace=cfg.run.name, debug=debug):
+    cpus = demanded_cpus(cfg) + room
+    show = show if cfg.reward.functions else None
+    name = cfg.run.name
+    with ray_at(address, cpus=cpus, object_store_mb=store, namespace=name, debug=debug, show=show):
         yield
 
 
@@ -91,11 +102,13 @@ def ray_at(
     namespace: str,
     debug: bool = False,
     dashboard: bool = False,
+    show: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """The Ray at an address (or at `RAY_ADDRESS`), or else a local one.
 
     A local one is started with a token of its own, at least `cpus` CPUs and an object store of that size, and ended
-    when the block is left; with `dashboard` it takes jobs, too.
+    when the block is left; with `dashboard` it takes jobs, too. `show` is given each line that reward functions print
+    in this job's workers, on whatever node; with `debug` all that workers log goes to standard error instead.
 
     Raises:
         RaySessionError: no local one starts, or the cluster at `address` cannot be joined.
@@ -108,6 +121,7 @@ def ray_at(
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     read_token_again()
     began = time.time()
+    logs = debug or show is not None
     try:
         try:
             if address is None:
@@ -117,13 +131,13 @@ def ray_at(
                         num_cpus=max(os.cpu_count() or 1, cpus),
                         object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
                         include_dashboard=dashboard,
-                        log_to_driver=debug,
+                        log_to_driver=logs,
                         logging_level=level,
                         namespace=namespace,
                     )
             else:
                 with _signals_kept():
-                    ray.init(address=address, log_to_driver=debug, logging_level=level, namespace=namespace)
+                    ray.init(address=address, log_to_driver=logs, logging_level=level, namespace=namespace)
         except Exception as error:  # boundary: Ray's start raises bare exceptions, too
             if address is None:
                 raise _not_started(error, began, cpus, object_store_mb) from error
@@ -131,11 +145,26 @@ def ray_at(
                 f"cannot join Ray at {address}: {_first_line(error)}; check the address and that RAY_AUTH_TOKEN is the "
                 "cluster's"
             ) from error
+        if show is not None and not debug:
+            _show_marked(show)
         yield
     finally:
+        global_worker_stdstream_dispatcher.remove_handler(_MARKED)
         ray.shutdown()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+def _show_marked(show: Callable[[str], None]) -> None:
+    """Of the lines that Ray brings from the workers' logs, shows those of reward functions, in place of all."""
+
+    def handle(data: Mapping[str, Any]) -> None:
+        for line in data.get("lines", ()):
+            if line.startswith(MARK):
+                show(line)
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    global_worker_stdstream_dispatcher.add_handler(_MARKED, handle)
 
 
 @contextmanager

@@ -17,27 +17,27 @@ from pathlib import Path
 
 import psutil
 import torch
-import transformers
 from PIL import Image
 from rich.console import Console
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.demands import cpu_processes, demands_of, torch_threads
 from mmrl_ray.config.load import dump_config
-from mmrl_ray.config.paths import sqlite_file
+from mmrl_ray.config.paths import is_hub_id, sqlite_file
 from mmrl_ray.data.images import image_format
 from mmrl_ray.data.quarantine import told
 from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
-from mmrl_ray.policy.load import Policy, is_hub_id, load_skeleton
+from mmrl_ray.policy.load import Policy, load_skeleton
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.trial import try_quickly
-from mmrl_ray.rewards.build import check_reward
+from mmrl_ray.rewards.base import RewardFailure
+from mmrl_ray.rewards.build import check_reward, try_functions
 from mmrl_ray.rewards.text import FormatReward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.run_owner import living_owner
@@ -76,8 +76,17 @@ class DryRun:
     """What lets the run go on, and is probably not what is meant."""
     held_out: list[str] = field(default_factory=list)
     """What there is to know about the held-out samples: broken ones, and those that are trained on."""
+    tried: list[str] = field(default_factory=list)
+    """What functions of the user's have for one caption."""
     unplaced: list[str] = field(default_factory=list)
     """Actors that the cluster has no room for; they block, too."""
+    lacking: list[str] = field(default_factory=list)
+    """What this machine has too little of; it blocks here, too, and nowhere else."""
+
+    @property
+    def refused(self) -> list[str]:
+        """What would stop the run on every machine."""
+        return [line for line in self.blocking if line not in self.lacking]
 
 
 def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, console: Console | None = None) -> DryRun:
@@ -99,7 +108,6 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     _look_at_pairs(cfg, found)
     _look_at_stored(cfg, found)
     _look_at_reward(cfg, found)
-    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
         _look_at_model(cfg, Path(scratch), found)
     _try_formats(cfg, found)
@@ -108,7 +116,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Config": dump_config(cfg).rstrip("\n").split("\n"),
         "Sample": _sample_lines(found),
         "Held out": found.held_out,
-        "Reward": reward_lines(cfg.reward.with_opening(found.opening)),
+        "Reward": [*reward_lines(cfg.reward.with_opening(found.opening)), *found.tried],
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.value_based is None else round_lines(cfg, cfg.value_based),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
@@ -200,6 +208,14 @@ def _look_at_stored(cfg: Config, found: DryRun) -> None:
 def _look_at_reward(cfg: Config, found: DryRun) -> None:
     try:
         check_reward(cfg.reward)
+        if found.sample is None or not cfg.reward.functions:
+            return
+        caption = next(iter(found.sample.references), "a picture")
+        for name, score in try_functions(cfg.reward, found.sample, caption).items():
+            if isinstance(score, RewardFailure):
+                found.blocking.append(f"reward.parts.{name}: {score.reason}")
+            else:
+                found.tried.append(f"{name} of {_short(caption)!r}, on sample {found.sample.id}: {score.total:g}")
     except ConfigError as error:
         found.blocking.append(str(error))
 
@@ -346,10 +362,11 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     if cpus > (os.cpu_count() or 1):
         lines.append("more CPUs are asked for than are here: workers will take turns")
     if gpus > here:
-        found.blocking.append(
+        found.lacking.append(
             f"{gpus:g} GPU asked for and {here} here: set resources.learner.gpus and resources.rollout.gpus, "
             "or run on a cluster that has them"
         )
+        found.blocking += found.lacking
     return lines
 
 

@@ -38,7 +38,8 @@ EVAL_SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("references", pa.list_(pa.string()), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
-        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("reward", pa.float64()),  # null where the reward failed on the caption
+        pa.field("no_reward", pa.string()),  # why
         pa.field("reward_sigma", pa.float64()),
         pa.field("reward_parts", pa.list_(_PART), nullable=False),  # weight null for parts of parts
         pa.field("scores", pa.list_(_SCORE), nullable=False),  # cider_d, rouge_l, caption/words, …
@@ -96,9 +97,12 @@ def highlights(
 
     Under the keys "best", "middle" and "worst"; no sample twice, best and worst first where samples are few.
     """
-    ranked = sorted(
-        paired(before, after), key=lambda pair: pair[0].reward.total - pair[1].reward.total
-    )  # largest gain first
+    gains = [
+        (new.reward.total - old.reward.total, (old, new))
+        for old, new in paired(before, after)
+        if old.reward is not None and new.reward is not None
+    ]
+    ranked = [pair for _, pair in sorted(gains, key=lambda each: -each[0])]
     third = max(1, min(count // 3, -(-len(ranked) // 3)))
     best = ranked[:third]
     rest = ranked[third:]
@@ -114,27 +118,33 @@ def doubtful(captions: Sequence[CaptionScore], count: int = SHOWN // 3) -> dict[
     Under the keys "sigma" (without those whose reward has none) and "disagreement" (without any where there are not
     two parts that vary).
     """
-    unsure = [c for c in captions if c.reward.sigma is not None]
-    unsure.sort(key=lambda c: -(c.reward.sigma or 0.0))
-    apart = sorted(zip(_disagreements(captions), captions, strict=True), key=lambda pair: -pair[0])
-    return {"sigma": unsure[:count], "disagreement": [c for distance, c in apart[:count] if distance > 0]}
+    rewards = [(c.reward, c) for c in captions if c.reward is not None]
+    unsure = sorted(((reward.sigma, c) for reward, c in rewards if reward.sigma is not None), key=lambda pair: -pair[0])
+    distances = _disagreements([reward for reward, _ in rewards])
+    apart = sorted(zip(distances, (c for _, c in rewards), strict=True), key=lambda pair: -pair[0])
+    return {
+        "sigma": [c for _, c in unsure[:count]],
+        "disagreement": [c for distance, c in apart[:count] if distance > 0],
+    }
 
 
-def _disagreements(captions: Sequence[CaptionScore]) -> list[float]:
-    """Of each caption, the largest difference between two parts, in standard deviations of the part over all captions.
+def _disagreements(rewards: Sequence[RewardBreakdown]) -> list[float]:
+    """Of each reward, the largest difference between two parts, in standard deviations of the part over all of them.
 
     Parts are those with a weight; of a lone one its own parts, but for the length, a penalty.
     """
-    parts, weights = captions[0].reward.parts, captions[0].reward.weights
+    if not rewards:
+        return []
+    parts, weights = rewards[0].parts, rewards[0].weights
     names = [name for name, weight in weights.items() if weight]
     if len(names) == 1:
         names = [name for name in parts if name.startswith(f"{names[0]}/") and not name.endswith("/length")]
-    names = [name for name in names if all(name in c.reward.parts for c in captions)]
-    values = np.array([[c.reward.parts[name] for name in names] for c in captions]).reshape(len(captions), -1)
+    names = [name for name in names if all(name in reward.parts for reward in rewards)]
+    values = np.array([[reward.parts[name] for name in names] for reward in rewards]).reshape(len(rewards), -1)
     spread = values.std(axis=0)
     varying = np.ptp(values, axis=0) > resolution(np.abs(values).max(axis=0))
     if varying.sum() < 2:
-        return [0.0] * len(captions)
+        return [0.0] * len(rewards)
     standard = (values - values.mean(axis=0))[:, varying] / spread[varying]
     return np.ptp(standard, axis=1).tolist()
 
@@ -165,20 +175,27 @@ def _row(score: CaptionScore) -> dict[str, Any]:
         "prompt": score.prompt,
         "references": list(score.references),
         "caption": score.caption,
-        "reward": reward.total,
-        "reward_sigma": reward.sigma,
-        "reward_parts": [{"name": n, "value": v, "weight": reward.weights.get(n)} for n, v in reward.parts.items()],
+        "reward": None if reward is None else reward.total,
+        "no_reward": score.no_reward or None,
+        "reward_sigma": None if reward is None else reward.sigma,
+        "reward_parts": []
+        if reward is None
+        else [{"name": n, "value": v, "weight": reward.weights.get(n)} for n, v in reward.parts.items()],
         "scores": [{"name": n, "value": v} for n, v in score.scores.items()],
     }
 
 
 def _caption_score(row: dict[str, Any]) -> CaptionScore:
     parts = row["reward_parts"]
-    reward = RewardBreakdown(
-        total=row["reward"],
-        parts={p["name"]: p["value"] for p in parts},
-        weights={p["name"]: p["weight"] for p in parts if p["weight"] is not None},
-        sigma=row["reward_sigma"],
+    reward = (
+        None
+        if row["reward"] is None
+        else RewardBreakdown(
+            total=row["reward"],
+            parts={p["name"]: p["value"] for p in parts},
+            weights={p["name"]: p["weight"] for p in parts if p["weight"] is not None},
+            sigma=row["reward_sigma"],
+        )
     )
     return CaptionScore(
         sample_id=row["sample_id"],
@@ -189,4 +206,5 @@ def _caption_score(row: dict[str, Any]) -> CaptionScore:
         reward=reward,
         scores={s["name"]: s["value"] for s in row["scores"]},
         place=row.get("sample_place") or "",
+        no_reward=row.get("no_reward") or "",
     )

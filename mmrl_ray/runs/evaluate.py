@@ -59,9 +59,10 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = BATCH,
     beta: float | None = None,
+    as_json: bool = False,
     device: torch.device | str | None = None,
 ) -> Evaluation:
-    """Captions `data` greedily and scores it; prints a table, and writes JSON where `out` says.
+    """Captions `data` greedily and scores it; prints tables or JSON, and writes JSON where `out` says.
 
     CIDEr-D and the reward use the document frequencies stored with the run. A bare model has none: they are then
     taken from the references of `data` itself, which the output says.
@@ -75,6 +76,7 @@ def evaluate(
         max_new_tokens: by default the run's.
         batch_size: images decoded together.
         beta: of decoding with value heads; by default the run's.
+        as_json: prints what `out` would get, in place of the tables.
         device: the first GPU by default where there is one.
 
     Broken rows are left out and told, up to the run's `data.max_quarantined`; so are pictures that it was trained on.
@@ -102,25 +104,36 @@ def evaluate(
             states=states,
             progress=shown.phase("caption"),
         )
-    evaluation = score_captions(samples, captions, build_reward(opened.reward, statistics), statistics)
+    evaluation = score_captions(
+        samples,
+        captions,
+        build_reward(opened.reward, statistics),
+        statistics,
+        timeout_s=opened.reward.timeout_s,
+        retries=opened.reward.retries,
+    )
     found_blind = evaluation_blindness(evaluation)
     unseeing = None if found_blind is None else found_blind.told("this evaluation")
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     notes += [told(quarantine.records)] if len(quarantine) else []
+    notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
     notes += _trained_on(opened, samples, data)
     found = States.of(samples[: len(states)], states).correlations if states else {}
-    Console().print(measures_table(opened.name, evaluation))
-    if found:
-        Console().print(correlation_table(found, len(states)))
-    for note in notes:
-        say(Console(), note)
-    if unseeing is not None:
-        say(Console(), f"WARNING: {unseeing}", "bold red")
+    document = _text(_document(target, data, evaluation, found, [*notes, *filter(None, [unseeing])]))
+    if as_json:
+        print(document)
+    else:
+        Console().print(measures_table(opened.name, evaluation))
+        if found:
+            Console().print(correlation_table(found, len(states)))
+        for note in notes:
+            say(Console(), note)
+        if unseeing is not None:
+            say(Console(), f"WARNING: {unseeing}", "bold red")
     if out is not None:
         file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
-        warned = [*notes, *([unseeing] if unseeing is not None else [])]
-        _write(file, _document(target, data, evaluation, found, warned))
-        say(Console(), f"written to {file}")
+        _write(file, document)
+        say(Console(stderr=as_json), f"written to {file}")
     return evaluation
 
 
@@ -185,8 +198,9 @@ def _document(
                 "sample_place": score.place,
                 "caption": score.caption,
                 "references": list(score.references),
-                "reward": score.reward.total,
-                "reward_parts": dict(score.reward.parts),
+                "reward": None if score.reward is None else score.reward.total,
+                "reward_parts": {} if score.reward is None else dict(score.reward.parts),
+                **({"no_reward": score.no_reward} if score.no_reward else {}),
                 "scores": dict(score.scores),
             }
             for score in evaluation.captions
@@ -194,9 +208,12 @@ def _document(
     }
 
 
-def _write(file: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(to_json(document), indent=2, ensure_ascii=False, allow_nan=False)
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(to_json(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _write(file: Path, document: str) -> None:
     try:
-        atomic.write_file(file, f"{text}\n".encode())
+        atomic.write_file(file, f"{document}\n".encode())
     except OSError as error:
         raise RunError(f"{file} cannot be written: {error.strerror or error}; choose another --out") from error

@@ -89,6 +89,8 @@ def _warnings(before: Evaluation | None, after: Evaluation | None) -> Iterator[s
     for name, evaluation in (("before", before), ("after", after)):
         if evaluation is not None and (found := evaluation_blindness(evaluation)) is not None:
             yield found.told(f"evaluation {name} training")
+        if evaluation is not None and evaluation.unrewarded:
+            yield f"Evaluation {name} training: {evaluation.told_unrewarded()}."
 
 
 def _template() -> Any:

@@ -66,7 +66,7 @@ def _card(run: RunDir, names: Sequence[str], before: CaptionScore | None, after:
         "alt": f"Picture of sample {one.sample_id}: {one.references[0] if one.references else one.caption}",
         **_picture(run, names, one),
     }
-    if before is not None and after is not None:
+    if before is not None and after is not None and before.reward is not None and after.reward is not None:
         gain = after.reward.total - before.reward.total
         card["gain"] = f"{gain:+.3f}"
         card["gain_kind"] = "good" if gain > 0 else "bad" if gain < 0 else "flat"
@@ -76,11 +76,13 @@ def _card(run: RunDir, names: Sequence[str], before: CaptionScore | None, after:
 def _side(kind: str, title: str, score: CaptionScore) -> dict[str, Any]:
     known = {word for reference in score.references for word in words(reference)}
     parts = [{"name": name, "value": f"{value:.2f}"} for name, value in _shown_parts(score)]
-    sigma = score.reward.sigma
+    reward = score.reward
     return {
         "kind": kind,
         "title": title,
-        "reward": f"{score.reward.total:.3f}" + ("" if sigma is None else f" ± {sigma:.3f}"),
+        "reward": "no reward"
+        if reward is None
+        else f"{reward.total:.3f}" + ("" if reward.sigma is None else f" ± {reward.sigma:.3f}"),
         "pieces": list(_pieces(score.caption, known)),
         "parts": parts,
     }
@@ -88,6 +90,8 @@ def _side(kind: str, title: str, score: CaptionScore) -> dict[str, Any]:
 
 def _shown_parts(score: CaptionScore) -> list[tuple[str, float]]:
     """Reward parts by their innermost name, and CIDEr-D; a lone part that equals the total would say nothing new."""
+    if score.reward is None:
+        return [("CIDEr-D", score.scores.get("cider_d", 0.0))]
     parts = dict(score.reward.parts)
     if len(score.reward.weights) == 1:
         (only,) = score.reward.weights

@@ -63,7 +63,8 @@ def measure_table(before: Evaluation | None, after: Evaluation | None) -> dict[s
 
 def _only_part(evaluation: Evaluation | None) -> str | None:
     """The reward's one part where it has one alone, of weight 1: its row would repeat the total's."""
-    weights = evaluation.captions[0].reward.weights if evaluation is not None else {}
+    rewards = [] if evaluation is None else [c.reward for c in evaluation.captions if c.reward is not None]
+    weights = rewards[0].weights if rewards else {}
     ((name, weight),) = weights.items() if len(weights) == 1 else ((None, 0.0),)
     return name if weight == 1.0 else None
 

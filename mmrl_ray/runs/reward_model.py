@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmrl_ray.data.quarantine import Quarantine, some
 from mmrl_ray.data.samples import Sample, dataset_fingerprint
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.feedback.stats import wilson
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.models.reward_data import Judgement, RewardData
 from mmrl_ray.models.reward_folder import load_reward_model, refuse_occupied, save_reward_model
@@ -89,14 +91,15 @@ def evaluate_reward(folder: str | Path, data: RewardDataSection, *, cache_mb: in
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
-    """The held-out figures as tables: one line for all, one a part."""
+    """The held-out figures as tables: one line for all, one a part; an accuracy with Wilson's 95 % interval."""
     console = console or Console()
     found = report["held_out"]
     pairs, ratings = found.get("pairs"), found.get("ratings")
     if pairs:
-        table = _table("pairs", ("pairs", "accuracy", "expected", "NLL"))
+        table = _table("pairs", ("pairs", "accuracy", "95 % interval", "expected", "NLL"))
         for name, row in (("all", pairs), *pairs["parts"].items()):
-            table.add_row(name, f"{row['count']:,}", *map(_figure, (row["accuracy"], row["expected"], row["nll"])))
+            accuracy, others = _figure(row["accuracy"]), map(_figure, (row["expected"], row["nll"]))
+            table.add_row(name, f"{row['count']:,}", accuracy, _interval(row), *others)
         console.print(table)
     if ratings:
         table = _table("ratings", ("ratings", "RMSE", "NLL", "in 50 %", "in 80 %", "in 95 %"))
@@ -184,6 +187,15 @@ def _table(title: str, columns: tuple[str, ...]) -> PlainTable:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    count = row.get("decided", 0)  # reports from before it was written have none
+    if not count:
+        return "–"
+    right = round(row["accuracy"] * count)
+    share = wilson([True] * right + [False] * (count - right))
+    return f"{share.low:.3f} … {share.high:.3f}"
 
 
 def _figure(value: float | None) -> str:

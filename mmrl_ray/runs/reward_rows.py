@@ -51,8 +51,10 @@ def read_judgements(location: str, cfg: RewardDataSection, quarantine: Quarantin
 
 
 def part_of(source: str | None) -> str:
-    """What figures are given by: a source up to its sample, such as `scenes:colour` or `RUN@STEP`."""
-    return (source or "").split("/", 1)[0] or "unnamed"
+    """What figures are given by: a source up to its sample, such as `scenes:colour`, or a run, whatever its step."""
+    part = (source or "").split("/", 1)[0]
+    run, at, step = part.rpartition("@")
+    return (run if at and step.isdecimal() else part) or "unnamed"
 
 
 class _Pictures:

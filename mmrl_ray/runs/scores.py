@@ -4,6 +4,7 @@ The measures, by name:
 
     reward, reward/PART         the run's own reward and every part of it
     reward/sigma                its mean standard deviation, where it knows one
+                                rewards are of the captions that have one: a reward may fail on some
     cider_d, rouge_l            means of the sentence scores
     bleu_1 … bleu_4             of the corpus
     attributes/precision        for scenes, over all captions: facts that are true ÷ facts claimed
@@ -14,6 +15,7 @@ The measures, by name:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +27,8 @@ import numpy as np
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes import attribute_scores
-from mmrl_ray.errors import DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.errors import DataError, RewardError
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.metrics.bleu import bleu_counts, corpus_bleu
 from mmrl_ray.metrics.bootstrap import Interval, bootstrap_difference, bootstrap_mean
 from mmrl_ray.metrics.cider import CiderD
@@ -34,10 +36,11 @@ from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.rouge import rouge_l
 from mmrl_ray.metrics.text import MAX_ORDER, Tokenizer, words
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.checks import check_breakdowns
+from mmrl_ray.rewards.scoring import score_with_retry
 from mmrl_ray.runs.statistics import RESAMPLES, Counts, Figure, figure_difference, figure_interval
 
 _BATCH = 256
+_TIMEOUT_S = 60.0
 _ATTRIBUTES = ("attributes/correct", "attributes/claimed", "attributes/covered", "attributes/required")
 _SCENE_OBJECT = {"shape", "colour", "size", "position"}
 
@@ -52,12 +55,15 @@ class CaptionScore:
     prompt: str
     references: tuple[str, ...]
     caption: str
-    reward: RewardBreakdown
+    reward: RewardBreakdown | None
+    """None where the reward failed; see `no_reward`."""
     scores: Mapping[str, float]
     """Sentence scores and counts: cider_d, rouge_l, caption/words, and for scenes how many facts were claimed, of these
     are correct, were required, and of those were covered."""
     place: str = ""
     """Of the row in its data set (`Sample.place`): ids may repeat."""
+    no_reward: str = ""
+    """Why it has no reward, where it has none."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,9 @@ class Evaluation:
     def measures(self) -> dict[str, Interval]:
         """Every measure with its 95 % bootstrap interval, the sample being what is resampled."""
         found = {
-            name: bootstrap_mean(values, seed=self.seed, resamples=RESAMPLES) for name, values in self._means.items()
+            name: bootstrap_mean(present, seed=self.seed, resamples=RESAMPLES)
+            for name, values in self._means.items()
+            if (present := [value for value in values if not math.isnan(value)])
         }
         for name, (counts, figure) in self._figures.items():
             found[name] = figure_interval(counts, figure, seed=self.seed)
@@ -84,19 +92,34 @@ class Evaluation:
         """How many samples, and each measure's value and interval; captions are in the records."""
         return {
             "samples": len(self.captions),
+            **({"without_reward": len(self.unrewarded)} if self.unrewarded else {}),
             "measures": {name: interval_json(interval) for name, interval in self.measures.items()},
         }
 
+    @property
+    def unrewarded(self) -> tuple[CaptionScore, ...]:
+        """Captions that the reward failed on: they are in every measure but those of the reward."""
+        return tuple(c for c in self.captions if c.reward is None)
+
+    def told_unrewarded(self) -> str:
+        """How many, and the first reason; only where there are any."""
+        missing = self.unrewarded
+        return (
+            f"{len(missing)} of {len(self.captions)} captions have no reward, and do not count in its figures; "
+            f"the first: {missing[0].sample_id}: {missing[0].no_reward}"
+        )
+
     @cached_property
     def _means(self) -> dict[str, list[float]]:
-        """Measures that are means: one value a sample."""
+        """Measures that are means: one value a sample, NaN where it has none."""
         multiplicity = Counter(c.caption for c in self.captions)
-        columns: dict[str, list[float]] = {"reward": [c.reward.total for c in self.captions]}
-        for part in _shared([c.reward.parts for c in self.captions]):
-            columns[f"reward/{part}"] = [c.reward.parts[part] for c in self.captions]
-        sigmas = [c.reward.sigma for c in self.captions if c.reward.sigma is not None]
-        if len(sigmas) == len(self.captions):
-            columns["reward/sigma"] = sigmas
+        rewards = [c.reward for c in self.captions]
+        columns: dict[str, list[float]] = {"reward": [math.nan if r is None else r.total for r in rewards]}
+        rewarded = [r for r in rewards if r is not None]
+        for part in _shared([r.parts for r in rewarded]):
+            columns[f"reward/{part}"] = [math.nan if r is None else r.parts[part] for r in rewards]
+        if all(r.sigma is not None for r in rewarded):
+            columns["reward/sigma"] = [math.nan if r is None or r.sigma is None else r.sigma for r in rewards]
         for name in _shared([c.scores for c in self.captions]):
             if name not in _ATTRIBUTES:
                 columns[name] = [c.scores[name] for c in self.captions]
@@ -137,10 +160,13 @@ def score_captions(
     statistics: CorpusStatistics,
     *,
     seed: int = 0,
+    timeout_s: float = _TIMEOUT_S,
+    retries: int = 0,
 ) -> Evaluation:
     """Scores one caption a sample by the reward and by every measure that the reward does not see.
 
-    Ends of captions count in the reward where it says so, in the measures never.
+    Ends of captions count in the reward where it says so, in the measures never. A caption that the reward fails on
+    is measured without it.
 
     Args:
         samples: with references.
@@ -148,10 +174,12 @@ def score_captions(
         reward: the run's.
         statistics: of the training references, for CIDEr-D.
         seed: of the bootstrap.
+        timeout_s: of the reward, for a batch; see `score_with_retry`.
+        retries: of it.
 
     Raises:
         DataError: no samples, or a sample without references.
-        RewardError: the reward failed.
+        RewardError: the reward failed on every caption.
     """
     if not samples:
         raise DataError("there is no sample to evaluate")
@@ -160,12 +188,15 @@ def score_captions(
     bare = next((s.id for s in samples if not s.references), None)
     if bare is not None:
         raise DataError(f"sample {bare!r} has no references to evaluate against; add some or leave it out")
-    breakdowns: list[RewardBreakdown] = []
+    scores: list[Score] = []
     for start in range(0, len(samples), _BATCH):
         batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
-        breakdowns += check_breakdowns(reward.score_batch(batch, said), batch)
+        scores += score_with_retry(reward, batch, said, timeout_s=timeout_s, retries=retries)
+    reasons = [score.reason for score in scores if isinstance(score, RewardFailure)]
+    if len(reasons) == len(scores):
+        raise RewardError(f"none of {len(scores)} captions has a reward; the first: {reasons[0]}")
     cider, tokenizer = CiderD(statistics), statistics.tokenizer
-    rows = zip(samples, captions, breakdowns, strict=True)
+    rows = zip(samples, captions, scores, strict=True)
     return Evaluation(tuple(_score(*row, cider=cider, tokenizer=tokenizer) for row in rows), seed, tokenizer)
 
 
@@ -180,9 +211,9 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
         raise DataError("two evaluations of different samples cannot be compared; evaluate both on the same split")
     found: dict[str, Difference] = {}
     for name, interval in before.measures.items():
-        if name not in after.measures:
+        if name not in after.measures or (difference := _difference(before, after, name)) is None:
             continue
-        found[name] = Difference(_difference(before, after, name), not interval.overlaps(after.measures[name]))
+        found[name] = Difference(difference, not interval.overlaps(after.measures[name]))
     return found
 
 
@@ -230,16 +261,19 @@ def interval_json(interval: Interval) -> dict[str, float | None]:
     return {"value": interval.mean, "low": low, "high": high}
 
 
-def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval:
+def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval | None:
+    """None where no sample has the measure on both sides."""
     if name in before._means:
-        return bootstrap_difference(before._means[name], after._means[name], seed=before.seed, resamples=RESAMPLES)
+        pairs = zip(before._means[name], after._means[name], strict=True)
+        both = [(old, new) for old, new in pairs if not math.isnan(old) and not math.isnan(new)]
+        if not both:
+            return None
+        return bootstrap_difference(*zip(*both, strict=True), seed=before.seed, resamples=RESAMPLES)
     counts, figure = before._figures[name]
     return figure_difference(counts, after._figures[name][0], figure, seed=before.seed)
 
 
-def _score(
-    sample: Sample, caption: str, reward: RewardBreakdown, *, cider: CiderD, tokenizer: Tokenizer
-) -> CaptionScore:
+def _score(sample: Sample, caption: str, reward: Score, *, cider: CiderD, tokenizer: Tokenizer) -> CaptionScore:
     scores = {
         "cider_d": cider.score(caption, sample.references),
         "rouge_l": rouge_l(caption, sample.references, tokenizer=tokenizer),
@@ -255,9 +289,10 @@ def _score(
         prompt=sample.prompt,
         references=sample.references,
         caption=str(caption),
-        reward=reward,
+        reward=reward if isinstance(reward, RewardBreakdown) else None,
         scores=scores,
         place=sample.place,
+        no_reward=reward.reason if isinstance(reward, RewardFailure) else "",
     )
 
 
@@ -292,7 +327,7 @@ def _is_scene(sample: Sample) -> bool:
 
 def _shared(rows: Sequence[Mapping[str, float]]) -> Iterator[str]:
     """Names that every row has, in the first row's order."""
-    return (name for name in rows[0] if all(name in row for row in rows))
+    return (name for name in (rows[0] if rows else ()) if all(name in row for row in rows))
 
 
 def _ordered(names: Mapping[str, Any]) -> list[str]:

@@ -5,21 +5,31 @@ targets ──▶ ServeConfig ──▶ Ray's switches ──▶ Ray ──▶ S
 
 from __future__ import annotations
 
+import errno
 import functools
 import ipaddress
 import json
 import os
+import socket
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config, load_serve_config, parse_as, parse_config
 from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.paths import (
+    RUN_CONFIG,
+    is_run,
+    refuse_missing_places,
+    refuse_unknown,
+    with_absolute_places,
+)
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.config.yaml_tree import dump_yaml
-from mmrl_ray.errors import ConfigError, JobError
+from mmrl_ray.errors import ConfigError, JobError, ServingError
 from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.shutdown import stop_jobs
 from mmrl_ray.policy.load import load_skeleton
@@ -29,12 +39,12 @@ from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import base_of_run, same_base
+from mmrl_ray.runs.warm_start import base_for_use, same_base
 from mmrl_ray.serving.flags import set_flags
 from mmrl_ray.serving.names import APP
 from mmrl_ray.serving.recipes import recipe_configs
+from mmrl_ray.telemetry.terminal import visible
 
-_RUN_CONFIG = "config.yaml"
 _START_TIMEOUT_S = 600.0
 """For all deployments to run: mostly the loading of a model."""
 
@@ -63,12 +73,15 @@ def serve(
     Raises:
         ConfigError: the targets do not go together, or `insecure` does not go with the rest.
         ModelError: the model is on this machine and cannot be used.
-        ServingError: a deployment cannot be made.
+        ServingError: the port is taken, the key database cannot be used, or a deployment cannot be made.
         PlacementError: Ray has no room for one.
         RunError: the cluster cannot be joined.
     """
-    cfg = serving_config(targets, overrides, host=host, port=port)
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is None and not print_config:  # the replicas will be on this machine
+        # Before a base that is gone would be made anew, which takes its time.
+        _refuse_unusable(serving_config(targets, overrides, host=host, port=port, base=_as_written), insecure=insecure)
+    cfg = serving_config(targets, overrides, host=host, port=port)
     if insecure:
         _refuse_insecure(cfg.serving.host, address)
     if print_config:
@@ -80,8 +93,14 @@ def serve(
     if address is None:
         set_flags(insecure=insecure)
     jobs = cfg.serving.fine_tuning is not None
-    with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs):
+    show = _show if cfg.reward is not None and cfg.reward.functions else None
+    with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs, show=show):
         _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
+
+
+def _show(line: str) -> None:
+    """What a reward function of the user's prints in a replica."""
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def _refuse_broken(model: ModelSection) -> None:
@@ -90,6 +109,44 @@ def _refuse_broken(model: ModelSection) -> None:
         return
     load_skeleton(model)
     try_quickly(model)
+
+
+def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:
+    """What would fail once the model is loaded: places that are not there, the port, the keys."""
+    if insecure:
+        _refuse_insecure(cfg.serving.host, None)
+    refuse_missing_places(cfg)
+    _refuse_taken(cfg.serving.host, cfg.serving.port)
+    if not insecure:
+        _try_keys(cfg.serving.database)
+
+
+def _as_written(cfg: Config, run: RunDir) -> str:
+    return cfg.model.path
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Refuses an address that the gateway could not listen on."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a server: closed connections do not count
+            tried.bind(place)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        why = "another program listens there; end it, or choose another --port" if taken else error.strerror or error
+        raise ServingError(f"the gateway cannot listen on {host}:{port}: {why}") from error
+
+
+def _try_keys(database: str | None) -> None:
+    """A database that takes no key now would take none when the model is loaded."""
+    from mmrl_ray.serving.keys import KeyStore, default_database
+
+    store = KeyStore(database or default_database())
+    try:
+        store.try_writing()
+    finally:
+        store.close()
 
 
 def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
@@ -128,9 +185,16 @@ def _stop_jobs() -> None:
 
 
 def serving_config(
-    targets: Sequence[str], overrides: Sequence[str] = (), *, host: str | None = None, port: int | None = None
+    targets: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    base: Callable[[Config, RunDir], str] | None = None,
 ) -> ServeConfig:
-    """The config that the targets stand for, with overrides; `host` and `port` come last.
+    """The config that the targets stand for, with overrides and absolute paths; `host` and `port` come last.
+
+    `base` says which model a run began with; by default `base_for_use`, which makes it anew where it is gone.
 
     Raises:
         ConfigError: see `serve`.
@@ -142,7 +206,8 @@ def serving_config(
     if len(targets) == 1 and Path(targets[0]).suffix in (".yaml", ".yml"):
         cfg = load_serve_config(targets[0], written)
     else:
-        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets)), "mmrl serve", written)
+        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets, base or base_for_use)), "mmrl serve", written)
+    cfg = with_absolute_places(cfg)
     if cfg.reward is not None and cfg.reward.needs_statistics and cfg.statistics is None:
         raise ConfigError(
             "reward: its parts need the statistics of the training references: name the file with `statistics:` "
@@ -151,29 +216,27 @@ def serving_config(
     return cfg
 
 
-def _of_targets(targets: Sequence[str]) -> ServeConfig:
-    runs = [target for target in targets if _is_run(target)]
-    models = [target for target in targets if not _is_run(target)]
+def _of_targets(targets: Sequence[str], base_of: Callable[[Config, RunDir], str]) -> ServeConfig:
+    for target in targets:
+        refuse_unknown(target)
+    runs = [target for target in targets if is_run(target)]
+    models = [target for target in targets if not is_run(target)]
     if len(models) > 1:
         raise ConfigError(f"{' and '.join(models)} are two models: a server has one, and adapters of it")
     base = ServeConfig(model=ModelSection(path=models[0]), reward=None) if models else None
     for target in runs:
-        base = _with_run(base, RunDir.at(target))
+        base = _with_run(base, RunDir.at(target), base_of)
     if base is None:
         raise ConfigError("name a run folder, a model or a config to serve")
     return base
 
 
-def _is_run(target: str) -> bool:
-    return "://" in target or (Path(target).expanduser() / _RUN_CONFIG).is_file()
-
-
-def _with_run(base: ServeConfig | None, run: RunDir) -> ServeConfig:
+def _with_run(base: ServeConfig | None, run: RunDir, base_of: Callable[[Config, RunDir], str]) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
-    cfg = parse_config(run.read_text(_RUN_CONFIG), run.full_path(_RUN_CONFIG))
+    cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     if base is not None and (cfg.value_based is not None or base.agent is not None):
         raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
-    path = base_of_run(cfg, run)
+    path = base_of(cfg, run)
     if base is not None and base.adapters:
         if not same_base(path, base.model.path):
             raise ConfigError(f"{run.location} was trained on {path}, not on {base.model.path}: serve it by itself")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging as stdlib_logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import DataSection
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_unknown
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RunError
@@ -27,13 +31,12 @@ from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.preferences import TRAIN as PAIRS
 from mmrl_ray.runs.stored import TRAIN as STORED
-from mmrl_ray.runs.warm_start import base_of_run
+from mmrl_ray.runs.warm_start import base_for_use
 from mmrl_ray.value_based.agent import AGENT_FOLDER, FACTS_FILE, Agent
 from mmrl_ray.value_based.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
 from mmrl_ray.value_based.features import image_features
 
 STATISTICS = "reward/statistics.json"
-_CONFIG = "config.yaml"
 _MODEL_TOKENS = 64
 
 
@@ -95,10 +98,13 @@ def open_target(target: str, *, device: torch.device | str | None = None) -> Tar
     A run folder is one with a `config.yaml`; whatever else is a model folder or a hub id.
 
     Raises:
+        ConfigError: it looks like a folder, and there is none.
         RunError: the run has no adapter and no valid checkpoint.
         ModelError: the model cannot be loaded.
     """
-    if "://" in target or (Path(target).expanduser() / _CONFIG).is_file():
+    refuse_unknown(target)
+    _quieten()
+    if is_run(target):
         return _open_run(RunDir.at(target), device)
     policy = load_policy(ModelSection(path=target), device=device)
     return Target(
@@ -113,9 +119,18 @@ def open_target(target: str, *, device: torch.device | str | None = None) -> Tar
     )
 
 
+def _quieten() -> None:
+    """What libraries say and draw while a model is loaded is not for a user of it; errors are raised all the same."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in ("huggingface_hub", "peft", "torch"):
+        stdlib_logging.getLogger(name).setLevel(stdlib_logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b.*")
+
+
 def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
-    cfg = parse_config(run.read_text(_CONFIG), run.full_path(_CONFIG))
-    policy = load_policy(cfg.model.model_copy(update={"path": base_of_run(cfg, run)}), device=device)
+    cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
+    policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run)}), device=device)
     agent = None
     if cfg.value_based is not None:
         folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)

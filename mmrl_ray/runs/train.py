@@ -23,7 +23,7 @@ from typing import Any
 
 import mmrl_ray
 from mmrl_ray.config import Config
-from mmrl_ray.config.load import dump_config
+from mmrl_ray.config.load import changed_keys, dump_config
 from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.data.quarantine import QuarantineRecord, reasons_of, told
 from mmrl_ray.data.samples import Sample, iter_references
@@ -167,15 +167,16 @@ class _Run:
             note_event(run, kind, **told_of)
         status = "failed"
         try:
+            self._keep_config(run, again)
             if not again:
-                run.write_text("config.yaml", dump_config(cfg))
                 self._warn_if_blind(run, "warm start", unseeing)
             statistics = self._statistics(run)
             with self._timed("stored"):
                 start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
             with ExitStack() as stack:
                 with self._progress.busy("starting Ray"):
-                    stack.enter_context(ray_session(cfg, address=address, debug=debug))
+                    session = ray_session(cfg, address=address, debug=debug, show=self._progress.note)
+                    stack.enter_context(session)
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
                 with self._timed("serve"):
@@ -239,6 +240,16 @@ class _Run:
                 write_status(run, "starting", STARTING_S)
 
         return update
+
+    def _keep_config(self, run: RunDir, again: bool) -> None:
+        """The config as it is from here on; a resume that changes it says what it changes."""
+        text = dump_config(self._cfg)
+        before = run.read_text("config.yaml") if run.exists("config.yaml") else None
+        if before == text:
+            return
+        run.write_text("config.yaml", text)
+        if again and before is not None and (changed := changed_keys(before, text)):
+            note_event(run, "config_changed", detail=", ".join(changed))
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -373,11 +384,21 @@ class _Run:
         reward: RewardFn,
         statistics: CorpusStatistics,
     ) -> None:
-        evaluation = score_captions(samples, captions, reward, statistics, seed=self._cfg.run.seed)
+        evaluation = score_captions(
+            samples,
+            captions,
+            reward,
+            statistics,
+            seed=self._cfg.run.seed,
+            timeout_s=self._cfg.reward.timeout_s,
+            retries=self._cfg.reward.retries,
+        )
         save_evaluation(run, name, evaluation, samples)
         measures = evaluation.measures
         shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
         self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
+        if evaluation.unrewarded:
+            self._progress.warn(f"evaluation {name} training: {evaluation.told_unrewarded()}")
         if self._cfg.value_based is None or not self._cfg.value_based.blind:
             self._warn_if_blind(run, f"evaluation {name} training", evaluation_blindness(evaluation))
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,6 @@ from typing import Any
 from pyarrow import fs
 from safetensors import SafetensorError
 from transformers import AutoConfig
-from transformers.utils import logging
 
 from mmrl_ray import atomic
 from mmrl_ray.config import Config
@@ -42,8 +42,10 @@ from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.blindness import Blindness, blindness
-from mmrl_ray.runs.progress import ProgressFn
+from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.sft import train_supervised
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 """Folder of a run that keeps its base model, where a warm start made it."""
@@ -71,12 +73,12 @@ _WHOLE = 16 << 20
 """Files of a model folder up to this size enter the key by content, larger ones by size and time of change."""
 
 
-def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
+def warm_start(cfg: Config, *, progress: ProgressFn | None = None, notice: Callable[[str], None] | None = None) -> str:
     """What `model.path` stands for: a folder with a model ready for reinforcement learning.
 
     A built-in model is made and, with an `sft` section, the model is trained; both are kept in `sft.cache` and found
     there the next time. A checkpoint without `sft` is returned as it was written (it may be a hub id). Writes the
-    scenes first where the config asks for them.
+    scenes first where the config asks for them. `notice` is told before anything is made.
 
     Raises:
         ModelError: no such built-in model, or the checkpoint cannot be used.
@@ -87,11 +89,16 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
     if not _is_made(cfg):
         return cfg.model.path
     if cfg.data.scenes is not None:
+        if notice is not None and not Path(cfg.data.train).exists():
+            notice(f"{cfg.data.train} is not there any more: the scenes are drawn anew")
         write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
     cache, made_from = _cache(cfg), _made_from(cfg)
     target = cache / _key(made_from)
     if (target / FACTS).is_file():
         return str(target)
+    if notice is not None:
+        steps = "" if cfg.sft is None else f", with {cfg.sft.steps:,} steps of warm start"
+        notice(f"the model that it began with is not in {cache} any more: it is made anew{steps}")
     partial = cache / f"{target.name}{_PARTIAL}"
     with _staging(cache) as scratch:
         facts = _make(cfg, scratch, progress, partial)
@@ -102,7 +109,13 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None) -> str:
     return str(target)
 
 
-def base_of_run(cfg: Config, run: RunDir, *, progress: ProgressFn | None = None) -> str:
+def base_of_run(
+    cfg: Config,
+    run: RunDir,
+    *,
+    progress: ProgressFn | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> str:
     """The model that a run's adapter belongs to: the one kept with the run, else (of older runs) as `warm_start`.
 
     Of a run that does not lie on this machine it is found in `sft.cache`, or copied there.
@@ -112,7 +125,7 @@ def base_of_run(cfg: Config, run: RunDir, *, progress: ProgressFn | None = None)
         as `warm_start`: the run has no base of its own.
     """
     if not _is_made(cfg) or not run.exists(f"{BASE}/{FACTS}"):
-        return warm_start(cfg, progress=progress)
+        return warm_start(cfg, progress=progress, notice=notice)
     if run.is_local:
         return str(run.local_path(BASE))
     target = _cache(cfg) / _key(run.read_json(f"{BASE}/{FACTS}")["made_from"])
@@ -164,6 +177,19 @@ def same_base(one: str, other: str) -> bool:
     return one == other if made == (None, None) else made[0] == made[1]
 
 
+def base_for_use(cfg: Config, run: RunDir) -> str:
+    """`base_of_run` for who only uses a run: what is gone of its data and its base is made anew, which is said."""
+    with RunProgress() as shown:
+        update: list[ProgressFn] = []
+
+        def progress(done: int, total: int, figures: Mapping[str, float]) -> None:
+            if not update:
+                update.append(shown.phase("warm start"))
+            update[0](done, total, figures)
+
+        return base_of_run(cfg, run, progress=progress, notice=lambda text: shown.warn(f"{cfg.run.name}: {text}"))
+
+
 def warm_start_facts(folder: str | Path) -> dict[str, Any]:
     """What a folder from `warm_start` says of itself; nothing for any other model."""
     file = Path(folder) / FACTS
@@ -191,7 +217,7 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
         sampling = SamplingParams(greedy=True, max_new_tokens=cfg.rollout.max_new_tokens)
         made = decode_groups(Decoder(policy), [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
     except (DataError, ModelError) as error:  # the run's own evaluation says more of it
-        logging.get_logger(__name__).warning(f"the warm start's captions were not looked at: {error}")
+        logger.warning(f"the warm start's captions were not looked at: {error}")
         return None
     return blindness(
         ([image_hash([image]) for image in sample.images], sample.references, output.completions[0].text)
@@ -202,7 +228,6 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
 def _make(cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Path) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
-    logging.disable_progress_bar()  # of loading and saving weights: they would run through the program's own
     path = cfg.model.path
     if _is_builtin(cfg):
         path = str(build_builtin(cfg, folder))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+
+from PIL import Image
 
 from mmrl_ray.errors import ConfigError, MMRLError, OverloadedError, RunError, ServingError, UnknownModelError
 from mmrl_ray.learner.checkpoints import checkpoint_name, newest_valid_checkpoint
@@ -20,6 +22,7 @@ from mmrl_ray.policy.prompts import encode_conversation
 from mmrl_ray.policy.sampling import check_sampling
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import MANIFEST, RunDir
+from mmrl_ray.serving.decoding import RequestDecoder
 from mmrl_ray.serving.protocols import Choice, Delta, Generated, GenerateRequest, ModelInfo, Served, TokenInfo
 from mmrl_ray.value_based.agent import AGENT_FOLDER, Agent, Saying
 from mmrl_ray.value_based.features import prompt_features
@@ -60,6 +63,7 @@ class AgentEngine:
         self._agent, self._version, self._created = _newest_agent(run)
         self._cache = VisionCache(vision_cache_bytes)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="agent")
+        self._decoder = RequestDecoder()
         self._under_way = self._requests = self._failed = self._tokens = 0
         self._warm = False
 
@@ -124,7 +128,8 @@ class AgentEngine:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await loop.run_in_executor(self._worker, self._work, request)
+                async with self._decoder.decoded(request.images) as pictures:
+                    return await loop.run_in_executor(self._worker, self._work, request, pictures)
         except TimeoutError as error:
             raise ServingError(f"the request did not finish within {self._timeout_s:g} s; try again later") from error
 
@@ -141,9 +146,9 @@ class AgentEngine:
                 "min_new_tokens out"
             )
 
-    def _work(self, request: GenerateRequest) -> tuple[Served, list[Saying]]:
+    def _work(self, request: GenerateRequest, pictures: Sequence[Image.Image]) -> tuple[Served, list[Saying]]:
         turns = [(turn.role, turn.parts) for turn in request.turns]
-        prompt = encode_conversation(self._policy, turns, request.images)
+        prompt = encode_conversation(self._policy, turns, request.images, pictures)
         tokens = self._agent.facts.shape.image_tokens
         (image,) = prompt_features(self._policy, [prompt], tokens, self._cache)
         sampling = request.sampling

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmrl_ray.experience.carriers import Completion, FinishReason
 from mmrl_ray.policy.decode import Event
+from mmrl_ray.policy.token_bytes import TokenBytes
 from mmrl_ray.serving.protocols import Choice, Delta, ServedFinishReason, TokenInfo
 
 
@@ -14,8 +15,8 @@ class Answers:
     """Makes choices and deltas. For one thread."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
+        self._bytes = TokenBytes(tokenizer)
+        self._texts: dict[int, tuple[str, bytes]] = {}
 
     def choice(self, index: int, made: Completion) -> Choice:
         """A finished completion."""
@@ -38,10 +39,12 @@ class Answers:
         ]
 
     def _token(self, token: int, logprob: float) -> TokenInfo:
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self._tokenizer.decode([token], skip_special_tokens=True)
-        return TokenInfo(text, token, logprob)
+        known = self._texts.get(token)
+        if known is None:
+            data = self._bytes.of(token)
+            # As OpenAI writes the bytes of a token that is part of a character.
+            known = self._texts[token] = (data.decode("utf-8", "backslashreplace"), data)
+        return TokenInfo(known[0], token, logprob, known[1])
 
 
 def _reason(reason: FinishReason) -> ServedFinishReason:

@@ -5,11 +5,14 @@ Nothing here keeps state between requests but limits and counts, so that any num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from mmrl_ray import __version__
@@ -23,7 +26,7 @@ from mmrl_ray.serving.openai_types import ChatRequest
 from mmrl_ray.serving.routes.captions import CaptionRequest, add_captions
 from mmrl_ray.serving.routes.chat import add_chat
 from mmrl_ray.serving.routes.deps import GatewayDeps
-from mmrl_ray.serving.routes.documents import ERRORS, document
+from mmrl_ray.serving.routes.documents import ERRORS, VERSION_HEADER, document
 from mmrl_ray.serving.routes.fine_tuning import add_fine_tuning
 from mmrl_ray.serving.routes.models import add_models
 from mmrl_ray.serving.routes.operations import add_operations
@@ -65,7 +68,7 @@ def make_app(deps: GatewayDeps) -> FastAPI:
         openapi_url=None,  # served by a route of its own, behind the gate like any other
         redirect_slashes=False,
         responses=ERRORS,
-        middleware=[Middleware(Envelope, metrics=metrics), gate],
+        middleware=[*_cross_origin(settings.cors_origins), Middleware(Envelope, metrics=metrics), gate],
         exception_handlers={HTTPException: _refused, RequestValidationError: _refused},
     )
     parts = (add_chat, add_captions, add_models, add_rewards, add_score)
@@ -74,6 +77,21 @@ def make_app(deps: GatewayDeps) -> FastAPI:
     bodies: list[type[BaseModel]] = [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, PreferenceRequest]
     document(app, [*bodies, WorkersRequest, FineTuningRequest])
     return app
+
+
+def _cross_origin(origins: Sequence[str]) -> list[Middleware]:
+    """For web pages of these origins, around everything: they ask for leave without a key, and read errors, too."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", VERSION_HEADER, "retry-after"],
+        )
+    ]
 
 
 async def _refused(request: Request, error: Exception) -> Response:

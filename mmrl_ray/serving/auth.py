@@ -15,29 +15,37 @@ import base64
 import binascii
 import ipaddress
 import logging
-import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmrl_ray.errors import ServingError
-from mmrl_ray.serving.http_errors import CLIENT_GONE, error_response, is_expected, problem, rate_limited
+from mmrl_ray.serving.http_errors import (
+    CLIENT_GONE,
+    error_response,
+    harmless_id,
+    is_expected,
+    problem,
+    rate_limited,
+)
 from mmrl_ray.serving.keys import KeyRecord, KeyRole, KeyStore
-from mmrl_ray.serving.limits import KeyLimits
+from mmrl_ray.serving.limits import KeyLimits, WrongKeys
 from mmrl_ray.serving.metrics import GatewayMetrics
 
 LIVE = "/health/live"
 """The one path that needs no key."""
-BROWSER_PATHS = ("/docs", "/openapi.json")
+BROWSER_PATHS = ("/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/openapi.json")
 """A browser, which sends no bearer token, may show these for a key given as the password of HTTP Basic."""
+_LOOK_UPS = 4
+"""Keys looked up at a time, in threads of their own: nothing else that is slow may keep callers out."""
 _CALLER = "mmrl.caller"
 _ANYBODY = "insecure"
 """What limits call everybody where no key is asked for."""
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOG = logging.getLogger(__name__)
 
 
@@ -54,8 +62,7 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        request_id = harmless_id(Headers(scope=scope).get("x-request-id", "")) or secrets.token_hex(16)
         status = CLIENT_GONE  # unless an answer begins
 
         async def send_with_id(message: Message) -> None:
@@ -88,6 +95,8 @@ class Gate:
         self._keys = keys
         self._limits = limits
         self._max_body_bytes = max_body_bytes
+        self._wrong = WrongKeys()
+        self._threads = ThreadPoolExecutor(_LOOK_UPS, thread_name_prefix="keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -98,7 +107,7 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = Headers(scope=scope)
-        caller = await self._caller(scope["path"], headers)
+        caller = await self._caller(scope["path"], headers, (scope.get("client") or ("",))[0])
         scope[_CALLER] = caller
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
@@ -111,7 +120,7 @@ class Gate:
         finally:
             self._limits.leave(key_id)
 
-    async def _caller(self, path: str, headers: Headers) -> KeyRecord | None:
+    async def _caller(self, path: str, headers: Headers, address: str) -> KeyRecord | None:
         if self._keys is None:
             _check_host(headers.get("host", ""))
             return None
@@ -121,14 +130,18 @@ class Gate:
             raise _no_key("no key was sent: send the header `Authorization: Bearer mmrl-…`", browser)
         record = self._keys.cached(key)
         if record is None:
+            # Who had a good key a moment ago is let through to its look-up, whoever else sends wrong ones from there.
+            if not self._keys.was_good(key) and (refusal := self._wrong.refusal(address)) is not None:
+                raise rate_limited(refusal.message, refusal.retry_after_s)
             try:
-                record = await asyncio.to_thread(self._keys.verify, key)
+                record = await asyncio.get_running_loop().run_in_executor(self._threads, self._keys.verify, key)
             except ServingError as error:
                 _LOG.error("%s", error)
                 raise problem(
                     503, "keys cannot be checked now: try again later", code="keys_unavailable", type="server_error"
                 ) from error
         if record is None:
+            self._wrong.count(address)
             raise _no_key("this key is unknown, expired or revoked", browser)
         return record
 

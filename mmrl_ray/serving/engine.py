@@ -1,10 +1,10 @@
 """A policy that answers many requests at once: what the policy deployment is a shell around.
 
-    request ──encode (threads)──▶ waiting ──▶ decode thread: rows join and leave between steps ──▶ choices, deltas
+    request ──decode, encode──▶ waiting ──▶ decode thread: rows join and leave between steps ──▶ choices, deltas
 
-The event loop only passes things on: pictures are decoded and texts tokenised in a small pool of threads, the model
-runs in one thread of its own (`decode_thread.py`). A request keeps the version of the adapter that it began with, and a
-new version is put on beside it (`policy/adapters.py`).
+The event loop only passes things on: pictures are decoded in processes of their own (`decoding.py`) and texts tokenised
+in a small pool of threads, the model runs in one thread of its own (`decode_thread.py`). A request keeps the version of
+the adapter that it began with, and a new version is put on beside it (`policy/adapters.py`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.serving.adapter_leases import AdapterLeases
 from mmrl_ray.serving.answers import Answers
 from mmrl_ray.serving.decode_thread import DecodeThread, Ticket
+from mmrl_ray.serving.decoding import RequestDecoder
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, Served
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Engine:
         self._rules = generation_rules(policy)
         self._thread = DecodeThread(self._make_decoder)
         self._encoders = ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
+        self._decoder = RequestDecoder()
         self._leases = AdapterLeases(pool, self._thread) if pool is not None else None
         self._present: set[object] = set()
         """Requests that have not ended; the event loop's."""
@@ -251,7 +253,9 @@ class Engine:
             raise ConfigError(f"n={request.n} completions: from 1 to {self._max_rows} can be asked for")
         loop = asyncio.get_running_loop()
         turns = [(turn.role, turn.parts) for turn in request.turns]
-        prompt = await loop.run_in_executor(self._encoders, self._encode, turns, request.images, request.sampling)
+        async with self._decoder.decoded(request.images) as pictures:
+            encode = partial(self._encode, turns, request.images, request.sampling, pictures)
+            prompt = await loop.run_in_executor(self._encoders, encode)
         name = resident.name if resident is not None else BASE
         adapter = None if self._pool is None else name
         sampling = request.sampling
@@ -260,10 +264,14 @@ class Engine:
         return Ticket(prompt, request.n, sampling, adapter, streams, loop, partial(self._waiting.discard, mark))
 
     def _encode(
-        self, turns: Sequence[tuple[str, Sequence[str | int]]], images: Sequence[bytes], sampling: SamplingParams
+        self,
+        turns: Sequence[tuple[str, Sequence[str | int]]],
+        images: Sequence[bytes],
+        sampling: SamplingParams,
+        pictures: Sequence[Image.Image] | None = None,
     ) -> EncodedPrompt:
         check_sampling(sampling)
-        prompt = encode_conversation(self._policy, turns, images)
+        prompt = encode_conversation(self._policy, turns, images, pictures)
         check_context(self._policy, prompt, sampling.max_new_tokens)
         return prompt
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -38,6 +41,7 @@ TAG = "~"
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _VALUE_CHARS = 40
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class _Kind(NamedTuple):
@@ -83,10 +87,45 @@ def problem(
     return HTTPException(status, detail=detail, headers=dict(headers or {}))
 
 
+def wrong_parameter(param: str, message: str, *, code: str = "invalid_value") -> PydanticCustomError:
+    """What a model's validator raises about one of its fields."""
+    return PydanticCustomError(_NAMED, "{message}", {"param": param, "message": message, "code": code})
+
+
+@contextlib.contextmanager
+def about(param: str, *, image: str | None = None) -> Iterator[None]:
+    """Of a request that is refused in here, this parameter is the reason where the error names none itself; of a
+    picture that cannot be used it is `image`, if given."""
+    try:
+        yield
+    except (DataError, ImageError) as error:
+        kind = next(kind for of, kind in _KINDS if isinstance(error, of))
+        if kind.param is not None:
+            raise
+        named = image if image is not None and isinstance(error, ImageError) else param
+        raise problem(400, _message(error), code=kind.code, param=named) from error
+
+
+def harmless_id(given: str) -> str | None:
+    """A client's own id of its request, where logs and headers can hold it."""
+    return given if _REQUEST_ID.fullmatch(given) else None
+
+
 def rate_limited(message: str, retry_after_s: float) -> HTTPException:
     """429 with whole seconds to wait."""
     headers = {"retry-after": str(max(1, math.ceil(retry_after_s)))}
     return problem(429, message, code="rate_limit_exceeded", type="rate_limit_error", headers=headers)
+
+
+def unavailable() -> HTTPException:
+    """503 where no application answers."""
+    message = "the server is starting, stopping or has lost a part: try again later"
+    return problem(503, message, code="unavailable", type=_SERVER)
+
+
+def closed() -> HTTPException:
+    """401 for paths that are Ray's, and nobody's business."""
+    return problem(401, "there is nothing here without a key", code="invalid_api_key", type="authentication_error")
 
 
 def invalid_body(problems: Sequence[Any]) -> HTTPException:
@@ -94,16 +133,10 @@ def invalid_body(problems: Sequence[Any]) -> HTTPException:
     # Of a union whose branches all refuse, the branch that got furthest tells best.
     first = max(problems, key=lambda item: len(item["loc"])) if _same_place(problems) else problems[0]
     path = tuple(part for part in first["loc"] if not str(part).startswith(TAG))
-    param = _dotted(path) or None
-    if first["type"] == "json_invalid":
-        return problem(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
-    message, code = first["msg"].removeprefix("Value error, "), "invalid_value"
-    if first["type"] == "extra_forbidden":
-        message, code = "this parameter is unknown here", "unknown_parameter"
-    elif first["type"] == "missing":
-        message, code = "this parameter is required", "missing_required_parameter"
-    elif first["type"] != "value_error":
-        message = f"{message[:1].lower()}{message[1:]}, not {_show(first.get('input'))}"
+    code = _CODES.get(first["type"], "invalid_value")
+    if first["type"] == _NAMED:
+        path, code = (*path, first["ctx"]["param"]), first["ctx"]["code"]
+    param, message = _dotted(path) or None, _plain_words(first)
     return problem(400, f"{param}: {message}" if param else message, code=code, param=param)
 
 
@@ -161,6 +194,45 @@ def _plain(status: int, detail: str) -> dict[str, Any]:
     return _body(_Kind(status, _SERVER if status >= 500 else _INVALID, code), message)
 
 
+_NAMED = "named"
+_CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+_WORDS = {
+    "extra_forbidden": "this parameter is unknown here",
+    "missing": "this parameter is required",
+    "none_required": "this parameter is not served here: leave it out",
+    "greater_than": "must be above {gt}, not {shown}",
+    "greater_than_equal": "must be at least {ge}, not {shown}",
+    "less_than": "must be below {lt}, not {shown}",
+    "less_than_equal": "must be at most {le}, not {shown}",
+    "literal_error": "must be {expected}, not {shown}",
+    "finite_number": "must be a finite number, not {shown}",
+    "string_type": "must be a string, not {shown}",
+    "string_too_long": "must have at most {max_length} characters, not {length}",
+    "string_too_short": "must have at least {min_length} characters, not {length}",
+    "string_pattern_mismatch": "must match the pattern {pattern}, which {shown} does not",
+    "bool_type": "must be true or false, not {shown}",
+    "too_long": "must have at most {max_length} items, not {length}",
+    "too_short": "must have at least {min_length} items, not {length}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be an integer, not {shown}"),
+    "int_parsing_size": "must be an integer of fewer digits",
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number, not {shown}"),
+    "list_type": "must be a list, not {shown}",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be an object, not {shown}"),
+}
+"""What pydantic finds, by its error's type, in words for somebody who knows JSON and no pydantic."""
+
+
+def _plain_words(found: Any) -> str:
+    given = found.get("input")
+    context = {key: f"{each:g}" if isinstance(each, float) else each for key, each in found.get("ctx", {}).items()}
+    if found["type"] == "too_long" and context.get("max_length") == 0:
+        return _WORDS["none_required"]
+    if (words := _WORDS.get(found["type"])) is not None:
+        length = len(given) if isinstance(given, str | list | dict) else 0
+        return words.format(**context, shown=_show(given), length=length)
+    return str(found["msg"]).removeprefix("Value error, ")
+
+
 def _same_place(problems: Sequence[Any]) -> bool:
     return len({tuple(item["loc"])[:1] for item in problems}) == 1
 
@@ -173,5 +245,7 @@ def _show(value: Any) -> str:
     """A value that was sent, cut short; never a picture."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     text = repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= _VALUE_CHARS else f"{text[:_VALUE_CHARS]}…"

@@ -146,6 +146,17 @@ class KeyStore:
             connection.execute(_KEYS.insert().values(row))
         return key, record
 
+    def try_writing(self) -> None:
+        """Writes a row and takes it back.
+
+        Raises:
+            ServingError: the database takes none: it is full, locked or read-only.
+        """
+        row = dict.fromkeys(("name", "roles", "prefix", "digest"), "") | {"id": secrets.token_hex(6)}
+        with self._explained(), self._engine.connect() as connection:
+            connection.execute(_KEYS.insert().values(row | {"created": self._now()}))
+            connection.rollback()
+
     def list(self) -> tuple[KeyRecord, ...]:
         """All keys, revoked ones too, oldest first.
 
@@ -178,6 +189,10 @@ class KeyStore:
         if known is None or known[1] <= self._clock() or not known[0].works_at(self._now()):
             return None
         return known[0]
+
+    def was_good(self, key: str) -> bool:
+        """Whether the last look into the database, however long ago, found this key to work."""
+        return _digest(key) in self._known
 
     def verify(self, key: str) -> KeyRecord | None:
         """The record of a key that works, or None.

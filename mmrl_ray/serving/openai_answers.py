@@ -57,7 +57,7 @@ class Logprobs(BaseModel):
                 TokenLogprob(
                     token=token.text,
                     logprob=finite_logprob(token.logprob),
-                    bytes=list(token.text.encode("utf-8", "replace")),
+                    bytes=list(token.text.encode("utf-8", "replace") if token.data is None else token.data),
                     top_logprobs=[],
                 )
                 for token in tokens

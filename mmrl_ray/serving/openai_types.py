@@ -9,10 +9,10 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.serving.http_errors import TAG
+from mmrl_ray.serving.http_errors import TAG, wrong_parameter
 from mmrl_ray.serving.protocols import Role
 
 _GREEDY_BELOW = 1e-3
@@ -43,18 +43,33 @@ class Sampled(Strict):
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     """0 takes the likeliest token."""
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=0, le=2**31)] = None
-    """Not OpenAI's; 0 keeps every token."""
+    top_k: Annotated[int | None, Field(ge=-1, le=2**31)] = None
+    """Not OpenAI's; 0 and -1 keep every token."""
     min_tokens: Annotated[int | None, Field(ge=0)] = None
     """Not OpenAI's; by default what the model's generation config says."""
     stop: TextOrTexts | None = None
     """Up to 4 texts that end a completion and are not part of it."""
 
-    @model_validator(mode="after")
-    def _stops_fit(self) -> Self:
-        if len(self.stops) > 4 or not all(self.stops):
-            raise ValueError("stop: send up to 4 texts, none of them empty")
-        return self
+    # Other servers' parameters, served only with the value that changes nothing.
+    min_p: Annotated[float | None, Field(ge=0, le=0, description="Not served.")] = None
+    typical_p: Annotated[float | None, Field(ge=1, le=1, description="Not served.")] = None
+    repetition_penalty: Annotated[float | None, Field(ge=1, le=1, description="Not served.")] = None
+    length_penalty: Annotated[float | None, Field(ge=1, le=1, description="Not served.")] = None
+    best_of: Annotated[Literal[1] | None, Field(description="Not served.")] = None
+    use_beam_search: Annotated[Literal[False] | None, Field(description="Not served.")] = None
+    ignore_eos: Annotated[Literal[False] | None, Field(description="Not served.")] = None
+    skip_special_tokens: Annotated[Literal[True] | None, Field(description="Always so.")] = None
+    spaces_between_special_tokens: Any = None
+    """Taken and ignored: no special tokens are shown."""
+    stop_token_ids: Annotated[list[Any] | None, Field(max_length=0, description="Not served.")] = None
+    include_stop_str_in_output: Annotated[Literal[False] | None, Field(description="Not served.")] = None
+
+    @field_validator("stop", mode="after")
+    @classmethod
+    def _stops_fit(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if stop is not None and ((len(stop) > 4 and not isinstance(stop, str)) or not all([stop, *stop])):
+            raise ValueError("send up to 4 texts, none of them empty")
+        return stop
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -70,7 +85,7 @@ class Sampled(Strict):
             temperature=1.0 if greedy else chosen,
             max_new_tokens=max_tokens,
             min_new_tokens=None if self.min_tokens is None else min(self.min_tokens, max_tokens),
-            top_k=self.top_k or 0,
+            top_k=max(0, self.top_k or 0),
             top_p=1.0 if greedy else top_p,
             greedy=greedy,
             stop=self.stops,
@@ -83,22 +98,34 @@ class ImageUrl(Strict):
 
     url: str
     """`data:image/png;base64,…`, or an `https://` URL where the server allows it."""
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
     """Taken and ignored: the model's processor decides."""
 
 
-class TextPart(Strict):
+class _Part(Strict):
+    """What other servers' clients say of any part; taken and ignored."""
+
+    cache_control: Any = None
+    uuid: Any = None
+
+
+class TextPart(_Part):
     """A piece of text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImagePart(Strict):
+def _as_object(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+class ImagePart(_Part):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str)]
+    """A URL alone stands for an object with it."""
 
 
 def _part_tag(value: Any) -> str:
@@ -123,14 +150,27 @@ class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = None
+    """An assistant's may be left out, and is empty then."""
     name: str | None = None
     """Taken and ignored."""
+    cache_control: Any = None
+    """Taken and ignored."""
+    tool_calls: Annotated[list[Any] | None, Field(max_length=0, description="Not served.")] = None
+    annotations: Any = None
+    """Of an answer that comes back; taken and ignored."""
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise wrong_parameter("content", "this parameter is required", code="missing_required_parameter")
+        return self
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         """`content`, always as parts."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        content = self.content or ""
+        return [TextPart(type="text", text=content)] if isinstance(content, str) else content
 
     @property
     def turn_role(self) -> Role:
@@ -165,6 +205,10 @@ class ChatRequest(Sampled):
     """Log-probabilities of the distribution that was drawn from."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    """Ignored without `stream`."""
+    add_generation_prompt: Annotated[Literal[True] | None, Field(description="Always so.")] = None
+    continue_final_message: Annotated[Literal[False] | None, Field(description="Not served.")] = None
+    echo: Annotated[Literal[False] | None, Field(description="Not served.")] = None
 
     # Served only with the value that changes nothing.
     top_logprobs: Annotated[Literal[0] | None, Field(description="Not served.")] = None
@@ -196,9 +240,7 @@ class ChatRequest(Sampled):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens are two names of one limit: send one of them")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with `stream: true`")
+            raise wrong_parameter("max_completion_tokens", "it is another name of max_tokens: send one of them")
         return self
 
     @property

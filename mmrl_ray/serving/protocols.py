@@ -48,6 +48,8 @@ class TokenInfo:
     """Of this token alone."""
     token_id: int
     logprob: float
+    data: bytes | None = None
+    """Its own bytes, where a token may be part of a character; None: those of `text`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
     URL ──strict syntax──▶ scheme, port ──allow-list──▶ resolve once ──every address public──▶ connect to that address
      ▲                                                                                              │
      └──────────────────────────── redirect: all of it again ◀──────────────────────────────────────┤
-                                                                  bytes and time capped ──▶ decode once as a check
+                                                                  bytes and time capped ──▶ look at its header
 
 A name that resolves to something else a moment later changes nothing: the request goes to the address that was
 checked, with the name only in `Host` and in TLS. Proxies of the environment are not used, for they would resolve again.
@@ -81,7 +81,7 @@ async def fetch_image(
     resolve: Resolve | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> bytes:
-    """The encoded picture at `url`, after it was decoded once as a check.
+    """The encoded picture at `url`, whose header is right.
 
     Args:
         resolve: asks the system by default.

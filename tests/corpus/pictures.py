@@ -125,3 +125,80 @@ ODD: dict[str, Make] = {
     "jpeg-with-marks-in-a-comment": lambda: b"\xff\xd8\xff\xfe\x0f\xa2" + b"\xff\xda" * 2000 + _as("RGB", "JPEG")[2:],
 }
 """Each is a plain red picture of size `SMALL`."""
+
+
+# -- files that cost a decoder much more than they weigh ---------------------------------------------------------------
+
+
+def _scanlines(height: int, of: bytes) -> bytes:
+    """Compressed rows of a large picture that never is in memory."""
+    packer = zlib.compressobj(1)
+    return b"".join([*(packer.compress(b"\0" + of) for _ in range(height)), packer.flush()])
+
+
+def _large_png(side: int, bits: int, colour_type: int, *extra: bytes, interlaced: bool = False) -> bytes:
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type]
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, colour_type, 0, 0, interlaced))
+    # Interlaced rows are shorter, and twice as many: plain zeros fit both.
+    rows = _scanlines(side * (2 if interlaced else 1), bytes(side * channels * bits // 8))
+    body = png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body
+
+
+def _animation(kind: str, frames: int) -> bytes:
+    pictures = [Image.new("RGB", SMALL, (n % 256, n // 256, 9)) for n in range(frames)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    return encode(pictures[0], kind, save_all=True, append_images=pictures[1:], duration=10, **options)
+
+
+def _behind_signature(chunks: bytes) -> bytes:
+    """A small PNG with more chunks before its pixels."""
+    whole = picture(1)
+    return whole[:33] + chunks + whole[33:]
+
+
+def exif_bomb(entries: int, size: int) -> bytes:
+    """EXIF whose every entry is the same `size` bytes."""
+    directory = b"".join(struct.pack("<HHII", 0x1000 + n, 7, size, 8) for n in range(entries))
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", entries) + directory + b"\0" * 4 + bytes(size)
+
+
+def _jpeg_with(*segments: bytes) -> bytes:
+    written = b"".join(b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment for segment in segments)
+    return b"\xff\xd8" + written + _as("RGB", "JPEG")[2:]
+
+
+def _long_exif() -> list[bytes]:
+    """Several segments, which Pillow puts together to one directory."""
+    exif = exif_bomb(5000, 2_000_000)[6:]
+    return [b"Exif\0\0" + exif[place : place + 65_000] for place in range(0, len(exif), 65_000)]
+
+
+def _iccp(count: int) -> bytes:
+    return png_chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(1_000_000))) * count
+
+
+HEAVY: dict[str, tuple[Make, bool]] = {
+    "grey-16-bit": (lambda: _large_png(4000, 16, 0), True),
+    "rgba-16-bit": (lambda: _large_png(4000, 16, 6), True),
+    "grey-16-bit-with-a-key": (lambda: _large_png(4000, 16, 0, png_chunk(b"tRNS", b"\0\1")), True),
+    "palette": (lambda: _large_png(4000, 8, 3, png_chunk(b"PLTE", bytes(768)), png_chunk(b"tRNS", b"\x80")), True),
+    "interlaced": (lambda: _large_png(4000, 8, 2, interlaced=True), True),
+    "webp": (lambda: encode(Image.new("RGBA", (4000, 4000)), "WEBP", lossless=True, method=0, quality=0), True),
+    "jpeg-fill-bytes": (lambda: b"\xff\xd8" + b"\xff" * 19_000_000 + _as("RGB", "JPEG")[2:], False),
+    "jpeg-zero-bytes": (lambda: b"\xff\xd8\xff\xfe\0\2" + b"\0" * 19_000_000 + _as("RGB", "JPEG")[2:], False),
+    "jpeg-scans": (lambda: many_scans(2000, 1000), False),
+    "jpeg-exif": (lambda: _jpeg_with(exif_bomb(2500, 30_000)), True),
+    "jpeg-exif-in-parts": (lambda: _jpeg_with(*_long_exif()), True),
+    "png-empty-chunks": (lambda: _behind_signature(png_chunk(b"teSt", b"") * 1_600_000), False),
+    "png-empty-pixels": (lambda: _behind_signature(png_chunk(b"IDAT", b"") * 1_600_000), False),
+    "png-profiles": (lambda: _behind_signature(_iccp(2000)), False),
+    "png-texts": (lambda: _behind_signature(png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6))) * 100), False),
+    "png-exif": (lambda: _behind_signature(png_chunk(b"eXIf", exif_bomb(5000, 2_000_000)[6:])), True),
+    "apng": (lambda: _animation("PNG", 3000), True),
+    "animated-webp": (lambda: _animation("WEBP", 3000), True),
+    "gif-frames": (lambda: _animation("GIF", 3000), True),
+    "gif-blocks": (lambda: _as("RGB", "GIF")[:13] + b"!\xfe" + b"\1a" * 1_000_000 + b"\0", False),
+    "gif-junk": (lambda: _as("RGB", "GIF")[:10] + b"\0\0\0" + b"\1" * 5_000_000, False),
+}
+"""Each with whether it is a picture; otherwise it is an `ImageError`, and either takes little time and memory."""

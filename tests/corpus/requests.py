@@ -137,7 +137,7 @@ def _message_cases() -> Iterator[Case]:
         "unknown-part": user({"type": "video_url", "video_url": {"url": GOOD}}),
         "part-of-two-types": user({"type": "text", "text": "a", "image_url": {"url": GOOD}}),
         "image-without-url": user({"type": "image_url"}),
-        "image-as-text": user({"type": "image_url", "image_url": GOOD}),
+        "image-as-text": user({"type": "image_url", "image_url": "photo.jpg"}),
         "image-that-is-null": user({"type": "image_url", "image_url": {"url": None}}),
         "path": user({"type": "image_url", "image_url": {"url": GOOD, "path": "/etc/passwd"}}),
     }.items():
@@ -262,6 +262,45 @@ def _reward_cases() -> Iterator[Case]:
         "many-pictures": {"queries": {"content": [image_part(GOOD)] * 1000}, "documents": "a"},
     }.items():
         yield _case(f"score-{name}", SCORE, value)
+
+
+_REPLIED: dict[str, dict[str, Any]] = {
+    "null-content": {"content": None},
+    "no-content": {},
+    "answer": {"content": "a cat", "refusal": None, "tool_calls": None, "function_call": None, "audio": None},
+    "later-answer": {"content": "a cat", "refusal": None, "annotations": [], "tool_calls": [], "reasoning": None},
+}
+"""What stands beside the role in a turn of the assistant's."""
+NEUTRAL: dict[str, Any] = {
+    "top_k": -1,
+    "min_p": 0,
+    "repetition_penalty": 1.0,
+    "skip_special_tokens": True,
+    "ignore_eos": False,
+    "stream_options": {"include_usage": True},
+    "max_tokens": 4.0,
+    "n": 1.0,
+    "frequency_penalty": 0.0,
+    "stop_token_ids": [],
+    "unheard_of": None,
+}
+"""Parameters that change nothing, with their values."""
+
+
+def accepted() -> dict[str, dict[str, Any]]:
+    """Conversations that clients really send, by what is odd about them; each is answered."""
+    picture = image_part(GOOD)
+    found = {name: chat(messages=user(image_part(uri))) for name, (uri, _) in uris.ODD.items()}
+    for name, said in _REPLIED.items():
+        turns = [*user(picture), {"role": "assistant", **said}, {"role": "user", "content": "and?"}]
+        found[f"history-{name}"] = chat(messages=turns)
+    found |= {f"{key}={value}": chat(**{key: value}) for key, value in NEUTRAL.items()}
+    found["url-alone"] = chat(messages=user({"type": "image_url", "image_url": GOOD}))
+    found["cached-parts"] = chat(
+        messages=user({**text_part("describe"), "cache_control": {"type": "ephemeral"}}, {**picture, "uuid": "a-1"})
+    )
+    found["full-size"] = chat(messages=user({"type": "image_url", "image_url": {"url": GOOD, "detail": "original"}}))
+    return found
 
 
 CASES: tuple[Case, ...] = (

@@ -24,19 +24,41 @@ BAD: dict[str, Callable[[], str]] = {
     "no-data": lambda: "data:image/png;base64,",
     "not-base64": lambda: f"{_HEAD},this is no base64!",
     "cut-base64": lambda: GOOD[:-3],
-    "broken-lines": lambda: f"{_HEAD},{_TEXT[:20]}\n{_TEXT[20:]}",
     "url-alphabet": lambda: f"{_HEAD},--__",
     "percent": lambda: f"{_HEAD},{_TEXT.replace('=', '%3D')}%3D",
     "not-encoded": lambda: "data:image/png,hello",
-    "no-type": lambda: f"data:;base64,{_TEXT}",
-    "wrong-type": lambda: data_uri(GOOD_PICTURE, "image/jpeg"),
+    "bare-base64": lambda: _TEXT,
+    "text": lambda: data_uri(b"hello"),
     "text-type": lambda: data_uri(GOOD_PICTURE, "text/html"),
     "svg-type": lambda: data_uri(b"<svg/>", "image/svg+xml"),
-    "charset": lambda: f"data:image/png;charset=utf-8;base64,{_TEXT}",
+    "one-character-too-few": lambda: f"{_HEAD},{_TEXT.rstrip('=')[: -(len(_TEXT.rstrip('=')) % 4) or None]}A",
     "long-header": lambda: f"data:image/png{';a=b' * 100_000};base64,{_TEXT}",
     "not-ascii": lambda: f"{_HEAD},{_TEXT[:8]}é{_TEXT[9:]}",
 }
 """Each is an `ImageError`."""
+
+_LINES = "\n".join(_TEXT[i : i + 76] for i in range(0, len(_TEXT), 76))
+_JPEG = picture(42, "JPEG", (40, 40))
+
+ODD: dict[str, tuple[str, bytes]] = {
+    "png-declared-jpeg": (data_uri(GOOD_PICTURE, "image/jpeg"), GOOD_PICTURE),
+    "jpeg-declared-png": (data_uri(_JPEG), _JPEG),
+    "unregistered-type": (data_uri(_JPEG, "image/jpg"), _JPEG),
+    "no-type": (f"data:;base64,{_TEXT}", GOOD_PICTURE),
+    "any-bytes": (data_uri(GOOD_PICTURE, "application/octet-stream"), GOOD_PICTURE),
+    "upper-case": (f"DATA:IMAGE/PNG;BASE64,{_TEXT}", GOOD_PICTURE),
+    "charset": (f"data:image/png;charset=utf-8;base64,{_TEXT}", GOOD_PICTURE),
+    "file-name": (f"data:image/png; name=a.png; base64,{_TEXT}", GOOD_PICTURE),
+    "lines": (f"{_HEAD},{_LINES}\n", GOOD_PICTURE),
+    "lines-of-windows": (f"{_HEAD},{_LINES}".replace("\n", "\r\n"), GOOD_PICTURE),
+    "blank": (f"{_HEAD}, {_TEXT}", GOOD_PICTURE),
+    "no-padding": (
+        f"data:image/jpeg;base64,{data_uri(_JPEG + b'1' * ((1 - len(_JPEG)) % 3)).split(',')[1].rstrip('=')}",
+        _JPEG + b"1" * ((1 - len(_JPEG)) % 3),
+    ),
+    "url-alphabet": (f"data:image/jpeg;base64,{base64.urlsafe_b64encode(_JPEG).decode()}", _JPEG),
+}
+"""Each is a picture nevertheless, as clients write them, with its file."""
 
 URLS = (
     "http://169.254.169.254/latest/meta-data/",

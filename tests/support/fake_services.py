@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from mmrl_ray.data.images import image_hash
+from mmrl_ray.data.images import decode_image, image_hash
 from mmrl_ray.errors import UnknownImageError, UnknownModelError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.protocols import (
@@ -84,6 +84,8 @@ class FakePolicy:
 
     @contextlib.contextmanager
     def _under_way(self, request: GenerateRequest) -> Iterator[None]:
+        for image in request.images:  # the gateway leaves that to the policy
+            decode_image(image)
         self.requests.append(request)
         self.running += 1
         try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -22,6 +23,8 @@ _MOST_COMMAS = 10 * MAX_ITEMS
 """Or brackets: parsing millions of small values holds everybody up for seconds, and pictures have neither."""
 _MOST_PROBLEMS = 100
 """To list more of them takes longer than they are worth."""
+_EXACT = 2**53
+"""Every whole number below it is a float of its own."""
 
 
 def is_json(request: Request) -> bool:
@@ -31,7 +34,10 @@ def is_json(request: Request) -> bool:
 
 
 async def read_json(request: Request, model: type[Body], timeout_s: float) -> Body:
-    """The body as `model`. One strict parser reads it: no NaN, no half characters, no nesting without end.
+    """The body as `model`. One strict parser reads it: no half characters, no nesting without end.
+
+    What is null is taken as left out, and 6.0 as the 6 that it is: clients send back what they were answered, with
+    every key that they know, and JSON has one kind of number.
 
     Raises:
         HTTPException: 400, 408, 413 or 415.
@@ -43,7 +49,11 @@ async def read_json(request: Request, model: type[Body], timeout_s: float) -> Bo
     if raw.count(b",") > _MOST_COMMAS or raw.count(b"[") > _MOST_COMMAS:
         raise problem(400, "the body has too many values", code="above_limit")
     try:
-        return model.model_validate_json(raw)
+        value = from_json(raw, allow_inf_nan=True, cache_strings=False)  # whose place the model names
+    except ValueError as error:
+        raise problem(400, f"the body is no JSON: {str(error)[:200]}", code="invalid_json") from error
+    try:
+        return model.model_validate(_plain(value))
     except ValidationError as error:
         if error.error_count() > _MOST_PROBLEMS:
             raise problem(400, f"the body has {error.error_count():,} mistakes", code="invalid_value") from None
@@ -79,6 +89,15 @@ async def read_form(
         return model.model_validate_strings(fields), data
     except ValidationError as error:
         raise invalid_body(error.errors(include_url=False)) from error
+
+
+def _plain(value: Any) -> Any:
+    """`value` without keys that are null, and with whole numbers as integers."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT else value
 
 
 @contextlib.asynccontextmanager

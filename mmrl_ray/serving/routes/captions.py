@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.errors import ServingError
 from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.http_errors import about
 from mmrl_ray.serving.openai_answers import Usage, finite_logprob
 from mmrl_ray.serving.openai_types import Sampled
 from mmrl_ray.serving.protocols import Choice, GenerateRequest, ServedFinishReason, Turn
@@ -76,7 +77,7 @@ _FORM: dict[str, Any] = {
         "n": {"type": "integer", "minimum": 1},
         "temperature": {"type": "number", "minimum": 0, "maximum": 2},
         "top_p": {"type": "number", "minimum": 0, "maximum": 1},
-        "top_k": {"type": "integer", "minimum": 0},
+        "top_k": {"type": "integer", "minimum": -1},
         "max_tokens": {"type": "integer", "minimum": 1},
         "min_tokens": {"type": "integer", "minimum": 0},
         "seed": {"type": "integer"},
@@ -102,11 +103,11 @@ def add_captions(app: FastAPI, tools: Tools) -> None:
         sampling = tools.sampling(fields, max_tokens=fields.max_tokens, temperature=0.0 if n == 1 else 1.0)
         prompt = tools.deps.prompt if fields.prompt is None else fields.prompt
         at_most("prompt", len(prompt), tools.limits.max_text_chars, "characters")
-        if isinstance(fields, CaptionRequest):
-            images = await tools.pictures.at([fields.image])
-        else:
-            images = (await tools.pictures.check(upload),)
         async with for_client(request.receive, tools.timeout_s):
+            if isinstance(fields, CaptionRequest):
+                images = await tools.pictures.at([fields.image], ["image"])
+            else:
+                images = (await tools.pictures.uploaded(upload),)
             asked = GenerateRequest(
                 id=f"caption-{secrets.token_hex(12)}",
                 model=fields.model or tools.deps.default_model or await _first_model(tools),
@@ -115,7 +116,8 @@ def add_captions(app: FastAPI, tools: Tools) -> None:
                 sampling=sampling,
                 n=n,
             )
-            made = await tools.deps.policy.generate(asked)
+            with about("prompt", image="image"):
+                made = await tools.deps.policy.generate(asked)
         written = sum(len(choice.tokens) for choice in made.choices)
         tools.metrics.generated(made.served.prompt_tokens, written)
         answer = Captions(

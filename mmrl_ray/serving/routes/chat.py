@@ -8,6 +8,7 @@ import time
 from fastapi import FastAPI, Request, Response
 
 from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.http_errors import about
 from mmrl_ray.serving.openai_answers import AnswerMessage, ChatChoice, ChatCompletion, Logprobs, Usage
 from mmrl_ray.serving.openai_types import ChatRequest, ImagePart
 from mmrl_ray.serving.protocols import GenerateRequest, Turn
@@ -33,11 +34,14 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
     )
     async def chat_completions(request: Request) -> Response:
         body = await read_json(request, ChatRequest, tools.timeout_s)
-        asked = await _generate_request(tools, body)
-        if body.stream:
-            return ChatStream(tools, asked, body)
+        deadline = time.monotonic() + tools.timeout_s
         async with for_client(request.receive, tools.timeout_s):
-            made = await tools.deps.policy.generate(asked)
+            asked = await _generate_request(tools, body)
+            if not body.stream:
+                with about("messages"):
+                    made = await tools.deps.policy.generate(asked)
+        if body.stream:
+            return ChatStream(tools, asked, body, deadline)
         served, choices = made.served, sorted(made.choices, key=lambda choice: choice.index)
         written = sum(len(choice.tokens) for choice in choices)
         tools.metrics.generated(served.prompt_tokens, written)
@@ -62,19 +66,21 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
 
 
 async def _generate_request(tools: Tools, body: ChatRequest) -> GenerateRequest:
-    """Everything is counted before the first picture is decoded."""
+    """Everything is counted before the first picture is looked at."""
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     sampling = tools.sampling(body, max_tokens=body.token_limit, temperature=_OPENAI_TEMPERATURE, name=name)
     at_most("messages", len(body.messages), tools.limits.max_messages, "messages")
     urls: list[str] = []
+    places: list[str] = []
     turns = []
     characters = 0
-    for message in body.messages:
+    for i, message in enumerate(body.messages):
         parts: list[str | int] = []
-        for part in message.parts:
+        for j, part in enumerate(message.parts):
             if isinstance(part, ImagePart):
                 parts.append(len(urls))
                 urls.append(part.image_url.url)
+                places.append(f"messages[{i}].content[{j}].image_url.url")
             else:
                 characters += len(part.text)
                 parts.append(part.text)
@@ -85,7 +91,7 @@ async def _generate_request(tools: Tools, body: ChatRequest) -> GenerateRequest:
         id=f"chatcmpl-{secrets.token_hex(12)}",
         model=body.model,
         turns=tuple(turns),
-        images=await tools.pictures.at(urls),
+        images=await tools.pictures.at(urls, places),
         sampling=sampling,
         n=body.n or 1,
     )

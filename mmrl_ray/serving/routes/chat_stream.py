@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mmrl_ray.errors import ServingError
-from mmrl_ray.serving.http_errors import CLIENT_GONE, error_body, is_expected
+from mmrl_ray.serving.http_errors import CLIENT_GONE, about, error_body, is_expected
 from mmrl_ray.serving.openai_answers import ChatChunk, ChoiceDelta, ChunkChoice, Logprobs, Usage
 from mmrl_ray.serving.openai_types import ChatRequest
 from mmrl_ray.serving.protocols import Delta, GenerateRequest, Served, ServedFinishReason
@@ -32,7 +32,8 @@ class ChatStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, tools: Tools, asked: GenerateRequest, body: ChatRequest) -> None:
+    def __init__(self, tools: Tools, asked: GenerateRequest, body: ChatRequest, deadline: float) -> None:
+        """`deadline` is the request's, by `time.monotonic`."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._tools = tools
@@ -41,16 +42,18 @@ class ChatStream(Response):
         self._usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._created = int(time.time())
         self._began = time.monotonic()
+        self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         started = False
         try:
-            async with for_client(receive, self._tools.timeout_s):
+            async with for_client(receive, max(self._deadline - time.monotonic(), 0.0)):
                 stream = self._tools.deps.policy.stream(self._asked)
                 # An async generator, which is closed for its rows to go, also where a client leaves in the middle.
                 async with aclosing(cast("AsyncGenerator[Served | Delta, None]", stream)) as items:
-                    served = await anext(items, None)
+                    with about("messages"):
+                        served = await anext(items, None)
                     if not isinstance(served, Served):
                         raise ServingError("the policy's stream did not begin with what serves it")
                     self.headers[VERSION_HEADER] = str(served.version)

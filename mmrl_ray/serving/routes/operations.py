@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from importlib import resources
 
 from fastapi import FastAPI, Response
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -16,6 +17,7 @@ from mmrl_ray.serving.http_errors import problem
 from mmrl_ray.serving.routes.documents import json_answer
 from mmrl_ray.serving.routes.tools import Tools
 
+_SCRIPT, _STYLE = "swagger-ui-bundle.js", "swagger-ui.css"
 _READY_S = 5.0
 """A service that has not said by then that it is ready is not."""
 
@@ -39,6 +41,10 @@ def add_operations(app: FastAPI, tools: Tools) -> None:
     @app.get(LIVE, response_model=Status, tags=["operations"], summary="The gateway runs")
     async def live() -> Response:
         return json_answer(Status(status="live"))
+
+    @app.head(LIVE, include_in_schema=False)
+    async def live_without_body() -> Response:
+        return Response()
 
     @app.get(
         "/health/ready", response_model=Status, tags=["operations"], summary="The model is warm and the reward answers"
@@ -67,7 +73,27 @@ def add_operations(app: FastAPI, tools: Tools) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return get_swagger_ui_html(openapi_url="openapi.json", title=app.title)
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=app.title,
+            swagger_js_url=f"docs/{_SCRIPT}",
+            swagger_css_url=f"docs/{_STYLE}",
+            swagger_favicon_url="data:,",
+        )
+
+    @app.get(f"/docs/{_SCRIPT}", include_in_schema=False)
+    async def script() -> Response:
+        return _asset(_SCRIPT, "text/javascript")
+
+    @app.get(f"/docs/{_STYLE}", include_in_schema=False)
+    async def style() -> Response:
+        return _asset(_STYLE, "text/css")
+
+
+def _asset(name: str, media_type: str) -> Response:
+    """A file of Swagger's, from an installed package: a page that shows a key must load nothing from elsewhere."""
+    data = resources.files("fastapi_offline").joinpath("static", name).read_bytes()
+    return Response(data, media_type=media_type, headers={"cache-control": "private, max-age=86400"})
 
 
 async def _within_deadline(check: Awaitable[bool]) -> bool:

@@ -1,23 +1,28 @@
-"""Pictures of requests: data URIs, uploads and, where allowed, URLs; all checked before they go anywhere."""
+"""Pictures of requests: data URIs, uploads and, where allowed, URLs; all looked at before they go anywhere."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Self, TypeVar
 
 from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.serving.images import ImageLimits, check_image, decode_data_uri, is_data_uri
+from mmrl_ray.data.images import inspect_image
+from mmrl_ray.serving.decoding import RequestDecoder
+from mmrl_ray.serving.http_errors import about, problem
+from mmrl_ray.serving.images import ImageLimits, decode_data_uri, is_data_uri
 from mmrl_ray.serving.remote_images import RemoteImagePolicy, fetch_image
 
 _What = TypeVar("_What", str, bytes)
 _THREADS = 2
-"""Pictures decoded at a time: what they may need together stays small, whatever is in them."""
+"""For base64 and digests, milliseconds a picture."""
 
 
 class Pictures:
-    """Turns what clients send into encoded files that are known to decode."""
+    """Turns what clients send into encoded files."""
 
     def __init__(self, settings: ServingSection) -> None:
         remote = settings.remote_images
@@ -30,29 +35,90 @@ class Pictures:
             max_redirects=remote.max_redirects,
             allow_http=remote.allow_http,
         )
+        self._max_pixels = int(settings.limits.max_megapixels * 1e6)
+        self._decoder = RequestDecoder(self.limits)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
 
-    async def at(self, urls: Sequence[str]) -> tuple[bytes, ...]:
-        """The encoded files of these URLs, in order.
+    async def at(self, urls: Sequence[str], params: Sequence[str]) -> tuple[bytes, ...]:
+        """The encoded files of these URLs, in order, their headers looked at; whoever is sent them decodes them.
+
+        Args:
+            urls: data URIs, or where they are allowed others.
+            params: where in the request each one stands.
 
         Raises:
-            ImageError: one is broken, too large, refused, or cannot be fetched.
+            HTTPException: 400, one is broken, too large, refused or cannot be fetched, or they have too many pixels
+                together.
         """
-        return tuple([await self._one(url) for url in urls])
+        found = await self._read(urls, params)
+        return tuple(found[url].data for url in urls)
 
-    async def check(self, data: bytes) -> bytes:
-        """An uploaded file.
+    async def decoded(self, urls: Sequence[Sequence[str]], params: Sequence[str]) -> list[tuple[bytes, ...]]:
+        """The same for each of several items, of which `params` says where each stands, and every different picture is
+        known to decode.
 
         Raises:
-            ImageError: broken, too large, or of a format that is not accepted.
+            HTTPException: as `at`, or one cannot be decoded.
+            OverloadedError: the decoders are lost or busy.
         """
-        return await self._decoded(check_image, data)
+        places = [param for item, param in zip(urls, params, strict=True) for _ in item]
+        flat = [url for item in urls for url in item]
+        found = await self._read(flat, places)
+        first = dict(zip(reversed(flat), reversed(places), strict=True))
+        for url, file in found.items():
+            with about(first[url]):
+                await self._decoder.check(file.data, file.digest)
+        return [tuple(found[url].data for url in item) for item in urls]
 
-    async def _one(self, url: str) -> bytes:
+    async def uploaded(self, data: bytes) -> bytes:
+        """A file that was uploaded as `image`, its header looked at.
+
+        Raises:
+            HTTPException: 400, broken, too large, or of a format that is not accepted.
+        """
+        with about("image"):
+            self._count([await self._in_thread(_File.of, data)])
+        return data
+
+    async def _read(self, urls: Sequence[str], params: Sequence[str]) -> dict[str, _File]:
+        """Each different one once."""
+        found: dict[str, _File] = {}
+        for url, param in zip(urls, params, strict=True):
+            if url in found:
+                continue
+            with about(param):
+                found[url] = await self._one(url)
+            self._count(found.values())
+        return found
+
+    async def _one(self, url: str) -> _File:
         if is_data_uri(url):
-            return await self._decoded(decode_data_uri, url)
-        return await fetch_image(url, self._remote)
+            return await self._in_thread(lambda url, limits: _File.of(decode_data_uri(url, limits), limits), url)
+        return await self._in_thread(_File.of, await fetch_image(url, self._remote))
 
-    async def _decoded(self, function: Callable[[_What, ImageLimits], bytes], what: _What) -> bytes:
+    def _count(self, files: Iterable[_File]) -> None:
+        pixels = sum({file.digest: file.pixels for file in files}.values())
+        if pixels > self._max_pixels:
+            raise problem(
+                400,
+                f"images of {pixels:,} pixels together: at most {self._max_pixels:,} are accepted in one request",
+                code="above_limit",
+            )
+
+    async def _in_thread(self, function: Callable[[_What, ImageLimits], _File], what: _What) -> _File:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, what, self.limits)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One encoded picture."""
+
+    data: bytes
+    digest: bytes
+    pixels: int
+
+    @classmethod
+    def of(cls, data: bytes, limits: ImageLimits) -> Self:
+        pixels = inspect_image(data, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
+        return cls(data, hashlib.sha256(data).digest(), pixels)

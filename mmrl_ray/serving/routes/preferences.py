@@ -25,6 +25,7 @@ from mmrl_ray.serving.openai_types import Strict
 from mmrl_ray.serving.routes.body import read_json
 from mmrl_ray.serving.routes.documents import json_answer, takes_json
 from mmrl_ray.serving.routes.tools import Tools, at_most
+from mmrl_ray.serving.routes.work import for_client
 
 _LOG = logging.getLogger(__name__)
 _PATH = "/v1/preferences"
@@ -79,6 +80,17 @@ class PreferenceAnswer(BaseModel):
     """`same`: it was there already, word for word."""
 
 
+class UndoneAnswer(BaseModel):
+    """What was taken back."""
+
+    object: Literal["preference"] = "preference"
+    id: str
+    pair: str
+    """Which `GET /v1/preferences/next` gives this rater again."""
+    rater: str
+    status: Literal["undone"] = "undone"
+
+
 class PairAnswer(BaseModel):
     """A pair to label."""
 
@@ -95,7 +107,7 @@ class PairAnswer(BaseModel):
 
 
 def add_preferences(app: FastAPI, tools: Tools) -> None:
-    """Both routes."""
+    """Its routes."""
 
     @app.get(
         f"{_PATH}/next",
@@ -107,7 +119,8 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
     )
     async def next_pair(request: Request, user: _User = None) -> Response:
         store, rater = _store(tools), _rater(request, user)
-        pair = await _in_thread(tools, lambda: store.next_pair(rater))
+        lease_s = tools.deps.settings.preference_lease_s
+        pair = await _in_thread(tools, lambda: store.next_pair(rater, lease_s=lease_s))
         if pair is None:
             return Response(status_code=204)
         return json_answer(_shown(blinded(pair, rater), store))
@@ -126,8 +139,24 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
         for text in (*(body.captions or ()), body.prompt):
             at_most("captions", len(text), tools.limits.max_text_chars, "characters")
         rater = _rater(request, body.user)
-        images = await tools.pictures.at([] if body.image is None else [body.image])
+        async with for_client(request.receive, tools.timeout_s):
+            (images,) = await tools.pictures.decoded([[] if body.image is None else [body.image]], ["image"])
         return json_answer(await _in_thread(tools, lambda: _write(store, body, rater, images[0] if images else None)))
+
+    @app.delete(
+        f"{_PATH}/{{id}}",
+        response_model=UndoneAnswer,
+        tags=["preferences"],
+        dependencies=[FEEDBACK],
+        summary="Take back what this rater said last",
+        description="`id` is the one that the last `POST` answered, so that a request that comes twice undoes once.",
+    )
+    async def undo(request: Request, id: str, user: _User = None) -> Response:
+        store, rater = _store(tools), _rater(request, user)
+        pair = await _in_thread(tools, lambda: store.undo(id, rater))
+        if pair is None:
+            raise problem(404, f"this rater has no preference {id[:64]!r}", code="preference_not_found", param="id")
+        return json_answer(UndoneAnswer(id=id, pair=pair, rater=rater))
 
 
 def _write(store: PreferenceStore, body: PreferenceRequest, rater: str, image: bytes | None) -> PreferenceAnswer:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from mmrl_ray.errors import RewardError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.auth import INFER
-from mmrl_ray.serving.http_errors import problem
+from mmrl_ray.serving.http_errors import problem, wrong_parameter
 from mmrl_ray.serving.openai_types import Strict
 from mmrl_ray.serving.protocols import RewardItem, RewardService, Scored
 from mmrl_ray.serving.routes.body import read_json
@@ -36,7 +36,7 @@ class RewardInput(Strict):
     @model_validator(mode="after")
     def _one_image(self) -> Self:
         if self.image is not None and self.image_hash is not None:
-            raise ValueError("image and image_hash name the same picture: send one of them")
+            raise wrong_parameter("image_hash", "it names the same picture as image: send one of them")
         return self
 
 
@@ -56,7 +56,7 @@ class RewardRequest(Strict):
         if (self.inputs is None) == (self.captions is None) or (self.inputs is not None and top):
             raise ValueError("send either `inputs`, or `captions` with what belongs to them")
         if self.image is not None and self.image_hash is not None:
-            raise ValueError("image and image_hash name the same picture: send one of them")
+            raise wrong_parameter("image_hash", "it names the same picture as image: send one of them")
         return self
 
     @property
@@ -127,11 +127,14 @@ def add_rewards(app: FastAPI, tools: Tools) -> None:
         body = await read_json(request, RewardRequest, tools.timeout_s)
         inputs = body.items
         check_texts(tools, [(item.captions, item.references, item.prompt) for item in inputs])
-        items = []
-        for item in inputs:
-            images = await tools.pictures.at([] if item.image is None else [item.image])
-            items.append(RewardItem(images, tuple(item.captions), tuple(item.references), item.prompt, item.image_hash))
+        urls = [[] if item.image is None else [item.image] for item in inputs]
+        places = ["image" if body.inputs is None else f"inputs[{i}].image" for i in range(len(inputs))]
+        at_most("inputs", sum(map(len, urls)), tools.limits.max_scored_images, "images")
         async with for_client(request.receive, tools.timeout_s):
+            items = [
+                RewardItem(images, tuple(item.captions), tuple(item.references), item.prompt, item.image_hash)
+                for item, images in zip(inputs, await tools.pictures.decoded(urls, places), strict=True)
+            ]
             scored = await score_items(tools, service, items)
         return json_answer(_answer(scored))
 

@@ -128,10 +128,14 @@ def add_score(app: FastAPI, tools: Tools) -> None:
         check_texts(tools, [(captions, [], ""), *(([], texts, "") for texts in references)])
         # One query holds all captions of its picture; several hold one each.
         groups = [tuple(captions)] if len(queries) == 1 else [(caption,) for caption in captions]
-        items = [
-            RewardItem(await tools.pictures.at(urls[i]), group, tuple(references[i])) for i, group in enumerate(groups)
-        ]
+        at_most("queries", sum(map(len, urls)), tools.limits.max_scored_images, "images")
         async with for_client(request.receive, tools.timeout_s):
+            items = [
+                RewardItem(images, group, tuple(texts))
+                for images, group, texts in zip(
+                    await tools.pictures.decoded(urls, ["queries"] * len(urls)), groups, references, strict=True
+                )
+            ]
             scored = await score_items(tools, service, items)
         if body.model not in (None, REWARD, scored.reward):
             raise UnknownModelError(f"no reward {body.model[:64]!r} is served here: send `{REWARD}`, or no model")

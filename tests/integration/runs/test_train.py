@@ -228,6 +228,8 @@ def test_stale_and_with_a_reward_of_its_own_that_fails_at_times(workplace: Workp
     said = workplace.mmrl("train", config)
     assert "held out: 1 samples left out (torn)" in said
     assert "warning: 1 of 7 held-out pictures (14%) are trained on" in said
+    for line in ("Traceback (most recent call last):", "ValueError: not this one"):
+        assert f"[reward own_rewards:picky] {line}" in said
     lines = metrics(workplace.runs / "stale")
     assert [line["step"] for line in lines] == list(range(6))
     assert max(line["staleness/max"] for line in lines) in (1, 2)

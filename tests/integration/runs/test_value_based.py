@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from mmrl_ray.config.load import parse_config
 from mmrl_ray.data.samples import read_split
 from mmrl_ray.jobs.control import RunControl
 from mmrl_ray.metrics.corpus import CorpusStatistics
@@ -95,6 +96,9 @@ def test_a_run_survives_and_learns_to_see(workplace: Workplace) -> None:
 
     steps = kept["step"] + MORE
     workplace.mmrl("train", "--resume", run, "--set", f"learner.steps={steps}")
+    assert parse_config((run / "config.yaml").read_text(), "config.yaml").learner.steps == steps
+    (changed,) = (event["detail"] for event in lines(run, "events.jsonl") if event["kind"] == "config_changed")
+    assert changed == f"learner.steps: {MORE_THAN_ENOUGH} → {steps}"
     written = lines(run, "metrics.jsonl")
     assert [line["step"] for line in written] == list(range(0, steps, 8))
     for name in ("reward/mean", "loss", "q/mean", "exploration", "fusion/image", "lr", "seconds/step"):

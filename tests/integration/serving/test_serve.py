@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
+import resource
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -77,6 +79,27 @@ def test_the_official_client_gets_what_transformers_generates(server: Server) ->
     assert (models["tiny"]["step"], models["tiny"]["parent"]) == (3, "base")
 
 
+def test_requests_that_are_never_finished_keep_nobody_out(server: Server) -> None:
+    """Without a key: headers that end in the middle, more of them than HAProxy takes connections as Ray sets it up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    address = server.url.removeprefix("http://").split(":")
+    halves: list[socket.socket] = []
+    try:
+        for _ in range(min(4200, hard - 500)):
+            half = socket.create_connection((address[0], int(address[1])), timeout=60)
+            half.sendall(b"GET /health/live HTTP/1.1\r\nHost: 127")
+            halves.append(half)
+        assert httpx.get(f"{server.url}/health/live", timeout=60).status_code == 200
+        for half in (halves[0], halves[-1]):
+            assert half.recv(100).startswith(b"HTTP/1.1 408")
+        assert ask(client(server), 1).choices[0].message.content
+    finally:
+        for half in halves:
+            half.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_what_it_counts_reaches_prometheus_through_ray(server: Server) -> None:
     ask(client(server), 1)
     ask(client(server), 2)
@@ -116,6 +139,15 @@ def test_errors_have_their_types_through_all_processes(server: Server) -> None:
         ask(client(server, "mmrl-" + "x" * 43), 1)
     with pytest.raises(openai.BadRequestError):
         ask(client(server), 1, max_tokens=500)  # beyond the model's context
+
+
+def test_an_answer_has_one_id_and_rays_own_paths_are_closed(server: Server) -> None:
+    for given in ("mine-1", "a b"):
+        answer = httpx.get(f"{server.url}/version", headers={"x-request-id": given})
+        assert len(answer.headers.get_list("x-request-id")) == 1
+        assert (answer.headers["x-request-id"] == given) == (given == "mine-1")
+    for path in ("/-/routes", "/-/healthz"):
+        assert httpx.get(f"{server.url}{path}").json()["error"]["code"] == "invalid_api_key"
 
 
 def test_the_printed_curl_line_gives_a_caption(server: Server) -> None:

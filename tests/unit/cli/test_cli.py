@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
+import mmrl_ray
 from mmrl_ray.cli import app
 from mmrl_ray.cli.guard import guarded
 from mmrl_ray.config import Config
@@ -51,6 +52,36 @@ def test_the_installed_program_exits_2_with_one_plain_line(tmp_path: Path) -> No
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}/no.yaml: no such config\n"
+
+
+def test_the_version_is_told() -> None:
+    assert mmrl("--version").stdout == f"mmrl {mmrl_ray.__version__}\n"
+    assert "Usage: " in mmrl().output
+
+
+def test_an_example_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mmrl("init").stdout == "quickstart.yaml\n"
+    assert mmrl("config", "show", "quickstart.yaml").exit_code == 0
+    again = mmrl("init", "quickstart")
+    assert (again.exit_code, again.stderr) == (
+        2,
+        "error: quickstart.yaml is there already: name another file with --out\n",
+    )
+    assert mmrl("init", "serve", "--out", "mine.yaml").exit_code == 0
+    assert (tmp_path / "mine.yaml").read_text().startswith("# mmrl serve mine.yaml")
+    assert mmrl("init", "quikstart").stderr.endswith("did you mean quickstart?\n")
+    assert "reward-model" in mmrl("init", "--list").stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml", "quickstart.yaml"]
+
+
+def test_the_package_holds_the_examples(tmp_path: Path) -> None:
+    root = Path(mmrl_ray.__file__).parents[1]
+    build = ["-q", "egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path]
+    code = "from setuptools import setup; setup()"
+    subprocess.run([sys.executable, "-c", code, *build], cwd=root, timeout=60, check=True, capture_output=True)
+    built = {file.name for file in (tmp_path / "mmrl_ray" / "examples").iterdir()}
+    assert built == {file.name for file in (root / "configs").iterdir()} > {"quickstart.yaml", "serve.yaml"}
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------
@@ -238,7 +269,7 @@ def test_every_command_has_help_and_debug() -> None:
         return found
 
     commands = walk(app, ())
-    assert len(commands) == 33
+    assert len(commands) == 35
     for command in commands:
         text = mmrl(*command, "--help").stdout
         assert "--debug" in text

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from mmrl_ray.policy.sampling import RowSampler
 from tests.support.tiny_models import build_family, image_bytes
@@ -70,7 +72,7 @@ def test_the_table_says_names_as_they_are(qwen: Path) -> None:
     assert "on 2 layers: q_proj; leaves out Linear " in done.stdout
     # 2 layers' 16 × 32 of the language model's weights.
     share = 2 * 16 * 32 / language_parameters(qwen)
-    assert f"Linear k_proj.weight ({share:.1%})" in done.stdout
+    assert f"Linear k_proj ({share:.1%})" in done.stdout
 
 
 @pytest.mark.usefixtures("broken_sampler")
@@ -114,3 +116,34 @@ def test_a_config_names_the_model(config: Path) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["model"], found["family"], found["agree"]) == ("builtin:tiny-llava", "llava", True)
+
+
+def test_a_prompt_that_is_too_long_is_not_the_models_fault(qwen: Path) -> None:
+    done = mmrl("check", qwen, "--prompt", "a " * 600)
+    assert done.exit_code == 2
+    assert "error: prompt of " in done.stderr
+    assert "exceeds the model's context of" in done.stderr
+
+
+def test_a_built_in_model_is_checked_with_its_run(qwen: Path) -> None:
+    done = mmrl("check", "builtin:tiny-llava")
+    assert done.exit_code == 2
+    assert "check that run's YAML config" in done.stderr
+
+
+def test_ends_without_a_name_are_told_by_number(qwen: Path, tmp_path: Path) -> None:
+    """A vocabulary that was padded has more tokens than the tokenizer knows."""
+    folder = shutil.copytree(qwen, tmp_path / "padded")
+    config = json.loads((folder / "config.json").read_text())
+    vocabulary = config["text_config"]["vocab_size"]
+    config["text_config"]["vocab_size"] = vocabulary + 8
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("embed_tokens.weight", "lm_head.weight"))]:
+        tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, vocabulary + 1]}))
+    done = mmrl("check", folder)
+    assert done.exit_code == 0, done.output
+    assert f"sampling stops at </s>, token {vocabulary + 1}\n" in done.stdout

@@ -38,6 +38,9 @@ def test_in_and_out_and_what_is_in_there(here: Path) -> None:
     assert shown[:3] == ["pairs        2, 2 of them labelled", "preferences  3: a 1, b 1, tie 1", "raters       2"]
     assert shown[3] == "  ann: 2, first caption chosen 100.0% of 1 [20.7%, 100.0%]"
     assert shown[5].startswith("agreement    0.0% of the couples of raters of 1 pairs; Krippendorff's alpha 0.000")
+    told = json.loads(mmrl("preferences", "stats", "--json").stdout)
+    assert (told["pairs"], told["raters"]["ann"][0], told["first"]["count"]) == (2, 2, 2)
+    assert told["agreement"]["alpha"] == pytest.approx(0.0, abs=5e-4)
     assert shown[6] == "position     first caption chosen 50.0% of 2 [9.5%, 90.5%]: no bias seen"
     assert mmrl("preferences", "export", "all.parquet").stdout == "all.parquet: 3 preferences\n"
     assert mmrl("preferences", "export", "some.parquet", "--decided").stdout == "some.parquet: 2 preferences\n"

@@ -69,6 +69,17 @@ def test_dry_run_does_not_train(config: Path, patched: Patch, tmp_path: Path) ->
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_of_what_would_stop_fails(config: Path, tmp_path: Path) -> None:
+    """GPUs that this machine lacks are another's affair: a plan is looked at anywhere."""
+    done = mmrl("train", config, "--dry-run", "--set", f"model.path={tmp_path}")
+    assert done.exit_code == 1
+    assert "Would stop the run" in done.stdout
+    assert f"error: the run would stop: model '{tmp_path}': its config.json" in done.stderr
+    done = mmrl("train", config, "--dry-run", "--set", "resources.learner.gpus=64")
+    assert done.exit_code == 0, done.stderr
+    assert "64 GPU asked for" in done.stdout
+
+
 def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
     patched("mmrl_ray.runs.warm_start.warm_start", return_value="/cache/abc")
     assert mmrl("sft", config).stdout == "/cache/abc\n"
@@ -140,12 +151,22 @@ def test_what_cannot_work_is_refused_for_real_before_anything_of_the_run_is_writ
     assert not (tmp_path / "runs").exists()
 
 
-def test_evaluate(patched: Patch) -> None:
+def place(folder: Path, config: bool = True) -> None:
+    folder.mkdir(parents=True)
+    if config:
+        (folder / "config.yaml").write_text("")
+
+
+def test_evaluate(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place(tmp_path / "runs" / "demo")
     evaluate = patched("mmrl_ray.runs.evaluate.evaluate")
     assert mmrl("evaluate", "runs/demo", "--data", "d", "--limit", 5, "--out", "o.json").exit_code == 0
-    evaluate.assert_called_once_with("runs/demo", data="d", limit=5, out=Path("o.json"), prompt=None, beta=None)
-    assert mmrl("evaluate", "runs/demo", "--beta", "2.5").exit_code == 0
-    evaluate.assert_called_with("runs/demo", data=None, limit=None, out=None, prompt=None, beta=2.5)
+    evaluate.assert_called_once_with(
+        "runs/demo", data="d", limit=5, out=Path("o.json"), prompt=None, beta=None, as_json=False
+    )
+    assert mmrl("evaluate", "runs/demo", "--beta", "2.5", "--json").exit_code == 0
+    evaluate.assert_called_with("runs/demo", data=None, limit=None, out=None, prompt=None, beta=2.5, as_json=True)
     assert mmrl("evaluate", "runs/demo", "--beta", "-1").exit_code == 2
     assert mmrl("evaluate", "runs/demo", "--limit", 0).exit_code == 2
 
@@ -158,15 +179,62 @@ def test_explain_hands_everything_on(patched: Patch) -> None:
     explain.assert_called_with("r", Path("a.png"), caption="a dog", prompt=None, out=Path("b.png"))
 
 
-def test_caption_needs_one_source(patched: Patch) -> None:
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("runs/quikstart", "; did you mean runs/quickstart?"),
+        ("quickstart", "; did you mean runs/quickstart?"),
+        ("ruins/quickstart", None),
+        ("data/photo", "; did you mean data/photos?"),
+        ("runs/zzz", ""),
+        ("far/away/quickstart", "; there is no folder far/away; there is no folder far"),
+        ("./models/nope", "; there is no folder models"),
+    ],
+)
+def test_what_looks_like_a_folder_is_never_asked_of_a_hub(
+    target: str, hint: str | None, patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place(tmp_path / "runs" / "quickstart")
+    place(tmp_path / "data" / "photos", config=False)
+    begun = [patched(f"mmrl_ray.runs.{name}") for name in ("serve.serve", "evaluate.evaluate", "explain.explain")]
+    begun.append(patched("mmrl_ray.runs.captioning.caption"))
+    commands = [("serve", target), ("evaluate", target), ("explain", target, "a.png")]
+    for command in [*commands, ("caption", "--model", target, "a.png")]:
+        done = mmrl(*command)
+        if hint is None:  # an owner and a name, as models of the hub have
+            assert done.exit_code == 0, done.stderr
+            continue
+        assert (done.exit_code, done.stderr) == (2, f"error: no such run folder: {target}{hint}\n")
+    assert [mock.call_count for mock in begun] == [1 if hint is None else 0] * 4
+
+
+def test_a_run_to_caption_with_is_a_run(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place(tmp_path / "runs" / "again")
+    place(tmp_path / "base", config=False)
+    caption = patched("mmrl_ray.runs.captioning.caption")
+    for run, told in [("owner/agin", "there is no folder owner"), ("agian", "did you mean runs/again?")]:
+        assert told in mmrl("caption", "--run", run, "a.png").stderr
+    assert "for a model write --model base" in mmrl("caption", "--run", "base", "a.png").stderr
+    caption.assert_not_called()
+
+
+def test_caption_needs_one_source(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place(tmp_path / "r")
     caption = patched("mmrl_ray.runs.captioning.caption")
     for sources in ((), ("--run", "r", "--model", "m")):
         done = mmrl("caption", *sources, "a.png")
         assert (done.exit_code, done.stderr) == (2, "error: give --run RUN, --model MODEL or --url URL\n")
     assert mmrl("caption", "--run", "r", "a.png", "b.png").exit_code == 0
-    caption.assert_called_once_with([Path("a.png"), Path("b.png")], run="r", model=None, prompt=None, beta=None)
+    plain = {"run": "r", "model": None, "prompt": None, "n": 1, "temperature": None}
+    caption.assert_called_once_with([Path("a.png"), Path("b.png")], beta=None, **plain)
     assert mmrl("caption", "--run", "r", "--beta", "0", "a.png").exit_code == 0
-    caption.assert_called_with([Path("a.png")], run="r", model=None, prompt=None, beta=0.0)
+    caption.assert_called_with([Path("a.png")], beta=0.0, **plain)
+    assert mmrl("caption", "--run", "r", "-n", "3", "--temperature", "0.5", "a.png").exit_code == 0
+    caption.assert_called_with([Path("a.png")], beta=None, **{**plain, "n": 3, "temperature": 0.5})
+    assert mmrl("caption", "--run", "r", "--temperature", "-1", "a.png").exit_code == 2
     done = mmrl("caption", "--url", "http://gate:8000", "--beta", "2", "a.png")
     assert done.exit_code == 2
     assert "has the beta of its own run" in done.output

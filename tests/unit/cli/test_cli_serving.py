@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from tests.unit.data.pictures import picture
 # -- serve -------------------------------------------------------------------------------------------------------------
 
 
-def test_serve_hands_over_what_was_asked(patched: Patch) -> None:
+def test_serve_hands_over_what_was_asked(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / "runs" / name).mkdir(parents=True)
     serve = patched("mmrl_ray.runs.serve.serve")
     assert mmrl("serve", "runs/a").exit_code == 0
     plain = {"address": None, "host": None, "port": None, "insecure": False, "print_config": False, "overrides": ()}
@@ -72,6 +77,9 @@ def test_a_key_is_printed_once_and_works_until_revoked(database: str) -> None:
     assert KeyStore(database).verify(key) is None
     again = mmrl("keys", "list", "--database", database)
     assert "revoked 20" in again.stdout
+    (told,) = json.loads(mmrl("keys", "list", "--database", database, "--json").stdout)
+    assert (told["id"], told["roles"], told["expires"]) == (record.id, ["feedback", "infer"], None)
+    assert datetime.fromisoformat(told["revoked"]) >= datetime.fromisoformat(told["created"]) == record.created
     for done in (listed, revoked, again):
         assert key[12:] not in done.stdout + done.stderr
 
@@ -125,7 +133,9 @@ class Gateway:
             self.asked.append(request)
         if request.url.path == "/v1/captions":
             number = next(n for n in range(100) if picture(n) in request.content)
-            captions = [{"index": 0, "text": f" picture {number} ", "finish_reason": "stop"}]
+            wanted = int((re.search(rb'name="n"\r\n\r\n(\d+)', request.content) or (b"", b"1"))[1])
+            texts = [f" picture {number} ", *(f"again {i}" for i in range(1, wanted))]
+            captions = [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts)]
             return httpx.Response(
                 200, json={"model": "m", "version": 3, "image_hash": "ab", "captions": captions, "usage": {}}
             )
@@ -168,6 +178,9 @@ def test_captions_come_in_the_order_of_the_images(gateway: Gateway, tmp_path: Pa
         assert b"cats" in request.content
         assert b"What is it?" in request.content
     assert mmrl("caption", "--url", "http://gate:8000", paths[3]).stdout == "picture 3\n"
+    several = mmrl("caption", "--url", "http://gate:8000", "-n", 3, "--temperature", 0.5, paths[3])
+    assert several.stdout == "picture 3\nagain 1\nagain 2\n"
+    assert re.search(rb'name="temperature"\r\n\r\n0\.5\r', gateway.asked[-1].content)
 
 
 def test_one_missing_file_is_one_line(gateway: Gateway, tmp_path: Path) -> None:

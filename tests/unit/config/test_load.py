@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mmrl_ray.config.load import config_schema, dump_config, load_config, parse_config
+from mmrl_ray.config.load import changed_keys, config_schema, dump_config, load_config, parse_config
 from mmrl_ray.config.presets import PRESETS
 from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
@@ -209,6 +209,11 @@ def test_a_wrong_override_says_which(override: str, expected: str) -> None:
     assert line.startswith(expected.split(", but found")[0])
 
 
+def test_a_value_that_is_no_misspelling_gets_the_choices_and_no_guess() -> None:
+    (line,) = problems(GOOD, "algorithm=ppo")  # one letter off `dpo`, which is something else
+    assert line.endswith("'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql' or 'value_based'")
+
+
 def test_environment_variables_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "leaked")
     cfg = parse_config(GOOD.replace("data/train", "data/${SECRET}/$SECRET"), "c.yaml")
@@ -234,6 +239,14 @@ def test_dump_reads_back_equal_with_awkward_values() -> None:
 def test_a_resolved_config_keeps_its_values_under_another_preset() -> None:
     text = dump_config(parse_config(GOOD, "c.yaml"))
     assert parse_config(text, "d.yaml", ["algorithm=gspo"]).learner.clip_high == 0.28
+
+
+def test_what_a_resume_changes_is_told_key_by_key() -> None:
+    before, after = (
+        dump_config(parse_config(GOOD, "c.yaml", o)) for o in ((), ("learner.lr=3e-5", "reward.retries=5"))
+    )
+    assert changed_keys(before, before) == []
+    assert changed_keys(before, after) == ["reward.retries: 2 → 5", "learner.lr: 0.0001 → 3e-05"]
 
 
 def test_configs_are_frozen_and_strict_about_types() -> None:

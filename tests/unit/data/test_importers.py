@@ -134,6 +134,23 @@ def test_an_id_of_two_pictures_is_refused_and_names_both(tmp_path: Path) -> None
         import_coco(None, flat, tmp_path / "out", karpathy=put_json(file, content))
 
 
+def test_an_image_id_is_the_same_as_number_and_as_text(tmp_path: Path) -> None:
+    """Tools write one file's ids as 7, "7" or 7.0; what is neither whole number nor text is refused."""
+    annotations, images = coco(tmp_path)
+    content = json.loads(annotations.read_text())
+    for number, entry in enumerate(content["annotations"]):
+        entry["image_id"] = (str, float)[number % 2](entry["image_id"])
+    summary = import_coco(put_json(annotations, content), images, tmp_path / "out")
+    assert (summary.rows, summary.references, summary.unlisted.captions) == (4, 12, 0)
+    content["images"][3]["id"] = "101"
+    with pytest.raises(DataError, match=r"image id 101 is that of two pictures"):
+        import_coco(put_json(annotations, content), images, tmp_path / "two")
+    for wrong in (None, True, 1.5):
+        content["images"][3]["id"] = wrong
+        with pytest.raises(DataError, match=rf"the image id {wrong} is neither a whole number nor text"):
+            import_coco(put_json(annotations, content), images, tmp_path / "two")
+
+
 def test_a_caption_that_is_no_text_is_named_and_those_of_unlisted_images_are_counted(tmp_path: Path) -> None:
     annotations, images = coco(tmp_path)
     content = json.loads(annotations.read_text())
@@ -242,6 +259,14 @@ def test_a_bad_line_is_named_by_number(tmp_path: Path, line: Any, message: str) 
         import_jsonl(file, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "m.jsonl"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_jsonl_in_another_encoding_says_so(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"image": "0.png", "caption": "a"}\n', encoding=encoding)
+    with pytest.raises(DataError, match=r"a.jsonl is not UTF-8 but UTF-16 or UTF-32: save it as UTF-8"):
+        import_jsonl(file, tmp_path / "out")
 
 
 def test_jsonl_images_outside_the_folder_are_left_out(tmp_path: Path) -> None:

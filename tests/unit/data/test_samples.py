@@ -359,6 +359,9 @@ def test_missing_columns_are_named_with_those_there(tmp_path: Path) -> None:
         ParquetDataset(table(tmp_path / "b.parquet", image=["a.png"]))
     with pytest.raises(DataError, match=r"column `caption` of .* is int64; it must be string or list<string>"):
         ParquetDataset(table(tmp_path / "c.parquet", image=[b"x"], caption=[3]))
+    pq.write_table(pa.table([[b"x"], [b"y"]], names=["image", "image"]), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"several columns `image`; keep one"):
+        ParquetDataset(tmp_path / "d.parquet")
 
 
 def test_shards_that_differ_or_are_missing(dataset: Path, tmp_path: Path) -> None:

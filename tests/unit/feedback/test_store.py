@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -46,6 +48,18 @@ def test_captions_the_other_way_round_are_the_same_pair(store: PreferenceStore) 
     assert by_rater["bob"].says == ("a", 0.8, 0.1)
     assert by_rater["bob"].shown_first == "a"
     assert by_rater["bob"].pair.caption_a == "a red square"
+
+
+def test_a_conflict_is_told_with_the_captions_as_they_were_written(store: PreferenceStore) -> None:
+    first = preference("a", ratings=(0.75, 0.25))
+    store.add([first])
+    a, b = first.pair.caption_a, first.pair.caption_b
+    other = preference("b", ratings=(0.0, 1.0)).flipped()  # a file whose columns are the other way round
+    with pytest.raises(ConflictError) as error:
+        store.add([other])
+    assert str(error.value).startswith(
+        f"'ann' says 'a' (ratings 1.0, 0.0) of {b!r} against {a!r}, but said 'b' (ratings 0.25, 0.75) before"
+    )
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -135,6 +149,57 @@ def test_raters_are_led_through_all_pairs_those_least_labelled_first(store: Pref
     assert store.pair(fresh.id).caption_a == "a red square"
     with pytest.raises(UnknownPairError, match="no pair has the id 'x'"):
         store.pair("x")
+
+
+def test_raters_who_ask_at_the_same_time_get_different_pairs_until_a_lease_lapses(url: str) -> None:
+    now = datetime(2030, 1, 1, tzinfo=UTC)
+    with PreferenceStore(url, now=lambda: now) as store:
+        store.add(pair(shade=shade) for shade in range(3))
+        due = {name: store.next_pair(name, lease_s=60).id for name in ("ann", "bob", "eve")}  # type: ignore[union-attr]
+        assert len(set(due.values())) == 3
+        assert store.next_pair("ann", lease_s=60).id == due["ann"]  # type: ignore[union-attr]
+        # Nothing is free for a fourth, who may label all of them nevertheless.
+        assert store.next_pair("kim").id in due.values()  # type: ignore[union-attr]
+        now += timedelta(seconds=61)
+        assert store.next_pair("kim").id == min(due.values())  # type: ignore[union-attr]
+        store.add([Preference(store.pair(due["bob"]), "a", "bob")])
+        assert store.next_pair("bob").id != due["bob"]  # type: ignore[union-attr]
+
+
+def test_raters_in_threads_get_different_pairs(url: str) -> None:
+    with PreferenceStore(url) as store:
+        store.add(pair(shade=shade) for shade in range(12))
+        barrier = threading.Barrier(6)
+
+        def ask(name: str) -> str:
+            barrier.wait(30)
+            due = store.next_pair(name)
+            assert due is not None
+            return due.id
+
+        with ThreadPoolExecutor(6) as threads:
+            found = list(threads.map(ask, (f"rater-{i}" for i in range(6))))
+    assert len(set(found)) == 6
+
+
+def test_a_rater_takes_back_what_they_said_last_and_nothing_else(url: str) -> None:
+    moments = iter(datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=i) for i in range(1000))
+    with PreferenceStore(url, now=lambda: next(moments)) as store:
+        first, last, others = (
+            Preference(pair(shade=shade), "a", name) for shade, name in ((1, "ann"), (2, "ann"), (2, "bob"))
+        )
+        for said in (first, last, others):
+            store.add([said])
+        with pytest.raises(ConflictError, match="said last"):
+            store.undo(first.id, "ann")
+        assert store.undo(others.id, "ann") is None
+        assert store.undo(last.id, "ann") == last.pair.id
+        assert store.undo(last.id, "ann") is None, "a second time nothing more goes"
+        assert {(p.rater, p.pair.id) for p in store.preferences()} == {
+            ("ann", first.pair.id),
+            ("bob", others.pair.id),
+        }
+        assert store.next_pair("ann").id == last.pair.id  # type: ignore[union-attr]
 
 
 def test_another_version_is_refused_with_the_remedy(url: str) -> None:

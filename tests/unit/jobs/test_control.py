@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,50 @@ def test_a_status_without_figures_shows_too(tmp_path: Path, state: str) -> None:
     Console(file=text, width=160).print(render(played.control.status()))
     assert ("dead" in text.getvalue()) == (state in ("starting", "running"))
     assert ("why" in text.getvalue()) == (state == "failed")
+
+
+def test_the_runs_of_a_folder_are_listed(tmp_path: Path) -> None:
+    for name, state in (("b-done", "finished"), ("a-new", None), ("c-killed", "running")):
+        run = RunDir.create(tmp_path, name)
+        run.write_text("config.yaml", "")
+        if state is not None:
+            write_status(run, state, 0.0, {"step": 3, "steps": 4})
+    measures = {side: {"measures": {"reward": {"value": value}}} for side, value in (("before", 0.25), ("after", 0.5))}
+    RunDir.open(tmp_path, "b-done").write_json("summary.json", {"status": "finished", "eval": measures})
+    RunDir.open(tmp_path, "c-killed").write_text("summary.json", "{torn")
+    (tmp_path / "no-run").mkdir()
+    listed = mmrl("runs", "list", tmp_path)
+    assert listed.exit_code == 0, listed.output
+    _, new, done, killed = listed.stdout.splitlines()
+    assert new.split() == ["a-new", "unknown"]
+    assert done.split()[:3] == ["b-done", "finished", "3/4"]
+    assert done.split()[-2:] == ["0.2500", "0.5000"]
+    assert killed.split()[:3] == ["c-killed", "dead", "3/4"]
+    told = json.loads(mmrl("runs", "list", tmp_path, "--json").stdout)
+    assert [(run["run"], run["state"], run["reward_after"]) for run in told] == [
+        ("a-new", "unknown", None),
+        ("b-done", "finished", 0.5),
+        ("c-killed", "dead", None),
+    ]
+    assert mmrl("runs", "list", tmp_path / "none").stderr == (
+        f"error: there is no folder {tmp_path}/none: name the one of run.root\n"
+    )
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_leaving_a_watch_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: tuple[str, ...]) -> None:
+    played = Played(tmp_path, [])
+    played.says("running", age=played.now - time.time(), **facts(1, 0, "ready"))  # just now
+    slept: list[float] = []
+
+    def leave(seconds: float) -> None:
+        slept.append(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmrl_ray.cli.scaling.time.sleep", leave)
+    left = mmrl("status", played.run.location, "--watch", *form)
+    assert (left.exit_code, left.stderr, len(slept)) == (0, "", 1)
+    assert "running" in left.stdout
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import mmrl_ray
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config, parse_config
+from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import JobError
 from mmrl_ray.jobs.package import packed
 from mmrl_ray.jobs.records import Job, JobFacts, check_id, new_id
@@ -127,6 +128,33 @@ def test_a_package_that_holds_data_is_refused_with_its_largest_files(tmp_path: P
         packed(None, source=tmp_path, max_bytes=1000),
     ):
         pass
+
+
+def test_own_reward_functions_travel_and_a_resume_brings_them_again(cfg: Config, tmp_path: Path) -> None:
+    kept = {"mine.py": "x = 1\n", "pack/__init__.py": "", "pack/words.txt": "red\n", "tools/more.py": "y = 2\n"}
+    left = {"photo.png": "-", "env/pyvenv.cfg": "", "env/lib.py": "", ".hidden/a.py": "", "data/big.parquet": "-" * 99}
+    for name, text in {**kept, **left}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    part = {"kind": "function", "path": "pack.colours:named", "state": "text"}
+    settings = {"parts": {"own": part}, "weights": {"own": 1.0}, "code": str(tmp_path)}
+    own = cfg.model_copy(update={"reward": RewardSection.model_validate(settings)})
+    cluster = Cluster()
+    submit_run(cluster, own)
+    prefix = "reward_code/"
+    sent = {name: data.decode() for name, data in cluster.files.items() if name.startswith(prefix)}
+    assert sent == {f"{prefix}{name}": text for name, text in kept.items()}
+    facts = cluster.sent[-1][2]
+    assert JobFacts.of(facts.metadata()) == facts
+
+    resume_run(cluster, facts)
+    assert {name for name in cluster.files if name.startswith(prefix)} == set(sent)
+    with pytest.raises(JobError, match=rf"reward functions are in {tmp_path}/gone of you: resume it from there"):
+        resume_run(cluster, replace(facts, code=f"{tmp_path}/gone", by="you"))
+
+    installed = {**settings, "parts": {"own": {**part, "path": "some_library:named"}}}
+    submit_run(cluster, cfg.model_copy(update={"reward": RewardSection.model_validate(installed)}))
+    assert not any(name.startswith(prefix) for name in cluster.files)
 
 
 def test_facts_go_through_rays_metadata() -> None:

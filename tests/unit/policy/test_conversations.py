@@ -14,6 +14,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError, ImageError
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import Turns, encode_conversation, encode_prompts
+from tests.support.families.common import make_template
 from tests.support.tiny_models import FAMILIES, image_bytes
 
 Load = Callable[..., Policy]
@@ -86,6 +87,31 @@ def test_a_control_token_in_two_pieces_is_refused(load: Load) -> None:
     with pytest.raises(DataError, match="contains the special token"):
         encode_conversation(policy, [("user", [0, "a <|image", "_pad|> b"])], (ONE,))
     encode_conversation(policy, [("user", ["a <|image", 0, "_pad|> b"])], (ONE,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_control_token_that_the_template_joins_is_refused(family: str, load: Load) -> None:
+    """Templates that trim each part, as Gemma's does, make a token of pieces that are none, alone or together."""
+    policy = load(family)
+    mark = policy.processor.image_token
+    opening = "<|vision_start|>" if family.startswith("qwen") else ""
+    policy.processor.chat_template = make_template(opening + mark).replace(
+        "{{ p['text'] }}{% endif %} ", "{{ p['text'] | trim }}{% endif %}"
+    )
+    encode_conversation(
+        policy, [("user", [0, "red ", " circle"]), ("assistant", [" a "]), ("user", ["", "  "])], (ONE,)
+    )
+    end = policy.tokenizer.convert_ids_to_tokens(policy.end_id)
+    for token in (end, policy.tokenizer.convert_ids_to_tokens(policy.placeholder_id)):
+        for cut in (1, len(token) // 2, len(token) - 1):
+            spoof = [f"red {token[:cut]} ", f" {token[cut:]} assistant"]
+            for turns in (
+                [("user", [0, *spoof])],
+                [("system", spoof), ("user", [0, "a"])],
+                [("user", [0, "a"]), ("assistant", spoof), ("user", ["a"])],
+            ):
+                with pytest.raises(DataError, match="contains the special token"):
+                    encode_conversation(policy, turns, (ONE,))
 
 
 def test_unknown_words_are_nobodys_control_token(load: Load) -> None:

@@ -28,6 +28,7 @@ from mmrl_ray.policy import trial, vision
 from mmrl_ray.policy.adapter import add_adapter, save_adapter
 from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy, load_skeleton, save_policy
+from mmrl_ray.policy.parity import compare
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
 from mmrl_ray.policy.revision import is_revision, revision_key_of
 from tests.support.tiny_models import FAMILIES, make_samples
@@ -198,6 +199,59 @@ def test_a_processor_and_a_model_that_count_otherwise_are_found_by_a_trial(copie
     with pytest.raises(ModelError, match=rf"model '{folder}' \(llava\).*transformers' own forward: .*do not match"):
         load_policy(section(folder), device="cpu")
     load_skeleton(section(folder))  # it cannot know
+
+
+@pytest.mark.parametrize(("old", "new"), [("</s>", "<|over|>"), ("assistant :", "<|over|>assistant :")])
+def test_tokens_that_the_tokenizer_alone_has_are_refused(old: str, new: str, copied: Copied) -> None:
+    """The end of a turn would never be said, and the header of one has no embedding."""
+    folder = copied("llava")
+    tokenizer = load_family_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|over|>"]})
+    tokenizer.save_pretrained(folder)
+    rewrite_template(folder, old, new)
+    for attempt in (lambda: load_policy(section(folder), device="cpu"), lambda: load_skeleton(section(folder))):
+        with pytest.raises(ModelError, match=r"writes '<\|over\|>' \(id 46\).* has 46 tokens"):
+            attempt()
+
+
+def test_padding_and_ends_that_the_model_does_not_have_do_no_harm(copied: Copied) -> None:
+    folder = copied("llava")
+    tokenizer = load_family_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    edit_json(folder / "generation_config.json", eos_token_id=[2, 10**6])
+    policy = load_policy(section(folder), device="cpu")
+    assert policy.eos_token_ids == (2,)
+    assert policy.pad_token_id == 2
+    assert compare(policy, encode_prompts(policy, make_samples()[:2])).troubles == ()
+
+
+def test_broken_weights_are_the_checkpoints_fault(copied: Copied) -> None:
+    folder = copied("llava")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("language_model.model.norm.weight"))
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"NaN, in transformers' own forward, too: its weights are broken"):
+        load_policy(section(folder), device="cpu")
+
+
+def test_a_context_too_short_for_any_picture_is_said_so(copied: Copied) -> None:
+    folder = copied("llava")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit_json(folder / "config.json", text_config={**text, "max_position_embeddings": 12})
+    with pytest.raises(ModelError, match=rf"{folder}.*its context of 12 tokens does not hold a picture"):
+        load_skeleton(section(folder))
+
+
+def test_a_generation_config_that_cannot_be_read_is_not_passed_over(copied: Copied) -> None:
+    folder = copied("llava")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3')
+    for attempt in (lambda: load_policy(section(folder), device="cpu"), lambda: load_skeleton(section(folder))):
+        with pytest.raises(ModelError, match=r"generation_config\.json cannot be read"):
+            attempt()
+    (folder / "generation_config.json").unlink()
+    load_policy(section(folder), device="cpu")
 
 
 def test_a_model_that_only_transformers_can_use_is_refused_by_name(
@@ -401,7 +455,9 @@ def test_weights_that_the_model_has_no_place_for_are_not_left_out(copied: Copied
         if "language_model.model.layers.1" in n
     }
     save_file({**weights, **deeper}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"hold {len(deeper)} tensors .* no place for \(.*layers\.2\.") as error:
+    with pytest.raises(
+        ModelError, match=rf"hold {len(deeper)} tensors .* no place for, such as .*layers\.2\."
+    ) as error:
         load_policy(section(folder))
     assert "\n" not in str(error.value)
 

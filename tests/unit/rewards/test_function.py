@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.config.load import parse_config
+from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
@@ -32,6 +34,8 @@ SAMPLES = [Sample(f"s{i}", (b"png", b"two"), "Say it.", ("a red square", "red"),
 CAPTIONS = ["a red square", "blue"]
 MODULE = """
 import os, pickle, re, signal, sys, time
+from decimal import Decimal
+from fractions import Fraction
 import numpy as np
 
 CALLS = 0
@@ -47,7 +51,8 @@ def seen(captions, states, *, file):
 def odd(captions, states, *, returned):
     print("asked for", returned)
     return {"nan": [float("nan"), 1], "few": [1.0], "text": "12", "none": None, "hole": [None, 1], "words": ["1", 1],
-            "bools": [1, True], "tuple": (1.0, 1.0), "array": np.ones(2), "float32": np.float32([1, 1])}[returned]
+            "bools": [1, True], "tuple": (1.0, 1.0), "array": np.ones(2), "float32": np.float32([1, 1]),
+            "scalars": [np.bool_(True), np.array(1.0)], "decimals": [Decimal("1.0"), Fraction(1)]}[returned]
 
 def picky(captions, states):
     if "blue" in captions:
@@ -66,8 +71,22 @@ def awkward(captions, states, *, how):
         elif how == "sleep":
             time.sleep(600)
         else:
+            if how == "crash beside a child" and os.fork() == 0:
+                time.sleep(600)
             os.kill(os.getpid(), signal.SIGSEGV)
     return [float(CALLS)] * len(captions)
+
+def twice(captions, states):
+    global CALLS
+    CALLS += 1
+    os.fork()
+    return [float(CALLS)] * len(captions)
+
+class OutOfTime(BaseException):  # as some libraries say it
+    pass
+
+def times_out(captions, states):
+    raise OutOfTime("half a character: \\ud800")
 
 def pid(captions, states):
     return [float(os.getpid())] * len(captions)
@@ -122,11 +141,60 @@ def test_it_travels_by_its_path() -> None:
     assert pickle.loads(there).score_batch(SAMPLES, CAPTIONS)[0].total == 6.0
 
 
-@pytest.mark.parametrize("returned", ["bools", "tuple", "array", "float32"])
+def test_modules_of_the_working_directory_or_of_a_named_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, factor in (("here", 1), ("there", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "place_rewards.py").write_text("from place_helper import count\n")
+        (tmp_path / name / "place_helper.py").write_text(
+            f"def count(captions, states):\n    return [{factor}.0 * len(c) for c in captions]\n"
+        )
+    monkeypatch.chdir(tmp_path / "here")
+    assert build("place_rewards:count").score_batch(SAMPLES, ["abc", "d"])[0].total == 6.0
+    relative = section("place_rewards:count").model_copy(update={"code": "../there"})
+    assert build_reward(relative, NOTHING).score_batch(SAMPLES, ["abc", "d"])[0].total == 60.0
+
+    text = "run: {name: a}\nmodel: {path: o/m}\ndata: {train: d}\nlearner: {steps: 1}\n"
+    cfg = parse_config(text, "test").model_copy(update={"reward": section("place_rewards:count")})
+    kept = with_absolute_paths(cfg).reward
+    assert kept.code == str(tmp_path / "here")
+    there = pickle.dumps(build_reward(kept, NOTHING))
+    monkeypatch.chdir("/")  # as a worker's, which is somewhere else
+    assert pickle.loads(there).score_batch(SAMPLES, ["abc", "d"])[0].total == 6.0
+    with pytest.raises(ConfigError, match=r"looked for in reward\.code, by default the working directory, here /"):
+        build("place_rewards:count")
+
+
+def test_an_exception_shows_its_traceback_at_once_and_once(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    reward = build("own_rewards:picky")
+    capfd.readouterr()
+    for _ in range(2):
+        with pytest.raises(RewardError, match="no blue here"):
+            reward.score_batch(SAMPLES, CAPTIONS)
+    lines = capfd.readouterr().err.splitlines()
+    line = 1 + MODULE.splitlines().index('        raise KeyError("no blue here")')
+    assert lines == [
+        f"[reward own_rewards:picky] {text}"
+        for text in (
+            "Traceback (most recent call last):",
+            f'  File "{tmp_path}/own_rewards.py", line {line}, in picky',
+            '    raise KeyError("no blue here")',
+            "KeyError: 'no blue here'",
+        )
+    ]
+    with pytest.raises(ConfigError, match="half written"):
+        build("broken_rewards:f")
+    assert f'[reward broken_rewards:f]   File "{tmp_path}/broken_rewards.py", line 1' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("returned", ["bools", "tuple", "array", "float32", "scalars", "decimals"])
 def test_it_may_return_any_sequence_of_numbers(returned: str, capfd: pytest.CaptureFixture[str]) -> None:
     scores = build("own_rewards:odd", returned=returned).score_batch(SAMPLES, CAPTIONS)
     assert [(type(s.total), s.total) for s in scores] == [(float, 2.0)] * 2
-    assert f"asked for {returned}" in capfd.readouterr().out  # of the other process
+    printed = capfd.readouterr()  # of the other process
+    assert printed.err == f"[reward own_rewards:odd] asked for {returned}\n"
+    assert printed.out == ""  # where captions and figures of a command go
 
 
 @pytest.mark.parametrize(
@@ -191,7 +259,7 @@ def test_a_part_that_raises_masks_its_own_caption(tmp_path: Path) -> None:
 FOUR = ["red", "a blue one", "green", "grey"]
 
 
-@pytest.mark.parametrize("how", ["regex", "sleep", "crash"])
+@pytest.mark.parametrize("how", ["regex", "sleep", "crash", "crash beside a child"])
 def test_only_what_it_hangs_on_or_dies_of_is_masked(how: str) -> None:
     """A regular expression holds the interpreter, so that no thread of its process could end it."""
     threads = set(threading.enumerate())
@@ -199,11 +267,21 @@ def test_only_what_it_hangs_on_or_dies_of_is_masked(how: str) -> None:
     samples = [SAMPLES[0]] * 4
     scores = score_with_retry(reward, samples, FOUR, timeout_s=1.0, retries=2)
     assert [isinstance(score, RewardFailure) for score in scores] == [False, True, False, False]
-    assert ("SIGSEGV" if how == "crash" else "gave no answer within") in scores[1].reason
+    assert ("SIGSEGV" if how.startswith("crash") else "gave no answer within") in scores[1].reason
     # Another process has taken its place, and keeps what it knows.
     first, second = (reward.score_batch(SAMPLES[:1], ["red"])[0].total for _ in range(2))
     assert second == first + 2.0
     assert set(threading.enumerate()) == threads
+
+
+def test_one_that_forks_and_returns_twice_answers_once() -> None:
+    reward = build("own_rewards:twice")
+    assert [reward.score_batch(SAMPLES, CAPTIONS)[0].total for _ in range(3)] == [2.0, 4.0, 6.0]
+
+
+def test_whatever_it_raises_its_process_goes_on_and_files_can_hold_the_reason() -> None:
+    with pytest.raises(RewardError, match=r"OutOfTime: half a character: \\ud800 \("):
+        build("own_rewards:times_out").score_batch(SAMPLES, CAPTIONS)
 
 
 def test_all_that_hang_leave_the_call_within_its_time() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._private import services
+from ray._private import ray_logging, services
 from ray._private.auto_init_hook import auto_init_ray
 
 from mmrl_ray.errors import RaySessionError, RunError
@@ -74,6 +74,25 @@ def test_what_the_log_of_a_ray_that_did_not_start_says_is_told(monkeypatch: pyte
         ray_at("h:1", cpus=1, object_store_mb=None, namespace="none"),
     ):
         pass
+
+
+def test_of_what_workers_log_only_the_lines_of_reward_functions_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    dispatcher = ray_logging.global_worker_stdstream_dispatcher
+    asked: list[bool] = []
+
+    def init(*, log_to_driver: bool, **settings: object) -> None:
+        asked.append(log_to_driver)
+        dispatcher.add_handler("ray_print_logs", lambda data: pytest.fail("all of the log is shown"))
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: dispatcher.remove_handler("ray_print_logs"))
+    shown: list[str] = []
+    data = {"lines": ["warming up", "[reward mine:f] red", "[rewards] x"], "is_err": True, "pid": 7}
+    with ray_at(None, cpus=1, object_store_mb=None, namespace="none", show=shown.append):
+        dispatcher.emit(data)
+    dispatcher.emit(data)
+    assert (asked, shown) == ([True], ["[reward mine:f] red"])
 
 
 def test_a_local_root_is_refused_where_other_machines_would_not_see_it(monkeypatch: pytest.MonkeyPatch) -> None:

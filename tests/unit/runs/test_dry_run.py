@@ -294,6 +294,31 @@ def test_warns_of_a_format_that_no_reference_has_and_knows_what_the_template_wri
     assert own == cfg.reward.with_opening("x")
 
 
+def test_calls_own_reward_functions_on_one_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "dry_rewards.py").write_text(
+        "def words(captions, states):\n    print('sees', states)\n    return [len(c.split()) for c in captions]\n"
+        "def broken(captions, states):\n    return [1 / 0 for _ in captions]\n"
+    )
+    monkeypatch.chdir(tmp_path / "code")
+    parts = {name: {"kind": "function", "path": f"dry_rewards:{name}", "state": "text"} for name in ("words", "broken")}
+    cfg = config(tmp_path, reward={"parts": parts, "weights": dict.fromkeys(parts, 1.0)})
+    found, text = show(cfg)
+    assert found.sample is not None
+    caption = found.sample.references[0]
+    (line,) = found.tried
+    assert line == f"words of {caption!r}, on sample {found.sample.id}: {len(caption.split())}"
+    assert line in text
+    (problem,) = found.blocking
+    assert problem.startswith("reward.parts.broken: ZeroDivisionError: division by zero (")
+    assert "dry_rewards.py:5)" in problem
+    printed = capfd.readouterr().err
+    assert f"[reward dry_rewards:words] sees ['{found.sample.prompt}']" in printed
+    assert "[reward dry_rewards:broken] ZeroDivisionError: division by zero" in printed
+
+
 def test_run_folder_and_resume(tmp_path: Path) -> None:
     assert show(config(tmp_path), resume=True)[0].blocking == [f"there is no run demo in {tmp_path / 'runs'} to resume"]
     (tmp_path / "runs" / "demo").mkdir(parents=True)

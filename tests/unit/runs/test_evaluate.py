@@ -17,7 +17,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.model import ModelSection
 from mmrl_ray.data.samples import iter_references, read_split, write_parquet
-from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError, RunError
+from mmrl_ray.errors import ConfigError, DataError, ImageError, RunError
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.learner.checkpoints import save_checkpoint
 from mmrl_ray.learner.state import LearnerState
@@ -160,6 +160,22 @@ def test_the_command_prints_one_line_an_image(
         caption(pictures)
 
 
+def test_captions_are_drawn_as_many_as_asked_for_and_nothing_else_is_shown(
+    world: World, pictures: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    greedy = caption_images(world.run.location, pictures)
+    capfd.readouterr()
+    caption(pictures, run=world.run.location, n=3, temperature=0)
+    shown = capfd.readouterr()
+    assert shown.err == ""  # neither bars nor warnings of libraries
+    assert shown.out.splitlines() == [f"{path}: {text}" for path, text in greedy for _ in range(3)]
+    drawn = caption_images(world.run.location, pictures[:1], n=40, temperature=2.0)
+    assert [path for path, _ in drawn] == [str(pictures[0])] * 40
+    assert len({text for _, text in drawn}) > 20
+    caption(pictures[:1], run=world.run.location, n=2)
+    assert len(capfd.readouterr().out.splitlines()) == 2
+
+
 def test_files_that_are_no_images_are_named(world: World, pictures: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "rows.json"
     broken.write_text('{"image": 1}')
@@ -167,7 +183,7 @@ def test_files_that_are_no_images_are_named(world: World, pictures: list[Path], 
         caption_images(world.run.location, [pictures[0], broken])
     with pytest.raises(DataError, match=r"gone\.png cannot be read: No such file"):
         caption_images("no/such/model", [tmp_path / "gone.png"])
-    with pytest.raises(ModelError):
+    with pytest.raises(ConfigError, match="no such run folder"):
         caption_images(str(tmp_path / "missing"), pictures)
 
 
@@ -207,6 +223,8 @@ def test_evaluating_a_run_uses_its_own_statistics(
     assert "of the run's training references" in printed
     assert f"{expected.measures['cider_d'].mean:.4f}" in printed
     assert "one side does not vary" in printed
+    evaluate(world.run.location, limit=2, out=out, as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
 
 
 def test_rows_of_one_id_and_broken_ones_and_those_trained_on(

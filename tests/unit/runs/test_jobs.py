@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.jobs.client import JobsClient
 from mmrl_ray.jobs.records import Job, JobFacts
 from mmrl_ray.runs.jobs import connect, outcome, submit
+from tests.unit.cli.program import mmrl
 from tests.unit.jobs.test_submit import Cluster
 
 
@@ -72,6 +74,16 @@ def test_an_existing_run_folder_is_refused(tmp_path: Path) -> None:
 def test_an_address_is_a_job_servers(address: str) -> None:
     with pytest.raises(ConfigError, match="http://head:8265"):
         connect(address)
+
+
+def test_jobs_are_told_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = JobFacts("far", "/runs/far", "me@here")
+    head = Head(known=[Job("b", "running", facts, 2.0), Job("a", "failed", facts, 1.0, 1.5, 3, "error: no room")])
+    monkeypatch.setattr("mmrl_ray.runs.jobs.connect", lambda address: head)
+    running, failed = json.loads(mmrl("jobs", "list", "--json").stdout)
+    assert (running["job"], running["began"], running["ended"], running["exit_code"]) == ("b", 2.0, None, None)
+    assert (failed["status"], failed["exit_code"], failed["reason"]) == ("failed", 3, "no room")
+    assert mmrl("jobs", "list").stdout.splitlines()[1].startswith("b    running  far")
 
 
 def test_how_it_ended_in_one_line() -> None:

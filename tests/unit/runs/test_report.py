@@ -231,6 +231,21 @@ def test_the_table_tells_the_figures_of_the_evaluations(finished: tuple[RunDir, 
         assert f"{reward.mean:.3f} [{reward.low:.3f}, {reward.high:.3f}]" in page.words
 
 
+def test_on_a_narrow_screen_each_figure_has_its_name_and_the_verdict_its_place(
+    finished: tuple[RunDir, Page, str],
+) -> None:
+    """There the head of the table is hidden, and a row is a block: nothing lies beyond the edge."""
+    _, page, html = finished
+    cells = page.all("td")
+    figures = [cell.get("data-label") for cell in cells if cell.get("class") == "num" and "data-label" in cell]
+    verdicts = [cell for cell in cells if cell.get("class") == "judged"]
+    assert verdicts
+    assert figures[: 3 * len(verdicts)] == ["before", "after", "difference"] * len(verdicts)
+    narrow = html[html.index("@media screen and (max-width: 42rem)") : html.index("@page")]
+    assert ".measures td.num::before { content: attr(data-label);" in narrow
+    assert ".measures td.judged { grid-area: 1 / 3;" in narrow
+
+
 def test_one_held_out_sample_has_figures_and_no_interval(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "one")
     for name, evaluation in (("before", BEFORE), ("after", AFTER)):
@@ -516,10 +531,11 @@ def test_names_and_captions_are_shown_as_they_are_written(tmp_path: Path) -> Non
     evaluation = load_evaluation(run, "after")
     assert evaluation is not None
     correlations = dict.fromkeys(HOSTILE, Correlation(0.5, 0.5))
-    figures = {"count": 1, "accuracy": 0.5, "expected": 0.5, "nll": 0.1}
+    figures = {"count": 2, "decided": 2, "accuracy": 0.5, "expected": 0.5, "nll": 0.1}
     parts = {"held_out": {"pairs": {**figures, "parts": dict.fromkeys(HOSTILE, figures)}}, "left_out": {"reasons": {}}}
     told = io.StringIO()
     print_report(parts, Console(file=told, width=200))
+    assert "0.095 … 0.905" in told.getvalue()  # Wilson's interval of 1 of 2
     tables = {
         "evaluate": on_terminal(measures_table("[b]run", evaluation)),
         "correlations": on_terminal(correlation_table(correlations, 3)),

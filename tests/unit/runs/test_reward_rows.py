@@ -59,7 +59,7 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert got == [
         Judgement((picture(1),), "a red circle", "a blue circle", 1.0, 0.75, 0.0, "scenes:colour"),
         Judgement((picture(2),), "a red circle", "a blue circle", 0.5, part="unnamed"),
-        Judgement((picture(1),), "a red circle", "a blue circle", 0.0, part="run@3"),
+        Judgement((picture(1),), "a red circle", "a blue circle", 0.0, part="run"),
         Judgement((picture(1),), "", "a blue circle", None, None, 1.0, "scenes:colour"),
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes import generate_scenes
 from mmrl_ray.errors import DataError, RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.runs.eval_records import highlights
+from mmrl_ray.run_dir import RunDir
+from mmrl_ray.runs.eval_records import highlights, load_evaluation, save_evaluation
+from mmrl_ray.runs.report import write_report
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, in_common, score_captions
 from mmrl_ray.runs.statistics import figure_difference, figure_interval, resampled_sums
 
@@ -161,6 +164,41 @@ def test_a_reward_that_returns_nan_is_an_error() -> None:
 
     with pytest.raises(RewardError, match="total=nan"):
         score_captions(SCENES, terse(), Broken(), STATISTICS)
+
+
+def test_captions_that_the_reward_fails_on_count_in_every_other_measure(tmp_path: Path) -> None:
+    """One alone, and two of which each ends its whole batch, are left out of the reward's figures on both sides."""
+
+    class Picky:
+        def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
+            if any(caption.startswith("poison") for caption in captions):
+                raise ValueError("poisoned")
+            rows = REWARD.score_batch(samples, captions)
+            return [RewardFailure("no number") if c == "" else row for c, row in zip(captions, rows, strict=True)]
+
+    said = [*terse()[:-3], "poison one", "", "poison two"]
+    before = score_captions(SCENES, said, Picky(), STATISTICS)
+    plain, after = score(said), score_captions(SCENES, full(), Picky(), STATISTICS)
+    rewards = {name for name in plain.measures if name.startswith("reward")}
+    assert {n: m for n, m in before.measures.items() if n not in rewards} == {
+        n: m for n, m in plain.measures.items() if n not in rewards
+    }
+    kept = Evaluation(plain.captions[:-3])
+    assert all(before.measures[name] == kept.measures[name] for name in rewards)
+    gains = [a.reward.total - b.reward.total for a, b in zip(after.captions, kept.captions, strict=False)]
+    assert compare(before, after)["reward"].difference.mean == pytest.approx(float(np.mean(gains)))
+    assert [c.no_reward for c in before.unrewarded] == [
+        "the reward raised ValueError: poisoned",
+        "no number",
+        "the reward raised ValueError: poisoned",
+    ]
+    assert before.to_json()["without_reward"] == 3
+    run = RunDir.create(tmp_path, "run")
+    for name, evaluation in (("before", before), ("after", after)):
+        save_evaluation(run, name, evaluation, SCENES)
+    assert load_evaluation(run, "before") == before
+    page = write_report(run)
+    assert "3 of 40 captions have no reward" in Path(page).read_text()
 
 
 def test_resampling_draws_whole_rows_with_replacement() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import sqlite3
 from pathlib import Path
 
 import pytest
 import ray
 
 from mmrl_ray.config.serving import ServeConfig
-from mmrl_ray.errors import ConfigError, ModelError
+from mmrl_ray.errors import ConfigError, ModelError, ServingError
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.serve import first_key, greeting, local_cpus, serve, serving_config
 from mmrl_ray.runs.target import STATISTICS
+from mmrl_ray.serving.keys import KeyStore
 from tests.support.fake_jobs import SETTINGS
 from tests.support.tiny_models import build_family
 
@@ -21,6 +25,11 @@ model: {{path: {base}}}
 data: {{train: x, prompt: Say it.}}
 learner: {{steps: 1}}
 """
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def make_run(root: Path, name: str, base: str = "some/base") -> str:
@@ -89,6 +98,81 @@ def test_overrides_and_then_host_and_port_win(tmp_path: Path) -> None:
     file.write_text("model: {path: b}\nreward: null\nserving: {port: 1, max_rank: 5}\n")
     cfg = serving_config([str(file)], ["serving.port=2", "serving.max_rank=7"], port=3, host="0.0.0.0")
     assert (cfg.serving.port, cfg.serving.max_rank, cfg.serving.host) == (3, 7, "0.0.0.0")
+
+
+def test_places_of_a_config_are_those_of_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: {path: base}\nadapters: {a: runs/a, far: 's3://b/r'}\nstatistics: runs/a/reward/statistics.json\n"
+        "serving:\n  adapters_root: runs\n  runs_root: runs\n  database: sqlite:///keys.db\n"
+        "  fine_tuning:\n    models: {m: {model: {path: owner/m}, learner: {steps: 1}}}\n    datasets: {d: data/d}\n"
+        "    root: runs\n"
+    )
+    cfg = serving_config([str(file)])
+    assert (cfg.model.path, cfg.statistics) == (f"{tmp_path}/base", f"{tmp_path}/runs/a/reward/statistics.json")
+    assert cfg.adapters == {"a": f"{tmp_path}/runs/a", "far": "s3://b/r"}
+    serving = cfg.serving
+    assert (serving.adapters_root, serving.runs_root) == (f"{tmp_path}/runs", f"{tmp_path}/runs")
+    assert serving.database == f"sqlite:///{tmp_path}/keys.db"
+    assert serving.fine_tuning is not None
+    assert (serving.fine_tuning.root, serving.fine_tuning.datasets) == (f"{tmp_path}/runs", {"d": f"{tmp_path}/data/d"})
+    assert serving.fine_tuning.models["m"].model.path == "owner/m"
+    with pytest.raises(ConfigError) as error:
+        serve([str(file)])
+    assert [line.split(" does not exist")[0] for line in str(error.value).splitlines()] == [
+        f"adapters.a={tmp_path}/runs/a",
+        f"statistics={tmp_path}/runs/a/reward/statistics.json",
+        f"serving.fine_tuning.datasets.d={tmp_path}/data/d",
+    ]
+
+
+def test_a_place_that_is_not_there_is_told_at_once_with_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs", "smolvlm-coca")
+    with pytest.raises(ConfigError) as error:  # the shipped one
+        serve([str(Path(__file__).parents[3] / "configs" / "serve.yaml")])
+    first = str(error.value).splitlines()[0]
+    assert first.endswith(f"/runs/smolvlm-coco does not exist; did you mean {tmp_path}/runs/smolvlm-coca?")
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError, match=rf"cannot listen on 127\.0\.0\.1:{port}: another program listens there"):
+            serve(["some/base"], port=port, insecure=True)
+    with pytest.raises(ServingError, match=r"cannot listen on 192\.0\.2\.1:80"):
+        serve(["some/base"], host="192.0.2.1", port=80)
+    assert not ray.is_initialized()
+
+
+def test_nothing_is_made_for_a_server_that_could_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, "one", "builtin:tiny-llava")  # whose base is not there any more
+    monkeypatch.setattr("mmrl_ray.runs.serve.base_for_use", lambda cfg, run: pytest.fail("it is made anew first"))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServingError, match="another program listens"):
+        serve([run], port=taken.getsockname()[1], insecure=True)
+
+
+def test_a_key_database_that_takes_no_key_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    file = tmp_path / "keys.db"
+    store = KeyStore(f"sqlite:///{file}")
+    store.create("one", ["infer"])
+    store.try_writing()
+    assert [record.name for record in store.list()] == ["one"]
+    with sqlite3.connect(file) as connection:  # as full as its disk
+        connection.execute("CREATE TABLE other (x)")
+        connection.execute("CREATE TRIGGER full BEFORE INSERT ON mmrl_keys BEGIN SELECT RAISE(FAIL, 'it is full'); END")
+    connection.close()
+    database = json.dumps(f"sqlite:///{file}")
+    with pytest.raises(ServingError, match=r"key database sqlite:.*keys\.db: it is full"):
+        serve(["some/base"], port=free_port(), overrides=[f"serving.database={database}"])
+    file.write_text("no database at all, but some text that is long enough to be looked at by SQLite as a header")
+    with pytest.raises(ServingError, match=r"key database sqlite:.*keys\.db: file is not a database"):
+        serve(["some/base"], port=free_port(), overrides=[f"serving.database={database}"])
+    assert not ray.is_initialized()
 
 
 def test_a_reward_without_its_statistics_is_refused(tmp_path: Path) -> None:

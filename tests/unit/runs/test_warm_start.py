@@ -36,6 +36,7 @@ from mmrl_ray.runs import warm_start as warm_start_module
 from mmrl_ray.runs.sft import draw_target, train_supervised
 from mmrl_ray.runs.warm_start import (
     FACTS,
+    base_for_use,
     base_of_run,
     keep_base,
     same_base,
@@ -140,6 +141,28 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path: Path) -> None:
     cut = config(tmp_path, learner={"steps": 1, "micro_batch_tokens": 1}, sft={"cache": str(tmp_path / "cut")})
     other = warm_start(cut)
     assert warm_start_facts(other)["loss_last"] == pytest.approx(one["loss_last"], rel=1e-5)
+
+
+def test_a_run_whose_data_and_base_are_gone_says_that_they_are_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = str(tmp_path / "scenes" / "train")
+    data = {"train": train, "prompt": "say", "scenes": {"train": 8, "eval": 2, "image_size": 32}}
+    cfg = config(tmp_path, data=data)
+    run = RunDir.create(tmp_path / "runs", "test")  # of a time when bases were not kept
+    folder = base_for_use(cfg, run)
+    capsys.readouterr()
+    assert base_for_use(cfg, run) == folder
+    assert capsys.readouterr() == ("", "")  # all is there
+    shutil.rmtree(tmp_path / "scenes")
+    shutil.rmtree(tmp_path / "cache")
+    assert base_for_use(cfg, run) == folder
+    again = capsys.readouterr()
+    assert again.out == ""  # where captions go
+    told = " ".join(again.err.split())
+    assert f"test: {train} is not there any more: the scenes are drawn anew" in told
+    assert "it is made anew, with 4 steps of warm start" in told
+    assert "warm start 4/4" in told
 
 
 def test_the_second_call_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

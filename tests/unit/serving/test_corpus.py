@@ -23,7 +23,7 @@ from mmrl_ray.serving.adapter_sources import AdapterFolders
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.engine import Engine
 from tests.corpus import pictures
-from tests.corpus.requests import CAPTIONS, CASES, CHAT, MODEL, Case, chat, image_part, user
+from tests.corpus.requests import CAPTIONS, CASES, CHAT, MODEL, Case, accepted, chat, image_part, user
 from tests.corpus.uris import GOOD, GOOD_PICTURE, URLS
 from tests.support.fake_services import FakeReward, running_gateway
 from tests.support.tiny_models import build_family
@@ -140,6 +140,12 @@ def test_gets_its_4xx_and_the_server_goes_on(case: Case, gateway: httpx.Client, 
     else:
         check(answer, case.status)
     assert caption() == caption.first
+
+
+@pytest.mark.parametrize("name", accepted())
+def test_what_clients_really_send_is_answered(name: str, gateway: httpx.Client) -> None:
+    answer = gateway.post(CHAT, json=accepted()[name])
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("name", pictures.ODD)

@@ -7,16 +7,17 @@ import base64
 import numpy as np
 import pytest
 
-from mmrl_ray.data.images import MAX_SCANS, decode_image
+from mmrl_ray.data.image_structure import MAX_SCANS
+from mmrl_ray.data.images import decode_image
 from mmrl_ray.errors import ImageError
-from mmrl_ray.serving.images import check_image, decode_data_uri
+from mmrl_ray.serving.images import decode_data_uri
 from tests.corpus import pictures, uris
 
 
 @pytest.mark.parametrize("name", pictures.BAD)
 def test_bad_pictures_are_image_errors(name: str) -> None:
     with pytest.raises(ImageError) as raised:
-        check_image(pictures.BAD[name]())
+        decode_image(pictures.BAD[name]())
     assert "\n" not in str(raised.value)
 
 
@@ -43,3 +44,9 @@ def test_bad_uris_are_image_errors(name: str) -> None:
 
 def test_the_good_uri_is_good() -> None:
     assert base64.b64encode(decode_data_uri(uris.GOOD)).decode() in uris.GOOD
+
+
+@pytest.mark.parametrize("name", uris.ODD)
+def test_data_uris_as_clients_write_them(name: str) -> None:
+    uri, data = uris.ODD[name]
+    assert decode_data_uri(uri) == data

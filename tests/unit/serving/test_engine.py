@@ -458,8 +458,8 @@ def test_a_request_that_cannot_be_answered_says_so(policy: Policy, change: dict[
 def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = engine_module.encode_conversation
 
-    def poison(policy: Policy, turns: Any, images: Any) -> EncodedPrompt:
-        prompt = encode(policy, turns, images)
+    def poison(policy: Policy, turns: Any, images: Any, pictures: Any) -> EncodedPrompt:
+        prompt = encode(policy, turns, images, pictures)
         if "circle" in str(turns):
             prompt.input_ids[prompt.input_ids == policy.placeholder_id] = 7  # no place for the features
         return prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def test_every_route_but_liveness_needs_a_key(gateway: Gateway) -> None:
                 error = error_of(response, 401)
                 assert error["code"] == "invalid_api_key"
                 assert error["type"] == "authentication_error"
-                scheme = "Basic" if path in ("/docs", "/openapi.json") else "Bearer"
+                scheme = "Basic" if path.startswith(("/docs", "/openapi.json")) else "Bearer"
                 assert response.headers["www-authenticate"].startswith(scheme)
     assert gateway.policy.requests == []
 
@@ -132,6 +133,74 @@ def test_a_browser_shows_the_documentation_for_a_key_as_password(gateway: Gatewa
         error_of(gateway.stranger.get(path, headers=basic), 401)
     for broken in ("Basic", "Basic !!!", "Basic " + base64.b64encode(b"nothing").decode()):
         error_of(gateway.stranger.get("/docs", headers={"authorization": broken}), 401)
+
+
+def test_the_documentation_loads_nothing_from_elsewhere(gateway: Gateway) -> None:
+    page = gateway.infer.get("/docs").text
+    loaded = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert "docs/swagger-ui-bundle.js" in loaded
+    for url in loaded:
+        assert "//" not in url
+        if not url.startswith("data:"):
+            answer = gateway.infer.get(f"/{url}")
+            assert (answer.status_code, len(answer.content) > 100_000) == (200, True)
+            error_of(gateway.stranger.get(f"/{url}"), 401)
+    assert "http" not in page
+
+
+def test_liveness_may_be_asked_for_without_a_body(gateway: Gateway) -> None:
+    assert (gateway.stranger.head("/health/live").status_code, gateway.stranger.head("/health/live").content) == (
+        200,
+        b"",
+    )
+
+
+def test_web_pages_of_listed_origins_may_ask(store: KeyStore) -> None:
+    ours, asks = {"origin": "https://app.example.com"}, {"access-control-request-method": "POST"}
+    gateway = Gateway(store, ServingSection(cors_origins=["https://app.example.com"]))
+    leave = gateway.stranger.options("/v1/captions", headers={**ours, **asks})
+    assert leave.status_code == 200
+    assert leave.headers["access-control-allow-origin"] == ours["origin"]
+    answers = [client.get("/v1/models", headers=ours) for client in (gateway.infer, gateway.stranger)]
+    assert [answer.status_code for answer in answers] == [200, 401]
+    assert all(answer.headers["access-control-allow-origin"] == ours["origin"] for answer in answers)
+    theirs = gateway.infer.get("/v1/models", headers={"origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in theirs.headers
+    off = Gateway(store, ServingSection())
+    error_of(off.stranger.options("/v1/captions", headers={**ours, **asks}), 401)
+    for origin in ("*", "https://app.example.com/", "app.example.com", "null"):
+        with pytest.raises(ValueError, match="cors_origins"):
+            ServingSection(cors_origins=[origin])
+
+
+def test_wrong_keys_are_throttled_and_those_that_work_are_not(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gateway.infer.get("/version").status_code == 200
+    wrong = [{"authorization": f"Bearer mmrl-{i:043d}"} for i in range(140)]
+    statuses = [gateway.stranger.get("/version", headers=headers).status_code for headers in wrong]
+    assert statuses[:100] == [401] * 100
+    assert 429 in statuses[100:]
+    monkeypatch.setattr(gateway.store, "cached", lambda key: None)  # long ago
+    assert gateway.infer.get("/version").status_code == 200, "a key that has worked is looked up all the same"
+    looked = []
+    verify = gateway.store.verify
+    monkeypatch.setattr(gateway.store, "verify", lambda key: looked.append(key) or verify(key))
+    refused = [gateway.stranger.get("/version", headers=headers) for headers in wrong[:40]]
+    throttled = [answer for answer in refused if answer.status_code == 429]
+    assert throttled
+    assert len(looked) == len(refused) - len(throttled), "what is throttled costs no look-up"
+    assert int(throttled[0].headers["retry-after"]) >= 1
+
+
+def test_keys_are_looked_up_in_threads_of_their_own(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    verify = gateway.store.verify
+    monkeypatch.setattr(
+        gateway.store, "verify", lambda key: names.append(threading.current_thread().name) or verify(key)
+    )
+    assert gateway.infer.get("/version").status_code == 200
+    assert names[0].startswith("keys")
 
 
 def test_a_key_database_that_is_away_is_503_and_tells_no_password(

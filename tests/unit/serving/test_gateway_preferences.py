@@ -130,6 +130,23 @@ def test_what_is_wrong_is_told_and_stores_nothing(
     assert store.count_pairs() == 0
 
 
+def test_two_raters_get_different_pairs_and_one_takes_back_a_vote(keys: KeyStore, store: PreferenceStore) -> None:
+    store.add(pair(shade=shade) for shade in range(4))
+    ann, bob = client(keys, store, "ann"), client(keys, store, "bob")
+    due = ann.get(f"{PATH}/next").json()["id"]
+    assert bob.get(f"{PATH}/next").json()["id"] != due
+    said = ann.post(PATH, json={"pair": due, "choice": "first"}).json()
+    assert ann.get(f"{PATH}/next").json()["id"] != due
+    assert bob.delete(f"{PATH}/{said['id']}").json()["error"]["code"] == "preference_not_found"
+    undone = ann.delete(f"{PATH}/{said['id']}")
+    assert undone.json() == {**said, "status": "undone"}
+    assert ann.delete(f"{PATH}/{said['id']}").status_code == 404
+    assert store.count_labelled() == 0
+    earlier = ann.post(PATH, json={"pair": due, "choice": "second"}).json()["id"]
+    assert ann.post(PATH, json=NEW).status_code == 200
+    assert ann.delete(f"{PATH}/{earlier}").status_code == 409
+
+
 def test_nan_is_no_rating(keys: KeyStore, store: PreferenceStore) -> None:
     raw = '{"captions": ["x", "y"], "choice": "first", "image_hash": "%s", "ratings": [NaN, 1]}' % ("0" * 64)
     answer = client(keys, store).post(PATH, content=raw, headers={"content-type": "application/json"})

@@ -29,6 +29,8 @@ def uri(data: bytes, mime: str = "image/png") -> str:
         ("image/webp", "WEBP"),
         ("image/gif", "GIF"),
         ("IMAGE/PNG", "PNG"),
+        ("image/jpeg", "PNG"),
+        ("", "JPEG"),
     ],
 )
 def test_gives_back_the_very_bytes(mime: str, kind: str) -> None:
@@ -46,19 +48,13 @@ def test_gives_back_the_very_bytes(mime: str, kind: str) -> None:
         ("data:image/png;base64", "not a data URI"),
         ("https://example.com/a.png", "not a data URI"),
         (f" {uri(PNG)}", "not a data URI"),
-        (f"data:{'x' * 100};base64,AAAA", "not a data URI"),
-        (uri(PNG).replace(";base64", ""), "only ;base64"),
-        (uri(PNG).replace(";base64", ";charset=utf-8;base64"), "only ;base64"),
-        (uri(PNG).replace(";base64", ";base64;base64"), "only ;base64"),
+        (f"data:{'x' * 300};base64,AAAA", "not a data URI"),
+        (uri(PNG).replace(";base64", ""), ";base64 must stand"),
+        (uri(PNG).replace(";base64", ";base64;charset=utf-8"), ";base64 must stand"),
         (uri(PNG, "text/plain"), "of type 'text/plain'"),
-        (uri(PNG, "image/svg+xml"), "of type 'image/svg.xml'"),
-        (uri(PNG, "image/*"), "of type"),
-        (uri(PNG, ""), "of type ''"),
-        (uri(PNG, "image/jpeg"), "holds a PNG image"),
-        (uri(JPEG, "image/png"), "holds a JPEG image"),
         (uri(b""), "empty data"),
         (uri(b"<svg/>"), "SVG instead of an image"),
-        (uri(PNG[:50]), "broken PNG"),
+        (uri(PNG[:20]), "broken PNG"),
     ],
 )
 def test_refuses(text: str, told: str) -> None:
@@ -74,8 +70,6 @@ def test_refuses(text: str, told: str) -> None:
         lambda text: text[:-1],
         lambda text: text + "=",
         lambda text: text + "AAAA",
-        lambda text: text[:40] + "\n" + text[40:],
-        lambda text: text[:40] + " " + text[40:],
         lambda text: text[:40] + "*" + text[41:],
         lambda text: text[:40] + "é" + text[41:],
         lambda text: text[:40] + "%3D" + text[43:],
@@ -88,15 +82,17 @@ def test_base64_is_strict(spoil: object) -> None:
     head, text = uri(data).split(",")
     assert text.endswith("==")
     assert decode_data_uri(f"{head},{text}") == data
-    with pytest.raises(ImageError, match="not strict base64"):
+    with pytest.raises(ImageError, match="no base64"):
         decode_data_uri(f"{head},{spoil(text)}")  # type: ignore[operator]
 
 
-def test_the_alphabet_is_the_standard_one() -> None:
-    data = PNG + bytes([0xFF, 0xEF, 0xBE] * 4)  # their base64 is full of / and +
-    assert {"+", "/"} & set(uri(data))
-    with pytest.raises(ImageError, match="not strict base64"):
-        decode_data_uri(uri(data).split(",")[0] + "," + base64.urlsafe_b64encode(data).decode())
+def test_either_alphabet_line_breaks_and_no_padding() -> None:
+    data = PNG + bytes([0xFF, 0xEF, 0xBE] * 4) + b"1" * ((1 - len(PNG)) % 3)  # their base64 is full of / and +
+    head, text = uri(data).split(",")
+    assert {"+", "/"} & set(text)
+    assert text.endswith("==")
+    for written in (text.replace("+", "-").replace("/", "_"), text.rstrip("="), f" {text[:76]}\r\n{text[76:]}\n"):
+        assert decode_data_uri(f"{head},{written}") == data
 
 
 def test_size_is_checked_before_base64_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

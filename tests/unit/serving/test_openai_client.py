@@ -15,6 +15,7 @@ from mmrl_ray.config.serving import LimitsSection, RateSection, ServingSection
 from mmrl_ray.errors import OverloadedError
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore
+from mmrl_ray.serving.protocols import Choice, Generated, Served, TokenInfo
 from tests.support.fake_services import ADAPTER, ADAPTER_STEP, BASE, PROMPT_TOKENS, FakePolicy, png, running_gateway
 
 DATA_URI = "data:image/png;base64," + base64.b64encode(png()).decode()
@@ -120,6 +121,17 @@ def test_logprobs(server: Server) -> None:
     assert server.ask().choices[0].logprobs is None
 
 
+def test_the_bytes_of_tokens_that_are_parts_of_a_character(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [TokenInfo("\\xc3", 1, -1.0, b"\xc3"), TokenInfo("\\xa9", 2, -1.0, b"\xa9")]
+
+    async def generate(self: FakePolicy, request: Any) -> Generated:
+        return Generated(Served(BASE, 0, 1), (Choice(0, "é", "stop", tuple(parts)),))
+
+    monkeypatch.setattr(FakePolicy, "generate", generate)
+    choice = server.ask(logprobs=True).choices[0]
+    assert b"".join(bytes(token.bytes) for token in choice.logprobs.content).decode() == choice.message.content
+
+
 def test_parameters_that_change_nothing_are_taken(server: Server) -> None:
     server.ask(
         user="me", metadata={"a": "b"}, store=False, service_tier="auto", frequency_penalty=0, presence_penalty=0.0,
@@ -127,6 +139,36 @@ def test_parameters_that_change_nothing_are_taken(server: Server) -> None:
         parallel_tool_calls=True, seed=None, stop=None, n=None, safety_identifier="x", extra_body={"top_k": 5},
     )  # fmt: skip
     assert server.policy.requests[0].sampling.top_k == 5
+
+
+@pytest.mark.parametrize("as_message", [lambda m: m, lambda m: m.model_dump()])
+def test_an_answer_goes_into_the_history_as_it_came(server: Server, as_message: Any) -> None:
+    said = as_message(server.ask().choices[0].message)
+    detailed = {"type": "image_url", "image_url": {"url": DATA_URI, "detail": "original"}}
+    server.ask(messages=[*MESSAGES, said, {"role": "user", "content": [detailed]}])
+    assert [(turn.role, turn.parts) for turn in server.policy.requests[1].turns[2:]] == [
+        ("assistant", (TEXT.format(0),)),
+        ("user", (1,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: this parameter is not served here"),
+        ({"temperature": 3}, "temperature: must be at most 2, not 3"),
+        ({"n": 1.5}, "n: must be an integer, not 1.5"),
+        ({"stop": [3]}, "stop[0]: must be a string, not 3"),
+        ({"stream": "yes"}, "stream: must be true or false, not 'yes'"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type: must be 'text', not 'json_object'"),
+        ({"messages": []}, "messages: must have at least 1 items, not 0"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: this parameter is required"),
+    ],
+)
+def test_what_is_wrong_is_said_in_plain_words(server: Server, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.ask(**options)
+    assert message in caught.value.body["message"]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +191,9 @@ def test_parameters_that_change_nothing_are_taken(server: Server) -> None:
         ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
         ({"max_tokens": 10**400}, "max_tokens"),
         ({"seed": 2**70}, "seed"),
-        ({"stop": ["a"] * 5}, None),
-        ({"stop": [""]}, None),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"stop": [3]}, "stop[0]"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
@@ -159,7 +202,9 @@ def test_parameters_that_change_nothing_are_taken(server: Server) -> None:
         ({"messages": [{"role": "user", "content": "x" * 20_000}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}] * 65}, "messages"),
         ({"extra_body": {"max_token": 5}}, "max_token"),
-        ({"stream_options": {"include_usage": True}}, None),
+        ({"extra_body": {"top_k": -2}}, "top_k"),
+        ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty"),
+        ({"extra_body": {"skip_special_tokens": False}}, "skip_special_tokens"),
     ],
 )
 def test_what_cannot_be_served_is_a_bad_request_that_names_it(
@@ -180,8 +225,8 @@ def test_too_many_images_are_refused_before_one_is_decoded(server: Server) -> No
         server.ask(messages=[{"role": "user", "content": [broken] * 10_000}])
     assert caught.value.code == "above_limit"
     with pytest.raises(openai.BadRequestError) as caught:
-        server.ask(messages=[{"role": "user", "content": [broken]}])
-    assert caught.value.code == "invalid_image"
+        server.ask(messages=[*MESSAGES, {"role": "user", "content": [{"type": "text", "text": "and"}, broken]}])
+    assert (caught.value.code, caught.value.param) == ("invalid_image", "messages[2].content[1].image_url.url")
 
 
 def test_images_by_url_are_off(server: Server) -> None:

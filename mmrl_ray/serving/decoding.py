@@ -1,0 +1,124 @@
+"""Pictures of requests on their way through the pool of decoders: cancelled with their request, large ones in one lane.
+
+Encoded pictures travel (a photograph has 4 MB, its pixels 36): the policy decodes what it is sent, the gateway looks at
+headers alone. What goes to a reward or into a store is decoded by the gateway, once a distinct picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from PIL import Image
+
+from mmrl_ray.data.decoder_pool import WORKERS, DecoderPool, Decoding, shared_pool
+from mmrl_ray.data.images import inspect_image
+from mmrl_ray.errors import ImageError, OverloadedError, ProcessError
+from mmrl_ray.serving.images import DEFAULT_LIMITS, ImageLimits
+
+_Found = TypeVar("_Found")
+_LARGE_PIXELS = 16_000_000
+"""A picture above takes a second: those have one decoder between them, so that another one is left for the rest."""
+_KNOWN = 4096
+"""Pictures whose verdict is remembered, 100 bytes each."""
+
+
+class RequestDecoder:
+    """Used from one event loop at a time."""
+
+    def __init__(self, limits: ImageLimits = DEFAULT_LIMITS, pool: DecoderPool | None = None) -> None:
+        """`pool` is by default the one of this process."""
+        self._limits = {"max_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, "max_side": limits.max_side}
+        self._pool = pool
+        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="decode")
+        self._lanes: tuple[object, asyncio.Semaphore, asyncio.Semaphore] | None = None
+        """The event loop, and who may decode large pictures and who any; both belong to that loop."""
+        self._known: OrderedDict[bytes, str | None] = OrderedDict()
+        """By digest: what is wrong with a picture, or None."""
+        self._under_way: dict[bytes, _Check] = {}
+
+    @asynccontextmanager
+    async def decoded(self, images: Sequence[bytes]) -> AsyncIterator[list[Image.Image]]:
+        """The pictures, each distinct one decoded once; what is done with them inside has its turn, too.
+
+        Raises:
+            ImageError: one is broken or refused.
+            OverloadedError: the decoders are lost or busy.
+        """
+        async with self._turn(max((inspect_image(image, **self._limits) for image in images), default=0)):
+            pool = self._pool or shared_pool()
+            found = {image: await self._run(pool.decode, image) for image in dict.fromkeys(images)}
+            yield [found[image] for image in images]
+
+    async def check(self, data: bytes, digest: bytes) -> None:
+        """Decodes a picture, unless it or one of the same digest was decoded before or is being.
+
+        Raises:
+            ImageError: it is broken or refused.
+            OverloadedError: the decoders are lost or busy.
+        """
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            if (wrong := self._known[digest]) is not None:
+                raise ImageError(wrong)
+            return
+        check = self._under_way.get(digest)
+        if check is None:
+            check = self._under_way[digest] = _Check(asyncio.create_task(self._checked(data, digest)))
+        check.waiting += 1
+        try:
+            await asyncio.shield(check.task)
+        finally:
+            check.waiting -= 1
+            if not check.waiting:
+                check.task.cancel()  # a finished one takes no notice
+                self._under_way.pop(digest, None)
+
+    async def _checked(self, data: bytes, digest: bytes) -> None:
+        try:
+            async with self._turn(inspect_image(data, **self._limits)):
+                await self._run((self._pool or shared_pool()).check, data)
+        except ImageError as error:
+            self._remember(digest, str(error))
+            raise
+        else:
+            self._remember(digest, None)
+
+    def _remember(self, digest: bytes, wrong: str | None) -> None:
+        self._known[digest] = wrong
+        if len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
+
+    @asynccontextmanager
+    async def _turn(self, pixels: int) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        if self._lanes is None or self._lanes[0] is not loop:
+            self._lanes = loop, asyncio.Semaphore(max(1, WORKERS - 1)), asyncio.Semaphore(WORKERS)
+        _, large, every = self._lanes
+        async with large if pixels > _LARGE_PIXELS else nullcontext(), every:
+            yield
+
+    async def _run(self, function: Callable[..., _Found], data: bytes) -> _Found:
+        decoding = Decoding()
+        work = partial(function, data, decoding=decoding, **self._limits)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except asyncio.CancelledError:
+            decoding.give_up()
+            raise
+        except ProcessError as error:
+            raise OverloadedError(f"a picture could not be decoded now ({error}): try again later") from error
+
+
+@dataclass(slots=True)
+class _Check:
+    """One decoding that several requests wait for; cancelled with the last of them."""
+
+    task: asyncio.Task[None]
+    waiting: int = 0

