@@ -19,6 +19,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import mmrl_ray
@@ -113,6 +114,8 @@ class _Run:
         self._began = time.monotonic()
         self._keep = True
         """Whether the run folder stays if the run ends now."""
+        self._is_root_new = False
+        """Whether the folder that it lies in was made for it."""
         self._owner: RunOwner
 
     def whole(self, *, resume: bool, address: str | None, debug: bool) -> str:
@@ -129,10 +132,14 @@ class _Run:
         finally:
             if not self._keep:
                 run.delete("")
+                if self._is_root_new:
+                    with suppress(OSError):  # another run has begun there meanwhile
+                        Path(run.path).parent.rmdir()
         return run.location
 
     def _created(self) -> RunDir:
         cfg = self._cfg
+        self._is_root_new = "://" not in cfg.run.root and not Path(cfg.run.root).exists()
         try:
             return RunDir.create(cfg.run.root, cfg.run.name)
         except RunError:
