@@ -455,9 +455,7 @@ def test_weights_that_the_model_has_no_place_for_are_not_left_out(copied: Copied
         if "language_model.model.layers.1" in n
     }
     save_file({**weights, **deeper}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=rf"hold {len(deeper)} tensors .* no place for \(.*layers\.2\."
-    ) as error:
+    with pytest.raises(ModelError, match=rf"hold {len(deeper)} tensors .* no place for \(.*layers\.2\.") as error:
         load_policy(section(folder))
     assert "\n" not in str(error.value)
 
