@@ -4,6 +4,11 @@ Nothing heavy is imported at the top: `mmrl --help` and `mmrl config schema` ans
 failure, 2 a wrong config or command line (of `mmrl check`: any failure), 130 interrupted.
 """
 
+import os
+
+# Read when torch is loaded, which commands do later; see `runs/cluster.py`.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # These register their commands, in the order in which help lists them.
 from mmrl_ray.cli import training  # noqa: F401
 

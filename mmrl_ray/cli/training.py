@@ -68,20 +68,23 @@ def train(
     debug: bool = False,
 ) -> None:
     """Fine-tune by reinforcement learning: config in, finished run folder out."""
-    cfg = _config_of(target, set_, resume)
-    resume = resume or (go_on and _is_there(cfg))
-    if dry_run:
-        from mmrl_ray.runs.dry_run import dry_run as show
+    from mmrl_ray.runs.interrupts import StopOnInterrupt
 
-        found = show(cfg, resume=resume, address=address)
-        if found.unplaced:
-            raise PlacementError("\n".join(found.unplaced))
-        if found.refused:
-            raise RunError("the run would stop: " + "\n".join(found.refused))
-        return
-    from mmrl_ray.runs.train import train as run
+    with StopOnInterrupt():  # from here on, before all that takes time
+        cfg = _config_of(target, set_, resume)
+        resume = resume or (go_on and _is_there(cfg))
+        if dry_run:
+            from mmrl_ray.runs.dry_run import dry_run as show
 
-    run(cfg, resume=resume, address=address, debug=debug)
+            found = show(cfg, resume=resume, address=address)
+            if found.unplaced:
+                raise PlacementError("\n".join(found.unplaced))
+            if found.refused:
+                raise RunError("the run would stop: " + "\n".join(found.refused))
+            return
+        from mmrl_ray.runs.train import train as run
+
+        run(cfg, resume=resume, address=address, debug=debug)
 
 
 @command(app, "check", failure=2)
@@ -111,10 +114,11 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     if cfg.sft is None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
     from mmrl_ray.data.quarantine import told
+    from mmrl_ray.runs.interrupts import StopOnInterrupt
     from mmrl_ray.runs.progress import RunProgress
     from mmrl_ray.runs.warm_start import warm_start, warm_start_blindness, warm_start_left_out
 
-    with RunProgress() as shown:
+    with StopOnInterrupt(), RunProgress() as shown:
         folder = warm_start(cfg, progress=shown.phase("warm start"))
         if left_out := warm_start_left_out(folder):
             shown.note(f"warm start: {told(left_out)}")

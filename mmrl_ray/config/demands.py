@@ -67,6 +67,28 @@ def demands_of(cfg: Config, *, at_most: bool = False) -> list[Demand]:
     return [demand for demand in found if demand.cpus or demand.gpus or demand.labels]
 
 
+def cpu_processes(cfg: Config) -> int:
+    """Processes of a run that calculate on CPUs: its learners, its first rollout workers, replicas of its servers."""
+    resources, serving = cfg.resources, cfg.serving or ServingSection()
+    counts = [(cfg.learner.max_workers, resources.learner), (cfg.rollout.first_workers, resources.rollout)]
+    if cfg.reward.host == "serve" and resources.reward.cpus:  # one of words works while others wait
+        counts.append((serving.reward.min_replicas, resources.reward))
+    if serving.live_policy:
+        counts.append((serving.policy.min_replicas, serving.policy.resources))
+    return sum(count for count, share in counts if not share.gpus)
+
+
+def torch_threads(cfg: Config, share: ActorResources, cores: int) -> int:
+    """Threads of one learner or rollout worker on a node of so many cores.
+
+    From the config and the machine alone, since sums depend on it bit for bit: how many workers there are later on
+    does not count. More threads than cores, all in all, wait for each other most of the time.
+    """
+    if share.threads is not None:
+        return share.threads
+    return max(1, int(share.cpus), 0 if share.gpus else cores // max(1, cpu_processes(cfg)))
+
+
 def label_pairs(labels: Mapping[str, str]) -> str:
     """`name=value, …`."""
     return ", ".join(f"{key}={value}" for key, value in labels.items())

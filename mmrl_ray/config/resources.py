@@ -17,7 +17,8 @@ class ActorResources(Section):
     gpus: float = Field(0.0, ge=0)
     """GPUs of one actor; a fraction shares a GPU."""
     threads: int | None = Field(None, ge=1)
-    """Torch threads; by default `cpus`, and on a single machine where learner and workers take turns all its cores."""
+    """Torch threads; by default a node's cores ÷ the run's processes that calculate on CPUs, and at least `cpus`. The
+    dry run says how many. Several runs on one machine: give each its part."""
     node_labels: dict[str, str] = {}
     """Only nodes with these labels take the actor (`ray start --labels`); any node by default. What `mmrl deploy
     render` writes has a label for each group of pods and names it here."""

@@ -20,6 +20,8 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MARK = "mmrl."
 """Begins the keys of a job's metadata that are this project's."""
 _LONGEST_MESSAGE = 2000
+_LARGEST_CONFIG = 32 << 10
+"""Bytes. Ray hands metadata to the job in an environment variable, of which Linux takes 128 kB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class JobFacts:
     """JSON of whoever asked for the job over HTTP; empty otherwise."""
     code: str = ""
     """Folder on the submitter's machine with its own reward functions, for a resume; empty where none is sent."""
+    config: str = ""
+    """YAML of the run, for a resume where the job was stopped before there was a run folder; empty of older jobs."""
 
     def metadata(self) -> dict[str, str]:
         """In Ray's shape: texts alone."""
@@ -45,6 +49,8 @@ class JobFacts:
             facts["request"] = json.dumps(self.request, ensure_ascii=False)
         if self.code:
             facts["code"] = self.code
+        if self.config and len(self.config.encode()) <= _LARGEST_CONFIG:
+            facts["config"] = self.config
         return {"job_name": self.run, **{f"{_MARK}{key}": value for key, value in facts.items()}}
 
     @classmethod
@@ -55,7 +61,8 @@ class JobFacts:
             task: Literal["train", "resume"] = "resume" if found.get("task") == "resume" else "train"
             request = json.loads(found.get("request", "{}"))
             request = request if isinstance(request, dict) else {}
-            return cls(found["run"], found["location"], found["by"], task, request, found.get("code", ""))
+            code, config = found.get("code", ""), found.get("config", "")
+            return cls(found["run"], found["location"], found["by"], task, request, code, config)
         except (KeyError, ValueError):
             return None
 

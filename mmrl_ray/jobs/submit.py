@@ -25,6 +25,8 @@ _ENVIRONMENT = {
     # As Ctrl-C does: the run finishes its step, writes a checkpoint, and says how to go on.
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
+    # See `runs/cluster.py`.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -68,14 +70,16 @@ def submit_run(
         JobError: another job is at this run, or Ray does not take it.
     """
     location = run_location(cfg.run.root, cfg.run.name)
-    code = own_code(cfg.reward)
-    facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {}, code)
+    code, text = own_code(cfg.reward), dump_config(cfg)
+    facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {}, code, text)
     command = f"train {CONFIG_FILE}" + (f" --address {shlex.quote(ray_address)}" if ray_address else "")
-    return _send(server, facts, command, dump_config(cfg), python, id)
+    return _send(server, facts, command, text, python, id)
 
 
 def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTHON, id: str | None = None) -> str:
     """Sends a job that goes on with the run of another one from its newest checkpoint; returns the new job's id.
+
+    The config goes along, for the case that the other was stopped before there was a run folder.
 
     Raises:
         JobError: a job is still at this run, or Ray does not take it.
@@ -84,7 +88,9 @@ def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTH
         raise JobError(
             f"job of {facts.run}: its own reward functions are in {facts.code} of {facts.by}: resume it from there"
         )
-    again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request, facts.code)
+    again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request, facts.code, facts.config)
+    if facts.config:
+        return _send(server, again, f"train {CONFIG_FILE} --resume-or-start", facts.config, python, id)
     return _send(server, again, f"train --resume {shlex.quote(facts.location)}", None, python, id)
 
 

@@ -24,7 +24,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from mmrl_ray.config import Config
+from mmrl_ray.config.demands import torch_threads
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
 from mmrl_ray.experience.seeds import derive_seed
@@ -65,23 +65,10 @@ _MB = 2**20
 def train_loop(arguments: dict[str, Any]) -> LearnerOutcome:
     """The function that `TorchTrainer` runs on each worker, with `{"job": LearnerJob}`."""
     job: LearnerJob = arguments["job"]
-    torch.set_num_threads(torch_threads(job.cfg, os.cpu_count() or 1))
+    torch.set_num_threads(torch_threads(job.cfg, job.cfg.resources.learner, os.cpu_count() or 1))
     run, rank = job.cfg.run, Ranks().rank
     start_logging(run.log_format, run=run.name, role=f"learner-{rank}", rank=rank)
     return _Learner(job, ray.train.torch.get_device(), RayMeter(run=run.name, rank=str(rank))).run()
-
-
-def torch_threads(cfg: Config, cores: int) -> int:
-    """Threads of one learner; from the config and the machine alone, since sums depend on it bit for bit.
-
-    Strictly on-policy and without a GPU, learners and rollout workers take turns: the learners share all cores.
-    """
-    share = cfg.resources.learner
-    if share.threads is not None:
-        return share.threads
-    if cfg.rollout.max_staleness == 0 and not share.gpus:
-        return max(1, cores // cfg.learner.max_workers)
-    return max(1, int(share.cpus))
 
 
 class _Learner:

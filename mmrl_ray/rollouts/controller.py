@@ -222,7 +222,9 @@ class Controller:
             RolloutError: workers were ready, and none gave an answer for `idle_s`.
         """
         ticket = self._loop.await_evaluation(number, wait_s, idle_s, self._clock)
-        return Wait("captions are under way") if ticket is None else ticket.answer()
+        if ticket is not None:
+            return ticket.answer()
+        return Wait("captions are under way", self._loop.evaluated(number))
 
     def resize(self, workers: int | None, by: str = "the driver") -> ScaleAnswer:
         """Sets how many rollout workers there should be, or leaves it to the run.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -160,8 +160,11 @@ class ControllerClient:
         completions: int = 1,
         states: int = 0,
         idle_s: float = IDLE_TIMEOUT_S,
+        progress: Callable[[int], None] | None = None,
     ) -> Generated:
         """See `Controller.ask_captions`; returns when all are there, however long workers take to start.
+
+        `progress` hears of how many samples are done, every other second.
 
         Raises:
             RolloutError: workers were ready, and none gave an answer for `idle_s`; or no version is published.
@@ -170,7 +173,8 @@ class ControllerClient:
         number = self._call("ask_captions", samples, sampling, completions=completions, states=states)
         # Each call has a deadline, and the pool's own end a run whose workers do not come.
         while isinstance(answer := self._call("captions", number, _POLL_S, idle_s), Wait):
-            pass
+            if progress is not None:
+                progress(answer.came)
         return answer
 
     def resize(self, workers: int | None) -> ScaleAnswer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import torch_threads
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.run_adapter import add_run_adapter
 from mmrl_ray.rewards.base import RewardFn
@@ -38,7 +39,7 @@ class PolicyEngineFactory:
             MMRLError: model or adapter cannot be used.
         """
         cfg = self.cfg
-        torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
+        torch.set_num_threads(torch_threads(cfg, cfg.resources.rollout, os.cpu_count() or 1))
         policy = load_policy(cfg.model, device="cuda" if cfg.resources.rollout.gpus else "cpu")
         add_run_adapter(policy, cfg)
         group_rows = cfg.rollout.group_size + (cfg.learner.advantage == "greedy")
@@ -55,17 +56,3 @@ class PolicyEngineFactory:
             reward_cfg=cfg.reward,
             ship_vision_bytes=cfg.rollout.ship_vision_mb * _MB,
         )
-
-
-def torch_threads(cfg: Config, cores: int) -> int:
-    """Threads of a rollout worker; from the config and the machine alone, since sums depend on it bit for bit.
-
-    A single worker that takes turns with the learner (strictly on-policy, no GPU) may have all cores. How many workers
-    there are later on does not count: those that come must give the same sums.
-    """
-    share = cfg.resources.rollout
-    if share.threads is not None:
-        return share.threads
-    if cfg.rollout.first_workers == 1 and cfg.rollout.max_staleness == 0 and not share.gpus:
-        return cores
-    return max(1, int(share.cpus))

@@ -201,6 +201,11 @@ class RolloutLoop:
             self.evaluations.close(ticket)
             return ticket
 
+    def evaluated(self, number: int) -> int:
+        """Samples of an evaluation under way that have their answer."""
+        with self.pump.changed:
+            return self.evaluations.get(number).came
+
     # -- the turn --------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:

@@ -23,6 +23,8 @@ class Wait:
     """No plan yet: ask again."""
 
     reason: str
+    came: int = 0
+    """Of what is waited for, so much is there."""
 
 
 @dataclass(frozen=True, slots=True)

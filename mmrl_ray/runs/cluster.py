@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 import re
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import auto_init_hook
+from ray._private import auto_init_hook, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
@@ -33,6 +36,9 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Threads of torch that wait for each other by spinning take the cores from those that have work, as soon as two
+    # processes share a machine.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
@@ -119,17 +125,19 @@ def ray_at(
     try:
         try:
             if address is None:
-                ray.init(
-                    address="local",  # without it, Ray joins whatever `ray start` has left on this machine
-                    num_cpus=max(os.cpu_count() or 1, cpus),
-                    object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
-                    include_dashboard=dashboard,
-                    log_to_driver=logs,
-                    logging_level=level,
-                    namespace=namespace,
-                )
+                with _signals_kept(), _out_of_reach():
+                    ray.init(
+                        address="local",  # without it, Ray joins whatever `ray start` has left on this machine
+                        num_cpus=max(os.cpu_count() or 1, cpus),
+                        object_store_memory=object_store_mb * 2**20 if object_store_mb else None,
+                        include_dashboard=dashboard,
+                        log_to_driver=logs,
+                        logging_level=level,
+                        namespace=namespace,
+                    )
             else:
-                ray.init(address=address, log_to_driver=logs, logging_level=level, namespace=namespace)
+                with _signals_kept():
+                    ray.init(address=address, log_to_driver=logs, logging_level=level, namespace=namespace)
         except Exception as error:  # boundary: Ray's start raises bare exceptions, too
             if address is None:
                 raise _not_started(error, began, cpus, object_store_mb) from error
@@ -157,6 +165,35 @@ def _show_marked(show: Callable[[str], None]) -> None:
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     global_worker_stdstream_dispatcher.add_handler(_MARKED, handle)
+
+
+@contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Ray's processes are started in sessions of their own meanwhile, and so are all that they start.
+
+    A signal to the driver's process group (Ctrl-C on a terminal, `timeout`, systemd) is then the driver's alone, which
+    ends its run by a checkpoint for which it needs them. They still end with it, however it dies: Linux tells them.
+    """
+    started = services.ConsolePopen
+
+    @functools.wraps(started, updated=())
+    def start(*args: Any, **options: Any) -> Any:
+        return started(*args, **{**options, "start_new_session": True})
+
+    services.ConsolePopen = start  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = started  # type: ignore[misc]
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray's start takes SIGTERM away from whoever had it; it is given back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and before is not signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _not_started(error: Exception, began: float, cpus: int, object_store_mb: int | None) -> RaySessionError:

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import demands_of
+from mmrl_ray.config.demands import cpu_processes, demands_of, torch_threads
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import is_hub_id, sqlite_file
 from mmrl_ray.data.images import image_format
@@ -40,6 +40,7 @@ from mmrl_ray.rewards.base import RewardFailure
 from mmrl_ray.rewards.build import check_reward, try_functions
 from mmrl_ray.rewards.text import FormatReward
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_owner import living_owner
 from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.runs.preferences import check_pairs
@@ -139,7 +140,9 @@ def _look_at_run_folder(cfg: Config, resume: bool, found: DryRun) -> None:
         if resume:
             found.blocking.append(f"there is no run {cfg.run.name} in {cfg.run.root} to resume")
         return
-    if not resume:
+    if (owner := living_owner(folder)) is not None:
+        found.blocking.append(f"run folder {folder.location} is being written by {owner}")
+    elif not resume:
         found.blocking.append(f"run folder {folder.location} exists: add --resume, or choose another run.name")
 
 
@@ -341,6 +344,7 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     demands = demands_of(cfg)
     lines = [f"{d.kind:<11} {d.count} × {d.cpus:g} CPU, {d.gpus:g} GPU{d.where}" for d in demands]
     cpus, gpus = sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands)
+    lines.append(_threads_line(cfg, address))
     lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
     if address is not None:
         from mmrl_ray.runs.placement_check import check_placement
@@ -364,6 +368,17 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
         )
         found.blocking += found.lacking
     return lines
+
+
+def _threads_line(cfg: Config, address: str | None) -> str:
+    learner, rollout = cfg.resources.learner, cfg.resources.rollout
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        return f"threads     of each process: its node's cores ÷ {cpu_processes(cfg)}, unless resources.*.threads says"
+    cores = os.cpu_count() or 1
+    each = [
+        f"{torch_threads(cfg, share, cores)} a {name}" for name, share in (("learner", learner), ("worker", rollout))
+    ]
+    return f"threads     {', '.join(each)}: {cores} cores ÷ {cpu_processes(cfg)} processes, or resources.*.threads"
 
 
 def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: str | None) -> list[str]:

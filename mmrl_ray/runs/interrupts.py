@@ -1,41 +1,60 @@
-"""Ctrl-C: the first finishes the step, checkpoints and stops; the second stops at once."""
+"""Ctrl-C and its like: the first finishes the step, checkpoints and stops; the second stops at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_S = 1.0
+"""Signals so close together are one wish: `timeout` signals its child and then the child's group, a terminal that is
+closed does so by its kernel and by its shell."""
+
 
 class StopOnInterrupt:
-    """While inside, SIGINT and SIGTERM call `stop` once instead of raising; the next one raises KeyboardInterrupt.
+    """While inside, SIGINT, SIGTERM and SIGHUP call `stop` once instead of raising; the next raises KeyboardInterrupt.
 
-    Signals belong to the main thread; on any other this does nothing.
+    SIGINT is heard even where the process was started with it ignored or blocked, as in the background of a script:
+    it is what `mmrl jobs stop` sends. SIGHUP stays ignored where it was: that is what `nohup` asks for. Signals belong
+    to the main thread; on any other this does nothing.
     """
 
-    def __init__(self, stop: Callable[[], None]) -> None:
+    def __init__(self, stop: Callable[[], None] | None = None) -> None:
+        """Without `stop` the first signal raises KeyboardInterrupt, too."""
         self.asked = False
         """Whether a signal came."""
         self._stop = stop
+        self._heard = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
+            self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked and now - self._heard < SAME_S:
+            return
+        again, self.asked, self._heard = self.asked, True, now
+        if again or self._stop is None:
             raise KeyboardInterrupt
-        self.asked = True
         # On a thread: what it calls may wait for the very thread that the signal has interrupted.
         threading.Thread(target=self._stop, name="stop", daemon=True).start()

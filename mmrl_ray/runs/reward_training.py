@@ -7,6 +7,7 @@ beside them the alignment of words with what they look like.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,7 +26,8 @@ from mmrl_ray.models.vision_source import VisionSource
 from mmrl_ray.runs.progress import ProgressFn
 
 REPORT_EVERY = 25
-"""Steps between two calls of the progress function."""
+"""Steps between two calls of the progress function, where they are not long ones."""
+_TELL_S = 5.0
 _BETAS = (0.9, 0.95)
 """AdamW's. A training is a thousand steps or so: torch's 0.999 would scale its end by gradients of its beginning."""
 
@@ -50,6 +52,7 @@ def train_reward_model(
     words = model.vocabulary.encode(data.captions, model.spec.max_words)
     total = cfg.steps * len(model.members)
     losses: list[list[float]] = []
+    shown = time.monotonic()
     model.train()
     for k, member in enumerate(model.members):
         # The first is as a model without others would be.
@@ -60,7 +63,9 @@ def train_reward_model(
         for loss, lr in _train_member(member, objective, batches, words, source, cfg):
             mine.append(loss)
             done = k * cfg.steps + len(mine)
-            if progress is not None and (done % REPORT_EVERY == 0 or done in (1, total)):
+            is_late = time.monotonic() - shown >= _TELL_S
+            if progress is not None and (done % REPORT_EVERY == 0 or done in (1, total) or is_late):
+                shown = time.monotonic()
                 recent = mine[-REPORT_EVERY:]
                 progress(done, total, {"loss": sum(recent) / len(recent), "lr": lr})
         losses.append(mine)

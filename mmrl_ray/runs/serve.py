@@ -6,6 +6,7 @@ targets ──▶ ServeConfig ──▶ Ray's switches ──▶ Ray ──▶ S
 from __future__ import annotations
 
 import errno
+import functools
 import ipaddress
 import json
 import os
@@ -28,7 +29,9 @@ from mmrl_ray.config.paths import (
 )
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.config.yaml_tree import dump_yaml
-from mmrl_ray.errors import ConfigError, ServingError
+from mmrl_ray.errors import ConfigError, JobError, ServingError
+from mmrl_ray.jobs.client import JobsClient, own_address
+from mmrl_ray.jobs.shutdown import stop_jobs
 from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.trial import try_quickly
 from mmrl_ray.run_dir import RunDir
@@ -36,7 +39,7 @@ from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import base_of_run
+from mmrl_ray.runs.warm_start import base_for_use, same_base
 from mmrl_ray.serving.flags import set_flags
 from mmrl_ray.serving.names import APP
 from mmrl_ray.serving.recipes import recipe_configs
@@ -118,7 +121,7 @@ def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:
         _try_keys(cfg.serving.database)
 
 
-def _as_written(cfg: Config) -> str:
+def _as_written(cfg: Config, run: RunDir) -> str:
     return cfg.model.path
 
 
@@ -162,10 +165,20 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
                 print("\n".join(greeting(cfg, insecure=insecure)), flush=True)
                 stop.wait()
                 print("stopping: what is under way may finish; press Ctrl-C again to stop at once", flush=True)
+            if cfg.serving.fine_tuning is not None and cfg.serving.fine_tuning.address is None and not joined:
+                _stop_jobs()
         finally:
             launch.delete(APP, wait=True)
             if mine and joined:  # a local Ray takes it along
                 launch.stop_serve()
+
+
+def _stop_jobs() -> None:
+    """Fine-tuning jobs live in this Ray, and end with it."""
+    try:
+        stop_jobs(JobsClient(own_address()), functools.partial(print, flush=True))
+    except JobError as error:
+        print(f"whether fine-tuning jobs are under way cannot be told: {error}", flush=True)
 
 
 # -- what is served ----------------------------------------------------------------------------------------------------
@@ -177,11 +190,11 @@ def serving_config(
     *,
     host: str | None = None,
     port: int | None = None,
-    base: Callable[[Config], str] | None = None,
+    base: Callable[[Config, RunDir], str] | None = None,
 ) -> ServeConfig:
     """The config that the targets stand for, with overrides and absolute paths; `host` and `port` come last.
 
-    `base` says which model a run began with; by default `base_of_run`, which makes it anew where it is gone.
+    `base` says which model a run began with; by default `base_for_use`, which makes it anew where it is gone.
 
     Raises:
         ConfigError: see `serve`.
@@ -193,7 +206,7 @@ def serving_config(
     if len(targets) == 1 and Path(targets[0]).suffix in (".yaml", ".yml"):
         cfg = load_serve_config(targets[0], written)
     else:
-        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets, base or base_of_run)), "mmrl serve", written)
+        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets, base or base_for_use)), "mmrl serve", written)
     cfg = with_absolute_places(cfg)
     if cfg.reward is not None and cfg.reward.needs_statistics and cfg.statistics is None:
         raise ConfigError(
@@ -203,7 +216,7 @@ def serving_config(
     return cfg
 
 
-def _of_targets(targets: Sequence[str], base_of: Callable[[Config], str]) -> ServeConfig:
+def _of_targets(targets: Sequence[str], base_of: Callable[[Config, RunDir], str]) -> ServeConfig:
     for target in targets:
         refuse_unknown(target)
     runs = [target for target in targets if is_run(target)]
@@ -218,14 +231,14 @@ def _of_targets(targets: Sequence[str], base_of: Callable[[Config], str]) -> Ser
     return base
 
 
-def _with_run(base: ServeConfig | None, run: RunDir, base_of: Callable[[Config], str]) -> ServeConfig:
+def _with_run(base: ServeConfig | None, run: RunDir, base_of: Callable[[Config, RunDir], str]) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     if base is not None and (cfg.value_based is not None or base.agent is not None):
         raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
-    path = base_of(cfg)
+    path = base_of(cfg, run)
     if base is not None and base.adapters:
-        if path != base.model.path:
+        if not same_base(path, base.model.path):
             raise ConfigError(f"{run.location} was trained on {path}, not on {base.model.path}: serve it by itself")
         if run.name in base.adapters:
             raise ConfigError(f"two runs are called {run.name}: give them ids in a config, under `adapters:`")

@@ -31,7 +31,7 @@ from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.preferences import TRAIN as PAIRS
 from mmrl_ray.runs.stored import TRAIN as STORED
-from mmrl_ray.runs.warm_start import base_of_run
+from mmrl_ray.runs.warm_start import base_for_use
 from mmrl_ray.value_based.agent import AGENT_FOLDER, FACTS_FILE, Agent
 from mmrl_ray.value_based.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
 from mmrl_ray.value_based.features import image_features
@@ -129,7 +129,7 @@ def _quieten() -> None:
 
 def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
-    policy = load_policy(cfg.model.model_copy(update={"path": base_of_run(cfg)}), device=device)
+    policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run)}), device=device)
     agent = None
     if cfg.value_based is not None:
         folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)

@@ -1,12 +1,12 @@
 """`mmrl train`: a config in, a finished run folder out.
 
-    scenes, warm start ──▶ checks ──▶ run folder ──▶ Ray ──▶ controller + rollout workers
-                                                              │  evaluate (before) ‖ learner group starts
-                                                              ▼
+    run folder, owned ──▶ scenes, warm start, checks ──▶ Ray ──▶ controller + rollout workers
+                                                                  │  evaluate (before) ‖ learner group starts
+                                                                  ▼
                      report ◀── summary ◀── evaluate (after) ◀── steps, checkpoints ──▶ adapter/
 
-Nothing of a run is written before everything that can be checked was; whatever happens afterwards, summary and report
-say it.
+The folder is there from the first moment, so that whatever stops the run, `--resume` finds it; where a check of a new
+run fails it is taken away again. Whatever happens after the checks, summary and report say it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import mmrl_ray
@@ -28,7 +29,7 @@ from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.data.quarantine import QuarantineRecord, reasons_of, told
 from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import write_scenes
-from mmrl_ray.errors import Interrupted, MMRLError, ModelError
+from mmrl_ray.errors import Interrupted, MMRLError, ModelError, RunError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
@@ -38,6 +39,7 @@ from mmrl_ray.rollouts.control_files import STARTING_S, conclude_status, write_s
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_owner import RunOwner, living_owner
 from mmrl_ray.runs import preferences, stored
 from mmrl_ray.runs.blindness import EVENT, Blindness, evaluation_blindness
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
@@ -59,12 +61,22 @@ from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, in_common, score_captions
 from mmrl_ray.runs.state_records import MAX_STATES, States, load_states, save_states, states_json
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import warm_start, warm_start_blindness, warm_start_left_out
-from mmrl_ray.runs.watch import note_event, scrape_targets
+from mmrl_ray.runs.warm_start import base_of_run, keep_base, warm_start_blindness, warm_start_left_out
+from mmrl_ray.runs.watch import EVENTS, note_event, scrape_targets
 from mmrl_ray.telemetry.logs import start_logging
 
 SUMMARY = "summary.json"
+_DOES = {
+    "warm_start": "loading what the warm start begins with",
+    "checks": "loading the model for a trial",
+    "statistics": "counting words of the references",
+    "stored": "copying stored data",
+    "serve": "starting the servers",
+    "start": "starting the rollout workers",
+}
+"""What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
+_STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {
     **{"reward/mean": "reward", "loss": "loss", "kl": "kl"},
@@ -82,7 +94,7 @@ def train(cfg: Config, *, resume: bool = False, address: str | None = None, debu
     as_json = cfg.run.log_format == "json"
     level = logging.INFO if as_json else logging.WARNING  # on a terminal the progress says it already
     start_logging(cfg.run.log_format, run=cfg.run.name, role="driver", level=level)
-    with PeakMemory() as memory, RunProgress(as_log=as_json) as progress:
+    with StopOnInterrupt(), PeakMemory() as memory, RunProgress(as_log=as_json) as progress:
         return _Run(with_absolute_paths(cfg), progress, memory).whole(resume=resume, address=address, debug=debug)
 
 
@@ -100,50 +112,82 @@ class _Run:
         """Events from before there was a run folder to write them into."""
         self._seconds: dict[str, float] = {}
         self._began = time.monotonic()
+        self._keep = True
+        """Whether the run folder stays if the run ends now."""
+        self._is_root_new = False
+        """Whether the folder that it lies in was made for it."""
+        self._owner: RunOwner
 
     def whole(self, *, resume: bool, address: str | None, debug: bool) -> str:
         """All phases; see the top of this file."""
         cfg = self._cfg
-        if not resume:
-            RunDir.require_new(cfg.run.root, cfg.run.name)
-        with self._timed("data"):
-            if not resume:
-                preferences.check_pairs(cfg)
-                stored.check_stored(cfg)
-            if cfg.data.scenes is not None:
-                write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
-            check_references(cfg)
-            samples = self._held_out(resume)
-        with self._timed("warm_start"):
-            model = cfg.model.model_copy(update={"path": warm_start(cfg, progress=self._progress.phase("warm start"))})
-            self._tell_left_out("warm_start", warm_start_left_out(model.path))
-        start = cfg.model_copy(update={"model": model})
-        unseeing = warm_start_blindness(model.path)
-        with self._timed("checks"):
-            for line in check_run(start):
-                self._progress.note(line)
-            give_back_memory()
-            cfg = self._cfg = with_opening(cfg, start.model)
-            start = start.model_copy(update={"reward": cfg.reward})
-        run = RunDir.open(cfg.run.root, cfg.run.name) if resume else RunDir.create(cfg.run.root, cfg.run.name)
-        run.remove_scratch()  # of a process that was killed
+        run = RunDir.open(cfg.run.root, cfg.run.name) if resume else self._created()
+        try:
+            with RunOwner(run) as self._owner:
+                self._keep = resume
+                if self._owner.taken_over is not None:
+                    self._progress.note(f"taken over from {self._owner.taken_over}, which is gone")
+                run.remove_scratch()  # of a process that was killed
+                self._begin(run, address=address, debug=debug)
+        finally:
+            if not self._keep:
+                run.delete("")
+                if self._is_root_new:
+                    with suppress(OSError):  # another run has begun there meanwhile
+                        Path(run.path).parent.rmdir()
+        return run.location
+
+    def _created(self) -> RunDir:
+        cfg = self._cfg
+        self._is_root_new = "://" not in cfg.run.root and not Path(cfg.run.root).exists()
+        try:
+            return RunDir.create(cfg.run.root, cfg.run.name)
+        except RunError:
+            if (owner := _owner_of(cfg)) is not None:
+                raise RunError(f"run {cfg.run.name} in {cfg.run.root} is under way: {owner}") from None
+            raise
+
+    def _begin(self, run: RunDir, *, address: str | None, debug: bool) -> None:
+        """Prepares, then runs. A new folder is kept if the user stops the preparation, not if a check fails."""
+        again = run.exists(EVENTS)
+        try:
+            if not run.exists("config.yaml"):
+                run.write_text("config.yaml", dump_config(self._cfg))
+            start, unseeing, samples = self._prepare(run, again)
+        except KeyboardInterrupt:
+            self._keep = True
+            conclude_status(run, "interrupted")
+            raise Interrupted(
+                f"stopped before the first step; go on with: mmrl train --resume {run.location}"
+            ) from None
+        except Exception:
+            if self._keep:
+                conclude_status(run, "failed: it could not start")
+            raise
+        self._keep = True
+        cfg = self._cfg
         write_status(run, "starting", STARTING_S)
-        note_event(run, "run_resumed" if resume else "run_started")
-        for kind, told_of in self._findings if not resume else ():
+        note_event(run, "run_resumed" if again else "run_started")
+        if self._owner.taken_over is not None:
+            note_event(run, "run_taken_over", owner=self._owner.taken_over)
+        for kind, told_of in self._findings if not again else ():
             note_event(run, kind, **told_of)
         status = "failed"
         try:
-            self._keep_config(run)
-            if not resume:
+            self._keep_config(run, again)
+            if not again:
                 self._warn_if_blind(run, "warm start", unseeing)
             statistics = self._statistics(run)
             with self._timed("stored"):
                 start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
-            with ray_session(cfg, address=address, debug=debug, show=self._progress.note), ExitStack() as stack:
+            with ExitStack() as stack:
+                with self._progress.busy("starting Ray"):
+                    session = ray_session(cfg, address=address, debug=debug, show=self._progress.note)
+                    stack.enter_context(session)
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
                 with self._timed("serve"):
-                    live = stack.enter_context(LivePolicy(cfg, run, model.path))
+                    live = stack.enter_context(LivePolicy(cfg, run, start.model.path))
                     hosted = stack.enter_context(RunReward(cfg, run, statistics))
                 for line in live.greeting():
                     self._progress.note(line)
@@ -159,17 +203,59 @@ class _Run:
             status = f"failed: {error}"
             raise
         finally:
+            self._owner.check()
             self._conclude(run, status)
-        return run.location
 
-    def _keep_config(self, run: RunDir) -> None:
+    def _prepare(self, run: RunDir, again: bool) -> tuple[Config, Blindness | None, list[Sample]]:
+        """Data, warm start and checks: the config to start from, what the warm start does not see, what is held out."""
+        cfg = self._cfg
+        write_status(run, "starting", STARTING_S)
+        with self._timed("data"):
+            if not again:
+                preferences.check_pairs(cfg)
+                stored.check_stored(cfg)
+            if cfg.data.scenes is not None:
+                write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
+            check_references(cfg)
+            samples = self._held_out(again)
+        with self._timed("warm_start"):
+            made = base_of_run(cfg, run, progress=self._warm_start_progress(run))
+            path, size = keep_base(cfg, run, made)
+            if size:
+                self._facts["base_bytes"] = size
+            model = cfg.model.model_copy(update={"path": path})
+            self._tell_left_out("warm_start", warm_start_left_out(model.path))
+        start = cfg.model_copy(update={"model": model})
+        with self._timed("checks"):
+            for line in check_run(start):
+                self._progress.note(line)
+            give_back_memory()
+            self._cfg = with_opening(cfg, start.model)
+            start = start.model_copy(update={"reward": self._cfg.reward})
+        return start, warm_start_blindness(model.path), samples
+
+    def _warm_start_progress(self, run: RunDir) -> ProgressFn:
+        """Shown, and told to whoever looks at the run's status."""
+        shown = self._progress.phase("warm start")
+        told = time.monotonic()
+
+        def update(done: int, total: int, figures: Mapping[str, float]) -> None:
+            nonlocal told
+            shown(done, total, figures)
+            if time.monotonic() - told >= _STATUS_S:
+                told = time.monotonic()
+                write_status(run, "starting", STARTING_S)
+
+        return update
+
+    def _keep_config(self, run: RunDir, again: bool) -> None:
         """The config as it is from here on; a resume that changes it says what it changes."""
         text = dump_config(self._cfg)
         before = run.read_text("config.yaml") if run.exists("config.yaml") else None
         if before == text:
             return
         run.write_text("config.yaml", text)
-        if before is not None and (changed := changed_keys(before, text)):
+        if again and before is not None and (changed := changed_keys(before, text)):
             note_event(run, "config_changed", detail=", ".join(changed))
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -220,7 +306,8 @@ class _Run:
             with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
                 learner = LearnerGroup(cfg, run, controller)
                 learner.start()
-                hosted.wait()
+                with self._progress.busy("loading the reward"):
+                    hosted.wait()
                 if samples and load_evaluation(run, "before") is None:
                     if is_beginning:
                         self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
@@ -268,14 +355,17 @@ class _Run:
     ) -> None:
         """Greedy captions of the held-out split, by the rollout workers, into `eval/NAME.parquet`."""
         with self._timed(f"evaluate_{name}"):
-            self._progress.note(f"evaluate ({name}): {len(samples)} held-out samples")
             sampling = SamplingParams(
                 temperature=self._cfg.rollout.temperature,
                 max_new_tokens=self._cfg.rollout.max_new_tokens,
                 greedy=True,
                 value_beta=stored.decoding_beta(self._cfg) if name == "after" else 0.0,  # there are no values before
             )
-            generated = controller.generate(samples, sampling, states=MAX_STATES)
+            shown = self._progress.phase(f"evaluate ({name})")
+            generated = controller.generate(
+                samples, sampling, states=MAX_STATES, progress=lambda came: shown(came, len(samples), {})
+            )
+            shown(len(samples), len(samples), {})
             done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
             for failure in generated.failures:
                 self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
@@ -335,6 +425,7 @@ class _Run:
         update: ProgressFn = self._progress.phase("learning")
         shown = -1
         while not learner.wait(_WATCH_S):
+            self._owner.check()
             hosted.look()
             status = controller.status()
             step, steps = int(status["step"]), int(status["steps"])
@@ -373,7 +464,8 @@ class _Run:
     def _timed(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         try:
-            yield
+            with self._progress.busy(_DOES.get(phase, phase.replace("_", " "))):
+                yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
 
@@ -388,6 +480,13 @@ def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict
     if before is not None and after is not None and (both := in_common(before, after)) is not None:
         found["difference"] = comparison_json(compare(*both))
     return found
+
+
+def _owner_of(cfg: Config) -> str | None:
+    """Who is at work in the run's folder."""
+    with suppress(RunError):
+        return living_owner(RunDir.open(cfg.run.root, cfg.run.name))
+    return None
 
 
 def _figures(line: Mapping[str, Any]) -> dict[str, float]:

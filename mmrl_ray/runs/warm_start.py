@@ -2,9 +2,10 @@
 
     config ──key──▶ cache has KEY/warm_start.json? ──yes──▶ that folder
                          └─no─▶ build or load ──train──▶ .tmp-… ──rename──▶ KEY/
+                                  └──▶ KEY.partial.pt, from which one that was stopped goes on
 
 A finished warm start is an ordinary Hugging Face folder (model, processor, chat template) named by a hash of all that
-made it. It appears by a rename, so that one which is there is whole.
+made it. It appears by a rename, so that one which is there is whole. A run keeps it as its own `base/`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -21,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pyarrow import fs
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
@@ -37,12 +40,15 @@ from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
+from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.blindness import Blindness, blindness
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.sft import train_supervised
 
 logger = logging.getLogger(__name__)
 
+BASE = "base"
+"""Folder of a run that keeps its base model, where a warm start made it."""
 FACTS = "warm_start.json"
 """In the folder: what it was made from, its first and last loss, the rows that it left out, seconds."""
 
@@ -59,6 +65,8 @@ _TINY_WORDS = 8000
 """The most frequent words of the training references that a tiny model knows where the data set is not scenes."""
 _LOOKED_AT = 32
 """Pictures that a new warm start is asked for captions of."""
+_PARTIAL = ".partial.pt"
+"""Ends the name of the file in the cache that an unfinished warm start goes on from."""
 _FORMAT = 1
 """Raised when the same settings come to mean another model."""
 _WHOLE = 16 << 20
@@ -78,31 +86,99 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None, notice: Calla
         NonFiniteError: training diverged.
         RunError: the cache cannot be written.
     """
-    if cfg.sft is None and not _is_builtin(cfg):
+    if not _is_made(cfg):
         return cfg.model.path
     if cfg.data.scenes is not None:
         if notice is not None and not Path(cfg.data.train).exists():
             notice(f"{cfg.data.train} is not there any more: the scenes are drawn anew")
         write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
-    cache = Path(cfg.sft.cache if cfg.sft is not None else SFT_CACHE).expanduser().absolute()
-    made_from = _made_from(cfg)
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:20]
-    target = cache / key
+    cache, made_from = _cache(cfg), _made_from(cfg)
+    target = cache / _key(made_from)
     if (target / FACTS).is_file():
         return str(target)
     if notice is not None:
         steps = "" if cfg.sft is None else f", with {cfg.sft.steps:,} steps of warm start"
         notice(f"the model that it began with is not in {cache} any more: it is made anew{steps}")
+    partial = cache / f"{target.name}{_PARTIAL}"
     with _staging(cache) as scratch:
-        facts = _make(cfg, scratch, progress)
+        facts = _make(cfg, scratch, progress, partial)
         (scratch / FACTS).write_text(json.dumps({"made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
         if not (target / FACTS).is_file():  # another process may have been faster
+            atomic.commit_folder(scratch, target)
+    partial.unlink(missing_ok=True)
+    return str(target)
+
+
+def base_of_run(
+    cfg: Config,
+    run: RunDir,
+    *,
+    progress: ProgressFn | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> str:
+    """The model that a run's adapter belongs to: the one kept with the run, else (of older runs) as `warm_start`.
+
+    Of a run that does not lie on this machine it is found in `sft.cache`, or copied there.
+
+    Raises:
+        RunError: it cannot be read or kept.
+        as `warm_start`: the run has no base of its own.
+    """
+    if not _is_made(cfg) or not run.exists(f"{BASE}/{FACTS}"):
+        return warm_start(cfg, progress=progress, notice=notice)
+    if run.is_local:
+        return str(run.local_path(BASE))
+    target = _cache(cfg) / _key(run.read_json(f"{BASE}/{FACTS}")["made_from"])
+    if not (target / FACTS).is_file():
+        with _staging(target.parent) as scratch:
+            fs.copy_files(run.full_path(BASE), str(scratch), source_filesystem=run.filesystem)
             atomic.commit_folder(scratch, target)
     return str(target)
 
 
-def base_of_run(cfg: Config) -> str:
-    """`warm_start` for who only uses a run: what is gone of its data and its base is made anew, which is said."""
+def keep_base(cfg: Config, run: RunDir, folder: str) -> tuple[str, int]:
+    """Keeps what `warm_start` has made with the run, as `base/`, so that the run outlives the cache.
+
+    On the cache's own file system they are hard links, which take no room; anywhere else copies. A model that was
+    not made here is left where it is.
+
+    Returns:
+        where the run finds it, and the bytes in `base/`.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    source = Path(folder)
+    if not _is_made(cfg):
+        return folder, 0
+    files = [file for file in source.iterdir() if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    if run.exists(f"{BASE}/{FACTS}"):
+        return (str(run.local_path(BASE)) if run.is_local else folder), size
+    if not run.is_local:
+        run.filesystem.create_dir(run.full_path(BASE), recursive=True)
+        for file in sorted(files, key=lambda file: file.name == FACTS):  # the last to come: where it is, all is
+            target = run.full_path(f"{BASE}/{file.name}")
+            fs.copy_files(str(file), target, destination_filesystem=run.filesystem)
+        return folder, size
+    with run.staging_folder() as scratch:
+        for file in files:
+            try:
+                os.link(file, scratch / file.name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copy2(file, scratch / file.name)
+        atomic.commit_folder(scratch, run.local_path(BASE))
+    return str(run.local_path(BASE)), size
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two models are one: by what they were made from where `warm_start` made them, else by where they lie."""
+    made = warm_start_facts(one).get("made_from"), warm_start_facts(other).get("made_from")
+    return one == other if made == (None, None) else made[0] == made[1]
+
+
+def base_for_use(cfg: Config, run: RunDir) -> str:
+    """`base_of_run` for who only uses a run: what is gone of its data and its base is made anew, which is said."""
     with RunProgress() as shown:
         update: list[ProgressFn] = []
 
@@ -111,7 +187,7 @@ def base_of_run(cfg: Config) -> str:
                 update.append(shown.phase("warm start"))
             update[0](done, total, figures)
 
-        return warm_start(cfg, progress=progress, notice=lambda text: shown.warn(f"{cfg.run.name}: {text}"))
+        return base_of_run(cfg, run, progress=progress, notice=lambda text: shown.warn(f"{cfg.run.name}: {text}"))
 
 
 def warm_start_facts(folder: str | Path) -> dict[str, Any]:
@@ -149,7 +225,7 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
     )
 
 
-def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, Any]:
+def _make(cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Path) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
     path = cfg.model.path
@@ -161,7 +237,9 @@ def _make(cfg: Config, folder: Path, progress: ProgressFn | None) -> dict[str, A
     dtype = "float32" if cfg.sft.mode == "full" else cfg.model.dtype
     policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
     left_out: list[dict[str, str]] = []
-    losses = train_supervised(policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()))
+    losses = train_supervised(
+        policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint
+    )
     _save(policy, folder)
     found = _blindness(policy, cfg)
     return {
@@ -186,6 +264,19 @@ def build_builtin(cfg: Config, folder: Path) -> Path:
         DataError: its words come from the training references, and those cannot be read.
     """
     return build_tiny_llava(folder, vocabulary=_vocabulary(cfg), seed=cfg.run.seed, **TINY_LLAVA)
+
+
+def _is_made(cfg: Config) -> bool:
+    """Whether the run's base is made here, and not just named by the config."""
+    return cfg.sft is not None or _is_builtin(cfg)
+
+
+def _cache(cfg: Config) -> Path:
+    return Path(cfg.sft.cache if cfg.sft is not None else SFT_CACHE).expanduser().absolute()
+
+
+def _key(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _is_builtin(cfg: Config) -> bool:

@@ -11,6 +11,7 @@ import ray
 
 from mmrl_ray.run_dir import RunDir
 
+EVENTS = "events.jsonl"
 TARGETS = "prometheus.json"
 """In the form of Prometheus's file-based service discovery: `file_sd_configs: [{files: [runs/*/prometheus.json]}]`."""
 
@@ -21,7 +22,7 @@ def note_event(run: RunDir, kind: str, **more: Any) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    run.append_line("events.jsonl", {"time": time.time(), "kind": kind, **more})
+    run.append_line(EVENTS, {"time": time.time(), "kind": kind, **more})
 
 
 @contextmanager

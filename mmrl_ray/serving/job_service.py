@@ -12,6 +12,7 @@ from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownJobError
 from mmrl_ray.jobs.client import JobsClient, own_address, own_ray
 from mmrl_ray.jobs.records import ID, Job, Status
+from mmrl_ray.jobs.shutdown import remembered
 from mmrl_ray.jobs.submit import python_for, submit_run
 from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningJob, TuningOrder, TuningStatus
 from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
@@ -104,10 +105,17 @@ class RayJobService:
 
     def _jobs(self) -> list[Job]:
         """Those that were asked for over HTTP."""
-        return [job for job in self._server.jobs() if job.facts.request]
+        known = [job for job in self._server.jobs() if job.facts.request]
+        ids = {job.id for job in known}
+        return known + [job for job in remembered(self._root) if job.facts.request and job.id not in ids]
 
     def _job(self, id: str) -> Job:
-        job = self._server.get(id) if id.startswith(_PREFIX) and ID.fullmatch(id) else None
+        job: Job | None = None
+        if id.startswith(_PREFIX) and ID.fullmatch(id):
+            try:
+                job = self._server.get(id)
+            except UnknownJobError:  # of a Ray before this one, maybe
+                job = next((job for job in remembered(self._root) if job.id == id), None)
         if job is None or not job.facts.request:
             raise UnknownJobError(f"there is no fine-tuning job {id[:64]!r}: GET /v1/fine_tuning/jobs lists them")
         return job

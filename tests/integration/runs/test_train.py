@@ -199,7 +199,11 @@ def status(run: Path) -> dict[str, Any]:
 
 def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, straight: Path) -> None:
     run = workplace.runs / "stopped"
-    process = workplace.start("train", workplace.config("stopped"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        process = workplace.start("train", workplace.config("stopped"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(metrics(run)) >= 1, process, "a step")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=DEADLINE_S)

@@ -71,7 +71,21 @@ def test_a_job_is_the_resolved_config_and_this_package(cfg: Config, tmp_path: Pa
     assert any(name.startswith("mmrl_ray/runs/templates/") for name in cluster.files)
 
 
-def test_a_resume_takes_the_config_of_its_run(cfg: Config) -> None:
+def test_a_resume_sends_the_config_again_since_there_may_be_no_run_folder_yet(cfg: Config, tmp_path: Path) -> None:
+    cluster = Cluster()
+    submit_run(cluster, cfg, request={"model": "smol"})
+    remembered = JobFacts.of(cluster.sent[0][2].metadata())
+    assert remembered is not None
+    resume_run(cluster, remembered)
+    _, entrypoint, again, _ = cluster.sent[-1]
+    assert entrypoint == "exec python3 -m mmrl_ray.cli train config.yaml --resume-or-start"
+    assert (again.location, again.task, again.request) == ("/shared/runs/far", "resume", {"model": "smol"})
+    (tmp_path / "again.yaml").write_bytes(cluster.files["config.yaml"])
+    assert load_config(tmp_path / "again.yaml") == cfg
+    assert JobFacts.of(again.metadata()) == again
+
+
+def test_a_resume_of_an_older_job_takes_the_config_of_its_run(cfg: Config) -> None:
     cluster = Cluster()
     facts = JobFacts("far", "/shared/my runs/far", "you@there", request={"model": "smol"})
     resume_run(cluster, facts)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.demands import torch_threads
 from mmrl_ray.errors import MMRLError, ModelError, RolloutError, RunError
 from mmrl_ray.experience.carriers import RolloutGroup, StepPlan
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
-from mmrl_ray.learner.train_loop import _Learner, torch_threads
+from mmrl_ray.learner.train_loop import _Learner
 from mmrl_ray.policy import prefix
 from mmrl_ray.policy.adapter import add_adapter
 from mmrl_ray.policy.load import load_policy
@@ -215,12 +216,13 @@ def test_lost_groups_are_raised_for_ray_train_to_start_over(world: Any) -> None:
     ("learner", "workers", "staleness", "threads"),
     [
         ({"threads": 3}, 1, 0, 3),
-        ({}, 1, 0, 8),
-        ({}, 4, 0, 2),
+        ({}, 1, 0, 4),
+        ({}, 1, 1, 4),
+        ({}, 3, 0, 2),
         ({}, 16, 0, 1),
         ({"cpus": 4}, 1, 1, 4),
         ({"cpus": 4, "gpus": 1}, 1, 0, 4),
-        ({"cpus": 0}, 1, 1, 1),
+        ({"cpus": 0}, 1, 1, 4),
     ],
 )
 def test_threads_follow_config_and_machine(
@@ -229,4 +231,5 @@ def test_threads_follow_config_and_machine(
     cfg = config(tiny, workers=workers, groups_per_step=16).model_dump()
     cfg["resources"]["learner"] |= learner
     cfg["rollout"]["max_staleness"] = staleness
-    assert torch_threads(Config.model_validate(cfg), 8) == threads
+    valid = Config.model_validate(cfg)
+    assert torch_threads(valid, valid.resources.learner, 8) == threads

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmrl_ray.config.demands import torch_threads
 from mmrl_ray.config.model import LoraSection
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
@@ -21,7 +22,7 @@ from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.overlap import RougeReward
 from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
 from mmrl_ray.rollouts.engine import RolloutEngine
-from mmrl_ray.rollouts.factory import PolicyEngineFactory, torch_threads
+from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from tests.unit.rollouts.fakes import config, samples
 
 
@@ -157,11 +158,15 @@ def test_broken_and_overlong_samples_are_told_apart(engine: RolloutEngine) -> No
 
 
 def test_threads_follow_from_the_config_alone(tmp_path: Path) -> None:
-    assert torch_threads(config(tmp_path, rollout={"workers": 1}), cores=8) == 8
-    assert torch_threads(config(tmp_path, rollout={"workers": 2}), cores=8) == 1
-    assert torch_threads(config(tmp_path, rollout={"workers": 1, "max_staleness": 1}), cores=8) == 1
-    explicit = {"rollout": {"threads": 3, "cpus": 2}}
-    assert torch_threads(config(tmp_path, rollout={"workers": 1}, resources=explicit), cores=8) == 3
+    """All processes of a run together have no more threads than there are cores, until each has a single one."""
+    for workers, expected in ((1, 4), (3, 2), (7, 1), (20, 1)):
+        cfg = config(tmp_path, rollout={"workers": workers})
+        assert torch_threads(cfg, cfg.resources.rollout, cores=8) == expected
+    cfg = config(tmp_path, rollout={"workers": 1}, resources={"rollout": {"threads": 3, "cpus": 2}})
+    assert torch_threads(cfg, cfg.resources.rollout, cores=8) == 3
+    cfg = config(tmp_path, rollout={"workers": 1}, resources={"rollout": {"gpus": 1, "cpus": 2}})
+    assert torch_threads(cfg, cfg.resources.rollout, cores=8) == 2
+    assert torch_threads(cfg, cfg.resources.learner, cores=8) == 8
 
 
 def test_a_sampler_that_differs_from_the_model_is_the_models_error_at_once(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import ray
-from ray._private import ray_logging
+from ray._private import ray_logging, services
 from ray._private.auto_init_hook import auto_init_ray
 
 from mmrl_ray.errors import RaySessionError, RunError
+from mmrl_ray.runs import cluster
 from mmrl_ray.runs.cluster import configure_ray, node_local_root_refused, ray_at
+
+_CONSOLE_POPEN = services.ConsolePopen
 
 
 def test_a_late_call_starts_no_ray_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +106,28 @@ def test_a_local_root_is_refused_where_other_machines_would_not_see_it(monkeypat
     with pytest.raises(RunError, match=r"root=runs is a path on this node, but the cluster has nodes on 2 machines"):
         node_local_root_refused("runs")
     node_local_root_refused("s3://bucket/runs")
+
+
+def test_rays_processes_are_out_of_reach_of_a_signal_to_the_group() -> None:
+    """They are in a session of their own, and what starts afterwards is as before."""
+    with cluster._out_of_reach():
+        process = services.ConsolePopen(["sleep", "60"])
+    try:
+        assert os.getsid(process.pid) == process.pid != os.getsid(0)
+    finally:
+        process.kill()
+        process.wait()
+    assert services.ConsolePopen is _CONSOLE_POPEN
+
+
+def test_rays_start_takes_no_signal_away() -> None:
+    def mine(number: int, frame: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with cluster._signals_kept():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -151,7 +151,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started(tmp_path: Path)
 
 def test_nothing_is_made_for_a_server_that_could_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, "one", "builtin:tiny-llava")  # whose base is not there any more
-    monkeypatch.setattr("mmrl_ray.runs.serve.base_of_run", lambda cfg: pytest.fail("it is made anew first"))
+    monkeypatch.setattr("mmrl_ray.runs.serve.base_for_use", lambda cfg, run: pytest.fail("it is made anew first"))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServingError, match="another program listens"):
         serve([run], port=taken.getsockname()[1], insecure=True)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pyarrow import fs
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -27,12 +30,16 @@ from mmrl_ray.policy.load import Policy, load_policy
 from mmrl_ray.policy.prefix import Scores, score_completions
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
 from mmrl_ray.policy.tiny import build_tiny_llava
+from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs import sft as sft_module
 from mmrl_ray.runs import warm_start as warm_start_module
 from mmrl_ray.runs.sft import draw_target, train_supervised
 from mmrl_ray.runs.warm_start import (
     FACTS,
+    base_for_use,
     base_of_run,
+    keep_base,
+    same_base,
     warm_start,
     warm_start_blindness,
     warm_start_facts,
@@ -95,8 +102,8 @@ def test_the_first_loss_is_the_cross_entropy_of_the_caption_tokens(tmp_path: Pat
     # The same draws, by the documented seeds; scored by transformers' own loss, prompt tokens labelled -100.
     policy = loaded(untrained.path)
     assert cfg.sft is not None
-    batches = sft_module._batches(policy, cfg, cfg.sft, sft_module.derive_seed(0, "sft"))
-    _, pairs = next(batches)
+    batches = sft_module._Batches(policy, cfg, cfg.sft, sft_module.derive_seed(0, "sft"))
+    _, pairs = next(iter(batches))
     total, count = 0.0, 0
     for prompt, (caption,) in pairs:
         ids = torch.cat([prompt.input_ids, caption])[None]
@@ -142,13 +149,14 @@ def test_a_run_whose_data_and_base_are_gone_says_that_they_are_made_anew(
     train = str(tmp_path / "scenes" / "train")
     data = {"train": train, "prompt": "say", "scenes": {"train": 8, "eval": 2, "image_size": 32}}
     cfg = config(tmp_path, data=data)
-    folder = base_of_run(cfg)
+    run = RunDir.create(tmp_path / "runs", "test")  # of a time when bases were not kept
+    folder = base_for_use(cfg, run)
     capsys.readouterr()
-    assert base_of_run(cfg) == folder
+    assert base_for_use(cfg, run) == folder
     assert capsys.readouterr() == ("", "")  # all is there
     shutil.rmtree(tmp_path / "scenes")
     shutil.rmtree(tmp_path / "cache")
-    assert base_of_run(cfg) == folder
+    assert base_for_use(cfg, run) == folder
     again = capsys.readouterr()
     assert again.out == ""  # where captions go
     told = " ".join(again.err.split())
@@ -330,3 +338,79 @@ def test_a_warm_start_that_does_not_look_is_told_each_time_it_is_used(tmp_path: 
         assert (found.pictures, found.share) == (24, 1.0)
     without = config(tmp_path, data=places).model_copy(update={"sft": None})
     assert warm_start_blindness(warm_start(without)) is None
+
+
+class _Stopper:
+    """A user who presses Ctrl-C when so many steps are done."""
+
+    def __init__(self, *steps: int) -> None:
+        self._steps = list(steps)
+
+    def __call__(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if self._steps and done >= self._steps[0]:
+            self._steps.pop(0)
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "sft", [{"train_vision": True}, {"train_vision": False}, {"train_vision": False, "mode": "lora"}]
+)
+def test_one_that_is_stopped_goes_on_to_the_very_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sft: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(sft_module, "_TELL_S", 0.0)  # a look at every step
+    settings = {"steps": 9, "captions_per_image": 2, "terse": 0.5, "warmup_steps": 2, **sft}
+    start = warm_start(config(tmp_path).model_copy(update={"sft": None}))
+    broken = tmp_path / "rows"  # one row has no caption to train on
+    samples = list(iter_samples(tmp_path / "train", prompt="what is it ?"))
+    write_parquet(broken, [*samples[:5], replace(samples[5], references=(), metadata={}), *samples[6:]])
+    sections = {"model": {"path": start, "dtype": "float32"}, "data": {"train": str(broken), "max_quarantined": 1}}
+    straight = config(tmp_path, sft={**settings, "cache": str(tmp_path / "straight")}, **sections)
+    cfg = config(tmp_path, sft={**settings, "cache": str(tmp_path / "stopped")}, **sections)
+    expected = Path(warm_start(straight))
+    stopper = _Stopper(2, 7)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            warm_start(cfg, progress=stopper)
+    steps: list[int] = []
+    found = Path(warm_start(cfg, progress=lambda done, total, figures: steps.append(done)))
+    assert steps[0] >= 7, "what was done is not done again"
+    mine, theirs = load_file(found / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    facts, whole = warm_start_facts(found), warm_start_facts(expected)
+    for name in ("steps", "loss_first", "loss_last", "left_out"):
+        assert facts[name] == whole[name]
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == [found.name], "nothing is left behind"
+
+
+def test_a_run_keeps_its_base_when_the_cache_is_gone_and_it_is_moved(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    run = RunDir.create(tmp_path / "runs", "r1")
+    made = base_of_run(cfg, run)
+    path, size = keep_base(cfg, run, made)
+    assert size == sum(file.stat().st_size for file in Path(made).iterdir())
+    assert os.stat(Path(path) / FACTS).st_ino == os.stat(Path(made) / FACTS).st_ino, "a link takes no room"
+    weights = load_file(Path(made) / "model.safetensors")
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "runs" / "r1").rename(tmp_path / "moved")
+    again = base_of_run(cfg, RunDir.at(tmp_path / "moved"))
+    assert Path(again).parent == tmp_path / "moved"
+    kept = load_file(Path(again) / "model.safetensors")
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
+    assert not (tmp_path / "cache").exists(), "nothing is trained anew"
+    assert same_base(again, again)
+
+
+def test_a_base_that_lies_elsewhere_comes_back_into_the_cache(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    remote = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    run = RunDir.create("far", "r1", filesystem=remote)
+    made = base_of_run(cfg, run)
+    assert keep_base(cfg, run, made)[0] == made
+    weights = load_file(Path(made) / "model.safetensors")
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "train")
+    again = base_of_run(cfg, run)
+    assert again == made
+    assert all(torch.equal(weights[k], v) for k, v in load_file(Path(again) / "model.safetensors").items())

@@ -1,0 +1,88 @@
+"""Signals that ask a run to stop, as real ones to a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from mmrl_ray.runs import interrupts
+
+_PROGRAM = """
+import sys, threading, time
+from mmrl_ray.runs.interrupts import StopOnInterrupt
+stop = threading.Event()
+with StopOnInterrupt(stop.set if sys.argv[1] == "graceful" else None):
+    try:
+        print("ready", flush=True)
+        while not stop.wait(0.05):
+            pass
+        print("finished the step", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("stopped at once", flush=True)
+"""
+
+
+def _ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _blocked() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def _nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def started(mode: str, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _PROGRAM, mode]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=prepare)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize("prepare", [None, _ignored, _blocked])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_is_heard_however_the_process_was_started(
+    number: signal.Signals, prepare: Callable[[], None] | None
+) -> None:
+    process = started("at once", prepare)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert output == "stopped at once\n"
+    assert process.returncode == 0
+
+
+def test_signals_close_together_are_one_and_a_later_one_stops_at_once() -> None:
+    """`timeout` sends its signal to the child and again to the group."""
+    process = started("graceful")
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    assert said(process) == "finished the step\n"
+    while process.poll() is None:  # until a second is over
+        process.send_signal(signal.SIGINT)
+        try:
+            output, _ = process.communicate(timeout=interrupts.SAME_S / 4)
+        except subprocess.TimeoutExpired:
+            continue
+        assert output == "stopped at once\n"
+
+
+def test_nohup_means_what_it_says() -> None:
+    process = started("graceful", _nohup)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert said(process) == "finished the step\n"
+    process.kill()
+    process.communicate()
