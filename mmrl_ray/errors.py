@@ -22,7 +22,9 @@ MMRLError
 │   └── RaySessionError        a Ray that does not start, or cannot be joined
 ├── JobError               a job on a cluster: not taken, not to be had
 │   ├── UnknownJobError        no job of that id
-│   └── JobServerError         the job server is out of reach
+│   ├── UnknownFileError       no result file of that id
+│   ├── JobServerError         the job server is out of reach
+│   └── JobSetupError          the job server takes no job as it was set up
 ├── ServingError           the served model, its gateway or a client of it
 │   ├── UnknownModelError      no model or adapter of that id
 │   ├── UnknownImageError      no picture of that hash
@@ -119,6 +121,14 @@ class JobError(MMRLError):
 
 class UnknownJobError(JobError):
     """The cluster knows no job of that id."""
+
+
+class UnknownFileError(JobError):
+    """No job has a result file of that id."""
+
+
+class JobSetupError(JobError):
+    """The cluster's job server takes no job until whoever runs it has changed something."""
 
 
 class JobServerError(JobError):

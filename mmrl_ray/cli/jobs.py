@@ -41,6 +41,7 @@ _ID = Annotated[str | None, typer.Option("--id", help="What the job is called; m
 
 @command(app, "submit")
 def submit(
+    ctx: typer.Context,
     config: ConfigFile,
     address: _ADDRESS = _DEFAULT_ADDRESS,
     set_: Overrides = None,
@@ -62,7 +63,9 @@ def submit(
     from mmrl_ray.runs import jobs
 
     client = jobs.connect(address)
-    _begun(client, jobs.submit(client, cfg, python=python, shared=shared or (), id=id), wait)
+    source = ctx.get_parameter_source("address")
+    chosen = source is None or source.name != "DEFAULT"
+    _begun(client, jobs.submit(client, cfg, python=python, shared=shared or (), id=id, chosen=chosen), wait)
 
 
 @command(jobs_app, "list")

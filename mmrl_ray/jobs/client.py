@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
+import psutil
 import ray
 import requests
 from ray.dashboard.modules.dashboard_sdk import SubmissionClient
@@ -18,7 +22,7 @@ from ray.dashboard.utils import ray_address_to_api_server_url
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
-from mmrl_ray.errors import ConfigError, JobError, JobServerError, UnknownJobError
+from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, UnknownJobError
 from mmrl_ray.jobs.records import Job, JobFacts, Status, check_id
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -41,6 +45,10 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 _LONGEST_REASON = 500
+_AGENT_PORT = 52365
+"""Where the agent of a node that `ray start` began listens, unless it was told otherwise."""
+_NO_AGENT = re.compile(r"head node agent|Unauthorized|Forbidden|authentication token|No agent available", re.IGNORECASE)
+"""What the job server says of an agent that did not come up, or of another Ray's that answers in its place."""
 
 T = TypeVar("T")
 
@@ -185,9 +193,11 @@ class JobsClient:
         try:
             return ask()
         except AuthenticationError as error:
-            raise JobError(
+            raise JobSetupError(
                 f"Ray at {self.address} refuses the token: put the cluster's into RAY_AUTH_TOKEN, or the path of a "
-                f"file that holds it into RAY_AUTH_TOKEN_PATH ({_first_line(error)})"
+                f"file that holds it into RAY_AUTH_TOKEN_PATH; a cluster that was started without one has to be "
+                "started again, with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN set for ray start on every node "
+                f"({_first_line(error)})"
             ) from error
         except (requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) as error:
             raise self._away(error) from error
@@ -209,6 +219,13 @@ class JobsClient:
             return self._unknown(id)
         if "already exists" in told[2] or "already been used" in told[2]:
             return JobError(f"there is a job {id} at {self.address} already: choose another --id")
+        if _NO_AGENT.search(told[2]) is not None:
+            return JobSetupError(
+                f"Ray at {self.address} has no agent of its own that would start jobs: most likely another Ray of its "
+                f"head node has the agent's port, {_AGENT_PORT} unless it was told otherwise{_holder(_AGENT_PORT)}. "
+                "This does not pass by itself: end that one, or start this one with "
+                f"ray start --dashboard-agent-listen-port PORT, one that is free ({reason})"
+            )
         if status >= 500:
             return JobServerError(f"Ray at {self.address} cannot do it now: {reason}")
         return JobError(f"Ray at {self.address} refuses it: {reason}")
@@ -221,6 +238,46 @@ class JobsClient:
             f"no job server answers at {self.address}: is the cluster up, and its dashboard's port open from here? "
             f"({_first_line(error)})"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRay:
+    """A Ray whose head node is this machine, and that takes jobs."""
+
+    store: str
+    """HOST:PORT of its control store."""
+    url: str
+    """Of its job server."""
+
+
+def local_rays() -> list[LocalRay]:
+    """Those whose processes are seen from here, by the command lines of their dashboards."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            arguments = process.cmdline()
+        except psutil.Error:  # it has ended, or is another user's
+            continue
+        if not any(each.endswith("dashboard/dashboard.py") for each in arguments):
+            continue
+        options = dict(each.removeprefix("--").split("=", 1) for each in arguments if re.match(r"--[a-z-]+=", each))
+        if "gcs-address" in options and "port" in options:
+            found.add((options["gcs-address"], f"http://127.0.0.1:{options['port']}"))
+    return [LocalRay(store, url) for store, url in sorted(found)]
+
+
+def _holder(port: int) -> str:
+    """Which process of this machine listens on a port, as far as one may know; empty otherwise."""
+    try:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                for held in process.net_connections(kind="tcp"):
+                    if held.status == psutil.CONN_LISTEN and held.laddr.port == port:
+                        name = " ".join(process.cmdline()[:3])[:80] or process.name()
+                        return f" (on {socket.gethostname()} process {process.pid} listens there: {name})"
+    except psutil.Error:
+        pass
+    return ""
 
 
 def own_ray() -> str:

@@ -32,6 +32,13 @@ from mmrl_ray.policy.targets import adaptable_layers
 logger = logging.getLogger(__name__)
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CHECKPOINT = re.compile(rf"({ID_PATTERN.pattern}):ckpt-step-(\d{{1,9}})")
+"""The id of one checkpoint of a run, as `checkpoint_id` writes it."""
+
+
+def checkpoint_id(id: str, step: int) -> str:
+    """What the checkpoint of a step is called where the run's adapter is called `id`."""
+    return f"{id}:ckpt-step-{step}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,10 @@ class AdapterVersion:
 
 class AdapterSource(Protocol):
     """Where the versions of one adapter come from."""
+
+    def checkpoint(self, step: int) -> AdapterSource | None:
+        """The checkpoint of that step alone; None where there is none."""
+        ...
 
     def newest(self) -> AdapterVersion | None:
         """The newest version there is; cheap. None while there is none.
@@ -177,6 +188,10 @@ class AdapterPool:
         with self._lock:
             source, version = self._sources.get(id), self._newest.get(id)
             refused = self._refused.get(id)
+            checkpoint = _CHECKPOINT.fullmatch(id)
+            run = self._sources.get(checkpoint[1]) if checkpoint is not None else None
+        if checkpoint is not None and run is not None:
+            source, version = _checkpoint(run, int(checkpoint[2]))
         if source is None or version is None:
             raise _unknown(id)
         if refused is not None and refused[0] == version:
@@ -202,7 +217,8 @@ class AdapterPool:
         with self._lock:
             resident = self._current.get(id)
             if resident is None:
-                if id not in self._newest:
+                checkpoint = _CHECKPOINT.fullmatch(id)
+                if (checkpoint[1] if checkpoint is not None else id) not in self._newest:
                     raise _unknown(id)
                 return None
             resident.leases += 1
@@ -300,8 +316,20 @@ class AdapterPool:
         self._policy.model = forget_adapters(peft.unload())
 
     def _is_stale(self, resident: Resident) -> bool:
-        newest, refused = self._newest[resident.id], self._refused.get(resident.id)
+        newest, refused = self._newest.get(resident.id), self._refused.get(resident.id)
+        if newest is None:  # a checkpoint, which stays what it is
+            return False
         return newest != resident.version and (refused is None or refused[0] != newest)
+
+
+def _checkpoint(run: AdapterSource, step: int) -> tuple[AdapterSource | None, AdapterVersion | None]:
+    """One checkpoint of a run; nothing where it is not there any more."""
+    try:
+        source = run.checkpoint(step)
+        return source, None if source is None else source.newest()
+    except (MMRLError, OSError, ValueError) as error:
+        logger.warning("the checkpoint of step %d cannot be looked up: %s", step, error)
+        return None, None
 
 
 def _unknown(id: str) -> UnknownModelError:

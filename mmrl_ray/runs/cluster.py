@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import auto_init_hook, services
+from ray._private import auto_init_hook, parameter, services
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def ray_at(
     try:
         try:
             if address is None:
-                with _signals_kept(), _out_of_reach():
+                with _signals_kept(), _out_of_reach(), _free_agent_port():
                     ray.init(
                         address="local",  # without it, Ray joins whatever `ray start` has left on this machine
                         num_cpus=max(os.cpu_count() or 1, cpus),
@@ -185,6 +185,20 @@ def _out_of_reach() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = started  # type: ignore[misc]
+
+
+@contextmanager
+def _free_agent_port() -> Iterator[None]:
+    """The agent of a node, which starts and stops jobs, listens on any free port meanwhile.
+
+    Ray's own default is one fixed port (52365): where another Ray of this machine has it, no job can be sent.
+    """
+    made = parameter.RayParams
+    parameter.RayParams = functools.partial(made, dashboard_agent_listen_port=0)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        parameter.RayParams = made  # type: ignore[misc]
 
 
 @contextmanager

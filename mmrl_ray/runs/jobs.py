@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.paths import refuse_missing, refuse_unseen, with_absolute_paths
 from mmrl_ray.errors import ConfigError, JobError
-from mmrl_ray.jobs.client import JobsClient
+from mmrl_ray.jobs.client import JobsClient, local_rays
 from mmrl_ray.jobs.follow import follow
 from mmrl_ray.jobs.records import Job
 from mmrl_ray.jobs.submit import is_this_machine, python_for, resume_run, submit_run
@@ -36,6 +37,7 @@ def submit(
     python: str | None = None,
     shared: Sequence[str] = (),
     id: str | None = None,
+    chosen: bool = True,
 ) -> str:
     """Checks what can be checked from here, then sends the run; returns the job's id.
 
@@ -45,6 +47,7 @@ def submit(
         python: the interpreter on the cluster.
         shared: folders that this machine shares with the cluster's nodes, under the same path.
         id: of the job.
+        chosen: whether the user has named the cluster; else there may be only one on this machine.
 
     Raises:
         ConfigError: the config names paths that the cluster does not see, or that are not there.
@@ -60,7 +63,8 @@ def submit(
         RunDir.require_new(cfg.run.root, cfg.run.name)
     if here:
         refuse_missing(cfg)
-    return submit_run(client, cfg, python=python_for(client, python), id=id)
+    store = _store_of(client.address, chosen) if here else None
+    return submit_run(client, cfg, python=python_for(client, python), id=id, ray_address=store)
 
 
 def resume(client: JobsClient, name: str, *, python: str | None = None, id: str | None = None) -> str:
@@ -93,6 +97,22 @@ def outcome(job: Job) -> str | None:
         code = f"exit code {job.exit_code}" if job.driver_code is not None else "it did not run to an exit code"
         return f"job {job.id} failed ({code}): {job.reason}; {resume}"
     return None
+
+
+def _store_of(address: str, chosen: bool) -> str | None:
+    """The control store for a run to join, where Ray would have to choose among several of this machine.
+
+    Raises:
+        ConfigError: there are several, and the user has named none.
+    """
+    rays = local_rays()
+    if len(rays) < 2:
+        return None
+    if not chosen:
+        named = " and ".join(each.url for each in rays)
+        raise ConfigError(f"several Rays of this machine take jobs: {named}: name the one to use with --address")
+    port = urlsplit(address).port
+    return next((each.store for each in rays if urlsplit(each.url).port == port), None)
 
 
 def _absolute_folder(folder: str) -> str:

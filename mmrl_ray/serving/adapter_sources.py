@@ -27,6 +27,9 @@ class FolderSource:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def checkpoint(self, step: int) -> None:
+        """See `AdapterSource`: a folder has none."""
+
     def newest(self) -> AdapterVersion | None:
         """See `AdapterSource`."""
         files = [self._folder / CONFIG_FILE, self._folder / WEIGHTS_FILE]
@@ -51,11 +54,17 @@ class RunSource:
     when it is opened; a damaged one is passed over from then on, for the one before.
     """
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, *, only: int | None = None) -> None:
+        """With `only` the checkpoint of that step, and nothing else."""
         self._run = run
+        self._only = only
         self._places: dict[str, str] = {}
         """Folder in the run by stamp, of the last look."""
         self._damaged: set[tuple[str, str]] = set()
+
+    def checkpoint(self, step: int) -> RunSource | None:
+        """See `AdapterSource`."""
+        return RunSource(self._run, only=step) if step in checkpoint_steps(self._run) else None
 
     def newest(self) -> AdapterVersion | None:
         """See `AdapterSource`."""
@@ -94,6 +103,8 @@ class RunSource:
 
     def _candidates(self) -> list[tuple[str, int]]:
         """Folder names and steps, the newest first; of equal steps the one that stays longest."""
+        if self._only is not None:
+            return [(checkpoint_name(self._only), self._only)]
         steps = checkpoint_steps(self._run)
         found = [(checkpoint_name(step), step) for step in steps]
         found += [(f"{LIVE_FOLDER}/step-{step:06d}", step) for step in live_versions(self._run)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from mmrl_ray.serving.openai_types import Strict
-from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
+from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
 
 _OWNER = "mmrl_ray"
 _AUTO = "auto"
@@ -233,6 +233,31 @@ class CheckpointCard(BaseModel):
             fine_tuned_model_checkpoint=checkpoint.name,
             step_number=checkpoint.step,
             metrics=dict(checkpoint.metrics),
+        )
+
+
+class FileCard(BaseModel):
+    """`file`, of a job's result."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["fine-tune-results"]
+    status: Literal["processed"]
+
+    @classmethod
+    def of(cls, id: str, file: ResultFile) -> Self:
+        """As OpenAI writes it."""
+        return cls(
+            id=id,
+            object="file",
+            bytes=len(file.data),
+            created_at=file.created_at,
+            filename=file.name,
+            purpose="fine-tune-results",
+            status="processed",
         )
 
 

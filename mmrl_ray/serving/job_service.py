@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownJobError
+from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownFileError, UnknownJobError
 from mmrl_ray.jobs.client import JobsClient, own_address, own_ray
 from mmrl_ray.jobs.records import ID, Job, Status
 from mmrl_ray.jobs.shutdown import remembered
 from mmrl_ray.jobs.submit import python_for, submit_run
-from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningJob, TuningOrder, TuningStatus
+from mmrl_ray.serving.protocols import (
+    ResultFile,
+    TuningCheckpoint,
+    TuningEvent,
+    TuningJob,
+    TuningOrder,
+    TuningStatus,
+)
 from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
-from mmrl_ray.serving.tuning_runs import open_run, results, run_checkpoints, run_events, trained_tokens
+from mmrl_ray.serving.tuning_runs import open_run, result_file, results, run_checkpoints, run_events, trained_tokens
 
 _PREFIX = "ftjob-"
+_FILE_ID = re.compile(r"file-([0-9a-f]{24})-([a-z]+\.[a-z]+)")
+"""Of a job's result file: the mark of the job's id, and the name in the run's folder."""
 _MARK_CHARS = 8
 _STATUSES: dict[Status, TuningStatus] = {
     "pending": "queued",
@@ -77,6 +87,10 @@ class RayJobService:
 
         return await asyncio.to_thread(read)
 
+    async def result(self, file_id: str) -> ResultFile:
+        """See `JobService`."""
+        return await asyncio.to_thread(self._result, file_id)
+
     # -- in a thread -----------------------------------------------------------------------------------------------
 
     @property
@@ -96,6 +110,18 @@ class RayJobService:
         joined = None if self._allowed.address else own_ray()
         id = submit_run(self._server, cfg, python=python, id=_PREFIX + mark, request=asdict(order), ray_address=joined)
         return _told(self._server.get(id))
+
+    def _result(self, file_id: str) -> ResultFile:
+        found: ResultFile | None = None
+        if (parts := _FILE_ID.fullmatch(file_id)) is not None:
+            try:
+                run = open_run(self._job(_PREFIX + parts[1]).facts.location)
+                found = None if run is None else result_file(run, parts[2])
+            except UnknownJobError:
+                pass
+        if found is None:
+            raise UnknownFileError(f"there is no file {file_id[:64]!r}: a job names its own as result_files")
+        return found
 
     def _cancel(self, id: str) -> TuningJob:
         job = self._job(id)
@@ -137,7 +163,8 @@ def _told(job: Job) -> TuningJob:
     files: tuple[str, ...] = ()
     if job.is_over:
         tokens = _of_run(job, trained_tokens)
-        files = _of_run(job, results) or ()
+        mark = job.id.removeprefix(_PREFIX)
+        files = tuple(f"file-{mark}-{name}" for name in _of_run(job, results) or ())
     return TuningJob(
         id=job.id,
         order=_order(job),

@@ -213,7 +213,7 @@ class TuningJob:
     trained_tokens: int | None = None
     """Completion tokens that it learnt from; known when it is over."""
     result_files: tuple[str, ...] = ()
-    """Names in the run's folder."""
+    """Ids of `JobService.result`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +238,15 @@ class TuningCheckpoint:
     name: str
     """Of the run at that step."""
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """A file that a job has written."""
+
+    name: str
+    created_at: int
+    data: bytes
 
 
 class JobService(Protocol):
@@ -275,4 +284,12 @@ class JobService(Protocol):
 
     async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
         """Those that are there, the newest first."""
+        ...
+
+    async def result(self, file_id: str) -> ResultFile:
+        """One of a job's result files.
+
+        Raises:
+            UnknownFileError: there is no such file.
+        """
         ...

@@ -9,10 +9,11 @@ from pyarrow import fs
 
 from mmrl_ray.errors import RunError
 from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
+from mmrl_ray.policy.adapters import checkpoint_id
 from mmrl_ray.rollouts.metrics import METRICS_FILE
 from mmrl_ray.rollouts.recorder import rollouts_name
 from mmrl_ray.run_dir import MANIFEST, RunDir
-from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent
+from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent
 
 EVENTS_FILE = "events.jsonl"
 RESULTS = ("summary.json", "report.html", METRICS_FILE)
@@ -42,8 +43,18 @@ def trained_tokens(run: RunDir) -> int:
 
 
 def results(run: RunDir) -> tuple[str, ...]:
-    """Files that a user looks for, behind the run's name."""
-    return tuple(f"{run.name}/{name}" for name in RESULTS if run.exists(name))
+    """Names of the files that a user looks for."""
+    return tuple(name for name in RESULTS if run.exists(name))
+
+
+def result_file(run: RunDir, name: str) -> ResultFile | None:
+    """One of `results`, whole; None where it is not there.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    written = _written(run, name) if name in RESULTS else None
+    return None if written is None else ResultFile(name, written, run.read_bytes(name))
 
 
 def run_events(run: RunDir, job_id: str, begun: int) -> Iterator[TuningEvent]:
@@ -73,7 +84,7 @@ def run_checkpoints(run: RunDir, job_id: str) -> list[TuningCheckpoint]:
     for step in reversed(checkpoint_steps(run)):
         written = _written(run, f"{checkpoint_name(step)}/{MANIFEST}")
         if written is not None:  # else its writer died before the commit
-            name = f"{run.name}:ckpt-step-{step}"
+            name = checkpoint_id(run.name, step)
             metrics = _figures(lines.get(step, {"step": step - 1}))
             found.append(TuningCheckpoint(f"ftckpt-{job_id}-{step:06d}", step, written, name, metrics))
     return found

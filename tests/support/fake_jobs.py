@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from mmrl_ray.config.fine_tuning import FineTuningSection
 from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.errors import UnknownJobError
-from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
+from mmrl_ray.errors import UnknownFileError, UnknownJobError
+from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
 
 RECIPE = {
     "model": {"path": "hub/base", "lora": {"r": 4}},
@@ -32,6 +32,7 @@ class FakeJobs:
     known: dict[str, TuningJob] = field(default_factory=dict)
     told: dict[str, list[TuningEvent]] = field(default_factory=dict)
     kept: dict[str, list[TuningCheckpoint]] = field(default_factory=dict)
+    files: dict[str, ResultFile] = field(default_factory=dict)
 
     async def create(self, order: TuningOrder) -> TuningJob:
         if self.error is not None:
@@ -61,6 +62,11 @@ class FakeJobs:
 
     async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
         return self.kept.get((await self.get(id)).id, [])
+
+    async def result(self, file_id: str) -> ResultFile:
+        if file_id not in self.files:
+            raise UnknownFileError(f"there is no file {file_id!r}")
+        return self.files[file_id]
 
     def change(self, id: str, **facts: object) -> TuningJob:
         if id not in self.known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 
@@ -15,12 +15,13 @@ from mmrl_ray.serving.fine_tuning_types import (
     CheckpointPage,
     EventCard,
     EventPage,
+    FileCard,
     FineTuningRequest,
     JobCard,
     JobPage,
 )
 from mmrl_ray.serving.http_errors import problem
-from mmrl_ray.serving.protocols import JobService, TuningJob
+from mmrl_ray.serving.protocols import JobService, ResultFile, TuningJob
 from mmrl_ray.serving.routes.body import read_json
 from mmrl_ray.serving.routes.documents import json_answer, takes_json
 from mmrl_ray.serving.routes.tools import Tools
@@ -46,6 +47,7 @@ def add_fine_tuning(app: FastAPI, tools: Tools) -> None:
     """All of its routes."""
     _add_jobs(app, tools)
     _add_details(app, tools)
+    _add_files(app, tools)
 
 
 def _add_jobs(app: FastAPI, tools: Tools) -> None:
@@ -87,6 +89,37 @@ def _add_jobs(app: FastAPI, tools: Tools) -> None:
         service, _ = _service(tools)
         async with asyncio.timeout(tools.timeout_s):
             return json_answer(JobCard.of(await service.cancel(job_id)))
+
+    @app.post(_PATH + "/{job_id}/{change}", include_in_schema=False, dependencies=options["dependencies"])
+    async def pause_or_resume(job_id: str, change: Literal["pause", "resume"]) -> Response:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            await service.get(job_id)
+        message = (
+            f"{change} is not supported here: cancel lets a job finish its step and write a checkpoint, and whoever "
+            f"runs the cluster goes on from it with: mmrl jobs resume {job_id}"
+        )
+        raise problem(400, message, code="not_supported")
+
+
+def _add_files(app: FastAPI, tools: Tools) -> None:
+    options: dict[str, Any] = {"tags": ["fine-tuning"], "dependencies": [ADMIN]}
+
+    async def found(file_id: str) -> ResultFile:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            return await service.result(file_id)
+
+    @app.get("/v1/files/{file_id}", response_model=FileCard, summary="A result file of a job", **options)
+    async def file(file_id: str) -> Response:
+        return json_answer(FileCard.of(file_id, await found(file_id)))
+
+    @app.get("/v1/files/{file_id}/content", summary="What it holds", **options)
+    async def content(file_id: str) -> Response:
+        held = await found(file_id)
+        # Never shown as a page of this server: it holds captions and prompts of anybody's.
+        headers = {"content-disposition": f'attachment; filename="{held.name}"', "x-content-type-options": "nosniff"}
+        return Response(held.data, media_type="application/octet-stream", headers=headers)
 
 
 def _add_details(app: FastAPI, tools: Tools) -> None:

@@ -13,10 +13,10 @@ from fastapi.testclient import TestClient
 
 from mmrl_ray.config.fine_tuning import FineTuningSection
 from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.errors import ConfigError, JobError, JobServerError, OverloadedError
+from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, OverloadedError
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore
-from mmrl_ray.serving.protocols import TuningCheckpoint, TuningEvent, TuningOrder
+from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningOrder
 from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
 from tests.support.fake_jobs import RECIPE, SETTINGS, FakeJobs
 from tests.support.fake_services import FakePolicy, running_gateway
@@ -124,6 +124,33 @@ def test_events_and_checkpoints(server: Server) -> None:
     assert list(server.jobs.checkpoints.list(server.create().id)) == []
 
 
+def test_result_files_are_fetched(server: Server) -> None:
+    server.fakes.files = {"file-0-report.html": ResultFile("report.html", 1_700_000_000, b"<script>")}
+    files = server.connect("admin").files
+    card = files.retrieve("file-0-report.html")
+    assert (card.id, card.object, card.bytes, card.filename) == ("file-0-report.html", "file", 8, "report.html")
+    assert (card.created_at, card.purpose, card.status) == (1_700_000_000, "fine-tune-results", "processed")
+    held = files.content("file-0-report.html")
+    assert held.read() == b"<script>"
+    assert "text/html" not in held.response.headers["content-type"], "a report must not run as a page of the server"
+    for call in (files.retrieve, files.content):
+        with pytest.raises(openai.NotFoundError) as error:
+            call("file-1-report.html")
+        assert error.value.param == "file_id"
+        with pytest.raises(openai.PermissionDeniedError):
+            getattr(server.connect("infer").files, call.__name__)("file-0-report.html")
+
+
+def test_pause_and_resume_are_not_supported(server: Server) -> None:
+    id = server.create().id
+    for call in (server.jobs.pause, server.jobs.resume):
+        with pytest.raises(openai.BadRequestError, match=f"not supported here.*mmrl jobs resume {id}") as error:
+            call(id)
+        assert error.value.code == "not_supported"
+        with pytest.raises(openai.NotFoundError):
+            call("ftjob-9")
+
+
 @pytest.mark.parametrize(
     ("change", "param", "message"),
     [
@@ -180,6 +207,7 @@ def test_only_an_admin_may(server: Server) -> None:
         (OverloadedError("4 jobs are under way"), openai.InternalServerError, "4 jobs are under way"),
         (JobServerError("no job server answers"), openai.InternalServerError, "no job server answers"),
         (ConfigError("too many steps"), openai.BadRequestError, "too many steps"),
+        (JobSetupError("port 52365 is taken"), openai.InternalServerError, "port 52365 is taken"),
         (JobError("secret token"), openai.InternalServerError, "the server failed"),
     ],
 )
