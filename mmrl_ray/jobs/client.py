@@ -47,7 +47,7 @@ _TALKATIVE = (
 _LONGEST_REASON = 500
 _AGENT_PORT = 52365
 """Where the agent of a node that `ray start` began listens, unless it was told otherwise."""
-_NO_AGENT = re.compile(r"head node agent|Unauthorized|Forbidden|authentication token|No agent available", re.IGNORECASE)
+_NO_AGENT = re.compile(r"head node agent|Unauthorized|Forbidden|authentication token|No available agent")
 """What the job server says of an agent that did not come up, or of another Ray's that answers in its place."""
 
 T = TypeVar("T")
@@ -220,11 +220,13 @@ class JobsClient:
         if "already exists" in told[2] or "already been used" in told[2]:
             return JobError(f"there is a job {id} at {self.address} already: choose another --id")
         if _NO_AGENT.search(told[2]) is not None:
-            return JobSetupError(
-                f"Ray at {self.address} has no agent of its own that would start jobs: most likely another Ray of its "
-                f"head node has the agent's port, {_AGENT_PORT} unless it was told otherwise{_holder(_AGENT_PORT)}. "
-                "This does not pass by itself: end that one, or start this one with "
-                f"ray start --dashboard-agent-listen-port PORT, one that is free ({reason})"
+            holder = _holder(_AGENT_PORT)
+            kind = JobSetupError if holder else JobServerError
+            return kind(
+                f"Ray at {self.address} has no agent that would start jobs: it has just begun, or another Ray "
+                f"of its head node has the agent's port, {_AGENT_PORT} unless it was told otherwise{holder}. That "
+                "does not pass by itself: end that one, or start this one with ray start --dashboard-agent-listen-port "
+                f"and a port that is free ({reason})"
             )
         if status >= 500:
             return JobServerError(f"Ray at {self.address} cannot do it now: {reason}")

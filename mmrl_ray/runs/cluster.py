@@ -125,7 +125,7 @@ def ray_at(
     try:
         try:
             if address is None:
-                with _signals_kept(), _out_of_reach(), _free_agent_port():
+                with _signals_kept(), _out_of_reach(), free_agent_port():
                     ray.init(
                         address="local",  # without it, Ray joins whatever `ray start` has left on this machine
                         num_cpus=max(os.cpu_count() or 1, cpus),
@@ -188,7 +188,7 @@ def _out_of_reach() -> Iterator[None]:
 
 
 @contextmanager
-def _free_agent_port() -> Iterator[None]:
+def free_agent_port() -> Iterator[None]:
     """The agent of a node, which starts and stops jobs, listens on any free port meanwhile.
 
     Ray's own default is one fixed port (52365): where another Ray of this machine has it, no job can be sent.

@@ -8,6 +8,7 @@ import os
 import secrets
 import shlex
 import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ray._raylet import AuthenticationTokenLoader, Config
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.jobs.client import JobsClient
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.cluster import configure_ray
+from mmrl_ray.runs.cluster import configure_ray, free_agent_port
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.job_service import RayJobService
 from mmrl_ray.serving.tuning_runs import run_checkpoints, run_events, trained_tokens
@@ -49,10 +50,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
         port = free_port()
-        ray.init(
-            "local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
-            object_store_memory=100 * 2**20, log_to_driver=False,
-        )  # fmt: skip
+        with free_agent_port(), socket.socket() as elsewhere:  # as if another Ray of this machine had Ray's own port
+            with contextlib.suppress(OSError):
+                elsewhere.bind(("", 52365))
+                elsewhere.listen()
+            ray.init(
+                "local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
+                object_store_memory=100 * 2**20, log_to_driver=False,
+            )  # fmt: skip
         try:
             environment = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "COLUMNS": "200"}
             # A variable that Ray's own client would prefer to the address it is given.

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import socket
+import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import mmrl_ray
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config, parse_config
 from mmrl_ray.config.reward import RewardSection
-from mmrl_ray.errors import JobError
+from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError
+from mmrl_ray.jobs import client as jobs_client
+from mmrl_ray.jobs.client import JobsClient
 from mmrl_ray.jobs.package import packed
 from mmrl_ray.jobs.records import Job, JobFacts, check_id, new_id
 from mmrl_ray.jobs.submit import python_for, resume_run, submit_run
+from mmrl_ray.runs.jobs import submit
 
 HERE = socket.gethostname()
 
@@ -31,6 +41,7 @@ class Cluster:
     known: list[Job] = field(default_factory=list)
     sent: list[tuple[str, str, JobFacts, Mapping[str, str]]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
+    address: str = "http://127.0.0.1:8265"
 
     def hosts(self) -> list[str]:
         return self.nodes
@@ -104,6 +115,64 @@ def test_one_job_at_a_run(cfg: Config) -> None:
     cluster.known.pop()
     submit_run(cluster, cfg)
     assert len(cluster.sent) == 1
+
+
+@pytest.fixture
+def two_rays(tmp_path: Path) -> Iterator[None]:
+    """What the process table shows of two Rays on this machine."""
+    (tmp_path / "dashboard").mkdir()
+    program = tmp_path / "dashboard" / "dashboard.py"
+    program.write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
+    with contextlib.ExitStack() as stack:
+        for port in (8265, 8266):
+            arguments = [f"--port={port}", f"--gcs-address=10.0.0.7:{port - 1000}"]
+            process = subprocess.Popen([sys.executable, str(program), *arguments], stdout=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+        yield
+
+
+@pytest.mark.usefixtures("two_rays")
+def test_of_two_rays_of_a_machine_one_is_named(cfg: Config, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    here: Any = Cluster(address="http://localhost:8266")
+    cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"root": str(tmp_path)})})
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:8265.* and .*127\.0\.0\.1:8266.*--address"):
+        submit(here, cfg, chosen=False)
+    assert here.sent == []
+    submit(here, cfg)
+    assert here.sent[-1][1].endswith("train config.yaml --address 10.0.0.7:7266"), "what Ray would join is its guess"
+
+
+def test_a_port_that_another_has_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Head(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path.startswith("/api/version")
+            body = json.dumps({"version": "4", "ray_version": ray.__version__, "ray_commit": "x"}).encode()
+            self.send_response(200 if known else 500)
+            self.end_headers()
+            self.wfile.write(body if known else b"No available agent to submit job, please try again later.")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            client = JobsClient(f"http://127.0.0.1:{server.server_port}")
+            monkeypatch.setattr(jobs_client, "_AGENT_PORT", server.server_port)
+            cure = rf"port, {server.server_port} .*process {os.getpid()} listens.*--dashboard-agent-listen-port"
+            with pytest.raises(JobSetupError, match=cure):
+                client.jobs()
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                monkeypatch.setattr(jobs_client, "_AGENT_PORT", free.getsockname()[1])
+                with pytest.raises(JobServerError, match="it has just begun"):
+                    client.jobs()
+        finally:
+            server.shutdown()
 
 
 def test_the_interpreter() -> None:

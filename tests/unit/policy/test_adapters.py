@@ -45,6 +45,9 @@ class FakeSource:
         self.folder, self.step = folder, step
         self.opened = 0
 
+    def checkpoint(self, step: int) -> None:
+        """A folder has none."""
+
     def newest(self) -> AdapterVersion | None:
         return None if self.step < 0 else AdapterVersion(self.step, f"{self.folder}-{self.step}", 7)
 

@@ -292,6 +292,25 @@ def test_a_run_gives_its_newest_version(trained: Callable[[int], Policy], tmp_pa
     assert step_of(source) == 5
 
 
+def test_a_checkpoint_is_asked_for_by_its_id(base: Path, trained: Callable[[int], Policy], tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path, "mine")
+    run_dir.write_text("config.yaml", "{}")
+    for step in (2, 4):
+        checkpoint(run_dir, step, trained(step))
+    with started(base, {"mine": tmp_path / "mine"}, max_adapters=2) as engine:
+        newest = run(engine.generate(ask("mine")))
+        same = run(engine.generate(ask("mine:ckpt-step-4")))
+        older = run(engine.generate(ask("mine:ckpt-step-2")))
+        assert [made.served.version for made in (newest, same, older)] == [4, 4, 2]
+        assert tokens_of(newest) == tokens_of(same)
+        with started(base, {"two": tmp_path / "mine" / "checkpoints" / "step-000002"}) as alone:
+            assert tokens_of(older) == tokens_of(run(alone.generate(ask("two"))))
+        run(engine.refresh())
+        for id in ("mine:ckpt-step-3", "mine:ckpt-step-", "other:ckpt-step-2", "mine:ckpt-step-2:ckpt-step-2"):
+            with pytest.raises(UnknownModelError):
+                run(engine.generate(ask(id)))
+
+
 def test_a_damaged_checkpoint_is_passed_over(trained: Callable[[int], Policy], tmp_path: Path) -> None:
     run_dir = RunDir.create(tmp_path, "run")
     source = RunSource(run_dir)
