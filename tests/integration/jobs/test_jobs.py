@@ -9,6 +9,7 @@ import secrets
 import shlex
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -168,9 +169,13 @@ def drivers(id: str) -> list[psutil.Process]:
 def jobs_end_as_their_commands_do(workplace: Workplace, client: JobsClient) -> None:
     """The interpreter is a script here, which stands for what a run does."""
     config = workplace.config("ends")
-    careful = script(
-        workplace.folder / "careful", "trap 'echo saved; exit 0' INT; echo up; while :; do sleep 0.1; done"
+    # No trap of the shell: it cannot hear a signal that was ignored when it began, as a run does.
+    waits = (
+        "import signal, sys, time; "
+        "signal.signal(signal.SIGINT, lambda *_: (print('saved', flush=True), sys.exit(0))); "
+        "print('up', flush=True); time.sleep(600)"
     )
+    careful = script(workplace.folder / "careful", f"exec {shlex.quote(sys.executable)} -c {shlex.quote(waits)}")
     told = call("submit", workplace.config("careful"), "--id", "careful", "--python", careful, "--no-wait")
     assert told == "careful\n"
 
