@@ -244,12 +244,12 @@ class JobsClient:
 
 @dataclass(frozen=True, slots=True)
 class LocalRay:
-    """A Ray whose head node is this machine, and that takes jobs."""
+    """A Ray whose head node is this machine."""
 
     store: str
     """HOST:PORT of its control store."""
-    url: str
-    """Of its job server."""
+    url: str | None
+    """Of its job server; None where it takes no jobs, as that of a local `mmrl train`."""
 
 
 def local_rays() -> list[LocalRay]:
@@ -258,14 +258,24 @@ def local_rays() -> list[LocalRay]:
     for process in psutil.process_iter():
         try:
             arguments = process.cmdline()
-        except psutil.Error:  # it has ended, or is another user's
+            if not any(each.endswith("dashboard/dashboard.py") for each in arguments):
+                continue
+            options = dict(each.removeprefix("--").split("=", 1) for each in arguments if re.match(r"--[a-z-]+=", each))
+            if "gcs-address" not in options or "port" not in options:
+                continue
+            # Ray starts the process without its job server where it is to have no dashboard.
+            takes_jobs = "modules-to-load" not in options and "--minimal" not in arguments
+            port = _port_of(process, int(options["port"]), int(options.get("port-retries", 0)))
+        except (psutil.Error, ValueError):  # it has ended, is another user's, or is no dashboard
             continue
-        if not any(each.endswith("dashboard/dashboard.py") for each in arguments):
-            continue
-        options = dict(each.removeprefix("--").split("=", 1) for each in arguments if re.match(r"--[a-z-]+=", each))
-        if "gcs-address" in options and "port" in options:
-            found.add((options["gcs-address"], f"http://127.0.0.1:{options['port']}"))
-    return [LocalRay(store, url) for store, url in sorted(found)]
+        found.add((options["gcs-address"], f"http://127.0.0.1:{port}" if takes_jobs else None))
+    return [LocalRay(store, url) for store, url in sorted(found, key=str)]
+
+
+def _port_of(process: psutil.Process, first: int, retries: int) -> int:
+    """Where a dashboard listens, which takes the next ports where its first one is taken."""
+    held = {each.laddr.port for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN}
+    return min((port for port in held if first <= port <= first + retries), default=first)
 
 
 def _holder(port: int) -> str:

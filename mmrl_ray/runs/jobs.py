@@ -108,11 +108,12 @@ def _store_of(address: str, chosen: bool) -> str | None:
     rays = local_rays()
     if len(rays) < 2:
         return None
-    if not chosen:
-        named = " and ".join(each.url for each in rays)
+    servers = {each.url: each.store for each in rays if each.url is not None}
+    if not chosen and len(servers) > 1:
+        named = " and ".join(servers)
         raise ConfigError(f"several Rays of this machine take jobs: {named}: name the one to use with --address")
     port = urlsplit(address).port
-    return next((each.store for each in rays if urlsplit(each.url).port == port), None)
+    return next((store for url, store in servers.items() if urlsplit(url).port == port), None)
 
 
 def _absolute_folder(folder: str) -> str:

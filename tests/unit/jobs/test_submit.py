@@ -24,7 +24,7 @@ from mmrl_ray.config.load import load_config, parse_config
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError
 from mmrl_ray.jobs import client as jobs_client
-from mmrl_ray.jobs.client import JobsClient
+from mmrl_ray.jobs.client import JobsClient, local_rays
 from mmrl_ray.jobs.package import packed
 from mmrl_ray.jobs.records import Job, JobFacts, check_id, new_id
 from mmrl_ray.jobs.submit import python_for, resume_run, submit_run
@@ -119,13 +119,14 @@ def test_one_job_at_a_run(cfg: Config) -> None:
 
 @pytest.fixture
 def two_rays(tmp_path: Path) -> Iterator[None]:
-    """What the process table shows of two Rays on this machine."""
+    """What the process table shows of two Rays on this machine that take jobs, and of one for a single run."""
     (tmp_path / "dashboard").mkdir()
     program = tmp_path / "dashboard" / "dashboard.py"
     program.write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
     with contextlib.ExitStack() as stack:
-        for port in (8265, 8266):
-            arguments = [f"--port={port}", f"--gcs-address=10.0.0.7:{port - 1000}"]
+        alone = "--modules-to-load=UsageStatsHead"
+        for store, port, more in ((7265, 8265, []), (7266, 8266, []), (7267, 8265, [alone])):
+            arguments = [f"--port={port}", f"--gcs-address=10.0.0.7:{store}", *more]
             process = subprocess.Popen([sys.executable, str(program), *arguments], stdout=subprocess.PIPE)
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -142,6 +143,7 @@ def test_of_two_rays_of_a_machine_one_is_named(cfg: Config, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:8265.* and .*127\.0\.0\.1:8266.*--address"):
         submit(here, cfg, chosen=False)
     assert here.sent == []
+    assert [each.url for each in local_rays() if each.store == "10.0.0.7:7267"] == [None]
     submit(here, cfg)
     assert here.sent[-1][1].endswith("train config.yaml --address 10.0.0.7:7266"), "what Ray would join is its guess"
 
