@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,15 @@ from mmrl_ray.telemetry.terminal import PlainTable, say
 _SHARES = 1_000_000
 
 
-def train_reward(cfg: RewardModelConfig, *, progress: ProgressFn | None = None) -> dict[str, Any]:
+def train_reward(
+    cfg: RewardModelConfig,
+    *,
+    progress: ProgressFn | None = None,
+    busy: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
     """Reads the data, trains, looks at the held-out split, and writes `cfg.out`; returns the report that it holds.
+
+    `busy` is entered with a name of what goes on before and after the steps that `progress` is told of.
 
     Raises:
         ModelError: `cfg.out` is there already, or the vision checkpoint cannot be used.
@@ -46,8 +54,10 @@ def train_reward(cfg: RewardModelConfig, *, progress: ProgressFn | None = None) 
     refuse_occupied(cfg.out)
     started = time.monotonic()
     quarantine = Quarantine(cfg.data.max_quarantined)
-    train, held_out = _splits(cfg, quarantine)
-    source = _source(cfg)
+    with busy("reading the data"):
+        train, held_out = _splits(cfg, quarantine)
+    with busy("loading the vision model"):
+        source = _source(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, "reward model"))
         model = RewardModel(_spec(cfg, train, source))
@@ -55,8 +65,10 @@ def train_reward(cfg: RewardModelConfig, *, progress: ProgressFn | None = None) 
     read = time.monotonic()
     losses = train_reward_model(model, source, train, cfg.training, seed=cfg.seed, progress=progress)
     trained = time.monotonic()
+    with busy("scoring the held-out data"):
+        figures = evaluate_reward_model(model, source, held_out)
     report = {
-        "held_out": evaluate_reward_model(model, source, held_out),
+        "held_out": figures,
         "training": {
             "steps": len(losses),
             "loss_first": losses[0],
