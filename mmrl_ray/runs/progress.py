@@ -207,7 +207,7 @@ class _Phase:
             self.seen, self.last = self.done, now
         if self.first is None:
             # A first call that tells of one step tells of its time, too; else steps count from here on.
-            self.first = (0, self.began) if self.done <= 1 else (self.done, now)
+            self.first = (0, self.began) if self.done <= 1 and now > self.began else (self.done, now)
 
     def line(self, now: float) -> str:
         """Where it is."""

@@ -114,11 +114,13 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
             table.add_row(name, f"{row['count']:,}", accuracy, _interval(row), *others)
         console.print(table)
     if ratings:
-        table = _table("ratings", ("ratings", "RMSE", "NLL", "in 50 %", "in 80 %", "in 95 %"))
+        table = _table("ratings", ("ratings", "RMSE", "95 % interval", "NLL", "in 50 %", "in 80 %", "in 95 %"))
         for name, row in (("all", ratings), *ratings["parts"].items()):
             coverage = row.get("coverage", {})
             figures = (row["rmse"], row.get("nll"), *(coverage.get(share) for share in ("0.5", "0.8", "0.95")))
-            table.add_row(name, f"{row['count']:,}", *map(_figure, figures))
+            rmse, *others = map(_figure, figures)
+            interval = " … ".join(map(_figure, row.get("rmse_interval", ()))) or "–"
+            table.add_row(name, f"{row['count']:,}", rmse, interval, *others)
         console.print(table)
     for reason, count in report["left_out"]["reasons"].items():
         say(console, f"left out: {count} rows: {reason}")
