@@ -60,6 +60,7 @@ class RunProgress:
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=self.console,
+                redirect_stdout=sys.stdout.isatty(),  # else what is printed to a file would come here
             )
             self._bars.start()
         else:
