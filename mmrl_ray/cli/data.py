@@ -105,7 +105,7 @@ def _import(run: Callable[..., ImportSummary]) -> None:
 
     with RunProgress() as shown:
         update = shown.phase("import")
-        summary = run(progress=lambda done, total: update(done, total or done + 1, {}))
+        summary = run(progress=lambda done, total: update(done, total or 0, {}))
     typer.echo(f"{summary.out}: {summary.rows:,} images, {summary.references:,} references")
     for record in summary.quarantined:
         typer.echo(f"left out: {record.sample_id} ({record.where}): {record.reason}", err=True)

@@ -19,11 +19,12 @@ def train(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -
     from mmrl_ray.config.load import load_reward_model_config
 
     cfg = load_reward_model_config(config, set_ or ())
+    from mmrl_ray.runs.interrupts import StopOnInterrupt
     from mmrl_ray.runs.progress import RunProgress
     from mmrl_ray.runs.reward_model import print_report, train_reward
 
-    with RunProgress() as shown:
-        report = train_reward(cfg, progress=shown.phase("reward model"))
+    with StopOnInterrupt(), RunProgress() as shown:
+        report = train_reward(cfg, progress=shown.phase("reward model", lazily=True), busy=shown.busy)
     if as_json:
         show_json(report)
         return
@@ -41,9 +42,12 @@ def evaluate(
 ) -> None:
     """Pairwise accuracy, likelihood and calibration of a reward model on other data."""
     from mmrl_ray.config.reward_model import RewardDataSection
+    from mmrl_ray.runs.interrupts import StopOnInterrupt
+    from mmrl_ray.runs.progress import RunProgress
     from mmrl_ray.runs.reward_model import evaluate_reward, print_report
 
-    report = evaluate_reward(model, RewardDataSection(train=data, rating_scale=scale))
+    with StopOnInterrupt(), RunProgress() as shown, shown.busy("scoring"):
+        report = evaluate_reward(model, RewardDataSection(train=data, rating_scale=scale))
     show_json(report) if as_json else print_report(report)
     if out is not None:
         from mmrl_ray import atomic

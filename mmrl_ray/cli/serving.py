@@ -88,8 +88,10 @@ def caption(
     else:
         refuse_unknown(model or "")
     from mmrl_ray.runs.captioning import caption as make
+    from mmrl_ray.runs.interrupts import StopOnInterrupt
 
-    make(images, run=run, model=model, prompt=prompt, beta=beta, n=n, temperature=temperature)
+    with StopOnInterrupt():
+        make(images, run=run, model=model, prompt=prompt, beta=beta, n=n, temperature=temperature)
 
 
 @command(app, "score")

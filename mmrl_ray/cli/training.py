@@ -118,8 +118,9 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     from mmrl_ray.runs.progress import RunProgress
     from mmrl_ray.runs.warm_start import warm_start, warm_start_blindness, warm_start_left_out
 
-    with StopOnInterrupt(), RunProgress() as shown:
-        folder = warm_start(cfg, progress=shown.phase("warm start"))
+    with RunProgress() as shown, StopOnInterrupt(say=shown.note):
+        with shown.busy("loading what the warm start begins with"):
+            folder = warm_start(cfg, progress=shown.phase("warm start", lazily=True), say=shown.note)
         if left_out := warm_start_left_out(folder):
             shown.note(f"warm start: {told(left_out)}")
         if (found := warm_start_blindness(folder)) is not None:
@@ -146,8 +147,10 @@ def evaluate(
 
     refuse_unknown(target)  # before anything that takes seconds to import
     from mmrl_ray.runs.evaluate import evaluate as run
+    from mmrl_ray.runs.interrupts import StopOnInterrupt
 
-    run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta, as_json=as_json)
+    with StopOnInterrupt():
+        run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta, as_json=as_json)
 
 
 @command(app, "explain")

@@ -10,21 +10,23 @@ from typing import Any
 import torch
 
 from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
+from mmrl_ray.metrics.bootstrap import bootstrap_mean
 from mmrl_ray.models.reward_data import RewardData
 from mmrl_ray.models.reward_model import MODALITIES, RewardModel, Scores
 from mmrl_ray.models.vision_source import VisionSource
 
 COVERAGES = (0.5, 0.8, 0.95)
 """Of the central intervals whose coverage is counted."""
+_RESAMPLES = 2000
 
 
 def evaluate_reward_model(model: RewardModel, source: VisionSource, data: RewardData) -> dict[str, Any]:
     """JSON-able figures, over all and by part.
 
     `pairs`: count, decided (those that are no ties), accuracy of the decided, nll (mean −log Φ(z)), expected (the
-    accuracy that the model itself expects, the mean of Φ(|z|); near the accuracy where σ fits). `ratings`: count, rmse,
-    nll (row 15, in units of the ratings), coverage of the central 50, 80 and 95 % intervals. What a split has none of
-    is left out.
+    accuracy that the model itself expects, the mean of Φ(|z|); near the accuracy where σ fits). `ratings`: count, rmse
+    and rmse_interval (95 %, by bootstrap), nll (row 15, in units of the ratings), coverage of the central 50, 80 and
+    95 % intervals. What a split has none of is left out.
     """
     scores = model.score(source, [data.pictures[i] for i in data.of], data.captions)
     figures: dict[str, Any] = {"pictures": len(data.pictures), "captions": len(data.captions)}
@@ -73,7 +75,10 @@ def _rating_figures(scores: Scores, data: RewardData, rows: list[int], *, sigma_
     captions = torch.tensor([data.rated[row] for row in rows])
     target = torch.tensor([data.ratings[row] for row in rows], dtype=torch.float64)
     mean, sigma = scores.mean[captions].double(), scores.sigma[captions].double()
-    figures: dict[str, Any] = {"count": len(rows), "rmse": math.sqrt(float((target - mean).square().mean()))}
+    squares = bootstrap_mean((target - mean).square().tolist(), resamples=_RESAMPLES)
+    figures: dict[str, Any] = {"count": len(rows), "rmse": math.sqrt(squares.mean)}
+    if squares.known:
+        figures["rmse_interval"] = [math.sqrt(squares.low), math.sqrt(squares.high)]
     if sigma_trained:
         distance = (target - mean).abs() / sigma
         figures["nll"] = float(gaussian_nll(mean, 2 * sigma.log(), target))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.generation import GenerationRules, generation_rules
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.runs.progress import ProgressFn
+from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.state_records import MAX_STATES
 from mmrl_ray.runs.target import Target, open_target
 from mmrl_ray.telemetry.terminal import visible
@@ -95,7 +96,7 @@ def target_captions(
     """
     beta = target.beta(beta)
     if target.agent is not None:
-        return target.agent.captions(target.policy, samples)
+        return target.agent.captions(target.policy, samples, progress)
     return caption_samples(
         target.policy,
         samples,
@@ -118,6 +119,7 @@ def caption_images(
     n: int = 1,
     temperature: float | None = None,
     device: torch.device | str | None = None,
+    shown: RunProgress | None = None,
 ) -> list[tuple[str, str]]:
     """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
 
@@ -130,6 +132,7 @@ def caption_images(
         n: captions an image; it comes as often.
         temperature: 0 is greedy; by default 0 for one caption and 1 for more, as of the gateway.
         device: the first GPU by default where there is one.
+        shown: says where it is; of few images only if that takes long.
 
     Raises:
         ConfigError: a `beta` above 0, of a target without value heads; or samples of an agent, which has none.
@@ -138,20 +141,33 @@ def caption_images(
         RunError, ModelError: the target cannot be used.
     """
     encoded = [read_image(path) for path in images]  # before the model is loaded: a typo answers at once
-    opened = open_target(target, device=device)
+    busy = nullcontext if shown is None else shown.busy
+    with busy("loading the model"):
+        opened = open_target(target, device=device, shown=shown)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
     if temperature is None:
         temperature = 0.0 if n == 1 else 1.0
-    if n == 1 and temperature == 0:
-        captions = target_captions(opened, samples, max_new_tokens=max_new_tokens, beta=beta, as_served=True)
-        return [(str(path), text) for path, text in zip(images, captions, strict=True)]
-    drawn = _drawn(opened, samples, n, temperature, max_new_tokens or opened.max_new_tokens, opened.beta(beta))
+    progress = None if shown is None or len(images) <= BATCH else shown.phase("caption")
+    with busy("captioning"):
+        if n == 1 and temperature == 0:
+            captions = target_captions(
+                opened, samples, max_new_tokens=max_new_tokens, beta=beta, progress=progress, as_served=True
+            )
+            return [(str(path), text) for path, text in zip(images, captions, strict=True)]
+        longest = max_new_tokens or opened.max_new_tokens
+        drawn = _drawn(opened, samples, n, temperature, longest, opened.beta(beta), progress)
     return [(str(path), text) for path, texts in zip(images, drawn, strict=True) for text in texts]
 
 
 def _drawn(
-    target: Target, samples: Sequence[Sample], n: int, temperature: float, max_new_tokens: int, beta: float
+    target: Target,
+    samples: Sequence[Sample],
+    n: int,
+    temperature: float,
+    max_new_tokens: int,
+    beta: float,
+    progress: ProgressFn | None,
 ) -> list[list[str]]:
     """`n` captions of each sample, other ones each time."""
     if target.agent is not None:
@@ -172,6 +188,8 @@ def _drawn(
         prompts = encode_prompts(policy, samples[start : start + BATCH])
         asked = [DecodeRequest(p, n, replace(sampling, seed=secrets.randbits(31))) for p in prompts]
         found += [[each.caption for each in output.completions] for output in decode_groups(decoder, asked)]
+        if progress is not None:
+            progress(len(found), len(samples), {})
     return found
 
 
@@ -193,7 +211,9 @@ def caption(
     target = run if run is not None else model
     if target is None or (run is not None and model is not None):
         raise ConfigError("give either a run or a model to caption with")
-    for path, text in caption_images(target, images, prompt=prompt, beta=beta, n=n, temperature=temperature):
+    with RunProgress() as shown:
+        made = caption_images(target, images, prompt=prompt, beta=beta, n=n, temperature=temperature, shown=shown)
+    for path, text in made:
         if len(images) == n == 1:
             print(text.strip())
         else:

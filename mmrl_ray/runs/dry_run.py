@@ -122,7 +122,8 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Memory": _memory_lines(cfg, plan, found, address),
         "Warnings": found.warnings,
         "Not checked": found.unchecked,
-        "Would stop the run": found.blocking,
+        "Not on this machine": found.lacking,
+        "Would stop the run": found.refused,
     }
     for title, lines in sections.items():
         if lines:

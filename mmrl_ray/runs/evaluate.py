@@ -85,16 +85,18 @@ def evaluate(
         ConfigError: no data is given and the run has none, or a `beta` above 0, and there are no value heads.
         DataError, ModelError, RunError: what is read cannot be used, or `out` cannot be written.
     """
-    opened = open_target(target, device=device)
-    beta = opened.beta(beta)
-    data = data or opened.eval_data
-    if data is None:
-        raise ConfigError(f"{target} names no held-out split: give one with --data")
-    quarantine = Quarantine(opened.max_quarantined, source=data)
-    samples = read_split(data, prompt=prompt or opened.prompt, limit=limit, quarantine=quarantine)
-    statistics, source = _statistics(opened, data)
     states: list[CaptionState] = []
-    with RunProgress() as shown:
+    with RunProgress() as shown:  # nothing is printed within: on a terminal it would go to standard error
+        with shown.busy("loading the model"):
+            opened = open_target(target, device=device, shown=shown)
+        beta = opened.beta(beta)
+        data = data or opened.eval_data
+        if data is None:
+            raise ConfigError(f"{target} names no held-out split: give one with --data")
+        with shown.busy("reading the data"):
+            quarantine = Quarantine(opened.max_quarantined, source=data)
+            samples = read_split(data, prompt=prompt or opened.prompt, limit=limit, quarantine=quarantine)
+            statistics, source = _statistics(opened, data)
         captions = target_captions(
             opened,
             samples,
@@ -104,20 +106,23 @@ def evaluate(
             states=states,
             progress=shown.phase("caption"),
         )
-    evaluation = score_captions(
-        samples,
-        captions,
-        build_reward(opened.reward, statistics),
-        statistics,
-        timeout_s=opened.reward.timeout_s,
-        retries=opened.reward.retries,
-    )
+        evaluation = score_captions(
+            samples,
+            captions,
+            build_reward(opened.reward, statistics),
+            statistics,
+            progress=shown.phase("score"),
+            timeout_s=opened.reward.timeout_s,
+            retries=opened.reward.retries,
+        )
+        with shown.busy("looking for these pictures in what was trained on"):
+            seen = _trained_on(opened, samples, data)
     found_blind = evaluation_blindness(evaluation)
     unseeing = None if found_blind is None else found_blind.told("this evaluation")
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     notes += [told(quarantine.records)] if len(quarantine) else []
     notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
-    notes += _trained_on(opened, samples, data)
+    notes += seen
     found = States.of(samples[: len(states)], states).correlations if states else {}
     document = _text(_document(target, data, evaluation, found, [*notes, *filter(None, [unseeing])]))
     if as_json:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -13,6 +15,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 1.0
 """Signals so close together are one wish: `timeout` signals its child and then the child's group, a terminal that is
 closed does so by its kernel and by its shell."""
+
+
+_AGAIN = "Ctrl-C again stops at once"
 
 
 class StopOnInterrupt:
@@ -23,11 +28,26 @@ class StopOnInterrupt:
     to the main thread; on any other this does nothing.
     """
 
-    def __init__(self, stop: Callable[[], None] | None = None) -> None:
-        """Without `stop` the first signal raises KeyboardInterrupt, too."""
+    def __init__(
+        self,
+        stop: Callable[[], None] | None = None,
+        *,
+        awaited: Callable[[], str] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """Without `stop` the first signal raises KeyboardInterrupt, too.
+
+        Args:
+            stop: asks the work to stop.
+            awaited: what will still be finished, told to the user as soon as the signal comes.
+            say: tells it, and that what is raised was heard; by default only what is awaited, on standard error.
+        """
         self.asked = False
         """Whether a signal came."""
         self._stop = stop
+        self._awaited = awaited
+        self._say = say
+        self._at_once = False
         self._heard = 0.0
         self._before: dict[int, object] = {}
 
@@ -49,12 +69,41 @@ class StopOnInterrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it nothing is worth being finished: the first signal raises KeyboardInterrupt, one from before too."""
+        self._at_once = True
+        try:
+            if self.asked:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.asked and now - self._heard < SAME_S:
             return
         again, self.asked, self._heard = self.asked, True, now
-        if again or self._stop is None:
+        if again:
             raise KeyboardInterrupt
         # On a thread: what it calls may wait for the very thread that the signal has interrupted.
-        threading.Thread(target=self._stop, name="stop", daemon=True).start()
+        is_raised = self._stop is None or self._at_once
+        threading.Thread(target=self._ask, args=(is_raised,), name="stop", daemon=True).start()
+        if is_raised:
+            raise KeyboardInterrupt
+
+    def _ask(self, is_raised: bool) -> None:
+        if is_raised:
+            if self._say is not None:
+                self._say(f"stopping: what was begun is cleared away; {_AGAIN}")
+            return
+        if self._awaited is not None:
+            (self._say or _say)(f"stopping: {self._awaited()}; {_AGAIN}")
+        if self._stop is not None:
+            self._stop()
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # a terminal that was closed
+        os.write(2, f"{line}\n".encode())  # takes no lock that the interrupted thread may hold

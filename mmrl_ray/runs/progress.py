@@ -31,8 +31,9 @@ _LOOK_S = 0.5
 class RunProgress:
     """One line for each phase of a run, on standard error; figures of the newest step beside it.
 
-    One phase is open at a time: the next closes it. On a terminal its bar moves; elsewhere a line comes whenever the
-    work tells something, and at the latest after `SILENT_S`, however long a step or the loading of a model takes.
+    One phase is open at a time: the next closes it, and so does the end of the `busy` that it began in. On a terminal
+    its bar moves; elsewhere a line comes whenever the work tells something, and at the latest after `SILENT_S`, however
+    long a step or the loading of a model takes.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class RunProgress:
         self._clock = clock
         self._start = clock()
         self._bars: Progress | None = None
-        self._open: _Phase | None = None
+        self._stack: list[_Phase] = []
+        """What goes on: the last one, within those before it."""
         self._last_line = self._start
         self._as_log = as_log
         self._ended = threading.Event()
@@ -58,6 +60,7 @@ class RunProgress:
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=self.console,
+                redirect_stdout=sys.stdout.isatty(),  # else what is printed to a file would come here
             )
             self._bars.start()
         else:
@@ -68,7 +71,8 @@ class RunProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._close(self._open)
+        while self._stack:
+            self._close(self._stack[-1])
         if self._bars:
             self._bars.stop()
 
@@ -88,27 +92,30 @@ class RunProgress:
             return
         say(self.console, f"[{self._clock() - self._start:6.1f}s] WARNING: {text}", "bold red")
 
-    def phase(self, name: str) -> ProgressFn:
-        """Begins a phase; the function it returns takes (done, total, figures)."""
-        phase = self._begin(name)
-        if not self._bars:
-            self.note(name)
+    def phase(self, name: str, *, lazily: bool = False) -> ProgressFn:
+        """Begins a phase; the function it returns takes (done, total, figures), with a total of 0 where none is known.
+
+        With `lazily` it begins when that is first called: of work that may turn out to be done already.
+        """
+        phase = None if lazily else self._begin_phase(name)
 
         def update(done: int, total: int, figures: Mapping[str, float]) -> None:
-            if self._open is not phase:  # something was done in between
-                self._close(self._open)
-                self._open = phase
+            nonlocal phase
+            if phase is None:
+                phase = self._begin_phase(name)
+            elif phase not in self._stack:  # something was done in between
+                self._push(phase)
             phase.done, phase.total = done, total
             phase.figures = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
             now = self._clock()
             phase.moved(now)
             if self._bars and phase.task is not None:
                 told = "  ".join(filter(None, (phase.left(now), phase.figures)))
-                self._bars.update(phase.task, completed=done, total=total, figures=told)
+                self._bars.update(phase.task, completed=done, total=total or None, figures=told)
             elif done in (1, total) or now - self._last_line >= _PLAIN_INTERVAL_S:
                 self.note(phase.line(now))
                 sys.stderr.flush()
-            if done >= total:
+            if total and done >= total:
                 self._close(phase)
 
         return update
@@ -116,43 +123,65 @@ class RunProgress:
     @contextmanager
     def busy(self, name: str) -> Iterator[None]:
         """Says that `name` goes on, where it takes long and tells nothing of itself; a phase within it goes first."""
-        before, phase = self._open, self._begin(name, closes=False)
+        place = len(self._stack)
+        phase = self._new(name, is_phase=False)
+        self._push(phase)
         try:
             yield
         finally:
-            self._close(phase, forget=True)
-            if self._open in (None, phase):
-                self._open = before
+            while len(self._stack) > place:
+                self._close(self._stack[-1])
 
     def tick(self) -> None:
         """Says where the open phase is, if nothing was said for `SILENT_S`."""
-        now, phase = self._clock(), self._open
-        if phase is not None and now - self._last_line >= SILENT_S - _LOOK_S:
-            self.note(phase.line(now))
+        stack = self._stack[-1:]  # the work goes on meanwhile
+        now = self._clock()
+        if stack and now - self._last_line >= SILENT_S - _LOOK_S:
+            self.note(stack[0].line(now))
             sys.stderr.flush()
 
     def _tick(self) -> None:
         while not self._ended.wait(_LOOK_S):
             self.tick()
 
-    def _begin(self, name: str, *, closes: bool = True) -> _Phase:
-        if closes:
-            self._close(self._open)
-        task = self._bars.add_task(name, total=None, figures="") if self._bars else None
-        self._open = _Phase(name, self._clock(), task)
-        return self._open
+    def _begin_phase(self, name: str) -> _Phase:
+        phase = self._new(name, is_phase=True)
+        self._push(phase)
+        if not self._bars:
+            self.note(name)
+        return phase
 
-    def _close(self, phase: _Phase | None, *, forget: bool = False) -> None:
-        """Its clock stops; `forget` takes its bar away."""
-        if phase is None:
+    def _new(self, name: str, *, is_phase: bool) -> _Phase:
+        task = self._bars.add_task(name, total=None, figures="", visible=False) if self._bars else None
+        return _Phase(name, self._clock(), task, is_phase)
+
+    def _push(self, phase: _Phase) -> None:
+        """Has it go on: in place of an open phase, within what is busy."""
+        if self._stack and self._stack[-1].is_phase and phase.is_phase:
+            self._close(self._stack[-1])
+        self._show(is_shown=False)
+        self._stack.append(phase)
+        self._show(is_shown=True)
+
+    def _show(self, *, is_shown: bool) -> None:
+        """Shows the bar of what goes on, or takes it away if it tells nothing that would be missed."""
+        if self._bars and self._stack and (is_shown or not self._stack[-1].is_phase):
+            task = self._stack[-1].task
+            if task is not None and task in self._bars.task_ids:
+                self._bars.update(task, visible=is_shown)
+
+    def _close(self, phase: _Phase) -> None:
+        """Its clock stops, and what it was within goes on; the bar of what told nothing of itself is taken away."""
+        if phase not in self._stack:
             return
+        self._stack.remove(phase)
         if self._bars and phase.task is not None and phase.task in self._bars.task_ids:
-            if forget:
-                self._bars.remove_task(phase.task)
-            else:
+            if phase.total and phase.is_phase:
                 self._bars.stop_task(phase.task)
-        if self._open is phase:
-            self._open = None
+                self._bars.update(phase.task, figures=phase.figures)
+            else:
+                self._bars.remove_task(phase.task)
+        self._show(is_shown=True)
 
 
 @dataclass(slots=True)
@@ -162,6 +191,8 @@ class _Phase:
     name: str
     began: float
     task: TaskID | None
+    is_phase: bool
+    """And not just something that takes time."""
     done: int = 0
     total: int = 0
     figures: str = ""
@@ -177,12 +208,13 @@ class _Phase:
             self.seen, self.last = self.done, now
         if self.first is None:
             # A first call that tells of one step tells of its time, too; else steps count from here on.
-            self.first = (0, self.began) if self.done <= 1 else (self.done, now)
+            self.first = (0, self.began) if self.done <= 1 and now > self.began else (self.done, now)
 
     def line(self, now: float) -> str:
         """Where it is."""
         if not self.total:
-            return f"{self.name}: {now - self.began:.0f} s so far"
+            counted = f"{self.done:,} done, " if self.done else ""
+            return f"{self.name}: {counted}{now - self.began:.0f} s so far"
         since = f"{now - self.last:.0f} s in this step" if now - self.last >= SILENT_S / 2 else ""
         told = "  ".join(filter(None, (self.left(now), self.figures, since)))
         return f"{self.name} {self.done}/{self.total}  {told}".rstrip()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,15 @@ from mmrl_ray.telemetry.terminal import PlainTable, say
 _SHARES = 1_000_000
 
 
-def train_reward(cfg: RewardModelConfig, *, progress: ProgressFn | None = None) -> dict[str, Any]:
+def train_reward(
+    cfg: RewardModelConfig,
+    *,
+    progress: ProgressFn | None = None,
+    busy: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
     """Reads the data, trains, looks at the held-out split, and writes `cfg.out`; returns the report that it holds.
+
+    `busy` is entered with a name of what goes on before and after the steps that `progress` is told of.
 
     Raises:
         ModelError: `cfg.out` is there already, or the vision checkpoint cannot be used.
@@ -46,8 +54,10 @@ def train_reward(cfg: RewardModelConfig, *, progress: ProgressFn | None = None) 
     refuse_occupied(cfg.out)
     started = time.monotonic()
     quarantine = Quarantine(cfg.data.max_quarantined)
-    train, held_out = _splits(cfg, quarantine)
-    source = _source(cfg)
+    with busy("reading the data"):
+        train, held_out = _splits(cfg, quarantine)
+    with busy("loading the vision model"):
+        source = _source(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, "reward model"))
         model = RewardModel(_spec(cfg, train, source))
@@ -55,8 +65,10 @@ def train_reward(cfg: RewardModelConfig, *, progress: ProgressFn | None = None) 
     read = time.monotonic()
     losses = train_reward_model(model, source, train, cfg.training, seed=cfg.seed, progress=progress)
     trained = time.monotonic()
+    with busy("scoring the held-out data"):
+        figures = evaluate_reward_model(model, source, held_out)
     report = {
-        "held_out": evaluate_reward_model(model, source, held_out),
+        "held_out": figures,
         "training": {
             "steps": len(losses),
             "loss_first": losses[0],
@@ -102,11 +114,13 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
             table.add_row(name, f"{row['count']:,}", accuracy, _interval(row), *others)
         console.print(table)
     if ratings:
-        table = _table("ratings", ("ratings", "RMSE", "NLL", "in 50 %", "in 80 %", "in 95 %"))
+        table = _table("ratings", ("ratings", "RMSE", "95 % interval", "NLL", "in 50 %", "in 80 %", "in 95 %"))
         for name, row in (("all", ratings), *ratings["parts"].items()):
             coverage = row.get("coverage", {})
             figures = (row["rmse"], row.get("nll"), *(coverage.get(share) for share in ("0.5", "0.8", "0.95")))
-            table.add_row(name, f"{row['count']:,}", *map(_figure, figures))
+            rmse, *others = map(_figure, figures)
+            interval = " … ".join(map(_figure, row.get("rmse_interval", ()))) or "–"
+            table.add_row(name, f"{row['count']:,}", rmse, interval, *others)
         console.print(table)
     for reason, count in report["left_out"]["reasons"].items():
         say(console, f"left out: {count} rows: {reason}")

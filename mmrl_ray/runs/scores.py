@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -159,6 +159,7 @@ def score_captions(
     reward: RewardFn,
     statistics: CorpusStatistics,
     *,
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
     seed: int = 0,
     timeout_s: float = _TIMEOUT_S,
     retries: int = 0,
@@ -173,6 +174,7 @@ def score_captions(
         captions: one a sample, in order.
         reward: the run's.
         statistics: of the training references, for CIDEr-D.
+        progress: is told how many captions have their reward, of how many.
         seed: of the bootstrap.
         timeout_s: of the reward, for a batch; see `score_with_retry`.
         retries: of it.
@@ -192,6 +194,8 @@ def score_captions(
     for start in range(0, len(samples), _BATCH):
         batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
         scores += score_with_retry(reward, batch, said, timeout_s=timeout_s, retries=retries)
+        if progress is not None:
+            progress(len(scores), len(samples), {})
     reasons = [score.reason for score in scores if isinstance(score, RewardFailure)]
     if len(reasons) == len(scores):
         raise RewardError(f"none of {len(scores)} captions has a reward; the first: {reasons[0]}")

@@ -38,6 +38,7 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
 from mmrl_ray.runs.interrupts import StopOnInterrupt
+from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import base_for_use, same_base
 from mmrl_ray.serving.flags import set_flags
@@ -107,8 +108,9 @@ def _refuse_broken(model: ModelSection) -> None:
     """A model on this machine is looked at before a replica is started for it, and a small one is tried."""
     if not Path(model.path).expanduser().is_dir():
         return
-    load_skeleton(model)
-    try_quickly(model)
+    with RunProgress() as shown, shown.busy("loading the model for a trial"):
+        load_skeleton(model)
+        try_quickly(model)
 
 
 def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:
@@ -161,7 +163,9 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
         try:
             launch.deploy(application(cfg, insecure=insecure), APP, route_prefix="/")
             demand = f"{demanded_cpus(cfg)} CPUs and {cfg.serving.policy.resources.gpus:g} GPUs a policy replica"
-            if launch.wait_until_running(APP, _START_TIMEOUT_S, demand=demand, stop=stop):
+            with RunProgress() as shown, shown.busy("starting the gateway and loading the model"):
+                is_up = launch.wait_until_running(APP, _START_TIMEOUT_S, demand=demand, stop=stop)
+            if is_up:
                 print("\n".join(greeting(cfg, insecure=insecure)), flush=True)
                 stop.wait()
                 print("stopping: what is under way may finish; press Ctrl-C again to stop at once", flush=True)

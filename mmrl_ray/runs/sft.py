@@ -62,6 +62,7 @@ def train_supervised(
     progress: ProgressFn | None = None,
     on_left_out: Callable[[QuarantineRecord], None] | None = None,
     checkpoint: Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[float]:
     """Trains `policy` in place on `cfg.data.train`; an adapter is merged at the end. Returns the loss of each step.
 
@@ -69,7 +70,8 @@ def train_supervised(
     `data.max_quarantined`; `on_left_out` hears of each. The same arguments give the same weights on the CPU.
 
     With `checkpoint`, a file, everything that goes on is kept there about once a minute and when the user stops it (a
-    first signal lets the step finish); where it is there, training goes on from it to the very same weights.
+    first signal lets the step finish, which `say` is told); where it is there, training goes on from it to the very
+    same weights.
 
     Raises:
         DataError: the data cannot be read.
@@ -127,7 +129,10 @@ def train_supervised(
             figures |= {"samples of this step": samples}
         progress(len(losses), sft.steps, figures)
 
-    with StopOnInterrupt(asked.set) if checkpoint is not None else nullcontext():
+    def awaited() -> str:
+        return f"finishing step {min(len(losses) + 1, sft.steps)} of the warm start, which is kept to be gone on with"
+
+    with StopOnInterrupt(asked.set, awaited=awaited, say=say) if checkpoint is not None else nullcontext():
         for samples, batch in batches:
             path = path or choose_path(policy, [prompt for prompt, _ in batch[:2]]).path
             lr = optimizer.param_groups[0]["lr"]

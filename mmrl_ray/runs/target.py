@@ -30,6 +30,7 @@ from mmrl_ray.policy.value_heads import HEADS_FILE, add_decoding_heads
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.preferences import TRAIN as PAIRS
+from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.stored import TRAIN as STORED
 from mmrl_ray.runs.warm_start import base_for_use
 from mmrl_ray.value_based.agent import AGENT_FOLDER, FACTS_FILE, Agent
@@ -83,19 +84,22 @@ class PictureAgent:
     agent: Agent
     cache: VisionCache
 
-    def captions(self, policy: Policy, samples: Sequence[Sample]) -> list[str]:
+    def captions(self, policy: Policy, samples: Sequence[Sample], progress: ProgressFn | None = None) -> list[str]:
         """One greedy caption a sample, in order.
 
         Raises:
             DataError, ImageError: a sample cannot be encoded.
         """
-        return self.agent.captions(image_features(policy, samples, self.agent.facts.shape.image_tokens, self.cache))
+        told = None if progress is None else lambda done, total: progress(done, total, {})
+        tokens = self.agent.facts.shape.image_tokens
+        return self.agent.captions(image_features(policy, samples, tokens, self.cache, told))
 
 
-def open_target(target: str, *, device: torch.device | str | None = None) -> Target:
+def open_target(target: str, *, device: torch.device | str | None = None, shown: RunProgress | None = None) -> Target:
     """Loads a run (its base with its adapter) or a model.
 
-    A run folder is one with a `config.yaml`; whatever else is a model folder or a hub id.
+    A run folder is one with a `config.yaml`; whatever else is a model folder or a hub id. `shown` tells of a base that
+    is made anew.
 
     Raises:
         ConfigError: it looks like a folder, and there is none.
@@ -105,7 +109,7 @@ def open_target(target: str, *, device: torch.device | str | None = None) -> Tar
     refuse_unknown(target)
     _quieten()
     if is_run(target):
-        return _open_run(RunDir.at(target), device)
+        return _open_run(RunDir.at(target), device, shown)
     policy = load_policy(ModelSection(path=target), device=device)
     return Target(
         name=Path(target).name,
@@ -127,9 +131,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b.*")
 
 
-def _open_run(run: RunDir, device: torch.device | str | None) -> Target:
+def _open_run(run: RunDir, device: torch.device | str | None, shown: RunProgress | None) -> Target:
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
-    policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run)}), device=device)
+    policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run, shown)}), device=device)
     agent = None
     if cfg.value_based is not None:
         folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)

@@ -94,7 +94,11 @@ def train(cfg: Config, *, resume: bool = False, address: str | None = None, debu
     as_json = cfg.run.log_format == "json"
     level = logging.INFO if as_json else logging.WARNING  # on a terminal the progress says it already
     start_logging(cfg.run.log_format, run=cfg.run.name, role="driver", level=level)
-    with StopOnInterrupt(), PeakMemory() as memory, RunProgress(as_log=as_json) as progress:
+    with (
+        PeakMemory() as memory,
+        RunProgress(as_log=as_json) as progress,
+        StopOnInterrupt(say=progress.note),
+    ):
         return _Run(with_absolute_paths(cfg), progress, memory).whole(resume=resume, address=address, debug=debug)
 
 
@@ -115,6 +119,8 @@ class _Run:
         self._keep = True
         """Whether the run folder stays if the run ends now."""
         self._is_root_new = False
+        self._step = 0
+        """Steps that are known to be finished."""
         """Whether the folder that it lies in was made for it."""
         self._owner: RunOwner
 
@@ -196,7 +202,10 @@ class _Run:
                 else:
                     self._learn_by_value(start, run, hosted, statistics, samples)
             status = "finished"
-        except (KeyboardInterrupt, Interrupted):
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise Interrupted(f"stopped at once; go on with: mmrl train --resume {run.location}") from None
+        except Interrupted:
             status = "interrupted"
             raise
         except MMRLError as error:
@@ -219,7 +228,7 @@ class _Run:
             check_references(cfg)
             samples = self._held_out(again)
         with self._timed("warm_start"):
-            made = base_of_run(cfg, run, progress=self._warm_start_progress(run))
+            made = base_of_run(cfg, run, progress=self._warm_start_progress(run), say=self._progress.note)
             path, size = keep_base(cfg, run, made)
             if size:
                 self._facts["base_bytes"] = size
@@ -236,7 +245,7 @@ class _Run:
 
     def _warm_start_progress(self, run: RunDir) -> ProgressFn:
         """Shown, and told to whoever looks at the run's status."""
-        shown = self._progress.phase("warm start")
+        shown = self._progress.phase("warm start", lazily=True)
         told = time.monotonic()
 
         def update(done: int, total: int, figures: Mapping[str, float]) -> None:
@@ -303,26 +312,32 @@ class _Run:
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
         try:
-            with StopOnInterrupt(lambda: controller.request_stop("interrupted")):
+            with StopOnInterrupt(
+                lambda: controller.request_stop("interrupted"), awaited=self._awaited, say=self._progress.note
+            ) as interrupt:
                 learner = LearnerGroup(cfg, run, controller)
                 learner.start()
-                with self._progress.busy("loading the reward"):
-                    hosted.wait()
-                if samples and load_evaluation(run, "before") is None:
-                    if is_beginning:
-                        self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
-                    else:  # a later version's captions would pass for the first one's
-                        self._progress.note("evaluate (before): left out, the run is past its beginning")
-                if is_beginning and not preferences.has_measured(run, "before"):
-                    self._measure_pairs(cfg, run, "before", controller)
+                with interrupt.at_once():
+                    with self._progress.busy("loading the reward"):
+                        hosted.wait()
+                    if samples and load_evaluation(run, "before") is None:
+                        if is_beginning:
+                            self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
+                        else:  # a later version's captions would pass for the first one's
+                            self._progress.note("evaluate (before): left out, the run is past its beginning")
+                    if is_beginning and not preferences.has_measured(run, "before"):
+                        self._measure_pairs(cfg, run, "before", controller)
                 with self._timed("learning"):
                     self._watch(controller, learner, hosted)
                     outcome = learner.result()
-            if not outcome.finished:
-                raise Interrupted(f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}")
-            if samples:
-                self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
-            self._measure_pairs(cfg, run, "after", controller)
+                if not outcome.finished:
+                    raise Interrupted(
+                        f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}"
+                    )
+                with interrupt.at_once():
+                    if samples:
+                        self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
+                    self._measure_pairs(cfg, run, "after", controller)
         finally:
             try:
                 controller.close()
@@ -396,6 +411,7 @@ class _Run:
             captions,
             reward,
             statistics,
+            progress=self._progress.phase(f"score ({name})"),
             seed=self._cfg.run.seed,
             timeout_s=self._cfg.reward.timeout_s,
             retries=self._cfg.reward.retries,
@@ -423,15 +439,21 @@ class _Run:
     def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
         """Shows the newest step until the learner group is done."""
         update: ProgressFn = self._progress.phase("learning")
-        shown = -1
-        while not learner.wait(_WATCH_S):
+        self._step = shown = 0
+        is_over = False
+        while not is_over:
+            is_over = learner.wait(_WATCH_S)  # and then a last look: steps were finished since the one before
             self._owner.check()
             hosted.look()
             status = controller.status()
-            step, steps = int(status["step"]), int(status["steps"])
-            if step > max(shown, 0):
-                shown = step
-                update(step, steps, _figures(status.get("metrics", {})))
+            self._step, steps = int(status["step"]), int(status["steps"])
+            if self._step > shown:
+                shown = self._step
+                update(shown, steps, _figures(status.get("metrics", {})))
+
+    def _awaited(self) -> str:
+        """What is still done when the user stops the run."""
+        return f"finishing step {min(self._step + 1, self._cfg.learner.steps)}, then a checkpoint"
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -114,7 +114,11 @@ class ValueBasedRun:
         desk = StatusDesk(self._run, self._desk.status, self._desk.ask, self._note)
         desk.start()
         try:
-            with StopOnInterrupt(self._stop.set):
+            with StopOnInterrupt(
+                self._stop.set,
+                awaited=lambda: f"finishing the round after step {updates}, then a checkpoint",
+                say=self._progress.note,
+            ):
                 while updates < steps and not self._stop.is_set():
                     line = self._one_round(updates)
                     updates = self._trainer.updates

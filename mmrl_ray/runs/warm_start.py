@@ -73,12 +73,19 @@ _WHOLE = 16 << 20
 """Files of a model folder up to this size enter the key by content, larger ones by size and time of change."""
 
 
-def warm_start(cfg: Config, *, progress: ProgressFn | None = None, notice: Callable[[str], None] | None = None) -> str:
+def warm_start(
+    cfg: Config,
+    *,
+    progress: ProgressFn | None = None,
+    notice: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> str:
     """What `model.path` stands for: a folder with a model ready for reinforcement learning.
 
     A built-in model is made and, with an `sft` section, the model is trained; both are kept in `sft.cache` and found
     there the next time. A checkpoint without `sft` is returned as it was written (it may be a hub id). Writes the
-    scenes first where the config asks for them. `notice` is told before anything is made.
+    scenes first where the config asks for them. `notice` is told before anything is made, `say` what is awaited when
+    the user stops it.
 
     Raises:
         ModelError: no such built-in model, or the checkpoint cannot be used.
@@ -101,7 +108,7 @@ def warm_start(cfg: Config, *, progress: ProgressFn | None = None, notice: Calla
         notice(f"the model that it began with is not in {cache} any more: it is made anew{steps}")
     partial = cache / f"{target.name}{_PARTIAL}"
     with _staging(cache) as scratch:
-        facts = _make(cfg, scratch, progress, partial)
+        facts = _make(cfg, scratch, progress, partial, say)
         (scratch / FACTS).write_text(json.dumps({"made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
         if not (target / FACTS).is_file():  # another process may have been faster
             atomic.commit_folder(scratch, target)
@@ -115,6 +122,7 @@ def base_of_run(
     *,
     progress: ProgressFn | None = None,
     notice: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> str:
     """The model that a run's adapter belongs to: the one kept with the run, else (of older runs) as `warm_start`.
 
@@ -125,7 +133,7 @@ def base_of_run(
         as `warm_start`: the run has no base of its own.
     """
     if not _is_made(cfg) or not run.exists(f"{BASE}/{FACTS}"):
-        return warm_start(cfg, progress=progress, notice=notice)
+        return warm_start(cfg, progress=progress, notice=notice, say=say)
     if run.is_local:
         return str(run.local_path(BASE))
     target = _cache(cfg) / _key(run.read_json(f"{BASE}/{FACTS}")["made_from"])
@@ -177,17 +185,22 @@ def same_base(one: str, other: str) -> bool:
     return one == other if made == (None, None) else made[0] == made[1]
 
 
-def base_for_use(cfg: Config, run: RunDir) -> str:
-    """`base_of_run` for who only uses a run: what is gone of its data and its base is made anew, which is said."""
-    with RunProgress() as shown:
-        update: list[ProgressFn] = []
+def base_for_use(cfg: Config, run: RunDir, shown: RunProgress | None = None) -> str:
+    """`base_of_run` for who only uses a run: what is gone of its data and its base is made anew, which is said.
 
-        def progress(done: int, total: int, figures: Mapping[str, float]) -> None:
-            if not update:
-                update.append(shown.phase("warm start"))
-            update[0](done, total, figures)
-
-        return base_of_run(cfg, run, progress=progress, notice=lambda text: shown.warn(f"{cfg.run.name}: {text}"))
+    By `shown`, or by a progress of its own.
+    """
+    if shown is None:
+        with RunProgress() as own:
+            return base_for_use(cfg, run, own)
+    with shown.busy("looking for the model that the run began with"):
+        return base_of_run(
+            cfg,
+            run,
+            progress=shown.phase("warm start", lazily=True),
+            notice=lambda text: shown.warn(f"{cfg.run.name}: {text}"),
+            say=shown.note,
+        )
 
 
 def warm_start_facts(folder: str | Path) -> dict[str, Any]:
@@ -225,7 +238,9 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
     )
 
 
-def _make(cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Path) -> dict[str, Any]:
+def _make(
+    cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Path, say: Callable[[str], None] | None
+) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
     path = cfg.model.path
@@ -238,7 +253,7 @@ def _make(cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Pa
     policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
     left_out: list[dict[str, str]] = []
     losses = train_supervised(
-        policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint
+        policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint, say
     )
     _save(policy, folder)
     found = _blindness(policy, cfg)

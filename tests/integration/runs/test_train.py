@@ -199,9 +199,23 @@ def status(run: Path) -> dict[str, Any]:
 
 def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, straight: Path) -> None:
     run = workplace.runs / "stopped"
+    process = workplace.start("train", workplace.config("stopped"))
+    assert process.stdout is not None
+    said = ""
+    while not said.endswith("evaluate (before)\n"):
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    process.send_signal(signal.SIGINT)  # an evaluation is not awaited
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, said + output
+    assert "stopping: " in output
+    assert f"stopped at once; go on with: mmrl train --resume {run}" in output
+    assert "Traceback" not in output
+    assert not (run / "eval" / "before.parquet").exists()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
     try:
-        process = workplace.start("train", workplace.config("stopped"))
+        process = workplace.start("train", "--resume", run)
     finally:
         signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(metrics(run)) >= 1, process, "a step")
@@ -210,6 +224,8 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     assert process.returncode == 130, output
     done = len(metrics(run))
     assert done < 6
+    assert "stopping: finishing step " in output
+    assert "then a checkpoint; Ctrl-C again stops at once" in output
     assert f"stopped after {done} steps" in output
     assert "Traceback" not in output
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()

@@ -261,7 +261,8 @@ def test_says_what_would_stop_the_run(tmp_path: Path, sections: dict[str, Any], 
     found, text = show(config(tmp_path, **sections))
     assert len(found.blocking) == 1
     assert expected in found.blocking[0]
-    assert "Would stop the run" in text
+    assert ("Would stop the run" in text) == bool(found.refused), "the exit code goes by it"
+    assert ("Not on this machine" in text) == bool(found.lacking)
 
 
 def test_warns_of_a_format_that_no_reference_has_and_knows_what_the_template_writes(tmp_path: Path) -> None:

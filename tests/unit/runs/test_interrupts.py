@@ -12,10 +12,14 @@ import pytest
 from mmrl_ray.runs import interrupts
 
 _PROGRAM = """
-import sys, threading, time
+import contextlib, sys, threading, time
 from mmrl_ray.runs.interrupts import StopOnInterrupt
 stop = threading.Event()
-with StopOnInterrupt(stop.set if sys.argv[1] == "graceful" else None):
+mode = sys.argv[1]
+with (
+    StopOnInterrupt(stop.set if mode != "at once" else None, awaited=lambda: "finishing step 12") as interrupt,
+    interrupt.at_once() if mode == "evaluating" else contextlib.nullcontext(),
+):
     try:
         print("ready", flush=True)
         while not stop.wait(0.05):
@@ -41,7 +45,7 @@ def _nohup() -> None:
 
 def started(mode: str, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _PROGRAM, mode]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=prepare)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -77,6 +81,30 @@ def test_signals_close_together_are_one_and_a_later_one_stops_at_once() -> None:
         except subprocess.TimeoutExpired:
             continue
         assert output == "stopped at once\n"
+
+
+def test_what_is_awaited_is_said_when_the_signal_comes() -> None:
+    process = started("graceful")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "stopping: finishing step 12; Ctrl-C again stops at once\n"
+    assert said(process) == "finished the step\n"
+    process.kill()
+    process.communicate()
+
+
+def test_nothing_is_awaited_of_work_that_is_not_kept() -> None:
+    process = started("evaluating")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert output == "stopped at once\n"
+
+
+def test_a_signal_from_before_ends_what_is_not_kept() -> None:
+    with interrupts.StopOnInterrupt(lambda: None) as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), interrupt.at_once():
+            pytest.fail("it began all the same")
 
 
 def test_nohup_means_what_it_says() -> None:

@@ -84,5 +84,40 @@ def test_bars_of_phases_that_are_over_stand_still() -> None:
         first(1, 2, {})
         shown.phase("learning")(39, 40, {})
         states = {task.description: task.stop_time for task in shown._bars.tasks}
+        with shown.busy("starting Ray"):
+            shown.phase("evaluate")(1, 2, {})
+        over = {task.description: task.stop_time for task in shown._bars.tasks}
     assert states["warm start"] is not None
     assert states["learning"] is None
+    assert all(over[name] is not None for name in ("warm start", "evaluate"))
+    assert "starting Ray" not in over
+
+
+def test_what_comes_before_and_after_a_phase_is_told_of_too() -> None:
+    """A model is loaded, trained and saved: only the training has steps."""
+    clock = Clock()
+    with clock.shown.busy("warm start"):
+        update = clock.shown.phase("training", lazily=True)
+        clock.pass_by(11)
+        update(1, 2, {})
+        update(2, 2, {})
+        clock.pass_by(11)
+        clock.shown.phase("looking at captions")
+        clock.pass_by(11)
+    clock.pass_by(11)
+    lines = [line for _, line in clock.told()]
+    assert lines[0] == "warm start: 10 s so far"
+    assert lines[1:4] == ["training", "training 1/2", "training 2/2"]
+    assert lines[4].startswith("warm start: ")
+    assert lines[5] == "looking at captions"
+    assert lines[6].startswith("looking at captions: ")
+    assert len(lines) == 7, "what is over is not told of any more"
+
+
+def test_work_of_unknown_length_counts_what_is_done() -> None:
+    clock = Clock()
+    update = clock.shown.phase("import")
+    for done in range(1, 31):
+        clock.pass_by(1)
+        update(done, 0, {})
+    assert re.fullmatch(r"import: (\d+) done, \1 s so far", clock.told()[-1][1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,12 @@ def test_it_learns_the_order_and_the_noise(place: Path, trained: tuple[Path, dic
         captions += [pair.caption_a, pair.caption_b]
     scores = LearnedReward(folder).score_batch([samples[name] for name in names], captions)
     assert spearmanr([score.sigma for score in scores], [noise[name] for name in names]).statistic >= 0.5
-    coverage = report["held_out"]["ratings"]["coverage"]
+    ratings = report["held_out"]["ratings"]
+    low, high = ratings["rmse_interval"]
+    assert low < ratings["rmse"] < high
+    half = 1.96 * ratings["rmse"] / math.sqrt(2 * ratings["count"])  # of normal errors
+    assert high - low == pytest.approx(2 * half, rel=0.35)
+    coverage = ratings["coverage"]
     assert all(abs(coverage[share] - float(share)) < 0.15 for share in ("0.5", "0.8", "0.95")), coverage
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
 
