@@ -28,7 +28,7 @@ from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.rewards.child import MARK
 from mmrl_ray.rollouts.nodes import end_coordinator, find_coordinator
-from mmrl_ray.runs.sessions import clean_old_sessions, mark_session
+from mmrl_ray.runs.sessions import clean_in_background, mark_session
 
 _SETTINGS = {
     # Ray is a control plane: whoever reaches it runs code. Never without its token, not even on a laptop.
@@ -50,6 +50,15 @@ _SETTINGS = {
 _WITHOUT_DASHBOARD = {
     # Every process sends each second what the dashboard shows of its tasks.
     "RAY_task_events_report_interval_ms": "0",
+}
+_OWN_NODE = {
+    # How often the processes of a node look what there is to do beside their work: as Ray comes, ten times a second and
+    # more, for clusters that come and go. None of it tells whether a process lives.
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_kill_idle_workers_interval_ms": "2000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "2",
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
 }
 
 _START_LOGS = ("gcs_server", "raylet", "dashboard", "log_monitor", "runtime_env_agent")
@@ -135,7 +144,7 @@ def ray_at(
     try:
         try:
             if address is None:
-                clean_old_sessions(_ray_folder())
+                clean_in_background(_ray_folder())
                 with _signals_kept(), _out_of_reach(), _without_idlers(dashboard=dashboard, logs=logs):
                     ray.init(
                         address="local",  # without it, Ray joins whatever `ray start` has left on this machine
@@ -214,9 +223,8 @@ def _without_idlers(*, dashboard: bool, logs: bool) -> Iterator[None]:
     before = {name: getattr(Node, name) for name in unused if hasattr(Node, name)}
     for name in before:
         setattr(Node, name, lambda node, **options: None)
-    if not dashboard:
-        for name, value in _WITHOUT_DASHBOARD.items():
-            os.environ.setdefault(name, value)
+    for name, value in (_OWN_NODE | ({} if dashboard else _WITHOUT_DASHBOARD)).items():
+        os.environ.setdefault(name, value)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 Each local Ray has a folder of logs, sockets and spilled objects, and deletes none. Only those that bear the mark of
 this product are ever touched, and they stay for a day after the last thing was written there: their logs say why a run
-ended. A Ray that lives writes to its logs every few seconds.
+ended. A Ray that lives writes to its logs every few seconds. Millions of files take minutes to delete, so nobody waits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -36,17 +37,32 @@ def mark_session(folder: Path) -> None:
         logger.warning("%s is not marked, and so will not be cleaned up: %s", sessions[-1], error)
 
 
+def clean_in_background(folder: Path) -> None:
+    """`clean_old_sessions` on a thread of its own; what it does not get to is the next one's."""
+    threading.Thread(target=clean_old_sessions, args=(folder,), name="old-sessions", daemon=True).start()
+
+
 def clean_old_sessions(folder: Path) -> list[Path]:
     """Deletes marked sessions that nobody has used for `KEPT_S`; returns which."""
     gone = []
     for session in sorted(folder.glob("session_*")):
         try:
             if _is_left(session):
-                shutil.rmtree(session)
+                _delete(session)
                 gone.append(session)
         except (OSError, ValueError, KeyError, TypeError) as error:  # no reason to end a run: it is only room
             logger.info("%s is not cleaned up: %s", session, error)
     return gone
+
+
+def _delete(session: Path) -> None:
+    """The mark last: what was begun is recognised when it is taken up again."""
+    for path in session.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    shutil.rmtree(session)
 
 
 def _is_left(session: Path) -> bool:
