@@ -67,15 +67,14 @@ def end_coordinator() -> None:
     """Ends the coordinator unless somebody has something registered with it. Ray Train makes one, and leaves it."""
     with contextlib.suppress(RayError, RuntimeError, OSError):  # it is gone, or does not answer: Ray's affair
         coordinator = find_coordinator()
-        if coordinator is not None:
-            ray.get(coordinator.__ray_call__.remote(_end_if_idle), timeout=_ANSWER_S)
+        if coordinator is not None and ray.get(coordinator.__ray_call__.remote(_is_idle), timeout=_ANSWER_S):
+            ray.kill(coordinator, no_restart=True)
 
 
-def _end_if_idle(coordinator: Any) -> None:
+def _is_idle(coordinator: Any) -> bool:
     """In the coordinator's process. One of a Ray that keeps its book otherwise is left alone."""
     requests = getattr(coordinator, "_ongoing_reqs", None)
-    if requests is not None and all(request.expiration_time < time.time() for request in requests.values()):
-        ray.actor.exit_actor()
+    return requests is not None and all(request.expiration_time < time.time() for request in requests.values())
 
 
 class Nodes:

@@ -28,7 +28,7 @@ with ray_at(sys.argv[1], cpus=1, object_store_mb=None, namespace="run"):
     launch.start_serve()
     register("run", [])  # has the coordinator made, as Ray Train does
     assert find_coordinator() is not None
-    print(sorted(actor["name"] for actor in list_named_actors(all_namespaces=True)))
+    print(sorted(actor["name"] for actor in list_named_actors(all_namespaces=True)), flush=True)
     launch.stop_serve()
 """
 
