@@ -9,7 +9,6 @@ import time
 
 import ray
 from ray import serve
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.experimental import internal_kv
 from ray.serve import Application
 from ray.serve.api import RunTarget
@@ -147,8 +146,6 @@ def stop_serve() -> None:
     if not serve_is_running() or internal_kv._internal_kv_get(_MARK, namespace=_MARK) != _controller_id():
         return
     if not serve.status().applications:
-        # Ray would print that a task of the controller has failed: the one that ends it.
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         serve.shutdown()
 
 

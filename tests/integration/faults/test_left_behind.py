@@ -44,7 +44,8 @@ def test_a_run_on_a_cluster_takes_serve_and_coordinator_away_with_it() -> None:
         return subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
 
     before = there()
-    assert run_elsewhere().strip() == str(sorted(before | {"AutoscalingCoordinator", "SERVE_CONTROLLER_ACTOR"}))
+    # Ray may add that the controller was ended by its own task.
+    assert run_elsewhere().splitlines()[0] == str(sorted(before | {"AutoscalingCoordinator", "SERVE_CONTROLLER_ACTOR"}))
     wait_for(lambda: there() == before, "end of what the run had made")
     # Serve and a coordinator that others began are theirs.
     serve.start(proxy_location="Disabled")
