@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -38,6 +39,19 @@ _END_S = 20.0
 """A learner sees at its next call that the controller is gone, and Ray Train at its next look that the learner is."""
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+
+
+class _Trainer(TorchTrainer):
+    """Without the process for datasets of Ray Data, which learners do not read, and on a Ray of the run's own without
+    the one that tidies up when the run is killed: that Ray ends with it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        node = ray._private.worker._global_node  # None or a node that was here before
+        own = node is not None and node.head
+        unused = {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if own else [])}
+        made: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # new in Ray Train's second API
+        return [callback for callback in made if type(callback).__name__ not in unused]
 
 
 class LearnerGroup:
@@ -134,7 +148,7 @@ class LearnerGroup:
 
     def _trainer(self) -> TorchTrainer:
         learner = self._cfg.learner
-        return TorchTrainer(
+        return _Trainer(
             train_loop,  # type: ignore[arg-type]  # a return value is new in Ray Train's second API
             train_loop_config={"job": self._job},
             scaling_config=scaling_config(self._cfg),

@@ -18,9 +18,11 @@ from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.loop import QUARANTINE_FILE
 from mmrl_ray.rollouts.parcels import open_payload
+from mmrl_ray.rollouts.pool import RayWorkerPool
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.protocols import EngineFactory, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
+from mmrl_ray.rollouts.worker import PackedFactory
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.ray_meter import RayMeter
@@ -54,9 +56,6 @@ class ControllerActor:
         Raises:
             DataError: the training data cannot be read.
         """
-        # Imported here: RLlib takes seconds and hundreds of MB, which only this process should pay.
-        from mmrl_ray.rollouts.pool import RayWorkerPool
-
         start_logging(cfg.run.log_format, run=cfg.run.name, role="controller")
         source = SampleStream(
             cfg.data.train,
@@ -229,7 +228,8 @@ def start_controller(
             f"the rollout controller was not placed within {settings.placement_timeout_s:g} s: it asks for no CPU, "
             "so the cluster has no node that takes actors"
         ) from None
-    _answer(handle.start.remote(cfg, run, factory, settings), "start", CALL_TIMEOUT_S)
+    packed = PackedFactory.of(factory)  # with the model's half of the project, which only workers import
+    _answer(handle.start.remote(cfg, run, packed, settings), "start", CALL_TIMEOUT_S)
     return ControllerClient(handle)
 
 

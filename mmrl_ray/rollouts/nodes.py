@@ -9,6 +9,7 @@ for some minutes at a time.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ _LOOK_EVERY_S = 2.0
 _RENEW_S = 20.0
 _REGISTERED_FOR_S = 180.0
 _ANSWER_S = 5.0
+_COORDINATOR = "AutoscalingCoordinator"
+"""Its name and its namespace."""
 
 
 def register(run: str, demands: Sequence[Demand]) -> Any:
@@ -50,6 +53,28 @@ def register(run: str, demands: Sequence[Demand]) -> Any:
         expire_after_s=_REGISTERED_FOR_S,
         priority=ResourceRequestPriority.HIGH,
     )
+
+
+def find_coordinator() -> Any:
+    """The cluster's coordinator, or None where nobody has needed one yet."""
+    try:
+        return ray.get_actor(_COORDINATOR, namespace=_COORDINATOR)
+    except ValueError:
+        return None
+
+
+def end_coordinator() -> None:
+    """Ends the coordinator unless somebody has something registered with it. Ray Train makes one, and leaves it."""
+    with contextlib.suppress(RayError, RuntimeError, OSError):  # it is gone, or does not answer: Ray's affair
+        coordinator = find_coordinator()
+        if coordinator is not None and ray.get(coordinator.__ray_call__.remote(_is_idle), timeout=_ANSWER_S):
+            ray.kill(coordinator, no_restart=True)
+
+
+def _is_idle(coordinator: Any) -> bool:
+    """In the coordinator's process. One of a Ray that keeps its book otherwise is left alone."""
+    requests = getattr(coordinator, "_ongoing_reqs", None)
+    return requests is not None and all(request.expiration_time < time.time() for request in requests.values())
 
 
 class Nodes:

@@ -1,27 +1,21 @@
-"""The pool of rollout workers on Ray: RLlib's actor manager for calls and health, our own book for assignments.
-
-What the manager leaves to its user, and where it is done here:
-
-    it forgets a failed actor's pending calls       → `Ledger`, which knows what was lost
-    a stopped process counts as healthy             → deadlines: `_replace_hung`
-    it has no probe loop                            → `_probe`, every few seconds, idle workers only
-    it breaks on calls without explicit actor ids   → every call names its one actor
-    an exception makes an actor unhealthy           → broken samples come back as values, and what raised is replaced
+"""The pool of rollout workers on Ray: which there are, what each was asked last, and what becomes of their work.
 
 A worker: placing (first ping under way) → starting (engine being built) → ready → gone. Never brought back: a new
-one takes its place. One assignment at a time each, so that it is known which one a crash is to be blamed on.
+one takes its place. One call at a time each (`PoolWorker.call`), so that it is known which assignment a crash is to be
+blamed on; Ray forgets a dead actor's calls, the `Ledger` does not.
+
+A process that is stopped is alive to Ray. So every wait has a deadline (`_replace_hung`), and idle workers are asked
+every few seconds (`_probe`). What raises is replaced: broken samples come back as values.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
-from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
+from ray.exceptions import RayError, RayTaskError
 
 from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError
 from mmrl_ray.rollouts.assignments import Assignment, DataFailure
@@ -32,8 +26,8 @@ from mmrl_ray.rollouts.protocols import Collected, EngineFactory
 from mmrl_ray.rollouts.quorum import Quorum
 from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 
-# It logs a page for each worker that dies; the pool says it in a line, in its events.
-logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)
+_FETCH_S = 60.0
+"""For an answer that Ray says is there."""
 
 
 class RayWorkerPool:
@@ -48,7 +42,6 @@ class RayWorkerPool:
         self._factory = factory
         self._settings = settings
         self._clock = clock
-        self._manager = FaultTolerantActorManager([], max_remote_requests_in_flight_per_actor=1)
         self._workers: dict[int, PoolWorker] = {}
         self._events: list[dict[str, Any]] = []
         self._target = settings.workers
@@ -96,8 +89,7 @@ class RayWorkerPool:
         self._fit_to_target()
         self._events += self._nodes.ask_for(self._target)
         self._dispatch()
-        finished = self._collect_runs(timeout_s if self.ledger.busy else 0.0)
-        finished += self._collect_health()
+        finished = self._collect(timeout_s if self.ledger.busy else 0.0)
         finished += self._replace_hung()
         self._probe()
         placing = [self._clock() - w.since for w in self._workers.values() if w.state == "placing"]
@@ -159,23 +151,19 @@ class RayWorkerPool:
             self._end(worker)
 
     def _create(self) -> None:
-        name = f"worker-{self._made}"
+        number, name = self._made, f"worker-{self._made}"
         actor = ray.remote(RolloutWorker).options(max_restarts=0, **self._settings.actor_options)
         handle = actor.remote(name, self._run, self._factory, self._settings.log_format)
-        call = WorkerCall(handle)
-        known = set(self._manager.actor_ids())
-        self._manager.add_actors([call])  # type: ignore[list-item]  # annotated for handles, uses `.apply.remote`
-        (actor_id,) = set(self._manager.actor_ids()) - known
-        first = self._made < self._settings.workers and not self._quorum.complete
-        self._workers[actor_id] = PoolWorker(actor_id, name, call, "placing", self._clock(), first)
+        first = number < self._settings.workers and not self._quorum.complete
+        worker = PoolWorker(number, name, handle, "placing", self._clock(), first)
+        self._workers[number] = worker
         self._made += 1
-        self._call(RolloutWorker.ping, actor_id)
-        self._note("worker_created", self._workers[actor_id], self._settings.demand)
+        worker.ask("ping")
+        self._note("worker_created", worker, self._settings.demand)
 
     def _end(self, worker: PoolWorker) -> None:
         del self._workers[worker.id]
-        self._manager.remove_actor(worker.id)
-        ray.kill(worker.call.handle, no_restart=True)
+        ray.kill(worker.handle, no_restart=True)
 
     def _lose(self, worker: PoolWorker, reason: str) -> list[Collected | DataFailure]:
         """The worker is dead, stuck or not to be trusted: end it, and put its assignment back."""
@@ -192,67 +180,56 @@ class RayWorkerPool:
 
     # -- calls and their results -----------------------------------------------------------------------------------
 
-    def _call(self, method: Callable[..., Any], actor_id: int, **kwargs: Any) -> bool:
-        # The function rather than its name: the manager would make a closure of that, and pickle it each time.
-        call: dict[str, Any] = {"tag": method.__name__, "kwargs": kwargs, "remote_actor_ids": [actor_id]}
-        return bool(self._manager.foreach_actor_async(method, **call))
-
-    def _answers(self, tags: tuple[str, ...], timeout_s: float) -> list[CallResult]:
-        answers = self._manager.fetch_ready_async_reqs(tags=tags, timeout_seconds=timeout_s)
-        return list(answers)  # type: ignore[arg-type]  # annotated as the results' inner type
-
     def _dispatch(self) -> None:
-        busy = self.ledger.busy
         for worker in self._workers.values():
             # One that has yet to answer a ping may hang: it would keep the assignment until that is found out.
-            if worker.state != "ready" or worker.retiring or worker.id in busy or worker.probe_pending:
+            if worker.state != "ready" or worker.retiring or worker.call is not None:
                 continue
             assignment = self.ledger.give(worker.id, self._clock())
             if assignment is None:
                 return
-            worker.version = assignment.version
-            if not self._call(RolloutWorker.run, worker.id, assignment=assignment):
-                raise RolloutError(f"{worker.name} was idle, yet the actor manager refused it an assignment")
+            worker.give(assignment)
 
-    def _collect_runs(self, timeout_s: float) -> list[Collected | DataFailure]:
+    def _collect(self, timeout_s: float) -> list[Collected | DataFailure]:
+        """Waits for one answer at most so long, then takes in all that are there."""
+        asked = {worker.call.answer: worker for worker in self._workers.values() if worker.call is not None}
         finished: list[Collected | DataFailure] = []
-        for answer in self._answers(("run",), timeout_s):
-            worker = self._workers.get(answer.actor_id)
-            if worker is None:
-                continue
-            if not answer.ok:
-                finished += self._on_error(worker, answer)
-                continue
-            parts, worker.call.parts = worker.call.parts, ()
-            light, worker.since = answer.get(), self._clock()
-            began = self.ledger.accept(worker.id, light.result.assignment_id)
-            if began is not None:
-                self._busy_s += worker.since - began
-                worker.groups += len(light.result.groups)
-                finished.append(join_result(light, parts))
-        return finished
-
-    def _collect_health(self) -> list[Collected | DataFailure]:
-        finished: list[Collected | DataFailure] = []
-        for answer in self._answers(("ping", "start"), 0.0):
-            worker = self._workers.get(answer.actor_id)
-            if worker is None:
-                continue  # a call before it in this list was the end of it
-            if not answer.ok:
-                finished += self._on_error(worker, answer)
-            elif worker.state == "placing":
-                worker.state, worker.since = "starting", self._clock()
-                self._call(RolloutWorker.start, worker.id)
-            elif answer.tag == "start":
-                worker.state, worker.since, worker.place = "ready", self._clock(), answer.get()
-                self._start_failures = 0
-                self._note("worker_ready", worker, f"pid {worker.place.pid} on {worker.place.node}")
+        if not asked:
+            return finished
+        answers = list(asked)
+        if timeout_s:
+            ray.wait(answers, timeout=timeout_s)
+        for answer in ray.wait(answers, num_returns=len(answers), timeout=0)[0]:
+            worker = asked[answer]
+            call, worker.call = worker.call, None
+            assert call is not None
+            try:
+                value = ray.get(answer, timeout=_FETCH_S)
+            except RayError as error:
+                finished += self._on_error(worker, error)
             else:
-                worker.probe_pending = False
+                finished += self._on_answer(worker, call, value)
         return finished
 
-    def _on_error(self, worker: PoolWorker, answer: CallResult) -> list[Collected | DataFailure]:
-        error = answer.get()
+    def _on_answer(self, worker: PoolWorker, call: WorkerCall, value: Any) -> list[Collected | DataFailure]:
+        now = self._clock()
+        if call.method == "start":
+            worker.state, worker.since, worker.place = "ready", now, value
+            self._start_failures = 0
+            self._note("worker_ready", worker, f"pid {value.pid} on {value.node}")
+        elif worker.state == "placing":
+            worker.state, worker.since = "starting", now
+            worker.ask("start")
+        elif call.method == "run":
+            worker.since = now
+            began = self.ledger.accept(worker.id, value.result.assignment_id)
+            if began is not None:
+                self._busy_s += now - began
+                worker.groups += len(value.result.groups)
+                return [join_result(value, call.parts)]
+        return []
+
+    def _on_error(self, worker: PoolWorker, error: RayError) -> list[Collected | DataFailure]:
         if isinstance(error, MMRLError):
             # The project's own errors say what is wrong with model, adapter or reward: another worker would say it too.
             raise getattr(error, "cause", None) or error
@@ -263,12 +240,12 @@ class RayWorkerPool:
 
     def _probe(self) -> None:
         """Pings idle workers, so that one that died or hangs is found before it gets an assignment."""
-        now, busy = self._clock(), self.ledger.busy
+        now = self._clock()
         for worker in self._workers.values():
-            idle = worker.state == "ready" and worker.id not in busy and not worker.probe_pending
-            due = idle and now - worker.probed > self._settings.probe_every_s
-            if due and self._call(RolloutWorker.ping, worker.id):
-                worker.probed, worker.probe_pending = now, True
+            idle = worker.state == "ready" and worker.call is None
+            if idle and now - worker.probed > self._settings.probe_every_s:
+                worker.ask("ping")
+                worker.probed = now
 
     def _replace_hung(self) -> list[Collected | DataFailure]:
         now, limits = self._clock(), self._settings

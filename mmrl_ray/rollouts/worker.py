@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
 import torch
+from ray import cloudpickle
 
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import ScoredGroup
@@ -45,6 +46,27 @@ class Started:
     node: str
 
 
+@dataclass(frozen=True, slots=True)
+class PackedFactory:
+    """An `EngineFactory` that is unpickled where it is called.
+
+    What it needs, the model's half of the project and the user's reward code, takes 150 MB of a process and seconds:
+    the controller passes it on and has no use for it.
+    """
+
+    pickled: bytes
+
+    @classmethod
+    def of(cls, factory: EngineFactory) -> PackedFactory:
+        """Packs it as Ray would."""
+        return cls(cloudpickle.dumps(factory))
+
+    def __call__(self, worker: str) -> Engine:
+        """See `EngineFactory`."""
+        factory: EngineFactory = cloudpickle.loads(self.pickled)
+        return factory(worker)
+
+
 class RolloutWorker:
     """Runs one assignment at a time. Started empty, so that being placed and being loaded are told apart."""
 
@@ -59,10 +81,6 @@ class RolloutWorker:
     def ping(self) -> str:
         """Answers as soon as the actor is placed and idle."""
         return "pong"
-
-    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What RLlib's actor manager calls: `func` with this worker first."""
-        return func(self, *args, **kwargs)
 
     def start(self) -> Started:
         """Builds the engine.
@@ -116,52 +134,55 @@ def _with_parcel(group: ScoredGroup, parcels: Sequence[Any]) -> ScoredGroup:
     return replace(group, payload=Parcelled(parcels[at.parcel], at.place))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class WorkerCall:
-    """Stands in for an actor's handle at the manager, which knows calls of one return value only.
+    """What a worker was asked, and where its answer will be."""
 
-    A run has several return values. The manager sees the first, the light one; the others wait here.
-    """
-
-    handle: Any
+    method: Literal["ping", "start", "run"]
+    answer: Any
+    """Reference to what the call returns; of a run to the first, light value."""
     parts: tuple[Any, ...] = ()
-
-    @property
-    def apply(self) -> WorkerCall:
-        """Has the `remote` that the manager looks for."""
-        return self
-
-    def remote(self, func: Callable[..., Any], **kwargs: Any) -> Any:
-        """`handle.apply.remote`, as the manager calls it."""
-        assignment = kwargs.get("assignment")
-        if assignment is None:
-            return self.handle.apply.remote(func, **kwargs)
-        returned = self.handle.apply.options(num_returns=1 + len(assignment.groups)).remote(func, **kwargs)
-        self.parts = tuple(returned[1:])
-        return returned[0]
+    """References to a run's parcels."""
 
 
 @dataclass(slots=True)
 class PoolWorker:
-    """What the pool knows about one worker."""
+    """What the pool knows about one worker, and how it asks it."""
 
     id: int
-    """The manager's."""
+    """Its number, from 0."""
     name: str
-    call: WorkerCall
+    handle: Any
+    """Of the actor."""
     state: Literal["placing", "starting", "ready"]
     since: float
     """When it entered `state`, or last had nothing more to do."""
     first: bool
     """One of those the run began with."""
     place: Started | None = None
+    call: WorkerCall | None = None
+    """The one under way."""
     probed: float = 0.0
-    probe_pending: bool = False
     retiring: bool = False
     version: int | None = None
     """Policy version of the assignment it was given last."""
     groups: int = 0
     """Groups that it has handed back."""
+
+    @property
+    def probe_pending(self) -> bool:
+        """Whether it has yet to answer a ping that it got while it was idle."""
+        return self.state == "ready" and self.call is not None and self.call.method == "ping"
+
+    def ask(self, method: Literal["ping", "start"]) -> None:
+        """Calls a method without arguments."""
+        self.call = WorkerCall(method, getattr(self.handle, method).remote())
+
+    def give(self, assignment: Assignment) -> None:
+        """Has it run an assignment."""
+        self.version = assignment.version
+        light, *parts = self.handle.run.options(num_returns=1 + len(assignment.groups)).remote(assignment)
+        self.call = WorkerCall("run", light, tuple(parts))
 
     def describe(self, now: float, assignment: Assignment | None, since: float | None) -> dict[str, Any]:
         """For the run's status: what it is at, and for how long, by the clock that says `now`."""

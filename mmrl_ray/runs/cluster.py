@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray._private import auto_init_hook, parameter, services
+from ray._private.node import Node
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
@@ -26,6 +27,8 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.rewards.child import MARK
+from mmrl_ray.rollouts.nodes import end_coordinator, find_coordinator
+from mmrl_ray.runs.sessions import clean_in_background, mark_session
 
 _SETTINGS = {
     # Ray is a control plane: whoever reaches it runs code. Never without its token, not even on a laptop.
@@ -41,6 +44,21 @@ _SETTINGS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
+    # Counts of events in Ray's own loops, for its developers: a third of what an idle actor takes of a core.
+    "RAY_event_stats": "0",
+}
+_WITHOUT_DASHBOARD = {
+    # Every process sends each second what the dashboard shows of its tasks.
+    "RAY_task_events_report_interval_ms": "0",
+}
+_OWN_NODE = {
+    # How often the processes of a node look what there is to do beside their work: as Ray comes, ten times a second and
+    # more, for clusters that come and go. None of it tells whether a process lives.
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_kill_idle_workers_interval_ms": "2000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
+    "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "2",
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
 }
 
 _START_LOGS = ("gcs_server", "raylet", "dashboard", "log_monitor", "runtime_env_agent")
@@ -122,10 +140,13 @@ def ray_at(
     read_token_again()
     began = time.time()
     logs = debug or show is not None
+    coordinator_was_there = False
     try:
         try:
             if address is None:
-                with _signals_kept(), _out_of_reach(), free_agent_port():
+                clean_in_background(_ray_folder())
+                idlers = _without_idlers(dashboard=dashboard, logs=logs)
+                with _signals_kept(), _out_of_reach(), free_agent_port(), idlers:
                     ray.init(
                         address="local",  # without it, Ray joins whatever `ray start` has left on this machine
                         num_cpus=max(os.cpu_count() or 1, cpus),
@@ -135,9 +156,11 @@ def ray_at(
                         logging_level=level,
                         namespace=namespace,
                     )
+                mark_session(_ray_folder())
             else:
                 with _signals_kept():
                     ray.init(address=address, log_to_driver=logs, logging_level=level, namespace=namespace)
+                coordinator_was_there = ray.is_initialized() and find_coordinator() is not None
         except Exception as error:  # boundary: Ray's start raises bare exceptions, too
             if address is None:
                 raise _not_started(error, began, cpus, object_store_mb) from error
@@ -150,6 +173,8 @@ def ray_at(
         yield
     finally:
         global_worker_stdstream_dispatcher.remove_handler(_MARKED)
+        if address is not None and not coordinator_was_there and ray.is_initialized():
+            end_coordinator()
         ray.shutdown()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
@@ -199,6 +224,27 @@ def free_agent_port() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams = made  # type: ignore[misc]
+
+
+@contextmanager
+def _without_idlers(*, dashboard: bool, logs: bool) -> Iterator[None]:
+    """A Ray that is started meanwhile has no process on this node that nobody asks anything.
+
+    Without a cloud to ask for nodes its autoscaler has nothing to do, without a dashboard its head collects statistics
+    that are off, and without lines to show nobody reads logs: 50 to 80 MB each.
+    """
+    # Ray has no switches for them. A version in which one is called otherwise starts it.
+    unused = ["start_monitor", *([] if dashboard else ["start_api_server"]), *([] if logs else ["start_log_monitor"])]
+    before = {name: getattr(Node, name) for name in unused if hasattr(Node, name)}
+    for name in before:
+        setattr(Node, name, lambda node, **options: None)
+    for name, value in (_OWN_NODE | ({} if dashboard else _WITHOUT_DASHBOARD)).items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 @contextmanager

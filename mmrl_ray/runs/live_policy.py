@@ -19,8 +19,9 @@ from mmrl_ray.runs.serve import config_of_run, greeting
 class LivePolicy:
     """Nothing where it is not asked for. Enter it before anything else starts Serve, which then has no HTTP front."""
 
-    def __init__(self, cfg: Config, run: RunDir, base: str) -> None:
-        """`base` is where the model lies that the run trains an adapter of."""
+    def __init__(self, cfg: Config, run: RunDir, base: str, *, joined: bool = False) -> None:
+        """`base` is where the model lies that the run trains an adapter of; `joined`: the Ray outlives the run."""
+        self._joined = joined
         wanted = cfg.serving is not None and cfg.serving.live_policy
         # Rewards are the run's own affair while it trains.
         self._app = app_name(run, "live")
@@ -45,4 +46,4 @@ class LivePolicy:
         if self._cfg is not None:
             from mmrl_ray.serving import launch
 
-            launch.delete(self._app)
+            launch.take_away(self._app, for_good=self._joined)

@@ -26,7 +26,9 @@ _ON_THE_WAY_S = 10.0
 class RunReward:
     """What a run scores with, hosted as `reward.host` says. Needs a Ray, and the statistics in the run folder."""
 
-    def __init__(self, cfg: Config, run: RunDir, statistics: CorpusStatistics) -> None:
+    def __init__(self, cfg: Config, run: RunDir, statistics: CorpusStatistics, *, joined: bool = False) -> None:
+        """`joined`: the Ray outlives the run."""
+        self._joined = joined
         self._cfg = cfg
         self._run = run
         self._app: str | None = None
@@ -101,7 +103,7 @@ class RunReward:
             from mmrl_ray.serving import launch
 
             self._close()
-            launch.delete(self._app)
+            launch.take_away(self._app, for_good=self._joined)
 
 
 def _nothing() -> None:

@@ -158,7 +158,7 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
 
     stop = threading.Event()
     with StopOnInterrupt(stop.set):
-        mine = launch.start_serve(host=cfg.serving.host, port=cfg.serving.port)
+        launch.start_serve(host=cfg.serving.host, port=cfg.serving.port)
         launch.refuse_taken(APP)
         try:
             launch.deploy(application(cfg, insecure=insecure), APP, route_prefix="/")
@@ -173,7 +173,7 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
                 _stop_jobs()
         finally:
             launch.delete(APP, wait=True)
-            if mine and joined:  # a local Ray takes it along
+            if joined:  # a local Ray takes it along
                 launch.stop_serve()
 
 

@@ -192,9 +192,10 @@ class _Run:
                     stack.enter_context(session)
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
+                joined = bool(address or os.environ.get("RAY_ADDRESS"))
                 with self._timed("serve"):
-                    live = stack.enter_context(LivePolicy(cfg, run, start.model.path))
-                    hosted = stack.enter_context(RunReward(cfg, run, statistics))
+                    live = stack.enter_context(LivePolicy(cfg, run, start.model.path, joined=joined))
+                    hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
                 for line in live.greeting():
                     self._progress.note(line)
                 if cfg.value_based is None:

@@ -9,6 +9,7 @@ import time
 
 import ray
 from ray import serve
+from ray.experimental import internal_kv
 from ray.serve import Application
 from ray.serve.api import RunTarget
 from ray.serve.exceptions import RayServeException
@@ -18,6 +19,8 @@ from mmrl_ray.errors import PlacementError, ServingError
 
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of the one actor that every Serve has."""
+_MARK = b"mmrl-serve"
+"""Key in Ray's own store: the id of the controller of a Serve that this product has started."""
 _POLL_S = 0.1
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 _LONGEST_REASON = 500
@@ -26,6 +29,8 @@ _LONGEST_REASON = 500
 
 def start_serve(*, host: str | None = None, port: int = 8000) -> bool:
     """Starts Serve, with an HTTP front end where a host is given; False when it was running before.
+
+    It is marked as this product's, to be ended by whoever takes the last application from it (`stop_serve`).
 
     Raises:
         ServingError: it does not come up.
@@ -42,6 +47,7 @@ def start_serve(*, host: str | None = None, port: int = 8000) -> bool:
         taken = "another program listens there; choose another port"
         reason = taken if _listens(host, port) else _last_line(str(error))
         raise ServingError(f"Ray Serve does not start on {host}:{port}: {reason}") from error
+    internal_kv._internal_kv_put(_MARK, _controller_id(), namespace=_MARK)
     return True
 
 
@@ -128,10 +134,23 @@ def delete(name: str, *, wait: bool = False) -> None:
     serve.delete(name, _blocking=wait)
 
 
+def take_away(name: str, *, for_good: bool) -> None:
+    """`delete`; with `for_good` until it is gone, and then Serve with it: nothing stays on a Ray that others use."""
+    delete(name, wait=for_good)
+    if for_good:
+        stop_serve()
+
+
 def stop_serve() -> None:
-    """Ends Serve, unless somebody else's application has come onto it."""
+    """Ends Serve if this product has started it and no application is left on it."""
+    if not serve_is_running() or internal_kv._internal_kv_get(_MARK, namespace=_MARK) != _controller_id():
+        return
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _controller_id() -> bytes:
+    return ray.get_actor(*_CONTROLLER)._actor_id.binary()
 
 
 def _why(application: ApplicationStatusOverview) -> str:

@@ -219,6 +219,7 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     finally:
         signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(metrics(run)) >= 1, process, "a step")
+    running = {command_of(child) for child in psutil.Process(process.pid).children(recursive=True)}
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
@@ -230,8 +231,19 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     assert "Traceback" not in output
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    # What a run's own Ray has no use for is not there; what the run is made of, is.
+    idlers = ("monitor.py", "dashboard.py", "DatasetManager", "PlacementGroupCleaner", "ray::IDLE")
+    assert not [command for command in running if any(name in command for name in idlers)]
+    parts = ("RayTrainWorker", "RolloutWorker", "ControllerActor")
+    assert [part for part in parts if any(part in command for command in running)] == [*parts], sorted(running)
     workplace.mmrl("train", "--resume", run)
     assert_same_adapter(run, straight)
+
+
+def command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):  # it may be gone by now
+        return " ".join(process.cmdline())
+    return ""
 
 
 def test_stale_and_with_a_reward_of_its_own_that_fails_at_times(workplace: Workplace) -> None:

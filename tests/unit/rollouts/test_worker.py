@@ -17,7 +17,7 @@ from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
 from mmrl_ray.rollouts.parcels import Parcelled, open_payload
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.weights import encode_state
-from mmrl_ray.rollouts.worker import RolloutWorker, WorkerCall, join_result
+from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
 
 
@@ -61,32 +61,33 @@ def test_nothing_but_broken_samples_still_has_a_table() -> None:
 
 def test_a_worker_is_started_before_it_works() -> None:
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory())
-    assert worker.apply(lambda each, question: (each.ping(), question), "well?") == ("pong", "well?")
+    assert worker.ping() == "pong"
     with pytest.raises(RolloutError, match="w3 was given assignment 8 before"):
         worker.run(assignment())
 
 
 class FakeHandle:
-    """An actor's handle that notes how it is called."""
+    """An actor's handle whose methods return as many references as are asked for."""
 
     def __init__(self) -> None:
+        self.ping = self.run = self
         self.returns = 1
-        self.apply = self
 
     def options(self, num_returns: int) -> FakeHandle:
         self.returns = num_returns
         return self
 
-    def remote(self, func: Any, **kwargs: Any) -> Any:
+    def remote(self, *args: Any) -> Any:
         return [f"ref-{i}" for i in range(self.returns)] if self.returns > 1 else "ref"
 
 
-def test_the_manager_sees_one_reference_and_the_pool_has_the_others() -> None:
-    call = WorkerCall(FakeHandle())
-    assert call.apply.remote(func=len) == "ref"
-    assert call.parts == ()
-    assert call.apply.remote(func=len, assignment=assignment(3)) == "ref-0"
-    assert call.parts == ("ref-1", "ref-2", "ref-3")
+def test_the_pool_waits_for_the_light_value_of_a_run_and_keeps_the_references_to_its_parcels() -> None:
+    worker = PoolWorker(0, "w0", FakeHandle(), "ready", since=0.0, first=True)
+    worker.ask("ping")
+    assert (worker.call, worker.probe_pending) == (WorkerCall("ping", "ref"), True)
+    worker.give(assignment(3))
+    assert worker.call == WorkerCall("run", "ref-0", ("ref-1", "ref-2", "ref-3"))
+    assert (worker.version, worker.probe_pending) == (4, False)
 
 
 def test_settings_follow_from_the_config(tmp_path: Path) -> None:

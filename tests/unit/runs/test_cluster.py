@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray._private import ray_logging, services
@@ -14,6 +19,7 @@ from ray._private.auto_init_hook import auto_init_ray
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.runs import cluster
 from mmrl_ray.runs.cluster import configure_ray, node_local_root_refused, ray_at
+from mmrl_ray.runs.sessions import KEPT_S, clean_old_sessions
 
 _CONSOLE_POPEN = services.ConsolePopen
 
@@ -131,3 +137,40 @@ def test_rays_start_takes_no_signal_away() -> None:
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_old_sessions_of_this_product_are_deleted_and_nobody_elses(tmp_path: Path) -> None:
+    long_ago = time.time() - 3 * KEPT_S
+    sleeper = subprocess.Popen(["sleep", "60"])
+
+    def session(name: str, *, marked: bool = True, pid: int = 2**22 + 1, host: str = "", began: float = 0.0) -> Path:
+        """Of a process that is gone; nothing was written into it for days."""
+        folder = tmp_path / f"session_{name}"
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "raylet.out").write_text("x" * 100)
+        if marked:
+            owner = {"pid": pid, "started": began, "host": host or socket.gethostname()}
+            (folder / "mmrl.json").write_text(json.dumps(owner))
+        for path in (*folder.rglob("*"), folder):
+            os.utime(path, (long_ago, long_ago))
+        return folder
+
+    try:
+        mine, elsewhere = session("mine"), session("elsewhere", host="a pod that is gone")
+        reused = session("reused", pid=sleeper.pid)
+        kept = [
+            session("others", marked=False),
+            session("alive", pid=sleeper.pid, began=psutil.Process(sleeper.pid).create_time()),
+            session("torn"),
+            session("fresh", host="a pod that shares the folder"),
+        ]
+        (kept[2] / "mmrl.json").write_text("{")
+        os.utime(kept[2] / "mmrl.json", (long_ago, long_ago))
+        os.utime(kept[3] / "logs" / "raylet.out")
+        (tmp_path / "session_latest").symlink_to(kept[1])
+        (tmp_path / "prom_metrics").mkdir()
+        assert set(clean_old_sessions(tmp_path)) == {mine, elsewhere, reused}
+        assert {*tmp_path.iterdir()} == {*kept, tmp_path / "session_latest", tmp_path / "prom_metrics"}
+    finally:
+        sleeper.kill()
+        sleeper.wait()
