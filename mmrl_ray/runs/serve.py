@@ -42,6 +42,7 @@ from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import base_for_use, same_base
 from mmrl_ray.serving.flags import set_flags
+from mmrl_ray.serving.haproxy import clear_leftovers, listener
 from mmrl_ray.serving.names import APP
 from mmrl_ray.serving.recipes import recipe_configs
 from mmrl_ray.telemetry.terminal import visible
@@ -79,24 +80,28 @@ def serve(
         RunError: the cluster cannot be joined.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    if address is None and not print_config:  # the replicas will be on this machine
-        # Before a base that is gone would be made anew, which takes its time.
-        _refuse_unusable(serving_config(targets, overrides, host=host, port=port, base=_as_written), insecure=insecure)
-    cfg = serving_config(targets, overrides, host=host, port=port)
-    if insecure:
-        _refuse_insecure(cfg.serving.host, address)
-    if print_config:
-        from mmrl_ray.serving.serve_config import serve_config
+    with StopOnInterrupt(say=_show):  # until there is something that a signal may let finish, it ends all at once
+        if address is None and not print_config:  # the replicas will be on this machine
+            clear_leftovers()
+            # Before a base that is gone would be made anew, which takes its time.
+            _refuse_unusable(
+                serving_config(targets, overrides, host=host, port=port, base=_as_written), insecure=insecure
+            )
+        cfg = serving_config(targets, overrides, host=host, port=port)
+        if insecure:
+            _refuse_insecure(cfg.serving.host, address)
+        if print_config:
+            from mmrl_ray.serving.serve_config import serve_config
 
-        print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
-        return
-    _refuse_broken(cfg.model)
-    if address is None:
-        set_flags(insecure=insecure)
-    jobs = cfg.serving.fine_tuning is not None
-    show = _show if cfg.reward is not None and cfg.reward.functions else None
-    with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs, show=show):
-        _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
+            print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
+            return
+        _refuse_broken(cfg.model)
+        if address is None:
+            set_flags(insecure=insecure)
+        jobs = cfg.serving.fine_tuning is not None
+        show = _show if cfg.reward is not None and cfg.reward.functions else None
+        with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs, show=show):
+            _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
 
 
 def _show(line: str) -> None:
@@ -136,7 +141,8 @@ def _refuse_taken(host: str, port: int) -> None:
             tried.bind(place)
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
-        why = "another program listens there; end it, or choose another --port" if taken else error.strerror or error
+        who = f" ({found})" if taken and (found := listener(port)) is not None else ""
+        why = f"another program listens there{who}; end it, or choose another --port" if taken else error.strerror
         raise ServingError(f"the gateway cannot listen on {host}:{port}: {why}") from error
 
 
@@ -157,7 +163,8 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
     from mmrl_ray.serving.deployments import application
 
     stop = threading.Event()
-    with StopOnInterrupt(stop.set):
+    say = functools.partial(print, flush=True)
+    with StopOnInterrupt(stop.set, awaited=lambda: "what is under way may finish", say=say):
         launch.start_serve(host=cfg.serving.host, port=cfg.serving.port)
         launch.refuse_taken(APP)
         try:
@@ -168,7 +175,6 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
             if is_up:
                 print("\n".join(greeting(cfg, insecure=insecure)), flush=True)
                 stop.wait()
-                print("stopping: what is under way may finish; press Ctrl-C again to stop at once", flush=True)
             if cfg.serving.fine_tuning is not None and cfg.serving.fine_tuning.address is None and not joined:
                 _stop_jobs()
         finally:

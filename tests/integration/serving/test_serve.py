@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import resource
 import signal
 import socket
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 import yaml
@@ -23,8 +27,9 @@ from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.serving.haproxy import clear_leftovers
 from mmrl_ray.serving.serve_config import check_serve_config
-from tests.integration.serving.conftest import PROMPT, REFERENCES, START_S, Server, start, wait_for
+from tests.integration.serving.conftest import PROMPT, REFERENCES, START_S, Server, free_port, start, wait_for
 from tests.support.prometheus import exported
 from tests.unit.data.pictures import picture
 
@@ -87,7 +92,8 @@ def test_requests_that_are_never_finished_keep_nobody_out(server: Server) -> Non
     halves: list[socket.socket] = []
     try:
         for _ in range(min(4200, hard - 500)):
-            half = socket.create_connection((address[0], int(address[1])), timeout=60)
+            place = (f"127.0.0.{2 + len(halves) % 2}", 0)  # one address gets half of what there is
+            half = socket.create_connection((address[0], int(address[1])), timeout=60, source_address=place)
             half.sendall(b"GET /health/live HTTP/1.1\r\nHost: 127")
             halves.append(half)
         assert httpx.get(f"{server.url}/health/live", timeout=60).status_code == 200
@@ -251,3 +257,42 @@ def test_a_policy_replica_that_is_killed_costs_no_answer(server: Server) -> None
         wait_for(lambda: len([p for p in server.pids("policy") if p != victim]) == 2, "a new replica", 120)
     assert load.errors == []
     assert {v for _, v, _ in load.answers} == {"tiny@5"}
+
+
+def left_of(pid: int) -> list[Path]:
+    """Temporary folders that say that they are this process's."""
+    owners = Path(tempfile.gettempdir()).glob("mmrl-haproxy-*/owner.json")
+    return [owner.parent for owner in owners if json.loads(owner.read_text())["pid"] == pid]
+
+
+def test_a_signal_while_it_loads_ends_it_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    process = start(["serve", str(server.made.base), "--port", str(free_port())], tmp_path)
+    below: list[psutil.Process] = []
+
+    def started() -> bool:
+        below[:] = psutil.Process(process.pid).children(recursive=True)
+        return any(child.name() == "raylet" for child in below)
+
+    wait_for(started, "a Ray", START_S)
+    assert left_of(process.pid)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in (0, 130, signal.SIGTERM), output  # the last while Ray starts, which takes the signal
+    assert "Traceback" not in output
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+    assert left_of(process.pid) == []
+
+
+def test_a_driver_that_is_killed_leaves_nothing_behind(server: Server) -> None:
+    below = psutil.Process(server.process.pid).children(recursive=True)
+    assert any("haproxy" in child.name() for child in below)
+    # Ray's two agents, which listen to nobody else, give their GCS a minute to come back.
+    awaited = [child for child in below if not child.name().endswith("Agent")]
+    assert len(awaited) >= len(below) - 2
+    server.process.kill()
+    server.process.wait(10)
+    assert psutil.wait_procs(awaited, timeout=60)[1] == []
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health/live")
+    clear_leftovers()
+    assert left_of(server.process.pid) == []

