@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 1.0
 """Signals so close together are one wish: `timeout` signals its child and then the child's group, a terminal that is
 closed does so by its kernel and by its shell."""
+_AGAIN_S = 0.01
 
 
 class StopOnInterrupt:
@@ -21,6 +26,9 @@ class StopOnInterrupt:
     SIGINT is heard even where the process was started with it ignored or blocked, as in the background of a script:
     it is what `mmrl jobs stop` sends. SIGHUP stays ignored where it was: that is what `nohup` asks for. Signals belong
     to the main thread; on any other this does nothing.
+
+    A KeyboardInterrupt that is raised where Python drops exceptions (a `__del__` or a callback that happened to run) is
+    raised again a moment later.
     """
 
     def __init__(self, stop: Callable[[], None] | None = None) -> None:
@@ -30,6 +38,7 @@ class StopOnInterrupt:
         self._stop = stop
         self._heard = 0.0
         self._before: dict[int, object] = {}
+        self._dropped = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -37,6 +46,7 @@ class StopOnInterrupt:
                 if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._before[number] = signal.signal(number, self._handle)
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._look_at_dropped
             self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         return self
 
@@ -45,11 +55,15 @@ class StopOnInterrupt:
     ) -> None:
         if self._before:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+            sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._dropped:
+            self._dropped = False
+            raise KeyboardInterrupt
         now = time.monotonic()
         if self.asked and now - self._heard < SAME_S:
             return
@@ -58,3 +72,14 @@ class StopOnInterrupt:
             raise KeyboardInterrupt
         # On a thread: what it calls may wait for the very thread that the signal has interrupted.
         threading.Thread(target=self._stop, name="stop", daemon=True).start()
+
+    def _look_at_dropped(self, dropped: UnraisableHookArgs) -> None:
+        if dropped.exc_type is not KeyboardInterrupt or threading.current_thread() is not threading.main_thread():
+            self._hook(dropped)
+            return
+        self._dropped = True
+        # Later, since this hook would drop it, too; and by a real signal, which wakes the thread if it waits by then.
+        main = threading.main_thread().ident
+        again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()

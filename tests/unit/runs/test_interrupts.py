@@ -27,6 +27,26 @@ with StopOnInterrupt(stop.set if sys.argv[1] == "graceful" else None):
 """
 
 
+_DROPPING = """
+import signal, time
+from mmrl_ray.runs.interrupts import StopOnInterrupt
+class Deleted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+try:
+    with StopOnInterrupt():
+        for _ in (1, 2):
+            try:
+                Deleted()
+                time.sleep(60)
+            except KeyboardInterrupt:
+                print("stopped")
+                time.sleep(1.1)
+finally:
+    print("left")
+"""
+
+
 def _ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -86,3 +106,8 @@ def test_nohup_means_what_it_says() -> None:
     assert said(process) == "finished the step\n"
     process.kill()
     process.communicate()
+
+
+def test_one_that_comes_where_python_drops_exceptions_is_heard_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", _DROPPING], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("stopped\nstopped\nleft\n", "", 0)
