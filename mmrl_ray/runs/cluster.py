@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import auto_init_hook, services
+from ray._private import auto_init_hook, services, utils
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
@@ -189,11 +188,16 @@ def _out_of_reach() -> Iterator[None]:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray's start takes SIGTERM away from whoever had it; it is given back."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread() and before is not signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, before)
+    """Ray's start takes SIGTERM away from whoever has it, and ends the process by it: here it does not get it."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        yield
+        return
+    taken = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = taken
 
 
 def _not_started(error: Exception, began: float, cpus: int, object_store_mb: int | None) -> RaySessionError:
