@@ -202,9 +202,12 @@ class _Run:
                 else:
                     self._learn_by_value(start, run, hosted, statistics, samples)
             status = "finished"
-        except (KeyboardInterrupt, Interrupted):
+        except Interrupted:
             status = "interrupted"
             raise
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise Interrupted(f"stopped at once; go on with: mmrl train --resume {run.location}") from None
         except MMRLError as error:
             status = f"failed: {error}"
             raise
