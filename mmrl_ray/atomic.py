@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 SCRATCH_PREFIXES = (".tmp-", ".old-")
 """Of names that are half-made or on their way out; a killed writer may leave some."""
+_SCRATCH_FOLDER = re.compile(rf"{re.escape(SCRATCH_PREFIXES[0])}[0-9a-f]{{32}}")
 _HASH_BLOCK = 1 << 20
 
 
@@ -79,6 +84,54 @@ def commit_folder(folder: Path, target: Path) -> None:
     os.rename(folder, target)
     sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder of a temporary name in `parent`, gone afterwards unless it was renamed into place.
+
+    For places that several processes write to and none owns. It is locked while it is in use, by which those that a
+    killed process has left are known: they are removed first. Where the file system has no locks, they stay.
+
+    Raises:
+        OSError: of the file system.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in [path for path in parent.iterdir() if _SCRATCH_FOLDER.fullmatch(path.name) and path.is_dir()]:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    folder, lock = _locked_folder(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor that locks it."""
+    while True:
+        folder = _scratch(parent / "any", SCRATCH_PREFIXES[0])
+        folder.mkdir()
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # another process took it for one that was left, before it was locked
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        except OSError:  # no locks here
+            return folder, lock
+        if folder.exists():
+            return folder, lock
+        os.close(lock)
 
 
 def sha256_of(path: Path) -> str:

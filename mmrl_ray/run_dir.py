@@ -226,6 +226,13 @@ class RunDir:
             self.write_text(name, "".join(json.dumps(o) + "\n" for o in kept))
         return len(objects) - len(kept)
 
+    def cut_torn_line(self, name: str) -> None:
+        """Cuts off what a crash left of a last line, before more is added to it. For resuming."""
+        if self.is_local and self.exists(name):
+            whole, newline, torn = self.read_bytes(name).rpartition(b"\n")
+            if torn:
+                self.write_bytes(name, whole + newline)
+
     # -- folders that appear whole ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -119,7 +119,7 @@ class RunOwner:
     def _look(self) -> None:
         """Whether the folder is still this process's."""
         there = _read(self._run)
-        if there is not None and there.get("id") != self._mine["id"]:
+        if there and there.get("id") != self._mine["id"]:  # one that is being written says nothing
             self.lost = told(there)
 
     def _beat(self) -> None:

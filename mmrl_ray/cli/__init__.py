@@ -7,7 +7,7 @@ failure, 2 a wrong config or command line (of `mmrl check`: any failure), 130 in
 import os
 
 # Read when torch is loaded, which commands do later; see `runs/cluster.py`.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # These register their commands, in the order in which help lists them.
 from mmrl_ray.cli import training  # noqa: F401

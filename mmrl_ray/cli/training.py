@@ -216,6 +216,11 @@ def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config
     from mmrl_ray.run_dir import RunDir
 
     run = RunDir.at(target)
+    if not run.exists("config.yaml"):
+        raise RunError(
+            f"{run.location} has no config.yaml: its run was stopped before it began, or it is none; begin it with "
+            "mmrl train CONFIG"
+        )
     cfg = parse_config(run.read_text("config.yaml"), f"{target.rstrip('/')}/config.yaml", overrides or ())
     with contextlib.suppress(RunError):  # its folder was renamed or is reached by another path
         if RunDir.open(cfg.run.root, cfg.run.name).location == run.location:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from mmrl_ray.atomic import sync
+from mmrl_ray.atomic import scratch_folder, sync
 from mmrl_ray.data.location import is_local, is_occupied, locate
 from mmrl_ray.data.row import Sample, sample_schema, table_from_samples
 from mmrl_ray.errors import DataError
@@ -65,6 +65,7 @@ class ShardWriter:
         self._schema = sample_schema(several_images=several_images, extra=metadata)
         self.several_images = several_images
         self._scratch = posixpath.join(posixpath.dirname(self._target), f".tmp-{uuid.uuid4().hex}")
+        self._open = contextlib.ExitStack()
         self._shards: list[str] = []
         self._files: set[str] = set()
         self._writer: pq.ParquetWriter | None = None
@@ -113,7 +114,10 @@ class ShardWriter:
     def __enter__(self) -> Self:
         with self._explained():
             self._refuse_existing()
-            self._filesystem.create_dir(self._scratch, recursive=True)
+            if is_local(self._filesystem):
+                self._scratch = str(self._open.enter_context(scratch_folder(Path(self._target).parent)))
+            else:
+                self._filesystem.create_dir(self._scratch, recursive=True)
         return self
 
     def __exit__(
@@ -197,6 +201,7 @@ class ShardWriter:
         with contextlib.suppress(pa.ArrowException, OSError):
             if self._filesystem.get_file_info(self._scratch).type != fs.FileType.NotFound:
                 self._filesystem.delete_dir(self._scratch)
+        self._open.close()
 
     def _refuse_existing(self) -> None:
         if is_occupied(self._filesystem, self._target):

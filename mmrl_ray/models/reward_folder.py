@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,17 +30,12 @@ def save_reward_model(model: RewardModel, folder: str | Path, report: Mapping[st
     target = Path(folder).expanduser().absolute()
     refuse_occupied(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=atomic.SCRATCH_PREFIXES[0], dir=target.parent))
-        try:
+        with atomic.scratch_folder(target.parent) as scratch:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
             save_file(weights, scratch / WEIGHTS)
             _write_json(scratch / SPEC, model.spec.model_dump(mode="json"))
             _write_json(scratch / REPORT, report)
-            scratch.chmod(0o755)
             atomic.commit_folder(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the reward model cannot be written to {target}: {_brief(error)}") from error
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 1.0
 """Signals so close together are one wish: `timeout` signals its child and then the child's group, a terminal that is
 closed does so by its kernel and by its shell."""
+_AGAIN_S = 0.01
 
 
 _AGAIN = "Ctrl-C again stops at once"
@@ -26,6 +31,9 @@ class StopOnInterrupt:
     SIGINT is heard even where the process was started with it ignored or blocked, as in the background of a script:
     it is what `mmrl jobs stop` sends. SIGHUP stays ignored where it was: that is what `nohup` asks for. Signals belong
     to the main thread; on any other this does nothing.
+
+    A KeyboardInterrupt that is raised where Python drops exceptions (a `__del__` or a callback that happened to run) is
+    raised again a moment later.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class StopOnInterrupt:
         self._at_once = False
         self._heard = 0.0
         self._before: dict[int, object] = {}
+        self._dropped = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -57,6 +66,7 @@ class StopOnInterrupt:
                 if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._before[number] = signal.signal(number, self._handle)
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._look_at_dropped
             self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         return self
 
@@ -65,6 +75,7 @@ class StopOnInterrupt:
     ) -> None:
         if self._before:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+            sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
@@ -81,6 +92,9 @@ class StopOnInterrupt:
             self._at_once = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._dropped:
+            self._dropped = False
+            raise KeyboardInterrupt
         now = time.monotonic()
         if self.asked and now - self._heard < SAME_S:
             return
@@ -102,6 +116,17 @@ class StopOnInterrupt:
             (self._say or _say)(f"stopping: {self._awaited()}; {_AGAIN}")
         if self._stop is not None:
             self._stop()
+
+    def _look_at_dropped(self, dropped: UnraisableHookArgs) -> None:
+        if dropped.exc_type is not KeyboardInterrupt or threading.current_thread() is not threading.main_thread():
+            self._hook(dropped)
+            return
+        self._dropped = True
+        # Later, since this hook would drop it, too; and by a real signal, which wakes the thread if it waits by then.
+        main = threading.main_thread().ident
+        again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
 
 
 def _say(line: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.paths import local_paths
 from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hashes, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError
@@ -44,6 +46,24 @@ def check_references(cfg: Config) -> None:
         bare = next((number for number, references in enumerate(rows) if not references), None)
         if bare is not None:
             raise DataError(f"{cfg.data.train}: row {bare} has no references to be paid by; leave it out")
+
+
+def refuse_moved(cfg: Config, *, base_is_kept: bool) -> None:
+    """Refuses to go on with a run whose data or model are not where its config, written then, says.
+
+    Raises:
+        DataError: one line a place, with what to add to the command.
+    """
+    needed = [*(() if cfg.data.scenes else ("data.train", "data.eval")), *(() if base_is_kept else ("model.path",))]
+    places = {key: place for key, place in local_paths(cfg).items() if key in needed}
+    missing = {key: place for key, place in places.items() if not Path(place).expanduser().exists()}
+    if missing:
+        raise DataError(
+            "\n".join(
+                f"{key}={place} is not there any more: where it was moved, add --set {key}=PLACE"
+                for key, place in missing.items()
+            )
+        )
 
 
 def held_out_quarantine(cfg: Config) -> Quarantine:

@@ -109,9 +109,9 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     pairs, ratings = found.get("pairs"), found.get("ratings")
     if pairs:
         table = _table("pairs", ("pairs", "accuracy", "95 % interval", "expected", "NLL"))
-        for name, row in (("all", pairs), *pairs["parts"].items()):
-            accuracy, others = _figure(row["accuracy"]), map(_figure, (row["expected"], row["nll"]))
-            table.add_row(name, f"{row['count']:,}", accuracy, _interval(row), *others)
+        for part, row in (("all", pairs), *pairs["parts"].items()):
+            accuracy, expected, nll = (_figure(row[name]) for name in ("accuracy", "expected", "nll"))
+            table.add_row(part, f"{row['count']:,}", accuracy, _interval(row), expected, nll)
         console.print(table)
     if ratings:
         table = _table("ratings", ("ratings", "RMSE", "95 % interval", "NLL", "in 50 %", "in 80 %", "in 95 %"))

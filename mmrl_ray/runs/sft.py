@@ -13,7 +13,6 @@ import pickle
 import random
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -288,17 +287,15 @@ class _Saver:
         """
         assert self._file is not None
         began = time.monotonic()
-        scratch = self._file.with_name(f"{atomic.SCRATCH_PREFIXES[0]}{uuid.uuid4().hex}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with scratch.open("wb") as stream:
-                torch.save(dict(state), stream)
-            atomic.sync(scratch)
-            os.replace(scratch, self._file)
+            with atomic.scratch_folder(self._file.parent) as folder:
+                scratch = folder / self._file.name
+                with scratch.open("wb") as stream:
+                    torch.save(dict(state), stream)
+                atomic.sync(scratch)
+                os.replace(scratch, self._file)
         except (OSError, RuntimeError) as error:  # torch writes in C++
             raise RunError(f"the warm start's checkpoint {self._file} cannot be written: {error}") from error
-        finally:
-            scratch.unlink(missing_ok=True)
         now = time.monotonic()
         self._next = now + max(CHECKPOINT_S, _SAVING_SHARE * (now - began))
 

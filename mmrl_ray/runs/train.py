@@ -25,7 +25,7 @@ from typing import Any
 import mmrl_ray
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import changed_keys, dump_config
-from mmrl_ray.config.paths import with_absolute_paths
+from mmrl_ray.config.paths import RUN_CONFIG, with_absolute_paths
 from mmrl_ray.data.quarantine import QuarantineRecord, reasons_of, told
 from mmrl_ray.data.samples import Sample, iter_references
 from mmrl_ray.data.scenes import write_scenes
@@ -39,7 +39,7 @@ from mmrl_ray.rollouts.control_files import STARTING_S, conclude_status, write_s
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.run_owner import RunOwner, living_owner
+from mmrl_ray.run_owner import OWNER_FILE, RunOwner, living_owner
 from mmrl_ray.runs import preferences, stored
 from mmrl_ray.runs.blindness import EVENT, Blindness, evaluation_blindness
 from mmrl_ray.runs.cluster import node_local_root_refused, ray_session
@@ -52,6 +52,7 @@ from mmrl_ray.runs.preflight import (
     check_run,
     evaluation_split,
     held_out_quarantine,
+    refuse_moved,
     trained_on,
     with_opening,
 )
@@ -61,7 +62,7 @@ from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.scores import Evaluation, compare, comparison_json, in_common, score_captions
 from mmrl_ray.runs.state_records import MAX_STATES, States, load_states, save_states, states_json
 from mmrl_ray.runs.target import STATISTICS
-from mmrl_ray.runs.warm_start import base_of_run, keep_base, warm_start_blindness, warm_start_left_out
+from mmrl_ray.runs.warm_start import BASE, base_of_run, keep_base, warm_start_blindness, warm_start_left_out
 from mmrl_ray.runs.watch import EVENTS, note_event, scrape_targets
 from mmrl_ray.telemetry.logs import start_logging
 
@@ -118,10 +119,11 @@ class _Run:
         self._began = time.monotonic()
         self._keep = True
         """Whether the run folder stays if the run ends now."""
+        self._is_resumed = False
         self._is_root_new = False
+        """Whether the folder that it lies in was made for it."""
         self._step = 0
         """Steps that are known to be finished."""
-        """Whether the folder that it lies in was made for it."""
         self._owner: RunOwner
 
     def whole(self, *, resume: bool, address: str | None, debug: bool) -> str:
@@ -130,10 +132,12 @@ class _Run:
         run = RunDir.open(cfg.run.root, cfg.run.name) if resume else self._created()
         try:
             with RunOwner(run) as self._owner:
-                self._keep = resume
+                # Not before: until here it may be another's.
+                self._keep = self._is_resumed = resume or run.exists(RUN_CONFIG)
                 if self._owner.taken_over is not None:
                     self._progress.note(f"taken over from {self._owner.taken_over}, which is gone")
                 run.remove_scratch()  # of a process that was killed
+                run.cut_torn_line(EVENTS)  # of a machine that went down
                 self._begin(run, address=address, debug=debug)
         finally:
             if not self._keep:
@@ -151,14 +155,16 @@ class _Run:
         except RunError:
             if (owner := _owner_of(cfg)) is not None:
                 raise RunError(f"run {cfg.run.name} in {cfg.run.root} is under way: {owner}") from None
+            if (found := _unbegun(cfg)) is not None:
+                return found
             raise
 
     def _begin(self, run: RunDir, *, address: str | None, debug: bool) -> None:
         """Prepares, then runs. A new folder is kept if the user stops the preparation, not if a check fails."""
         again = run.exists(EVENTS)
+        if not run.exists(RUN_CONFIG):
+            run.write_text(RUN_CONFIG, dump_config(self._cfg))
         try:
-            if not run.exists("config.yaml"):
-                run.write_text("config.yaml", dump_config(self._cfg))
             start, unseeing, samples = self._prepare(run, again)
         except KeyboardInterrupt:
             self._keep = True
@@ -172,14 +178,14 @@ class _Run:
             raise
         self._keep = True
         cfg = self._cfg
-        write_status(run, "starting", STARTING_S)
-        note_event(run, "run_resumed" if again else "run_started")
-        if self._owner.taken_over is not None:
-            note_event(run, "run_taken_over", owner=self._owner.taken_over)
-        for kind, told_of in self._findings if not again else ():
-            note_event(run, kind, **told_of)
         status = "failed"
         try:
+            write_status(run, "starting", STARTING_S)
+            note_event(run, "run_resumed" if again else "run_started")
+            if self._owner.taken_over is not None:
+                note_event(run, "run_taken_over", owner=self._owner.taken_over)
+            for kind, told_of in self._findings if not again else ():
+                note_event(run, kind, **told_of)
             self._keep_config(run, again)
             if not again:
                 self._warn_if_blind(run, "warm start", unseeing)
@@ -203,24 +209,27 @@ class _Run:
                 else:
                     self._learn_by_value(start, run, hosted, statistics, samples)
             status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise Interrupted(f"stopped at once; go on with: mmrl train --resume {run.location}") from None
         except Interrupted:
             status = "interrupted"
             raise
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise Interrupted(f"stopped at once; go on with: mmrl train --resume {run.location}") from None
         except MMRLError as error:
             status = f"failed: {error}"
             raise
         finally:
             self._owner.check()
-            self._conclude(run, status)
+            with StopOnInterrupt(lambda: self._progress.note("writing the report; a second signal stops at once")):
+                self._conclude(run, status)
 
     def _prepare(self, run: RunDir, again: bool) -> tuple[Config, Blindness | None, list[Sample]]:
         """Data, warm start and checks: the config to start from, what the warm start does not see, what is held out."""
         cfg = self._cfg
         write_status(run, "starting", STARTING_S)
         with self._timed("data"):
+            if self._is_resumed:
+                refuse_moved(cfg, base_is_kept=run.exists(BASE))
             if not again:
                 preferences.check_pairs(cfg)
                 stored.check_stored(cfg)
@@ -229,7 +238,8 @@ class _Run:
             check_references(cfg)
             samples = self._held_out(again)
         with self._timed("warm_start"):
-            made = base_of_run(cfg, run, progress=self._warm_start_progress(run), say=self._progress.note)
+            say = self._progress.note
+            made = base_of_run(cfg, run, progress=self._warm_start_progress(run), say=say, owned=True)
             path, size = keep_base(cfg, run, made)
             if size:
                 self._facts["base_bytes"] = size
@@ -261,10 +271,10 @@ class _Run:
     def _keep_config(self, run: RunDir, again: bool) -> None:
         """The config as it is from here on; a resume that changes it says what it changes."""
         text = dump_config(self._cfg)
-        before = run.read_text("config.yaml") if run.exists("config.yaml") else None
+        before = run.read_text(RUN_CONFIG) if run.exists(RUN_CONFIG) else None
         if before == text:
             return
-        run.write_text("config.yaml", text)
+        run.write_text(RUN_CONFIG, text)
         if again and before is not None and (changed := changed_keys(before, text)):
             note_event(run, "config_changed", detail=", ".join(changed))
 
@@ -393,10 +403,11 @@ class _Run:
             groups = controller.groups([scored.payload for _, scored in done])
             captions = [group.completions[0].caption for group in groups]
             kept = [sample for sample, _ in done]
-            self._score(run, name, kept, captions, reward, statistics)
             looked_into = [(s, g.state) for s, g in zip(kept, groups, strict=True) if g.state is not None]
             if looked_into:
                 save_states(run, name, States.of(*zip(*looked_into, strict=True)))
+            # The last to be written: where it is, a resume takes all of it for done.
+            self._score(run, name, kept, captions, reward, statistics)
 
     def _score(
         self,
@@ -509,6 +520,15 @@ def _owner_of(cfg: Config) -> str | None:
     """Who is at work in the run's folder."""
     with suppress(RunError):
         return living_owner(RunDir.open(cfg.run.root, cfg.run.name))
+    return None
+
+
+def _unbegun(cfg: Config) -> RunDir | None:
+    """The run's folder where there is nothing in it yet: whoever made it was killed at once."""
+    with suppress(RunError):
+        run = RunDir.open(cfg.run.root, cfg.run.name)
+        if set(run.list()) <= {OWNER_FILE}:
+            return run
     return None
 
 

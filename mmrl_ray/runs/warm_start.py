@@ -2,7 +2,7 @@
 
     config ──key──▶ cache has KEY/warm_start.json? ──yes──▶ that folder
                          └─no─▶ build or load ──train──▶ .tmp-… ──rename──▶ KEY/
-                                  └──▶ KEY.partial.pt, from which one that was stopped goes on
+                                  └──▶ KEY.partial.pt, there or in the run, from which one that was stopped goes on
 
 A finished warm start is an ordinary Hugging Face folder (model, processor, chat template) named by a hash of all that
 made it. It appears by a rename, so that one which is there is whole. A run keeps it as its own `base/`.
@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -66,7 +65,7 @@ _TINY_WORDS = 8000
 _LOOKED_AT = 32
 """Pictures that a new warm start is asked for captions of."""
 _PARTIAL = ".partial.pt"
-"""Ends the name of the file in the cache that an unfinished warm start goes on from."""
+"""Ends the name of the file that an unfinished warm start goes on from."""
 _FORMAT = 1
 """Raised when the same settings come to mean another model."""
 _WHOLE = 16 << 20
@@ -79,13 +78,15 @@ def warm_start(
     progress: ProgressFn | None = None,
     notice: Callable[[str], None] | None = None,
     say: Callable[[str], None] | None = None,
+    keep_in: Path | None = None,
 ) -> str:
     """What `model.path` stands for: a folder with a model ready for reinforcement learning.
 
     A built-in model is made and, with an `sft` section, the model is trained; both are kept in `sft.cache` and found
     there the next time. A checkpoint without `sft` is returned as it was written (it may be a hub id). Writes the
     scenes first where the config asks for them. `notice` is told before anything is made, `say` what is awaited when
-    the user stops it.
+    the user stops it. What an unfinished one goes on from is kept in the folder `keep_in`, which outlives the cache, or
+    else in the cache.
 
     Raises:
         ModelError: no such built-in model, or the checkpoint cannot be used.
@@ -101,13 +102,16 @@ def warm_start(
         write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
     cache, made_from = _cache(cfg), _made_from(cfg)
     target = cache / _key(made_from)
+    partial = (keep_in or cache) / f"{target.name}{_PARTIAL}"
     if (target / FACTS).is_file():
+        partial.unlink(missing_ok=True)
         return str(target)
     if notice is not None:
         steps = "" if cfg.sft is None else f", with {cfg.sft.steps:,} steps of warm start"
         notice(f"the model that it began with is not in {cache} any more: it is made anew{steps}")
-    partial = cache / f"{target.name}{_PARTIAL}"
     with _staging(cache) as scratch:
+        if keep_in is not None:
+            _take_over_partial(cache, partial)
         facts = _make(cfg, scratch, progress, partial, say)
         (scratch / FACTS).write_text(json.dumps({"made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
         if not (target / FACTS).is_file():  # another process may have been faster
@@ -123,17 +127,20 @@ def base_of_run(
     progress: ProgressFn | None = None,
     notice: Callable[[str], None] | None = None,
     say: Callable[[str], None] | None = None,
+    owned: bool = False,
 ) -> str:
     """The model that a run's adapter belongs to: the one kept with the run, else (of older runs) as `warm_start`.
 
-    Of a run that does not lie on this machine it is found in `sft.cache`, or copied there.
+    Of a run that does not lie on this machine it is found in `sft.cache`, or copied there. Whoever has `owned` the
+    run's folder keeps there what an unfinished warm start goes on from.
 
     Raises:
         RunError: it cannot be read or kept.
         as `warm_start`: the run has no base of its own.
     """
     if not _is_made(cfg) or not run.exists(f"{BASE}/{FACTS}"):
-        return warm_start(cfg, progress=progress, notice=notice, say=say)
+        keep_in = run.local_path() if owned and run.is_local else None
+        return warm_start(cfg, progress=progress, notice=notice, say=say, keep_in=keep_in)
     if run.is_local:
         return str(run.local_path(BASE))
     target = _cache(cfg) / _key(run.read_json(f"{BASE}/{FACTS}")["made_from"])
@@ -281,6 +288,18 @@ def build_builtin(cfg: Config, folder: Path) -> Path:
     return build_tiny_llava(folder, vocabulary=_vocabulary(cfg), seed=cfg.run.seed, **TINY_LLAVA)
 
 
+def _take_over_partial(cache: Path, partial: Path) -> None:
+    """Makes the cache's unfinished warm start (of `mmrl sft`) a run's, where that has none; others of it go."""
+    for other in partial.parent.glob(f"*{_PARTIAL}"):
+        if other != partial:  # of other settings, before a resume that changed them
+            other.unlink()
+    found = cache / partial.name
+    if found.exists() and not partial.exists():
+        scratch = partial.with_name(f"{atomic.SCRATCH_PREFIXES[0]}{partial.name}")
+        shutil.copyfile(found, scratch)
+        os.replace(scratch, partial)
+
+
 def _is_made(cfg: Config) -> bool:
     """Whether the run's base is made here, and not just named by the config."""
     return cfg.sft is not None or _is_builtin(cfg)
@@ -351,12 +370,8 @@ def _vocabulary(cfg: Config) -> list[str]:
 def _staging(cache: Path) -> Iterator[Path]:
     """A scratch folder in the cache, gone afterwards unless it was renamed into place."""
     try:
-        scratch = cache / f"{atomic.SCRATCH_PREFIXES[0]}{uuid.uuid4().hex}"
-        scratch.mkdir(parents=True)
-        try:
+        with atomic.scratch_folder(cache) as scratch:
             yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"the warm start cannot be kept in {cache}: {reason}; make room or set sft.cache") from error

@@ -10,11 +10,13 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
+from mmrl_ray import atomic
 from mmrl_ray.errors import CheckpointError, RunError
 from mmrl_ray.run_dir import MANIFEST, RunDir
 
@@ -94,6 +96,38 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(run: RunDir)
     run.write_bytes("m.jsonl", b'{"st\n{"step": 1}\n')
     with pytest.raises(RunError, match="not JSON"):
         run.read_lines("m.jsonl")
+
+
+def test_what_comes_after_a_torn_line_stands_on_its_own(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "r1")
+    run.write_bytes("m.jsonl", b'{"step": 0}\n{"st')
+    run.cut_torn_line("m.jsonl")
+    run.cut_torn_line("none.jsonl")
+    run.append_line("m.jsonl", {"step": 1})
+    assert run.read_bytes("m.jsonl") == b'{"step": 0}\n{"step": 1}\n'
+
+
+def test_scratch_folders_of_killed_processes_go_and_those_in_use_stay(tmp_path: Path) -> None:
+    hold = "import sys; from mmrl_ray.atomic import scratch_folder as s; from pathlib import Path\n"
+    hold += "with s(Path(sys.argv[1])) as f: (f / 'weights').touch(); print(f, flush=True); input()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    theirs = Path(child.stdout.readline().strip())
+    (tmp_path / ".tmp-other").mkdir()  # not of ours
+    with atomic.scratch_folder(tmp_path) as mine:
+        with atomic.scratch_folder(tmp_path):
+            assert mine.exists()
+            assert (theirs / "weights").exists()
+        child.kill()
+        child.communicate(timeout=60)
+        assert theirs.exists()
+        with atomic.scratch_folder(tmp_path):
+            assert not theirs.exists()
+            assert mine.exists()
+        mine.rename(tmp_path / "whole")
+    assert everything_in(tmp_path) == {"whole", ".tmp-other"}
 
 
 def commit(run: RunDir, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from mmrl_ray.config.load import dump_config, parse_config
+from mmrl_ray.run_owner import _machine
 from tests.support.tiny_models import build_family
 from tests.unit.cli.program import Patch, mmrl
 
@@ -88,12 +90,42 @@ def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
 def test_an_existing_run_folder_is_refused_for_real(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "demo"
     folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("")
     done = mmrl("train", config)
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: run folder {folder} exists already: ")
     assert "--resume" in line
-    assert list(folder.iterdir()) == []
+    assert [file.name for file in folder.iterdir()] == ["config.yaml"]
+
+
+def test_a_run_that_was_killed_before_it_had_a_config_is_begun_again(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    dead = {"pid": 2**22 + 1, "started": "1", "machine": _machine(), "time": 0.0}
+    (folder / "owner.json").write_text(json.dumps(dead))
+    resumed = mmrl("train", "--resume", folder)
+    assert resumed.exit_code == 1
+    assert f"error: {folder} has no config.yaml" in resumed.stderr
+    assert "begin it with mmrl train CONFIG" in resumed.stderr
+    missing = ("--set", "data.scenes=null", "--set", f"data.train={tmp_path / 'nowhere'}", "--set", "sft=null")
+    begun = mmrl("train", config, *missing)
+    assert str(tmp_path / "nowhere") in begun.stderr, "it got as far as any new run"
+    assert "exists already" not in begun.stderr
+
+
+def test_a_run_whose_data_were_moved_too_says_what_to_add(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved" / "demo"
+    folder.mkdir(parents=True)
+    places = {key: f"{tmp_path}/gone/{key}" for key in ("data.train", "data.eval", "model.path")}
+    moved = [f"{key}={place}" for key, place in places.items()]
+    cfg = parse_config(config.read_text(), "c.yaml", ["data.scenes=null", "sft=null", *moved])
+    (folder / "config.yaml").write_text(dump_config(cfg))
+    done = mmrl("train", "--resume", folder)
+    assert done.exit_code == 1
+    for key, place in places.items():
+        assert f"error: {key}={place} is not there any more: where it was moved, add --set {key}=PLACE\n" in done.stderr
+    assert (folder / "config.yaml").exists()
 
 
 def test_missing_data_is_refused_for_real(config: Path, tmp_path: Path) -> None:

@@ -7,18 +7,20 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
-from ray._private import ray_logging, services
+from ray._private import ray_logging, services, utils
 from ray._private.auto_init_hook import auto_init_ray
 
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.runs import cluster
 from mmrl_ray.runs.cluster import configure_ray, node_local_root_refused, ray_at
+from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.sessions import KEPT_S, clean_old_sessions
 
 _CONSOLE_POPEN = services.ConsolePopen
@@ -126,17 +128,16 @@ def test_rays_processes_are_out_of_reach_of_a_signal_to_the_group() -> None:
     assert services.ConsolePopen is _CONSOLE_POPEN
 
 
-def test_rays_start_takes_no_signal_away() -> None:
-    def mine(number: int, frame: object) -> None:
-        raise AssertionError
+def test_a_signal_while_ray_starts_is_the_runs_and_not_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
-    before = signal.signal(signal.SIGTERM, mine)
-    try:
-        with cluster._signals_kept():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGTERM) is mine
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def init(**options: object) -> None:
+        utils.set_sigterm_handler(lambda number, frame: sys.exit(number))  # as Ray's own does
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", init)
+    with StopOnInterrupt(), pytest.raises(KeyboardInterrupt), ray_at(None, cpus=1, object_store_mb=None, namespace="n"):
+        pass
 
 
 def test_old_sessions_of_this_product_are_deleted_and_nobody_elses(tmp_path: Path) -> None:

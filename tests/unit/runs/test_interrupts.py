@@ -31,6 +31,26 @@ with (
 """
 
 
+_DROPPING = """
+import signal, time
+from mmrl_ray.runs.interrupts import StopOnInterrupt
+class Deleted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+try:
+    with StopOnInterrupt():
+        for _ in (1, 2):
+            try:
+                Deleted()
+                time.sleep(60)
+            except KeyboardInterrupt:
+                print("stopped")
+                time.sleep(1.1)
+finally:
+    print("left")
+"""
+
+
 def _ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -39,13 +59,24 @@ def _blocked() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
+def _heard() -> None:
+    """Whatever the tests themselves were started with."""
+    for number in interrupts.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def started(mode: str, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    def prepared() -> None:
+        _heard()
+        if prepare is not None:
+            prepare()
+
     command = [sys.executable, "-c", _PROGRAM, mode]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepared)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -114,3 +145,8 @@ def test_nohup_means_what_it_says() -> None:
     assert said(process) == "finished the step\n"
     process.kill()
     process.communicate()
+
+
+def test_one_that_comes_where_python_drops_exceptions_is_heard_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", _DROPPING], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("stopped\nstopped\nleft\n", "", 0)

@@ -383,6 +383,28 @@ def test_one_that_is_stopped_goes_on_to_the_very_same_weights(
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == [found.name], "nothing is left behind"
 
 
+def test_what_a_stopped_warm_start_goes_on_from_lies_in_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft_module, "_TELL_S", 0.0)
+    cfg = config(tmp_path, sft={"steps": 6})
+    run = RunDir.create(tmp_path / "runs", "r1")
+    with pytest.raises(KeyboardInterrupt):
+        warm_start(cfg, progress=_Stopper(2))  # `mmrl sft`, which has no run
+    with pytest.raises(KeyboardInterrupt):
+        base_of_run(cfg, run, progress=_Stopper(4), owned=True)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "runs" / "r1").rename(tmp_path / "moved")
+    run, steps = RunDir.at(tmp_path / "moved"), []
+    made = base_of_run(cfg, run, progress=lambda done, total, figures: steps.append(done), owned=True)
+    assert steps[0] >= 4, "what was done is not done again"
+    assert run.list() == []
+    weights = load_file(Path(made) / "model.safetensors")
+    shutil.rmtree(tmp_path / "cache")
+    straight = load_file(Path(warm_start(cfg)) / "model.safetensors")
+    assert all(torch.equal(straight[name], value) for name, value in weights.items())
+
+
 def test_a_run_keeps_its_base_when_the_cache_is_gone_and_it_is_moved(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     run = RunDir.create(tmp_path / "runs", "r1")
