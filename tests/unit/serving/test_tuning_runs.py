@@ -55,7 +55,7 @@ def test_checkpoints_are_those_that_were_committed(run: RunDir) -> None:
 
 def test_tokens_and_results(run: RunDir, tmp_path: Path) -> None:
     assert trained_tokens(run) == 303
-    assert results(run) == ("smol-1/summary.json", "smol-1/metrics.jsonl")
+    assert results(run) == ("summary.json", "metrics.jsonl")
     assert open_run(f"{tmp_path}/none") is None
     found = open_run(run.location)
     assert found is not None
