@@ -213,9 +213,10 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     assert f"stopped at once; go on with: mmrl train --resume {run}" in output
     assert "Traceback" not in output
     assert not (run / "eval" / "before.parquet").exists()
+    own_ray = {name: value for name, value in workplace.environment.items() if name != "RAY_ADDRESS"}
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
     try:
-        process = workplace.start("train", "--resume", run)
+        process = replace(workplace, environment=own_ray).start("train", "--resume", run)
     finally:
         signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(metrics(run)) >= 1, process, "a step")
