@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.rewards.child import MARK
 from mmrl_ray.rollouts.nodes import end_coordinator, find_coordinator
+from mmrl_ray.runs.reaper import reaped
 from mmrl_ray.runs.sessions import clean_in_background, mark_session
 
 _SETTINGS = {
@@ -142,9 +143,11 @@ def ray_at(
     began = time.time()
     logs = debug or show is not None
     coordinator_was_there = False
+    ending = ExitStack()
     try:
         try:
             if address is None:
+                ending.enter_context(reaped())
                 clean_in_background(_ray_folder())
                 idlers = _without_idlers(dashboard=dashboard, logs=logs)
                 with _signals_kept(), _out_of_reach(), free_agent_port(), idlers:
@@ -176,7 +179,10 @@ def ray_at(
         global_worker_stdstream_dispatcher.remove_handler(_MARKED)
         if address is not None and not coordinator_was_there and ray.is_initialized():
             end_coordinator()
-        ray.shutdown()
+        try:
+            ray.shutdown()
+        finally:
+            ending.close()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
 
@@ -198,7 +204,7 @@ def _out_of_reach() -> Iterator[None]:
     """Ray's processes are started in sessions of their own meanwhile, and so are all that they start.
 
     A signal to the driver's process group (Ctrl-C on a terminal, `timeout`, systemd) is then the driver's alone, which
-    ends its run by a checkpoint for which it needs them. They still end with it, however it dies: Linux tells them.
+    ends its run by a checkpoint for which it needs them. They still end with it, however it dies, see `reaper.py`.
     """
     started = services.ConsolePopen
 
