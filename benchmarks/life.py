@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--trials", type=int, default=10, help="of each kind")
+    parser.add_argument("--moments", nargs="+", type=int, help="of these tenths of the run alone, 0 to TRIALS - 1")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="of these alone")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no trial after so long")
     parser.add_argument("--work", type=Path, default=Path("/tmp/mmrl-life"), help="short: Ray's sockets lie in it")
@@ -122,7 +123,8 @@ def main() -> None:
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     console = Console(stderr=True)
     order = Random(args.seed).sample(range(args.trials), args.trials)  # so that the first few are from all over the run
-    places = [(kind, index) for index in order for kind in args.only]
+    wanted = set(range(args.trials) if args.moments is None else args.moments)
+    places = [(kind, index) for index in order if index in wanted for kind in args.only]
     known = {(each["kind"], each["index"]) for each in done}
 
     for place in [place for place in places if place not in known]:

@@ -33,7 +33,7 @@ class StopOnInterrupt:
     to the main thread; on any other this does nothing.
 
     A KeyboardInterrupt that is raised where Python drops exceptions (a `__del__` or a callback that happened to run) is
-    raised again a moment later.
+    raised again a moment later; one that a library drops itself is raised at the next `check`.
     """
 
     def __init__(
@@ -90,6 +90,14 @@ class StopOnInterrupt:
             yield
         finally:
             self._at_once = False
+
+    def check(self) -> None:
+        """Between two pieces of work: raises KeyboardInterrupt where one was raised before and nobody came to see it.
+
+        C code that looks whether a module can be imported, for one, takes any exception for a no.
+        """
+        if self.asked and self._stop is None:
+            raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._dropped:

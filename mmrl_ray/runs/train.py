@@ -98,18 +98,20 @@ def train(cfg: Config, *, resume: bool = False, address: str | None = None, debu
     with (
         PeakMemory() as memory,
         RunProgress(as_log=as_json) as progress,
-        StopOnInterrupt(say=progress.note),
+        StopOnInterrupt(say=progress.note) as interrupt,
     ):
-        return _Run(with_absolute_paths(cfg), progress, memory).whole(resume=resume, address=address, debug=debug)
+        run = _Run(with_absolute_paths(cfg), progress, memory, interrupt)
+        return run.whole(resume=resume, address=address, debug=debug)
 
 
 class _Run:
     """One run from its config to its report."""
 
-    def __init__(self, cfg: Config, progress: RunProgress, memory: PeakMemory) -> None:
+    def __init__(self, cfg: Config, progress: RunProgress, memory: PeakMemory, interrupt: StopOnInterrupt) -> None:
         self._cfg = cfg
         self._progress = progress
         self._memory = memory
+        self._interrupt = interrupt
         self._pairs: list[Sample] = []
         self._facts: dict[str, Any] = {}
         """Of the data, for the summary."""
@@ -496,6 +498,7 @@ class _Run:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        self._interrupt.check()
         began = time.monotonic()
         try:
             with self._progress.busy(_DOES.get(phase, phase.replace("_", " "))):

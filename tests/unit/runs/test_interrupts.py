@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -136,6 +137,18 @@ def test_a_signal_from_before_ends_what_is_not_kept() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt), interrupt.at_once():
             pytest.fail("it began all the same")
+
+
+def test_one_that_a_library_drops_is_raised_before_the_next_piece_of_work() -> None:
+    with interrupts.StopOnInterrupt() as interrupt:
+        interrupt.check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    with interrupts.StopOnInterrupt(lambda: None) as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        interrupt.check()  # that one was asked to let the work finish
 
 
 def test_nohup_means_what_it_says() -> None:
