@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownFileError, UnknownJobError
 from mmrl_ray.jobs.client import JobsClient, own_address, own_ray
 from mmrl_ray.jobs.records import HTTP_PREFIX, ID, Job, Status, new_http_id
-from mmrl_ray.jobs.shutdown import remembered
+from mmrl_ray.jobs.shutdown import note_job, remembered
 from mmrl_ray.jobs.submit import python_for, submit_run
 from mmrl_ray.serving.protocols import (
     ResultFile,
@@ -25,6 +26,8 @@ from mmrl_ray.serving.protocols import (
 )
 from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
 from mmrl_ray.serving.tuning_runs import open_run, result_file, results, run_checkpoints, run_events, trained_tokens
+
+logger = logging.getLogger(__name__)
 
 _FILE_ID = re.compile(rf"file-({ID.pattern})-([a-z]+\.[a-z]+)")
 """Of a job's result file: the job's id without its prefix, and the name in the run's folder."""
@@ -108,7 +111,12 @@ class RayJobService:
         python = python_for(self._server, self._allowed.python)
         joined = None if self._allowed.address else own_ray()
         submit_run(self._server, cfg, python=python, id=id, request=asdict(order), ray_address=joined)
-        return _told(self._server.get(id))
+        job = self._server.get(id)
+        try:
+            note_job(self._root, job)
+        except RunError as error:  # it is under way all the same
+            logger.warning("job %s will be forgotten if this server is killed: %s", id, error)
+        return _told(job)
 
     def _result(self, file_id: str) -> ResultFile:
         found: ResultFile | None = None
