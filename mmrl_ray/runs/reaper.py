@@ -37,9 +37,10 @@ _STEP_S = 0.1
 
 @contextmanager
 def reaped() -> Iterator[None]:
-    """Whatever is started meanwhile, and lives `GRACE_S` after the block or the process has ended, is killed.
+    """Whatever is started meanwhile, and lives `GRACE_S` after this process has ended, is killed.
 
-    Needs Linux's `/proc`; elsewhere it does nothing.
+    At the end of the block so are those whose parents are gone; what is below this process is its own affair. Needs
+    Linux's `/proc`; elsewhere it does nothing.
     """
     if not Path("/proc/self/environ").exists():
         yield
@@ -56,7 +57,7 @@ def reaped() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[mark]
+        os.environ.pop(mark, None)
         assert reaper.stdin is not None
         reaper.stdin.close()
         threading.Thread(target=reaper.wait, name="reaper", daemon=True).start()  # else it stays as a zombie
@@ -74,9 +75,22 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def _reap(mark: str) -> None:
+def _is_below(pid: int, ancestor: int) -> bool:
+    while pid > 1 and pid != ancestor:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                pid = int(file.read().rpartition(b")")[2].split()[1])
+        except OSError:
+            return False
+    return pid == ancestor
+
+
+def _reap(mark: str, driver: int) -> None:
     ended = time.monotonic()
-    while (there := marked(mark)) and (since := time.monotonic() - ended) < GRACE_S + _END_S:
+    while there := [pid for pid in marked(mark) if os.getppid() != driver or not _is_below(pid, driver)]:
+        since = time.monotonic() - ended
+        if since >= GRACE_S + _END_S:
+            return
         for pid in there if since >= GRACE_S else ():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -87,7 +101,7 @@ def _main(mark: str, driver: int) -> None:
     # A process that the driver has forked may hold the pipe open when the driver is gone.
     while not select.select([0], [], [], _LOOK_S)[0] and os.getppid() == driver:
         pass
-    _reap(mark)
+    _reap(mark, driver)
 
 
 if __name__ == "__main__":

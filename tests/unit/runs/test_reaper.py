@@ -56,14 +56,23 @@ def test_what_a_killed_driver_has_started_is_killed_wherever_it_is(bystander: ps
         driver.stdout.close()
 
 
-def test_what_outlives_the_block_is_killed_and_the_next_one_is_another(bystander: psutil.Process) -> None:
+def orphan_and_child() -> tuple[psutil.Process, subprocess.Popen[bytes]]:
+    begin = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
+    orphan = int(subprocess.check_output([sys.executable, "-c", begin]))
+    return psutil.Process(orphan), subprocess.Popen(["sleep", "600"])
+
+
+def test_at_the_end_of_the_block_orphans_are_killed_and_the_driver_keeps_its_children() -> None:
     before = dict(os.environ)
     with reaped():
-        first = subprocess.Popen(["sleep", "600"])
+        orphan, child = orphan_and_child()
     with reaped():
-        second = subprocess.Popen(["sleep", "600"])
-        assert first.wait(timeout=15) == -signal.SIGKILL
-        assert second.poll() is None
-    assert second.wait(timeout=15) == -signal.SIGKILL
+        second, another = orphan_and_child()
+        assert psutil.wait_procs([orphan], timeout=15)[1] == []
+        assert second.is_running(), "each block has its own"
+    assert psutil.wait_procs([second], timeout=15)[1] == []
+    for each in (child, another):
+        assert each.poll() is None
+        each.kill()
+        each.wait()
     assert dict(os.environ) == before
-    assert bystander.is_running()
