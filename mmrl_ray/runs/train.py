@@ -196,7 +196,8 @@ class _Run:
                 start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
             with ExitStack() as stack:
                 with self._progress.busy("starting Ray"):
-                    session = ray_session(cfg, address=address, debug=debug, show=self._progress.note)
+                    say = self._progress.note
+                    session = ray_session(cfg, address=address, debug=debug, show=say, say=say)
                     stack.enter_context(session)
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
