@@ -267,7 +267,9 @@ def _without_idlers(*, dashboard: bool, logs: bool) -> Iterator[None]:
 @contextmanager
 def _undisturbed(say: Callable[[str], None] | None) -> Iterator[None]:
     """A signal is raised at the end of the block: a process that is half connected to Ray crashes when it ends."""
-    with StopOnInterrupt(lambda: None, awaited=lambda: "waiting for Ray to start, then ending it", say=say) as interrupt:
+    with StopOnInterrupt(
+        lambda: None, awaited=lambda: "waiting for Ray to start, then ending it", say=say
+    ) as interrupt:
         yield
     if interrupt.asked:
         raise KeyboardInterrupt

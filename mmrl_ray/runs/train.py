@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ _DOES = {
 }
 """What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
+_LOST_S = 5.0
+"""For what a signal has reached, too, to end."""
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {
@@ -325,10 +327,12 @@ class _Run:
             controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
+        interrupt = StopOnInterrupt(
+            lambda: controller.request_stop("interrupted"), awaited=self._awaited, say=self._progress.note
+        )
+        is_lost = False
         try:
-            with StopOnInterrupt(
-                lambda: controller.request_stop("interrupted"), awaited=self._awaited, say=self._progress.note
-            ) as interrupt:
+            with interrupt:
                 learner = LearnerGroup(cfg, run, controller)
                 learner.start()
                 with interrupt.at_once():
@@ -352,12 +356,25 @@ class _Run:
                     if samples:
                         self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
                     self._measure_pairs(cfg, run, "after", controller)
+        except (MMRLError, KeyboardInterrupt) as error:
+            if not interrupt.asked or isinstance(error, Interrupted):
+                raise
+            # A service manager may signal every process of a service, and soon kill what is left of it.
+            is_lost = True
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise Interrupted(
+                f"stopped, but what was to be finished is lost: {error}; go on from the newest checkpoint with: mmrl "
+                f"train --resume {run.location}"
+            ) from error
         finally:
+            patience = {"timeout_s": _LOST_S} if is_lost else {}
             try:
-                controller.close()
+                with suppress(MMRLError) if is_lost else nullcontext():
+                    controller.close(**patience)
             finally:
                 if learner is not None:
-                    learner.close()
+                    learner.close(**patience)
 
     def _learn_by_value(
         self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
