@@ -35,8 +35,8 @@ class StopOnInterrupt:
     to the main thread; on any other this does nothing.
 
     A KeyboardInterrupt that is raised where Python drops exceptions (a `__del__` or a callback that happened to run) is
-    raised again a moment later; one that a library drops itself is raised at the next `check`. Work that cannot be asked
-    to stop, since `stop` raises an `MMRLError`, is stopped at once.
+    raised again a moment later; one that a library drops itself is raised at the next `check`. Work that cannot be
+    asked to stop, since `stop` raises an `MMRLError`, is stopped at once.
     """
 
     def __init__(
