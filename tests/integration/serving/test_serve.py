@@ -277,7 +277,7 @@ def test_a_signal_while_it_loads_ends_it_and_leaves_nothing(server: Server, tmp_
     assert left_of(process.pid)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode in (0, 130), output
+    assert process.returncode in (0, 130, signal.SIGTERM), output  # the last while Ray starts, which takes the signal
     assert "Traceback" not in output
     assert psutil.wait_procs(below, timeout=30)[1] == []
     assert left_of(process.pid) == []
