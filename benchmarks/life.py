@@ -7,7 +7,8 @@ reference. Each trial begins the same run in a folder of its own and has somethi
 drawn from one tenth of the reference's time, the next trial's from the next tenth; then it is gone on with.
 
     killed     SIGKILL of the driver, of every other one of all its processes; `mmrl train --resume`
-    signalled  SIGINT, SIGTERM or SIGHUP, to the process, its group, `timeout`-like to both, or twice; `--resume`
+    signalled  SIGINT, SIGTERM or SIGHUP, to the process, its group, `timeout`-like to both, twice, or (as systemd and
+               Slurm do) to every one of all its processes, Ray's too; `--resume`
     twice      two `--resume` at once after a kill; every other time a `--resume` while it runs
     moved      killed, its folder moved (every other time to another file system), resumed there; caption, report
     caches     killed or stopped, then `sft.cache`, the hub's cache, the data or all of them deleted; resumed,
@@ -17,7 +18,7 @@ drawn from one tenth of the reference's time, the next trial's from the next ten
                  the last bit; or that made anew what was finished (steps up to the newest checkpoint, base, evaluation)
     hung         an end that took longer than its bound
     unexplained  an end with a traceback, or without one line that says why and what to do
-    left         processes that outlived their driver by 90 s, half-written files, an owner that is gone
+    left         processes that outlived their driver by 30 s, half-written files, an owner that is gone
 
 Trials that are in the work folder's `trials.jsonl` are not done again: run it until none is left. Prints a table; the
 last line is one JSON object.
@@ -100,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--trials", type=int, default=10, help="of each kind")
+    parser.add_argument("--moments", nargs="+", type=int, help="of these tenths of the run alone, 0 to TRIALS - 1")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="of these alone")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no trial after so long")
     parser.add_argument("--work", type=Path, default=Path("/tmp/mmrl-life"), help="short: Ray's sockets lie in it")
@@ -121,7 +123,8 @@ def main() -> None:
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     console = Console(stderr=True)
     order = Random(args.seed).sample(range(args.trials), args.trials)  # so that the first few are from all over the run
-    places = [(kind, index) for index in order for kind in args.only]
+    wanted = set(range(args.trials) if args.moments is None else args.moments)
+    places = [(kind, index) for index in order if index in wanted for kind in args.only]
     known = {(each["kind"], each["index"]) for each in done}
 
     for place in [place for place in places if place not in known]:

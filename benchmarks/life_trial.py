@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +28,7 @@ STEPS, EVERY, GROUPS, SIZE = 24, 2, 4, 4
 HUB_MODEL = "acme/tiny"
 MARK = "MMRL_LIFE_TRIAL"
 """In the environment of all that a trial starts, by which its processes are found."""
-RUN_S, STOP_S, GONE_S = 180.0, 45.0, 90.0
+RUN_S, STOP_S, GONE_S = 180.0, 45.0, 30.0
 
 
 def config() -> dict[str, Any]:
@@ -177,12 +178,16 @@ class Trial:
     def signalled(self, index: int, moment: float, chance: Random) -> str:
         """A signal, then a resume."""
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[index % 3]
-        how = ("process", "group", "both", "twice")[index % 4]
+        how = ("process", "group", "both", "twice", "all")[index % 5]
         process = self.begin()
         self.until(process, moment)
         has_begun = self.run.exists()
         if process.poll() is None:
-            if how != "group":
+            if how == "all":  # Ray's processes, too, each in the order in which it was found
+                for each in self.processes():
+                    with suppress(psutil.Error):
+                        each.send_signal(number)
+            elif how != "group":
                 process.send_signal(number)
             if how in ("group", "both"):
                 os.killpg(process.pid, number)
@@ -192,13 +197,15 @@ class Trial:
                     process.send_signal(number)
         # In its first tenths of a second Python has its own way of ending by a signal; there is no run yet.
         # A second one may come when all is said and done and Python ends.
-        codes = (0, 130) if has_begun and how != "twice" else (0, 130, -number)
+        codes = (0, 130) if has_begun and how not in ("twice", "all") else (0, 130, -number)
+        if how == "all":  # a run that has lost its Ray may end by an error, and without a last checkpoint
+            codes = (*codes, 1)
         said = self.ends(process, codes, f"{number.name} to the {how}", STOP_S)
         if has_begun and process.returncode == -number and "error: stopped" not in said:
             self.wrong("unexplained", f"{number.name}, twice: it did not say that it stopped")
         self.all_gone("the signal")
         before = Kept(self.run)
-        if before.steps and how != "twice" and before.steps != before.checkpoint:
+        if before.steps and how not in ("twice", "all") and before.steps != before.checkpoint:
             self.wrong("lost", f"{before.steps} steps were finished, the checkpoint is of {before.checkpoint}")
         if before.steps and how != "twice" and not before.report:
             self.wrong("lost", "there is no report of what was stopped")

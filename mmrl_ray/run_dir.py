@@ -137,8 +137,9 @@ class RunDir:
     # -- files -----------------------------------------------------------------------------------------------------
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Puts a whole file in place, atomically; folders on the way are made."""
+        """Puts a whole file in place, atomically; folders within the run's are made."""
         target = self.full_path(name)
+        self._refuse_gone()
         with _explained(target):
             if self.is_local:
                 atomic.write_file(Path(target), data)
@@ -189,6 +190,14 @@ class RunDir:
             elif kind != fs.FileType.NotFound:
                 self.filesystem.delete_file(target)
 
+    def _refuse_gone(self) -> None:
+        """Refuses to make the run's folder anew: the half of a run that is written there would be of no use."""
+        if self.is_local and not os.path.isdir(self.path):
+            raise RunError(
+                f"{self.location} is gone: it was moved or deleted while the run was writing there; if it is elsewhere "
+                "now, go on there with --resume"
+            )
+
     # -- JSON lines ------------------------------------------------------------------------------------------------
 
     def append_line(self, name: str, value: Mapping[str, Any]) -> None:
@@ -198,6 +207,7 @@ class RunDir:
         if not self.is_local:
             self.write_bytes(name, (self.read_bytes(name) if self.exists(name) else b"") + line)
             return
+        self._refuse_gone()
         with _explained(target):
             atomic.append(Path(target), line)
 
@@ -256,6 +266,7 @@ class RunDir:
         `local_folder` is used up. A folder of that name that is there already is replaced.
         """
         target = self.full_path(name)
+        self._refuse_gone()
         with _explained(target):
             files = sorted(p.relative_to(local_folder).as_posix() for p in local_folder.rglob("*") if p.is_file())
             entries = {

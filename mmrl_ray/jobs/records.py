@@ -17,6 +17,8 @@ INTERRUPTED = 130
 """Exit code of a job that was stopped, as of a run that Ctrl-C stopped."""
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A submission id; it becomes a part of paths on the cluster."""
+HTTP_PREFIX = "ftjob-"
+"""Begins the ids of jobs that were asked for over HTTP."""
 _MARK = "mmrl."
 """Begins the keys of a job's metadata that are this project's."""
 _LONGEST_MESSAGE = 2000
@@ -111,6 +113,11 @@ class Job:
 def new_id(run: str) -> str:
     """A submission id that nobody had before, with the run's name in it."""
     return f"{run[:100]}-{secrets.token_hex(4)}"
+
+
+def new_http_id() -> str:
+    """The same for a job that was asked for over HTTP, where the name of its run tells nothing."""
+    return HTTP_PREFIX + secrets.token_hex(12)
 
 
 def check_id(id: str) -> str:

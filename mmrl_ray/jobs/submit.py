@@ -14,7 +14,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.errors import JobError
 from mmrl_ray.jobs.package import CONFIG_FILE, own_code, packed
-from mmrl_ray.jobs.records import Job, JobFacts, new_id
+from mmrl_ray.jobs.records import Job, JobFacts, new_http_id, new_id
 from mmrl_ray.run_dir import run_location
 
 DEFAULT_PYTHON = "python3"
@@ -79,7 +79,8 @@ def submit_run(
 def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTHON, id: str | None = None) -> str:
     """Sends a job that goes on with the run of another one from its newest checkpoint; returns the new job's id.
 
-    The config goes along, for the case that the other was stopped before there was a run folder.
+    The config goes along, for the case that the other was stopped before there was a run folder. What was asked for
+    over HTTP is known there again, as a job of its own.
 
     Raises:
         JobError: a job is still at this run, or Ray does not take it.
@@ -125,7 +126,7 @@ def _send(server: JobServer, facts: JobFacts, command: str, config: str | None, 
             f"job {busy.id} is {busy.status} and writes {facts.location}: stop it first (mmrl jobs stop {busy.id}), "
             "or choose another run.name"
         )
-    id = id or new_id(facts.run)
+    id = id or (new_http_id() if facts.request else new_id(facts.run))
     # `exec`: the shell that Ray starts makes way for the interpreter, which then gets the signals itself.
     entrypoint = f"exec {shlex.quote(python)} -m mmrl_ray.cli {command}"
     with packed(config, code=facts.code) as folder:

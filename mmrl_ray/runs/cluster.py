@@ -11,7 +11,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.rewards.child import MARK
 from mmrl_ray.rollouts.nodes import end_coordinator, find_coordinator
+from mmrl_ray.runs.interrupts import StopOnInterrupt
+from mmrl_ray.runs.reaper import reaped
 from mmrl_ray.runs.sessions import clean_in_background, mark_session
 
 _SETTINGS = {
@@ -93,9 +95,14 @@ def read_token_again() -> None:
 
 @contextmanager
 def ray_session(
-    cfg: Config, *, address: str | None = None, debug: bool = False, show: Callable[[str], None] | None = None
+    cfg: Config,
+    *,
+    address: str | None = None,
+    debug: bool = False,
+    show: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """A Ray for one run; `show` is given what the user's own reward functions print.
+    """A Ray for one run; `show` is given what the user's own reward functions print, `say` see `ray_at`.
 
     A local one has at least the CPUs that the run's actors ask for, and those of a few more rollout workers: on one
     small machine learner and workers take turns, so that more actors than cores is no error.
@@ -108,7 +115,7 @@ def ray_session(
     cpus = demanded_cpus(cfg) + room
     show = show if cfg.reward.functions else None
     name = cfg.run.name
-    with ray_at(address, cpus=cpus, object_store_mb=store, namespace=name, debug=debug, show=show):
+    with ray_at(address, cpus=cpus, object_store_mb=store, namespace=name, debug=debug, show=show, say=say):
         yield
 
 
@@ -122,6 +129,7 @@ def ray_at(
     debug: bool = False,
     dashboard: bool = False,
     show: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """The Ray at an address (or at `RAY_ADDRESS`), or else a local one.
 
@@ -129,7 +137,10 @@ def ray_at(
     when the block is left; with `dashboard` it takes jobs, too. `show` is given each line that reward functions print
     in this job's workers, on whatever node; with `debug` all that workers log goes to standard error instead.
 
+    A first signal that comes while Ray starts is told to the user with `say`, and raised once it has started.
+
     Raises:
+        KeyboardInterrupt: the user stopped it.
         RaySessionError: no local one starts, or the cluster at `address` cannot be joined.
     """
     configure_ray()
@@ -142,12 +153,14 @@ def ray_at(
     began = time.time()
     logs = debug or show is not None
     coordinator_was_there = False
+    ending = ExitStack()
     try:
         try:
             if address is None:
+                ending.enter_context(reaped())
                 clean_in_background(_ray_folder())
                 idlers = _without_idlers(dashboard=dashboard, logs=logs)
-                with _signals_kept(), _out_of_reach(), free_agent_port(), idlers:
+                with _undisturbed(say), _signals_kept(), _out_of_reach(), free_agent_port(), idlers:
                     ray.init(
                         address="local",  # without it, Ray joins whatever `ray start` has left on this machine
                         num_cpus=max(os.cpu_count() or 1, cpus),
@@ -159,7 +172,7 @@ def ray_at(
                     )
                 mark_session(_ray_folder())
             else:
-                with _signals_kept():
+                with _undisturbed(say), _signals_kept():
                     ray.init(address=address, log_to_driver=logs, logging_level=level, namespace=namespace)
                 coordinator_was_there = ray.is_initialized() and find_coordinator() is not None
         except Exception as error:  # boundary: Ray's start raises bare exceptions, too
@@ -176,7 +189,10 @@ def ray_at(
         global_worker_stdstream_dispatcher.remove_handler(_MARKED)
         if address is not None and not coordinator_was_there and ray.is_initialized():
             end_coordinator()
-        ray.shutdown()
+        try:
+            ray.shutdown()
+        finally:
+            ending.close()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
 
@@ -198,7 +214,7 @@ def _out_of_reach() -> Iterator[None]:
     """Ray's processes are started in sessions of their own meanwhile, and so are all that they start.
 
     A signal to the driver's process group (Ctrl-C on a terminal, `timeout`, systemd) is then the driver's alone, which
-    ends its run by a checkpoint for which it needs them. They still end with it, however it dies: Linux tells them.
+    ends its run by a checkpoint for which it needs them. They still end with it, however it dies, see `reaper.py`.
     """
     started = services.ConsolePopen
 
@@ -246,6 +262,17 @@ def _without_idlers(*, dashboard: bool, logs: bool) -> Iterator[None]:
     finally:
         for name, method in before.items():
             setattr(Node, name, method)
+
+
+@contextmanager
+def _undisturbed(say: Callable[[str], None] | None) -> Iterator[None]:
+    """A signal is raised at the end of the block: a process that is half connected to Ray crashes when it ends."""
+    with StopOnInterrupt(
+        lambda: None, awaited=lambda: "waiting for Ray to start, then ending it", say=say
+    ) as interrupt:
+        yield
+    if interrupt.asked:
+        raise KeyboardInterrupt
 
 
 @contextmanager

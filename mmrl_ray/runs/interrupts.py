@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
+from mmrl_ray.errors import MMRLError
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
@@ -33,7 +35,8 @@ class StopOnInterrupt:
     to the main thread; on any other this does nothing.
 
     A KeyboardInterrupt that is raised where Python drops exceptions (a `__del__` or a callback that happened to run) is
-    raised again a moment later.
+    raised again a moment later; one that a library drops itself is raised at the next `check`. Work that cannot be
+    asked to stop, since `stop` raises an `MMRLError`, is stopped at once.
     """
 
     def __init__(
@@ -91,6 +94,14 @@ class StopOnInterrupt:
         finally:
             self._at_once = False
 
+    def check(self) -> None:
+        """Between two pieces of work: raises KeyboardInterrupt where one was raised before and nobody came to see it.
+
+        C code that looks whether a module can be imported, for one, takes any exception for a no.
+        """
+        if self.asked and self._stop is None:
+            raise KeyboardInterrupt
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._dropped:
             self._dropped = False
@@ -115,15 +126,22 @@ class StopOnInterrupt:
         if self._awaited is not None:
             (self._say or _say)(f"stopping: {self._awaited()}; {_AGAIN}")
         if self._stop is not None:
-            self._stop()
+            try:
+                self._stop()
+            except MMRLError:  # whom it asks is gone, by the same signal maybe
+                if self._before:
+                    self._raise_later()
 
     def _look_at_dropped(self, dropped: UnraisableHookArgs) -> None:
         if dropped.exc_type is not KeyboardInterrupt or threading.current_thread() is not threading.main_thread():
             self._hook(dropped)
             return
+        self._raise_later()
+
+    def _raise_later(self) -> None:
+        """Raises KeyboardInterrupt in the main thread in a moment, when a hook that would drop it has returned."""
         self._dropped = True
-        # Later, since this hook would drop it, too; and by a real signal, which wakes the thread if it waits by then.
-        main = threading.main_thread().ident
+        main = threading.main_thread().ident  # by a real signal, which wakes it if it waits by then
         again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))
         again.daemon = True
         again.start()

@@ -100,7 +100,8 @@ def serve(
             set_flags(insecure=insecure)
         jobs = cfg.serving.fine_tuning is not None
         show = _show if cfg.reward is not None and cfg.reward.functions else None
-        with ray_at(address, cpus=local_cpus(cfg), object_store_mb=None, namespace=APP, dashboard=jobs, show=show):
+        cpus = local_cpus(cfg)
+        with ray_at(address, cpus=cpus, object_store_mb=None, namespace=APP, dashboard=jobs, show=show, say=_show):
             _serve_on_ray(cfg, insecure=insecure, joined=address is not None)
 
 

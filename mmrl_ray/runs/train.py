@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ _DOES = {
 }
 """What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
+_LOST_S = 5.0
+"""For what a signal has reached, too, to end."""
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {
@@ -98,18 +100,20 @@ def train(cfg: Config, *, resume: bool = False, address: str | None = None, debu
     with (
         PeakMemory() as memory,
         RunProgress(as_log=as_json) as progress,
-        StopOnInterrupt(say=progress.note),
+        StopOnInterrupt(say=progress.note) as interrupt,
     ):
-        return _Run(with_absolute_paths(cfg), progress, memory).whole(resume=resume, address=address, debug=debug)
+        run = _Run(with_absolute_paths(cfg), progress, memory, interrupt)
+        return run.whole(resume=resume, address=address, debug=debug)
 
 
 class _Run:
     """One run from its config to its report."""
 
-    def __init__(self, cfg: Config, progress: RunProgress, memory: PeakMemory) -> None:
+    def __init__(self, cfg: Config, progress: RunProgress, memory: PeakMemory, interrupt: StopOnInterrupt) -> None:
         self._cfg = cfg
         self._progress = progress
         self._memory = memory
+        self._interrupt = interrupt
         self._pairs: list[Sample] = []
         self._facts: dict[str, Any] = {}
         """Of the data, for the summary."""
@@ -194,7 +198,8 @@ class _Run:
                 start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
             with ExitStack() as stack:
                 with self._progress.busy("starting Ray"):
-                    session = ray_session(cfg, address=address, debug=debug, show=self._progress.note)
+                    say = self._progress.note
+                    session = ray_session(cfg, address=address, debug=debug, show=say, say=say)
                     stack.enter_context(session)
                 node_local_root_refused(cfg.run.root)
                 stack.enter_context(scrape_targets(run))
@@ -322,10 +327,12 @@ class _Run:
             controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
+        interrupt = StopOnInterrupt(
+            lambda: controller.request_stop("interrupted"), awaited=self._awaited, say=self._progress.note
+        )
+        is_lost = False
         try:
-            with StopOnInterrupt(
-                lambda: controller.request_stop("interrupted"), awaited=self._awaited, say=self._progress.note
-            ) as interrupt:
+            with interrupt:
                 learner = LearnerGroup(cfg, run, controller)
                 learner.start()
                 with interrupt.at_once():
@@ -349,12 +356,25 @@ class _Run:
                     if samples:
                         self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
                     self._measure_pairs(cfg, run, "after", controller)
+        except (MMRLError, KeyboardInterrupt) as error:
+            if not interrupt.asked or isinstance(error, Interrupted):
+                raise
+            # A service manager may signal every process of a service, and soon kill what is left of it.
+            is_lost = True
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise Interrupted(
+                f"stopped, but what was to be finished is lost: {error}; go on from the newest checkpoint with: mmrl "
+                f"train --resume {run.location}"
+            ) from error
         finally:
+            patience = {"timeout_s": _LOST_S} if is_lost else {}
             try:
-                controller.close()
+                with suppress(MMRLError) if is_lost else nullcontext():
+                    controller.close(**patience)
             finally:
                 if learner is not None:
-                    learner.close()
+                    learner.close(**patience)
 
     def _learn_by_value(
         self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
@@ -496,6 +516,7 @@ class _Run:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
+        self._interrupt.check()
         began = time.monotonic()
         try:
             with self._progress.busy(_DOES.get(phase, phase.replace("_", " "))):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownFileError, UnknownJobError
 from mmrl_ray.jobs.client import JobsClient, own_address, own_ray
-from mmrl_ray.jobs.records import ID, Job, Status
-from mmrl_ray.jobs.shutdown import remembered
+from mmrl_ray.jobs.records import HTTP_PREFIX, ID, Job, Status, new_http_id
+from mmrl_ray.jobs.shutdown import note_job, remembered
 from mmrl_ray.jobs.submit import python_for, submit_run
 from mmrl_ray.serving.protocols import (
     ResultFile,
@@ -26,9 +27,10 @@ from mmrl_ray.serving.protocols import (
 from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
 from mmrl_ray.serving.tuning_runs import open_run, result_file, results, run_checkpoints, run_events, trained_tokens
 
-_PREFIX = "ftjob-"
-_FILE_ID = re.compile(r"file-([0-9a-f]{24})-([a-z]+\.[a-z]+)")
-"""Of a job's result file: the mark of the job's id, and the name in the run's folder."""
+logger = logging.getLogger(__name__)
+
+_FILE_ID = re.compile(rf"file-({ID.pattern})-([a-z]+\.[a-z]+)")
+"""Of a job's result file: the job's id without its prefix, and the name in the run's folder."""
 _MARK_CHARS = 8
 _STATUSES: dict[Status, TuningStatus] = {
     "pending": "queued",
@@ -103,22 +105,27 @@ class RayJobService:
         active = sum(not job.is_over for job in self._jobs())
         if active >= self._allowed.max_active:
             raise OverloadedError(f"{active} jobs are under way, the most there may be: wait for one, or cancel it")
-        mark = secrets.token_hex(12)
-        run = run_name(order, mark[-_MARK_CHARS:])
+        id = new_http_id()
+        run = run_name(order, id[-_MARK_CHARS:])
         cfg = compose(self._allowed, self._root, run, order, _rows)
         python = python_for(self._server, self._allowed.python)
         joined = None if self._allowed.address else own_ray()
-        id = submit_run(self._server, cfg, python=python, id=_PREFIX + mark, request=asdict(order), ray_address=joined)
-        return _told(self._server.get(id))
+        submit_run(self._server, cfg, python=python, id=id, request=asdict(order), ray_address=joined)
+        job = self._server.get(id)
+        try:
+            note_job(self._root, job)
+        except RunError as error:  # it is under way all the same
+            logger.warning("job %s will be forgotten if this server is killed: %s", id, error)
+        return _told(job)
 
     def _result(self, file_id: str) -> ResultFile:
         found: ResultFile | None = None
         if (parts := _FILE_ID.fullmatch(file_id)) is not None:
-            try:
-                run = open_run(self._job(_PREFIX + parts[1]).facts.location)
-                found = None if run is None else result_file(run, parts[2])
-            except UnknownJobError:
-                pass
+            for id in (HTTP_PREFIX + parts[1], parts[1]):  # of a resumed job the user may have chosen the id
+                with suppress(UnknownJobError):
+                    run = open_run(self._job(id).facts.location)
+                    found = None if run is None else result_file(run, parts[2])
+                    break
         if found is None:
             raise UnknownFileError(f"there is no file {file_id[:64]!r}: a job names its own as result_files")
         return found
@@ -137,7 +144,7 @@ class RayJobService:
 
     def _job(self, id: str) -> Job:
         job: Job | None = None
-        if id.startswith(_PREFIX) and ID.fullmatch(id):
+        if ID.fullmatch(id):
             try:
                 job = self._server.get(id)
             except UnknownJobError:  # of a Ray before this one, maybe
@@ -163,7 +170,7 @@ def _told(job: Job) -> TuningJob:
     files: tuple[str, ...] = ()
     if job.is_over:
         tokens = _of_run(job, trained_tokens)
-        mark = job.id.removeprefix(_PREFIX)
+        mark = job.id.removeprefix(HTTP_PREFIX)
         files = tuple(f"file-{mark}-{name}" for name in _of_run(job, results) or ())
     return TuningJob(
         id=job.id,

@@ -33,6 +33,21 @@ def everything_in(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
 
 
+def test_a_folder_that_was_moved_away_is_not_made_anew_by_whoever_still_writes_there(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "runs", "r1")
+    with run.staging_folder() as scratch:
+        (tmp_path / "runs" / "r1").rename(tmp_path / "moved")
+        writes = (
+            lambda: run.write_json("status.json", {}),
+            lambda: run.append_line("events.jsonl", {}),
+            lambda: run.commit_folder("adapter", scratch),
+        )
+        for write in writes:
+            with pytest.raises(RunError, match=r"r1 is gone: it was moved or deleted .* with --resume"):
+                write()
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_an_existing_folder_is_refused_and_resume_is_named(run: RunDir) -> None:
     root = run.path.rsplit("/", 1)[0]
     filesystem = None if run.is_local else run.filesystem

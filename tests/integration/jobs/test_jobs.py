@@ -26,6 +26,7 @@ from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.jobs.client import JobsClient
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.cluster import configure_ray, free_agent_port
+from mmrl_ray.runs.jobs import resume
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.job_service import RayJobService
 from mmrl_ray.serving.tuning_runs import run_checkpoints, run_events, trained_tokens
@@ -244,5 +245,9 @@ def jobs_over_http(workplace: Workplace, client: JobsClient) -> None:
         messages = [event.message for event in jobs.list_events(job.id)]
         assert messages == ["The job was cancelled", f"Created fine-tuning job: {job.id}"]
         assert list(jobs.checkpoints.list(job.id)) == []
+        again = resume(client, job.id, python=str(asks))
+        assert jobs.retrieve(again).metadata == {"who": "me"}, "resumed elsewhere, it is a job here all the same"
+        assert {each.id for each in jobs.list()} == {again, job.id}
+        jobs.cancel(again)
         with pytest.raises(openai.NotFoundError):
             jobs.retrieve("far-1234")

@@ -286,12 +286,10 @@ def test_a_signal_while_it_loads_ends_it_and_leaves_nothing(server: Server, tmp_
 def test_a_driver_that_is_killed_leaves_nothing_behind(server: Server) -> None:
     below = psutil.Process(server.process.pid).children(recursive=True)
     assert any("haproxy" in child.name() for child in below)
-    # Ray's two agents, which listen to nobody else, give their GCS a minute to come back.
-    awaited = [child for child in below if not child.name().endswith("Agent")]
-    assert len(awaited) >= len(below) - 2
     server.process.kill()
     server.process.wait(10)
-    assert psutil.wait_procs(awaited, timeout=60)[1] == []
+    # Ray's two agents, which listen to nobody else, would give their GCS a minute to come back.
+    assert psutil.wait_procs(below, timeout=15)[1] == []
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health/live")
     clear_leftovers()

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrl_ray.jobs.records import Job, JobFacts
-from mmrl_ray.jobs.shutdown import remembered, stop_jobs
+from mmrl_ray.jobs.shutdown import note_job, remembered, stop_jobs
+from mmrl_ray.rollouts.control_files import conclude_status, write_status
 from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_owner import RunOwner
 
 
 class Server:
@@ -49,3 +51,24 @@ def test_jobs_under_way_are_stopped_waited_for_and_remembered(tmp_path: Path) ->
     (known,) = remembered(str(tmp_path))
     assert known.facts.location == f"{tmp_path}/moved"
     assert remembered(str(tmp_path / "nowhere")) == []
+
+
+def test_jobs_of_a_ray_that_was_killed_are_known_by_what_became_of_their_runs(tmp_path: Path) -> None:
+    ended = {"a": "finished", "b": "failed: the disk is full", "c": "interrupted", "d": "running", "e": None}
+    for name, how in ended.items():
+        note_job(str(tmp_path), job(tmp_path, name, "running"))
+        if how == "running":
+            write_status(RunDir.create(tmp_path, name), how, 60.0)
+        elif how is not None:
+            conclude_status(RunDir.create(tmp_path, name), how)
+    with RunOwner(RunDir.open(tmp_path, "d")):  # of another server, or `mmrl train --resume`
+        assert {each.facts.run for each in remembered(str(tmp_path)) if not each.is_over} == {"d"}
+    known = {each.facts.run: each for each in remembered(str(tmp_path))}
+    assert {name: each.status for name, each in known.items()} == {
+        "a": "succeeded", "b": "failed", "c": "stopped", "d": "stopped", "e": "stopped",
+    }  # fmt: skip
+    assert {each.id for each in known.values()} == {f"ftjob-{name}" for name in ended}
+    assert known["b"].reason == "the disk is full"
+    assert known["e"].ended == known["e"].created
+    stop_jobs(Server(job(tmp_path, "d", "running")), lambda line: None)
+    assert len(remembered(str(tmp_path))) == 5, "none twice"

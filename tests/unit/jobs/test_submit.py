@@ -88,8 +88,9 @@ def test_a_resume_sends_the_config_again_since_there_may_be_no_run_folder_yet(cf
     remembered = JobFacts.of(cluster.sent[0][2].metadata())
     assert remembered is not None
     resume_run(cluster, remembered)
-    _, entrypoint, again, _ = cluster.sent[-1]
+    id, entrypoint, again, _ = cluster.sent[-1]
     assert entrypoint == "exec python3 -m mmrl_ray.cli train config.yaml --resume-or-start"
+    assert id.startswith("ftjob-"), "whoever asked for it over HTTP finds it there again"
     assert (again.location, again.task, again.request) == ("/shared/runs/far", "resume", {"model": "smol"})
     (tmp_path / "again.yaml").write_bytes(cluster.files["config.yaml"])
     assert load_config(tmp_path / "again.yaml") == cfg

@@ -16,6 +16,7 @@ from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.blindness import Blindness, blindness
+from mmrl_ray.runs.interrupts import StopOnInterrupt
 from mmrl_ray.runs.memory import PeakMemory
 from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.report import write_report
@@ -86,7 +87,8 @@ def test_an_evaluation_of_a_blind_policy_is_loud_wherever_one_looks(
 
     def evaluate(name: str, samples: Sequence[Sample], captions: Sequence[str]) -> None:
         with RunProgress() as shown:
-            _Run(cfg, shown, PeakMemory())._score(run, name, samples, captions, reward, statistics)
+            whole = _Run(cfg, shown, PeakMemory(), StopOnInterrupt())
+            whole._score(run, name, samples, captions, reward, statistics)
 
     evaluate("before", scenes, ["a [bold] thing"] * 24)
     evaluate("after", scenes, [sample.references[0] for sample in scenes])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import Queue
 
 import psutil
 import pytest
@@ -128,16 +129,22 @@ def test_rays_processes_are_out_of_reach_of_a_signal_to_the_group() -> None:
     assert services.ConsolePopen is _CONSOLE_POPEN
 
 
-def test_a_signal_while_ray_starts_is_the_runs_and_not_rays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_ray_starts_is_the_runs_and_not_rays_which_starts_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is half connected crashes when it ends; what is awaited is said when the signal comes."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    said: Queue[str] = Queue()
+    heard: list[str] = []
 
     def init(**options: object) -> None:
         utils.set_sigterm_handler(lambda number, frame: sys.exit(number))  # as Ray's own does
         signal.raise_signal(signal.SIGTERM)
+        heard.append(said.get(timeout=60))
 
     monkeypatch.setattr(ray, "init", init)
-    with StopOnInterrupt(), pytest.raises(KeyboardInterrupt), ray_at(None, cpus=1, object_store_mb=None, namespace="n"):
-        pass
+    session = ray_at(None, cpus=1, object_store_mb=None, namespace="n", say=said.put)
+    with StopOnInterrupt(), pytest.raises(KeyboardInterrupt), session:
+        pytest.fail("it went on all the same")
+    assert heard == ["stopping: waiting for Ray to start, then ending it; Ctrl-C again stops at once"]
 
 
 def test_old_sessions_of_this_product_are_deleted_and_nobody_elses(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
 
+from mmrl_ray.errors import RolloutError
 from mmrl_ray.runs import interrupts
 
 _PROGRAM = """
@@ -136,6 +139,33 @@ def test_a_signal_from_before_ends_what_is_not_kept() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt), interrupt.at_once():
             pytest.fail("it began all the same")
+
+
+def test_one_that_a_library_drops_is_raised_before_the_next_piece_of_work() -> None:
+    with interrupts.StopOnInterrupt() as interrupt:
+        interrupt.check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    with interrupts.StopOnInterrupt(lambda: None) as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        interrupt.check()  # that one was asked to let the work finish
+
+
+def test_work_that_cannot_be_asked_to_stop_is_stopped_at_once() -> None:
+    """A service manager signals every process: whom it would ask is gone."""
+
+    def ask() -> None:
+        raise RolloutError("the controller is gone")
+
+    def work() -> None:
+        with interrupts.StopOnInterrupt(ask):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
 
 
 def test_nohup_means_what_it_says() -> None:
