@@ -2,11 +2,11 @@
 
     admit ──▶ waiting ──prefix once a prompt──▶ cohorts ──one token a row and step──▶ finished ──take──▶ GroupOutput
 
-Admitted groups wait until there are rows for them, strictly in their order. Those that start together are one cohort,
-which joins a running one where their caches allow it (`cohort.py`). What a group samples depends on its logits and its
-seed alone, and the logits on its neighbours by no more than rounding; the same calls in the same order give the same
-tokens bit for bit on the CPU. Groups of several adapters share passes (`row_adapters.py`): a batch row belongs to one
-group.
+Admitted groups wait until there are rows for them, strictly in their order; where they name callers, those of the
+caller with the fewest rows start first, and no caller has all rows. Those that start together are one cohort, which
+joins a running one where their caches allow it (`cohort.py`). What a group samples depends on its logits and its seed
+alone, and the logits on its neighbours by no more than rounding; the same calls in the same order give the same tokens
+bit for bit on the CPU. Groups of several adapters share passes (`row_adapters.py`): a batch row belongs to one group.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ from mmrl_ray.policy.vision import VisionCache, vision_features
 __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
 
 
+_FOR_OTHERS = 4
+"""One caller leaves one in so many of the rows free, so that nobody else waits for a whole group of its to end."""
+
+
 @dataclass(slots=True, eq=False)
 class _Group:
     handle: int
     request: DecodeRequest
     rows: list[Row]
     streams: bool
+    caller: str | None
     vision: VisionFeatures | None = field(default=None)
 
     @property
@@ -116,6 +121,7 @@ class Decoder:
         features: VisionFeatures | None = None,
         stream: bool = False,
         adapter: str | None = None,
+        caller: str | None = None,
     ) -> int:
         """Puts a group of `n` completions of `prompt` in the queue; it starts at the next step that has rows for it.
 
@@ -128,6 +134,7 @@ class Decoder:
             stream: report text with each event.
             adapter: PEFT's name of the group's adapter, or `row_adapters.BASE`; exactly where the decoder has
                 `adapters`. It must stay on the model until the group has ended.
+            caller: who asks, in a queue that several share; None for a caller that has the decoder to itself.
 
         Returns:
             the handle that events and `take` name the group by.
@@ -174,6 +181,7 @@ class Decoder:
                 for i in range(rows)
             ],
             streams=stream,
+            caller=caller,
         )
         self._groups[handle] = group
         self._waiting.append(group)
@@ -241,18 +249,47 @@ class Decoder:
             self.step()
 
     def _start_waiting(self, failures: list[Failure] | None) -> None:
-        free = self._max_rows - self.running_rows
+        if not self._waiting:
+            return
+        running = self._rows_by_caller()
         batch: list[_Group] = []
-        while self._waiting and len(self._waiting[0].rows) <= free:
-            group = self._waiting[0]
+        while (group := self._next_group(running)) is not None:
             width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
             if batch and (width * (len(batch) + 1) > self._prefill_tokens or self._keeps_apart(batch[0], group)):
                 self._try_to_start(batch, failures)
                 batch = []
-            batch.append(self._waiting.popleft())
-            free -= len(group.rows)
+            batch.append(group)
+            self._waiting.remove(group)
+            running[group.caller] += len(group.rows)
         if batch:
             self._try_to_start(batch, failures)
+
+    def _rows_by_caller(self) -> Counter[str | None]:
+        """Rows that get a token at the next step."""
+        waiting = {group.handle for group in self._waiting}
+        running: Counter[str | None] = Counter()
+        for handle, group in self._groups.items():
+            if handle not in waiting:
+                running[group.caller] += self.unfinished(handle)
+        return running
+
+    def _next_group(self, running: Counter[str | None]) -> _Group | None:
+        """What starts next, if there are rows for it: the first one of the caller with the fewest rows.
+
+        Where it has to wait for rows so do all others, or small groups would keep out a large one for ever. A caller
+        that has its part of the rows is passed over.
+        """
+        most = self._max_rows - self._max_rows // _FOR_OTHERS
+        first: dict[str | None, _Group] = {}
+        for group in self._waiting:
+            first.setdefault(group.caller, group)
+        may_start = [
+            group
+            for caller, group in first.items()
+            if caller is None or not running[caller] or running[caller] + len(group.rows) <= most
+        ]
+        group = min(may_start, key=lambda group: running[group.caller], default=None)
+        return group if group is not None and len(group.rows) <= self._max_rows - running.total() else None
 
     def _keeps_apart(self, first: _Group, second: _Group) -> bool:
         """Whether two prompts cannot share a pass: PEFT does not tell the rows of a vision tower inside it apart."""

@@ -128,7 +128,7 @@ class AgentEngine:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
-                async with self._decoder.decoded(request.images) as pictures:
+                async with self._decoder.decoded(request.images, request.caller) as pictures:
                     return await loop.run_in_executor(self._worker, self._work, request, pictures)
         except TimeoutError as error:
             raise ServingError(f"the request did not finish within {self._timeout_s:g} s; try again later") from error
