@@ -3,8 +3,9 @@
     admit ──▶ waiting ──prefix once a prompt──▶ cohorts ──one token a row and step──▶ finished ──take──▶ GroupOutput
 
 Admitted groups wait until there are rows for them, strictly in their order; where they name callers, those of the
-caller with the fewest rows start first, and no caller has all rows. Those that start together are one cohort, which
-joins a running one where their caches allow it (`cohort.py`). What a group samples depends on its logits and its seed
+caller with the fewest rows start first, no caller has all rows, and all have as much of the time (fair queueing by what
+they have cost: Demers et al., 1989). Those that start together are one cohort, which joins a running one where their
+caches allow it (`cohort.py`). What a group samples depends on its logits and its seed
 alone, and the logits on its neighbours by no more than rounding; the same calls in the same order give the same tokens
 bit for bit on the CPU. Groups of several adapters share passes (`row_adapters.py`): a batch row belongs to one group.
 """
@@ -36,6 +37,11 @@ __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decod
 
 _FOR_OTHERS = 4
 """One caller leaves one in so many of the rows free, so that nobody else waits for a whole group of its to end."""
+_PASS_COST = 8
+"""Of a pass beside that of its rows, each of which counts 1, as does a token of a prompt. The measure is rough, and the
+same on every machine, so that the order of steps is, too."""
+_LIGHT_ROWS = 8
+"""With more rows in a pass a caller has it to itself: others would wait for its rows at each token."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +101,8 @@ class Decoder:
         self._groups: dict[int, _Group] = {}
         self._waiting: deque[_Group] = deque()
         self._cohorts: list[Cohort] = []
+        self._cost: dict[str | None, float] = {}
+        """Of what each caller with rows has had, since it or the others came."""
 
     @property
     def waiting(self) -> int:
@@ -189,7 +197,8 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, failures: list[Failure] | None = None) -> list[Event]:
-        """Starts what there are rows for, then gives every running row one token.
+        """Starts what there are rows for, then gives every running row one token; where several callers have rows, only
+        those in passes with the one that has had the least.
 
         Args:
             failures: is given what goes wrong, by group. Those groups are gone then, with everything they held, and the
@@ -200,7 +209,7 @@ class Decoder:
                 start are dropped then.
         """
         self._start_waiting(failures)
-        events = [event for cohort in self._cohorts for event in self._advance(cohort, failures)]
+        events = [event for cohort in self._in_turn() for event in self._advance(cohort, failures)]
         self._settle()
         self.counters["steps"] += 1
         return events
@@ -252,6 +261,7 @@ class Decoder:
         if not self._waiting:
             return
         running = self._rows_by_caller()
+        self._cost = {caller: cost for caller, cost in self._cost.items() if running[caller]}
         batch: list[_Group] = []
         while (group := self._next_group(running)) is not None:
             width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
@@ -261,8 +271,34 @@ class Decoder:
             batch.append(group)
             self._waiting.remove(group)
             running[group.caller] += len(group.rows)
+            self._charge({group.caller}, group.request.prompt.input_ids.numel())
         if batch:
             self._try_to_start(batch, failures)
+
+    def _in_turn(self) -> list[Cohort]:
+        """What gets a token at this step."""
+        if len(self._cost) < 2:
+            return self._cohorts
+        callers = [self._callers(cohort) for cohort in self._cohorts]
+        everybody = set().union(*callers)
+        if len(everybody) < 2:
+            return self._cohorts
+        least = min(everybody, key=lambda caller: (self._cost.get(caller, 0.0), caller or ""))
+        chosen = [(cohort, found) for cohort, found in zip(self._cohorts, callers, strict=True) if least in found]
+        for cohort, found in chosen:
+            self._charge(set(found), _PASS_COST + len(cohort.slots))
+        return [cohort for cohort, _ in chosen]
+
+    def _callers(self, *cohorts: Cohort) -> Counter[str | None]:
+        """Rows of each caller in a pass."""
+        slots = (row for cohort in cohorts for row in cohort.slots)
+        return Counter(self._groups[r.handle].caller for r in slots if r is not None and r.finish_reason is None)
+
+    def _charge(self, callers: set[str | None], cost: float) -> None:
+        """Divides what was done among those whom it was done for. Who is new begins where the others are."""
+        for caller in callers:
+            self._cost.setdefault(caller, min(self._cost.values(), default=0.0))
+            self._cost[caller] += cost / len(callers)
 
     def _rows_by_caller(self) -> Counter[str | None]:
         """Rows that get a token at the next step."""
@@ -277,8 +313,9 @@ class Decoder:
         """What starts next, if there are rows for it: the first one of the caller with the fewest rows.
 
         Where it has to wait for rows so do all others, or small groups would keep out a large one for ever. A caller
-        that has its part of the rows is passed over.
+        that has its part of the rows is passed over, and so is one that has had more than another one with rows.
         """
+        least = min((cost for caller, cost in self._cost.items() if running[caller]), default=0.0)
         most = self._max_rows - self._max_rows // _FOR_OTHERS
         first: dict[str | None, _Group] = {}
         for group in self._waiting:
@@ -286,7 +323,9 @@ class Decoder:
         may_start = [
             group
             for caller, group in first.items()
-            if caller is None or not running[caller] or running[caller] + len(group.rows) <= most
+            if caller is None
+            or not running[caller]
+            or (running[caller] + len(group.rows) <= most and self._cost[caller] <= least)
         ]
         group = min(may_start, key=lambda group: running[group.caller], default=None)
         return group if group is not None and len(group.rows) <= self._max_rows - running.total() else None
@@ -409,13 +448,19 @@ class Decoder:
             if held or cohort.is_wasteful:
                 cohort.compact()
                 self.counters["compactions"] += 1
-            host = next((other for other in settled if other.accepts(cohort)), None)
+            host = next((o for o in settled if o.accepts(cohort) and self._may_share(o, cohort)), None)
             if host is None:
                 settled.append(cohort)
             else:
                 host.absorb(cohort)
                 self.counters["merges"] += 1
         self._cohorts = settled
+
+    def _may_share(self, one: Cohort, other: Cohort) -> bool:
+        if len(self._cost) < 2:
+            return True
+        rows = self._callers(one, other)
+        return len(rows) < 2 or max(rows.values()) <= _LIGHT_ROWS
 
     def _text_stream(self, sampling: SamplingParams) -> TextStream:
         return TextStream(self._policy.tokenizer, sampling.stop)

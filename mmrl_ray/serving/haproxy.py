@@ -87,7 +87,7 @@ _FAIR = """\
     http-request sc-inc-gpc0(0) if !key
     http-request return status 429 errorfile {folder}/{flood} if flood !live !known
     http-request return status 401 errorfile {folder}/{keyless} if !key !live !browser
-    http-response sc-inc-gpc0(0) if {{ var(txn.mmrl_key) -m found }} {{ status 401 }}
+    http-response sc-inc-gpc0(0) if {{ var(txn.mmrl_key) -m found }} {{ status 401 429 }} !known
     http-response track-sc1 var(txn.mmrl_key) table mmrl_keys if {{ var(txn.mmrl_key) -m found }} {{ status lt 400 }}"""
 """Networks of IPv6 count as one address: whoever has one address of them has them all.
 
