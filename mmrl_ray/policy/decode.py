@@ -327,8 +327,9 @@ class Decoder:
             or not running[caller]
             or (running[caller] + len(group.rows) <= most and self._cost[caller] <= least)
         ]
-        group = min(may_start, key=lambda group: running[group.caller], default=None)
-        return group if group is not None and len(group.rows) <= self._max_rows - running.total() else None
+        next_one = min(may_start, key=lambda group: running[group.caller], default=None)
+        fits = next_one is not None and len(next_one.rows) <= self._max_rows - running.total()
+        return next_one if fits else None
 
     def _keeps_apart(self, first: _Group, second: _Group) -> bool:
         """Whether two prompts cannot share a pass: PEFT does not tell the rows of a vision tower inside it apart."""
