@@ -181,14 +181,19 @@ def heavy() -> list[bytes]:
         out = io.BytesIO()
         image.save(out, kind, **options)
         made.append(out.getvalue())
-    small = io.BytesIO()
-    Image.new("RGB", (24, 16)).save(small, "PNG")
     empty = struct.pack(">I", 0) + b"teSt" + struct.pack(">I", zlib.crc32(b"teSt"))
-    made.append(small.getvalue()[:33] + empty * 1_000_000 + small.getvalue()[33:])
-    small = io.BytesIO()
-    Image.new("RGB", (24, 16)).save(small, "JPEG")
-    made.append(b"\xff\xd8" + b"\xff" * 15_000_000 + small.getvalue()[2:])
+    made.append(small()[:33] + empty * 1_000_000 + small()[33:])
+    out = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(out, "JPEG")
+    made.append(b"\xff\xd8" + b"\xff" * 15_000_000 + out.getvalue()[2:])
     return made
+
+
+def small() -> bytes:
+    """A file that costs nothing."""
+    out = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(out, "PNG")
+    return out.getvalue()
 
 
 def fresh(picture: bytes) -> bytes:
@@ -232,9 +237,11 @@ def scored(pictures: list[bytes]) -> Attack:
     return attack
 
 
-def chatted(pictures: list[bytes], model: str, *, leave: bool) -> Attack:
+def chatted(pictures: list[bytes], model: str, *, leave: bool = False) -> Attack:
+    """The longest chats there are about these pictures."""
+
     async def attack(session: aiohttp.ClientSession, server: Server, seen: Seen) -> None:
-        asked = json.loads(body(model, fresh(random.choice(pictures[:3])), max_tokens=LONGEST))
+        asked = json.loads(body(model, fresh(random.choice(pictures)), max_tokens=LONGEST))
         asked |= {"n": 16, "temperature": 1.0, "stream": leave}
         await call(session, server, seen, CHAT, leave=leave, data=json.dumps(asked), headers=_JSON)
 
@@ -242,7 +249,11 @@ def chatted(pictures: list[bytes], model: str, *, leave: bool) -> Attack:
 
 
 async def broken(session: aiohttp.ClientSession, server: Server, seen: Seen) -> None:
-    data = b'{"messages": [' + b'{"a": [1]},' * 150_000
+    """As many values as are parsed, in two ways, and far more."""
+    data = random.choice(
+        [b'{"messages": [' + b'{"a": [1]},' * count for count in (16_000, 150_000)]
+        + [b'{"messages": [' + b"1," * 160_000 + b'{"role": "user", "content": "a"}]}']
+    )
     await call(session, server, seen, CHAT, data=data, headers=_JSON)
 
 
@@ -280,8 +291,9 @@ KINDS = {
     "huge bodies": Kind(lambda pictures, model: huge_body, 4, False),
     "rewards": Kind(lambda pictures, model: rewarded(pictures), 8, True, REWARDS),
     "score": Kind(lambda pictures, model: scored(pictures), 4, True, SCORE),
-    "streams left": Kind(lambda pictures, model: chatted(pictures, model, leave=True), 8, True, CHAT),
-    "chats": Kind(lambda pictures, model: chatted(pictures, model, leave=False), 16, True, CHAT),
+    "chats": Kind(lambda pictures, model: chatted([small()], model), 16, True, CHAT),
+    "chats about heavy pictures": Kind(lambda pictures, model: chatted(pictures[:3], model), 8, True, CHAT),
+    "streams left": Kind(lambda pictures, model: chatted([small()], model, leave=True), 8, True, CHAT),
     "slow bodies": Kind(lambda pictures, model: slow_body, 50, True),
     "broken JSON": Kind(lambda pictures, model: broken, 4, True),
     "remote pictures": Kind(lambda pictures, model: remote, 4, True),
