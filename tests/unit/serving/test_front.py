@@ -203,7 +203,7 @@ def test_an_address_that_floods_is_answered_by_haproxy_and_its_neighbours_by_the
         assert (last.status_code, last.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert int(last.headers["retry-after"]) >= 1
         assert asked[path] < 250
-        assert client.get("/v1/models", headers=good).status_code == 200
+        assert {client.get("/v1/models", headers=good).status_code for _ in range(150)} == {200}
         assert client.get("/v1/models", headers=new).status_code == 429, "nobody knows it yet"
         before = asked["/health/live"]
         assert client.get("/health/live").json() == {"status": "live"}
