@@ -103,6 +103,9 @@ class Decoder:
         self._cohorts: list[Cohort] = []
         self._cost: dict[str | None, float] = {}
         """Of what each caller with rows has had, since it or the others came."""
+        self._last: dict[str | None, int] = {}
+        """By caller that waits, how many groups had started when its last one did."""
+        self._starts = 0
 
     @property
     def waiting(self) -> int:
@@ -271,6 +274,8 @@ class Decoder:
             batch.append(group)
             self._waiting.remove(group)
             running[group.caller] += len(group.rows)
+            self._starts += 1
+            self._last[group.caller] = self._starts
             self._charge({group.caller}, group.request.prompt.input_ids.numel())
         if batch:
             self._try_to_start(batch, failures)
@@ -310,7 +315,8 @@ class Decoder:
         return running
 
     def _next_group(self, running: Counter[str | None]) -> _Group | None:
-        """What starts next, if there are rows for it: the first one of the caller with the fewest rows.
+        """What starts next, if there are rows for it: the first one of the caller with the fewest rows, of several to
+        whom the last one started longest ago.
 
         Where it has to wait for rows so do all others, or small groups would keep out a large one for ever. A caller
         that has its part of the rows is passed over, and so is one that has had more than another one with rows.
@@ -327,7 +333,8 @@ class Decoder:
             or not running[caller]
             or (running[caller] + len(group.rows) <= most and self._cost[caller] <= least)
         ]
-        next_one = min(may_start, key=lambda group: running[group.caller], default=None)
+        self._last = {caller: self._last.get(caller, 0) for caller in first}
+        next_one = min(may_start, key=lambda group: (running[group.caller], self._last[group.caller]), default=None)
         fits = next_one is not None and len(next_one.rows) <= self._max_rows - running.total()
         return next_one if fits else None
 

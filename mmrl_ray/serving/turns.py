@@ -17,6 +17,9 @@ class Turns:
         self._most = max(1, places - 1) if most is None else most
         self._held: Counter[str | None] = Counter()
         self._waiting: list[tuple[str | None, asyncio.Future[None]]] = []
+        self._last: dict[str | None, int] = {}
+        """By caller that waits or holds a place, when it was handed one last."""
+        self._handed = 0
 
     @asynccontextmanager
     async def turn(self, caller: str | None) -> AsyncIterator[None]:
@@ -43,17 +46,21 @@ class Turns:
     def _give_back(self, caller: str | None) -> None:
         self._free += 1
         self._held[caller] -= 1
-        if not self._held[caller]:
-            del self._held[caller]  # callers come and go
         self._hand_out()
+        if not self._held[caller]:  # callers come and go
+            del self._held[caller]
+            if all(waiting != caller for waiting, _ in self._waiting):
+                self._last.pop(caller, None)
 
     def _hand_out(self) -> None:
-        """To the caller with the fewest places, of whom the first that came."""
+        """To the caller with the fewest places, of several to who had the last one longest ago, in its own order."""
         while self._free:
             able = [(c, place) for c, place in self._waiting if self._held[c] < self._most and not place.done()]
             if not able:
                 return
-            caller, place = min(able, key=lambda waiting: self._held[waiting[0]])
+            caller, place = min(able, key=lambda each: (self._held[each[0]], self._last.get(each[0], 0)))
+            self._handed += 1
+            self._last[caller] = self._handed
             self._waiting.remove((caller, place))
             self._held[caller] += 1
             self._free -= 1

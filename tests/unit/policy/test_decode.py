@@ -133,6 +133,14 @@ def test_a_large_group_is_not_kept_out_by_small_ones(policy: Policy, prompts: li
         assert not any(event.handle in later for event in events)
 
 
+def test_callers_with_groups_of_all_rows_take_turns(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    decoder, order = Decoder(policy, max_rows=4), dict[int, str]()
+    callers = {decoder.admit(prompts[0], 4, GREEDY, caller=caller): caller for caller in "aaaabc"}
+    while not decoder.idle:
+        order |= {event.handle: callers[event.handle] for event in decoder.step()}
+    assert "".join(order.values()) == "abcaaa"
+
+
 def test_light_callers_share_passes(policy: Policy, prompts: list[EncodedPrompt]) -> None:
     decoder = Decoder(policy)
     for i in range(12):

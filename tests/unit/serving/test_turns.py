@@ -40,6 +40,24 @@ def test_the_caller_with_the_fewest_places_is_next_and_nobody_has_all() -> None:
     assert sorted(order) == ["a0", "a1", "a3", "a4", "a5", "b0", "b1"]
 
 
+def test_callers_take_turns_where_there_are_more_of_them_than_places() -> None:
+    order: list[str] = []
+
+    async def work() -> None:
+        turns = Turns(1)
+
+        async def hold(name: str) -> None:
+            async with turns.turn(name[0]):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        many = [asyncio.create_task(hold(name)) for name in ("a0", "a1", "a2", "a3", "b0", "b1", "c0")]
+        await asyncio.wait(many)
+
+    asyncio.run(work())
+    assert order == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+
+
 def test_a_place_handed_to_somebody_who_leaves_goes_on() -> None:
     async def work() -> None:
         turns = Turns(1)
