@@ -3,11 +3,11 @@
     admit ──▶ waiting ──prefix once a prompt──▶ cohorts ──one token a row and step──▶ finished ──take──▶ GroupOutput
 
 Admitted groups wait until there are rows for them, strictly in their order; where they name callers, those of the
-caller with the fewest rows start first, no caller has all rows, and all have as much of the time (fair queueing by what
-they have cost: Demers et al., 1989). Those that start together are one cohort, which joins a running one where their
-caches allow it (`cohort.py`). What a group samples depends on its logits and its seed
-alone, and the logits on its neighbours by no more than rounding; the same calls in the same order give the same tokens
-bit for bit on the CPU. Groups of several adapters share passes (`row_adapters.py`): a batch row belongs to one group.
+caller with the fewest rows start first, no caller has all rows, and all have as much of the time (`shares.py`). Those
+that start together are one cohort, which joins a running one where their caches allow it (`cohort.py`). What a group
+samples depends on its logits and its seed alone, and the logits on its neighbours by no more than rounding; the same
+calls in the same order give the same tokens bit for bit on the CPU. Groups of several adapters share passes
+(`row_adapters.py`): a batch row belongs to one group.
 """
 
 from __future__ import annotations
@@ -30,18 +30,10 @@ from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.requests import DecodeRequest, Event, Failure, GroupOutput
 from mmrl_ray.policy.row_adapters import RowAdapters
 from mmrl_ray.policy.sampling import check_sampling
+from mmrl_ray.policy.shares import LIGHT_ROWS, Shares
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
-
-
-_FOR_OTHERS = 4
-"""One caller leaves one in so many of the rows free, so that nobody else waits for a whole group of its to end."""
-_PASS_COST = 8
-"""Of a pass beside that of its rows, each of which counts 1, as does a token of a prompt. The measure is rough, and the
-same on every machine, so that the order of steps is, too."""
-_LIGHT_ROWS = 8
-"""With more rows in a pass a caller has it to itself: others would wait for its rows at each token."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,11 +93,7 @@ class Decoder:
         self._groups: dict[int, _Group] = {}
         self._waiting: deque[_Group] = deque()
         self._cohorts: list[Cohort] = []
-        self._cost: dict[str | None, float] = {}
-        """Of what each caller with rows has had, since it or the others came."""
-        self._last: dict[str | None, int] = {}
-        """By caller that waits, how many groups had started when its last one did."""
-        self._starts = 0
+        self._shares = Shares(max_rows)
 
     @property
     def waiting(self) -> int:
@@ -264,7 +252,7 @@ class Decoder:
         if not self._waiting:
             return
         running = self._rows_by_caller()
-        self._cost = {caller: cost for caller, cost in self._cost.items() if running[caller]}
+        self._shares.keep(running)
         batch: list[_Group] = []
         while (group := self._next_group(running)) is not None:
             width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
@@ -274,36 +262,28 @@ class Decoder:
             batch.append(group)
             self._waiting.remove(group)
             running[group.caller] += len(group.rows)
-            self._starts += 1
-            self._last[group.caller] = self._starts
-            self._charge({group.caller}, group.request.prompt.input_ids.numel())
+            self._shares.started(group.caller, group.request.prompt.input_ids.numel())
         if batch:
             self._try_to_start(batch, failures)
 
     def _in_turn(self) -> list[Cohort]:
         """What gets a token at this step."""
-        if len(self._cost) < 2:
+        if not self._shares.several:
             return self._cohorts
         callers = [self._callers(cohort) for cohort in self._cohorts]
         everybody = set().union(*callers)
         if len(everybody) < 2:
             return self._cohorts
-        least = min(everybody, key=lambda caller: (self._cost.get(caller, 0.0), caller or ""))
+        least = self._shares.least(everybody)
         chosen = [(cohort, found) for cohort, found in zip(self._cohorts, callers, strict=True) if least in found]
         for cohort, found in chosen:
-            self._charge(set(found), _PASS_COST + len(cohort.slots))
+            self._shares.passed(found, len(cohort.slots))
         return [cohort for cohort, _ in chosen]
 
     def _callers(self, *cohorts: Cohort) -> Counter[str | None]:
         """Rows of each caller in a pass."""
         slots = (row for cohort in cohorts for row in cohort.slots)
         return Counter(self._groups[r.handle].caller for r in slots if r is not None and r.finish_reason is None)
-
-    def _charge(self, callers: set[str | None], cost: float) -> None:
-        """Divides what was done among those whom it was done for. Who is new begins where the others are."""
-        for caller in callers:
-            self._cost.setdefault(caller, min(self._cost.values(), default=0.0))
-            self._cost[caller] += cost / len(callers)
 
     def _rows_by_caller(self) -> Counter[str | None]:
         """Rows that get a token at the next step."""
@@ -315,28 +295,17 @@ class Decoder:
         return running
 
     def _next_group(self, running: Counter[str | None]) -> _Group | None:
-        """What starts next, if there are rows for it: the first one of the caller with the fewest rows, of several to
-        whom the last one started longest ago.
+        """What starts next, if there are rows for it.
 
-        Where it has to wait for rows so do all others, or small groups would keep out a large one for ever. A caller
-        that has its part of the rows is passed over, and so is one that has had more than another one with rows.
+        Where it has to wait for rows so do all others, or small groups would keep out a large one for ever.
         """
-        least = min((cost for caller, cost in self._cost.items() if running[caller]), default=0.0)
-        most = self._max_rows - self._max_rows // _FOR_OTHERS
         first: dict[str | None, _Group] = {}
         for group in self._waiting:
             first.setdefault(group.caller, group)
-        may_start = [
-            group
-            for caller, group in first.items()
-            if caller is None
-            or not running[caller]
-            or (running[caller] + len(group.rows) <= most and self._cost[caller] <= least)
-        ]
-        self._last = {caller: self._last.get(caller, 0) for caller in first}
-        next_one = min(may_start, key=lambda group: (running[group.caller], self._last[group.caller]), default=None)
-        fits = next_one is not None and len(next_one.rows) <= self._max_rows - running.total()
-        return next_one if fits else None
+        free = self._max_rows - running.total()
+        for caller in self._shares.next_caller({caller: len(g.rows) for caller, g in first.items()}, running):
+            return first[caller] if len(first[caller].rows) <= free else None
+        return None
 
     def _keeps_apart(self, first: _Group, second: _Group) -> bool:
         """Whether two prompts cannot share a pass: PEFT does not tell the rows of a vision tower inside it apart."""
@@ -465,10 +434,10 @@ class Decoder:
         self._cohorts = settled
 
     def _may_share(self, one: Cohort, other: Cohort) -> bool:
-        if len(self._cost) < 2:
+        if not self._shares.several:
             return True
         rows = self._callers(one, other)
-        return len(rows) < 2 or max(rows.values()) <= _LIGHT_ROWS
+        return len(rows) < 2 or max(rows.values()) <= LIGHT_ROWS
 
     def _text_stream(self, sampling: SamplingParams) -> TextStream:
         return TextStream(self._policy.tokenizer, sampling.stop)

@@ -64,7 +64,8 @@ async def read_json(request: Request, model: type[Body], timeout_s: float) -> Bo
         raw = await request.body()
     if len(raw) < _SMALL_BYTES:
         return _parsed(raw, model)
-    return await _LARGE.run(caller_id(request), lambda: _parsed(raw, model))
+    async with asyncio.timeout(timeout_s):
+        return await _LARGE.run(caller_id(request), lambda: _parsed(raw, model))
 
 
 class _Shared:
