@@ -188,7 +188,8 @@ def peer(load: Load, folder: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def ours(load: Load, folder: Path, settings: Sequence[str] = ()) -> Iterator[Server]:
+def ours(load: Load, folder: Path, settings: Sequence[str] = (), config: Path | None = None) -> Iterator[Server]:
+    """`mmrl serve` on the load's model, or on a config that names it."""
     port = free_port()
     database = f"sqlite:///{folder}/keys-{load.name}.db"
     program = [sys.executable, "-m", "mmrl_ray.cli"]
@@ -196,7 +197,15 @@ def ours(load: Load, folder: Path, settings: Sequence[str] = ()) -> Iterator[Ser
         [*program, "keys", "create", "bench", "--database", database], capture_output=True, text=True, check=True
     )
     key = next(word for line in made.stdout.splitlines() for word in line.split() if word.startswith("mmrl-"))
-    command = [*program, "serve", str(load.folder), "--port", str(port), "--set", f"serving.database={database}"]
+    command = [
+        *program,
+        "serve",
+        str(config or load.folder),
+        "--port",
+        str(port),
+        "--set",
+        f"serving.database={database}",
+    ]
     # The limits of one key are for the many who share a server.
     command += ["--set", "serving.rate.requests_per_minute=1000000", "--set", "serving.rate.burst=100000"]
     command += [part for setting in settings for part in ("--set", setting)]

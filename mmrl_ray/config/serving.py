@@ -78,9 +78,10 @@ class PolicyDeployment(DeploymentSection):
     resources: ActorResources = ActorResources()
     """What one replica asks Ray for."""
     max_rows: int = Field(64, ge=1)
-    """Completions that one replica decodes at a time; requests beyond them wait in it."""
+    """Completions that one replica decodes at a time, one key's at most three in four of them; requests beyond them
+    wait in it."""
     max_queue: int = Field(192, ge=1)
-    """Requests that wait in one replica; more of them are refused with 503."""
+    """Requests that wait in one replica, one key's at most three in four of them; more are refused with 503."""
     vision_cache_mb: int = Field(256, ge=0)
     """Bytes of vision features one replica keeps."""
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mmrl_ray.child.main import receive, send, send_parts
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 
 _SEND_PIXELS = 2**20
 """At a time."""
+_NICENESS = 10
+"""A tenth of what others get, where all want a core."""
+
+
+def work_in_background(owner: socket.socket) -> None:
+    """The same as `work`, at a low priority."""
+    os.nice(_NICENESS)
+    # Linux may share out the cores between sessions first, and each of these processes has one of its own.
+    with suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
+        autogroup.write(str(_NICENESS))
+    work(owner)
 
 
 def work(owner: socket.socket) -> None:

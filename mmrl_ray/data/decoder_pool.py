@@ -19,8 +19,8 @@ from mmrl_ray.child.process import ChildProcess, Lost
 from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, inspect_image
 from mmrl_ray.errors import ImageError, ProcessError
 
-WORKERS = 2
-"""Pictures decoded at a time: what they may need together stays small, whatever is in them."""
+WORKERS = 3
+"""Pictures decoded at a time at most; whoever asks for large ones keeps their number, and the memory, smaller."""
 MEMORY_FACTOR = 8
 """Bytes that decoding may take, as a multiple of the decoded picture's three a pixel."""
 MEMORY_BYTES = 64 * 2**20
@@ -30,7 +30,7 @@ CPU_S_A_MEGAPIXEL = 0.1
 """On top of `CPU_S`: several times what the slowest sound picture takes."""
 _TIMEOUT_S = 120.0
 """On the clock, where a machine has too much to do; requests have deadlines of their own."""
-_WORKER = "mmrl_ray.data.decoder_child:work"
+_WORKER, _BACKGROUND_WORKER = "mmrl_ray.data.decoder_child:work", "mmrl_ray.data.decoder_child:work_in_background"
 
 
 class Decoding:
@@ -69,7 +69,9 @@ class Decoding:
 class DecoderPool:
     """As many processes as pictures are decoded at a time, started when they are needed; from any threads."""
 
-    def __init__(self, workers: int = WORKERS) -> None:
+    def __init__(self, workers: int = WORKERS, *, background: bool = False) -> None:
+        """With `background` its processes have what everything else leaves of the cores."""
+        self._worker = _BACKGROUND_WORKER if background else _WORKER
         self._turns = threading.BoundedSemaphore(workers)
         self._lock = threading.Lock()
         self._idle: list[ChildProcess] = []
@@ -146,7 +148,7 @@ class DecoderPool:
             with self._lock:
                 process = self._idle.pop() if self._idle else None
             if process is None or not process.alive:
-                process = ChildProcess(_WORKER, "a picture's decoder")
+                process = ChildProcess(self._worker, "a picture's decoder")
             try:
                 yield process
             finally:
@@ -161,3 +163,9 @@ class DecoderPool:
 def shared_pool() -> DecoderPool:
     """This process's own."""
     return DecoderPool()
+
+
+@functools.cache
+def background_pool() -> DecoderPool:
+    """The same for pictures that take long."""
+    return DecoderPool(background=True)

@@ -2,11 +2,12 @@
 
     admit ──▶ waiting ──prefix once a prompt──▶ cohorts ──one token a row and step──▶ finished ──take──▶ GroupOutput
 
-Admitted groups wait until there are rows for them, strictly in their order. Those that start together are one cohort,
-which joins a running one where their caches allow it (`cohort.py`). What a group samples depends on its logits and its
-seed alone, and the logits on its neighbours by no more than rounding; the same calls in the same order give the same
-tokens bit for bit on the CPU. Groups of several adapters share passes (`row_adapters.py`): a batch row belongs to one
-group.
+Admitted groups wait until there are rows for them, strictly in their order; where they name callers, those of the
+caller with the fewest rows start first, no caller has all rows, and all have as much of the time (`shares.py`). Those
+that start together are one cohort, which joins a running one where their caches allow it (`cohort.py`). What a group
+samples depends on its logits and its seed alone, and the logits on its neighbours by no more than rounding; the same
+calls in the same order give the same tokens bit for bit on the CPU. Groups of several adapters share passes
+(`row_adapters.py`): a batch row belongs to one group.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.requests import DecodeRequest, Event, Failure, GroupOutput
 from mmrl_ray.policy.row_adapters import RowAdapters
 from mmrl_ray.policy.sampling import check_sampling
+from mmrl_ray.policy.shares import LIGHT_ROWS, Shares
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
@@ -40,6 +42,7 @@ class _Group:
     request: DecodeRequest
     rows: list[Row]
     streams: bool
+    caller: str | None
     vision: VisionFeatures | None = field(default=None)
 
     @property
@@ -90,6 +93,7 @@ class Decoder:
         self._groups: dict[int, _Group] = {}
         self._waiting: deque[_Group] = deque()
         self._cohorts: list[Cohort] = []
+        self._shares = Shares(max_rows)
 
     @property
     def waiting(self) -> int:
@@ -116,6 +120,7 @@ class Decoder:
         features: VisionFeatures | None = None,
         stream: bool = False,
         adapter: str | None = None,
+        caller: str | None = None,
     ) -> int:
         """Puts a group of `n` completions of `prompt` in the queue; it starts at the next step that has rows for it.
 
@@ -128,6 +133,7 @@ class Decoder:
             stream: report text with each event.
             adapter: PEFT's name of the group's adapter, or `row_adapters.BASE`; exactly where the decoder has
                 `adapters`. It must stay on the model until the group has ended.
+            caller: who asks, in a queue that several share; None for a caller that has the decoder to itself.
 
         Returns:
             the handle that events and `take` name the group by.
@@ -174,6 +180,7 @@ class Decoder:
                 for i in range(rows)
             ],
             streams=stream,
+            caller=caller,
         )
         self._groups[handle] = group
         self._waiting.append(group)
@@ -181,7 +188,8 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, failures: list[Failure] | None = None) -> list[Event]:
-        """Starts what there are rows for, then gives every running row one token.
+        """Starts what there are rows for, then gives every running row one token; where several callers have rows, only
+        those in passes with the one that has had the least.
 
         Args:
             failures: is given what goes wrong, by group. Those groups are gone then, with everything they held, and the
@@ -192,7 +200,7 @@ class Decoder:
                 start are dropped then.
         """
         self._start_waiting(failures)
-        events = [event for cohort in self._cohorts for event in self._advance(cohort, failures)]
+        events = [event for cohort in self._in_turn() for event in self._advance(cohort, failures)]
         self._settle()
         self.counters["steps"] += 1
         return events
@@ -241,18 +249,63 @@ class Decoder:
             self.step()
 
     def _start_waiting(self, failures: list[Failure] | None) -> None:
-        free = self._max_rows - self.running_rows
+        if not self._waiting:
+            return
+        running = self._rows_by_caller()
+        self._shares.keep(running)
         batch: list[_Group] = []
-        while self._waiting and len(self._waiting[0].rows) <= free:
-            group = self._waiting[0]
+        while (group := self._next_group(running)) is not None:
             width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
             if batch and (width * (len(batch) + 1) > self._prefill_tokens or self._keeps_apart(batch[0], group)):
                 self._try_to_start(batch, failures)
                 batch = []
-            batch.append(self._waiting.popleft())
-            free -= len(group.rows)
+            batch.append(group)
+            self._waiting.remove(group)
+            running[group.caller] += len(group.rows)
+            self._shares.started(group.caller, group.request.prompt.input_ids.numel())
         if batch:
             self._try_to_start(batch, failures)
+
+    def _in_turn(self) -> list[Cohort]:
+        """What gets a token at this step."""
+        if not self._shares.several:
+            return self._cohorts
+        callers = [self._callers(cohort) for cohort in self._cohorts]
+        everybody = set().union(*callers)
+        if len(everybody) < 2:
+            return self._cohorts
+        least = self._shares.least(everybody)
+        chosen = [(cohort, found) for cohort, found in zip(self._cohorts, callers, strict=True) if least in found]
+        for cohort, found in chosen:
+            self._shares.passed(found, len(cohort.slots))
+        return [cohort for cohort, _ in chosen]
+
+    def _callers(self, *cohorts: Cohort) -> Counter[str | None]:
+        """Rows of each caller in a pass."""
+        slots = (row for cohort in cohorts for row in cohort.slots)
+        return Counter(self._groups[r.handle].caller for r in slots if r is not None and r.finish_reason is None)
+
+    def _rows_by_caller(self) -> Counter[str | None]:
+        """Rows that get a token at the next step."""
+        waiting = {group.handle for group in self._waiting}
+        running: Counter[str | None] = Counter()
+        for handle, group in self._groups.items():
+            if handle not in waiting:
+                running[group.caller] += self.unfinished(handle)
+        return running
+
+    def _next_group(self, running: Counter[str | None]) -> _Group | None:
+        """What starts next, if there are rows for it.
+
+        Where it has to wait for rows so do all others, or small groups would keep out a large one for ever.
+        """
+        first: dict[str | None, _Group] = {}
+        for group in self._waiting:
+            first.setdefault(group.caller, group)
+        free = self._max_rows - running.total()
+        for caller in self._shares.next_caller({caller: len(g.rows) for caller, g in first.items()}, running):
+            return first[caller] if len(first[caller].rows) <= free else None
+        return None
 
     def _keeps_apart(self, first: _Group, second: _Group) -> bool:
         """Whether two prompts cannot share a pass: PEFT does not tell the rows of a vision tower inside it apart."""
@@ -372,13 +425,19 @@ class Decoder:
             if held or cohort.is_wasteful:
                 cohort.compact()
                 self.counters["compactions"] += 1
-            host = next((other for other in settled if other.accepts(cohort)), None)
+            host = next((o for o in settled if o.accepts(cohort) and self._may_share(o, cohort)), None)
             if host is None:
                 settled.append(cohort)
             else:
                 host.absorb(cohort)
                 self.counters["merges"] += 1
         self._cohorts = settled
+
+    def _may_share(self, one: Cohort, other: Cohort) -> bool:
+        if not self._shares.several:
+            return True
+        rows = self._callers(one, other)
+        return len(rows) < 2 or max(rows.values()) <= LIGHT_ROWS
 
     def _text_stream(self, sampling: SamplingParams) -> TextStream:
         return TextStream(self._policy.tokenizer, sampling.stop)

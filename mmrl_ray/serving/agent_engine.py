@@ -2,7 +2,8 @@
 
     request ──encode (thread)──▶ vision tower ──▶ the agent's words ──▶ choices, deltas
 
-A caption is a few words of a small network: one thread does all of it, request after request.
+A caption is a few words of a small network: one thread does all of it, request after request, by turns of
+their callers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_dir import MANIFEST, RunDir
 from mmrl_ray.serving.decoding import RequestDecoder
 from mmrl_ray.serving.protocols import Choice, Delta, Generated, GenerateRequest, ModelInfo, Served, TokenInfo
+from mmrl_ray.serving.turns import Turns
 from mmrl_ray.value_based.agent import AGENT_FOLDER, Agent, Saying
 from mmrl_ray.value_based.features import prompt_features
 
@@ -64,6 +66,7 @@ class AgentEngine:
         self._cache = VisionCache(vision_cache_bytes)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="agent")
         self._decoder = RequestDecoder()
+        self._turns = Turns(1)
         self._under_way = self._requests = self._failed = self._tokens = 0
         self._warm = False
 
@@ -128,7 +131,10 @@ class AgentEngine:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
-                async with self._decoder.decoded(request.images) as pictures:
+                async with (
+                    self._decoder.decoded(request.images, request.caller) as pictures,
+                    self._turns.turn(request.caller),
+                ):
                     return await loop.run_in_executor(self._worker, self._work, request, pictures)
         except TimeoutError as error:
             raise ServingError(f"the request did not finish within {self._timeout_s:g} s; try again later") from error

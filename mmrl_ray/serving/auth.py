@@ -127,7 +127,7 @@ class Gate:
         browser = path in BROWSER_PATHS
         key = _key(headers.get("authorization", ""), basic=browser)
         if key is None:
-            raise _no_key("no key was sent: send the header `Authorization: Bearer mmrl-…`", browser)
+            raise no_key(browser=browser)
         record = self._keys.cached(key)
         if record is None:
             # Who had a good key a moment ago is let through to its look-up, whoever else sends wrong ones from there.
@@ -142,7 +142,7 @@ class Gate:
                 ) from error
         if record is None:
             self._wrong.count(address)
-            raise _no_key("this key is unknown, expired or revoked", browser)
+            raise no_key("this key is unknown, expired or revoked", browser=browser)
         return record
 
 
@@ -166,6 +166,12 @@ def caller_name(request: Request) -> str:
     """The name of the request's key, and one for everybody where no key is asked for."""
     caller: KeyRecord | None = request.scope[_CALLER]
     return _ANYBODY if caller is None else caller.name
+
+
+def caller_id(request: Request) -> str | None:
+    """The id of the request's key, by which callers get their shares; None where no key is asked for."""
+    caller: KeyRecord | None = request.scope[_CALLER]
+    return None if caller is None else caller.id
 
 
 INFER = Depends(needs("infer"))
@@ -198,7 +204,10 @@ def _key(authorization: str, *, basic: bool) -> str | None:
     return None
 
 
-def _no_key(message: str, browser: bool) -> Exception:
+def no_key(
+    message: str = "no key was sent: send the header `Authorization: Bearer mmrl-…`", *, browser: bool = False
+) -> Exception:
+    """401; a browser is told how to ask for one."""
     scheme = 'Basic realm="mmrl", charset="UTF-8"' if browser else 'Bearer realm="mmrl"'
     return problem(
         401, message, code="invalid_api_key", type="authentication_error", headers={"www-authenticate": scheme}

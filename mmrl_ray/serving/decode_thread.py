@@ -37,6 +37,7 @@ class Ticket:
     adapter: str | None
     streams: bool
     loop: asyncio.AbstractEventLoop
+    caller: str | None
     on_start: Callable[[], object]
     """Called by the thread when the first token is there."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -176,7 +177,12 @@ class DecodeThread:
     def _admit(self, ticket: Ticket) -> None:
         try:
             handle = self.decoder.admit(
-                ticket.prompt, ticket.n, ticket.sampling, stream=ticket.streams, adapter=ticket.adapter
+                ticket.prompt,
+                ticket.n,
+                ticket.sampling,
+                stream=ticket.streams,
+                adapter=ticket.adapter,
+                caller=ticket.caller,
             )
         except Exception as error:  # noqa: BLE001 - goes to whoever asked
             self._publish([_News(ticket, error=error)])

@@ -1,4 +1,4 @@
-"""Pictures of requests on their way through the pool of decoders: cancelled with their request, large ones in one lane.
+"""Pictures of requests on their way through the decoders: cancelled with their request, by turns of their callers.
 
 Encoded pictures travel (a photograph has 4 MB, its pixels 36): the policy decodes what it is sent, the gateway looks at
 headers alone. What goes to a reward or into a store is decoded by the gateway, once a distinct picture.
@@ -10,21 +10,25 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from PIL import Image
 
-from mmrl_ray.data.decoder_pool import WORKERS, DecoderPool, Decoding, shared_pool
+from mmrl_ray.data.decoder_pool import DecoderPool, Decoding, background_pool, shared_pool
 from mmrl_ray.data.images import inspect_image
 from mmrl_ray.errors import ImageError, OverloadedError, ProcessError
 from mmrl_ray.serving.images import DEFAULT_LIMITS, ImageLimits
+from mmrl_ray.serving.turns import Turns
 
 _Found = TypeVar("_Found")
-_LARGE_PIXELS = 16_000_000
-"""A picture above takes a second: those have one decoder between them, so that another one is left for the rest."""
+_QUICK_PIXELS = 4_000_000
+_QUICK_BYTES = 2**20
+"""A picture above either may take seconds: those have decoders of their own, which give way to the model."""
+_QUICK, _SLOW = 3, 2
+"""Decoded at a time of either kind, all but one of them for one caller: another one's never wait for it."""
 _KNOWN = 4096
 """Pictures whose verdict is remembered, 100 bytes each."""
 
@@ -35,28 +39,28 @@ class RequestDecoder:
     def __init__(self, limits: ImageLimits = DEFAULT_LIMITS, pool: DecoderPool | None = None) -> None:
         """`pool` is by default the one of this process."""
         self._limits = {"max_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, "max_side": limits.max_side}
-        self._pool = pool
-        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="decode")
-        self._lanes: tuple[object, asyncio.Semaphore, asyncio.Semaphore] | None = None
-        """The event loop, and who may decode large pictures and who any; both belong to that loop."""
+        self._pools = (lambda: pool, lambda: pool) if pool is not None else (shared_pool, background_pool)
+        self._threads = ThreadPoolExecutor(_QUICK + _SLOW, thread_name_prefix="decode")
+        self._turns = Turns(_QUICK), Turns(_SLOW)
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         """By digest: what is wrong with a picture, or None."""
         self._under_way: dict[bytes, _Check] = {}
 
     @asynccontextmanager
-    async def decoded(self, images: Sequence[bytes]) -> AsyncIterator[list[Image.Image]]:
+    async def decoded(self, images: Sequence[bytes], caller: str | None = None) -> AsyncIterator[list[Image.Image]]:
         """The pictures, each distinct one decoded once; what is done with them inside has its turn, too.
 
         Raises:
             ImageError: one is broken or refused.
             OverloadedError: the decoders are lost or busy.
         """
-        async with self._turn(max((inspect_image(image, **self._limits) for image in images), default=0)):
-            pool = self._pool or shared_pool()
+        slow = max((self._is_slow(image) for image in images), default=False)  # a look at each one's header
+        async with self._turns[slow].turn(caller):
+            pool = self._pools[slow]()
             found = {image: await self._run(pool.decode, image) for image in dict.fromkeys(images)}
             yield [found[image] for image in images]
 
-    async def check(self, data: bytes, digest: bytes) -> None:
+    async def check(self, data: bytes, digest: bytes, caller: str | None = None) -> None:
         """Decodes a picture, unless it or one of the same digest was decoded before or is being.
 
         Raises:
@@ -70,7 +74,7 @@ class RequestDecoder:
             return
         check = self._under_way.get(digest)
         if check is None:
-            check = self._under_way[digest] = _Check(asyncio.create_task(self._checked(data, digest)))
+            check = self._under_way[digest] = _Check(asyncio.create_task(self._checked(data, digest, caller)))
         check.waiting += 1
         try:
             await asyncio.shield(check.task)
@@ -80,10 +84,11 @@ class RequestDecoder:
                 check.task.cancel()  # a finished one takes no notice
                 self._under_way.pop(digest, None)
 
-    async def _checked(self, data: bytes, digest: bytes) -> None:
+    async def _checked(self, data: bytes, digest: bytes, caller: str | None) -> None:
         try:
-            async with self._turn(inspect_image(data, **self._limits)):
-                await self._run((self._pool or shared_pool()).check, data)
+            slow = self._is_slow(data)
+            async with self._turns[slow].turn(caller):
+                await self._run(self._pools[slow]().check, data)
         except ImageError as error:
             self._remember(digest, str(error))
             raise
@@ -95,14 +100,8 @@ class RequestDecoder:
         if len(self._known) > _KNOWN:
             self._known.popitem(last=False)
 
-    @asynccontextmanager
-    async def _turn(self, pixels: int) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
-        if self._lanes is None or self._lanes[0] is not loop:
-            self._lanes = loop, asyncio.Semaphore(max(1, WORKERS - 1)), asyncio.Semaphore(WORKERS)
-        _, large, every = self._lanes
-        async with large if pixels > _LARGE_PIXELS else nullcontext(), every:
-            yield
+    def _is_slow(self, image: bytes) -> bool:
+        return inspect_image(image, **self._limits) > _QUICK_PIXELS or len(image) > _QUICK_BYTES
 
     async def _run(self, function: Callable[..., _Found], data: bytes) -> _Found:
         decoding = Decoding()

@@ -48,6 +48,8 @@ from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelI
 logger = logging.getLogger(__name__)
 
 _ENCODERS = 2
+_FOR_OTHERS = 4
+"""One caller leaves one in so many of the places to wait free."""
 _WARM_UP_SIDE = 128
 _WARM_UP_TOKENS = 4
 # What a request may raise as it is; anything else becomes a `ServingError`.
@@ -99,8 +101,8 @@ class Engine:
         self._leases = AdapterLeases(pool, self._thread) if pool is not None else None
         self._present: set[object] = set()
         """Requests that have not ended; the event loop's."""
-        self._waiting: set[object] = set()
-        """Those of them without a first token; the decode thread takes them out."""
+        self._waiting: dict[object, str | None] = {}
+        """Those of them without a first token, with their callers; the decode thread takes them out."""
         self._answers = Answers(policy.tokenizer)
         self._requests = 0
         self._warm = False
@@ -146,7 +148,7 @@ class Engine:
 
     async def generate(self, request: GenerateRequest) -> Generated:
         """See `PolicyService`."""
-        with self._counted() as mark, _own_errors():
+        with self._counted(request.caller) as mark, _own_errors():
             try:
                 async with asyncio.timeout(self._timeout_s):
                     return await self._generate(request, mark)
@@ -156,7 +158,7 @@ class Engine:
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
         """See `PolicyService`."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        with self._counted() as mark, _own_errors():
+        with self._counted(request.caller) as mark, _own_errors():
             resident = None
             ticket = None
             try:
@@ -222,20 +224,24 @@ class Engine:
             self._let_go(ticket, resident)
 
     @contextmanager
-    def _counted(self) -> Iterator[object]:
+    def _counted(self, caller: str | None) -> Iterator[object]:
         """Counts a request: as waiting until its first token."""
         if not self._warm:
             raise OverloadedError("the policy is not ready yet; try again later")
-        if len(self._waiting) >= self._max_queue:
-            raise OverloadedError(f"{len(self._waiting)} requests are waiting already; try again later")
+        waiting = list(self._waiting.values())
+        if len(waiting) >= self._max_queue:
+            raise OverloadedError(f"{len(waiting)} requests are waiting already; try again later")
+        mine = waiting.count(caller)
+        if caller is not None and mine >= self._max_queue - self._max_queue // _FOR_OTHERS:
+            raise OverloadedError(f"{mine} requests of this key are waiting already; try again later")
         mark = object()
         self._requests += 1
         self._present.add(mark)
-        self._waiting.add(mark)
+        self._waiting[mark] = caller
         try:
             yield mark
         finally:
-            self._waiting.discard(mark)
+            self._waiting.pop(mark, None)
             self._present.discard(mark)
 
     async def _lease(self, model: str) -> Resident | None:
@@ -253,7 +259,7 @@ class Engine:
             raise ConfigError(f"n={request.n} completions: from 1 to {self._max_rows} can be asked for")
         loop = asyncio.get_running_loop()
         turns = [(turn.role, turn.parts) for turn in request.turns]
-        async with self._decoder.decoded(request.images) as pictures:
+        async with self._decoder.decoded(request.images, request.caller) as pictures:
             encode = partial(self._encode, turns, request.images, request.sampling, pictures)
             prompt = await loop.run_in_executor(self._encoders, encode)
         name = resident.name if resident is not None else BASE
@@ -261,7 +267,8 @@ class Engine:
         sampling = request.sampling
         if resident is not None and resident.beta > 0:
             sampling = replace(sampling, value_beta=resident.beta)
-        return Ticket(prompt, request.n, sampling, adapter, streams, loop, partial(self._waiting.discard, mark))
+        on_start = partial(self._waiting.pop, mark, None)
+        return Ticket(prompt, request.n, sampling, adapter, streams, loop, request.caller, on_start)
 
     def _encode(
         self,

@@ -30,6 +30,9 @@ FAST = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
     # A turn of the controller's loop takes 3 to 4 ms of a core, and it turns every 0.1 s as Ray comes.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # As Ray comes its workers run at the lowest priority but four: whoever else is on the machine would go first, and
+    # decoders of large pictures, which are to give way to the model, could not.
+    "RAY_worker_niceness": "0",
     # Every replica and proxy wakes up for it, ten times a second as Ray comes.
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     # Outside all that Ray answers by itself, which would be plain text without an id.

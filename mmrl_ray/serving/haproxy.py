@@ -25,9 +25,11 @@ from http import HTTPStatus
 from pathlib import Path
 
 import psutil
+from starlette.responses import JSONResponse, Response
 
 from mmrl_ray.run_owner import process_start
-from mmrl_ray.serving.http_errors import closed, error_response, unavailable
+from mmrl_ray.serving.auth import BROWSER_PATHS, LIVE, no_key
+from mmrl_ray.serving.http_errors import closed, error_response, rate_limited, unavailable
 
 _PREFIX = "mmrl-haproxy-"
 _OWNER = "owner.json"
@@ -35,7 +37,6 @@ _FORGOTTEN_S = 86_400.0
 """A folder that does not say whose it is, and was not touched for so long, is nobody's."""
 _END_S = 10.0
 _LONGEST_PLACE = 60
-_CLOSED, _UNAVAILABLE, _TIMEOUT = "closed.http", "unavailable.http", "timeout.http"
 _PROGRAM = """\
 #!/bin/sh
 # Starts HAProxy on the config that Ray has just written, after front.sed went over it.
@@ -63,13 +64,41 @@ s#^( *errorfile 50[23]) .*#\\1 {folder}/{unavailable}#
 s#^( *errorfile 504) .*#\\1 {folder}/{timeout}#
 s#^( *http-request return status) [0-9]* .* if (routes|healthcheck.*)$#\\1 401 errorfile {folder}/{closed} if \\2#
 s#^( *http-request return status) 404 .*Ping http.*#\\1 503 errorfile {folder}/{unavailable}#
+s#^ *acl (backend_.*_server_up) .*#&\\n    http-request return status 200 errorfile {folder}/{live} if live flood \\1#
 /^frontend http_frontend/,/^ *bind /s#^ *bind .*#&\\n{fair}#
+s#^frontend http_frontend#{keys}\\n&#
 """
+_KEYS = """\
+backend mmrl_keys
+    stick-table type binary len 20 size 100k expire 1h"""
+"""Digests of keys that have worked lately."""
 _FAIR = """\
-    stick-table type ipv6 size 100k expire 60s store conn_cur
+    stick-table type ipv6 size 100k expire 60s store conn_cur,gpc0_rate(10s)
     tcp-request connection track-sc0 src,ipmask(32,64)
-    tcp-request connection reject if {{ sc_conn_cur(0) gt {connections} }}"""
-"""Networks of IPv6 count as one address: whoever has one address of them has them all."""
+    tcp-request connection reject if {{ sc_conn_cur(0) gt {connections} }}
+    acl live path {live_path}
+    acl key req.hdr(authorization) -m found
+    acl browser path {browser_paths}
+    acl browser method OPTIONS
+    acl browser req.hdr(origin) -m found
+    acl flood sc0_gpc0_rate gt {strangers}
+    http-request set-var(txn.mmrl_key) req.hdr(authorization),sha1 if key !live !{{ method OPTIONS }}
+    acl known var(txn.mmrl_key),in_table(mmrl_keys)
+    http-request sc-inc-gpc0(0) if !key
+    http-request return status 429 errorfile {folder}/{flood} if flood !live !known
+    http-request return status 401 errorfile {folder}/{keyless} if !key !live !browser
+    http-response sc-inc-gpc0(0) if {{ var(txn.mmrl_key) -m found }} {{ status 401 429 }} !known
+    http-response track-sc1 var(txn.mmrl_key) table mmrl_keys if {{ var(txn.mmrl_key) -m found }} {{ status lt 400 }}"""
+"""Networks of IPv6 count as one address: whoever has one address of them has them all.
+
+A request without a key is answered here, its body unread, but for liveness and for what browsers ask without one. An
+address that sends many such, or keys that do not work, is refused here for some seconds. What clients behind one proxy
+address can rely on: a key that has worked within the hour is never refused for its neighbours, and liveness is told
+all the same, by HAProxy where need be. A key that is new there has to wait.
+"""
+_STRANGERS = 100
+"""Requests without a key that works, of one address in ten seconds."""
+_WAIT_S = 10.0
 
 
 def write_front(folder: Path, real: str, *, connections: int) -> str:
@@ -77,16 +106,26 @@ def write_front(folder: Path, real: str, *, connections: int) -> str:
 
     An address may have `connections` open at a time.
     """
-    for name, error in ((_CLOSED, closed()), (_UNAVAILABLE, unavailable()), (_TIMEOUT, TimeoutError())):
-        (folder / name).write_bytes(_as_sent(error))
-    fair = _FAIR.format(connections=connections)
-    script = _SCRIPT.format(
+    answers = {
+        "closed": closed(),
+        "unavailable": unavailable(),
+        "timeout": TimeoutError(),
+        "keyless": no_key(),
+        "flood": rate_limited("too many requests without a key that works came from this address", _WAIT_S),
+    }
+    files = {name: f"{name}.http" for name in (*answers, "live")}
+    for name, error in answers.items():
+        (folder / files[name]).write_bytes(_as_sent(error_response(error)))
+    (folder / files["live"]).write_bytes(_as_sent(JSONResponse({"status": "live"})))
+    fair = _FAIR.format(
+        connections=connections,
+        strangers=_STRANGERS,
         folder=folder,
-        closed=_CLOSED,
-        unavailable=_UNAVAILABLE,
-        timeout=_TIMEOUT,
-        fair=fair.replace("\n", "\\n"),
+        live_path=LIVE,
+        browser_paths=" ".join(BROWSER_PATHS),
+        **files,
     )
+    script = _SCRIPT.format(folder=folder, fair=fair.replace("\n", "\\n"), keys=_KEYS.replace("\n", "\\n"), **files)
     (folder / "front.sed").write_text(script)
     (folder / "die.py").write_text(_DIE)
     program = folder / "haproxy"
@@ -96,9 +135,8 @@ def write_front(folder: Path, real: str, *, connections: int) -> str:
     return str(program)
 
 
-def _as_sent(error: Exception) -> bytes:
+def _as_sent(answer: Response) -> bytes:
     """A whole HTTP answer."""
-    answer = error_response(error)
     reason = HTTPStatus(answer.status_code).phrase
     head = [f"HTTP/1.1 {answer.status_code} {reason}", *(f"{k}: {v}" for k, v in answer.headers.items())]
     return "\r\n".join([*head, "", ""]).encode() + bytes(answer.body)

@@ -142,7 +142,8 @@ Part = Annotated[
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag(TAG + "text")] | Annotated[list[Part], Tag(TAG + "list")], Discriminator(_list_tag)
+    Annotated[str, Tag(TAG + "text")] | Annotated[list[Part], Field(fail_fast=True), Tag(TAG + "list")],
+    Discriminator(_list_tag),
 ]
 
 
@@ -197,7 +198,7 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     """OpenAI's newer name of `max_tokens`."""

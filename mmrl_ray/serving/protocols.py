@@ -38,6 +38,8 @@ class GenerateRequest:
     """Encoded files; every one is named once by a part."""
     sampling: SamplingParams
     n: int = 1
+    caller: str | None = None
+    """Whose key asks, for each to get its share; None where nobody shares."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,15 @@
-"""Reads bodies: within the time a request has, JSON that names what is wrong with it, forms with one file."""
+"""Reads bodies: within the time a request has, JSON that names what is wrong with it, forms with one file.
+
+Parsing holds up everybody, in whatever thread it is done. So there is an end to how many values a body may have, and a
+caller whose bodies take long has a part of the time for them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,13 +19,24 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from mmrl_ray.config.serving import MAX_ITEMS
+from mmrl_ray.serving.auth import caller_id
 from mmrl_ray.serving.http_errors import invalid_body, problem
+from mmrl_ray.serving.turns import Turns
 
 Body = TypeVar("Body", bound=BaseModel)
+_Made = TypeVar("_Made")
 
 _FORM_FIELDS = 32
 _MOST_COMMAS = 10 * MAX_ITEMS
-"""Or brackets: parsing millions of small values holds everybody up for seconds, and pictures have neither."""
+"""Parsing millions of small values holds everybody up for seconds, and pictures have none."""
+_MOST_LISTS = 2 * MAX_ITEMS
+"""And objects, which cost ten times as much: 0.1 s for so many."""
+_SMALL_BYTES = 2**16
+"""A body below is read in a millisecond or two, and waits for nobody."""
+_REST = 3
+"""A caller's next large body waits so many times as long as its last one took."""
+_AT_A_TIME = 64
+"""Callers whose large bodies are read side by side, each of them one."""
 _MOST_PROBLEMS = 100
 """To list more of them takes longer than they are worth."""
 _EXACT = 2**53
@@ -46,7 +62,36 @@ async def read_json(request: Request, model: type[Body], timeout_s: float) -> Bo
         raise problem(415, "send JSON, with the header `content-type: application/json`", code="unsupported_media_type")
     async with _in_time(timeout_s):
         raw = await request.body()
-    if raw.count(b",") > _MOST_COMMAS or raw.count(b"[") > _MOST_COMMAS:
+    if len(raw) < _SMALL_BYTES:
+        return _parsed(raw, model)
+    async with asyncio.timeout(timeout_s):
+        return await _LARGE.run(caller_id(request), lambda: _parsed(raw, model))
+
+
+class _Shared:
+    """The event loop's time, of which no caller has more than its part."""
+
+    def __init__(self) -> None:
+        self._turns = Turns(_AT_A_TIME, most=1)
+        self._rested: dict[str | None, float] = {}
+        """By caller, when it may go on; there are no more of them than keys."""
+
+    async def run(self, caller: str | None, work: Callable[[], _Made]) -> _Made:
+        async with self._turns.turn(caller):
+            await asyncio.sleep(max(0.0, self._rested.get(caller, 0.0) - time.monotonic()))
+            began = time.monotonic()
+            try:
+                return work()
+            finally:
+                now = time.monotonic()
+                self._rested[caller] = now + _REST * (now - began)
+
+
+_LARGE = _Shared()
+
+
+def _parsed(raw: bytes, model: type[Body]) -> Body:
+    if raw.count(b",") > _MOST_COMMAS or raw.count(b"[") + raw.count(b"{") > _MOST_LISTS:
         raise problem(400, "the body has too many values", code="above_limit")
     try:
         value = from_json(raw, allow_inf_nan=True, cache_strings=False)  # whose place the model names

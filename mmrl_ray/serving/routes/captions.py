@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.errors import ServingError
-from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import about
 from mmrl_ray.serving.openai_answers import Usage, finite_logprob
 from mmrl_ray.serving.openai_types import Sampled
@@ -103,11 +103,12 @@ def add_captions(app: FastAPI, tools: Tools) -> None:
         sampling = tools.sampling(fields, max_tokens=fields.max_tokens, temperature=0.0 if n == 1 else 1.0)
         prompt = tools.deps.prompt if fields.prompt is None else fields.prompt
         at_most("prompt", len(prompt), tools.limits.max_text_chars, "characters")
+        caller = caller_id(request)
         async with for_client(request.receive, tools.timeout_s):
             if isinstance(fields, CaptionRequest):
-                images = await tools.pictures.at([fields.image], ["image"])
+                images = await tools.pictures.at([fields.image], ["image"], caller)
             else:
-                images = (await tools.pictures.uploaded(upload),)
+                images = (await tools.pictures.uploaded(upload, caller),)
             asked = GenerateRequest(
                 id=f"caption-{secrets.token_hex(12)}",
                 model=fields.model or tools.deps.default_model or await _first_model(tools),
@@ -115,6 +116,7 @@ def add_captions(app: FastAPI, tools: Tools) -> None:
                 images=images,
                 sampling=sampling,
                 n=n,
+                caller=caller,
             )
             with about("prompt", image="image"):
                 made = await tools.deps.policy.generate(asked)

@@ -7,7 +7,7 @@ import time
 
 from fastapi import FastAPI, Request, Response
 
-from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import about
 from mmrl_ray.serving.openai_answers import AnswerMessage, ChatChoice, ChatCompletion, Logprobs, Usage
 from mmrl_ray.serving.openai_types import ChatRequest, ImagePart
@@ -36,7 +36,7 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
         body = await read_json(request, ChatRequest, tools.timeout_s)
         deadline = time.monotonic() + tools.timeout_s
         async with for_client(request.receive, tools.timeout_s):
-            asked = await _generate_request(tools, body)
+            asked = await _generate_request(tools, body, caller_id(request))
             if not body.stream:
                 with about("messages"):
                     made = await tools.deps.policy.generate(asked)
@@ -65,7 +65,7 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
         return json_answer(answer, served.version)
 
 
-async def _generate_request(tools: Tools, body: ChatRequest) -> GenerateRequest:
+async def _generate_request(tools: Tools, body: ChatRequest, caller: str | None) -> GenerateRequest:
     """Everything is counted before the first picture is looked at."""
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     sampling = tools.sampling(body, max_tokens=body.token_limit, temperature=_OPENAI_TEMPERATURE, name=name)
@@ -91,7 +91,8 @@ async def _generate_request(tools: Tools, body: ChatRequest) -> GenerateRequest:
         id=f"chatcmpl-{secrets.token_hex(12)}",
         model=body.model,
         turns=tuple(turns),
-        images=await tools.pictures.at(urls, places),
+        images=await tools.pictures.at(urls, places, caller),
         sampling=sampling,
         n=body.n or 1,
+        caller=caller,
     )

@@ -15,6 +15,7 @@ from mmrl_ray.serving.decoding import RequestDecoder
 from mmrl_ray.serving.http_errors import about, problem
 from mmrl_ray.serving.images import ImageLimits, decode_data_uri, is_data_uri
 from mmrl_ray.serving.remote_images import RemoteImagePolicy, fetch_image
+from mmrl_ray.serving.turns import Turns
 
 _What = TypeVar("_What", str, bytes)
 _THREADS = 2
@@ -38,24 +39,28 @@ class Pictures:
         self._max_pixels = int(settings.limits.max_megapixels * 1e6)
         self._decoder = RequestDecoder(self.limits)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
+        self._turns = Turns(_THREADS)
 
-    async def at(self, urls: Sequence[str], params: Sequence[str]) -> tuple[bytes, ...]:
+    async def at(self, urls: Sequence[str], params: Sequence[str], caller: str | None) -> tuple[bytes, ...]:
         """The encoded files of these URLs, in order, their headers looked at; whoever is sent them decodes them.
 
         Args:
             urls: data URIs, or where they are allowed others.
             params: where in the request each one stands.
+            caller: who asks; see `caller_id`.
 
         Raises:
             HTTPException: 400, one is broken, too large, refused or cannot be fetched, or they have too many pixels
                 together.
         """
-        found = await self._read(urls, params)
+        found = await self._read(urls, params, caller)
         return tuple(found[url].data for url in urls)
 
-    async def decoded(self, urls: Sequence[Sequence[str]], params: Sequence[str]) -> list[tuple[bytes, ...]]:
+    async def decoded(
+        self, urls: Sequence[Sequence[str]], params: Sequence[str], caller: str | None
+    ) -> list[tuple[bytes, ...]]:
         """The same for each of several items, of which `params` says where each stands, and every different picture is
-        known to decode.
+        known to decode, in turn with those of other callers.
 
         Raises:
             HTTPException: as `at`, or one cannot be decoded.
@@ -63,38 +68,38 @@ class Pictures:
         """
         places = [param for item, param in zip(urls, params, strict=True) for _ in item]
         flat = [url for item in urls for url in item]
-        found = await self._read(flat, places)
+        found = await self._read(flat, places, caller)
         first = dict(zip(reversed(flat), reversed(places), strict=True))
         for url, file in found.items():
             with about(first[url]):
-                await self._decoder.check(file.data, file.digest)
+                await self._decoder.check(file.data, file.digest, caller)
         return [tuple(found[url].data for url in item) for item in urls]
 
-    async def uploaded(self, data: bytes) -> bytes:
+    async def uploaded(self, data: bytes, caller: str | None) -> bytes:
         """A file that was uploaded as `image`, its header looked at.
 
         Raises:
             HTTPException: 400, broken, too large, or of a format that is not accepted.
         """
         with about("image"):
-            self._count([await self._in_thread(_File.of, data)])
+            self._count([await self._in_thread(_File.of, data, caller)])
         return data
 
-    async def _read(self, urls: Sequence[str], params: Sequence[str]) -> dict[str, _File]:
+    async def _read(self, urls: Sequence[str], params: Sequence[str], caller: str | None) -> dict[str, _File]:
         """Each different one once."""
         found: dict[str, _File] = {}
         for url, param in zip(urls, params, strict=True):
             if url in found:
                 continue
             with about(param):
-                found[url] = await self._one(url)
+                found[url] = await self._one(url, caller)
             self._count(found.values())
         return found
 
-    async def _one(self, url: str) -> _File:
+    async def _one(self, url: str, caller: str | None) -> _File:
         if is_data_uri(url):
-            return await self._in_thread(lambda url, limits: _File.of(decode_data_uri(url, limits), limits), url)
-        return await self._in_thread(_File.of, await fetch_image(url, self._remote))
+            return await self._in_thread(lambda u, limits: _File.of(decode_data_uri(u, limits), limits), url, caller)
+        return await self._in_thread(_File.of, await fetch_image(url, self._remote), caller)
 
     def _count(self, files: Iterable[_File]) -> None:
         pixels = sum({file.digest: file.pixels for file in files}.values())
@@ -105,9 +110,12 @@ class Pictures:
                 code="above_limit",
             )
 
-    async def _in_thread(self, function: Callable[[_What, ImageLimits], _File], what: _What) -> _File:
+    async def _in_thread(
+        self, function: Callable[[_What, ImageLimits], _File], what: _What, caller: str | None
+    ) -> _File:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, function, what, self.limits)
+        async with self._turns.turn(caller):
+            return await loop.run_in_executor(self._threads, function, what, self.limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from mmrl_ray.data.images import image_format, image_hash
 from mmrl_ray.errors import PreferenceStoreError
 from mmrl_ray.feedback.schema import Choice, Pair, Preference, blinded
 from mmrl_ray.feedback.store import PreferenceStore
-from mmrl_ray.serving.auth import FEEDBACK, caller_name
+from mmrl_ray.serving.auth import FEEDBACK, caller_id, caller_name
 from mmrl_ray.serving.http_errors import problem
 from mmrl_ray.serving.openai_types import Strict
 from mmrl_ray.serving.routes.body import read_json
@@ -140,7 +140,8 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
             at_most("captions", len(text), tools.limits.max_text_chars, "characters")
         rater = _rater(request, body.user)
         async with for_client(request.receive, tools.timeout_s):
-            (images,) = await tools.pictures.decoded([[] if body.image is None else [body.image]], ["image"])
+            urls = [[] if body.image is None else [body.image]]
+            (images,) = await tools.pictures.decoded(urls, ["image"], caller_id(request))
         return json_answer(await _in_thread(tools, lambda: _write(store, body, rater, images[0] if images else None)))
 
     @app.delete(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from mmrl_ray.errors import RewardError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import problem, wrong_parameter
 from mmrl_ray.serving.openai_types import Strict
 from mmrl_ray.serving.protocols import RewardItem, RewardService, Scored
@@ -24,13 +24,13 @@ from mmrl_ray.serving.routes.work import for_client
 class RewardInput(Strict):
     """Captions of one picture."""
 
-    captions: Annotated[list[str], Field(min_length=1)]
+    captions: Annotated[list[str], Field(min_length=1, fail_fast=True)]
     image: str | None = None
     """`data:image/png;base64,…`, or an `https://` URL where the server allows it. May be left out where no part of the
     reward looks at it."""
     image_hash: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = None
     """In place of `image`: the hash that an earlier answer gave it."""
-    references: Annotated[list[str], Field(default_factory=list)]
+    references: Annotated[list[str], Field(default_factory=list, fail_fast=True)]
     prompt: str = ""
 
     @model_validator(mode="after")
@@ -43,8 +43,8 @@ class RewardInput(Strict):
 class RewardRequest(Strict):
     """`POST /v1/rewards`: several inputs, or one whose keys stand at the top."""
 
-    inputs: Annotated[list[RewardInput] | None, Field(min_length=1)] = None
-    captions: Annotated[list[str] | None, Field(min_length=1)] = None
+    inputs: Annotated[list[RewardInput] | None, Field(min_length=1, fail_fast=True)] = None
+    captions: Annotated[list[str] | None, Field(min_length=1, fail_fast=True)] = None
     image: str | None = None
     image_hash: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = None
     references: list[str] | None = None
@@ -131,9 +131,10 @@ def add_rewards(app: FastAPI, tools: Tools) -> None:
         places = ["image" if body.inputs is None else f"inputs[{i}].image" for i in range(len(inputs))]
         at_most("inputs", sum(map(len, urls)), tools.limits.max_scored_images, "images")
         async with for_client(request.receive, tools.timeout_s):
+            pictures = await tools.pictures.decoded(urls, places, caller_id(request))
             items = [
                 RewardItem(images, tuple(item.captions), tuple(item.references), item.prompt, item.image_hash)
-                for item, images in zip(inputs, await tools.pictures.decoded(urls, places), strict=True)
+                for item, images in zip(inputs, pictures, strict=True)
             ]
             scored = await score_items(tools, service, items)
         return json_answer(_answer(scored))

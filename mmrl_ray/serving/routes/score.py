@@ -14,7 +14,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from mmrl_ray.errors import RewardError, UnknownModelError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.serving.auth import INFER
+from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import TAG, problem
 from mmrl_ray.serving.names import REWARD
 from mmrl_ray.serving.openai_answers import Usage
@@ -30,7 +30,7 @@ from mmrl_ray.serving.routes.work import for_client
 class MultimodalInput(Strict):
     """Texts and pictures together."""
 
-    content: Annotated[list[Part], Field(min_length=1)]
+    content: Annotated[list[Part], Field(min_length=1, fail_fast=True)]
 
 
 def _tag(value: Any) -> str:
@@ -45,7 +45,7 @@ One = Annotated[
 Side = Annotated[
     Annotated[str, Tag(TAG + "text")]
     | Annotated[MultimodalInput, Tag(TAG + "content")]
-    | Annotated[list[One], Tag(TAG + "list")],
+    | Annotated[list[One], Field(fail_fast=True), Tag(TAG + "list")],
     Discriminator(_tag),
 ]
 _NAMES = (("queries", "documents"), ("text_1", "text_2"), ("data_1", "data_2"))
@@ -130,11 +130,10 @@ def add_score(app: FastAPI, tools: Tools) -> None:
         groups = [tuple(captions)] if len(queries) == 1 else [(caption,) for caption in captions]
         at_most("queries", sum(map(len, urls)), tools.limits.max_scored_images, "images")
         async with for_client(request.receive, tools.timeout_s):
+            pictures = await tools.pictures.decoded(urls, ["queries"] * len(urls), caller_id(request))
             items = [
                 RewardItem(images, group, tuple(texts))
-                for images, group, texts in zip(
-                    await tools.pictures.decoded(urls, ["queries"] * len(urls)), groups, references, strict=True
-                )
+                for images, group, texts in zip(pictures, groups, references, strict=True)
             ]
             scored = await score_items(tools, service, items)
         if body.model not in (None, REWARD, scored.reward):

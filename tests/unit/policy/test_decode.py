@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -94,6 +95,75 @@ def test_what_waits_for_rows_draws_the_same(policy: Policy, prompts: list[Encode
     in_turn = decode_groups(decoder, requests)
     assert decoder.counters["prefills"] == 3
     assert [ids(o.completions) for o in in_turn] == [ids(o.completions) for o in together]
+
+
+# -- callers -------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_waits_for_a_caller_with_many_groups(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    long = dataclasses.replace(SAMPLED, max_new_tokens=40)
+    decoder = Decoder(policy, max_rows=16)
+    many = [decoder.admit(prompts[i % 3], 4, dataclasses.replace(long, seed=i), caller="a") for i in range(20)]
+    decoder.step()
+    assert decoder.running_rows <= 12, "some rows are left for others"
+    [alone] = decode_groups(Decoder(policy), [DecodeRequest(prompts[1], 2, SAMPLED)])
+    late = decoder.admit(prompts[1], 2, SAMPLED, caller="b")
+    steps: Counter[str] = Counter()
+    while decoder.unfinished(late):
+        found = {"b" if event.handle == late else "a" for event in decoder.step()}
+        steps.update(found)
+    tokens = max(len(completion.token_ids) for completion in alone.completions)
+    assert steps["b"] == tokens, "a token at each step that it has a part in"
+    assert 0 < steps["a"] < tokens, "a pass of twelve rows costs more than one of two"
+    assert ids(decoder.take(late).completions) == ids(alone.completions)
+    decoder.drain()
+    assert all(len(decoder.take(handle).completions) == 4 for handle in many)
+
+
+def test_a_large_group_is_not_kept_out_by_small_ones(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    decoder = Decoder(policy, max_rows=8)
+    for i in range(6):
+        decoder.admit(prompts[0], 1, dataclasses.replace(GREEDY, max_new_tokens=4 + i), caller="a")
+    decoder.step()
+    large = decoder.admit(prompts[1], 8, GREEDY, caller="b")
+    later = [decoder.admit(prompts[0], 1, GREEDY, caller="a") for _ in range(20)]
+    events: list[Event] = []
+    while not any(event.handle == large for event in events):
+        events = decoder.step()
+        assert not any(event.handle in later for event in events)
+
+
+def test_callers_with_groups_of_all_rows_take_turns(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    decoder, order = Decoder(policy, max_rows=4), dict[int, str]()
+    callers = {decoder.admit(prompts[0], 4, GREEDY, caller=caller): caller for caller in "aaaabc"}
+    while not decoder.idle:
+        order |= {event.handle: callers[event.handle] for event in decoder.step()}
+    assert "".join(order.values()) == "abcaaa"
+
+
+def test_light_callers_share_passes(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    decoder = Decoder(policy)
+    for i in range(12):
+        decoder.admit(prompts[i % 3], 1, GREEDY, caller=f"caller {i}")
+        decoder.step()
+    decoder.drain()
+    tokens = sum(len(decoder.take(handle).completions[0].token_ids) for handle in range(12))
+    assert decoder.counters["passes"] < tokens / 3
+
+
+def test_one_caller_is_served_as_if_nobody_asked_who(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    def run(caller: str | None) -> tuple[list[Event], list[GroupOutput]]:
+        decoder, events = Decoder(policy, max_rows=40), []
+        for i in range(9):
+            decoder.admit(prompts[i % 3], 1 + i % 4, dataclasses.replace(SAMPLED, seed=i), caller=caller)
+            events += decoder.step() if i % 2 else []
+        while not decoder.idle:
+            events += decoder.step()
+        return events, [decoder.take(handle) for handle in range(9)]
+
+    named, unnamed = run("a"), run(None)
+    assert named[0] == unnamed[0]
+    assert all(same(a, b) for a, b in zip(named[1], unnamed[1], strict=True))
 
 
 # -- what may be sampled -------------------------------------------------------------------------------------------

@@ -379,6 +379,28 @@ def test_a_full_queue_refuses_at_once(policy: Policy, monkeypatch: pytest.Monkey
         run(work())
 
 
+def test_one_caller_cannot_fill_the_queue(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(caller: str, picture: int) -> GenerateRequest:
+        return dataclasses.replace(ask(picture, n=4, tokens=30, greedy=False), caller=caller)
+
+    with started(policy, max_queue=16) as engine:
+        gate = Gate(monkeypatch)
+
+        async def work() -> None:
+            many = [asyncio.create_task(engine.generate(of("a", i))) for i in range(12)]
+            await until(lambda: engine.stats()["waiting_requests"] == 12)
+            with pytest.raises(OverloadedError, match="12 requests of this key are waiting already"):
+                await engine.generate(of("a", 12))
+            other = asyncio.create_task(engine.generate(of("b", 13)))
+            await until(lambda: engine.stats()["waiting_requests"] == 13)
+            gate.open()
+            await other
+            assert sum(task.done() for task in many) < 9, "so many would have to end before, first come, first served"
+            await asyncio.gather(*many)
+
+        run(work())
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_request_that_takes_too_long_ends(policy: Policy, monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
     with started(policy, timeout_s=0.3) as engine:

