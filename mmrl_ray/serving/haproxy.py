@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response
 
 from mmrl_ray.run_owner import process_start
 from mmrl_ray.serving.auth import BROWSER_PATHS, LIVE, no_key
-from mmrl_ray.serving.http_errors import closed, error_response, rate_limited, unavailable
+from mmrl_ray.serving.http_errors import HARMLESS_ID, closed, error_response, rate_limited, unavailable
 
 _PREFIX = "mmrl-haproxy-"
 _OWNER = "owner.json"
@@ -76,6 +76,9 @@ _FAIR = """\
     stick-table type ipv6 size 100k expire 60s store conn_cur,gpc0_rate(10s)
     tcp-request connection track-sc0 src,ipmask(32,64)
     tcp-request connection reject if {{ sc_conn_cur(0) gt {connections} }}
+    http-request set-var(txn.mmrl_id) uuid()
+    http-request set-var(txn.mmrl_id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg {id} }}
+    http-after-response set-header x-request-id %[var(txn.mmrl_id)] if !{{ res.hdr(x-request-id) -m found }}
     acl live path {live_path}
     acl key req.hdr(authorization) -m found
     acl browser path {browser_paths}
@@ -122,6 +125,7 @@ def write_front(folder: Path, real: str, *, connections: int) -> str:
         strangers=_STRANGERS,
         folder=folder,
         live_path=LIVE,
+        id=HARMLESS_ID,
         browser_paths=" ".join(BROWSER_PATHS),
         **files,
     )

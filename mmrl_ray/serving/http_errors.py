@@ -43,7 +43,8 @@ TAG = "~"
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 _VALUE_CHARS = 40
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+HARMLESS_ID = "^[A-Za-z0-9._-]{1,64}$"
+"""Of a request: what logs and headers can hold."""
 
 
 class _Kind(NamedTuple):
@@ -112,7 +113,7 @@ def about(param: str, *, image: str | None = None) -> Iterator[None]:
 
 def harmless_id(given: str) -> str | None:
     """A client's own id of its request, where logs and headers can hold it."""
-    return given if _REQUEST_ID.fullmatch(given) else None
+    return given if re.fullmatch(HARMLESS_ID, given) else None
 
 
 def rate_limited(message: str, retry_after_s: float) -> HTTPException:

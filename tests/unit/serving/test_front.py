@@ -181,6 +181,10 @@ def test_a_request_without_a_key_ends_before_its_body(served: tuple[str, KeyStor
         assert connection.recv(12) == b"HTTP/1.1 401"
     found = httpx.get(f"{url}/v1/models")
     assert (found.json()["error"]["code"], found.headers["www-authenticate"][:6]) == ("invalid_api_key", "Bearer")
+    for given, kept in (("mine-1", True), ("a b", False), ("x" * 65, False)):
+        ids = httpx.get(f"{url}/v1/models", headers={"x-request-id": given}).headers.get_list("x-request-id")
+        assert len(ids) == 1
+        assert (ids == [given]) == kept
     assert set(asked) <= {"/-/healthz", "/health/live", ""}
     # What browsers ask without a key is the gateway's.
     assert httpx.get(f"{url}/docs").headers["www-authenticate"].startswith("Basic")
