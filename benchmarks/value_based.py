@@ -26,7 +26,7 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import load_evaluation
 from mmrl_ray.runs.target import STATISTICS, open_target
 from mmrl_ray.runs.train import SUMMARY, train
-from mmrl_ray.value_based.features import image_features
+from mmrl_ray.algorithms.dqn.features import image_features
 
 CONFIG = Path(__file__).parents[1] / "configs" / "value_based.yaml"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
 from mmrl_ray.config import Config
-from mmrl_ray.config.value_based import ValueBasedSection
 
 _FLOAT32 = 4
 

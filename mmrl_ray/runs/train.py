@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import mmrl_ray
+from mmrl_ray.algorithms.registry import FAMILIES
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import changed_keys, dump_config
 from mmrl_ray.config.paths import RUN_CONFIG, with_absolute_paths
@@ -81,7 +82,8 @@ _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {
     **{"reward/mean": "reward", "loss": "loss", "kl": "kl"},
-    **{"dpo/accuracy": "accuracy", "ilql/td": "td", "ilql/v": "V", "samples_per_second": "samples/s"},
+    **{metric: name for family in FAMILIES for metric, name in family.shown.items()},
+    "samples_per_second": "samples/s",
 }
 
 
@@ -204,7 +206,7 @@ class _Run:
                     hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
                 for line in live.greeting():
                     self._progress.note(line)
-                if cfg.value_based is None:
+                if cfg.family.samples != "environment":
                     self._learn(start, run, hosted, statistics, samples)
                 else:
                     self._learn_by_value(start, run, hosted, statistics, samples)

@@ -14,6 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
+from mmrl_ray.algorithms.dqn.checkpoints import load_value_checkpoint, save_agent_folder, save_value_checkpoint
+from mmrl_ray.algorithms.dqn.features import FeatureScale, image_features
+from mmrl_ray.algorithms.dqn.rllib import environment_arguments
+from mmrl_ray.algorithms.dqn.trainer import Said, ValueTrainer
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.config import Config
 from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Quarantine, QuarantineRecord, Sample, iter_references, read_split
@@ -32,12 +38,6 @@ from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.value_status import ValueDesk
 from mmrl_ray.runs.watch import note_event
-from mmrl_ray.value_based.agent import Agent, AgentFacts
-from mmrl_ray.value_based.algorithm import environment_arguments
-from mmrl_ray.value_based.checkpoints import load_value_checkpoint, save_agent_folder, save_value_checkpoint
-from mmrl_ray.value_based.features import FeatureScale, image_features
-from mmrl_ray.value_based.trainer import Said, ValueTrainer
-from mmrl_ray.value_based.vocabulary import Vocabulary
 
 _DESK_CLOSES_S = 10.0
 _WRITTEN_S = 300.0

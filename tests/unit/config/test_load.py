@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mmrl_ray.algorithms.registry import PRESETS
 from mmrl_ray.config.load import changed_keys, config_schema, dump_config, load_config, parse_config
-from mmrl_ray.config.presets import PRESETS
 from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
 
@@ -349,7 +349,7 @@ def test_what_does_not_go_with_pairs_is_refused(overrides: list[str], message: s
 )
 def test_what_does_not_go_with_stored_rollouts_is_refused(overrides: list[str], message: str) -> None:
     stored = ["algorithm=ilql", "data.rollouts.run=runs/again"]
-    assert not parse_config(GOOD, "c.yaml", stored).learner.trains_adapter
+    assert not parse_config(GOOD, "c.yaml", stored).learner.family.trains_adapter
     assert parse_config(GOOD, "c.yaml", [*stored, "learner.ilql.bc_weight=1", "learner.adapter_l2=0.1"])
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         parse_config(GOOD, "c.yaml", [*stored, *overrides])

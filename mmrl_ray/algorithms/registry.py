@@ -1,0 +1,110 @@
+"""The families of this package, and how a name in a config becomes one of them or a user's own class.
+
+A new one is a file in this folder and a line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from mmrl_ray.algorithms.base import Algorithm
+from mmrl_ray.algorithms.dpo import Dpo
+from mmrl_ray.algorithms.dqn.algorithm import ValueBased
+from mmrl_ray.algorithms.ilql import Ilql
+from mmrl_ray.algorithms.policy_gradient import PolicyGradient
+from mmrl_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmrl_ray.config.learner import LearnerSection
+
+FAMILIES: tuple[type[Algorithm], ...] = (PolicyGradient, Dpo, Ilql, ValueBased)
+"""In the order in which messages name them."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(preset) for family in FAMILIES if family.losses for name, preset in family.presets.items()
+}
+"""`algorithm:` names of what learns by `learner:` keys, and the defaults that each names."""
+ALGORITHMS: tuple[str, ...] = tuple(name for family in FAMILIES for name in family.presets)
+"""All that `algorithm:` may say, beside a class of a user's own."""
+LOSSES: tuple[str, ...] = tuple(loss for family in FAMILIES for loss in family.losses)
+"""The same of `learner.loss`."""
+
+
+def family_of_loss(loss: str) -> type[Algorithm]:
+    """The family whose objective it is.
+
+    Raises:
+        ConfigError: there is none of that name, or no such class.
+    """
+    for family in FAMILIES:
+        if loss in family.losses:
+            return family
+    return own_class(loss)
+
+
+def family_of_algorithm(name: str, learner: LearnerSection) -> Algorithm:
+    """The family of a whole config: one without a loss is chosen by `algorithm:`, every other one by `learner.loss`."""
+    for family in FAMILIES:
+        if name in family.presets and not family.losses:
+            return family(learner)
+    return family_of_loss(learner.loss)(learner)
+
+
+def preset_of(algorithm: str) -> Mapping[str, Any] | None:
+    """Defaults of `learner:` keys; None for a name that says nothing of them.
+
+    Raises:
+        ConfigError: `module:Class` is no algorithm.
+    """
+    if is_path(algorithm):
+        first: Mapping[str, Any] = next(iter(own_class(algorithm).presets.values()), {})
+        return {"loss": algorithm, **first}
+    return PRESETS.get(algorithm)
+
+
+def readers_of(source: str) -> str:
+    """The losses that learn from such samples, in words."""
+    return " or ".join(loss for family in FAMILIES if family.samples == source for loss in family.losses)
+
+
+def is_path(name: str) -> bool:
+    """Whether it names a class of a user's own."""
+    return ":" in name
+
+
+@cache
+def own_class(path: str) -> type[Algorithm]:
+    """The class behind `module:Class`, looked for in the working directory, too, as a user's reward functions are.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no algorithm.
+    """
+    module, _, name = path.partition(":")
+    if "" not in sys.path and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        raise ConfigError(
+            f"algorithm {path} cannot be imported ({type(error).__name__}: {error}): it is looked for in the working "
+            f"directory, here {os.getcwd()}, and among what is installed"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ConfigError(
+            f"algorithm {path}: {module} has no class {name!r} that is an mmrl_ray.algorithms.base.Algorithm"
+        )
+    if found.samples == "environment":
+        raise ConfigError(f"algorithm {path} learns from an environment, for which a class of your own has no run")
+    return found
+
+
+def sections(place: str) -> Iterator[type[Algorithm]]:
+    """Families with keys of their own: below `learner`, or `top` for those that use no loss of it."""
+    for family in FAMILIES:
+        if family.section_name is not None and (place == "learner") == bool(family.losses):
+            yield family
