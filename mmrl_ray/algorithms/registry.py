@@ -17,12 +17,15 @@ from mmrl_ray.algorithms.dpo import Dpo
 from mmrl_ray.algorithms.dqn.algorithm import ValueBased
 from mmrl_ray.algorithms.ilql import Ilql
 from mmrl_ray.algorithms.policy_gradient import PolicyGradient
+from mmrl_ray.algorithms.ppo import Ppo
+from mmrl_ray.algorithms.raft import Raft
+from mmrl_ray.algorithms.sapo import Sapo
 from mmrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmrl_ray.config.learner import LearnerSection
 
-FAMILIES: tuple[type[Algorithm], ...] = (PolicyGradient, Dpo, Ilql, ValueBased)
+FAMILIES: tuple[type[Algorithm], ...] = (PolicyGradient, Dpo, Ilql, Raft, Sapo, Ppo, ValueBased)
 """In the order in which messages name them."""
 
 PRESETS: dict[str, dict[str, Any]] = {

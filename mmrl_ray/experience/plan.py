@@ -85,7 +85,7 @@ def build_step_plan(
         groups=planned,
         denominator=float(denominator),
         micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
-        metrics={**seen.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
+        metrics={**seen.metrics, **found.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
     )
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,6 +41,8 @@ class StepWeights:
     """[M, G], each completion's weight a token; one at 0 takes no part in the step."""
     denominator: float
     """Of every term of the loss, over all ranks and micro-batches; above 0."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the choice, for the step's metrics line."""
 
 
 def weigh(step: StepRewards, advantage: str, aggregation: str, *, divide_by_std: bool = True) -> StepWeights:
