@@ -31,7 +31,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from mmrl_ray.config.base import Section
@@ -126,8 +126,6 @@ class SumsObjective(Objective, Generic[Stats]):
     """An objective whose sums and figures are those of a `Sums` class of `losses/`."""
 
     def __init__(self, stats: type[Stats]) -> None:
-        from dataclasses import fields
-
         self._stats = stats
         self.names = tuple(field.name for field in fields(stats))
 
@@ -148,7 +146,7 @@ class Algorithm:
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Defaults of `learner:` keys by the name that `algorithm:` takes. Of a class that is named by its import path the
-    first one counts, whatever its name, and `loss` is that path where the preset says nothing else."""
+    first one counts, whatever its name, and `loss` is that path."""
     losses: ClassVar[tuple[str, ...]] = ()
     """Values of `learner.loss` that are this family's."""
     section: ClassVar[type[Section]] = NoSettings
@@ -214,6 +212,14 @@ class Algorithm:
     def problems(self, cfg: Config) -> dict[str, bool]:
         """Messages about the whole config, each with whether it holds."""
         return {}
+
+    def rounds_told(self, cfg: Config) -> list[str]:
+        """What a dry run says in place of token batches, of a family with an environment."""
+        return []
+
+    def memory_told(self, cfg: Config, pictures: int | None, width: int) -> list[str]:
+        """And of its memory, for so many pictures whose features have that width."""
+        return []
 
     # -- controller ------------------------------------------------------------------------------------------------
 

@@ -143,8 +143,7 @@ class PpoObjective(Objective):
 
         mask, scales, cfg = scores.mask, batch.scales[:, None], self._cfg
         assert scores.hidden is not None
-        with torch.autocast(scores.hidden.device.type, enabled=False):
-            flat = self.critic(scores.hidden.detach().float())[:, 0]
+        flat = self.critic(scores.hidden.detach().float())[:, 0]
         values = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
         old = self._old.setdefault(place, values.detach())
         advantages, returns = advantages_and_returns(batch.advantages, old, mask, cfg.gamma, cfg.gae_lambda)

@@ -10,9 +10,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmrl_ray.algorithms.base import Algorithm
+import mmrl_ray
+from mmrl_ray.algorithms.base import Algorithm, Panel
 from mmrl_ray.algorithms.dpo import Dpo
 from mmrl_ray.algorithms.dqn.algorithm import ValueBased
 from mmrl_ray.algorithms.ilql import Ilql
@@ -66,7 +68,7 @@ def preset_of(algorithm: str) -> Mapping[str, Any] | None:
     """
     if is_path(algorithm):
         first: Mapping[str, Any] = next(iter(own_class(algorithm).presets.values()), {})
-        return {"loss": algorithm, **first}
+        return {**first, "loss": algorithm}
     return PRESETS.get(algorithm)
 
 
@@ -88,8 +90,7 @@ def own_class(path: str) -> type[Algorithm]:
         ConfigError: it cannot be imported, or is no algorithm.
     """
     module, _, name = path.partition(":")
-    if "" not in sys.path and (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
+    sys.path.extend(folder for folder in _own_folders() if folder not in sys.path)
     try:
         found = getattr(importlib.import_module(module), name, None)
     except Exception as error:
@@ -104,6 +105,24 @@ def own_class(path: str) -> type[Algorithm]:
     if found.samples == "environment":
         raise ConfigError(f"algorithm {path} learns from an environment, for which a class of your own has no run")
     return found
+
+
+def _own_folders() -> list[str]:
+    """Where a user's modules are: what a job brought, or the working directory."""
+    from mmrl_ray.rewards.isolated import SENT_CODE
+
+    sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
+    return [*([str(sent)] if sent.is_dir() else []), os.getcwd()]
+
+
+def own_panels(config: Any) -> tuple[Panel, ...]:
+    """Charts of a user's own algorithm, by a config that may be anything; none where the class is not to be had."""
+    learner = config.get("learner") if isinstance(config, dict) else None
+    loss = learner.get("loss") if isinstance(learner, dict) else None
+    try:
+        return own_class(loss).panels if isinstance(loss, str) and is_path(loss) else ()
+    except ConfigError:
+        return ()
 
 
 def sections(place: str) -> Iterator[type[Algorithm]]:

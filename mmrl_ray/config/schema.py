@@ -74,6 +74,12 @@ class Config(_WithAgents):
         found: Family = registry().family_of_algorithm(self.algorithm, self.learner)
         return found
 
+    @property
+    def agent(self) -> Any | None:
+        """The section of an algorithm whose samples come from an environment; None of any other run."""
+        family = self.family
+        return getattr(self, family.section_name or "") if family.samples == "environment" else None
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         family = self.family

@@ -72,9 +72,12 @@ PANELS: tuple[Panel, ...] = (
 )
 
 
-def charts(metrics: Metrics) -> list[Chart]:
-    """Every chart that these metrics lines have values for, in reading order; none of what never changes."""
-    made = (_chart(panel, metrics) for panel in PANELS if not _is_flat(panel, metrics))
+def charts(metrics: Metrics, own: Sequence[Panel] = ()) -> list[Chart]:
+    """Every chart that these metrics lines have values for, in reading order; none of what never changes.
+
+    `own` are those of an algorithm of the user's own.
+    """
+    made = (_chart(panel, metrics) for panel in (*PANELS, *own) if not _is_flat(panel, metrics))
     return [chart for chart in made if chart is not None]
 
 

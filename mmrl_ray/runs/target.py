@@ -135,7 +135,7 @@ def _open_run(run: RunDir, device: torch.device | str | None, shown: RunProgress
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run, shown)}), device=device)
     agent = None
-    if cfg.family.samples == "environment":
+    if cfg.agent is not None:
         folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)
         with _local(run, folder, (FACTS_FILE, AGENT_WEIGHTS_FILE)) as local:
             agent = PictureAgent(Agent.load(local), VisionCache(cfg.rollout.vision_cache_mb * 2**20))

@@ -57,8 +57,8 @@ class ValueBasedRun:
             PlacementError: Ray has no room for the env runners.
             CheckpointError: there are checkpoints, and none is valid.
         """
-        assert cfg.value_based is not None
-        agent = cfg.value_based
+        assert cfg.agent is not None
+        agent = cfg.agent
         self._cfg, self._run, self._progress = cfg, run, progress
         quarantine = Quarantine(cfg.data.max_quarantined, self._left_out, source=cfg.data.train)
         self._samples = read_split(
@@ -218,15 +218,13 @@ class ValueBasedRun:
     def _features(self, held_out: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Of the training pictures and of the held-out ones; the model goes again."""
         cfg = self._cfg
-        assert cfg.value_based is not None
+        assert cfg.agent is not None
         policy = load_policy(cfg.model)
         policy.model.requires_grad_(False)
         cache = VisionCache(cfg.rollout.vision_cache_mb * 2**20)
         shown = self._progress.phase("vision features")
         both = [*self._samples, *held_out]
-        images = image_features(
-            policy, both, cfg.value_based.image_tokens, cache, lambda done, total: shown(done, total, {})
-        )
+        images = image_features(policy, both, cfg.agent.image_tokens, cache, lambda done, total: shown(done, total, {}))
         return images[: len(self._samples)], images[len(self._samples) :]
 
     def _write_rollouts(self, step: int, said: Sequence[Said]) -> None:

@@ -19,6 +19,7 @@ from mmrl_ray.config.base import Section, refuse
 if TYPE_CHECKING:
     from mmrl_ray.config.schema import Config
 
+_FLOAT32 = 4
 Fusion = Literal["shared_attention", "coupled_encoders", "attention", "weighted_sum"]
 
 
@@ -193,6 +194,36 @@ class ValueBased(Algorithm):
                 cfg.serving is not None and cfg.serving.live_policy
             ),
         }
+
+    def rounds_told(self, cfg: Config) -> list[str]:
+        """Rounds, words and transitions."""
+        agent = _agent(cfg)
+        workers, updates, steps = cfg.rollout.first_workers, agent.updates, cfg.learner.steps
+        said, rounds = workers * agent.pictures * agent.words, steps // updates
+        return [
+            f"a round     {workers} workers × {agent.pictures} pictures × {agent.words} words = {said:,} words, then "
+            f"{updates} optimiser steps of {agent.batch_size} transitions",
+            f"the run     {steps:,} steps in {rounds:,} rounds, about {rounds * said + agent.learning_starts:,} "
+            f"words; the first {agent.learning_starts:,} before learning starts",
+        ]
+
+    def memory_told(self, cfg: Config, pictures: int | None, width: int) -> list[str]:
+        """Bytes of features; `width` is the model's hidden width, which the tower's features are projected to."""
+        agent = _agent(cfg)
+        each = agent.image_tokens * width * _FLOAT32
+        lines = [
+            f"replay buffer  {agent.buffer_words:,} words × {each:,} bytes = {agent.buffer_words * each / 1e6:,.0f} MB"
+        ]
+        if pictures is not None:
+            kept = min(pictures, agent.max_pictures)
+            lines.append(f"pictures       {kept:,} × {each:,} bytes = {kept * each / 1e6:,.0f} MB, once a node")
+        return lines
+
+
+def _agent(cfg: Config) -> ValueBasedSection:
+    agent = cfg.agent
+    assert isinstance(agent, ValueBasedSection)
+    return agent
 
 
 def _unknown(agent: ValueBasedSection | None, parts: Mapping[str, float]) -> list[str]:

@@ -1,14 +1,3 @@
-from __future__ import annotations
+from tests.unit.learner.conftest import tiny
 
-from pathlib import Path
-
-import pytest
-import torch
-
-from tests.unit.learner.worlds import tiny_folder
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+__all__ = ["tiny"]
