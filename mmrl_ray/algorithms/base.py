@@ -30,7 +30,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
@@ -240,9 +240,3 @@ class Algorithm:
         from mmrl_ray.algorithms.policy_gradient import policy_gradient_objective
 
         return policy_gradient_objective(self.learner, "clipped")
-
-
-def one_of(names: Sequence[str]) -> str:
-    """`'a', 'b' or 'c'`."""
-    quoted = [f"'{name}'" for name in names]
-    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
