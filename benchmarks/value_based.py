@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmrl_ray.algorithms.dqn.features import image_features
 from mmrl_ray.config.load import load_config
 from mmrl_ray.data.samples import read_split
 from mmrl_ray.metrics.bootstrap import Interval, bootstrap_mean
@@ -26,7 +27,6 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.eval_records import load_evaluation
 from mmrl_ray.runs.target import STATISTICS, open_target
 from mmrl_ray.runs.train import SUMMARY, train
-from mmrl_ray.value_based.features import image_features
 
 CONFIG = Path(__file__).parents[1] / "configs" / "value_based.yaml"
 

@@ -25,7 +25,7 @@ class ScenesSection(Section):
 
 
 class PreferencesSection(Section):
-    """Pairs of captions and what people said of them, for `learner.loss: dpo`."""
+    """Pairs of captions and what people said of them, for algorithms that learn from pairs."""
 
     store: str
     """SQLAlchemy URL of the store that `mmrl preferences` fills: `sqlite:///preferences.db`, `postgresql+psycopg://…`.
@@ -35,7 +35,7 @@ class PreferencesSection(Section):
 
 
 class RolloutsSection(Section):
-    """Rollouts of another run, for `learner.loss: ilql`."""
+    """Rollouts of another run, for algorithms that learn from stored ones."""
 
     run: str
     """Its folder. What is used of it is copied into this run's own folder at the start."""
@@ -70,6 +70,6 @@ class DataSection(Section):
     scenes: ScenesSection | None = None
     """Generate the scenes dataset; none by default."""
     preferences: PreferencesSection | None = None
-    """What `learner.loss: dpo` learns from; none by default."""
+    """What an algorithm of pairs learns from; none by default."""
     rollouts: RolloutsSection | None = None
-    """What `learner.loss: ilql` learns from; none by default."""
+    """What an algorithm of stored rollouts learns from; none by default."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from mmrl_ray.config.base import Section, refuse
+from mmrl_ray.config.presets import Loss, registry, section_fields
+
+if TYPE_CHECKING:
+    from mmrl_ray.algorithms.base import Algorithm
 
 Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
-Loss = Literal["reward_guided", "clipped", "gspo", "cispo", "dpo", "ilql"]
-OFFLINE = ("dpo", "ilql")
-"""Losses that learn from what is stored."""
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
@@ -22,36 +30,6 @@ class KlSection(Section):
     """0 turns it off, and with it the pass that makes reference log-probs."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """k1 enters the reward; k2 and k3 are loss terms (k3's gradient is biased)."""
-
-
-class DpoSection(Section):
-    """Of `loss: dpo` alone (arXiv:2305.18290)."""
-
-    beta: float = Field(0.1, gt=0)
-    """How dear it is to leave the policy that training started from; small values let it go far."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """The probability that a label is wrong, as far as the loss is concerned."""
-
-
-class IlqlSection(Section):
-    """Of `loss: ilql` alone (arXiv:2206.11871): values of next tokens, learnt from the rollouts of another run."""
-
-    beta: float = Field(4.0, ge=0)
-    """How much decoding makes of the values: log π + β(Q − V). 0 is π alone; it can be chosen anew when captioning."""
-    gamma: float = Field(1.0, ge=0, le=1)
-    """Discount a token; the reward comes with the last one."""
-    expectile: float = Field(0.8, gt=0, lt=1)
-    """τ: at 0.5 V is the mean of what was said in a state, towards 1 the best of it."""
-    conservative: float = Field(0.1, ge=0)
-    """α: how much tokens that were not said are pulled down."""
-    target_rate: float = Field(0.05, gt=0, le=1)
-    """How far the targets follow the learning Qs, an update."""
-    bc_weight: float = Field(0.0, ge=0)
-    """w: above 0 the adapter learns, too, by the likelihood of the stored tokens and through the values; at 0 the
-    policy stays as it is, and the heads read its hidden states."""
-    width: int | None = Field(None, ge=1)
-    """Of the layer inside each head; twice the model's hidden width by default. A head over the vocabulary has
-    width × vocabulary weights, and there are four of them in a learner."""
 
 
 class LearnerRange(Section):
@@ -68,9 +46,7 @@ class LearnerRange(Section):
         return self
 
 
-class LearnerSection(Section):
-    """One optimiser step consumes `groups_per_step` groups."""
-
+class _Choices(Section):
     steps: int = Field(..., ge=1)
     """Optimiser steps of the whole run."""
     groups_per_step: int = Field(16, ge=1)
@@ -82,12 +58,21 @@ class LearnerSection(Section):
     advantage_std: bool = True
     """Divide `group` advantages by the group's standard deviation."""
     loss: Loss = "clipped"
-    """The policy-gradient loss; or `dpo`, which learns from the pairs of `data.preferences` instead of rollouts; or
-    `ilql`, which learns values from the stored rollouts of `data.rollouts`."""
-    dpo: DpoSection = DpoSection()
-    """Of `loss: dpo`."""
-    ilql: IlqlSection = IlqlSection()
-    """Of `loss: ilql`."""
+    """What is minimised; it also says where the groups come from: most sample them, some learn from `data.preferences`
+    or `data.rollouts`."""
+
+
+if TYPE_CHECKING:
+    _Sections = _Choices
+else:
+    _Sections = create_model("_Sections", __base__=_Choices, __module__=__name__, **section_fields("learner"))
+
+
+class LearnerSection(_Sections):
+    """One optimiser step consumes `groups_per_step` groups."""
+
+    own: dict[str, Any] = {}
+    """Keys of an algorithm of your own, `algorithm: my_module:MyAlgorithm`, which says what they may be."""
     clip_low: float = Field(0.2, ge=0)
     """The ratio is clipped below 1 - this."""
     clip_high: float = Field(0.2, ge=0)
@@ -146,9 +131,10 @@ class LearnerSection(Section):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
-    def trains_adapter(self) -> bool:
-        """Whether the adapter's weights move."""
-        return self.loss != "ilql" or self.ilql.bc_weight > 0
+    def family(self) -> Algorithm:
+        """The algorithm that `loss` belongs to."""
+        made: Algorithm = registry().family_of_loss(self.loss)(self)
+        return made
 
     @property
     def wants_packed_rows(self) -> bool:
@@ -162,17 +148,34 @@ class LearnerSection(Section):
                 f"warmup_steps={self.warmup_steps} must be below steps={self.steps}": self.warmup_steps >= self.steps,
                 f"lr_min={self.lr_min} is above lr={self.lr}": self.lr_min > self.lr,
                 f"advantage={self.advantage} has no meaning with loss={self.loss}: write advantage: none": (
-                    self.loss in OFFLINE and self.advantage != "none"
+                    self.family.is_offline and self.advantage != "none"
                 ),
-                f"kl.weight={self.kl.weight:g} is refused with loss=dpo, which has its own pull, dpo.beta: leave it at "
-                "0": self.loss == "dpo" and self.kl.weight > 0,
-                f"kl.weight={self.kl.weight:g} is refused with loss=ilql, which samples nothing: leave it at 0": (
-                    self.loss == "ilql" and self.kl.weight > 0
-                ),
-                f"sharding={self.sharding} is refused with loss=ilql: its heads are not split": self.loss == "ilql"
-                and self.sharding != "none",
-                "adapter_l2 and l2_to_pretrained have nothing to hold where ilql.bc_weight=0 leaves the adapter as it "
-                "is: leave them at 0": not self.trains_adapter and self.adapter_l2 + self.l2_to_pretrained > 0,
+                **self.family.learner_problems(),
+                **self._own_problems(),
             }
         )
         return self
+
+    def _own_problems(self) -> dict[str, bool]:
+        """Of the keys of a user's own algorithm, which this file does not know."""
+        family = self.family
+        if type(family).section_name in type(self).model_fields or not registry().is_path(self.loss):
+            return {f"own={self.own} is read by an algorithm of your own alone: take it away": bool(self.own)}
+        try:
+            type(family).section.model_validate(self.own)
+        except ValidationError as error:
+            return {f"own.{'.'.join(map(str, e['loc']))}: {e['msg']}": True for e in error.errors()}
+        return {}
+
+    @model_serializer(mode="wrap")
+    def _without_sections_of_others(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A resolved config shows keys that something reads."""
+        written: dict[str, Any] = handler(self)
+        for family in registry().sections("learner"):
+            name = family.section_name
+            is_default = getattr(self, name) == family.section()
+            if self.loss not in family.losses and is_default and not family.written_always:
+                written.pop(name, None)
+        if not self.own:
+            written.pop("own", None)
+        return written

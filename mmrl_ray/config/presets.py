@@ -1,67 +1,74 @@
-"""`algorithm:` — presets under their usual names; each only names defaults of `learner:` keys."""
+"""`algorithm:` and `learner.loss` — names of algorithms, and the defaults of `learner:` keys that a name stands for.
+
+What there is to choose from stands in rooms above this one, and is found by its name, as a user's own class is.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
-Algorithm = Literal[
-    "reinforce", "scst", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "dpo", "ilql", "value_based"
-]
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # Williams 1992, with the batch's mean reward as the baseline.
-    "reinforce": {"advantage": "batch_mean", "loss": "reward_guided", "aggregation": "sequence_sum"},
-    # Rennie et al. 2017, arXiv:1612.00563: the greedy caption's reward is the baseline.
-    "scst": {"advantage": "greedy", "loss": "reward_guided", "aggregation": "sequence_sum"},
-    # Ahmadian et al. 2024, arXiv:2402.14740.
-    "rloo": {"advantage": "leave_one_out", "loss": "reward_guided", "aggregation": "sequence_sum"},
-    # Shao et al. 2024, arXiv:2402.03300.
-    "grpo": {
-        "advantage": "group",
-        "advantage_std": True,
-        "loss": "clipped",
-        "aggregation": "sequence_mean",
-        "kl": {"weight": 0.04, "estimator": "k3"},
-    },
-    # Liu et al. 2025, arXiv:2503.20783.
-    "dr_grpo": {"advantage": "group", "advantage_std": False, "loss": "clipped", "aggregation": "constant"},
-    # Yu et al. 2025, arXiv:2503.14476: clip-higher, token-level mean, no KL.
-    "dapo": {
-        "advantage": "group",
-        "advantage_std": True,
-        "loss": "clipped",
-        "clip_high": 0.28,
-        "aggregation": "token_mean",
-    },
-    # Zheng et al. 2025, arXiv:2507.18071: the ratio of whole sequences, with its narrow clip range.
-    "gspo": {
-        "advantage": "group",
-        "advantage_std": True,
-        "loss": "gspo",
-        "clip_low": 3e-4,
-        "clip_high": 4e-4,
-        "aggregation": "sequence_mean",
-    },
-    # MiniMax-M1 2025, arXiv:2506.13585: clip the importance weight, keep every token's gradient.
-    "cispo": {
-        "advantage": "group",
-        "advantage_std": True,
-        "loss": "cispo",
-        "clip_low": 1.0,
-        "clip_high": 2.0,
-        "aggregation": "token_mean",
-    },
-    # Rafailov et al. 2023, arXiv:2305.18290: pairs of `data.preferences` in place of rollouts and rewards.
-    "dpo": {"advantage": "none", "loss": "dpo", "aggregation": "sequence_sum"},
-    # Snell et al. 2022, arXiv:2206.11871: rollouts of `data.rollouts`; each weighs what it earned, with no baseline.
-    "ilql": {"advantage": "none", "loss": "ilql", "aggregation": "token_mean"},
-}
+from mmrl_ray.errors import ConfigError
 
-SECTIONS = frozenset({"value_based"})
-"""Algorithms with a section of their own in place of a preset."""
+if TYPE_CHECKING:
+    from types import ModuleType
 
-assert set(PRESETS) | SECTIONS == set(get_args(Algorithm))
+    from mmrl_ray.config.base import Section
+
+
+def registry() -> ModuleType:
+    """`mmrl_ray.algorithms.registry`."""
+    return importlib.import_module("mmrl_ray.algorithms.registry")
+
+
+def _one_of(names: tuple[str, ...], value: Any) -> Any:
+    """A name among these, or a class of the user's own that is there."""
+    found = registry()
+    if isinstance(value, str) and found.is_path(value):
+        try:
+            found.own_class(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    elif value not in names:
+        quoted = [f"'{name}'" for name in names]
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(quoted[:-1])} or {quoted[-1]}"}
+        )
+    return value
+
+
+def _schema(names: tuple[str, ...]) -> dict[str, Any]:
+    return {"anyOf": [{"enum": list(names), "type": "string"}, {"pattern": "^[\\w.]+:\\w+$", "type": "string"}]}
+
+
+_ALGORITHMS: tuple[str, ...] = registry().ALGORITHMS
+_LOSSES: tuple[str, ...] = registry().LOSSES
+
+if TYPE_CHECKING:
+    Algorithm = str
+    Loss = str
+else:
+    Algorithm = Annotated[
+        str, BeforeValidator(lambda value: _one_of(_ALGORITHMS, value)), WithJsonSchema(_schema(_ALGORITHMS))
+    ]
+    Loss = Annotated[str, BeforeValidator(lambda value: _one_of(_LOSSES, value)), WithJsonSchema(_schema(_LOSSES))]
+
+
+def section_fields(place: str, *, optional: bool = False) -> dict[str, Any]:
+    """Fields for `create_model`: the sections of algorithms that stand at that place of a config."""
+    found: dict[str, Any] = {}
+    for family in registry().sections(place):
+        kind: type[Section] = family.section
+        name = family.section_name
+        told = f"Of `loss: {family.losses[0]}`." if family.losses else f"The agent of `algorithm: {name}`."
+        found[name] = (
+            (kind | None, Field(None, description=told)) if optional else (kind, Field(kind(), description=told))
+        )
+    return found
 
 
 def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,5 +85,8 @@ def with_preset(config: Any) -> Any:
     if not isinstance(config, dict) or not isinstance(config.get("learner"), dict):
         return config  # the ordinary validation says what is wrong
     algorithm = config.get("algorithm", "grpo")
-    preset = PRESETS.get(algorithm) if isinstance(algorithm, str) else None
+    try:
+        preset = registry().preset_of(algorithm) if isinstance(algorithm, str) else None
+    except ConfigError:
+        return config  # and here
     return config if preset is None else {**config, "learner": with_defaults(config["learner"], preset)}

@@ -24,7 +24,7 @@ _TYPES = {
     "tuple_type": "must be a list",
 }
 _ALIKE = 0.7
-"""How near a value has to be to one that is meant: `ppo` is no misspelt `dpo`."""
+"""How near a value has to be to one that is meant: `kto` is no misspelt `dpo`."""
 _COUNTS = {"too_long": "must have at most {max_length} items, not {actual_length}"}
 
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import model_validator
+from pydantic import create_model, model_validator
 
 from mmrl_ray.config.base import Section, refuse
 from mmrl_ray.config.data import DataSection
 from mmrl_ray.config.deploy import DeploySection
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.model import ModelSection
-from mmrl_ray.config.presets import Algorithm, with_preset
+from mmrl_ray.config.presets import Algorithm, registry, section_fields, with_preset
 from mmrl_ray.config.resources import ResourcesSection
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.rollout import RolloutSection
 from mmrl_ray.config.run import RunSection
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.config.sft import SftSection
-from mmrl_ray.config.value_based import USED_OF_LEARNER, USED_OF_ROLLOUT, ValueBasedSection, unused_keys
+
+if TYPE_CHECKING:
+    from mmrl_ray.algorithms.base import Algorithm as Family
 
 
-class Config(Section):
-    """One run, whole. Keys of `learner:` that are not written take the preset's value."""
-
+class _Sections(Section):
     run: RunSection
     """Name, seed and place of the run."""
     model: ModelSection
@@ -41,8 +40,22 @@ class Config(Section):
     """What a caption earns."""
     learner: LearnerSection
     """Loss, optimiser and steps."""
-    value_based: ValueBasedSection | None = None
-    """The agent of `algorithm: value_based`."""
+
+
+if TYPE_CHECKING:
+
+    class _WithAgents(_Sections):
+        value_based: Any = None
+
+else:
+    _WithAgents = create_model(
+        "_WithAgents", __base__=_Sections, __module__=__name__, **section_fields("top", optional=True)
+    )
+
+
+class Config(_WithAgents):
+    """One run, whole. Keys of `learner:` that are not written take the preset's value."""
+
     resources: ResourcesSection = ResourcesSection()
     """What the actors ask Ray for."""
     serving: ServingSection | None = None
@@ -55,40 +68,69 @@ class Config(Section):
     def _apply_preset(cls, value: Any) -> Any:
         return with_preset(value)
 
+    @property
+    def family(self) -> Family:
+        """How the run learns."""
+        found: Family = registry().family_of_algorithm(self.algorithm, self.learner)
+        return found
+
+    @property
+    def agent(self) -> Any | None:
+        """The section of an algorithm whose samples come from an environment; None of any other run."""
+        family = self.family
+        return getattr(self, family.section_name or "") if family.samples == "environment" else None
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        rollout, learner, groups = self.rollout, self.learner, self.learner.groups_per_step
-        if self.algorithm == "value_based" or self.value_based is not None:
-            return self._value_based_fits()
+        family = self.family
         refuse(
             {
-                f"rollout.buffer_groups={rollout.buffer_groups} is smaller than one step "
-                f"(learner.groups_per_step={groups}): the run would wait for ever": (rollout.buffer_groups or groups)
-                < groups,
-                f"learner.workers={learner.max_workers} is above learner.groups_per_step={groups}: "
-                "some learners would never work": groups < learner.max_workers,
-                f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
-                "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
-                f"rollout.group_size={rollout.group_size} must be 2 with learner.loss=dpo: the captions of a pair "
-                "are a group": learner.loss == "dpo" and rollout.group_size != 2,
-                "learner.loss=dpo needs data.preferences: write its store, as in "
-                "{store: 'sqlite:///preferences.db'}": learner.loss == "dpo" and self.data.preferences is None,
-                f"data.preferences is read by learner.loss=dpo alone, not by learner.loss={learner.loss}: "
-                "take it away, or write algorithm: dpo": learner.loss != "dpo" and self.data.preferences is not None,
-                **self._rollouts_problems(),
-                **self._normalization_problems(),
+                **self._section_problems(),
+                **({} if family.samples == "environment" else self._step_problems()),
+                **family.problems(self),
+                **self._stored_problems("pairs", "data.preferences", "{store: 'sqlite:///preferences.db'}"),
+                **self._stored_problems("stored", "data.rollouts", "{run: runs/quickstart}"),
+                **({} if family.samples == "environment" else self._normalization_problems()),
             }
         )
         return self
 
-    def _rollouts_problems(self) -> dict[str, bool]:
-        """Stored rollouts, and what reads them."""
-        learner, stored = self.learner, self.data.rollouts
+    def _section_problems(self) -> dict[str, bool]:
+        """Sections of agents that this is no run of."""
         return {
-            "learner.loss=ilql needs data.rollouts: write the run whose rollouts it learns from, as in "
-            "{run: runs/quickstart}": learner.loss == "ilql" and stored is None,
-            f"data.rollouts is read by learner.loss=ilql alone, not by learner.loss={learner.loss}: take it away, or "
-            "write algorithm: ilql": learner.loss != "ilql" and stored is not None,
+            f"{name}: is the section of algorithm: {name}, and this is algorithm: {self.algorithm}": (
+                getattr(self, name) is not None and self.algorithm != name
+            )
+            for name in section_fields("top", optional=True)
+        }
+
+    def _step_problems(self) -> dict[str, bool]:
+        """Of a run whose steps are made of groups."""
+        rollout, learner, groups = self.rollout, self.learner, self.learner.groups_per_step
+        return {
+            f"rollout.buffer_groups={rollout.buffer_groups} is smaller than one step "
+            f"(learner.groups_per_step={groups}): the run would wait for ever": (rollout.buffer_groups or groups)
+            < groups,
+            f"learner.workers={learner.max_workers} is above learner.groups_per_step={groups}: "
+            "some learners would never work": groups < learner.max_workers,
+            f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
+            "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
+        }
+
+    def _stored_problems(self, source: str, key: str, example: str) -> dict[str, bool]:
+        """Data that something has to read, and what reads it."""
+        family, readers = self.family, registry().readers_of(source)
+        found = getattr(self.data, key.removeprefix("data."))
+        said = (
+            f"algorithm: {self.algorithm}" if family.samples == "environment" else f"learner.loss={self.learner.loss}"
+        )
+        where = "its store" if source == "pairs" else "the run whose rollouts it learns from"
+        instead = "" if family.samples == "environment" else f", or write algorithm: {readers}"
+        return {
+            f"{said} needs {key}: write {where}, as in {example}": family.samples == source and found is None,
+            f"{key} is read by learner.loss={readers} alone, not by {said}: take it away{instead}": (
+                family.samples != source and found is not None
+            ),
         }
 
     def _normalization_problems(self) -> dict[str, bool]:
@@ -104,47 +146,3 @@ class Config(Section):
             "reward.normalize=group has no place for the greedy caption, which is in no group: choose another "
             "learner.advantage": on and learner.advantage == "greedy",
         }
-
-    def _value_based_fits(self) -> Self:
-        agent, learner = self.value_based, self.learner
-        updates = agent.updates if agent is not None else 1
-        unused = {f"learner.{name}": value for name, value in unused_keys(learner, USED_OF_LEARNER).items()}
-        unused |= {f"rollout.{name}": value for name, value in unused_keys(self.rollout, USED_OF_ROLLOUT).items()}
-        parts = self.reward.weights
-        refuse(
-            {
-                "algorithm: value_based needs a section `value_based:`": agent is None,
-                f"value_based: is the section of algorithm: value_based, and this is algorithm: {self.algorithm}": (
-                    self.algorithm != "value_based"
-                ),
-                f"learner.steps={learner.steps} is no multiple of value_based.updates={updates}": (
-                    learner.steps % updates != 0
-                ),
-                "algorithm: value_based makes no use of "
-                + ", ".join(f"{name}={value}" for name, value in unused.items())
-                + "; leave that out": bool(unused),
-                f"value_based.shaping names no part of the reward ({', '.join(parts)}) but "
-                f"{', '.join(_unknown(agent, parts))}": bool(_unknown(agent, parts)),
-                f"reward.normalize={self.reward.normalize} is of groups, and algorithm: value_based has none: leave it "
-                "out": self.reward.normalize != "none",
-                "data.preferences is read by learner.loss=dpo alone, not by algorithm: value_based: take it away": (
-                    self.data.preferences is not None
-                ),
-                "data.rollouts is read by learner.loss=ilql alone, not by algorithm: value_based: take it away": (
-                    self.data.rollouts is not None
-                ),
-                "algorithm: value_based has a number of rollout.workers, no range": (
-                    not isinstance(self.rollout.workers, int)
-                ),
-                "algorithm: value_based is not served while it trains: leave serving.live_policy out": (
-                    self.serving is not None and self.serving.live_policy
-                ),
-            }
-        )
-        return self
-
-
-def _unknown(agent: ValueBasedSection | None, parts: Mapping[str, float]) -> list[str]:
-    """Names in `shaping` whose part, or part of a part, the reward lacks."""
-    shaping = {} if agent is None else agent.shaping
-    return [name for name in shaping if name.split("/", 1)[0] not in parts]

@@ -17,8 +17,7 @@ from mmrl_ray.errors import LearnerError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup, StepPlan
 from mmrl_ray.experience.reward_figures import learning_rewards, masked_figures
-from mmrl_ray.losses.advantages import advantages
-from mmrl_ray.losses.aggregation import completion_scales
+from mmrl_ray.losses.weighing import StepRewards
 
 
 class GroupSize(NamedTuple):
@@ -62,21 +61,9 @@ def build_step_plan(
     greedy = None
     if learner.advantage == "greedy":
         greedy = torch.tensor([_greedy_reward(g) for g in live], dtype=torch.float64)
-    weights = advantages(
-        learner.advantage,
-        rewards,
-        mask=counts,
-        greedy=greedy,
-        divide_by_std=learner.advantage_std,
-        magnitude=seen.magnitude,
-    )
     lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
-    scales, denominator = completion_scales(
-        learner.aggregation, lengths.flatten(), max_new_tokens=max_new_tokens, mask=counts.flatten()
-    )
-    scales = scales.reshape(lengths.shape)
-    if learner.loss == "dpo":
-        denominator = float(len(live))  # pairs
+    found = learner.family.weigh(StepRewards(rewards, counts, seen.magnitude, greedy, lengths, max_new_tokens))
+    weights, scales, denominator = found.advantages, found.scales, found.denominator
     planned = tuple(
         PlannedGroup(
             key=group.key,
@@ -98,7 +85,7 @@ def build_step_plan(
         groups=planned,
         denominator=float(denominator),
         micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
-        metrics={**seen.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
+        metrics={**seen.metrics, **found.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
     )
 
 

@@ -2,7 +2,8 @@
 
     config.yaml        the config, resolved; not with a resume, which takes the one of its run folder
     mmrl_ray/          the package as it is installed here
-    reward_code/       of the folder with the user's own reward functions, where a config has some: its Python files
+    reward_code/       of the folder with the user's own reward functions or algorithm, where a config has some: its
+                       Python files
 
 The job works in that folder, so that its driver and its workers run the submitter's code, whatever the cluster's image
 has of it. Everything else (Python, Ray, torch, …) is the cluster's own.
@@ -40,7 +41,7 @@ def packed(
     Args:
         config: text of `config.yaml`.
         source: the package's folder; the one that runs here by default.
-        code: folder of the user's reward functions, see `own_code`.
+        code: folder of the user's own modules, see `own_code`.
         max_bytes: more is not sent.
 
     Raises:
@@ -63,14 +64,16 @@ def packed(
         yield folder
 
 
-def own_code(reward: RewardSection) -> str:
-    """The folder that a job needs for the functions of a reward; empty where they are installed, or none are.
+def own_code(reward: RewardSection, algorithm: str = "") -> str:
+    """The folder that a job needs for the user's modules; empty where they are installed, or there are none.
 
     Args:
         reward: with absolute paths.
+        algorithm: of the config; `module:Class` is a module, too.
     """
     folder = Path(reward.code or ".").absolute()
-    tops = {part.path.partition(":")[0].partition(".")[0] for part in reward.functions.values()}
+    paths = [part.path for part in reward.functions.values()] + ([algorithm] if ":" in algorithm else [])
+    tops = {path.partition(":")[0].partition(".")[0] for path in paths}
     return str(folder) if any((folder / top).is_dir() or (folder / f"{top}.py").is_file() for top in tops) else ""
 
 

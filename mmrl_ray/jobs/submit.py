@@ -70,7 +70,7 @@ def submit_run(
         JobError: another job is at this run, or Ray does not take it.
     """
     location = run_location(cfg.run.root, cfg.run.name)
-    code, text = own_code(cfg.reward), dump_config(cfg)
+    code, text = own_code(cfg.reward, cfg.algorithm), dump_config(cfg)
     facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {}, code, text)
     command = f"train {CONFIG_FILE}" + (f" --address {shlex.quote(ray_address)}" if ray_address else "")
     return _send(server, facts, command, text, python, id)

@@ -2,32 +2,27 @@
 
     loss = policy gradient + kl.weight · KL(π_θ || π_ref) + adapter_l2 · ‖φ‖² + l2_to_pretrained · ‖θ − θ_pretrained‖²
 
-Or the loss of DPO or ILQL in place of the policy gradient. The first two are shares over the step's denominator, one a
-micro-batch; the last two are added once an update.
+The first is the objective of the run's algorithm (`algorithms/base.py`). The first two are shares over the step's
+denominator, one a micro-batch; the last two are added once an update.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mmrl_ray.config.learner import OFFLINE, LearnerSection
-from mmrl_ray.errors import LearnerError
-from mmrl_ray.losses.dpo import DpoLoss, DpoStats, dpo_loss
-from mmrl_ray.losses.ilql import IlqlLoss, IlqlStats, TokenValues, ilql_loss
+from mmrl_ray.algorithms.base import Objective
+from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.losses.kl import kl_loss, kl_per_token
 from mmrl_ray.losses.masked import masked_sum
-from mmrl_ray.losses.policy_gradient import policy_loss
 from mmrl_ray.losses.regularizers import adapter_l2, l2_to_pretrained
-from mmrl_ray.losses.stats import LossStats, PolicyLoss
 from mmrl_ray.policy.collate import LearnerBatch
 from mmrl_ray.policy.prefix import Scores
 
 NAMES = ("policy", "kl_term", "kl", "kl_tokens", "entropy", "tokens", "vision_recomputed")
-"""Of the sums before those of the loss's own statistics."""
-_STATS: dict[str, type[LossStats | DpoStats | IlqlStats]] = {"dpo": DpoStats, "ilql": IlqlStats}
+"""Of the sums before the objective's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +32,12 @@ class Share:
     loss: torch.Tensor
     """Scalar with gradient."""
     sums: torch.Tensor
-    """float64 [`width`], detached: `NAMES`, then the loss's own; they add over micro-batches and ranks."""
+    """float64 [`width`], detached: `NAMES`, then the objective's own; they add over micro-batches and ranks."""
 
 
-def width(cfg: LearnerSection) -> int:
+def width(objective: Objective) -> int:
     """How many sums there are."""
-    return len(NAMES) + len(fields(_stats(cfg)))
+    return len(NAMES) + len(objective.names)
 
 
 def kl_in_loss(cfg: LearnerSection) -> bool:
@@ -51,30 +46,32 @@ def kl_in_loss(cfg: LearnerSection) -> bool:
 
 
 def micro_batch_share(
+    objective: Objective,
     cfg: LearnerSection,
     denominator: float,
     batch: LearnerBatch,
     scores: Scores,
     proximal: torch.Tensor | None,
-    values: TokenValues | None = None,
+    place: int = 0,
 ) -> Share:
-    """Policy-gradient and KL terms of one micro-batch, or its share of the loss of DPO or ILQL.
+    """The objective's and the KL term of one micro-batch.
 
     Args:
-        cfg: loss, clips, cap and KL.
+        objective: of the run's algorithm.
+        cfg: KL.
         denominator: the whole step's.
         batch: what was sampled, and its weights.
         scores: log-probs under π_θ, with gradient, and entropies.
         proximal: log-probs [N, T] at the start of the step, or None for those of `scores` themselves.
-        values: of the same tokens, for ILQL.
+        place: of the micro-batch among this rank's of the step.
     """
-    gradient = _main_term(cfg, denominator, batch, scores, proximal, values)
-    loss = gradient.loss
+    loss, own = objective.share(batch, scores, proximal, denominator, place)
+    main = loss.detach()
     zero = loss.new_zeros(())
     kl_term, kl, kl_tokens = zero, zero, zero
     tokens = scores.mask.sum().to(loss.dtype)
     # Stored captions were not sampled from π_θ, so that no estimator of the KL holds on them.
-    if batch.reference_logprobs is not None and cfg.loss not in OFFLINE:
+    if batch.reference_logprobs is not None and not cfg.family.is_offline:
         if kl_in_loss(cfg):
             term = kl_loss(
                 cfg.kl.estimator,
@@ -92,57 +89,8 @@ def micro_batch_share(
             kl, kl_tokens = masked_sum(per_token, scores.mask), tokens
     entropy = zero if scores.entropies is None else masked_sum(scores.entropies, scores.mask)
     recomputed = zero + batch.vision_recomputed
-    head = torch.stack([gradient.loss.detach(), kl_term.detach(), kl, kl_tokens, entropy, tokens, recomputed])
-    return Share(loss, torch.cat([head, gradient.stats.to_tensor()]).double())
-
-
-def _main_term(
-    cfg: LearnerSection,
-    denominator: float,
-    batch: LearnerBatch,
-    scores: Scores,
-    proximal: torch.Tensor | None,
-    values: TokenValues | None,
-) -> PolicyLoss | DpoLoss | IlqlLoss:
-    if cfg.loss == "ilql":
-        assert values is not None
-        return ilql_loss(
-            values,
-            scores.logprobs,
-            batch.advantages,  # with no baseline, what each completion earned
-            scores.mask,
-            scales=batch.scales,
-            denominator=denominator,
-            gamma=cfg.ilql.gamma,
-            expectile=cfg.ilql.expectile,
-            conservative_weight=cfg.ilql.conservative,
-            bc_weight=cfg.ilql.bc_weight,
-        )
-    if cfg.loss == "dpo":
-        if batch.reference_logprobs is None:
-            raise LearnerError(f"pairs {', '.join(batch.sample_ids[:4])} came without reference log-probs")
-        return dpo_loss(
-            scores.logprobs,
-            batch.reference_logprobs,
-            batch.advantages,
-            scores.mask,
-            denominator=denominator,
-            beta=cfg.dpo.beta,
-            label_smoothing=cfg.dpo.label_smoothing,
-        )
-    return policy_loss(
-        cfg.loss,
-        scores.logprobs,
-        proximal,
-        batch.behaviour_logprobs,
-        batch.advantages,
-        scores.mask,
-        scales=batch.scales,
-        denominator=denominator,
-        off_policy_cap=cfg.off_policy_cap,
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-    )
+    head = torch.stack([main, kl_term.detach(), kl, kl_tokens, entropy, tokens, recomputed])
+    return Share(loss, torch.cat([head, own.to(head.dtype)]).double())
 
 
 def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -155,9 +103,9 @@ def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tenso
     return terms
 
 
-def step_figures(cfg: LearnerSection, sums: torch.Tensor, regulariser_values: dict[str, float]) -> dict[str, float]:
+def step_figures(objective: Objective, sums: torch.Tensor, regulariser_values: dict[str, float]) -> dict[str, float]:
     """Metrics of one update out of sums over all its micro-batches and ranks; NaN is a figure nobody measured."""
-    stats = _stats(cfg).from_tensor(sums[len(NAMES) :])
+    own = dict(zip(objective.names, sums[len(NAMES) :].tolist(), strict=True))
     head = dict(zip(NAMES, sums[: len(NAMES)].tolist(), strict=True))
     terms = {
         "loss/policy": head["policy"],
@@ -172,9 +120,5 @@ def step_figures(cfg: LearnerSection, sums: torch.Tensor, regulariser_values: di
         "entropy": head["entropy"] / head["tokens"] if head["tokens"] else float("nan"),
         "tokens/scored": head["tokens"],
         "vision/recomputed": head["vision_recomputed"],
-        **stats.metrics(),
+        **objective.figures(own),
     }
-
-
-def _stats(cfg: LearnerSection) -> type[LossStats | DpoStats | IlqlStats]:
-    return _STATS.get(cfg.loss, LossStats)

@@ -1,4 +1,4 @@
-"""Small parts of a learner's step: a clock by phase, the flat gradient, values of tokens, the check for NaN."""
+"""Small parts of a learner's step: a clock by phase, the flat gradient, the check for NaN."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ import torch
 
 from mmrl_ray.errors import NonFiniteError
 from mmrl_ray.experience.carriers import PlannedGroup
-from mmrl_ray.losses.ilql import TokenValues
-from mmrl_ray.policy.collate import LearnerBatch
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.prefix import Scores
-from mmrl_ray.policy.value_heads import LearningHeads
 
 _SHOWN_SAMPLES = 8
 
@@ -46,18 +41,6 @@ def flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
         offset += parameter.numel()
     return flat
-
-
-def values_of(heads: LearningHeads, policy: Policy, batch: LearnerBatch, scores: Scores) -> TokenValues:
-    """Values of a micro-batch's tokens, [2, N, T] and [N, T]; 0 where nothing stands."""
-    assert scores.hidden is not None
-    tokens = torch.cat([tokens for group in batch.completions for tokens in group]).to(scores.hidden.device)
-    flat = heads.values(scores.hidden, tokens, policy.image_token_ids)
-
-    def rows(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros((*values.shape[:-1], *scores.mask.shape)).masked_scatter(scores.mask, values)
-
-    return TokenValues(rows(flat.q), rows(flat.conservative), rows(flat.target_q), rows(flat.v))
 
 
 def check_finite(metric: str, value: float, step: int, groups: Sequence[PlannedGroup]) -> None:

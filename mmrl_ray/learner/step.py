@@ -18,11 +18,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from mmrl_ray.config.learner import OFFLINE, LearnerSection
+from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
 from mmrl_ray.learner.objective import Share, kl_in_loss, micro_batch_share, regularisers, step_figures, width
-from mmrl_ray.learner.parts import Clock, check_finite, flat_gradient, values_of
+from mmrl_ray.learner.parts import Clock, check_finite, flat_gradient
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.sampler_gap import SamplerGap
 from mmrl_ray.learner.schedule import cosine_scheduler
@@ -31,15 +31,15 @@ from mmrl_ray.policy.adapter import adapter_parameters
 from mmrl_ray.policy.collate import LearnerBatch, collate
 from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.prefix import ScorePath, Scores, score_completions
-from mmrl_ray.policy.value_heads import learning_heads
 from mmrl_ray.policy.vision import VisionCache
 
 Payloads = Callable[[Sequence[PlannedGroup]], Sequence[RolloutGroup]]
 """Fetches the groups behind the payloads of a micro-batch, in order."""
+_OWN = "objective/"
 
 
 class LearnerStep:
-    """Owns the optimiser over a policy's adapter, and over its value heads where it has some that learn.
+    """Owns the optimiser over a policy's adapter, and over what the objective learns beside it.
 
     All ranks call `run` with the same plans.
 
@@ -50,11 +50,12 @@ class LearnerStep:
         vision_cache: for groups whose vision features did not travel with them.
         ranks: the learners that share a step.
         in_lockstep: all ranks make the same number of passes (`learner/sharding.py`).
+        seed: of what the objective learns beside the adapter.
 
     Raises:
         ConfigError: the policy's dtype cannot be trained.
         AdapterError: the policy has no adapter.
-        ValueError: `loss: ilql` on a policy without heads that learn.
+        ValueError: the policy lacks what the objective learns (`Algorithm.prepare`).
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class LearnerStep:
         vision_cache: VisionCache | None = None,
         ranks: Ranks | None = None,
         in_lockstep: bool = False,
+        seed: int = 0,
     ) -> None:
         if policy.dtype == torch.float16:
             raise ConfigError("model.dtype=float16 would need loss scaling to train: use bfloat16 or float32")
@@ -78,10 +80,10 @@ class LearnerStep:
         self._cache = vision_cache
         self._ranks = ranks if ranks is not None else Ranks()
         self._in_lockstep = in_lockstep
-        self._heads = learning_heads(policy) if cfg.loss == "ilql" else None
-        self._parameters = adapter_parameters(policy.model) if cfg.trains_adapter else []
-        if self._heads is not None:
-            self._parameters += self._heads.learnt()
+        self._family = cfg.family
+        self._objective = self._family.objective(policy, seed)
+        self._parameters = adapter_parameters(policy.model) if self._family.trains_adapter else []
+        self._parameters += self._objective.parameters()
         self._gradient = flat_gradient(self._parameters)
         self._optimizer = torch.optim.AdamW(self._parameters, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
         self._scheduler = cosine_scheduler(
@@ -109,7 +111,8 @@ class LearnerStep:
         clock = Clock()
         metrics: dict[str, float] = {}
         # Stored captions were not sampled from this policy, and after an update it is another one.
-        gap = SamplerGap(self.policy, self.cfg) if self.cfg.loss not in OFFLINE else None
+        gap = SamplerGap(self.policy, self.cfg) if not self._family.is_offline else None
+        self._objective.begin_step()
         for i in range(self.cfg.passes):
             metrics = self._update(plan, batches, proximal, payloads, clock, gap if i == 0 else None)
         return {
@@ -131,7 +134,8 @@ class LearnerStep:
         }
         rng = capture_rng()
         facts = {"updates": self.updates, "scheduler": self._scheduler.state_dict(), **rng.facts}
-        return LearnerState({**tensors, **rng.tensors}, facts)
+        own = {f"{_OWN}{name}": tensor for name, tensor in self._objective.state().items()}
+        return LearnerState({**tensors, **own, **rng.tensors}, facts)
 
     def restore(self, state: LearnerState) -> None:
         """Continues as the learner that `state` was taken of; the adapter is loaded separately."""
@@ -140,6 +144,8 @@ class LearnerStep:
             if key.startswith("optimizer/"):
                 _, index, name = key.split("/")
                 fields.setdefault(int(index), {})[name] = value
+        own = {key.removeprefix(_OWN): value for key, value in state.tensors.items() if key.startswith(_OWN)}
+        self._objective.restore(own)
         self._scheduler.load_state_dict(dict(state.facts["scheduler"]))
         groups = self._optimizer.state_dict()["param_groups"]
         for group, rate in zip(groups, self._scheduler.get_last_lr(), strict=True):
@@ -159,7 +165,7 @@ class LearnerStep:
         clock: Clock,
         gap: SamplerGap | None,
     ) -> dict[str, float]:
-        sums = torch.zeros(width(self.cfg), dtype=torch.float64, device=self.policy.device)
+        sums = torch.zeros(width(self._objective), dtype=torch.float64, device=self.policy.device)
         local: MMRLError | None = None
         self._gradient.zero_()
         try:
@@ -182,10 +188,9 @@ class LearnerStep:
             norm = self._clip(plan)
             self._optimizer.step()
             self._scheduler.step()
-            if self._heads is not None:
-                self._heads.follow(self.cfg.ilql.target_rate)
+            self._objective.after_update()
             self.updates += 1
-        return {**step_figures(self.cfg, sums.cpu(), values), "grad_norm": norm, "lr": rate}
+        return {**step_figures(self._objective, sums.cpu(), values), "grad_norm": norm, "lr": rate}
 
     def _accumulate(
         self,
@@ -202,7 +207,7 @@ class LearnerStep:
         for i, planned in enumerate(batches):
             batch = self._batch(plan, planned, payloads, clock)
             with clock.phase("seconds/forward_backward"), self._within_memory(plan, planned):
-                share, logprobs = self._one(plan, batch, proximal[i])
+                share, logprobs = self._one(plan, batch, proximal[i], i)
                 proximal[i] = logprobs if proximal[i] is None else proximal[i]
                 losses.append(share.loss.detach())
                 if gap is not None:
@@ -256,16 +261,17 @@ class LearnerStep:
                 raise RuntimeError(reason) from error
             raise LearnerError(reason) from error
 
-    def _one(self, plan: StepPlan, batch: LearnerBatch, proximal: torch.Tensor | None) -> tuple[Share, torch.Tensor]:
+    def _one(
+        self, plan: StepPlan, batch: LearnerBatch, proximal: torch.Tensor | None, place: int
+    ) -> tuple[Share, torch.Tensor]:
         scores = self._score(batch)
-        values = None if self._heads is None else values_of(self._heads, self.policy, batch, scores)
-        share = micro_batch_share(self.cfg, plan.denominator, batch, scores, proximal, values)
+        share = micro_batch_share(self._objective, self.cfg, plan.denominator, batch, scores, proximal, place)
         share.loss.backward()
         return share, scores.logprobs.detach()
 
     def _score(self, batch: LearnerBatch) -> Scores:
-        # Where only the heads learn, nothing below them needs a backward pass.
-        with self._autocast(), torch.set_grad_enabled(self.cfg.trains_adapter):
+        # Where the adapter stays as it is, nothing below the objective's own parameters needs a backward pass.
+        with self._autocast(), torch.set_grad_enabled(self._family.trains_adapter):
             return score_completions(
                 self.policy,
                 batch.prompts,
@@ -274,7 +280,7 @@ class LearnerStep:
                 batch.temperature,
                 path=self.path,
                 entropy=True,
-                hidden=self._heads is not None,
+                hidden=self._objective.needs_hidden,
             )
 
     def _add_regularisers(self) -> dict[str, float]:
@@ -299,8 +305,7 @@ class LearnerStep:
     def _worth_a_pass(self, plan: StepPlan, rank: int) -> list[list[PlannedGroup]]:
         """A rank's micro-batches without the groups whose every gradient is 0."""
         mine = [[plan.groups[i] for i in batch] for batch in plan.micro_batches[rank]]
-        # A completion that earned 0 says as much about values as any other.
-        if not kl_in_loss(self.cfg) and self._heads is None:
+        if not kl_in_loss(self.cfg) and not self._objective.learns_without_signal:
             mine = [[group for group in batch if group.has_signal] for batch in mine]
         return [batch for batch in mine if batch]
 

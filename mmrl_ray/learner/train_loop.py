@@ -50,7 +50,7 @@ from mmrl_ray.policy.parity import Comparison, choose_path
 from mmrl_ray.policy.prefix import ScorePath
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.run_adapter import add_run_adapter
-from mmrl_ray.policy.value_heads import add_learning_heads, published
+from mmrl_ray.policy.value_heads import published
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rollouts.protocols import Stop
 from mmrl_ray.telemetry.logs import CONTEXT, start_logging
@@ -88,8 +88,8 @@ class _Learner:
         sharded = cfg.learner.sharding == "fsdp2" and self._ranks.size > 1
         self._policy = load_policy(cfg.model, device=device, on_host=sharded)
         add_run_adapter(self._policy, cfg)
-        if cfg.learner.loss == "ilql":
-            add_learning_heads(self._policy, cfg.learner.ilql, derive_seed(cfg.run.seed, "value_heads"))
+        seed = derive_seed(cfg.run.seed, "value_heads")
+        cfg.learner.family.prepare(self._policy, seed)
         if sharded:
             shard_layers(self._policy, device)
         if cfg.learner.gradient_checkpointing:
@@ -98,7 +98,7 @@ class _Learner:
         self._in_lockstep = sharded
         self._importance = ImportanceWatch(self._policy, cache, cfg.learner.importance_every)
         self._learner = LearnerStep(
-            self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks, in_lockstep=sharded
+            self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks, in_lockstep=sharded, seed=seed
         )
 
     def run(self) -> LearnerOutcome:

@@ -63,9 +63,9 @@ def off_policy_reward_guided_loss(
     off_policy_cap: float,
 ) -> PolicyLoss:
     """`reward_guided_loss` with each token's weight multiplied by min(π_θ/μ, c), detached; π_prox plays no part."""
-    log_theta, _, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    log_theta, _, log_mu = aligned_logprobs(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
     log_ratio = log_theta.detach() - log_mu
-    importance = _capped(log_ratio, off_policy_cap)
+    importance = capped_ratio(log_ratio, off_policy_cap)
     weights = importance * (advantages * scales)[:, None]
     loss = reward_guided_loss(logprobs, weights, mask, denominator=denominator)
     return PolicyLoss(loss, _stats(mask, log_ratio, log_ratio, torch.zeros_like(mask), off_policy_cap))
@@ -88,11 +88,13 @@ def clipped_loss(
 
     Times min(π_prox/μ, c), detached, as in decoupled PPO (arXiv:2110.00641).
     """
-    log_theta, log_prox, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    log_theta, log_prox, log_mu = aligned_logprobs(
+        logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales
+    )
     log_ratio = log_theta - log_prox
     surrogate, clipped = _clip(log_ratio.exp(), advantages[:, None], clip_low, clip_high)
     log_behaviour = log_prox - log_mu
-    weights = _capped(log_behaviour, off_policy_cap) * scales[:, None]
+    weights = capped_ratio(log_behaviour, off_policy_cap) * scales[:, None]
     loss = -masked_mean(surrogate * weights, mask, denominator=denominator)
     return PolicyLoss(loss, _stats(mask, log_ratio, log_behaviour, clipped, off_policy_cap))
 
@@ -116,13 +118,15 @@ def gspo_loss(
     1 ÷ |y| (`sequence_mean`) value and gradient are those of the sequence form s·A; other aggregations stay defined.
     The importance weight is the completion's too: the capped geometric mean min((π_prox(y)/μ(y))^(1/|y|), c).
     """
-    log_theta, log_prox, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    log_theta, log_prox, log_mu = aligned_logprobs(
+        logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales
+    )
     lengths = mask.sum(dim=1).clamp(min=1)
     log_sequence = (masked_sum(log_theta.detach() - log_prox, mask, dim=1) / lengths)[:, None]
     ratio = (log_sequence + (log_theta - log_theta.detach())).exp()
     surrogate, clipped = _clip(ratio, advantages[:, None], clip_low, clip_high)
     log_behaviour = (masked_sum(log_prox - log_mu, mask, dim=1) / lengths)[:, None]
-    weights = _capped(log_behaviour, off_policy_cap) * scales[:, None]
+    weights = capped_ratio(log_behaviour, off_policy_cap) * scales[:, None]
     loss = -masked_mean(surrogate * weights, mask, denominator=denominator)
     counted = mask.any(dim=1, keepdim=True)
     clipped = (clipped & mask).any(dim=1, keepdim=True)
@@ -146,12 +150,14 @@ def cispo_loss(
 
     The weight is clipped, never the token: every token keeps its gradient. Times min(π_prox/μ, c), detached.
     """
-    log_theta, log_prox, log_mu = _aligned(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    log_theta, log_prox, log_mu = aligned_logprobs(
+        logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales
+    )
     log_ratio = log_theta.detach() - log_prox
     ratio = log_ratio.exp()
     kept = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     log_behaviour = log_prox - log_mu
-    weights = kept * _capped(log_behaviour, off_policy_cap) * (advantages * scales)[:, None]
+    weights = kept * capped_ratio(log_behaviour, off_policy_cap) * (advantages * scales)[:, None]
     loss = reward_guided_loss(logprobs, weights, mask, denominator=denominator)
     return PolicyLoss(loss, _stats(mask, log_ratio, log_behaviour, kept != ratio, off_policy_cap))
 
@@ -216,7 +222,7 @@ def _valid(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, logprobs, torch.zeros_like(logprobs))
 
 
-def _aligned(
+def aligned_logprobs(
     logprobs: torch.Tensor,
     proximal: torch.Tensor | None,
     behaviour: torch.Tensor,
@@ -238,7 +244,7 @@ def _aligned(
     return theta, prox, _valid(behaviour.detach(), mask)
 
 
-def _capped(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
+def capped_ratio(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
     """min(exp(log_ratio), cap), which cannot overflow."""
     return log_ratio.clamp(max=math.log(cap)).exp()
 

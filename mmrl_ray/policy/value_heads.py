@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmrl_ray.config.learner import IlqlSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.losses.ilql import TokenValues
 from mmrl_ray.policy.logprobs import CHUNK_ELEMENTS, policy_logits
 
 if TYPE_CHECKING:
+    from mmrl_ray.policy.collate import LearnerBatch
     from mmrl_ray.policy.load import Policy
+    from mmrl_ray.policy.prefix import Scores
 
 HEADS_FILE = "value_heads.safetensors"
 """Beside an adapter's own files, which PEFT loads as if it were not there."""
@@ -161,7 +162,31 @@ def learning_heads(policy: Policy) -> LearningHeads:
     return heads
 
 
-def add_learning_heads(policy: Policy, cfg: IlqlSection, seed: int) -> LearningHeads:
+def values_of(heads: LearningHeads, policy: Policy, batch: LearnerBatch, scores: Scores) -> TokenValues:
+    """Values of a micro-batch's tokens, [2, N, T] and [N, T]; 0 where nothing stands."""
+    assert scores.hidden is not None
+    tokens = torch.cat([tokens for group in batch.completions for tokens in group]).to(scores.hidden.device)
+    flat = heads.values(scores.hidden, tokens, policy.image_token_ids)
+
+    def rows(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros((*values.shape[:-1], *scores.mask.shape)).masked_scatter(scores.mask, values)
+
+    return TokenValues(rows(flat.q), rows(flat.conservative), rows(flat.target_q), rows(flat.v))
+
+
+class HeadSettings(Protocol):
+    """What fresh heads are made by."""
+
+    @property
+    def beta(self) -> float:
+        """How much decoding makes of them."""
+
+    @property
+    def width(self) -> int | None:
+        """Of the layer in between; twice the model's hidden width by default."""
+
+
+def add_learning_heads(policy: Policy, cfg: HeadSettings, seed: int) -> LearningHeads:
     """Puts fresh heads on the policy."""
     width = cfg.width or 2 * policy.hidden_size
     heads = LearningHeads(policy.hidden_size, policy.vocab_size, width, cfg.beta, seed).to(policy.device)

@@ -19,8 +19,8 @@ from mmrl_ray.rollouts.stored import StoredEngine
 
 _MB = 2**20
 _MAX_ROWS = 256
-_ENGINES: dict[str, type[RolloutEngine]] = {"dpo": PairEngine, "ilql": StoredEngine}
-"""By `learner.loss`; all others sample."""
+_ENGINES: dict[str, type[RolloutEngine]] = {"rollouts": RolloutEngine, "pairs": PairEngine, "stored": StoredEngine}
+"""By where an algorithm's samples come from."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PolicyEngineFactory:
             max_rows=max(_MAX_ROWS, group_rows),
             temperature=cfg.rollout.temperature,
         )
-        return _ENGINES.get(cfg.learner.loss, RolloutEngine)(
+        return _ENGINES[cfg.learner.family.samples](
             backend,
             self.reward,
             worker=worker,

@@ -41,7 +41,6 @@ from mmrl_ray.rewards.build import check_reward, try_functions
 from mmrl_ray.rewards.text import FormatReward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.run_owner import living_owner
-from mmrl_ray.runs.dry_run_value import agent_memory_lines, round_lines
 from mmrl_ray.runs.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.runs.preferences import check_pairs
 from mmrl_ray.runs.preflight import check_references, evaluation_split, first_sample, held_out_quarantine, trained_on
@@ -117,7 +116,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Sample": _sample_lines(found),
         "Held out": found.held_out,
         "Reward": [*reward_lines(cfg.reward.with_opening(found.opening)), *found.tried],
-        "Batch plan": _batch_lines(cfg, plan, found) if cfg.value_based is None else round_lines(cfg, cfg.value_based),
+        "Batch plan": _batch_lines(cfg, plan, found) if cfg.agent is None else cfg.family.rounds_told(cfg),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
         "Warnings": found.warnings,
@@ -282,7 +281,7 @@ def _model_path(cfg: Config, scratch: Path) -> str:
 
 
 def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) -> None:
-    if cfg.reward.needs_opening and cfg.value_based is None:
+    if cfg.reward.needs_opening and cfg.agent is None:
         found.opening = answer_opening(policy.processor)
     try:
         (prompt,) = encode_prompts(policy, [sample])
@@ -391,8 +390,8 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
         f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
         *([f"            {found.left_out}"] if found.left_out is not None else []),
     ]
-    if cfg.value_based is not None:
-        return [lines[0], *agent_memory_lines(cfg.value_based, found.rows, shape.hidden)]
+    if cfg.agent is not None:
+        return [lines[0], *cfg.family.memory_told(cfg, found.rows, shape.hidden)]
     if plan is None or found.prompt_tokens is None:
         return [*lines, "the rest is unknown without a prompt"]
     learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)

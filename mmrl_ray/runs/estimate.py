@@ -136,7 +136,7 @@ def learner_memory(
     - repeated prefix (otherwise): the micro-batch's completions × (P + T) × 2 k × L × b
     - logits: completion tokens × V × 4 × 2 (logits, gradient), at most one chunk of them
     - vision features: the micro-batch's images × image tokens × h × b
-    - value heads (`loss: ilql`): a Q head of w (h + V) weights each way, two that learn with gradients and AdamW's two
+    - value heads: a Q head of w (h + V) weights each way, two that learn with gradients and AdamW's two
       moments, two that follow; and one chunk of Q
     """
     rows = plan.micro_batch_groups * cfg.rollout.group_size
@@ -161,9 +161,8 @@ def learner_memory(
 
 def _value_heads(cfg: Config, shape: ModelShape, *, copies: int, tokens: int) -> dict[str, int]:
     """So many times the weights of a Q head, and Q of a chunk of tokens."""
-    if cfg.learner.loss != "ilql":
+    if (width := cfg.learner.family.value_width(shape.hidden)) is None:
         return {}
-    width = cfg.learner.ilql.width or 2 * shape.hidden
     head = width * (shape.hidden + shape.vocabulary) * _FLOAT32
     return {"value heads": copies * head + _logit_bytes(shape, tokens)}
 
@@ -186,11 +185,11 @@ def rollout_memory(
     - key-value cache: groups an assignment × G × (P + T) × 2 k × L × b
     - logits: a row each × V × 4 × 2 while decoding; where the reference scores, one chunk of completion tokens
     - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset
-    - value heads (`loss: ilql`): two Q heads, and their Q of a token each row
+    - value heads: two Q heads, and their Q of a token each row
     """
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
     rows = groups * cfg.rollout.group_size
-    has_reference = cfg.learner.kl.weight > 0 or cfg.learner.loss == "dpo"
+    has_reference = cfg.learner.family.needs_reference
     scored = rows * (cfg.rollout.max_new_tokens if has_reference else 1)
     one = image_tokens * shape.hidden * shape.itemsize
     budget = cfg.rollout.vision_cache_mb * 2**20

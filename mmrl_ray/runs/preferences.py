@@ -87,7 +87,8 @@ def measure_pairs(cfg: Config, run: RunDir, name: str, controller: ControllerCli
     sampling = SamplingParams(temperature=cfg.rollout.temperature, max_new_tokens=cfg.rollout.max_new_tokens)
     generated = controller.generate(pairs, sampling, completions=2)
     groups = controller.groups([scored.payload for scored in generated.groups if scored is not None])
-    margins = [margin for group in groups if (margin := _margin(group, cfg.learner.dpo.beta)) is not None]
+    scale = cfg.learner.family.implicit_reward_scale
+    margins = [margin for group in groups if (margin := _margin(group, scale)) is not None]
     left_out = len(generated.failures)
     run.write_json(_FILE.format(name=name), {"margins": margins, "seed": cfg.run.seed, "left_out": left_out})
     if not margins:

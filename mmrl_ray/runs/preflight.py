@@ -41,8 +41,8 @@ def check_references(cfg: Config) -> None:
     """
     if not any(iter_references(cfg.data.train)):
         raise DataError(f"no row of {cfg.data.train} has a reference: a run needs some, for its document frequencies")
-    if cfg.value_based is not None:
-        rows = islice(iter_references(cfg.data.train), cfg.value_based.max_pictures)
+    if (agent := cfg.agent) is not None:
+        rows = islice(iter_references(cfg.data.train), agent.max_pictures)
         bare = next((number for number, references in enumerate(rows) if not references), None)
         if bare is not None:
             raise DataError(f"{cfg.data.train}: row {bare} has no references to be paid by; leave it out")
@@ -117,7 +117,7 @@ def with_opening(cfg: Config, model: ModelSection) -> Config:
     if not cfg.reward.needs_opening:
         return cfg
     # The captions of a value-based run come from no template.
-    opening = "" if cfg.value_based is not None else answer_opening(load_skeleton(model).processor)
+    opening = "" if cfg.agent is not None else answer_opening(load_skeleton(model).processor)
     return cfg.model_copy(update={"reward": cfg.reward.with_opening(opening)})
 
 

@@ -7,6 +7,7 @@ Nothing in the page points outside it; captions and every other text of a run ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mmrl_ray import __version__
-from mmrl_ray.errors import RunError
+from mmrl_ray.algorithms.base import Panel
+from mmrl_ray.algorithms.registry import own_panels
+from mmrl_ray.config.yaml_tree import parse_yaml
+from mmrl_ray.errors import MMRLError, RunError
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.blindness import evaluation_blindness
 from mmrl_ray.runs.eval_records import load_evaluation
@@ -72,7 +76,7 @@ def render_report(run: RunDir) -> str:
         groups=caption_groups(run, before, after),
         state_map=state_map(sides),
         correlations=correlation_table(sides),
-        charts=charts(metrics),
+        charts=charts(metrics, _own_panels(config)),
         constants=[f"{name} {value:.4g}" for name, value in constants(metrics).items()],
         facts=fact_blocks(summary, metrics, events, quarantined, config),
         happened=happened(events, metrics, quarantined),
@@ -82,6 +86,13 @@ def render_report(run: RunDir) -> str:
         quarantined_left_out=quarantine_left,
         config=config,
     )
+
+
+def _own_panels(config: str) -> tuple[Panel, ...]:
+    """Charts of a user's own algorithm, where the config and its class can be read here."""
+    with suppress(MMRLError):
+        return own_panels(parse_yaml(config, "config").value)
+    return ()
 
 
 def _warnings(before: Evaluation | None, after: Evaluation | None) -> Iterator[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mmrl_ray.algorithms.base import Panel
+from mmrl_ray.algorithms.registry import FAMILIES
 from mmrl_ray.config.reward import RESERVED_NAMES
 from mmrl_ray.runs.report_svg import GRID, INK, Chart, colour, quiet_axes, svg_data_uri
 from mmrl_ray.telemetry.terminal import visible
@@ -30,71 +31,53 @@ _ROUNDING = 1e-6
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Panel:
-    """What one chart shows: metric names or `prefix/` families, in the order of the legend."""
-
-    title: str
-    names: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    unit: str = ""
-    stacked: bool = False
-    band: tuple[str, str] | None = None
-    """(mean, std): drawn as a band around the mean."""
-
-
 _NOT_PHASES = ("seconds/total", "seconds/step", "seconds/wait_plan", "seconds/workers_idle")
 """The step as a whole, and time that others spent meanwhile."""
 
-PANELS: tuple[_Panel, ...] = (
-    _Panel("Reward, mean ± standard deviation", ("reward/mean",), band=("reward/mean", "reward/std")),
-    _Panel(
+PANELS: tuple[Panel, ...] = (
+    Panel("Reward, mean ± standard deviation", ("reward/mean",), band=("reward/mean", "reward/std")),
+    Panel(
         "Reward parts",
         ("reward/",),
         exclude=tuple(f"reward/{name}" for name in RESERVED_NAMES),
     ),
-    _Panel("Importance of each modality, share", ("importance/",)),
-    _Panel("Importance of each modality, RMS", ("importance_rms/",), unit="nats a unit of embedding"),
-    _Panel("Reward less its uncertainty, and that", ("reward/adjusted", "reward/sigma")),
-    _Panel("Spread of reward parts within groups", ("reward_group_std/",)),
-    _Panel("Weights and risk of the reward", ("reward_weight/", "reward/risk", "reward/normalized")),
-    _Panel("Loss and its terms", ("loss", "loss/")),
-    _Panel("Preferences", ("dpo/accuracy", "dpo/confidence"), unit="share of the step's pairs"),
-    _Panel("Implicit rewards", ("dpo/reward_chosen", "dpo/reward_rejected", "dpo/margin")),
-    _Panel("Values of the stored tokens, and what they were better than V", ("ilql/q", "ilql/v", "ilql/advantage")),
-    _Panel("Terms of the values' loss, a token", ("ilql/td", "ilql/expectile", "ilql/conservative", "ilql/nll")),
-    _Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
-    _Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
-    _Panel("Mean Q and temporal-difference error", ("q/",)),
-    _Panel("Exploration: epsilon or temperature", ("exploration",)),
-    _Panel("Weights of the modalities in the fusion", ("fusion/",)),
-    _Panel("Gradient norm", ("grad_norm",)),
-    _Panel("Importance ratios", ("ratio_mean", "behaviour_ratio_mean", "effective_samples")),
-    _Panel(
+    Panel("Importance of each modality, share", ("importance/",)),
+    Panel("Importance of each modality, RMS", ("importance_rms/",), unit="nats a unit of embedding"),
+    Panel("Reward less its uncertainty, and that", ("reward/adjusted", "reward/sigma")),
+    Panel("Spread of reward parts within groups", ("reward_group_std/",)),
+    Panel("Weights and risk of the reward", ("reward_weight/", "reward/risk", "reward/normalized")),
+    Panel("Loss and its terms", ("loss", "loss/")),
+    *(panel for family in FAMILIES for panel in family.panels),
+    Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
+    Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
+    Panel("Gradient norm", ("grad_norm",)),
+    Panel("Importance ratios", ("ratio_mean", "behaviour_ratio_mean", "effective_samples")),
+    Panel(
         "Sampler against learner, on-policy: |log ratio|", ("sampler_gap/max", "sampler_gap/mean"), unit="nats a token"
     ),
-    _Panel(
+    Panel(
         "Sampler against learner, stale groups: |log ratio|",
         ("sampler_gap/stale_max", "sampler_gap/stale_mean"),
         unit="nats a token",
     ),
-    _Panel("Share of tokens clipped or capped", ("clip_fraction", "behaviour_capped_fraction")),
-    _Panel("Learning rate", ("lr",)),
-    _Panel(
-        "Completion length", ("completion_length", "completion/length_mean", "completion/length_max"), unit="tokens"
-    ),
-    _Panel("Staleness", ("staleness", "staleness/"), unit="policy versions"),
-    _Panel("Throughput", ("samples_per_second",), unit="completions a second"),
-    _Panel(
+    Panel("Share of tokens clipped or capped", ("clip_fraction", "behaviour_capped_fraction")),
+    Panel("Learning rate", ("lr",)),
+    Panel("Completion length", ("completion_length", "completion/length_mean", "completion/length_max"), unit="tokens"),
+    Panel("Staleness", ("staleness", "staleness/"), unit="policy versions"),
+    Panel("Throughput", ("samples_per_second",), unit="completions a second"),
+    Panel(
         "Groups masked, dropped, without signal", ("masked", "dropped", "reward/zero_variance_groups"), unit="groups"
     ),
-    _Panel("Seconds by phase", ("seconds/",), exclude=_NOT_PHASES, unit="seconds", stacked=True),
+    Panel("Seconds by phase", ("seconds/",), exclude=_NOT_PHASES, unit="seconds", stacked=True),
 )
 
 
-def charts(metrics: Metrics) -> list[Chart]:
-    """Every chart that these metrics lines have values for, in reading order; none of what never changes."""
-    made = (_chart(panel, metrics) for panel in PANELS if not _is_flat(panel, metrics))
+def charts(metrics: Metrics, own: Sequence[Panel] = ()) -> list[Chart]:
+    """Every chart that these metrics lines have values for, in reading order; none of what never changes.
+
+    `own` are those of an algorithm of the user's own.
+    """
+    made = (_chart(panel, metrics) for panel in (*PANELS, *own) if not _is_flat(panel, metrics))
     return [chart for chart in made if chart is not None]
 
 
@@ -109,7 +92,7 @@ def charted_names(metrics: Metrics) -> set[str]:
     return {name for panel in PANELS for name in (*_names(panel, metrics), *(panel.band or ()))}
 
 
-def _names(panel: _Panel, metrics: Metrics) -> list[str]:
+def _names(panel: Panel, metrics: Metrics) -> list[str]:
     """The numeric metrics of a panel that occur, by the panel's order, then as first seen."""
     seen = {k: None for line in metrics for k, v in line.items() if is_number(v)}
     found: dict[str, None] = {}
@@ -120,7 +103,7 @@ def _names(panel: _Panel, metrics: Metrics) -> list[str]:
     return [n for n in found if n not in panel.exclude]
 
 
-def _is_flat(panel: _Panel, metrics: Metrics) -> bool:
+def _is_flat(panel: Panel, metrics: Metrics) -> bool:
     """Whether every metric of the panel keeps its value over two steps or more, up to rounding."""
     columns = [_values(name, metrics) for name in _names(panel, metrics)]
     flat = all(max(c) - min(c) <= _ROUNDING * max(1.0, abs(max(c))) for c in columns)
@@ -131,7 +114,7 @@ def _values(name: str, metrics: Metrics) -> list[float]:
     return [float(line[name]) for line in metrics if is_number(line.get(name))]
 
 
-def _chart(panel: _Panel, metrics: Metrics) -> Chart | None:
+def _chart(panel: Panel, metrics: Metrics) -> Chart | None:
     curves = {name: _curve(name, metrics) for name in _names(panel, metrics)}
     if panel.stacked:
         curves = _without_slivers(curves)
@@ -176,7 +159,7 @@ def _curve(name: str, metrics: Metrics) -> Curve:
     return [(math.fsum(x for x, _ in c) / len(c), math.fsum(y for _, y in c) / len(c)) for c in chunks]
 
 
-def _label(panel: _Panel, name: str) -> str:
+def _label(panel: Panel, name: str) -> str:
     """Without the family's name where the panel's title has it already; `loss` and `kl` are curves themselves."""
     prefix = name.split("/", 1)[0] + "/"
     label = visible(name.removeprefix(prefix) if panel.names == (prefix,) or prefix == "completion/" else name)
@@ -214,7 +197,7 @@ def _band(axes: Axes, mean: Curve, std: Curve) -> None:
     axes.fill_between(x, low, high, color=colour(0), alpha=0.18, linewidth=0)
 
 
-def _dress(axes: Axes, panel: _Panel, *, legend: bool) -> None:
+def _dress(axes: Axes, panel: Panel, *, legend: bool) -> None:
     """Quiet axes; a legend beside the plot, where it hides nothing."""
     ink = colour(INK)
     axes.set_xlabel("step", color=ink, fontsize=8)
@@ -228,7 +211,7 @@ def _dress(axes: Axes, panel: _Panel, *, legend: bool) -> None:
     quiet_axes(axes, legend=legend)
 
 
-def _alt(panel: _Panel, curves: Mapping[str, Curve]) -> str:
+def _alt(panel: Panel, curves: Mapping[str, Curve]) -> str:
     first, last = (f(p[0] for points in curves.values() for p in points) for f in (min, max))
     told = [
         f"{name} from {_figure(y[0])} to {_figure(y[-1])}, between {_figure(min(y))} and {_figure(max(y))}"

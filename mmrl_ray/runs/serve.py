@@ -245,7 +245,7 @@ def _of_targets(targets: Sequence[str], base_of: Callable[[Config, RunDir], str]
 def _with_run(base: ServeConfig | None, run: RunDir, base_of: Callable[[Config, RunDir], str]) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
-    if base is not None and (cfg.value_based is not None or base.agent is not None):
+    if base is not None and (cfg.agent is not None or base.agent is not None):
         raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
     path = base_of(cfg, run)
     if base is not None and base.adapters:
@@ -263,7 +263,7 @@ def config_of_run(cfg: Config, run: RunDir, base: str) -> ServeConfig:
     serving = cfg.serving or ServingSection()
     if serving.model_id is None and base != cfg.model.path:  # made by the run, in a folder that is named by a hash
         serving = serving.model_copy(update={"model_id": f"{run.name}-base"})
-    known, is_agent = run.exists(STATISTICS), cfg.value_based is not None
+    known, is_agent = run.exists(STATISTICS), cfg.agent is not None
     if is_agent:
         serving = serving.model_copy(update={"model_id": run.name})
     return ServeConfig(

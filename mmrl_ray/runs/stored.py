@@ -12,7 +12,6 @@ from typing import Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import RolloutsSection
-from mmrl_ray.config.learner import IlqlSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.writing import ShardWriter
 from mmrl_ray.errors import ConfigError, RunError
@@ -90,8 +89,7 @@ def stored_data(cfg: Config, run: RunDir) -> Config:
 
 def decoding_beta(cfg: Config) -> float:
     """The β that captions of a finished run are decoded with; 0 without values."""
-    ilql: IlqlSection = cfg.learner.ilql
-    return ilql.beta if cfg.learner.loss == "ilql" else 0.0
+    return cfg.learner.family.decoding_beta
 
 
 def _samples(source: RunDir, wanted: RolloutsSection) -> Iterator[Sample]:

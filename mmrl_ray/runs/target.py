@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, FACTS_FILE, Agent
+from mmrl_ray.algorithms.dqn.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
+from mmrl_ray.algorithms.dqn.features import image_features
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import DataSection
 from mmrl_ray.config.load import parse_config
@@ -33,9 +36,6 @@ from mmrl_ray.runs.preferences import TRAIN as PAIRS
 from mmrl_ray.runs.progress import ProgressFn, RunProgress
 from mmrl_ray.runs.stored import TRAIN as STORED
 from mmrl_ray.runs.warm_start import base_for_use
-from mmrl_ray.value_based.agent import AGENT_FOLDER, FACTS_FILE, Agent
-from mmrl_ray.value_based.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
-from mmrl_ray.value_based.features import image_features
 
 STATISTICS = "reward/statistics.json"
 _MODEL_TOKENS = 64
@@ -135,7 +135,7 @@ def _open_run(run: RunDir, device: torch.device | str | None, shown: RunProgress
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run, shown)}), device=device)
     agent = None
-    if cfg.value_based is not None:
+    if cfg.agent is not None:
         folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)
         with _local(run, folder, (FACTS_FILE, AGENT_WEIGHTS_FILE)) as local:
             agent = PictureAgent(Agent.load(local), VisionCache(cfg.rollout.vision_cache_mb * 2**20))

@@ -81,10 +81,8 @@ _LOST_S = 5.0
 """For what a signal has reached, too, to end."""
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
-_SHOWN = {
-    **{"reward/mean": "reward", "loss": "loss", "kl": "kl"},
-    **{"dpo/accuracy": "accuracy", "ilql/td": "td", "ilql/v": "V", "samples_per_second": "samples/s"},
-}
+_SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl"}
+"""Metrics beside the progress bar; an algorithm adds its own, and the speed comes last."""
 
 
 def train(cfg: Config, *, resume: bool = False, address: str | None = None, debug: bool = False) -> str:
@@ -209,7 +207,7 @@ class _Run:
                     hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
                 for line in live.greeting():
                     self._progress.note(line)
-                if cfg.value_based is None:
+                if cfg.agent is None:
                     self._learn(start, run, hosted, statistics, samples)
                 else:
                     self._learn_by_value(start, run, hosted, statistics, samples)
@@ -454,7 +452,7 @@ class _Run:
         self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
         if evaluation.unrewarded:
             self._progress.warn(f"evaluation {name} training: {evaluation.told_unrewarded()}")
-        if self._cfg.value_based is None or not self._cfg.value_based.blind:
+        if (agent := self._cfg.agent) is None or not agent.blind:
             self._warn_if_blind(run, f"evaluation {name} training", evaluation_blindness(evaluation))
 
     def _warn_if_blind(self, run: RunDir, what: str, found: Blindness | None) -> None:
@@ -481,7 +479,7 @@ class _Run:
             self._step, steps = int(status["step"]), int(status["steps"])
             if self._step > shown:
                 shown = self._step
-                update(shown, steps, _figures(status.get("metrics", {})))
+                update(shown, steps, _figures(status.get("metrics", {}), self._cfg.family.shown))
 
     def _awaited(self) -> str:
         """What is still done when the user stops the run."""
@@ -553,8 +551,9 @@ def _unbegun(cfg: Config) -> RunDir | None:
     return None
 
 
-def _figures(line: Mapping[str, Any]) -> dict[str, float]:
-    known = {name: line[key] for key, name in _SHOWN.items() if isinstance(line.get(key), int | float)}
+def _figures(line: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, float]:
+    wanted = {**_SHOWN, **own, "samples_per_second": "samples/s"}
+    known = {name: line[key] for key, name in wanted.items() if isinstance(line.get(key), int | float)}
     return {name: float(value) for name, value in known.items() if math.isfinite(value)}
 
 

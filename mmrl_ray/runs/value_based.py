@@ -14,6 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
+from mmrl_ray.algorithms.dqn.checkpoints import load_value_checkpoint, save_agent_folder, save_value_checkpoint
+from mmrl_ray.algorithms.dqn.features import FeatureScale, image_features
+from mmrl_ray.algorithms.dqn.rllib import environment_arguments
+from mmrl_ray.algorithms.dqn.trainer import Said, ValueTrainer
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.config import Config
 from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Quarantine, QuarantineRecord, Sample, iter_references, read_split
@@ -32,12 +38,6 @@ from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.reward_app import RunReward
 from mmrl_ray.runs.value_status import ValueDesk
 from mmrl_ray.runs.watch import note_event
-from mmrl_ray.value_based.agent import Agent, AgentFacts
-from mmrl_ray.value_based.algorithm import environment_arguments
-from mmrl_ray.value_based.checkpoints import load_value_checkpoint, save_agent_folder, save_value_checkpoint
-from mmrl_ray.value_based.features import FeatureScale, image_features
-from mmrl_ray.value_based.trainer import Said, ValueTrainer
-from mmrl_ray.value_based.vocabulary import Vocabulary
 
 _DESK_CLOSES_S = 10.0
 _WRITTEN_S = 300.0
@@ -57,8 +57,8 @@ class ValueBasedRun:
             PlacementError: Ray has no room for the env runners.
             CheckpointError: there are checkpoints, and none is valid.
         """
-        assert cfg.value_based is not None
-        agent = cfg.value_based
+        assert cfg.agent is not None
+        agent = cfg.agent
         self._cfg, self._run, self._progress = cfg, run, progress
         quarantine = Quarantine(cfg.data.max_quarantined, self._left_out, source=cfg.data.train)
         self._samples = read_split(
@@ -218,15 +218,13 @@ class ValueBasedRun:
     def _features(self, held_out: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Of the training pictures and of the held-out ones; the model goes again."""
         cfg = self._cfg
-        assert cfg.value_based is not None
+        assert cfg.agent is not None
         policy = load_policy(cfg.model)
         policy.model.requires_grad_(False)
         cache = VisionCache(cfg.rollout.vision_cache_mb * 2**20)
         shown = self._progress.phase("vision features")
         both = [*self._samples, *held_out]
-        images = image_features(
-            policy, both, cfg.value_based.image_tokens, cache, lambda done, total: shown(done, total, {})
-        )
+        images = image_features(policy, both, cfg.agent.image_tokens, cache, lambda done, total: shown(done, total, {}))
         return images[: len(self._samples)], images[len(self._samples) :]
 
     def _write_rollouts(self, step: int, said: Sequence[Said]) -> None:

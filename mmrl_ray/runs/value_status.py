@@ -13,11 +13,11 @@ from typing import Any
 
 import ray
 
+from mmrl_ray.algorithms.dqn.rllib import refuse_without_room
+from mmrl_ray.algorithms.dqn.trainer import Round
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, PlacementError
 from mmrl_ray.rollouts.control_files import ScaleAnswer
-from mmrl_ray.value_based.algorithm import refuse_without_room
-from mmrl_ray.value_based.trainer import Round
 
 _REMEMBERED = 20
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 from PIL import Image
 
+from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, Agent, Saying
+from mmrl_ray.algorithms.dqn.features import prompt_features
 from mmrl_ray.errors import ConfigError, MMRLError, OverloadedError, RunError, ServingError, UnknownModelError
 from mmrl_ray.learner.checkpoints import checkpoint_name, newest_valid_checkpoint
 from mmrl_ray.policy.load import Policy
@@ -26,8 +28,6 @@ from mmrl_ray.run_dir import MANIFEST, RunDir
 from mmrl_ray.serving.decoding import RequestDecoder
 from mmrl_ray.serving.protocols import Choice, Delta, Generated, GenerateRequest, ModelInfo, Served, TokenInfo
 from mmrl_ray.serving.turns import Turns
-from mmrl_ray.value_based.agent import AGENT_FOLDER, Agent, Saying
-from mmrl_ray.value_based.features import prompt_features
 
 
 class AgentEngine:

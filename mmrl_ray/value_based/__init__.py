@@ -1,1 +1,1 @@
-"""A captioning agent by deep Q-learning on RLlib; importing the package imports nothing."""
+"""The published place of `exploration`, which lives in `algorithms/dqn/`. Imports nothing."""

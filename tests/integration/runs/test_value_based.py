@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
+from mmrl_ray.algorithms.dqn.agent import Agent
+from mmrl_ray.algorithms.dqn.features import image_features
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.data.samples import read_split
 from mmrl_ray.jobs.control import RunControl
@@ -23,8 +25,6 @@ from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.captioning import caption_images
 from mmrl_ray.runs.target import STATISTICS, open_target
-from mmrl_ray.value_based.agent import Agent
-from mmrl_ray.value_based.features import image_features
 
 from .conftest import Workplace, wait_for
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mmrl_ray.algorithms.registry import PRESETS
 from mmrl_ray.config.load import changed_keys, config_schema, dump_config, load_config, parse_config
-from mmrl_ray.config.presets import PRESETS
 from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
 
@@ -82,7 +82,7 @@ learner:
         "c.yaml:5: data.train: required key is missing: add `train:` under `data:`",
         'c.yaml:6: data.trian: unknown key (value "d"); did you mean `train`?',
         "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
-        "'dapo', 'gspo', 'cispo', 'dpo', 'ilql' or 'value_based'; did you mean `grpo`?",
+        "'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'; did you mean `grpo`?",
         'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
         "c.yaml:10: rollout.workers: must be a whole number or a section of `key: value` lines, not true",
         "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",
@@ -210,8 +210,8 @@ def test_a_wrong_override_says_which(override: str, expected: str) -> None:
 
 
 def test_a_value_that_is_no_misspelling_gets_the_choices_and_no_guess() -> None:
-    (line,) = problems(GOOD, "algorithm=ppo")  # one letter off `dpo`, which is something else
-    assert line.endswith("'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql' or 'value_based'")
+    (line,) = problems(GOOD, "algorithm=kto")  # near `dpo`, and something else
+    assert line.endswith("'grpo', 'dr_grpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'")
 
 
 def test_environment_variables_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_what_does_not_go_with_pairs_is_refused(overrides: list[str], message: s
 )
 def test_what_does_not_go_with_stored_rollouts_is_refused(overrides: list[str], message: str) -> None:
     stored = ["algorithm=ilql", "data.rollouts.run=runs/again"]
-    assert not parse_config(GOOD, "c.yaml", stored).learner.trains_adapter
+    assert not parse_config(GOOD, "c.yaml", stored).learner.family.trains_adapter
     assert parse_config(GOOD, "c.yaml", [*stored, "learner.ilql.bc_weight=1", "learner.adapter_l2=0.1"])
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         parse_config(GOOD, "c.yaml", [*stored, *overrides])

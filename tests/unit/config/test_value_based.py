@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mmrl_ray.algorithms.dqn.algorithm import Fusion
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config, load_config, parse_config
-from mmrl_ray.config.value_based import Fusion
 from mmrl_ray.errors import ConfigError
 
 CONFIG = Path(__file__).parents[3] / "configs" / "value_based.yaml"

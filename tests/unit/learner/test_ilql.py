@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from mmrl_ray.config.learner import IlqlSection, LearnerSection
+from mmrl_ray.algorithms.ilql import IlqlSection
+from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import AdapterError, CheckpointError
 from mmrl_ray.experience.carriers import RolloutGroup
 from mmrl_ray.learner.checkpoints import checkpoint_name, load_checkpoint, save_adapter_folder, save_checkpoint

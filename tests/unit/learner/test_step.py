@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmrl_ray.config.learner import DpoSection, KlSection, LearnerSection
-from mmrl_ray.config.presets import PRESETS
+from mmrl_ray.algorithms.dpo import DpoSection
+from mmrl_ray.algorithms.registry import PRESETS
+from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import ConfigError, LearnerError, NonFiniteError, RolloutError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.step import LearnerStep

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 from transformers import AutoModelForImageTextToText
 
-from mmrl_ray.config.learner import IlqlSection
+from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config.model import LoraSection
 from mmrl_ray.errors import AdapterError, ConfigError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams

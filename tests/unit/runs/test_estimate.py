@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, SmolVLMConfig
 
+from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config import Config
 from mmrl_ray.config.data import RolloutsSection
-from mmrl_ray.config.learner import IlqlSection
 from mmrl_ray.config.model import LoraSection, ModelSection
 from mmrl_ray.policy.adapter import adapter_parameters, add_adapter
 from mmrl_ray.policy.checkpointing import checkpoint_layers

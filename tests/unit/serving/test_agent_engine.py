@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
+from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
+from mmrl_ray.algorithms.dqn.checkpoints import save_agent_folder
+from mmrl_ray.algorithms.dqn.features import FeatureScale, image_features
+from mmrl_ray.algorithms.dqn.network import QNetwork
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.config.model import ModelSection
-from mmrl_ray.config.value_based import ValueBasedSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, OverloadedError, RunError, UnknownModelError
 from mmrl_ray.experience.carriers import SamplingParams
@@ -23,11 +28,6 @@ from mmrl_ray.run_dir import RunDir
 from mmrl_ray.serving.agent_engine import AgentEngine
 from mmrl_ray.serving.policy_meter import watch_engine
 from mmrl_ray.serving.protocols import Delta, GenerateRequest, Served, Turn
-from mmrl_ray.value_based.agent import Agent, AgentFacts
-from mmrl_ray.value_based.checkpoints import save_agent_folder
-from mmrl_ray.value_based.features import FeatureScale, image_features
-from mmrl_ray.value_based.network import QNetwork
-from mmrl_ray.value_based.vocabulary import Vocabulary
 from tests.support.meters import MemoryMeter
 from tests.support.tiny_models import build_family, image_bytes
 

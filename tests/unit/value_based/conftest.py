@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmrl_ray.algorithms.dqn.environment import CaptionEnv
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.multimodal import MultimodalReward
-from mmrl_ray.value_based.environment import CaptionEnv
-from mmrl_ray.value_based.vocabulary import Vocabulary
 
 REFERENCES = ("a red circle", "a blue star")
 WORDS = ("a", "red", "blue", "circle", "star")

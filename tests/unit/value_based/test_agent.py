@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmrl_ray.config.value_based import ValueBasedSection
+from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
+from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
+from mmrl_ray.algorithms.dqn.features import LIMIT, FeatureScale
+from mmrl_ray.algorithms.dqn.network import QNetwork
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.errors import ModelError
 from mmrl_ray.models.fusion import FUSIONS
-from mmrl_ray.value_based.agent import Agent, AgentFacts
-from mmrl_ray.value_based.features import LIMIT, FeatureScale
-from mmrl_ray.value_based.network import QNetwork
-from mmrl_ray.value_based.vocabulary import Vocabulary
 
 from .conftest import WORDS, World
 

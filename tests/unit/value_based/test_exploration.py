@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_ray.value_based.exploration import boltzmann_probabilities, epsilon_greedy, scheduled
+from mmrl_ray.algorithms.dqn.exploration import boltzmann_probabilities, epsilon_greedy, scheduled
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from mmrl_ray.algorithms.dqn.exploration import boltzmann_probabilities, epsilon_greedy
 from mmrl_ray.losses.td import q_learning_target, q_learning_update
-from mmrl_ray.value_based.exploration import boltzmann_probabilities, epsilon_greedy
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
-from mmrl_ray.value_based.vocabulary import Vocabulary
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 
 
 def episodes_to_tensors(episodes: Iterable[SingleAgentEpisode]) -> dict[str, torch.Tensor]:

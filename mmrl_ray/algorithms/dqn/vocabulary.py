@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mmrl_ray.config.value_based import ValueBasedSection
+from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.experience.breakdown import TruncatedCaption
 from mmrl_ray.metrics.text import Tokenizer

@@ -19,14 +19,14 @@ from ray.rllib.algorithms.dqn.dqn import DQNConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
+from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
+from mmrl_ray.algorithms.dqn.environment import CAPTION_ENV
+from mmrl_ray.algorithms.dqn.module import FusedQModule, TemporalDifferenceLearner
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.config import Config
-from mmrl_ray.config.value_based import ValueBasedSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import PlacementError
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.value_based.environment import CAPTION_ENV
-from mmrl_ray.value_based.module import FusedQModule, TemporalDifferenceLearner
-from mmrl_ray.value_based.vocabulary import Vocabulary
 
 
 def environment_arguments(

@@ -19,13 +19,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from mmrl_ray.algorithms.dqn.features import LIMIT
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.checks import check_breakdowns
-from mmrl_ray.value_based.features import LIMIT
-from mmrl_ray.value_based.vocabulary import Vocabulary
 
 CAPTION_ENV = "mmrl/Caption-v0"
 
@@ -39,7 +39,7 @@ class CaptionEnv(gym.Env[Observation, np.int64]):
     int8 [A]. An action that `valid` does not allow says nothing and ends the caption.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012  # gymnasium's own declaration
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # gymnasium's own declaration
 
     def __init__(
         self,
@@ -141,4 +141,4 @@ class CaptionEnv(gym.Env[Observation, np.int64]):
         }
 
 
-gym.register(id=CAPTION_ENV, entry_point="mmrl_ray.value_based.environment:CaptionEnv")
+gym.register(id=CAPTION_ENV, entry_point="mmrl_ray.algorithms.dqn.environment:CaptionEnv")

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
+from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, Agent
 from mmrl_ray.errors import CheckpointError
 from mmrl_ray.learner.checkpoints import checkpoint_name, prune_checkpoints
 from mmrl_ray.run_dir import RunDir
-from mmrl_ray.value_based.agent import AGENT_FOLDER, Agent
 
 _FORMAT = 1
 

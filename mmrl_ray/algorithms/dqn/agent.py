@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
-from mmrl_ray.config.value_based import ValueBasedSection
+from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
+from mmrl_ray.algorithms.dqn.exploration import boltzmann_probabilities, epsilon_greedy
+from mmrl_ray.algorithms.dqn.features import FeatureScale
+from mmrl_ray.algorithms.dqn.network import QNetwork, QShape
+from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.errors import ModelError
-from mmrl_ray.value_based.exploration import boltzmann_probabilities, epsilon_greedy
-from mmrl_ray.value_based.features import FeatureScale
-from mmrl_ray.value_based.network import QNetwork, QShape
-from mmrl_ray.value_based.vocabulary import Vocabulary
 
 AGENT_FOLDER = "agent"
 """Of a run that took all its steps."""

@@ -17,13 +17,13 @@ import torch
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from mmrl_ray.algorithms.dqn.checkpoints import ValueState
+from mmrl_ray.algorithms.dqn.module import FUSION_WEIGHTS, RATE
+from mmrl_ray.algorithms.dqn.replay import episodes_from_tensors, episodes_to_tensors
+from mmrl_ray.algorithms.dqn.rllib import dqn_config, refuse_without_room
 from mmrl_ray.config import Config
 from mmrl_ray.errors import NonFiniteError, RolloutError
 from mmrl_ray.learner.state import LearnerState
-from mmrl_ray.value_based.algorithm import dqn_config, refuse_without_room
-from mmrl_ray.value_based.checkpoints import ValueState
-from mmrl_ray.value_based.module import FUSION_WEIGHTS, RATE
-from mmrl_ray.value_based.replay import episodes_from_tensors, episodes_to_tensors
 
 _REMEMBERED = 20_000
 """Captions whose ids are known, so that each is reported once."""

@@ -17,11 +17,11 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorica
 from ray.rllib.core.models.catalog import Catalog
 from ray.rllib.utils.metrics import TD_ERROR_KEY
 
+from mmrl_ray.algorithms.dqn.exploration import boltzmann_probabilities, epsilon_greedy, scheduled
+from mmrl_ray.algorithms.dqn.network import MODALITIES, QNetwork, QShape, q_values
 from mmrl_ray.learner.schedule import cosine_scheduler
 from mmrl_ray.learner.state import LearnerState
 from mmrl_ray.losses.td import q_learning_target, q_learning_update
-from mmrl_ray.value_based.exploration import boltzmann_probabilities, epsilon_greedy, scheduled
-from mmrl_ray.value_based.network import MODALITIES, QNetwork, QShape, q_values
 
 FUSION_WEIGHTS = "fusion_weights"
 EXPLORATION = "exploration"

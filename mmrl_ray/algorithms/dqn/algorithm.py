@@ -8,12 +8,18 @@ vision tower.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mmrl_ray.algorithms.base import Algorithm, Panel
 from mmrl_ray.config.base import Section, refuse
 
+if TYPE_CHECKING:
+    from mmrl_ray.config.schema import Config
+
+_FLOAT32 = 4
 Fusion = Literal["shared_attention", "coupled_encoders", "attention", "weighted_sum"]
 
 
@@ -146,3 +152,81 @@ def unused_keys(section: Section, used: frozenset[str]) -> dict[str, Any]:
         for name, field in fields.items()
         if name not in used and not field.is_required() and getattr(section, name) != field.get_default()
     }
+
+
+class ValueBased(Algorithm):
+    """Episodes of an environment of words, learnt from by RLlib's DQN; the run is `runs/value_based.py`."""
+
+    presets = {"value_based": {}}
+    section, section_name = ValueBasedSection, "value_based"
+    samples = "environment"
+    panels = (
+        Panel("Mean Q and temporal-difference error", ("q/",)),
+        Panel("Exploration: epsilon or temperature", ("exploration",)),
+        Panel("Weights of the modalities in the fusion", ("fusion/",)),
+    )
+
+    def problems(self, cfg: Config) -> dict[str, bool]:
+        """Its section is there, and nothing that it makes no use of."""
+        agent: ValueBasedSection | None = cfg.value_based
+        learner, parts = cfg.learner, cfg.reward.weights
+        updates = agent.updates if agent is not None else 1
+        unused = {f"learner.{name}": value for name, value in unused_keys(learner, USED_OF_LEARNER).items()}
+        unused |= {f"rollout.{name}": value for name, value in unused_keys(cfg.rollout, USED_OF_ROLLOUT).items()}
+        unknown = _unknown(agent, parts)
+        return {
+            "algorithm: value_based needs a section `value_based:`": agent is None,
+            f"learner.steps={learner.steps} is no multiple of value_based.updates={updates}": (
+                learner.steps % updates != 0
+            ),
+            "algorithm: value_based makes no use of "
+            + ", ".join(f"{name}={value}" for name, value in unused.items())
+            + "; leave that out": bool(unused),
+            f"value_based.shaping names no part of the reward ({', '.join(parts)}) but {', '.join(unknown)}": bool(
+                unknown
+            ),
+            f"reward.normalize={cfg.reward.normalize} is of groups, and algorithm: value_based has none: leave it "
+            "out": (cfg.reward.normalize != "none"),
+            "algorithm: value_based has a number of rollout.workers, no range": (
+                not isinstance(cfg.rollout.workers, int)
+            ),
+            "algorithm: value_based is not served while it trains: leave serving.live_policy out": (
+                cfg.serving is not None and cfg.serving.live_policy
+            ),
+        }
+
+    def rounds_told(self, cfg: Config) -> list[str]:
+        """Rounds, words and transitions."""
+        agent = _agent(cfg)
+        workers, updates, steps = cfg.rollout.first_workers, agent.updates, cfg.learner.steps
+        said, rounds = workers * agent.pictures * agent.words, steps // updates
+        return [
+            f"a round     {workers} workers × {agent.pictures} pictures × {agent.words} words = {said:,} words, then "
+            f"{updates} optimiser steps of {agent.batch_size} transitions",
+            f"the run     {steps:,} steps in {rounds:,} rounds, about {rounds * said + agent.learning_starts:,} "
+            f"words; the first {agent.learning_starts:,} before learning starts",
+        ]
+
+    def memory_told(self, cfg: Config, pictures: int | None, width: int) -> list[str]:
+        """Bytes of features; `width` is the model's hidden width, which the tower's features are projected to."""
+        agent = _agent(cfg)
+        each = agent.image_tokens * width * _FLOAT32
+        lines = [
+            f"replay buffer  {agent.buffer_words:,} words × {each:,} bytes = {agent.buffer_words * each / 1e6:,.0f} MB"
+        ]
+        if pictures is not None:
+            kept = min(pictures, agent.max_pictures)
+            lines.append(f"pictures       {kept:,} × {each:,} bytes = {kept * each / 1e6:,.0f} MB, once a node")
+        return lines
+
+
+def _agent(cfg: Config) -> ValueBasedSection:
+    agent = cfg.agent
+    assert isinstance(agent, ValueBasedSection)
+    return agent
+
+
+def _unknown(agent: ValueBasedSection | None, parts: Mapping[str, float]) -> list[str]:
+    """Names in `shaping` whose part, or part of a part, the reward lacks."""
+    shaping = {} if agent is None else agent.shaping
+    return [name for name in shaping if name.split("/", 1)[0] not in parts]

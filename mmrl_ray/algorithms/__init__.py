@@ -1,0 +1,1 @@
+"""How a policy learns: one file a family of algorithms, and the registry that finds them."""

@@ -1,0 +1,132 @@
+"""The families of this package, and how a name in a config becomes one of them or a user's own class.
+
+A new one is a file in this folder and a line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mmrl_ray
+from mmrl_ray.algorithms.base import Algorithm, Panel
+from mmrl_ray.algorithms.dpo import Dpo
+from mmrl_ray.algorithms.dqn.algorithm import ValueBased
+from mmrl_ray.algorithms.ilql import Ilql
+from mmrl_ray.algorithms.policy_gradient import PolicyGradient
+from mmrl_ray.algorithms.ppo import Ppo
+from mmrl_ray.algorithms.raft import Raft
+from mmrl_ray.algorithms.sapo import Sapo
+from mmrl_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmrl_ray.config.learner import LearnerSection
+
+FAMILIES: tuple[type[Algorithm], ...] = (PolicyGradient, Dpo, Ilql, Raft, Sapo, Ppo, ValueBased)
+"""In the order in which messages name them."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(preset) for family in FAMILIES if family.losses for name, preset in family.presets.items()
+}
+"""`algorithm:` names of what learns by `learner:` keys, and the defaults that each names."""
+ALGORITHMS: tuple[str, ...] = tuple(name for family in FAMILIES for name in family.presets)
+"""All that `algorithm:` may say, beside a class of a user's own."""
+LOSSES: tuple[str, ...] = tuple(loss for family in FAMILIES for loss in family.losses)
+"""The same of `learner.loss`."""
+
+
+def family_of_loss(loss: str) -> type[Algorithm]:
+    """The family whose objective it is.
+
+    Raises:
+        ConfigError: there is none of that name, or no such class.
+    """
+    for family in FAMILIES:
+        if loss in family.losses:
+            return family
+    return own_class(loss)
+
+
+def family_of_algorithm(name: str, learner: LearnerSection) -> Algorithm:
+    """The family of a whole config: one without a loss is chosen by `algorithm:`, every other one by `learner.loss`."""
+    for family in FAMILIES:
+        if name in family.presets and not family.losses:
+            return family(learner)
+    return family_of_loss(learner.loss)(learner)
+
+
+def preset_of(algorithm: str) -> Mapping[str, Any] | None:
+    """Defaults of `learner:` keys; None for a name that says nothing of them.
+
+    Raises:
+        ConfigError: `module:Class` is no algorithm.
+    """
+    if is_path(algorithm):
+        first: Mapping[str, Any] = next(iter(own_class(algorithm).presets.values()), {})
+        return {**first, "loss": algorithm}
+    return PRESETS.get(algorithm)
+
+
+def readers_of(source: str) -> str:
+    """The losses that learn from such samples, in words."""
+    return " or ".join(loss for family in FAMILIES if family.samples == source for loss in family.losses)
+
+
+def is_path(name: str) -> bool:
+    """Whether it names a class of a user's own."""
+    return ":" in name
+
+
+@cache
+def own_class(path: str) -> type[Algorithm]:
+    """The class behind `module:Class`, looked for in the working directory, too, as a user's reward functions are.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no algorithm.
+    """
+    module, _, name = path.partition(":")
+    sys.path.extend(folder for folder in _own_folders() if folder not in sys.path)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        raise ConfigError(
+            f"algorithm {path} cannot be imported ({type(error).__name__}: {error}): it is looked for in the working "
+            f"directory, here {os.getcwd()}, and among what is installed"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ConfigError(
+            f"algorithm {path}: {module} has no class {name!r} that is an mmrl_ray.algorithms.base.Algorithm"
+        )
+    if found.samples == "environment":
+        raise ConfigError(f"algorithm {path} learns from an environment, for which a class of your own has no run")
+    return found
+
+
+def _own_folders() -> list[str]:
+    """Where a user's modules are: what a job brought, or the working directory."""
+    from mmrl_ray.rewards.isolated import SENT_CODE
+
+    sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
+    return [*([str(sent)] if sent.is_dir() else []), os.getcwd()]
+
+
+def own_panels(config: Any) -> tuple[Panel, ...]:
+    """Charts of a user's own algorithm, by a config that may be anything; none where the class is not to be had."""
+    learner = config.get("learner") if isinstance(config, dict) else None
+    loss = learner.get("loss") if isinstance(learner, dict) else None
+    try:
+        return own_class(loss).panels if isinstance(loss, str) and is_path(loss) else ()
+    except ConfigError:
+        return ()
+
+
+def sections(place: str) -> Iterator[type[Algorithm]]:
+    """Families with keys of their own: below `learner`, or `top` for those that use no loss of it."""
+    for family in FAMILIES:
+        if family.section_name is not None and (place == "learner") == bool(family.losses):
+            yield family

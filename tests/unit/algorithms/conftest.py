@@ -1,0 +1,3 @@
+from tests.unit.learner.conftest import tiny
+
+__all__ = ["tiny"]

@@ -1,0 +1,100 @@
+"""A user's own algorithm: the example, found from the working directory, and what is said where it is not one."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmrl_ray.algorithms.registry import ALGORITHMS, FAMILIES, LOSSES, own_class
+from mmrl_ray.config.learner import LearnerSection
+from mmrl_ray.config.load import dump_config, load_config, parse_config
+from mmrl_ray.config.schema import Config
+from mmrl_ray.errors import ConfigError
+from mmrl_ray.jobs.package import own_code
+from mmrl_ray.learner.step import LearnerStep
+from mmrl_ray.losses.weighing import StepRewards
+from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "own_algorithm"
+
+
+@pytest.fixture
+def cfg(monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.chdir(EXAMPLE)
+    return load_config("config.yaml")
+
+
+def test_its_weights(cfg: Config) -> None:
+    rewards = torch.tensor([[0.1, 0.1 + 0.05 * np.log(3.0), 0.7]], dtype=torch.float64)
+    counts = torch.tensor([[True, True, False]])
+    found = cfg.family.weigh(StepRewards(rewards, counts, rewards.abs(), None, torch.full_like(rewards, 2.0), 8))
+    assert found.advantages.tolist() == [pytest.approx([2 * 0.25 - 1, 2 * 0.75 - 1, 0.0])]
+    assert found.scales.tolist() == [[1.0, 1.0, 0.0]]
+    assert found.denominator == 4
+    assert found.metrics == {"own/largest_weight": pytest.approx(1.5)}
+
+
+def test_it_trains(cfg: Config, tiny: Path) -> None:
+    learner = LearnerSection.model_validate(cfg.learner.model_dump() | {"steps": 2})
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    before = weights(policy)
+    step = LearnerStep(policy, learner)
+    for number in range(2):
+        metrics = step.run(make_plan(groups, learner, step=number), payloads)
+        assert metrics["grad_norm"] > 0
+    assert not torch.equal(weights(policy), before)
+
+
+def test_a_resolved_config_names_it_and_reads_back_the_same(cfg: Config) -> None:
+    assert cfg.learner.loss == cfg.algorithm == "reward_weighted:RewardWeighted"
+    again = parse_config(dump_config(cfg), "again.yaml")
+    assert again == cfg == pickle.loads(pickle.dumps(cfg))
+    assert own_code(cfg.reward, cfg.algorithm) == str(EXAMPLE)  # what a job takes along
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("algorithm=no_such_module:Mine", "algorithm no_such_module:Mine cannot be imported"),
+        ("algorithm=reward_weighted:Mine", "reward_weighted has no class 'Mine' that is"),
+        ("algorithm=json:JSONDecoder", "json has no class 'JSONDecoder' that is"),
+        ("learner.own={temprature: 1.0}", "own.temprature: Extra inputs are not permitted"),
+        ("learner.own={temperature: 0.0}", "own.temperature: Input should be greater than 0"),
+    ],
+)
+def test_what_is_none_is_refused(cfg: Config, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("config.yaml", [override])
+    assert expected in str(caught.value)
+
+
+def test_keys_of_ones_own_algorithm_are_read_by_it_alone() -> None:
+    with pytest.raises(ValueError, match=r"own=\{'a': 1\} is read by an algorithm of your own alone"):
+        LearnerSection(steps=1, own={"a": 1})
+
+
+def test_every_name_belongs_to_one_family() -> None:
+    assert len(set(ALGORITHMS)) == len(ALGORITHMS)
+    assert len(set(LOSSES)) == len(LOSSES)
+    for family in FAMILIES:
+        for name, preset in family.presets.items():
+            assert preset.get("loss") in (family.losses or (None,)), name
+            if family.losses:
+                made = LearnerSection(steps=1, **preset)
+                assert type(made.family) is family
+    with pytest.raises(ConfigError):
+        own_class("mmrl_ray.algorithms.base:Objective")
+
+
+def test_a_resolved_config_shows_the_keys_that_something_reads() -> None:
+    shown = {
+        loss: LearnerSection(steps=1, loss=loss, advantage="none").model_dump().keys() for loss in ("clipped", "raft")
+    }
+    assert {"dpo", "ilql"} <= shown["clipped"]  # as resolved configs always have
+    assert shown["raft"] - shown["clipped"] == {"raft"}
+    assert "own" not in shown["raft"]
