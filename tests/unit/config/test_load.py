@@ -211,7 +211,9 @@ def test_a_wrong_override_says_which(override: str, expected: str) -> None:
 
 def test_a_value_that_is_no_misspelling_gets_the_choices_and_no_guess() -> None:
     (line,) = problems(GOOD, "algorithm=kto")  # near `dpo`, and something else
-    assert line.endswith("'grpo', 'dr_grpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'")
+    assert line.endswith(
+        "'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'"
+    )
 
 
 def test_environment_variables_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
