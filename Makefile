@@ -47,7 +47,7 @@ quickstart: setup
 	set -x; $(BIN)/mmrl train configs/quickstart.yaml --set run.name=$$name
 
 # Pins what is installed now; run it after changing the ranges in pyproject.toml.
-lock: setup
+lock: setup $(VENV)/.docs-installed
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 # Leaves runs/ and data/ alone: they are yours.

@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.config.schema import Config
 from mmrl_ray.runs.report_events import EVENT_WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +34,27 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert [line for line in text.splitlines() if len(line) > 120] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_configs_on_a_page_are_configs(page: Path) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        written = yaml.safe_load(block)
+        if "run" in written:
+            Config.model_validate(written)
+        elif "reward" in written:
+            RewardSection.model_validate(written["reward"])
+
+
 def test_the_front_page_is_short() -> None:
     assert (ROOT / "README.md").stat().st_size <= 9 * 1024
     assert (ROOT / "docs" / "report.png").stat().st_size <= 150_000
+
+
+def test_continuous_integration_calls_what_a_laptop_does() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    called = {target for step in steps if step.startswith("make ") for target in step.split()[1:]}
+    assert called == set(re.findall(r"^make (\w+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
+    assert called == {"check", "test", "docs"}
 
 
 def _kinds(path: Path) -> set[str]:

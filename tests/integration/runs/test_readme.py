@@ -49,7 +49,7 @@ def commands(tool: str) -> list[str]:
 
 @pytest.fixture
 def place(workplace: Workplace, tmp_path: Path) -> Path:
-    """The files that the README's commands name: COCO, Karpathy's splits, photographs, a config."""
+    """The files that the commands name: COCO, Karpathy's splits, photographs, configs."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     # The same in seconds; how well it learns is another test's affair.
@@ -114,7 +114,7 @@ def place(workplace: Workplace, tmp_path: Path) -> Path:
 
 @dataclass
 class Served:
-    """The server of the README, on a port and with a key database of its own."""
+    """The documented server, on a port and with a key database of its own."""
 
     workplace: Workplace
     place: Path
