@@ -369,9 +369,11 @@ def functions() -> Lines:
 
 
 def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+    """What it exports, wherever that is defined; its own names where it does not say."""
+    exported = getattr(module, "__all__", None)
     for label, each in vars(module).items():
         own = not label.startswith("_") and getattr(each, "__module__", None) == module.__name__
-        if own and (inspect.isfunction(each) or (inspect.isclass(each) and each.__doc__)):
+        if (own if exported is None else label in exported) and (inspect.isfunction(each) or (inspect.isclass(each) and each.__doc__)):
             yield label, each
 
 
