@@ -10,18 +10,13 @@ import importlib
 import inspect
 import re
 import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
-Lines = Iterator[str]
+from generate_config import Lines, cell, config_reference, presets, prose
 
 
 def write_all(folder: Path) -> None:
@@ -44,125 +39,6 @@ def write_all(folder: Path) -> None:
             path.write_text(text, encoding="utf-8")
 
 
-# -- config ------------------------------------------------------------------------------------------------------------
-
-
-def config_reference() -> Lines:
-    """Each section of the three configs once, with its keys, their types, defaults and meaning."""
-    from mmrl_ray.config.reward_model import RewardModelConfig
-    from mmrl_ray.config.schema import Config
-    from mmrl_ray.config.serving import ServeConfig
-
-    seen: dict[type[BaseModel], str] = {}
-    roots = {
-        "Run": (Config, "`mmrl train`, `mmrl sft`, `mmrl deploy render`"),
-        "Server": (ServeConfig, "`mmrl serve`"),
-        "Reward model": (RewardModelConfig, "`mmrl reward train`"),
-    }
-    for title, (model, used_by) in roots.items():
-        yield from (f"## {title}", "", f"Read by {used_by}.", "")
-        yield from _section(model, "", seen, title.lower().replace(" ", "-"))
-
-
-def _section(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str], root: str) -> Lines:
-    seen[model] = target = f"config-{root}-{path}".rstrip("-").replace(".", "-").replace("<", "").replace(">", "")
-    if path:
-        yield from (f"({target})=", f"### `{path}`", "", _prose(model.__doc__), "")
-    nested: list[tuple[type[BaseModel], str]] = []
-    yield from ("| key | type | default | meaning |", "|---|---|---|---|")
-    for name, field in model.model_fields.items():
-        found = list(_models(field.annotation))
-        several = len(found) > 1
-        links = []
-        for each in found:
-            where = f"{path}.{name}".lstrip(".") + (".<name>" if _is_mapping(field.annotation) else "")
-            where += f".<{_kind(each)}>" if several and _kind(each) else ""
-            if each not in seen:
-                seen[each] = f"config-{root}-{where}".replace(".", "-").replace("<", "").replace(">", "")
-                nested.append((each, where))
-            links.append(f"[{_kind(each) or 'section'}](#{seen[each]})")
-        kind = " or ".join(links) if links else f"`{_type(field)}`"
-        yield f"| `{name}` | {_cell(kind)} | {_cell(_default(field))} | {_cell(_prose(field.description))} |"
-    yield ""
-    for each, where in nested:
-        yield from _section(each, where, seen, root)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections in an annotation, unions and containers looked into."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-        return
-    for argument in typing.get_args(annotation):
-        yield from _models(argument)
-
-
-def _is_mapping(annotation: Any) -> bool:
-    return any(typing.get_origin(each) in (dict, Mapping) or typing.get_origin(each) is dict
-               for each in (annotation, *typing.get_args(annotation)))  # fmt: skip
-
-
-def _kind(model: type[BaseModel]) -> str:
-    field = model.model_fields.get("kind")
-    values = typing.get_args(field.annotation) if field is not None else ()
-    return str(values[0]) if len(values) == 1 else ""
-
-
-def _type(field: FieldInfo) -> str:
-    bounds = [
-        f"{sign} {getattr(each, name)}"
-        for each in field.metadata
-        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"), ("multiple_of", "multiple of"))
-        if getattr(each, name, None) is not None
-    ]
-    return ", ".join([_annotation(field.annotation), *bounds])
-
-
-def _annotation(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _annotation(arguments[0])
-    if origin is typing.Literal:
-        return " | ".join(str(each) for each in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join("null" if each is types.NoneType else _annotation(each) for each in arguments)
-    if origin is not None:
-        inside = ", ".join("…" if each is Ellipsis else _annotation(each) for each in arguments)
-        return f"{getattr(origin, '__name__', origin)}[{inside}]"
-    return str(getattr(annotation, "__name__", annotation))
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined or isinstance(value, BaseModel):
-        return "its own defaults"
-    if value is None:
-        return "none"
-    if isinstance(value, dict) and any(isinstance(each, BaseModel) for each in value.values()):
-        return ", ".join(f"`{name}: {_kind(each)}`" for name, each in value.items())
-    return f"`{value}`"
-
-
-def presets() -> Lines:
-    """What each preset writes into `learner:`."""
-    from mmrl_ray.config.presets import PRESETS
-
-    yield from ("| `algorithm` | defaults that it sets |", "|---|---|")
-    for name, values in PRESETS.items():
-        told = ", ".join(f"`{key}: {value}`" for key, value in _flat(values))
-        yield f"| `{name}` | {told} |"
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", str(value).lower() if isinstance(value, bool) else value
-
-
 # -- the program -------------------------------------------------------------------------------------------------------
 
 
@@ -179,12 +55,12 @@ def _command(command: Any, name: str, parent: Any) -> Lines:
     children = getattr(command, "commands", {})
     if parent is not None:
         yield from (f"{'##' if name.count(' ') == 1 else '###'} `{name}`", "")
-    yield from (_prose(command.help), "")
+    yield from (prose(command.help), "")
     if not children:
         yield from ("```text", f"{name} {' '.join(command.collect_usage_pieces(context))}", "```", "")
     records = [each.get_help_record(context) for each in command.params if "--help" not in each.opts]
     rows = [
-        f"| `{label}` | {_cell(_prose(told))} |" for label, told in filter(None, records) if "completion" not in label
+        f"| `{label}` | {cell(prose(told))} |" for label, told in filter(None, records) if "completion" not in label
     ]
     if rows:
         yield from ("| argument or option | meaning |", "|---|---|", *(_bars_in_code(row) for row in rows), "")
@@ -218,11 +94,11 @@ def routes() -> Lines:
             yield from (
                 f"## `{method.upper()} {path}`",
                 "",
-                _prose(route.get("description") or route.get("summary")),
+                prose(route.get("description") or route.get("summary")),
                 "",
             )
             for each in route.get("parameters", []):
-                told = _prose(each.get("description", "")) or _schema_type(each.get("schema", {}))
+                told = prose(each.get("description", "")) or _schema_type(each.get("schema", {}))
                 yield f"- `{each['name']}` (in the {each['in']}): {told}"
             for kind, body in route.get("requestBody", {}).get("content", {}).items():
                 yield f"- takes `{kind}`: {_schema_type(body['schema'])}"
@@ -233,7 +109,7 @@ def routes() -> Lines:
             yield ""
     yield from ("## Objects", "")
     for name, schema in sorted(document["components"]["schemas"].items()):
-        yield from (f"(http-{name.lower()})=", f"### {name}", "", _prose(schema.get("description")), "")
+        yield from (f"(http-{name.lower()})=", f"### {name}", "", prose(schema.get("description")), "")
         if "properties" not in schema:
             continue
         yield from ("| field | type | default | |", "|---|---|---|---|")
@@ -245,8 +121,8 @@ def routes() -> Lines:
                 if "default" in each
                 else ""
             )
-            meaning = _cell(_prose(each.get("description")))
-            yield f"| `{field}` | {_cell(_schema_type(each))} | {_cell(default)} | {meaning} |"
+            meaning = cell(prose(each.get("description")))
+            yield f"| `{field}` | {cell(_schema_type(each))} | {cell(default)} | {meaning} |"
         yield ""
 
 
@@ -278,7 +154,7 @@ def metrics() -> Lines:
         if isinstance(each, table.Metric):
             names = "<br>".join(f"`{name}`" for name in sorted(each.series))
             labels = ", ".join(f"`{label}`" for label in each.labels)
-            yield f"| {names} | {each.kind} | {labels} | {_cell(each.text)} |"
+            yield f"| {names} | {each.kind} | {labels} | {cell(each.text)} |"
 
 
 def figures() -> Lines:
@@ -288,7 +164,7 @@ def figures() -> Lines:
     yield from ("| figure (`…/` is a family) | curve of the report | unit |", "|---|---|---|")
     for panel in PANELS:
         names = ", ".join(f"`{name}{'…' if name.endswith('/') else ''}`" for name in panel.names)
-        yield f"| {names} | {_cell(panel.title)} | {panel.unit} |"
+        yield f"| {names} | {cell(panel.title)} | {panel.unit} |"
 
 
 def events() -> Lines:
@@ -324,7 +200,7 @@ def _columns(schema: pa.Schema, module: types.ModuleType) -> Lines:
     yield from ("| column | type | null | |", "|---|---|---|---|")
     for field in schema:
         null = "yes" if field.nullable else ""
-        yield f"| `{field.name}` | `{field.type}` | {null} | {_cell(remarks.get(field.name, ''))} |"
+        yield f"| `{field.name}` | `{field.type}` | {null} | {cell(remarks.get(field.name, ''))} |"
 
 
 # -- Python ------------------------------------------------------------------------------------------------------------
@@ -363,7 +239,7 @@ def functions() -> Lines:
         yield from (f"## {title}", "")
         for name in modules:
             module = importlib.import_module(name)
-            yield from (f"### `{name}`", "", _prose((module.__doc__ or "").split("\n\n")[0]), "")
+            yield from (f"### `{name}`", "", prose((module.__doc__ or "").split("\n\n")[0]), "")
             for label, each in _public(module):
                 yield from _documented(f"{name}.{label}", each)
 
@@ -373,7 +249,8 @@ def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
     exported = getattr(module, "__all__", None)
     for label, each in vars(module).items():
         own = not label.startswith("_") and getattr(each, "__module__", None) == module.__name__
-        if (own if exported is None else label in exported) and (inspect.isfunction(each) or (inspect.isclass(each) and each.__doc__)):
+        described = inspect.isfunction(each) or (inspect.isclass(each) and each.__doc__)
+        if described and (own if exported is None else label in exported):
             yield label, each
 
 
@@ -410,16 +287,3 @@ def _markdown(doc: str) -> Lines:
         else:
             indented = indented and not line.strip()
             yield line
-
-
-# -- text --------------------------------------------------------------------------------------------------------------
-
-
-def _prose(text: str | None) -> str:
-    """One paragraph of a docstring on one line."""
-    return " ".join((text or "").split())
-
-
-def _cell(text: str) -> str:
-    """For a table: no bar ends a cell."""
-    return re.sub(r"(?<!\\)\|", r"\\|", text)
