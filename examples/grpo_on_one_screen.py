@@ -1,6 +1,6 @@
 """GRPO on one screen: a tiny vision-language model learns to say all that it sees, in one process and without Ray.
 
-    scenes ──▶ warm start (supervised, on captions that say too little)
+    scenes ──▶ warm start (supervised; half of the captions say too little)
                  └▶ every step: sample G captions an image ──▶ score them ──▶ advantages ──▶ clipped loss ──▶ AdamW
 
 `mmrl train` does the same with many processes, checkpoints, a report and every check that is left out here.
@@ -49,7 +49,7 @@ def make_policy(folder: str) -> Policy:
 
 
 def warm_start(policy: Policy, train: list[Sample], steps: int) -> None:
-    """Cross-entropy on captions that leave out size, place or both, with the vision tower learning, too."""
+    """Cross-entropy on captions of which half leave out size or place, with the vision tower learning, too."""
     policy.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 2))
