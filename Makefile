@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # What is installed beside the base (see pyproject.toml); for example: make setup EXTRAS=dev,models
 EXTRAS ?= dev
 
-.PHONY: setup check test quickstart lock clean
+.PHONY: setup check test docs quickstart lock clean
 
 setup: $(VENV)/.installed
 
@@ -32,15 +32,24 @@ test: setup
 	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest $(ALONE)
 
+# Strict: a reference to nothing, or a warning, fails. The pages are in docs/_build/html.
+docs: setup $(VENV)/.docs-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 # The run prints its seconds and its peak resident memory last. A second quickstart gets a name of its own.
 quickstart: setup
 	@name=quickstart; [ ! -e runs/$$name ] || name=quickstart-$$(date +%Y%m%d-%H%M%S); \
 	set -x; $(BIN)/mmrl train configs/quickstart.yaml --set run.name=$$name
 
 # Pins what is installed now; run it after changing the ranges in pyproject.toml.
-lock: setup
+lock: setup $(VENV)/.docs-installed
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 # Leaves runs/ and data/ alone: they are yours.
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .cache build dist docs/_build docs/_generated *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

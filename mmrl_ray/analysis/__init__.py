@@ -1,8 +1,8 @@
 """What a policy looks at, and what its captions have to do with what it was shown. No Ray.
 
-attribution   how much of a caption's loss hangs on each modality        EQUATIONS row 9
-pca           directions of largest variance, one fit for several sets   EQUATIONS row 11
-correlation   between captions and each modality's state                 EQUATIONS row 17
+attribution   how much of a caption's loss hangs on each modality        docs/equations.md 9
+pca           directions of largest variance, one fit for several sets   docs/equations.md 11
+correlation   between captions and each modality's state                 docs/equations.md 17
 rows          prompts and captions through the policy, its input embeddings caught on the way
 probe, states what the three above are computed of
 image_grid, heat_map   image tokens back to their places in the picture

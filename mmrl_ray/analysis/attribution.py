@@ -1,4 +1,4 @@
-"""Importance of a modality (EQUATIONS row 9): I_m = ‖∂L/∂E_m‖, the Frobenius norm of a loss's gradient a sample.
+"""Importance of a modality (docs/equations.md 9): I_m = ‖∂L/∂E_m‖, the Frobenius norm of a loss's gradient a sample.
 
 `B` samples, `L_m` tokens of modality m, `d` embedding width. Works in the embeddings' dtype.
 """

@@ -1,4 +1,4 @@
-"""Correlation between what a policy says and what it was shown (EQUATIONS row 17).
+"""Correlation between what a policy says and what it was shown (docs/equations.md 17).
 
 ρ = Cov(A, S) / √(Var(A) Var(S)); a side of vectors is reduced to its first principal component's scores. The sign of a
 component is a convention, so what is reported of vectors is |ρ|, with a p-value by permutation.

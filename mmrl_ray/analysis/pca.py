@@ -1,4 +1,4 @@
-"""Principal components (EQUATIONS row 11): Z = XW, W the directions of largest variance.
+"""Principal components (docs/equations.md 11): Z = XW, W the directions of largest variance.
 
 `N` samples, `D` features, `K` components.
 """

@@ -1,4 +1,4 @@
-"""How much of one caption hangs on each modality, and on each image token (EQUATIONS row 9, on a real policy).
+"""How much of one caption hangs on each modality, and on each image token (docs/equations.md 9, on a real policy).
 
 L = −log π(caption | image, prompt), the sum over the caption's tokens; not the loss of reinforcement learning, which is
 0 where the advantage is. E_m are the language model's input embeddings of the modality, made leaves. The caption's own

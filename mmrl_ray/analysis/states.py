@@ -1,4 +1,4 @@
-"""What a policy's captions and their samples look like from inside: means over tokens, for rows 11 and 17.
+"""What a policy's captions and their samples look like from inside: means over tokens, for docs/equations.md 11, 17.
 
 `N` captions, `R` tokens a row, `d` width.
 """

@@ -84,9 +84,9 @@ class LearnerSection(_Sections):
     kl: KlSection = KlSection()
     """The pull back to the policy that RL started from."""
     adapter_l2: float = Field(0.0, ge=0)
-    """beta of EQUATIONS row 7."""
+    """beta of docs/equations.md 7."""
     l2_to_pretrained: float = Field(0.0, ge=0)
-    """lambda of EQUATIONS row 4."""
+    """lambda of docs/equations.md 4."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     lr_min: float = Field(0.0, ge=0)

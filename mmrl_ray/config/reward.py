@@ -1,4 +1,4 @@
-"""`reward:` — named parts and their weights (EQUATIONS rows 10 and 16)."""
+"""`reward:` — named parts and their weights (docs/equations.md 10 and 16)."""
 
 from __future__ import annotations
 

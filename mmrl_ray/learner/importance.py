@@ -1,6 +1,6 @@
 """Whether the policy still looks: the importance of each modality, measured now and then while a run learns.
 
-    importance/image, importance/text          I_m ÷ ΣI of one caption of the step (EQUATIONS row 9)
+    importance/image, importance/text          I_m ÷ ΣI of one caption of the step (docs/equations.md 9)
     importance_rms/image, importance_rms/text  I_m ÷ √(L_m d)
     seconds/importance                         what that took
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedule: cosine annealing after a linear warm-up (EQUATIONS row 8)."""
+"""Learning-rate schedule: cosine annealing after a linear warm-up (docs/equations.md 8)."""
 
 from __future__ import annotations
 

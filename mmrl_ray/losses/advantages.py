@@ -54,7 +54,7 @@ def advantages(
 
 
 def none(rewards: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """A = R, the formula of EQUATIONS row 14 to the letter."""
+    """A = R, the formula of docs/equations.md 14 to the letter."""
     return _prepare(rewards, mask)[0]
 
 

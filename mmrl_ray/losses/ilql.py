@@ -168,7 +168,7 @@ def ilql_loss(
 def token_targets(v: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
     """y [B, T]: γ·V of the next state, the reward at a completion's last token, 0 where `mask` is False.
 
-    It is the target of EQUATIONS row 3 with V(s′) in the place of max Q(s′, ·), which the expectile stands for.
+    It is the target of docs/equations.md 3 with V(s′) in the place of max Q(s′, ·), which the expectile stands for.
 
     Args:
         v: [B, T], V(s_t).

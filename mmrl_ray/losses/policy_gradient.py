@@ -30,7 +30,7 @@ _LARGEST_LOG_RATIO = 20.0
 def reward_guided_loss(
     logprobs: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, *, denominator: float | torch.Tensor
 ) -> torch.Tensor:
-    """L = −Σ R·log f_θ(a|s) ÷ denominator over valid tokens (EQUATIONS row 14; Williams 1992).
+    """L = −Σ R·log f_θ(a|s) ÷ denominator over valid tokens (docs/equations.md 14; Williams 1992).
 
     Args:
         logprobs: [B, T].

@@ -1,4 +1,4 @@
-"""L2 regularisers of an adapted model (EQUATIONS rows 4 and 7); a term of the loss, added once an optimiser step.
+"""L2 regularisers of an adapted model (docs/equations.md 4 and 7); a term of the loss, added once an optimiser step.
 
 Both work over the active adapters of a PEFT model, in float32 at least and with autocast off: a sum of millions of
 squares has no place in bfloat16.

@@ -1,4 +1,4 @@
-"""Q-learning: the target and the step towards it (EQUATIONS row 3).
+"""Q-learning: the target and the step towards it (docs/equations.md 3).
 
     Q(s, a) ← Q(s, a) + α[R + γ max_a' Q(s', a') − Q(s, a)]
 

@@ -1,4 +1,4 @@
-"""Likelihoods of a model that predicts a mean and its own noise, log σ² (EQUATIONS row 15)."""
+"""Likelihoods of a model that predicts a mean and its own noise, log σ² (docs/equations.md 15)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusions of modalities (EQUATIONS rows 1, 2, 5 and 6), each by itself, and behind one signature by name.
+"""Fusions of modalities (docs/equations.md 1, 2, 5 and 6), each by itself, and behind one signature by name.
 
     embeddings {m: [B, L_m, d_m]} ──projections──▶ {m: [B, L_m, out_dim]} ──one of four──▶ Fused(vector [B, out_dim])
 
@@ -36,7 +36,7 @@ class Fused(NamedTuple):
 
 
 class SharedAttentionFusion(nn.Module):
-    """H = softmax((W_q E_all)(W_k E_all)ᵀ / √d_k)(W_v E_all) over the tokens of all modalities (EQUATIONS row 1)."""
+    """H = softmax((W_q E_all)(W_k E_all)ᵀ / √d_k)(W_v E_all) over all modalities' tokens (docs/equations.md 1)."""
 
     def __init__(self, dim: int, key_dim: int | None = None) -> None:
         """`dim` is the width of every modality's tokens, `key_dim` (by default `dim`) that of the result."""
@@ -62,7 +62,7 @@ class SharedAttentionFusion(nn.Module):
 
 
 class CoupledEncodersFusion(nn.Module):
-    """H_m = Transformer_m(E_m); H = W_f [H_1; …; H_M] + b_f, each H_m averaged over its tokens (EQUATIONS row 2)."""
+    """H_m = Transformer_m(E_m); H = W_f [H_1; …; H_M] + b_f, H_m averaged over its tokens (docs/equations.md 2)."""
 
     def __init__(self, dims: dict[str, int], out_dim: int, num_layers: int, num_heads: int) -> None:
         """`dims` are the modalities' widths, in the order in which H joins them.
@@ -104,7 +104,7 @@ class CoupledEncodersFusion(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """α = softmax(W_a [E_1; …; E_M]) over modalities, H = Σ_m α_m E_m (EQUATIONS row 5).
+    """α = softmax(W_a [E_1; …; E_M]) over modalities, H = Σ_m α_m E_m (docs/equations.md 5).
 
     W_a sees all modalities at once: it is [M, M·dim], applied to their concatenation on features.
     """
@@ -132,7 +132,7 @@ class AttentionFusion(nn.Module):
 
 
 class WeightedSumFusion(nn.Module):
-    """F = Σ_m w_m F_m with learned weights on the simplex: w = softmax of free logits (EQUATIONS row 6)."""
+    """F = Σ_m w_m F_m with learned weights on the simplex: w = softmax of free logits (docs/equations.md 6)."""
 
     def __init__(self, modalities: Sequence[str]) -> None:
         """Starts from equal weights; raises ValueError for no modality, or one named twice."""

@@ -25,8 +25,8 @@ def evaluate_reward_model(model: RewardModel, source: VisionSource, data: Reward
 
     `pairs`: count, decided (those that are no ties), accuracy of the decided, nll (mean −log Φ(z)), expected (the
     accuracy that the model itself expects, the mean of Φ(|z|); near the accuracy where σ fits). `ratings`: count, rmse
-    and rmse_interval (95 %, by bootstrap), nll (row 15, in units of the ratings), coverage of the central 50, 80 and
-    95 % intervals. What a split has none of is left out.
+    and rmse_interval (95 %, by bootstrap), nll (docs/equations.md 15, in units of the ratings), coverage of the central
+    50, 80 and 95 % intervals. What a split has none of is left out.
     """
     scores = model.score(source, [data.pictures[i] for i in data.of], data.captions)
     figures: dict[str, Any] = {"pictures": len(data.pictures), "captions": len(data.captions)}

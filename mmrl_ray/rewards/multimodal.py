@@ -1,4 +1,4 @@
-"""The multimodal reward R = Σ_m w_m R_m(s^m, a^m) (EQUATIONS row 10): the composition of all rewards."""
+"""The multimodal reward R = Σ_m w_m R_m(s^m, a^m) (docs/equations.md 10): the composition of all rewards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of one modality: what a reward part is given of a sample, and nothing else (s^m of EQUATIONS row 10)."""
+"""The state of one modality: what a reward part is given of a sample, no more (s^m of docs/equations.md 10)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Sides = Mapping[str, States]
 
 
 def state_map(sides: Sides) -> Chart | None:
-    """Hidden states of the held-out captions on their two principal components; one fit for both sides (row 11)."""
+    """Hidden states of held-out captions on two principal components, one fit for both sides (docs/equations.md 11)."""
     fit = _fit(sides)
     if fit is None:
         return None
@@ -68,7 +68,7 @@ def drift(sides: Sides) -> str:
 
 
 def correlation_table(sides: Sides) -> dict[str, Any]:
-    """|ρ| of what is said with each modality's state (row 17), for the template; without rows if nothing is known."""
+    """|ρ| of what is said with each modality's state (docs/equations.md 17), for the template; may be empty."""
     found = {name: states.correlations for name, states in sides.items()}
     names = dict.fromkeys(name for each in found.values() for name in each)
     return {

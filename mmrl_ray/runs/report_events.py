@@ -12,7 +12,7 @@ from mmrl_ray.runs.report_charts import is_number
 Event = Mapping[str, Any]
 
 MAX_EVENTS = 60
-_WORDS = {
+EVENT_WORDS = {
     "run_started": "run started",
     "run_resumed": "run resumed",
     "run_ended": "run ended",
@@ -168,7 +168,7 @@ def _row(event: Event) -> dict[str, str]:
         f"{k}: {text_of(v)}" for k, v in event.items() if k not in ("time", "kind") and v not in ("", [])
     )
     kind = _kind(event)
-    return {"when": _when(event), "what": _WORDS.get(kind, kind.replace("_", " ")) or "event", "details": details}
+    return {"when": _when(event), "what": EVENT_WORDS.get(kind, kind.replace("_", " ")) or "event", "details": details}
 
 
 def _when(event: Event) -> str:

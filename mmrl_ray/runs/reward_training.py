@@ -1,5 +1,5 @@
-"""The training loop of a learned reward: pairs by Thurstone's likelihood, ratings by the Gaussian one (row 15), and
-beside them the alignment of words with what they look like.
+"""The training loop of a learned reward: pairs by Thurstone's likelihood, ratings by the Gaussian one
+(docs/equations.md 15), and beside them the alignment of words with what they look like.
 
 `n` captions, `p` pairs and `r` ratings a step, `K` heads.
 """

@@ -72,7 +72,7 @@ class States:
 
     @cached_property
     def correlations(self) -> dict[str, Correlation]:
-        """|ρ| of what is said with each modality and with all combined (EQUATIONS row 17); nan for a single caption."""
+        """|ρ| of what is said with each modality and with all (docs/equations.md 17); nan for a single caption."""
         if len(self.sample_ids) < 2:
             return {name: Correlation(math.nan, math.nan) for name in MODALITIES}
         return correlations(self.actions, self.modalities)

@@ -1,4 +1,4 @@
-"""The README's table of equations: each is where it says, is tested where it says, and is used by the system itself."""
+"""The page of equations: each is where it says, is tested where it says, and is used by the system itself."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ Name = tuple[str, str]
 
 
 @cache
-def table() -> dict[int, list[str]]:
-    """The cells of each row after its number."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (section,) = re.findall(r"^## Equations\n(.*?)^## ", text, flags=re.DOTALL | re.MULTILINE)
-    rows = re.findall(r"^\| (\d+) \| (.*) \|$", section.replace("| |\n", "|  |\n"), flags=re.MULTILINE)
-    assert len({number for number, _ in rows}) == len(rows)
-    return {int(number): [cell.strip() for cell in cells.split(" | ")] for number, cells in rows}
+def table() -> dict[int, dict[str, str]]:
+    """What docs/equations.md says of each equation, by the word before the colon."""
+    text = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
+    found = re.split(r"^## (\d+)\. ", text, flags=re.MULTILINE)[1:]
+    sections = {int(number): body for number, body in zip(found[::2], found[1::2], strict=True)}
+    assert len(sections) == len(found) // 2
+    return {n: dict(re.findall(r"^- ([\w ]+): (.+)$", body, re.MULTILINE)) for n, body in sections.items()}
 
 
 def exists(row: int) -> bool:
@@ -129,12 +129,10 @@ def reached_from_elsewhere(name: Name) -> bool:
     return False
 
 
-def test_the_table_has_every_row_with_its_home() -> None:
+def test_the_page_has_every_equation_with_its_home() -> None:
     assert sorted(table()) == sorted(HOMES) == list(range(1, 18))
     for row, (module, names) in HOMES.items():
-        _, home, *_ = table()[row]
-        first, *others = re.findall(r"`([^`]+)`", home)
-        assert [first, *others] == [f"{module}.{names[0]}", *names[1:]], row
+        assert re.findall(r"`([^`]+)`", table()[row]["import"]) == [f"{module}.{name}" for name in names], row
 
 
 @pytest.mark.parametrize("row", HOMES)
@@ -147,11 +145,10 @@ def test_it_exists_and_the_system_uses_it(row: int) -> None:
 
 @pytest.mark.parametrize("row", HOMES)
 def test_its_test_and_its_command_are_real(row: int) -> None:
-    _, _, where, command = table()[row]
-    (file,) = re.findall(r"`(tests/[^`]+)`", where)
+    (file,) = re.findall(r"`(tests/[^`]+)`", table()[row]["tested in"])
     tested = (ROOT / file).read_text(encoding="utf-8")
     assert all(name in tested for name in HOMES[row][1]), f"row {row}: {file} does not test it"
-    words = shlex.split(re.findall(r"`(mmrl [^`]+)`", command)[0])[1:]
+    words = shlex.split(re.findall(r"`(mmrl [^`]+)`", table()[row]["see it with"])[0])[1:]
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert words[0] in known
     overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]

@@ -37,7 +37,7 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages(mmrl_ray.__path__, "mmrl_
 
 
 def test_import_contracts_hold() -> None:
-    """DESIGN's layers, the half without Ray, and what must not import torch: the contracts of pyproject.toml."""
+    """The layers, the half without Ray, and what must not import torch: the contracts of pyproject.toml."""
     done = subprocess.run(
         [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache"],
         cwd=ROOT,

@@ -57,7 +57,7 @@ class ValueBasedSection(Section):
     """The agent, its words and how it learns."""
 
     fusion: Fusion = "attention"
-    """How picture and words become one vector (EQUATIONS rows 1, 2, 5, 6)."""
+    """How picture and words become one vector (docs/equations.md 1, 2, 5, 6)."""
     width: int = Field(128, ge=8, le=4096)
     """Of every layer of the agent."""
     dueling: bool = False
@@ -86,7 +86,7 @@ class ValueBasedSection(Section):
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount a word."""
     alpha: float = Field(1.0, gt=0, le=1)
-    """Step size of EQUATIONS row 3: how far a Q-value is pulled to its target."""
+    """Step size of docs/equations.md 3: how far a Q-value is pulled to its target."""
     exploration: ExplorationSection = ExplorationSection()
     """ε-greedy or Boltzmann, with a schedule."""
     batch_size: int = Field(64, ge=1)

@@ -108,7 +108,7 @@ class FusedQModule(DefaultDQNTorchRLModule):
 
 
 class TemporalDifferenceLearner(DQNTorchLearner):
-    """The loss ½(q − stopgrad(q_learning_update(q, target, α)))², averaged over the batch (EQUATIONS row 3)."""
+    """The loss ½(q − stopgrad(q_learning_update(q, target, α)))², averaged over the batch (docs/equations.md 3)."""
 
     def configure_optimizers_for_module(self, module_id: Any, config: Any = None) -> None:
         """RLlib's hook: its Adam, with our cosine."""

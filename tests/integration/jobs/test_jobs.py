@@ -1,4 +1,4 @@
-"""One run's life as jobs of a real cluster, by the commands of the README: sent, stopped, resumed, killed, resumed."""
+"""One run's life as jobs of a real cluster, by the commands of the docs: sent, stopped, resumed, killed, resumed."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def call(*arguments: object, code: int = 0) -> str:
     return done.output
 
 
-def readme(begin: str, *more: str, code: int = 0) -> str:
-    """The README's command that begins so, at this cluster."""
+def documented(begin: str, *more: str, code: int = 0) -> str:
+    """The documented command that begins so, at this cluster."""
     found = [command for command in commands("mmrl") if command.startswith(ELSEWHERE)]
     assert len(found) == 6
     (command,) = [command for command in found if command.startswith(begin)]
@@ -116,7 +116,7 @@ def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: Jobs
     settings = {**workplace.settings, "run": {"name": "mine", "root": "runs"}, "learner": learner, "data": data}
     Path("my.yaml").write_text(yaml.safe_dump(settings))
 
-    first = readme("mmrl submit", "--no-wait").split()[-1]
+    first = documented("mmrl submit", "--no-wait").split()[-1]
     assert first.startswith("far-")
     busy = call("submit", "my.yaml", "--set", "run.name=far", code=1)
     assert f"job {first} is" in busy
@@ -128,9 +128,9 @@ def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: Jobs
     wait_for(lambda: client.get(first).is_over, "end of the killed job", SECONDS)
     assert client.get(first).exit_code == 128 + signal.SIGKILL
     assert lines(run) < STEPS
-    assert "exit code 137" in readme("mmrl jobs status")
+    assert "exit code 137" in documented("mmrl jobs status")
 
-    second = readme("mmrl jobs resume", "--no-wait").split()[-1]
+    second = documented("mmrl jobs resume", "--no-wait").split()[-1]
     # Meanwhile, since most of a run this small is waiting for processes to start:
     jobs_end_as_their_commands_do(workplace, client)
     jobs_over_http(workplace, client)
@@ -141,15 +141,15 @@ def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: Jobs
     assert output.endswith("GB\n"), "the log to its end"
     assert lines(run) == STEPS
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
-    assert readme("mmrl jobs logs") in output
+    assert documented("mmrl jobs logs") in output
     left = RunDir.at(run)
     assert [checkpoint.step for checkpoint in run_checkpoints(left, "j")] == [STEPS, STEPS - 2]
     assert trained_tokens(left) >= STEPS
     assert [event.data["step"] for event in run_events(left, "j", 0) if event.data] == list(range(1, STEPS + 1))
-    listed = [line.split() for line in readme("mmrl jobs list").splitlines()]
+    listed = [line.split() for line in documented("mmrl jobs list").splitlines()]
     assert listed[0][:2] == ["JOB", "STATUS"]
     assert [line[:2] for line in listed if line[2] == "far"] == [[second, "succeeded"], [first, "failed"]]
-    assert "is over already: succeeded" in readme("mmrl jobs stop")
+    assert "is over already: succeeded" in documented("mmrl jobs stop")
     assert "exists already" in call("submit", "my.yaml", "--set", "run.name=far", code=1)
 
 

@@ -1,4 +1,4 @@
-"""Every command of the README, in its order, in a folder that holds what it takes for granted."""
+"""Every command of README and docs, each once and in their order, in a folder that holds what they take for granted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -30,17 +31,27 @@ ELSEWHERE = ("mmrl submit ", "mmrl jobs ")
 """Need a job server: tests/integration/jobs runs them."""
 
 
+def pages() -> list[Path]:
+    """README, then the pages of docs in the order of their table of contents, then what else speaks to people."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = [line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.split()]
+    found = [ROOT / "docs" / f"{name}.md" for name in listed if (ROOT / "docs" / f"{name}.md").exists()]
+    return [ROOT / "README.md", *found, ROOT / "CONTRIBUTING.md"]
+
+
 def commands(tool: str) -> list[str]:
-    """Lines of the README's shell blocks that call `tool`, without their comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(f"{tool} ")]
+    """Distinct commands in the shell blocks of all pages that call `tool`, without their comments."""
+    blocks = [b for page in pages() for b in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    lines = [line.split("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = dict.fromkeys(" ".join(line.split()) for line in lines)
+    return [line for line in found if line.startswith(f"{tool} ")]
 
 
 @pytest.fixture
 def place(workplace: Workplace, tmp_path: Path) -> Path:
-    """The files that the README's commands name: COCO, Karpathy's splits, photographs, a config."""
+    """The files that the commands name: COCO, Karpathy's splits, photographs, configs."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     # The same in seconds; how well it learns is another test's affair.
     agent = yaml.safe_load((tmp_path / "configs" / "value_based.yaml").read_text())
     agent["data"]["scenes"] |= {"train": 30, "eval": 6}
@@ -103,7 +114,7 @@ def place(workplace: Workplace, tmp_path: Path) -> Path:
 
 @dataclass
 class Served:
-    """The server of the README, on a port and with a key database of its own."""
+    """The documented server, on a port and with a key database of its own."""
 
     workplace: Workplace
     place: Path
@@ -127,13 +138,43 @@ class Served:
 
 
 def call(workplace: Workplace, arguments: list[str], place: Path, code: int) -> str:
-    """What the program printed. Commands that start nothing run here: thirty processes would import for minutes."""
-    if arguments[0] in ("train", "scale") and "--dry-run" not in arguments:
-        return workplace.mmrl(*arguments, cwd=place, code=code)
+    """What the program printed, in this process: thirty of their own would import for minutes."""
     with chdir(place):
         result = CliRunner().invoke(app, arguments, env=workplace.environment)
     assert result.exit_code == code, f"{result.output}\n{result.exc_info}"
     return result.output
+
+
+@dataclass
+class Trainings:
+    """Runs that go on, each in a process of its own, until a command asks for theirs."""
+
+    workplace: Workplace
+    place: Path
+    begun: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    """By the command."""
+
+    def start(self, command: str) -> None:
+        """The same one is started once."""
+        if command not in self.begun:
+            self.begun[command] = self.workplace.start(*shlex.split(command)[1:], cwd=self.place)
+
+    def wait_for(self, command: str = "") -> None:
+        """Those whose run the command names; all of them without one."""
+        asked = set(re.findall(r"runs/(\w+)", command))
+        for begun, process in self.begun.items():
+            names = set(re.findall(r"run\.name=(\w+)|--resume runs/(\w+)|configs/(\w+)\.yaml", begun)[0])
+            if process.returncode is None and (not command or names & asked):
+                output, _ = process.communicate(timeout=DEADLINE_S)
+                assert process.returncode == 0, f"{begun}\n{output}"
+                assert "Traceback" not in output, begun
+
+    def end(self) -> None:
+        """Whatever is left of a test that failed."""
+        for process in self.begun.values():
+            if process.returncode is None:
+                process.kill()
+                process.communicate()
 
 
 @contextmanager
@@ -152,22 +193,50 @@ def served(workplace: Workplace, place: Path) -> Iterator[Served]:
             assert "Traceback" not in output
 
 
+@pytest.fixture
+def trainings(workplace: Workplace, place: Path) -> Iterator[Trainings]:
+    found = Trainings(workplace, place)
+    yield found
+    found.end()
+
+
+def trains(command: str) -> bool:
+    return command.startswith("mmrl train ") and "--dry-run" not in command
+
+
+def turn(command: str) -> int:
+    """Later than its place says where others can go on meanwhile: the server, and what waits for the other runs."""
+    if re.search(r"http://127|^mmrl serve (?!.*--print-config)", command):
+        return 1
+    return 2 if re.search(r"^mmrl (?!train).* runs/(?!again)\w", command) else 0
+
+
 @pytest.mark.timeout(600)
-def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path) -> None:
-    found = [command for command in commands("mmrl") if not command.startswith(ELSEWHERE)]
-    assert len(found) >= 19
+def test_every_mmrl_command_of_readme_and_docs_runs(workplace: Workplace, place: Path, trainings: Trainings) -> None:
+    found = sorted((c for c in commands("mmrl") if not c.startswith(ELSEWHERE)), key=turn)
+    assert len(found) >= 40
+    for command in filter(trains, found):
+        if " configs/" in command:  # it needs nothing that another command makes
+            trainings.start(command)
     with served(workplace, place) as server:
         for command in found:
             arguments = shlex.split(command)[1:]
+            trainings.wait_for(command)
+            if trains(command):
+                trainings.start(command)
+                continue
             if arguments[0] == "serve" and "--print-config" not in arguments:
                 server.start(arguments)
                 continue
             # The run is over by now: another test scales one in progress.
             code = 1 if arguments[0] == "scale" else 0
             here = [a.replace(":8000", f":{server.port}") for a in arguments]
+            began = time.monotonic()
             output = call(server.workplace, here, place, code)
+            print(f"{time.monotonic() - began:6.1f} s  {command}")
             assert ("the run is finished; only a run in progress" in output) == (code == 1), output
             assert "Traceback" not in output, command
+        trainings.wait_for()
         assert server.process is not None
     assert (place / "runs" / "again" / "report.html").exists()
     assert (place / "photo-explained.png").read_bytes().startswith(b"\x89PNG")
@@ -183,9 +252,9 @@ def test_every_mmrl_command_of_the_readme_runs(workplace: Workplace, place: Path
     assert (place / "rewards" / "scenes" / "report.json").exists()
 
 
-def test_every_make_target_of_the_readme_is_there() -> None:
+def test_every_make_target_of_readme_and_docs_is_there() -> None:
     found = commands("make")
-    assert {"make quickstart", "make test"} <= set(found)
+    assert {"make quickstart", "make test", "make check", "make docs"} <= set(found)
     for command in found:
         done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

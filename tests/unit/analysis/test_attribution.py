@@ -1,4 +1,4 @@
-"""EQUATIONS row 9 against gradients written down by hand, in NumPy."""
+"""docs/equations.md 9 against gradients written down by hand, in NumPy."""
 
 from __future__ import annotations
 

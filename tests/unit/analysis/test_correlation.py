@@ -1,4 +1,4 @@
-"""EQUATIONS row 17 against the formula in NumPy."""
+"""docs/equations.md 17 against the formula in NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EQUATIONS row 11 against the eigenvectors of a covariance matrix, in NumPy."""
+"""docs/equations.md 11 against the eigenvectors of a covariance matrix, in NumPy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The start-up comparison on a tiny model of every family: sampler, each learner path and transformers' own `generate`.
 
-The README's table of families is held against what is found here.
+The table of docs/reference/families.md is held against what is found here.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TOWER_EVERY_TIME = ("granite4_vision", "ovis2")
 REFUSED = {"mistral3": "Torchvision", "ministral3": "Torchvision", "mllama": "cross-attention"}
 
 
-def in_readme() -> dict[str, str]:
+def in_docs() -> dict[str, str]:
     """Path, or "refused", by family: of the table whose first column is the family."""
-    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|[^|\n]*\| (shared prefix|naive|refused)[^|\n]*\|", text, re.MULTILINE)
     return dict(rows)
 
@@ -42,7 +42,7 @@ def test_sampler_learner_and_transformers_agree(family: str, load: Load) -> None
     if family in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[family]):
             load(family)
-        assert in_readme()[family] == "refused"
+        assert in_docs()[family] == "refused"
         return
     policy = load(family)
     found = compare(policy, encode_prompts(policy, make_samples()[:2]), others=("packed",))
@@ -54,4 +54,4 @@ def test_sampler_learner_and_transformers_agree(family: str, load: Load) -> None
     assert (packed.trouble is not None) == (family in NOT_PACKED)
     if packed.trouble is None:
         assert max(packed.to_model, packed.causality) <= GAP
-    assert in_readme()[family] == found.path.replace("_", " ")
+    assert in_docs()[family] == found.path.replace("_", " ")
