@@ -226,7 +226,7 @@ PUBLIC: dict[str, Sequence[str]] = {
         "mmrl_ray.metrics.rouge",
         "mmrl_ray.metrics.bootstrap",
     ),
-    "Exploration": ("mmrl_ray.value_based.exploration",),
+    "Exploration": ("mmrl_ray.algorithms.dqn.exploration",),
     "Analysis": ("mmrl_ray.analysis.attribution", "mmrl_ray.analysis.pca", "mmrl_ray.analysis.correlation"),
     "Client": ("mmrl_ray.client",),
 }

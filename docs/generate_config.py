@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, WithJsonSchema
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -93,7 +93,14 @@ def _type(field: FieldInfo) -> str:
         for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"), ("multiple_of", "multiple of"))
         if getattr(each, name, None) is not None
     ]
-    return ", ".join([_annotation(field.annotation), *bounds])
+    named = [each.json_schema for each in field.metadata if isinstance(each, WithJsonSchema)]
+    kind = " | ".join(_choices(named[0] or {})) if named else _annotation(field.annotation)
+    return ", ".join([kind, *bounds])
+
+
+def _choices(schema: Mapping[str, Any]) -> list[str]:
+    """The names that a JSON schema allows, and what else."""
+    return [str(name) for each in schema.get("anyOf", [schema]) for name in each.get("enum", ["module:Class"])]
 
 
 def _annotation(annotation: Any) -> str:
@@ -125,7 +132,7 @@ def _default(field: FieldInfo) -> str:
 
 def presets() -> Lines:
     """What each preset writes into `learner:`."""
-    from mmrl_ray.config.presets import PRESETS
+    from mmrl_ray.algorithms.registry import PRESETS
 
     yield from ("| `algorithm` | defaults that it sets |", "|---|---|")
     for name, values in PRESETS.items():

@@ -1,4 +1,4 @@
-"""How the agent tries what it does not think best: ε-greedy and Boltzmann (EQUATIONS rows 12 and 13), and schedules.
+"""How the agent tries what it does not think best: ε-greedy and Boltzmann (docs/equations.md 12 and 13), and schedules.
 
 Pure: torch alone. `B` states, `A` actions; `valid` is bool [B, A], True for the actions that a state allows, all of
 them by default. What a masked action's Q holds, NaN included, does not matter.
@@ -69,7 +69,7 @@ def boltzmann_probabilities(q: torch.Tensor, temperature: float, valid: torch.Te
 def scheduled(name: str, step: int, total_steps: int, start: float, end: float) -> float:
     """An ε or a τ after `step` of `total_steps`: from `start` down to `end`, where it stays.
 
-    `linear`, `cosine` (EQUATIONS row 8), or `constant`, which is `start` for ever.
+    `linear`, `cosine` (docs/equations.md 8), or `constant`, which is `start` for ever.
 
     Raises:
         ValueError: an unknown name, a negative step, no step at all, or not 0 <= end <= start.
