@@ -54,6 +54,20 @@ def test_the_installed_program_exits_2_with_one_plain_line(tmp_path: Path) -> No
     assert done.stderr == f"error: {tmp_path}/no.yaml: no such config\n"
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["config", "show", "nowhere.yaml"], 2)])
+def test_what_crashes_when_the_interpreter_ends_costs_no_exit_code(arguments: list[str], code: int) -> None:
+    program = (
+        "import os, sys, mmrl_ray.cli as cli\n"
+        "class Late:\n"
+        "    def __del__(self): os.abort()\n"
+        "sys.late = Late()\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stdout + done.stderr
+
+
 def test_the_version_is_told() -> None:
     assert mmrl("--version").stdout == f"mmrl {mmrl_ray.__version__}\n"
     assert "Usage: " in mmrl().output
