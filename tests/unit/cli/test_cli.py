@@ -41,7 +41,7 @@ def test_answers_without_importing_anything_heavy(arguments: list[str], config: 
         "print('HEAVY', [m for m in ('torch', 'ray', 'transformers', 'pyarrow', 'numpy') if m in sys.modules])"
     )
     argv = [str(config) if a == "CONFIG" else a for a in arguments]
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.endswith("HEAVY []\n")
 
 
@@ -60,7 +60,7 @@ def test_what_crashes_when_the_interpreter_ends_costs_no_exit_code(arguments: li
         "import os, sys, mmrl_ray.cli as cli\n"
         "class Late:\n"
         "    def __del__(self): os.abort()\n"
-        "sys.late = Late()\n"
+        "late = Late()\n"
         "cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
