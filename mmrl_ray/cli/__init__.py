@@ -4,7 +4,11 @@ Nothing heavy is imported at the top: `mmrl --help` and `mmrl config schema` ans
 failure, 2 a wrong config or command line (of `mmrl check`: any failure), 130 interrupted.
 """
 
+import atexit
+import logging
 import os
+import sys
+from contextlib import suppress
 
 # Read when torch is loaded, which commands do later; see `runs/cluster.py`.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -20,5 +24,23 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """The `mmrl` program."""
-    app()
+    """The `mmrl` program.
+
+    It ends without the interpreter taking itself apart: threads of Ray's and gRPC's that still run by then crash now
+    and then, and a run that is whole would end with the code of a crash.
+    """
+    code = 1
+
+    def end() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads on
+                stream.flush()
+        os._exit(code)
+
+    atexit.register(end)  # what is registered first is called last
+    try:
+        app()
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+        raise
