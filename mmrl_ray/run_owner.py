@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mmrl_ray.errors import RunError
+from mmrl_ray.processes import process_start
 from mmrl_ray.run_dir import RunDir
 
 OWNER_FILE = "owner.json"
@@ -161,15 +162,6 @@ def told(owner: dict[str, Any]) -> str:
         f", since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}" if isinstance(since, int | float) else ""
     )
     return f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}{when}"
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in ticks since boot; None if there is none. Pids are used again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _machine() -> str:

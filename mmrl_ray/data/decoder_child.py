@@ -8,18 +8,12 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmrl_ray.child.main import receive, send, send_parts
 from mmrl_ray.errors import ImageError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-_SEND_PIXELS = 2**20
-"""At a time."""
 _NICENESS = 10
 """A tenth of what others get, where all want a core."""
 
@@ -40,7 +34,7 @@ def work(owner: socket.socket) -> None:
     error or a size, and, where they are wanted, the pixels.
     """
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy would start one a core, each with memory of its own
-    from mmrl_ray.data.images import decode_image
+    from mmrl_ray.data.images import bands, decode_image
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while (head := receive(owner)) is not None and (data := receive(owner)) is not None:
@@ -55,7 +49,7 @@ def work(owner: socket.socket) -> None:
         _set_budget(0.0, None)
         send(owner, json.dumps({"size": image.size}).encode())
         if asked["pixels"]:
-            send_parts(owner, 3 * image.width * image.height, _bands(image))
+            send_parts(owner, 3 * image.width * image.height, bands(image))
 
 
 def _set_budget(cpu_s: float, memory_bytes: int | None) -> None:
@@ -70,9 +64,3 @@ def _memory() -> int:
     """Bytes that count against `RLIMIT_DATA`."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[5]) * resource.getpagesize()
-
-
-def _bands(image: Image.Image) -> Iterator[bytes]:
-    rows = max(1, _SEND_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(top + rows, image.height))).tobytes()

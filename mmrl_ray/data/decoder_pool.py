@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from PIL import Image
 
 from mmrl_ray.child.process import ChildProcess, Lost
-from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, inspect_image
+from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, banded, inspect_image
 from mmrl_ray.errors import ImageError, ProcessError
 
 WORKERS = 3
@@ -97,9 +97,12 @@ class DecoderPool:
             pixels = process.more(_TIMEOUT_S)
         if isinstance(pixels, Lost):
             raise ProcessError(pixels.reason)
-        if width * height > max_pixels or len(pixels) != 3 * width * height:
-            raise ProcessError(f"the decoder's process gave {len(pixels):,} bytes for {width}x{height} pixels")
-        return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+        if width * height > max_pixels:
+            raise ProcessError(f"the decoder's process gave {width}x{height} pixels")
+        try:
+            return banded(width, height, memoryview(pixels))
+        except ValueError as error:
+            raise ProcessError(f"the decoder's process is wrong: {error}") from error
 
     def check(
         self,

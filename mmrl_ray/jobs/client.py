@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
 from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, UnknownJobError
 from mmrl_ray.jobs.records import Job, JobFacts, Status, check_id
+from mmrl_ray.processes import listener
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _TIMEOUT_S = 60.0
@@ -220,8 +219,9 @@ class JobsClient:
         if "already exists" in told[2] or "already been used" in told[2]:
             return JobError(f"there is a job {id} at {self.address} already: choose another --id")
         if _NO_AGENT.search(told[2]) is not None:
-            holder = _holder(_AGENT_PORT)
-            kind = JobSetupError if holder else JobServerError
+            found = listener(_AGENT_PORT)
+            holder = "" if found is None else f" (there listens {found})"
+            kind = JobServerError if found is None else JobSetupError
             return kind(
                 f"Ray at {self.address} has no agent that would start jobs: it has just begun, or another Ray "
                 f"of its head node has the agent's port, {_AGENT_PORT} unless it was told otherwise{holder}. That "
@@ -276,20 +276,6 @@ def _port_of(process: psutil.Process, first: int, retries: int) -> int:
     """Where a dashboard listens, which takes the next ports where its first one is taken."""
     held = {each.laddr.port for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN}
     return min((port for port in held if first <= port <= first + retries), default=first)
-
-
-def _holder(port: int) -> str:
-    """Which process of this machine listens on a port, as far as one may know; empty otherwise."""
-    try:
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                for held in process.net_connections(kind="tcp"):
-                    if held.status == psutil.CONN_LISTEN and held.laddr.port == port:
-                        name = " ".join(process.cmdline()[:3])[:80] or process.name()
-                        return f" (on {socket.gethostname()} process {process.pid} listens there: {name})"
-    except psutil.Error:
-        pass
-    return ""
 
 
 def own_ray() -> str:

@@ -268,11 +268,11 @@ class Decoder:
 
     def _in_turn(self) -> list[Cohort]:
         """What gets a token at this step."""
-        if not self._shares.several:
+        if not self._shares.named:
             return self._cohorts
         callers = [self._callers(cohort) for cohort in self._cohorts]
         everybody = set().union(*callers)
-        if len(everybody) < 2:
+        if not everybody:
             return self._cohorts
         least = self._shares.least(everybody)
         chosen = [(cohort, found) for cohort, found in zip(self._cohorts, callers, strict=True) if least in found]

@@ -34,6 +34,7 @@ from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.shutdown import stop_jobs
 from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.trial import try_quickly
+from mmrl_ray.processes import listener
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.runs.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.runs.cluster import ray_at
@@ -42,7 +43,7 @@ from mmrl_ray.runs.progress import RunProgress
 from mmrl_ray.runs.target import STATISTICS
 from mmrl_ray.runs.warm_start import base_for_use, same_base
 from mmrl_ray.serving.flags import set_flags
-from mmrl_ray.serving.haproxy import clear_leftovers, listener
+from mmrl_ray.serving.haproxy import clear_leftovers
 from mmrl_ray.serving.names import APP
 from mmrl_ray.serving.recipes import recipe_configs
 from mmrl_ray.telemetry.terminal import visible

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
+from mmrl_ray.processes import process_start
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def mark_session(folder: Path) -> None:
     sessions = sorted(folder.glob(f"session_*_{os.getpid()}"))
     if not sessions:
         return
-    owner = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": socket.gethostname()}
+    owner = {"pid": os.getpid(), "started": process_start(os.getpid()), "host": socket.gethostname()}
     try:
         (sessions[-1] / MARK).write_text(json.dumps(owner))
     except OSError as error:
@@ -71,7 +71,7 @@ def _is_left(session: Path) -> bool:
     if time.time() - _last_written(session) < KEPT_S:
         return False
     owner = json.loads((session / MARK).read_text())
-    return owner["host"] != socket.gethostname() or not _lives(int(owner["pid"]), float(owner["started"]))
+    return owner["host"] != socket.gethostname() or process_start(int(owner["pid"])) != owner["started"]
 
 
 def _last_written(session: Path) -> float:
@@ -81,10 +81,3 @@ def _last_written(session: Path) -> float:
     if logs.is_dir():
         looked_at += logs.iterdir()
     return max(path.lstat().st_mtime for path in looked_at)
-
-
-def _lives(pid: int, started: float) -> bool:
-    try:
-        return abs(psutil.Process(pid).create_time() - started) < 1.0
-    except psutil.NoSuchProcess:
-        return False

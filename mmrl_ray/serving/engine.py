@@ -13,6 +13,7 @@ import asyncio
 import io
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,10 +45,16 @@ from mmrl_ray.serving.answers import Answers
 from mmrl_ray.serving.decode_thread import DecodeThread, Ticket
 from mmrl_ray.serving.decoding import RequestDecoder
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, Served
+from mmrl_ray.serving.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 _ENCODERS = 2
+_ABOUT_S = 1.0
+"""So long after its last request a caller may be about to ask again."""
+_REST = 3
+"""While others are about a caller's next prompt is encoded so many times as long after its last one as that took: a
+client that leaves before its first token has no other cost, and Python has one interpreter for it and the model."""
 _FOR_OTHERS = 4
 """One caller leaves one in so many of the places to wait free."""
 _WARM_UP_SIDE = 128
@@ -99,8 +106,11 @@ class Engine:
         self._encoders = ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
         self._decoder = RequestDecoder()
         self._leases = AdapterLeases(pool, self._thread) if pool is not None else None
-        self._present: set[object] = set()
-        """Requests that have not ended; the event loop's."""
+        self._turns = Turns(_ENCODERS)
+        self._present: dict[object, str | None] = {}
+        """Requests that have not ended, with their callers; the event loop's."""
+        self._left: dict[str | None, float] = {}
+        """By caller, when its last request ended: `time.monotonic`, of the last second."""
         self._waiting: dict[object, str | None] = {}
         """Those of them without a first token, with their callers; the decode thread takes them out."""
         self._answers = Answers(policy.tokenizer)
@@ -156,7 +166,7 @@ class Engine:
                 raise self._too_slow() from error
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
-        """See `PolicyService`."""
+        """See `PolicyService`. Nothing comes before the first token: until then an error is the answer's own."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         with self._counted(request.caller) as mark, _own_errors():
             resident = None
@@ -166,11 +176,14 @@ class Engine:
                     resident = await self._lease(request.model)
                     ticket = await self._ticket(request, resident, mark, streams=True)
                 self._thread.submit(ticket)
-                yield self._served(request, resident, ticket.prompt)
+                begun = False
                 while ticket.output is None or ticket.events:
                     # Around each wait, not the whole: a time-out must not strike while the caller is at work.
                     async with asyncio.timeout_at(deadline):
                         await ticket.news.wait()
+                    if not begun and ticket.error is None:
+                        begun = True
+                        yield self._served(request, resident, ticket.prompt)
                     for delta in self._answers.deltas(ticket.read()):
                         yield delta
                     if ticket.error is not None:
@@ -236,13 +249,14 @@ class Engine:
             raise OverloadedError(f"{mine} requests of this key are waiting already; try again later")
         mark = object()
         self._requests += 1
-        self._present.add(mark)
+        self._present[mark] = caller
         self._waiting[mark] = caller
         try:
             yield mark
         finally:
             self._waiting.pop(mark, None)
-            self._present.discard(mark)
+            del self._present[mark]
+            self._left[caller] = time.monotonic()
 
     async def _lease(self, model: str) -> Resident | None:
         """The version of the adapter that the request takes; None for the base."""
@@ -259,7 +273,11 @@ class Engine:
             raise ConfigError(f"n={request.n} completions: from 1 to {self._max_rows} can be asked for")
         loop = asyncio.get_running_loop()
         turns = [(turn.role, turn.parts) for turn in request.turns]
-        async with self._decoder.decoded(request.images, request.caller) as pictures:
+        caller = request.caller
+        async with (
+            self._decoder.decoded(request.images, caller) as pictures,
+            self._turns.turn(caller, rest=self._rest(caller)),
+        ):
             encode = partial(self._encode, turns, request.images, request.sampling, pictures)
             prompt = await loop.run_in_executor(self._encoders, encode)
         name = resident.name if resident is not None else BASE
@@ -269,6 +287,11 @@ class Engine:
             sampling = replace(sampling, value_beta=resident.beta)
         on_start = partial(self._waiting.pop, mark, None)
         return Ticket(prompt, request.n, sampling, adapter, streams, loop, request.caller, on_start)
+
+    def _rest(self, caller: str | None) -> float:
+        now = time.monotonic()
+        self._left = {other: left for other, left in self._left.items() if now - left < _ABOUT_S}
+        return _REST if any(other != caller for other in (*self._present.values(), *self._left)) else 0.0
 
     def _encode(
         self,

@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 from starlette.responses import JSONResponse, Response
 
-from mmrl_ray.run_owner import process_start
+from mmrl_ray.processes import process_start
 from mmrl_ray.serving.auth import BROWSER_PATHS, LIVE, no_key
 from mmrl_ray.serving.http_errors import HARMLESS_ID, closed, error_response, rate_limited, unavailable
 
@@ -203,12 +203,3 @@ def _haproxies_of(folder: Path) -> Iterator[psutil.Process]:
         arguments = process.info["cmdline"] or []
         if any(a == "-f" and b.startswith(f"{folder}/") for a, b in itertools.pairwise(arguments)):
             yield process
-
-
-def listener(port: int) -> str | None:
-    """Which process listens on a TCP port of this machine, as far as this user may see."""
-    with contextlib.suppress(psutil.Error):
-        for each in psutil.net_connections("tcp"):
-            if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid is not None:
-                return f"process {each.pid}, {psutil.Process(each.pid).name()}"
-    return None

@@ -1,4 +1,4 @@
-"""Places that callers share: whoever holds the fewest is next, and nobody holds all of them."""
+"""Places that callers share: whoever holds the fewest is next, nobody holds all of them, and some rest in between."""
 
 from __future__ import annotations
 
@@ -20,14 +20,23 @@ class Turns:
         self._last: dict[str | None, int] = {}
         """By caller that waits or holds a place, when it was handed one last."""
         self._handed = 0
+        self._rested: dict[str | None, float] = {}
+        """By caller that rests, when it may go on: `loop.time`, the same clock in every loop."""
+        self._timer: asyncio.TimerHandle | None = None
+        """For the first one that waits and rests."""
 
     @asynccontextmanager
-    async def turn(self, caller: str | None) -> AsyncIterator[None]:
-        """Holds a place inside."""
+    async def turn(self, caller: str | None, *, rest: float = 0.0) -> AsyncIterator[None]:
+        """Holds a place inside; the caller's next one comes `rest` times as long after it as it was held."""
         await self._take(caller)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             yield
         finally:
+            if rest > 0:
+                now = loop.time()
+                self._rested[caller] = max(self._rested.get(caller, 0.0), now + rest * (now - began))
             self._give_back(caller)
 
     async def _take(self, caller: str | None) -> None:
@@ -54,10 +63,17 @@ class Turns:
 
     def _hand_out(self) -> None:
         """To the caller with the fewest places, of several to who had the last one longest ago, in its own order."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._rested = {caller: end for caller, end in self._rested.items() if end > now}
         while self._free:
-            able = [(c, place) for c, place in self._waiting if self._held[c] < self._most and not place.done()]
+            able = [
+                (c, place)
+                for c, place in self._waiting
+                if self._held[c] < self._most and c not in self._rested and not place.done()
+            ]
             if not able:
-                return
+                break
             caller, place = min(able, key=lambda each: (self._held[each[0]], self._last.get(each[0], 0)))
             self._handed += 1
             self._last[caller] = self._handed
@@ -65,3 +81,8 @@ class Turns:
             self._held[caller] += 1
             self._free -= 1
             place.set_result(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        ends = [self._rested[caller] for caller, _ in self._waiting if caller in self._rested]
+        # A loop's timers may come up to its clock's resolution early.
+        self._timer = loop.call_at(min(ends) + 0.001, self._hand_out) if ends else None

@@ -16,6 +16,7 @@ from pyarrow import fs
 
 from mmrl_ray import run_owner
 from mmrl_ray.errors import RunError
+from mmrl_ray.processes import process_start
 from mmrl_ray.run_dir import RunDir
 from mmrl_ray.run_owner import OWNER_FILE, RunOwner, living_owner
 
@@ -49,9 +50,7 @@ def test_a_second_process_is_refused_and_told_who_has_it(run: RunDir) -> None:
 
 def test_the_place_of_a_process_that_is_dead_is_taken(run: RunDir) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    left_behind(
-        run, host="here", pid=child.pid, started=run_owner.process_start(child.pid), machine=run_owner._machine()
-    )
+    left_behind(run, host="here", pid=child.pid, started=process_start(child.pid), machine=run_owner._machine())
     try:
         with pytest.raises(RunError, match=f"process {child.pid} on here"), RunOwner(run):
             pass

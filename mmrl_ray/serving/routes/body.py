@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -65,29 +64,11 @@ async def read_json(request: Request, model: type[Body], timeout_s: float) -> Bo
     if len(raw) < _SMALL_BYTES:
         return _parsed(raw, model)
     async with asyncio.timeout(timeout_s):
-        return await _LARGE.run(caller_id(request), lambda: _parsed(raw, model))
+        async with _LARGE.turn(caller_id(request), rest=_REST):
+            return _parsed(raw, model)
 
 
-class _Shared:
-    """The event loop's time, of which no caller has more than its part."""
-
-    def __init__(self) -> None:
-        self._turns = Turns(_AT_A_TIME, most=1)
-        self._rested: dict[str | None, float] = {}
-        """By caller, when it may go on; there are no more of them than keys."""
-
-    async def run(self, caller: str | None, work: Callable[[], _Made]) -> _Made:
-        async with self._turns.turn(caller):
-            await asyncio.sleep(max(0.0, self._rested.get(caller, 0.0) - time.monotonic()))
-            began = time.monotonic()
-            try:
-                return work()
-            finally:
-                now = time.monotonic()
-                self._rested[caller] = now + _REST * (now - began)
-
-
-_LARGE = _Shared()
+_LARGE = Turns(_AT_A_TIME, most=1)
 
 
 def _parsed(raw: bytes, model: type[Body]) -> Body:

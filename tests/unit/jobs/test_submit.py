@@ -166,7 +166,9 @@ def test_a_port_that_another_has_is_named_with_the_cure(monkeypatch: pytest.Monk
         try:
             client = JobsClient(f"http://127.0.0.1:{server.server_port}")
             monkeypatch.setattr(jobs_client, "_AGENT_PORT", server.server_port)
-            cure = rf"port, {server.server_port} .*process {os.getpid()} listens.*--dashboard-agent-listen-port"
+            cure = (
+                rf"port, {server.server_port} .*there listens process {os.getpid()} on .*--dashboard-agent-listen-port"
+            )
             with pytest.raises(JobSetupError, match=cure):
                 client.jobs()
             with socket.socket() as free:

@@ -141,6 +141,21 @@ def test_callers_with_groups_of_all_rows_take_turns(policy: Policy, prompts: lis
     assert "".join(order.values()) == "abcaaa"
 
 
+def test_who_leaves_before_the_first_token_pays_for_the_prompts(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    prompt, decoder, steps = prompts[0], Decoder(policy), 0
+    stays = decoder.admit(prompt, 1, dataclasses.replace(GREEDY, max_new_tokens=64), caller="b")
+    while decoder.unfinished(stays):
+        leaving = decoder.admit(prompt, 1, GREEDY, caller="a")
+        decoder.step()
+        steps += 1
+        decoder.cancel(leaving)
+    a_prompt_in_steps = prompt.input_ids.numel() / 9
+    assert steps > 10 * a_prompt_in_steps
+    assert 3 < decoder.counters["prompts"] <= 3 + steps / a_prompt_in_steps
+    alone = decoder.admit(prompt, 1, GREEDY, caller="a")
+    assert any(event.handle == alone for event in decoder.step()), "who is alone owes nobody anything"
+
+
 def test_light_callers_share_passes(policy: Policy, prompts: list[EncodedPrompt]) -> None:
     decoder = Decoder(policy)
     for i in range(12):

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 from queue import Queue
 
-import psutil
 import pytest
 import ray
 from ray._private import ray_logging, services, utils
 from ray._private.auto_init_hook import auto_init_ray
 
 from mmrl_ray.errors import RaySessionError, RunError
+from mmrl_ray.processes import process_start
 from mmrl_ray.runs import cluster
 from mmrl_ray.runs.cluster import configure_ray, node_local_root_refused, ray_at
 from mmrl_ray.runs.interrupts import StopOnInterrupt
@@ -151,7 +151,9 @@ def test_old_sessions_of_this_product_are_deleted_and_nobody_elses(tmp_path: Pat
     long_ago = time.time() - 3 * KEPT_S
     sleeper = subprocess.Popen(["sleep", "60"])
 
-    def session(name: str, *, marked: bool = True, pid: int = 2**22 + 1, host: str = "", began: float = 0.0) -> Path:
+    def session(
+        name: str, *, marked: bool = True, pid: int = 2**22 + 1, host: str = "", began: str | None = "0"
+    ) -> Path:
         """Of a process that is gone; nothing was written into it for days."""
         folder = tmp_path / f"session_{name}"
         (folder / "logs").mkdir(parents=True)
@@ -168,7 +170,7 @@ def test_old_sessions_of_this_product_are_deleted_and_nobody_elses(tmp_path: Pat
         reused = session("reused", pid=sleeper.pid)
         kept = [
             session("others", marked=False),
-            session("alive", pid=sleeper.pid, began=psutil.Process(sleeper.pid).create_time()),
+            session("alive", pid=sleeper.pid, began=process_start(sleeper.pid)),
             session("torn"),
             session("fresh", host="a pod that shares the folder"),
         ]

@@ -416,6 +416,24 @@ def test_a_request_that_takes_too_long_ends(policy: Policy, monkeypatch: pytest.
         run(work())
 
 
+def test_a_stream_begins_with_its_first_token(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(policy) as engine:
+        gate = Gate(monkeypatch)
+
+        async def work() -> None:
+            stream = engine.stream(ask())
+            first = asyncio.ensure_future(anext(stream))
+            await until(gate.reached.is_set)
+            await asyncio.sleep(0.05)
+            assert not first.done(), "what goes wrong until then can still be the answer"
+            gate.open()
+            assert isinstance(await first, Served)
+            assert isinstance(await anext(stream), Delta)
+            await stream.aclose()
+
+        run(work())
+
+
 def test_before_and_after_nothing_is_answered(policy: Policy) -> None:
     values = {"vision_cache_bytes": 0, "max_rows": 4, "max_queue": 4, "timeout_s": 1.0}
     engine = Engine(policy, None, model_id="tiny", created=0, **values)

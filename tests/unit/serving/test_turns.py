@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from mmrl_ray.serving.turns import Turns
 
@@ -70,3 +71,24 @@ def test_a_place_handed_to_somebody_who_leaves_goes_on() -> None:
             pass
 
     asyncio.run(work())
+
+
+def test_who_rests_waits_longer_than_it_worked_and_nobody_else_does() -> None:
+    held, began = 0.03, dict[str, float]()
+
+    async def work() -> None:
+        turns = Turns(2)
+
+        async def hold(name: str) -> None:
+            async with turns.turn(name[0], rest=4.0 if name[0] == "a" else 0.0):
+                began[name] = time.monotonic()
+                await asyncio.sleep(held)
+
+        async with asyncio.timeout(5):
+            await asyncio.gather(*map(hold, ("a0", "a1", "a2", "b0", "b1", "b2")))
+
+    asyncio.run(work())
+    assert sorted(began, key=began.__getitem__)[-2:] == ["a1", "a2"], "the others have gone on meanwhile"
+    assert began["a1"] - began["a0"] >= 5 * held
+    assert began["a2"] - began["a1"] >= 5 * held
+    asyncio.run(work())  # in another loop: what was begun in the first has no part in it
