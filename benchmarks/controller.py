@@ -2,7 +2,7 @@
 
     python benchmarks/controller.py
 
-Everything is the product's own but the engines: the controller on Ray with its pool, its ledger, its buffer, its step
+Everything is the product's own but the engines: the controller on Ray with its pool, its tracker, its buffer, its step
 plans, its rollout log and its status; workers that are Ray actors in processes of their own, and hand their groups over
 by reference. An engine only sleeps, so many seconds a group, and returns groups of a fixed payload; the learner takes
 each plan at once and publishes weights of a few KB.
@@ -33,17 +33,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.data import ScenesSection
-from mmrl_ray.data.scenes import generate_scenes
+from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.data.writing import write_parquet
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup, StepPlan, VisionFeatures
-from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.rollouts.protocols import FetchWeights
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.cluster import ray_at
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, FetchWeights
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.training.cluster import ray_at
 
 WORKERS = 32
 SAMPLES = 512

@@ -30,13 +30,13 @@ import pyarrow.parquet as pq
 
 from mmrl_ray.config.load import load_config
 from mmrl_ray.data.samples import read_split
+from mmrl_ray.evaluation.captioning import target_captions
+from mmrl_ray.evaluation.model_source import open_target
+from mmrl_ray.evaluation.records import load_evaluation
 from mmrl_ray.metrics.bootstrap import Interval, bootstrap_difference, bootstrap_mean
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.captioning import target_captions
-from mmrl_ray.runs.eval_records import load_evaluation
-from mmrl_ray.runs.target import open_target
-from mmrl_ray.runs.train import SUMMARY, train
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.training.train import SUMMARY, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "ilql.yaml"
 EARLY = 9

@@ -43,8 +43,8 @@ from life_trial import Trial, make_hub
 from rich.console import Console
 from rich.table import Table
 
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.run_owner import living_owner
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_owner import living_owner
 
 KINDS = ("killed", "signalled", "twice", "moved", "caches")
 SAME = ("reward/mean", "loss", "grad_norm", "lr", "entropy")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mmrl_ray.learner.checkpoints import checkpoint_steps  # noqa: E402
-from mmrl_ray.run_dir import RunDir  # noqa: E402
+from mmrl_ray.run_records.run_dir import RunDir  # noqa: E402
 
 STEPS, EVERY, GROUPS, SIZE = 24, 2, 4, 4
 HUB_MODEL = "acme/tiny"
@@ -52,7 +52,7 @@ def config() -> dict[str, Any]:
 
 def make_hub(folder: Path) -> None:
     """A hub's cache with one tiny model, as a download leaves it."""
-    from mmrl_ray.data.scenes import scenes_vocabulary
+    from mmrl_ray.data.scenes.generator import scenes_vocabulary
     from mmrl_ray.policy.tiny import build_tiny_llava
 
     commit = "0" * 40

@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.data import ScenesSection
-from mmrl_ray.data.scenes import generate_scenes
+from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.scenes.generator import generate_scenes
+from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.cluster import ray_session
-from mmrl_ray.runs.reward_app import RunReward
-from mmrl_ray.runs.target import STATISTICS
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.training.cluster import ray_session
+from mmrl_ray.training.serve_apps import RunReward
 
 BATCH = 128
 REPEATS = 200

@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from mmrl_ray.config.data import ScenesSection
 from mmrl_ray.config.load import load_reward_model_config
 from mmrl_ray.config.reward_model import RewardDataSection
-from mmrl_ray.data.scenes import generate_scenes
-from mmrl_ray.feedback.scene_preferences import label_noise, scene_preferences, write_scene_preferences
-from mmrl_ray.models.fusion import FUSIONS
-from mmrl_ray.models.reward_folder import load_reward_model
-from mmrl_ray.models.vision_source import source_of
-from mmrl_ray.runs.reward_model import evaluate_reward, train_reward
+from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.scenes.generator import generate_scenes
+from mmrl_ray.preferences.scene_preferences import label_noise, scene_preferences, write_scene_preferences
+from mmrl_ray.reward_model.folder import load_reward_model
+from mmrl_ray.reward_model.fusion import FUSIONS
+from mmrl_ray.reward_model.run import evaluate_reward, train_reward
+from mmrl_ray.reward_model.vision_source import source_of
 
 CONFIG = Path(__file__).parents[1] / "configs" / "reward-model.yaml"
 SCENES = ScenesSection(train=2000, eval=200)

@@ -48,27 +48,28 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
-from mmrl_ray.data.scene_language import attribute_scores
+from mmrl_ray.data.scenes.language import attribute_scores
+from mmrl_ray.evaluation.captioning import caption_samples
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.experience.seeds import derive_seed, group_seed
-from mmrl_ray.feedback.files import write_preferences
-from mmrl_ray.feedback.scene_preferences import FAULTS, faulty_caption
-from mmrl_ray.feedback.schema import Pair, Preference
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.text import words
-from mmrl_ray.policy.adapter import adapter_state, add_adapter
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.preferences.files import write_preferences
+from mmrl_ray.preferences.scene_preferences import FAULTS, faulty_caption
+from mmrl_ray.preferences.schema import Pair, Preference
+from mmrl_ray.reward_model.run import train_reward
 from mmrl_ray.rewards.build import NOTHING, build_reward
-from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
 from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.engine import RolloutEngine
-from mmrl_ray.runs.captioning import caption_samples
-from mmrl_ray.runs.reward_model import train_reward
-from mmrl_ray.runs.warm_start import warm_start
+from mmrl_ray.rollouts.types import Assignment, GroupRequest
+from mmrl_ray.training.warm_start import warm_start
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 WORD = "star"

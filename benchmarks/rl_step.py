@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.data import ScenesSection
-from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary
+from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary
 from mmrl_ray.data.writing import write_parquet
 from mmrl_ray.policy.tiny import build_tiny_llava
-from mmrl_ray.runs.train import train
+from mmrl_ray.training.train import train
 
 PROMPT = "describe"
 """With the chat template's 4 tokens and 256 image tokens it makes P = 261."""

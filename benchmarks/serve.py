@@ -42,8 +42,8 @@ from rich.console import Console
 from rich.table import Table
 from rl_step import COMPLETION, PROMPT, build_inputs
 
-from mmrl_ray.config.data import ScenesSection
-from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary
+from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary
 from mmrl_ray.data.writing import write_parquet
 from mmrl_ray.policy.tiny import build_tiny_llava
 

@@ -40,16 +40,16 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from serve import Load, Server, body, ours  # noqa: E402
 
-from mmrl_ray.config.data import ScenesSection  # noqa: E402
-from mmrl_ray.config.model import LoraSection, ModelSection  # noqa: E402
+from mmrl_ray.config.sections import LoraSection, ModelSection, ScenesSection  # noqa: E402
 from mmrl_ray.data.samples import Sample  # noqa: E402
-from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary  # noqa: E402
+from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary  # noqa: E402
 from mmrl_ray.learner.checkpoints import save_live_version  # noqa: E402
-from mmrl_ray.policy.adapter import adapter_parameters, add_adapter  # noqa: E402
-from mmrl_ray.policy.load import Policy, load_policy  # noqa: E402
+from mmrl_ray.policy.load import load_policy  # noqa: E402
+from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter  # noqa: E402
+from mmrl_ray.policy.model import Policy  # noqa: E402
 from mmrl_ray.policy.prompts import encode_prompts  # noqa: E402
 from mmrl_ray.policy.tiny import build_tiny_llava  # noqa: E402
-from mmrl_ray.run_dir import RunDir  # noqa: E402
+from mmrl_ray.run_records.run_dir import RunDir  # noqa: E402
 
 ADAPTER = "live-policy"
 PROMPT = "describe"

@@ -26,14 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from rl_step import COMPLETION, GROUP_SIZE, IMAGES, PROMPT, build_inputs
 
-from mmrl_ray.config.model import LoraSection, ModelSection
+from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.adapter import add_adapter
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy
-from mmrl_ray.policy.prefix import ScorePath, score_completions
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import add_adapter
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.scoring.prefix import ScorePath, score_completions
 from mmrl_ray.policy.vision import VisionCache, image_inputs, vision_features
 
 REPEATS = 5

@@ -19,14 +19,14 @@ from typing import Any
 from mmrl_ray.algorithms.dqn.features import image_features
 from mmrl_ray.config.load import load_config
 from mmrl_ray.data.samples import read_split
+from mmrl_ray.evaluation.model_source import STATISTICS, open_target
+from mmrl_ray.evaluation.records import load_evaluation
 from mmrl_ray.metrics.bootstrap import Interval, bootstrap_mean
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.models.fusion import FUSIONS
+from mmrl_ray.reward_model.fusion import FUSIONS
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.eval_records import load_evaluation
-from mmrl_ray.runs.target import STATISTICS, open_target
-from mmrl_ray.runs.train import SUMMARY, train
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.training.train import SUMMARY, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "value_based.yaml"
 

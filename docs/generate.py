@@ -79,7 +79,7 @@ def _bars_in_code(row: str) -> str:
 
 def routes() -> Lines:
     """The gateway's OpenAPI document: routes with their bodies, then the bodies' fields."""
-    from mmrl_ray.config.fine_tuning import FineTuningSection
+    from mmrl_ray.config.serving import FineTuningSection
     from mmrl_ray.config.serving import ServingSection
     from mmrl_ray.serving.app import GatewayDeps, make_app
 
@@ -159,7 +159,7 @@ def metrics() -> Lines:
 
 def figures() -> Lines:
     """Figures of `metrics.jsonl`, by the report's curves."""
-    from mmrl_ray.runs.report_charts import PANELS
+    from mmrl_ray.report.charts import PANELS
 
     yield from ("| figure (`…/` is a family) | curve of the report | unit |", "|---|---|---|")
     for panel in PANELS:
@@ -169,7 +169,7 @@ def figures() -> Lines:
 
 def events() -> Lines:
     """Kinds of events, as the report puts them in words."""
-    from mmrl_ray.runs.report_events import EVENT_WORDS
+    from mmrl_ray.report.events import EVENT_WORDS
 
     yield from ("| `kind` | |", "|---|---|")
     yield from (f"| `{kind}` | {words} |" for kind, words in EVENT_WORDS.items())
@@ -179,16 +179,16 @@ def schemas() -> Lines:
     """Columns of each Parquet file, with the comment that stands beside them in the code."""
     from mmrl_ray.data.row import sample_schema
     from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
-    from mmrl_ray.feedback.schema import PREFERENCE_SCHEMA
-    from mmrl_ray.runs.eval_records import EVAL_SCHEMA
-    from mmrl_ray.runs.state_records import STATE_SCHEMA
+    from mmrl_ray.preferences.schema import PREFERENCE_SCHEMA
+    from mmrl_ray.evaluation.records import EVAL_SCHEMA
+    from mmrl_ray.evaluation.records import STATE_SCHEMA
 
     found = {
         "Datasets: `data.train`, `data.eval`": (sample_schema(several_images=False), "mmrl_ray.data.row"),
         "Rollout log: `rollouts/*.parquet`": (ROLLOUT_SCHEMA, "mmrl_ray.experience.schema"),
-        "Evaluations: `eval/*.parquet`": (EVAL_SCHEMA, "mmrl_ray.runs.eval_records"),
-        "States: `analysis/*.parquet`": (STATE_SCHEMA, "mmrl_ray.runs.state_records"),
-        "Preferences": (PREFERENCE_SCHEMA, "mmrl_ray.feedback.schema"),
+        "Evaluations: `eval/*.parquet`": (EVAL_SCHEMA, "mmrl_ray.evaluation.records"),
+        "States: `analysis/*.parquet`": (STATE_SCHEMA, "mmrl_ray.evaluation.records"),
+        "Preferences": (PREFERENCE_SCHEMA, "mmrl_ray.preferences.schema"),
     }
     for title, (schema, module) in found.items():
         yield from (f"## {title}", "", *_columns(schema, importlib.import_module(module)), "")
@@ -216,14 +216,14 @@ PUBLIC: dict[str, Sequence[str]] = {
         "mmrl_ray.losses.uncertainty",
         "mmrl_ray.losses.dpo",
         "mmrl_ray.losses.ilql",
-        "mmrl_ray.learner.schedule",
+        "mmrl_ray.losses.schedule",
     ),
-    "Fusions": ("mmrl_ray.models.fusion",),
+    "Fusions": ("mmrl_ray.reward_model.fusion",),
     "Rewards": ("mmrl_ray.rewards.base", "mmrl_ray.rewards.captioning", "mmrl_ray.rewards.multimodal"),
     "Measures": (
-        "mmrl_ray.metrics.bleu",
-        "mmrl_ray.metrics.cider",
-        "mmrl_ray.metrics.rouge",
+        "mmrl_ray.metrics.overlap",
+        "mmrl_ray.metrics.overlap",
+        "mmrl_ray.metrics.overlap",
         "mmrl_ray.metrics.bootstrap",
     ),
     "Exploration": ("mmrl_ray.algorithms.dqn.exploration",),

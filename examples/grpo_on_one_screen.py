@@ -19,20 +19,20 @@ from dataclasses import replace
 
 import torch
 
-from mmrl_ray.config.data import ScenesSection
-from mmrl_ray.config.model import LoraSection, ModelSection
+from mmrl_ray.config.sections import LoraSection, ModelSection, ScenesSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.data.scenes import generate_scenes, scenes_vocabulary
+from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.losses.advantages import advantages
 from mmrl_ray.losses.aggregation import completion_scales
 from mmrl_ray.losses.policy_gradient import clipped_loss
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.policy.adapter import adapter_parameters, add_adapter
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy
-from mmrl_ray.policy.prefix import score_completions
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.policy.vision import vision_features
 from mmrl_ray.rewards.captioning import CaptionReward

@@ -13,9 +13,9 @@ from pydantic import Field
 
 from mmrl_ray.algorithms.base import Algorithm, Objective, Panel
 from mmrl_ray.algorithms.policy_gradient import policy_gradient_objective
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.sections import Section
 from mmrl_ray.losses.weighing import StepRewards, StepWeights
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 
 
 class RewardWeightedSection(Section):

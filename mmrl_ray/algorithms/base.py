@@ -34,7 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.sections import Section
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from mmrl_ray.config.schema import Config
     from mmrl_ray.losses.stats import Sums
     from mmrl_ray.losses.weighing import StepRewards, StepWeights
-    from mmrl_ray.policy.collate import LearnerBatch
-    from mmrl_ray.policy.load import Policy
-    from mmrl_ray.policy.prefix import Scores
+    from mmrl_ray.policy.model import Policy
+    from mmrl_ray.policy.scoring.collate import LearnerBatch
+    from mmrl_ray.policy.scoring.prefix import Scores
 
 Source = Literal["rollouts", "pairs", "stored", "environment"]
 """Completions sampled by the policy; labelled pairs of `data.preferences`; groups of `data.rollouts`; an agent's own

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mmrl_ray.algorithms.base import Algorithm, Objective, Panel, SumsObjective
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.sections import Section
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mmrl_ray.config.schema import Config
     from mmrl_ray.losses.dpo import DpoStats
     from mmrl_ray.losses.weighing import StepRewards, StepWeights
-    from mmrl_ray.policy.collate import LearnerBatch
-    from mmrl_ray.policy.load import Policy
-    from mmrl_ray.policy.prefix import Scores
+    from mmrl_ray.policy.model import Policy
+    from mmrl_ray.policy.scoring.collate import LearnerBatch
+    from mmrl_ray.policy.scoring.prefix import Scores
 
 
 class DpoSection(Section):

@@ -1,7 +1,7 @@
 """Implicit language Q-learning (Snell et al. 2022, arXiv:2206.11871): values of tokens from another run's rollouts.
 
 Each stored completion weighs what it earned, with no baseline. Two Q heads and a V head on the policy's hidden states
-learn (`policy/value_heads.py`, `losses/ilql.py`), and decoding adds β(Q − V) to log π.
+learn (`policy/heads.py`, `losses/ilql.py`), and decoding adds β(Q − V) to log π.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mmrl_ray.algorithms.base import Algorithm, Objective, Panel, SumsObjective
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.sections import Section
 
 if TYPE_CHECKING:
     import torch
 
     from mmrl_ray.losses.ilql import IlqlStats
-    from mmrl_ray.policy.collate import LearnerBatch
-    from mmrl_ray.policy.load import Policy
-    from mmrl_ray.policy.prefix import Scores
+    from mmrl_ray.policy.model import Policy
+    from mmrl_ray.policy.scoring.collate import LearnerBatch
+    from mmrl_ray.policy.scoring.prefix import Scores
 
 
 class IlqlSection(Section):
@@ -84,7 +84,7 @@ class Ilql(Algorithm):
 
     def prepare(self, policy: Policy, seed: int) -> None:
         """Fresh heads."""
-        from mmrl_ray.policy.value_heads import add_learning_heads
+        from mmrl_ray.policy.heads import add_learning_heads
 
         add_learning_heads(policy, self.settings(IlqlSection), seed)
 
@@ -105,7 +105,7 @@ class _IlqlObjective(SumsObjective["IlqlStats"]):
     """A completion that earned 0 says as much about values as any other."""
 
     def __init__(self, stats: type[IlqlStats], cfg: IlqlSection, policy: Policy) -> None:
-        from mmrl_ray.policy.value_heads import learning_heads
+        from mmrl_ray.policy.heads import learning_heads
 
         super().__init__(stats)
         self._cfg, self._policy, self._heads = cfg, policy, learning_heads(policy)
@@ -117,7 +117,7 @@ class _IlqlObjective(SumsObjective["IlqlStats"]):
         self, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None, denominator: float, place: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from mmrl_ray.losses.ilql import ilql_loss
-        from mmrl_ray.policy.value_heads import values_of
+        from mmrl_ray.policy.heads import values_of
 
         found = ilql_loss(
             values_of(self._heads, self._policy, batch, scores),

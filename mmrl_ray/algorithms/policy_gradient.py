@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from mmrl_ray.config.learner import LearnerSection
     from mmrl_ray.losses.stats import LossStats
-    from mmrl_ray.policy.collate import LearnerBatch
-    from mmrl_ray.policy.load import Policy
-    from mmrl_ray.policy.prefix import Scores
+    from mmrl_ray.policy.model import Policy
+    from mmrl_ray.policy.scoring.collate import LearnerBatch
+    from mmrl_ray.policy.scoring.prefix import Scores
 
 
 class PolicyGradient(Algorithm):

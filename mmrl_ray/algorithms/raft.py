@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mmrl_ray.algorithms.base import Algorithm, Objective, Panel
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.sections import Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from mmrl_ray.config.schema import Config
     from mmrl_ray.losses.weighing import StepRewards, StepWeights
-    from mmrl_ray.policy.collate import LearnerBatch
-    from mmrl_ray.policy.load import Policy
-    from mmrl_ray.policy.prefix import Scores
+    from mmrl_ray.policy.model import Policy
+    from mmrl_ray.policy.scoring.collate import LearnerBatch
+    from mmrl_ray.policy.scoring.prefix import Scores
 
 
 class RaftSection(Section):
@@ -94,7 +94,7 @@ class _Cloning(Objective):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        from mmrl_ray.losses.masked import masked_sum
+        from mmrl_ray.losses.aggregation import masked_sum
         from mmrl_ray.losses.policy_gradient import reward_guided_loss
 
         loss = reward_guided_loss(

@@ -109,7 +109,7 @@ def own_class(path: str) -> type[Algorithm]:
 
 def _own_folders() -> list[str]:
     """Where a user's modules are: what a job brought, or the working directory."""
-    from mmrl_ray.rewards.isolated import SENT_CODE
+    from mmrl_ray.rewards.function import SENT_CODE
 
     sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
     return [*([str(sent)] if sent.is_dir() else []), os.getcwd()]

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mmrl_ray.algorithms.base import Algorithm, Objective, Panel
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.sections import Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from mmrl_ray.policy.collate import LearnerBatch
-    from mmrl_ray.policy.load import Policy
-    from mmrl_ray.policy.prefix import Scores
+    from mmrl_ray.policy.model import Policy
+    from mmrl_ray.policy.scoring.collate import LearnerBatch
+    from mmrl_ray.policy.scoring.prefix import Scores
 
 
 class SapoSection(Section):
@@ -69,7 +69,7 @@ class _SoftGate(Objective):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        from mmrl_ray.losses.masked import masked_mean, masked_sum
+        from mmrl_ray.losses.aggregation import masked_mean, masked_sum
         from mmrl_ray.losses.policy_gradient import aligned_logprobs, capped_ratio
 
         mask, advantages = scores.mask, batch.advantages[:, None]

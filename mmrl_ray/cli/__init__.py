@@ -10,15 +10,15 @@ import os
 import sys
 from contextlib import suppress
 
-# Read when torch is loaded, which commands do later; see `runs/cluster.py`.
+# Read when torch is loaded, which commands do later; see `training/cluster.py`.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # These register their commands, in the order in which help lists them.
 from mmrl_ray.cli import training  # noqa: F401
 
 # isort: split
-from mmrl_ray.cli import data, deploy, jobs, keys, preferences, reward, scaling, serving  # noqa: F401
-from mmrl_ray.cli.groups import app
+from mmrl_ray.cli import data, jobs, preferences, serving  # noqa: F401
+from mmrl_ray.cli.program import app
 
 __all__ = ["app", "main"]
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmrl_ray.cli.groups import data_app, import_app
-from mmrl_ray.cli.guard import command
+from mmrl_ray.cli.program import command, data_app, import_app
 from mmrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,8 +69,8 @@ def scenes(
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
     """Generate the scenes dataset: coloured shapes with five captions each."""
-    from mmrl_ray.config.data import ScenesSection
-    from mmrl_ray.data.scenes import write_scenes
+    from mmrl_ray.config.sections import ScenesSection
+    from mmrl_ray.data.scenes.generator import write_scenes
 
     section = ScenesSection(train=train, eval=held_out, image_size=image_size, seed=seed, max_objects=max_objects)
     written = write_scenes(section, out / "train", out / "eval")
@@ -91,8 +90,8 @@ def preferences(
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
     """Generate preferences about scenes: a true caption against one with a fault, by a noisy rater."""
-    from mmrl_ray.config.data import ScenesSection
-    from mmrl_ray.feedback.scene_preferences import write_scene_preferences
+    from mmrl_ray.config.sections import ScenesSection
+    from mmrl_ray.preferences.scene_preferences import write_scene_preferences
 
     section = ScenesSection(train=train, eval=held_out, image_size=image_size, seed=seed, max_objects=max_objects)
     rows = write_scene_preferences(section, out, rated=rated)
@@ -101,7 +100,7 @@ def preferences(
 
 def _import(run: Callable[..., ImportSummary]) -> None:
     """Runs an importer with live progress; tells what was written and what was left out."""
-    from mmrl_ray.runs.progress import RunProgress
+    from mmrl_ray.telemetry.terminal import RunProgress
 
     with RunProgress() as shown:
         update = shown.phase("import")

@@ -1,15 +1,30 @@
-"""Commands that put runs onto a cluster as jobs, and look after them."""
+"""Commands that submit runs as jobs and follow them, and that list, show and scale runs by their folders."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import socket
+import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmrl_ray.cli.groups import app, jobs_app
-from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import AsJson, ConfigFile, Overrides, load, show_columns, show_json
+from mmrl_ray.cli.program import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    app,
+    command,
+    jobs_app,
+    load,
+    runs_app,
+    show_columns,
+    show_json,
+)
+from mmrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmrl_ray.jobs.client import JobsClient
@@ -37,6 +52,8 @@ _PYTHON = Annotated[
 ]
 _WAIT = Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log and end with the job's exit code.")]
 _ID = Annotated[str | None, typer.Option("--id", help="What the job is called; made of the run's name otherwise.")]
+_RUN = Annotated[str, typer.Argument(metavar="RUN", help="A run folder: a path, or a location as in run.root.")]
+_WATCH_S = 1.0
 
 
 @command(app, "submit")
@@ -60,7 +77,7 @@ def submit(
 ) -> None:
     """Train on a cluster: send the config and this program as a job, follow it, end with its exit code."""
     cfg = load(config, set_)
-    from mmrl_ray.runs import jobs
+    from mmrl_ray.training import jobs
 
     client = jobs.connect(address)
     source = ctx.get_parameter_source("address")
@@ -135,14 +152,14 @@ def resume(
     name: _JOB, address: _ADDRESS = _DEFAULT_ADDRESS, python: _PYTHON = None, id: _ID = None, wait: _WAIT = True
 ) -> None:
     """Go on with a job's run from its newest checkpoint, in a new job."""
-    from mmrl_ray.runs import jobs
+    from mmrl_ray.training import jobs
 
     client = _client(address)
     _begun(client, jobs.resume(client, name, python=python, id=id), wait)
 
 
 def _client(address: str) -> JobsClient:
-    from mmrl_ray.runs.jobs import connect
+    from mmrl_ray.training.jobs import connect
 
     return connect(address)
 
@@ -156,7 +173,7 @@ def _begun(client: JobsClient, id: str, wait: bool) -> None:
 
 
 def _follow(client: JobsClient, id: str) -> None:
-    from mmrl_ray.runs.jobs import outcome, show_to_end
+    from mmrl_ray.training.jobs import outcome, show_to_end
 
     try:
         job: Job = show_to_end(client, id)
@@ -187,3 +204,91 @@ def _facts(job: Job) -> dict[str, Any]:
 
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+
+@command(runs_app, "list")
+def list_(
+    root: Annotated[
+        str, typer.Argument(metavar="[ROOT]", help="Folder of runs, or a location as in run.root.")
+    ] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """List the runs below a folder: how each stands, and what its reward became."""
+    from mmrl_ray.jobs.control import list_runs
+
+    found = list_runs(root)
+    if as_json:
+        show_json(found)
+        return
+    rows = [("RUN", "STATE", "STEP", "LAST HEARD", "REWARD BEFORE", "AFTER")]
+    for run in found:
+        when = "" if run["heard"] is None else f"{datetime.fromtimestamp(run['heard']):%Y-%m-%d %H:%M}"
+        step = "" if run["step"] is None else f"{run['step']}/{run['steps']}"
+        before, after = ("" if run[key] is None else f"{run[key]:.4f}" for key in ("reward_before", "reward_after"))
+        rows.append((run["run"], run["state"], step, when, before, after))
+    show_columns(rows)
+
+
+@command(app, "status")
+def run_status(
+    run: _RUN,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second, until the run ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one line each time.")] = False,
+) -> None:
+    """Show a run's workers, versions, staleness, queue and throughput, and what waits for what."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from mmrl_ray.jobs.control import RunControl, render
+    from mmrl_ray.run_records.run_dir import RunDir
+
+    control = RunControl(RunDir.at(run))
+    found = control.status()
+    console = Console(highlight=False)
+    if not watch:
+        typer.echo(json.dumps(found)) if as_json else console.print(render(found))
+        return
+    with contextlib.suppress(KeyboardInterrupt):  # how a watcher leaves; the run goes on
+        if as_json:
+            typer.echo(json.dumps(found))
+            while found["alive"]:
+                time.sleep(_WATCH_S)
+                found = control.status()
+                typer.echo(json.dumps(found))
+            return
+        with Live(render(found), console=console, auto_refresh=False) as live:
+            while found["alive"]:
+                time.sleep(_WATCH_S)
+                found = control.status()
+                live.update(render(found), refresh=True)
+
+
+@command(app, "scale")
+def scale(
+    run: _RUN,
+    workers: Annotated[
+        str, typer.Option("--rollout-workers", metavar="N|auto", help="How many; `auto`: as the run sees fit.")
+    ],
+    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait until it is so.")] = 120.0,
+) -> None:
+    """Change how many rollout workers a run in progress has; returns when it has them."""
+    from mmrl_ray.jobs.control import RunControl
+    from mmrl_ray.run_records.control_files import MAX_WORKERS
+    from mmrl_ray.run_records.run_dir import RunDir
+
+    count = None
+    if workers != "auto":
+        if not workers.isdecimal() or not 1 <= int(workers[:9]) <= MAX_WORKERS or len(workers) > 9:
+            raise ConfigError(f"--rollout-workers {workers}: give a number from 1 to {MAX_WORKERS:,}, or auto")
+        count = int(workers)
+    control = RunControl(RunDir.at(run))
+    began = time.monotonic()
+    answer = control.request(count, by=_who(), timeout_s=timeout_s)
+    typer.echo(answer.message)
+    if count is not None:
+        left = max(1.0, timeout_s - (time.monotonic() - began))
+        typer.echo(f"{control.wait_in_effect(answer, timeout_s=left)}, {time.monotonic() - began:.1f} s after asking")
+
+
+def _who() -> str:
+    return f"{os.environ.get('USER') or os.getuid()}@{socket.gethostname()}"

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from mmrl_ray.cli.groups import preferences_app
-from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import AsJson, show_json
+from mmrl_ray.cli.program import AsJson, command, preferences_app, show_json
 from mmrl_ray.errors import ConfigError, PreferenceError
 
 if TYPE_CHECKING:
-    from mmrl_ray.feedback.schema import Pair, Preference
-    from mmrl_ray.feedback.stats import PreferenceStats, Share
-    from mmrl_ray.feedback.store import Written
+    from mmrl_ray.preferences.schema import Pair, Preference
+    from mmrl_ray.preferences.stats import PreferenceStats, Share
+    from mmrl_ray.preferences.store import Written
 
 _STORE = Annotated[
     str,
@@ -45,8 +43,8 @@ def import_(
     ] = None,
 ) -> None:
     """Bring preferences in, and pairs that wait for a label: all of a file or nothing. Twice is once."""
-    from mmrl_ray.feedback.files import read_preferences
-    from mmrl_ray.feedback.store import PreferenceStore
+    from mmrl_ray.preferences.files import read_preferences
+    from mmrl_ray.preferences.store import PreferenceStore
 
     bad: list[PreferenceError] = []
     on_bad = bad.append if skip_bad else None
@@ -68,9 +66,9 @@ def export(
     seed: Annotated[int, typer.Option("--seed", help="Of the blinded order.")] = 0,
 ) -> None:
     """Write preferences, with their pictures, for `mmrl reward train` or any other program."""
-    from mmrl_ray.feedback.files import write_preferences
-    from mmrl_ray.feedback.schema import blinded
-    from mmrl_ray.feedback.store import PreferenceStore
+    from mmrl_ray.preferences.files import write_preferences
+    from mmrl_ray.preferences.schema import blinded
+    from mmrl_ray.preferences.store import PreferenceStore
 
     with PreferenceStore(store, must_exist=True) as opened:
         items: Iterable[Pair | Preference]
@@ -85,8 +83,8 @@ def export(
 @command(preferences_app, "stats")
 def stats(store: _STORE = _DEFAULT, as_json: AsJson = False) -> None:
     """How many there are, how far raters agree, and whether the caption shown first has an advantage."""
-    from mmrl_ray.feedback.stats import preference_stats
-    from mmrl_ray.feedback.store import PreferenceStore
+    from mmrl_ray.preferences.stats import preference_stats
+    from mmrl_ray.preferences.store import PreferenceStore
 
     with PreferenceStore(store, must_exist=True) as opened:
         pairs, found = opened.count_pairs(), preference_stats(opened.preferences())
@@ -109,9 +107,9 @@ def sample(
     store: _STORE = _DEFAULT,
 ) -> None:
     """Take pairs of captions out of a run's rollout log into the store, to be labelled."""
-    from mmrl_ray.feedback.sampling import Strategy, sample_pairs
-    from mmrl_ray.feedback.store import PreferenceStore
-    from mmrl_ray.run_dir import RunDir
+    from mmrl_ray.preferences.dataset import Strategy, sample_pairs
+    from mmrl_ray.preferences.store import PreferenceStore
+    from mmrl_ray.run_records.run_dir import RunDir
 
     known = {name: name for name in get_args(Strategy)}
     if strategy not in known:

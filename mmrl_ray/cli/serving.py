@@ -1,22 +1,41 @@
-"""Commands around a served model: start the gateway, caption and score through it."""
+"""Commands around serving: start the gateway, caption and score through it, manage its keys, render manifests."""
 
 from __future__ import annotations
 
 import functools
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from mmrl_ray.cli.groups import app
-from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import AsJson, Beta, Overrides, show_json
+from mmrl_ray.cli.program import (
+    AsJson,
+    Beta,
+    ConfigFile,
+    Overrides,
+    app,
+    command,
+    deploy_app,
+    keys_app,
+    show_columns,
+    show_json,
+)
 from mmrl_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmrl_ray.serving.keys import KeyRecord, KeyRole, KeyStore
 
 _AT_A_TIME = 16
 _URL = typer.Option("--url", help="A gateway; its key comes from MMRL_API_KEY.")
+_DATABASE = Annotated[
+    str | None,
+    typer.Option("--database", metavar="URL", help="Where the keys are, for SQLAlchemy; the gateway's default else."),
+]
 
 
 @command(app, "serve")
@@ -42,7 +61,7 @@ def serve(
     for target in targets:  # before anything that takes seconds to import
         if Path(target).suffix not in (".yaml", ".yml"):
             refuse_unknown(target)
-    from mmrl_ray.runs.serve import serve as run
+    from mmrl_ray.training.serve import serve as run
 
     run(
         targets,
@@ -87,8 +106,8 @@ def caption(
         refuse_no_run(run)
     else:
         refuse_unknown(model or "")
-    from mmrl_ray.runs.captioning import caption as make
-    from mmrl_ray.runs.interrupts import StopOnInterrupt
+    from mmrl_ray.evaluation.captioning import caption as make
+    from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():
         make(images, run=run, model=model, prompt=prompt, beta=beta, n=n, temperature=temperature)
@@ -141,3 +160,100 @@ def _caption_by(
                     )
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@command(keys_app, "create")
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is; for the list.")],
+    roles: Annotated[
+        list[str] | None, typer.Option("--role", help="infer (by default), feedback or admin; may be repeated.")
+    ] = None,
+    days: Annotated[int | None, typer.Option("--days", min=1, max=36_500, help="It ends after so many days.")] = None,
+    database: _DATABASE = None,
+) -> None:
+    """Make a key and print it, this one time."""
+    expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    key, record = _store(database).create(name, cast("list[KeyRole]", roles or ["infer"]), expires)
+    typer.echo(f"{record.id}: key of {record.name} ({_roles(record)}); it is not shown again", err=True)
+    typer.echo(key)
+
+
+@command(keys_app, "list")
+def show(database: _DATABASE = None, as_json: AsJson = False) -> None:
+    """List the keys that were made, but for what is secret in them."""
+    now = datetime.now(UTC)
+    found = _store(database).list()
+    if as_json:
+        show_json([_facts(record) for record in found])
+        return
+    rows = [("ID", "BEGINS", "NAME", "ROLES", "CREATED", "ENDS")]
+    rows += [(r.id, f"{r.prefix}…", r.name, _roles(r), f"{r.created:%Y-%m-%d}", _end(r, now)) for r in found]
+    show_columns(rows)
+
+
+@command(keys_app, "revoke")
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `mmrl keys list` shows it.")],
+    database: _DATABASE = None,
+) -> None:
+    """End a key for good."""
+    from mmrl_ray.serving.keys import CACHE_S
+
+    record = _store(database).revoke(key_id)
+    typer.echo(f"{record.id}: key of {record.name} is revoked; gateways refuse it within {CACHE_S:g} s")
+
+
+def _store(database: str | None) -> KeyStore:
+    from mmrl_ray.serving.keys import KeyStore, default_database
+
+    return KeyStore(database or default_database())
+
+
+def _facts(record: KeyRecord) -> dict[str, Any]:
+    times = {name: getattr(record, name) for name in ("created", "expires", "revoked")}
+    facts = {"id": record.id, "prefix": record.prefix, "name": record.name, "roles": sorted(record.roles)}
+    return facts | {name: None if time is None else time.isoformat() for name, time in times.items()}
+
+
+def _roles(record: KeyRecord) -> str:
+    return ",".join(sorted(record.roles))
+
+
+def _end(record: KeyRecord, now: datetime) -> str:
+    if record.revoked is not None:
+        return f"revoked {record.revoked:%Y-%m-%d}"
+    if record.expires is None:
+        return "never"
+    return f"{'expired ' if record.expires <= now else ''}{record.expires:%Y-%m-%d}"
+
+
+class _Kind(StrEnum):
+    rayjob = "rayjob"
+    rayservice = "rayservice"
+    raycluster = "raycluster"
+
+
+@command(deploy_app, "render")
+def render(
+    config: ConfigFile,
+    kind: Annotated[
+        _Kind, typer.Option("--kind", help="A run as a job, what it serves, or a cluster for submitted jobs.")
+    ] = _Kind.rayjob,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write; printed otherwise.", show_default=False)
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write the Kubernetes manifests (KubeRay) of a config of `mmrl train` or `mmrl serve`."""
+    from mmrl_ray.config.load import load_any_config
+    from mmrl_ray.deploy.manifests import dump, render
+
+    made_by = ["mmrl", "deploy", "render", str(config), "--kind", kind.value]
+    made_by += [word for override in set_ or () for word in ("--set", override)]
+    text = f"# {shlex.join(made_by)}\n{dump(render(load_any_config(config, set_ or ()), kind.value))}"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(str(out))

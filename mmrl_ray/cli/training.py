@@ -1,4 +1,4 @@
-"""Commands around a training run."""
+"""Commands that train: a run, what comes before and after it, and a learned reward."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmrl_ray.cli.groups import app, config_app
-from mmrl_ray.cli.guard import command
-from mmrl_ray.cli.options import AsJson, Beta, ConfigFile, Overrides, load, show
+from mmrl_ray.cli.program import (
+    AsJson,
+    Beta,
+    ConfigFile,
+    Overrides,
+    app,
+    command,
+    config_app,
+    load,
+    reward_app,
+    show,
+    show_json,
+)
 from mmrl_ray.errors import ConfigError, PlacementError, RunError
 
 if TYPE_CHECKING:
     from mmrl_ray.config import Config
-
 
 _EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -68,13 +77,13 @@ def train(
     debug: bool = False,
 ) -> None:
     """Fine-tune by reinforcement learning: config in, finished run folder out."""
-    from mmrl_ray.runs.interrupts import StopOnInterrupt
+    from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():  # from here on, before all that takes time
         cfg = _config_of(target, set_, resume)
         resume = resume or (go_on and _is_there(cfg))
         if dry_run:
-            from mmrl_ray.runs.dry_run import dry_run as show
+            from mmrl_ray.planning.dry_run import dry_run as show
 
             found = show(cfg, resume=resume, address=address)
             if found.unplaced:
@@ -82,7 +91,7 @@ def train(
             if found.refused:
                 raise RunError("the run would stop: " + "\n".join(found.refused))
             return
-        from mmrl_ray.runs.train import train as run
+        from mmrl_ray.training.train import train as run
 
         run(cfg, resume=resume, address=address, debug=debug)
 
@@ -101,7 +110,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Hold sampler, learner and transformers' own forward of a model against each other; exit 2 if they differ."""
-    from mmrl_ray.runs.check import check as run
+    from mmrl_ray.planning.check import check as run
 
     overrides = [*(set_ or []), *([f"model.dtype={dtype}"] if dtype is not None else [])]
     run(model, image=image, prompt=prompt, as_json=as_json, overrides=overrides)
@@ -114,9 +123,9 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     if cfg.sft is None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
     from mmrl_ray.data.quarantine import told
-    from mmrl_ray.runs.interrupts import StopOnInterrupt
-    from mmrl_ray.runs.progress import RunProgress
-    from mmrl_ray.runs.warm_start import warm_start, warm_start_blindness, warm_start_left_out
+    from mmrl_ray.telemetry.terminal import RunProgress
+    from mmrl_ray.training.interrupts import StopOnInterrupt
+    from mmrl_ray.training.warm_start import warm_start, warm_start_blindness, warm_start_left_out
 
     with RunProgress() as shown, StopOnInterrupt(say=shown.note):
         with shown.busy("loading what the warm start begins with"):
@@ -146,8 +155,8 @@ def evaluate(
     from mmrl_ray.config.paths import refuse_unknown
 
     refuse_unknown(target)  # before anything that takes seconds to import
-    from mmrl_ray.runs.evaluate import evaluate as run
-    from mmrl_ray.runs.interrupts import StopOnInterrupt
+    from mmrl_ray.evaluation.evaluate import evaluate as run
+    from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():
         run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta, as_json=as_json)
@@ -169,7 +178,7 @@ def explain(
     from mmrl_ray.config.paths import refuse_unknown
 
     refuse_unknown(target)  # before anything that takes seconds to import
-    from mmrl_ray.runs.explain import explain as run
+    from mmrl_ray.evaluation.explain import explain as run
 
     run(target, image, caption=caption, prompt=prompt, out=out)
 
@@ -177,7 +186,7 @@ def explain(
 @command(app, "report")
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write a run's report.html again."""
-    from mmrl_ray.runs.report import write_report
+    from mmrl_ray.report.page import write_report
 
     typer.echo(str(write_report(run)))
 
@@ -199,7 +208,7 @@ def configshow(config: ConfigFile, set_: Overrides = None) -> None:
 
 
 def _is_there(cfg: Config) -> bool:
-    from mmrl_ray.run_dir import RunDir
+    from mmrl_ray.run_records.run_dir import RunDir
 
     try:
         RunDir.open(cfg.run.root, cfg.run.name)
@@ -213,7 +222,7 @@ def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config
     if not resume or (Path(target).suffix in (".yaml", ".yml") and not Path(target).is_dir()):
         return load(Path(target), overrides)
     from mmrl_ray.config.load import parse_config
-    from mmrl_ray.run_dir import RunDir
+    from mmrl_ray.run_records.run_dir import RunDir
 
     run = RunDir.at(target)
     if not run.exists("config.yaml"):
@@ -227,3 +236,45 @@ def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config
             return cfg
     root = run.location[: -len(run.name)].rstrip("/")
     return cfg.model_copy(update={"run": cfg.run.model_copy(update={"root": root, "name": run.name})})
+
+
+@command(reward_app, "train")
+def reward_train(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Train a reward model on preferences and ratings; print its figures on held-out data."""
+    from mmrl_ray.config.load import load_reward_model_config
+
+    cfg = load_reward_model_config(config, set_ or ())
+    from mmrl_ray.reward_model.run import print_report, train_reward
+    from mmrl_ray.telemetry.terminal import RunProgress
+    from mmrl_ray.training.interrupts import StopOnInterrupt
+
+    with StopOnInterrupt(), RunProgress() as shown:
+        report = train_reward(cfg, progress=shown.phase("reward model", lazily=True), busy=shown.busy)
+    if as_json:
+        show_json(report)
+        return
+    print_report(report)
+    typer.echo(cfg.out)
+
+
+@command(reward_app, "evaluate")
+def reward_evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a reward model.")],
+    data: Annotated[str, typer.Option("--data", help="Parquet of preferences or ratings.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the figures here, as JSON.")] = None,
+    scale: Annotated[tuple[float, float], typer.Option("--scale", help="Least and greatest rating.")] = (0.0, 1.0),
+    as_json: AsJson = False,
+) -> None:
+    """Pairwise accuracy, likelihood and calibration of a reward model on other data."""
+    from mmrl_ray.config.reward_model import RewardDataSection
+    from mmrl_ray.reward_model.run import evaluate_reward, print_report
+    from mmrl_ray.telemetry.terminal import RunProgress
+    from mmrl_ray.training.interrupts import StopOnInterrupt
+
+    with StopOnInterrupt(), RunProgress() as shown, shown.busy("scoring"):
+        report = evaluate_reward(model, RewardDataSection(train=data, rating_scale=scale))
+    show_json(report) if as_json else print_report(report)
+    if out is not None:
+        from mmrl_ray.data import atomic
+
+        atomic.write_file(out, (json.dumps(report, indent=2) + "\n").encode())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mmrl_ray.config.resources import ActorResources
 from mmrl_ray.config.schema import Config
+from mmrl_ray.config.sections import ActorResources
 from mmrl_ray.config.serving import ServingSection
 
 

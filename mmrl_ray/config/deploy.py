@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.base import Section
+from mmrl_ray.config.sections import Section
 
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 """What Kubernetes lets an object be called."""

@@ -13,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from mmrl_ray.config.base import Section, refuse
 from mmrl_ray.config.presets import Loss, registry, section_fields
+from mmrl_ray.config.sections import Section, refuse
 
 if TYPE_CHECKING:
     from mmrl_ray.algorithms.base import Algorithm

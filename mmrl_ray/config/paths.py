@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmrl_ray.config.base import Section
-from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.reward import LearnedPart, RewardSection
-from mmrl_ray.config.run import RunSection
 from mmrl_ray.config.schema import Config
+from mmrl_ray.config.sections import ModelSection, RunSection, Section, SftSection
 from mmrl_ray.config.serving import ServeConfig
-from mmrl_ray.config.sft import SftSection
 from mmrl_ray.errors import ConfigError
 
 RUN_CONFIG = "config.yaml"

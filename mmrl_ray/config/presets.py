@@ -17,7 +17,7 @@ from mmrl_ray.errors import ConfigError
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from mmrl_ray.config.base import Section
+    from mmrl_ray.config.sections import Section
 
 
 def registry() -> ModuleType:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import regex
 from pydantic import Field, field_validator, model_validator
 
-from mmrl_ray.config.base import Section, refuse
+from mmrl_ray.config.sections import Section, refuse
 
 Modality = Literal["image", "text", "reference", "sample"]
 """What a part is given beside the caption: the pictures, the prompt, the references, or the whole sample."""

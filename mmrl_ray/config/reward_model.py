@@ -6,12 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.base import Section, refuse
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection, Section, refuse
 
 
 class RewardDataSection(Section):
-    """Preferences and ratings in Parquet: the columns of `mmrl preferences export`, see `feedback/schema.py`."""
+    """Preferences and ratings in Parquet: the columns of `mmrl preferences export`, see `preferences/schema.py`."""
 
     train: str
     """Folder or file of Parquet, on any pyarrow.fs location."""

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.base import Section, refuse
+from mmrl_ray.config.sections import Section, refuse
 
 
 class WorkersRange(Section):

@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import create_model, model_validator
 
-from mmrl_ray.config.base import Section, refuse
-from mmrl_ray.config.data import DataSection
 from mmrl_ray.config.deploy import DeploySection
 from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.presets import Algorithm, registry, section_fields, with_preset
-from mmrl_ray.config.resources import ResourcesSection
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.rollout import RolloutSection
-from mmrl_ray.config.run import RunSection
+from mmrl_ray.config.sections import (
+    DataSection,
+    ModelSection,
+    ResourcesSection,
+    RunSection,
+    Section,
+    SftSection,
+    refuse,
+)
 from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.config.sft import SftSection
 
 if TYPE_CHECKING:
     from mmrl_ray.algorithms.base import Algorithm as Family

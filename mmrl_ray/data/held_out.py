@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.data.location import is_local, locate
 from mmrl_ray.data.quarantine import some
 from mmrl_ray.data.row import Sample
 from mmrl_ray.data.samples import shuffled
-from mmrl_ray.data.shards import ParquetDataset
+from mmrl_ray.data.shards import ParquetDataset, is_local, locate
 from mmrl_ray.errors import DataError
 
 READ_BYTES = 2 << 30

@@ -1,4 +1,4 @@
-"""A Parquet data set on any `pyarrow.fs` location: its shards, row groups, rows, and its fingerprint."""
+"""A Parquet data set on any `pyarrow.fs` location: its path or URI, shards, row groups, rows and fingerprint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from mmrl_ray.data.images import MAX_BYTES
-from mmrl_ray.data.location import is_local, locate
 from mmrl_ray.data.row import Columns, Sample, images_from_cell, images_length, row_id, sample_from_row
 from mmrl_ray.errors import DataError, ImageError
 
@@ -319,3 +318,33 @@ def _row_groups(shards: tuple[Shard, ...]) -> Iterator[RowGroup]:
             if group.num_rows:
                 yield RowGroup(number, index, first_row, group.num_rows, group.total_byte_size)
             first_row += group.num_rows
+
+
+def locate(location: str | Path) -> tuple[fs.FileSystem, str]:
+    """Local paths become absolute; `scheme://…` goes to the file system that pyarrow has for it.
+
+    Raises:
+        DataError: no such file system, or the URI cannot be read.
+    """
+    text = str(location)
+    if "://" not in text:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text))
+    try:
+        filesystem, path = fs.FileSystem.from_uri(text)
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{text} is no location that pyarrow can open: {reason}") from error
+    return filesystem, path.rstrip("/") or "/"
+
+
+def is_local(filesystem: fs.FileSystem) -> bool:
+    """Whether it is this machine's own file system."""
+    return isinstance(filesystem, fs.LocalFileSystem)
+
+
+def is_occupied(filesystem: fs.FileSystem, path: str) -> bool:
+    """Whether a file, or a folder with anything in it, is there; raises what the file system raises."""
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.Directory:
+        return bool(filesystem.get_file_info(fs.FileSelector(path)))
+    return info.type != fs.FileType.NotFound

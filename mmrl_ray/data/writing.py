@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from mmrl_ray.atomic import scratch_folder, sync
-from mmrl_ray.data.location import is_local, is_occupied, locate
+from mmrl_ray.data.atomic import scratch_folder, sync
 from mmrl_ray.data.row import Sample, sample_schema, table_from_samples
+from mmrl_ray.data.shards import is_local, is_occupied, locate
 from mmrl_ray.errors import DataError
 
 CONTENT_KEY = "mmrl.images_sha256"

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.base import Section
 from mmrl_ray.config.deploy import StorageSection
+from mmrl_ray.config.sections import Section
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.errors import ConfigError
 

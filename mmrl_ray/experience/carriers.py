@@ -1,6 +1,6 @@
 """The carriers between sampling and learning, in the order in which data becomes them.
 
-    Sample → Completion → RolloutGroup → ScoredGroup → StepPlan → tensors (policy/collate.py)
+    Sample → Completion → RolloutGroup → ScoredGroup → StepPlan → tensors (policy/scoring/collate.py)
 
 Frozen, slotted, picklable. `G` completions a group, `T` tokens a completion, `P` tokens a prompt, `M` groups a step.
 Bulk data (`RolloutGroup`) travels through the object store by reference; what the controller handles is

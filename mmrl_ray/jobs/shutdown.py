@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from mmrl_ray.errors import RunError
 from mmrl_ray.jobs.records import Job, JobFacts, Status
 from mmrl_ray.jobs.submit import STOP_S
-from mmrl_ray.rollouts.control_files import read_status
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.run_owner import living_owner
+from mmrl_ray.run_records.control_files import read_status
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_owner import living_owner
 
 JOB_FILE = "job.json"
 _NOTES = ".jobs"

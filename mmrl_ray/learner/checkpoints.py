@@ -8,12 +8,15 @@
         manifest.json                                      sha256 of every file above, written last
 
 `step` counts finished optimiser steps, so it is also the policy version that the adapter is.
+
+`LearnerState`: what a learner must remember to go on as if nothing had happened. Tensors and JSON, no pickle.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 import time
 from collections.abc import Mapping
@@ -21,17 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
 from mmrl_ray.errors import CheckpointError, RunError
-from mmrl_ray.learner.state import LearnerState
-from mmrl_ray.policy.adapter import WEIGHTS_FILE, load_adapter_state, save_adapter
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.value_heads import LearningHeads, read_heads_state, save_value_heads
-from mmrl_ray.run_dir import MANIFEST, RunDir
+from mmrl_ray.policy.heads import LearningHeads, read_heads_state, save_value_heads
+from mmrl_ray.policy.lora.adapter import WEIGHTS_FILE, load_adapter_state, save_adapter
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,42 @@ LIVE_FOLDER = "live"
 _LIVE_KEPT = 3
 _NAME = re.compile(r"step-(\d{6,})")
 _FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerState:
+    """Optimiser, schedule and random generators of one learner."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """By name, on the CPU: `optimizer/<parameter>/<field>`, `rng/…`."""
+    facts: Mapping[str, Any]
+    """JSON-like: counters, schedule, the optimiser's settings."""
+
+
+def capture_rng() -> LearnerState:
+    """Torch's (CPU and every GPU), Python's and NumPy's global generators."""
+    tensors = {"rng/torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng/cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, words, gauss = random.getstate()
+    tensors["rng/python"] = torch.tensor(words, dtype=torch.int64)
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors["rng/numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    facts = {"python": [version, gauss], "numpy": [str(kind), int(position), int(has_gauss), float(cached)]}
+    return LearnerState(tensors, {"rng": facts})
+
+
+def restore_rng(state: LearnerState) -> None:
+    """Undoes whatever was drawn since `capture_rng`. A GPU that was not there then keeps its generator as it is."""
+    torch.set_rng_state(state.tensors["rng/torch"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"rng/cuda.{i}" in state.tensors:
+                torch.cuda.set_rng_state(state.tensors[f"rng/cuda.{i}"], i)
+    version, gauss = state.facts["rng"]["python"]
+    random.setstate((version, tuple(state.tensors["rng/python"].tolist()), gauss))
+    kind, position, has_gauss, cached = state.facts["rng"]["numpy"]
+    np.random.set_state((kind, state.tensors["rng/numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mmrl_ray.config import Config
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.rollouts.controller_actor import ControllerClient
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,25 @@ import torch
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
-from mmrl_ray.learner.objective import Share, kl_in_loss, micro_batch_share, regularisers, step_figures, width
-from mmrl_ray.learner.parts import Clock, check_finite, flat_gradient
+from mmrl_ray.learner.checkpoints import LearnerState, capture_rng, restore_rng
+from mmrl_ray.learner.diagnostics import SamplerGap
+from mmrl_ray.learner.objective import (
+    Clock,
+    Share,
+    check_finite,
+    flat_gradient,
+    kl_in_loss,
+    micro_batch_share,
+    regularisers,
+    step_figures,
+    width,
+)
 from mmrl_ray.learner.ranks import Ranks
-from mmrl_ray.learner.sampler_gap import SamplerGap
-from mmrl_ray.learner.schedule import cosine_scheduler
-from mmrl_ray.learner.state import LearnerState, capture_rng, restore_rng
-from mmrl_ray.policy.adapter import adapter_parameters
-from mmrl_ray.policy.collate import LearnerBatch, collate
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.prefix import ScorePath, Scores, score_completions
+from mmrl_ray.losses.schedule import cosine_scheduler
+from mmrl_ray.policy.lora.adapter import adapter_parameters
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.scoring.collate import LearnerBatch, collate
+from mmrl_ray.policy.scoring.prefix import ScorePath, Scores, score_completions
 from mmrl_ray.policy.vision import VisionCache
 
 Payloads = Callable[[Sequence[PlannedGroup]], Sequence[RolloutGroup]]
@@ -49,7 +58,7 @@ class LearnerStep:
         path: which forward is active on this model (`policy/parity.py` decides).
         vision_cache: for groups whose vision features did not travel with them.
         ranks: the learners that share a step.
-        in_lockstep: all ranks make the same number of passes (`learner/sharding.py`).
+        in_lockstep: all ranks make the same number of passes (`learner/ranks.py`).
         seed: of what the objective learns beside the adapter.
 
     Raises:
@@ -213,7 +222,7 @@ class LearnerStep:
                 if gap is not None:
                     gap.add(planned, logprobs, batch.behaviour_logprobs, batch.mask)
                 sums += share.sums
-        self._keep_company(plan, len(batches), payloads, clock)
+        self._pad_passes(plan, len(batches), payloads, clock)
         with clock.phase("seconds/forward_backward"):
             for planned, loss in zip(batches, losses, strict=True):
                 check_finite("loss", float(loss), plan.step, planned)
@@ -236,7 +245,7 @@ class LearnerStep:
             raise error
         return batch
 
-    def _keep_company(self, plan: StepPlan, done: int, payloads: Payloads, clock: Clock) -> None:
+    def _pad_passes(self, plan: StepPlan, done: int, payloads: Payloads, clock: Clock) -> None:
         """In lockstep, as many passes more as the busiest rank has: over the step's smallest group, with gradient 0."""
         if not self._in_lockstep:
             return

@@ -10,6 +10,8 @@ A restarted group comes back here and starts over from the newest checkpoint, an
 Errors of two kinds leave this loop. One of the project's own (a NaN, a full disk) would come again, so it is *returned*
 as part of the outcome, after all ranks have agreed on it, and Ray Train sees a run that ended. Anything else (a dead
 process, a lost node) is raised, and Ray Train restarts the group.
+
+What one step says about one learner.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray.train
@@ -37,22 +39,20 @@ from mmrl_ray.learner.checkpoints import (
     save_checkpoint,
     save_live_version,
 )
-from mmrl_ray.learner.importance import ImportanceWatch
+from mmrl_ray.learner.diagnostics import ImportanceWatch
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
-from mmrl_ray.learner.learner_meter import measure_checkpoint, measure_learner
-from mmrl_ray.learner.ranks import Ranks
-from mmrl_ray.learner.sharding import shard_layers
+from mmrl_ray.learner.ranks import Ranks, shard_layers
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.adapter import adapter_state
-from mmrl_ray.policy.checkpointing import checkpoint_layers
+from mmrl_ray.policy.heads import published
 from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import adapter_state, add_run_adapter
 from mmrl_ray.policy.parity import Comparison, choose_path
-from mmrl_ray.policy.prefix import ScorePath
 from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.policy.run_adapter import add_run_adapter
-from mmrl_ray.policy.value_heads import published
+from mmrl_ray.policy.scoring.packed import checkpoint_layers
+from mmrl_ray.policy.scoring.prefix import ScorePath
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.rollouts.protocols import Stop
+from mmrl_ray.rollouts.types import Stop
+from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.logs import CONTEXT, start_logging
 from mmrl_ray.telemetry.meter import Meter
 from mmrl_ray.telemetry.ray_meter import RayMeter
@@ -173,7 +173,7 @@ class _Learner:
         CONTEXT.put(step=plan.step)
         importance = self._measure_importance(plan)
         metrics = self._learner.run(plan, self._fetch)
-        measure_learner(self._meter, plan, self._ranks.rank, metrics)
+        export_learner_metrics(self._meter, plan, self._ranks.rank, metrics)
 
         def publish() -> None:
             start = time.perf_counter()
@@ -223,7 +223,7 @@ class _Learner:
         # The step's own line is written already: the time shows up in the next one's.
         seconds = time.perf_counter() - start
         self._late_seconds = {"seconds/checkpoint": seconds}
-        measure_checkpoint(self._meter, seconds)
+        export_checkpoint_metrics(self._meter, seconds)
         logger.info("checkpoint of %d finished steps written in %.1f s", self._step, seconds)
 
     def _end(self) -> None:
@@ -277,3 +277,20 @@ class _Learner:
             except MMRLError as failed:
                 error = failed
         self._ranks.raise_first(error)
+
+
+def export_learner_metrics(meter: Meter, plan: StepPlan, rank: int, metrics: Mapping[str, Any]) -> None:
+    """Once a step, on every rank: its own seconds, and the tokens of its own groups."""
+    for name, value in metrics.items():
+        if name.startswith("seconds/"):
+            meter.add(table.LEARNER_SECONDS, value, phase=name.removeprefix("seconds/"))
+    meter.add(table.LEARNER_STEPS)
+    groups = [plan.groups[index] for batch in plan.micro_batches[rank] for index in batch]
+    meter.add(table.LEARNER_TOKENS, sum(group.prompt_tokens for group in groups), kind="prompt")
+    meter.add(table.LEARNER_TOKENS, sum(sum(group.learned_tokens) for group in groups), kind="completion")
+
+
+def export_checkpoint_metrics(meter: Meter, seconds: float) -> None:
+    """A checkpoint was written, by rank 0."""
+    meter.add(table.CHECKPOINTS)
+    meter.observe(table.CHECKPOINT_SECONDS, seconds)

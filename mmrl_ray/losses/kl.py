@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmrl_ray.losses.masked import check_tokens, masked_mean, masked_sum
+from mmrl_ray.losses.aggregation import check_tokens, masked_mean, masked_sum
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,17 @@ from functools import cached_property
 from typing import Any, Self
 
 from mmrl_ray.errors import DataError
-from mmrl_ray.metrics.language import END, NgramCounter, NgramCounts
-from mmrl_ray.metrics.text import MAX_ORDER, Tokenizer, is_unspaced, ngram_counts, segmenter_version, words
+from mmrl_ray.metrics.text import (
+    END,
+    MAX_ORDER,
+    NgramCounter,
+    NgramCounts,
+    Tokenizer,
+    is_unspaced,
+    ngram_counts,
+    segmenter_version,
+    words,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Models of our own: fusions of modalities, and the learned reward model. Runs without Ray."""
+"""Former home of the fusions, which are in `mmrl_ray.reward_model` now; the old import path stays."""

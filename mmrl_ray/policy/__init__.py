@@ -1,1 +1,1 @@
-"""The vision-language policy: load, adapter, shared prefix, vision cache, decode, collate."""
+"""The policy: a vision-language model, how it is scored, sampled and adapted."""

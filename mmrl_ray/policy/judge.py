@@ -15,12 +15,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
-from mmrl_ray.policy.checkpointing import is_checkpointing
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.packed import unpackable
-from mmrl_ray.policy.prefix import ScorePath, encode_prefix, score_completions
-from mmrl_ray.policy.teacher_forced import generated_logprobs
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.scoring.packed import is_checkpointing, unpackable
+from mmrl_ray.policy.scoring.prefix import ScorePath, encode_prefix, score_completions
+from mmrl_ray.policy.trial import generated_logprobs
 from mmrl_ray.policy.vision import vision_features
 
 GRADIENT_SLACK = 4

@@ -4,136 +4,49 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import shutil
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, find_adapter_config_file
 from transformers.utils.logging import disable_progress_bar
 
-from mmrl_ray.config.model import ModelSection
 from mmrl_ray.config.paths import is_hub_id, nearest_folder
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
 from mmrl_ray.policy.boundary import model_call
-from mmrl_ray.policy.cpu_linear import use_onednn
-from mmrl_ray.policy.logits import model_logits, takes_bare_head
-from mmrl_ray.policy.processors import load_processor
+from mmrl_ray.policy.cpu.linear import use_onednn
+from mmrl_ray.policy.logits import takes_bare_head
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.revision import revision_key_of
 from mmrl_ray.policy.tokens import (
-    Turn,
     appended_tokens,
     end_tokens,
     image_tokens,
+    load_processor,
     placeholder,
     read_turn,
     refuse_unknown_token,
     reserved_texts,
 )
-from mmrl_ray.policy.value_heads import ValueHeads
-from mmrl_ray.policy.weights import WEIGHTS_REMEDY, refuse_unfit, skeleton_of_files
+from mmrl_ray.policy.trial import try_policy, try_prompt
+from mmrl_ray.policy.weights import WEIGHTS_REMEDY, refuse_unfit, skeleton_of_files, weight_files
+
+QUICK_BYTES = 1 << 30
+"""Weights up to this size are loaded for a trial before anything else is started."""
+
 
 disable_progress_bar()  # of loading and saving weights: they would run through the program's own, and through JSON logs
-
-_ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 
 _CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
 """Inputs that tell each token of a row which pictures it may look at (Mllama, Idefics)."""
 
 _PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
-
-
-@dataclass(slots=True)
-class Policy:
-    """A vision-language model with what is needed to prompt it. Frozen and in eval mode until an adapter is added."""
-
-    model: nn.Module
-    """The Hugging Face model, or a `PeftModel` around it."""
-    processor: Any
-    tokenizer: Any
-    device: torch.device
-    dtype: torch.dtype
-    placeholder_id: int
-    """The token whose positions take the vision features."""
-    image_token_ids: tuple[int, ...]
-    """Every token of the image, video or audio machinery: never sampled, logit minus infinity everywhere."""
-    eos_token_ids: tuple[int, ...]
-    """Tokens that end a completion; the turn's end is among them, whatever the checkpoint lists."""
-    end_id: int
-    """The one of `eos_token_ids` that the chat template puts after an assistant's turn."""
-    pad_token_id: int
-    reserved_texts: tuple[str, ...]
-    """What a user may not write: the texts of control tokens."""
-    context_length: int
-    revision_key: str
-    """Names the weights and the processor: part of the vision cache's key."""
-    path: str
-    processor_settings: dict[str, Any] = field(default_factory=dict)
-    bare_head: bool = False
-    """Whether `logits` are the head's product and nothing else (`takes_bare_head`)."""
-    turn: Turn = field(default_factory=Turn)
-    """How the chat template writes what the assistant says."""
-    appended_ids: tuple[int, ...] = ()
-    """What the tokenizer puts behind every text: no part of a prompt, which goes on."""
-    inject_vision: bool = True
-    """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
-    runs inside every forward, on the pixels."""
-    value_heads: dict[str | None, ValueHeads] = field(default_factory=dict)
-    """What next tokens are worth, by PEFT's name of the adapter whose hidden states the heads read; None is whatever is
-    active on the model."""
-
-    @property
-    def hf_model(self) -> PreTrainedModel:
-        """The Hugging Face model with its head, under the adapter if there is one."""
-        return cast(PreTrainedModel, self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
-
-    @property
-    def core(self) -> Any:
-        """The model below the head: it has `get_image_features` and returns hidden states."""
-        return self.hf_model.base_model
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The language model (embeddings and layers, without the head)."""
-        return cast(nn.Module, self.hf_model.get_decoder())
-
-    @property
-    def hidden_size(self) -> int:
-        """d, the width of the hidden states that the head makes logits of."""
-        return self.hf_model.config.get_text_config().hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the width of the logits."""
-        return self.hf_model.config.get_text_config().vocab_size
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[M, d] or [B, T, d] → [.., V]: logits in the model's dtype, soft caps, scales and all.
-
-        The one way from last hidden states to logits, for sampling, scoring and explaining alike; differentiable.
-        """
-        return model_logits(self.hf_model, hidden, bare=self.bare_head)
-
-    @property
-    def vision_trainable(self) -> bool:
-        """Whether anything before the language model trains or is adapted.
-
-        Vision features then change with the policy's version: they are made anew each time, never cached or shipped.
-        An adapter counts even where it takes no gradient (in a rollout worker its weights still change).
-        """
-        language = {id(p) for p in self.decoder.parameters()}
-        return any(
-            p.requires_grad or _ADAPTED.search(name)
-            for name, p in self.core.named_parameters()
-            if id(p) not in language
-        )
 
 
 def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, on_host: bool = False) -> Policy:
@@ -160,9 +73,6 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
     model.eval().requires_grad_(False)
     use_onednn(model)
     policy = _assemble(model, processor, config, cfg, path, device, dtype)
-    # Imported here: a trial prompts and samples, by files that import this one.
-    from mmrl_ray.policy.trial import try_policy, try_prompt
-
     if on_host:
         try_prompt(policy)
     else:
@@ -213,8 +123,6 @@ def load_skeleton(cfg: ModelSection) -> Policy:
         with model_call(cfg.path, "its model cannot be made"), torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     policy = _assemble(model, processor, config, cfg, path, torch.device("meta"), dtype)
-    from mmrl_ray.policy.trial import try_prompt  # as in `load_policy`
-
     try_prompt(policy)
     return policy
 
@@ -377,3 +285,21 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def try_quickly(cfg: ModelSection) -> bool:
+    """Loads the model on the CPU and tries it where that is soon done: its weights lie in a folder and are few.
+
+    Returns:
+        whether it was tried.
+
+    Raises:
+        ModelError, ConfigError: as `load_policy`.
+    """
+    folder = Path(cfg.path).expanduser()
+    if not folder.is_dir() or cfg.attn_implementation == "flash_attention_2":
+        return False
+    if sum(file.stat().st_size for file in weight_files(folder, cfg.path)) > QUICK_BYTES:
+        return False
+    load_policy(cfg.model_copy(update={"dtype": "float32"}), device="cpu")
+    return True

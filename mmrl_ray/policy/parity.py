@@ -1,8 +1,8 @@
 """The start-up comparison on the real model: sampler, learner and transformers' own `generate` must say the same.
 
     sampler        what the decode loop records of tokens that it draws
-    learner        each way of scoring completions: naive, shared prefix, packed rows (`prefix.py`)
-    transformers   `generate`, made to take the same tokens (`teacher_forced.py`): the judge, with no forward of ours
+    learner        each way of scoring completions: naive, shared prefix, packed rows (`policy/scoring/prefix.py`)
+    transformers   `generate`, made to take the same tokens (`trial.py`): the judge, with no forward of ours
 
 Compared are log-probs of a few completions of unequal length a prompt, some drawn by the sampler and some random, and
 when something trains the gradient of their sum. A causality probe changes later tokens of a completion: no earlier one
@@ -29,8 +29,8 @@ import torch
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.judge import NAMES, NAN, Judge, PathGap
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.prefix import ScorePath
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.scoring.prefix import ScorePath
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 

@@ -16,7 +16,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.boundary import brief
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 
 Turns = Sequence[tuple[str, Sequence[str | int]]]
 """A conversation: for each message its role and its parts, texts and indices of images."""

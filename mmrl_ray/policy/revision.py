@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mmrl_ray import atomic
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
+from mmrl_ray.data import atomic
 
 logger = logging.getLogger(__name__)
 

@@ -3,35 +3,40 @@
 A tiny picture goes the way of every sample, once: chat template, processor, vision tower, two tokens by the sampler,
 their log-probs by the learner's plainest path. What the numbers are worth is not asked here (`parity.py` does, on real
 prompts); that none of it raises is.
+
+What transformers itself says about given completions: its own `generate`, made to take each of their tokens.
+
+This is the judge of the start-up comparison (`parity.py`), and so has nothing of this project's forwards in it: the
+processor's outputs go in as they are, and masks, positions, token types, caches and what a model does to its logits are
+`generate`'s affair. It is causal by construction: a token's logits are there before the next token is.
+
+`N` completions of one prompt, `T` tokens, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
-from mmrl_ray.config.model import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.boundary import brief
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy
-from mmrl_ray.policy.prefix import score_completions
-from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.policy.teacher_forced import generated_logprobs
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.tokens import refuse_unknown_token
-from mmrl_ray.policy.weights import weight_files
 
-QUICK_BYTES = 1 << 30
-"""Weights up to this size are loaded for a trial before anything else is started."""
 _SIZE = (64, 48)
 _ROWS = 2
 _SAMPLING = SamplingParams(max_new_tokens=2, seed=0)
@@ -55,24 +60,6 @@ def try_policy(policy: Policy) -> None:
     if key not in _passed:
         _passed[key] = _forward(policy, try_prompt(policy))
     policy.inject_vision = _passed[key]
-
-
-def try_quickly(cfg: ModelSection) -> bool:
-    """Loads the model on the CPU and tries it where that is soon done: its weights lie in a folder and are few.
-
-    Returns:
-        whether it was tried.
-
-    Raises:
-        ModelError, ConfigError: as `load_policy`.
-    """
-    folder = Path(cfg.path).expanduser()
-    if not folder.is_dir() or cfg.attn_implementation == "flash_attention_2":
-        return False
-    if sum(file.stat().st_size for file in weight_files(folder, cfg.path)) > QUICK_BYTES:
-        return False
-    load_policy(cfg.model_copy(update={"dtype": "float32"}), device="cpu")
-    return True
 
 
 def try_prompt(policy: Policy) -> EncodedPrompt:
@@ -204,3 +191,63 @@ def _picture() -> bytes:
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize(_SIZE).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@torch.no_grad()
+def generated_logprobs(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs, float32 [N, T], of completions int64 [N, T] of one prompt; its pixels are needed.
+
+    Each completion alone, since some families' own batches change what they say (HunYuan-VL numbers pictures on through
+    a batch). `temperature` and the forbidden image tokens are π's own. Raises
+    whatever the model's `generate` raises.
+    """
+    model: Any = policy.hf_model
+    accepted = _accepted(model)
+    inputs = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids)[None]}
+    for name, value in prompt.model_inputs.items():
+        if name in accepted or name not in PER_TOKEN:
+            inputs[name] = value[None] if name in PER_TOKEN else value
+    inputs = {n: v.to(policy.device, policy.dtype if v.is_floating_point() else None) for n, v in inputs.items()}
+    settings = GenerationConfig(
+        max_new_tokens=tokens.shape[1],
+        do_sample=False,
+        pad_token_id=policy.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
+        disable_compile=True,
+    )
+    made = []
+    with _own_settings(model):
+        for row in tokens.tolist():
+            # Not by a logits processor: Janus' `generate` drops those that it is given.
+            output = model.generate(**inputs, generation_config=settings, prefix_allowed_tokens_fn=_Taken(row, prompt))
+            made.append(torch.cat(output.logits))
+    logits = torch.stack(made).float() / temperature
+    logits[..., list(policy.image_token_ids)] = float("-inf")
+    return logits.log_softmax(dim=-1).gather(-1, tokens.to(logits.device)[..., None])[..., 0]
+
+
+class _Taken:
+    """The one token that may come next in a row."""
+
+    def __init__(self, tokens: list[int], prompt: EncodedPrompt) -> None:
+        self._tokens, self._prompt_tokens = tokens, prompt.input_ids.numel()
+
+    def __call__(self, row: int, seen: torch.Tensor) -> list[int]:
+        return [self._tokens[seen.numel() - self._prompt_tokens]]
+
+
+def _accepted(model: Any) -> set[str]:
+    takes = (model.forward, model.prepare_inputs_for_generation)
+    return {name for function in takes for name in inspect.signature(function).parameters}
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Without the checkpoint's generation settings: an end token or a penalty of theirs would end or change rows."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.errors import ModelError
 from mmrl_ray.policy.boundary import model_call
-from mmrl_ray.policy.targets import examples
+from mmrl_ray.policy.lora.targets import examples
 
 WEIGHTS_REMEDY = (
     "fetch the checkpoint again, as safetensors; where it does not support an attention, set model.attn_implementation"

@@ -20,15 +20,13 @@ from mmrl_ray.config.reward import (
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, ModelError, RewardError
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.language import LanguageModel
-from mmrl_ray.metrics.text import MAX_ORDER
+from mmrl_ray.metrics.text import MAX_ORDER, LanguageModel
 from mmrl_ray.rewards.base import RewardFailure, RewardFn, Score
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.function import FunctionReward
 from mmrl_ray.rewards.learned import LearnedReward
 from mmrl_ray.rewards.multimodal import MultimodalReward
-from mmrl_ray.rewards.overlap import CiderReward, RougeReward
-from mmrl_ray.rewards.text import FluencyReward, FormatReward, LengthReward, RepetitionReward
+from mmrl_ray.rewards.text import CiderReward, FluencyReward, FormatReward, LengthReward, RepetitionReward, RougeReward
 
 NOTHING = CorpusStatistics(1, ({},) * MAX_ORDER, ends=({},) * MAX_ORDER)
 """Statistics for parts that need none."""

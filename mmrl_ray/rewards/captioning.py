@@ -8,10 +8,10 @@ from functools import lru_cache, partial
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.metrics.bleu import sentence_bleu
+from mmrl_ray.metrics.overlap import sentence_bleu
 from mmrl_ray.metrics.text import Tokenizer, words
 from mmrl_ray.rewards.base import RewardBreakdown, TruncatedCaption
-from mmrl_ray.rewards.checks import check_pairs, check_references
+from mmrl_ray.rewards.scoring import check_pairs, check_references
 
 _CACHED_SAMPLES = 1024
 
@@ -19,7 +19,7 @@ _CACHED_SAMPLES = 1024
 class CaptionReward:
     """Rewards captions that agree with the references, say much of what they say, and are short.
 
-    - `bleu`: sentence BLEU over all references, in [0, 1] (`metrics/bleu.py`).
+    - `bleu`: sentence BLEU over all references, in [0, 1] (`metrics/overlap.py`).
     - `detail`: Σ idf over the caption's distinct words ÷ the largest such sum among the references, clipped to [0, 1];
       0 where that largest sum is 0. With `grounded` a word counts only if some reference has it, so that listing
       invented attributes earns nothing.

@@ -1,4 +1,4 @@
-"""What runs in the process of a user's function, see `isolated.py`.
+"""What runs in the process of a user's function, see `function.py`.
 
 Nothing of the user's is imported before the process has its watcher. Requests are pickled by the owner; answers are
 JSON, so that nothing that a function made is ever unpickled by the owner.

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError, ModelError, RewardError
 from mmrl_ray.rewards.base import RewardBreakdown
-from mmrl_ray.rewards.checks import check_pairs
+from mmrl_ray.rewards.scoring import check_pairs
 
 if TYPE_CHECKING:
-    from mmrl_ray.models.reward_model import RewardModel
-    from mmrl_ray.models.vision_source import VisionSource
+    from mmrl_ray.reward_model.model import RewardModel
+    from mmrl_ray.reward_model.vision_source import VisionSource
 
 _CACHE_BYTES = 256 << 20
 """For pictures, or vision features, that come again."""
@@ -65,8 +65,8 @@ class LearnedReward:
 
     def _load(self) -> tuple[RewardModel, VisionSource]:
         if self._loaded is None:
-            from mmrl_ray.models.reward_folder import load_reward_model
-            from mmrl_ray.models.vision_source import source_of
+            from mmrl_ray.reward_model.folder import load_reward_model
+            from mmrl_ray.reward_model.vision_source import source_of
 
             model = load_reward_model(self.path)
             self._loaded = model, source_of(model.spec, _CACHE_BYTES)
@@ -81,7 +81,7 @@ class LearnedReward:
 
 
 def _sigma_trained(folder: Path) -> bool:
-    """Read with nothing but JSON: `models/reward_folder.py` reads the whole, strictly, where the weights load."""
+    """Read with nothing but JSON: `reward_model/folder.py` reads the whole, strictly, where the weights load."""
     file = folder / "reward_model.json"
     try:
         return bool(json.loads(file.read_text(encoding="utf-8"))["sigma_trained"])

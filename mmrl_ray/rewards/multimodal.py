@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, RewardFn, Score, score_within
-from mmrl_ray.rewards.checks import check_pairs, check_scores
-from mmrl_ray.rewards.state import views
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, RewardFn, Score, score_within, views
+from mmrl_ray.rewards.scoring import check_pairs, check_scores
 
 
 class MultimodalReward:

@@ -4,11 +4,14 @@
 
 A reward is anybody's code: it may raise anything, or return NaN or too few scores. All of these end up as `RewardError`
 here, the one place where a broad `except` is right. What may hang has its own deadline where it can be ended: a user's
-function in its process (`isolated.py`), a pattern in its engine, a service at its handle. Parts of our own compute.
+function in its process (`function.py`), a pattern in its engine, a service at its handle. Parts of our own compute.
+
+Checks that every reward shares: what goes in, and what came out.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -16,9 +19,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.experience.breakdown import RewardFailure, Score
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.rewards.base import RewardFn, score_within
-from mmrl_ray.rewards.checks import check_pairs, check_scores
 
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
@@ -102,3 +104,64 @@ def _short(scores: Sequence[Score]) -> list[Score]:
         RewardFailure(" ".join(score.reason.split())[:_LONGEST_REASON]) if isinstance(score, RewardFailure) else score
         for score in scores
     ]
+
+
+def check_pairs(samples: Sequence[Sample], captions: Sequence[str]) -> None:
+    """Refuse batches whose samples and captions do not pair up.
+
+    Raises:
+        RewardError: the lengths differ.
+    """
+    if len(samples) != len(captions):
+        raise RewardError(
+            f"a reward got {len(samples)} samples for {len(captions)} captions; pass one sample a caption"
+        )
+
+
+def check_references(references: Sequence[str], reward: str) -> None:
+    """Refuse missing references, and a bare string, whose characters would pass for references.
+
+    Raises:
+        RewardError: either.
+    """
+    if isinstance(references, str) or not references:
+        raise RewardError(f"{reward} needs a list of at least one reference, got {references!r}")
+
+
+def check_breakdowns(scores: object, samples: Sequence[Sample]) -> list[RewardBreakdown]:
+    """What a reward returned for one caption of each sample, if all have a score: for those who need them all.
+
+    Raises:
+        RewardError: as `check_scores`, or a caption has no score.
+    """
+    found = check_scores(scores, len(samples))
+    for sample, score in zip(samples, found, strict=True):
+        if isinstance(score, RewardFailure):
+            raise RewardError(f"the caption of sample {sample.id!r} has no reward: {score.reason}")
+    return [score for score in found if isinstance(score, RewardBreakdown)]
+
+
+def check_scores(scores: object, expected: int, what: str = "the reward") -> list[Score]:
+    """What a reward returned, if it is `expected` finite breakdowns or failures; errors call it `what`.
+
+    Raises:
+        RewardError: not a list, the wrong count, a wrong type, or a NaN or infinite figure.
+    """
+    if not isinstance(scores, list):
+        raise RewardError(f"{what} returned {type(scores).__name__} instead of a list of RewardBreakdown")
+    if len(scores) != expected:
+        raise RewardError(f"{what} returned {len(scores)} scores for {expected} captions")
+    for index, score in enumerate(scores):
+        if isinstance(score, RewardFailure):
+            continue
+        if not isinstance(score, RewardBreakdown):
+            raise RewardError(f"score {index} of {what} is {type(score).__name__} instead of RewardBreakdown")
+        figures = {"total": score.total, **score.parts, **{f"weight of {k}": v for k, v in score.weights.items()}}
+        if score.sigma is not None:
+            figures["sigma"] = score.sigma
+        for name, value in figures.items():
+            if not isinstance(value, float | int) or not math.isfinite(value):
+                raise RewardError(f"score {index} of {what} has {name}={value!r}, which is no finite number")
+        if score.sigma is not None and score.sigma < 0:
+            raise RewardError(f"score {index} of {what} has sigma={score.sigma!r}, which must not be negative")
+    return scores

@@ -13,14 +13,13 @@ from mmrl_ray.analysis.states import caption_states
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.adapter import adapter_state, load_adapter_state, reference_policy
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.merged import MergedAdapter
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
+from mmrl_ray.policy.heads import decoding_heads, split_heads
+from mmrl_ray.policy.lora.adapter import MergedAdapter, adapter_state, load_adapter_state, reference_policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import Comparison, choose_path
-from mmrl_ray.policy.prefix import score_completions
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
-from mmrl_ray.policy.value_heads import decoding_heads, split_heads
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 logger = logging.getLogger(__name__)

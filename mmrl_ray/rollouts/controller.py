@@ -22,15 +22,14 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
-from mmrl_ray.rollouts.checkpoints import decode_checkpoint, encode_checkpoint
-from mmrl_ray.rollouts.control_files import ScaleAnswer
+from mmrl_ray.rollouts.group_codec import decode_checkpoint, encode_checkpoint
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
 from mmrl_ray.rollouts.parcels import open_payload
-from mmrl_ray.rollouts.protocols import Generated, SampleSource, Stop, Wait, WorkerPool
-from mmrl_ray.rollouts.run_meter import RunMeter, reward_failures
-from mmrl_ray.rollouts.status_desk import StatusDesk
+from mmrl_ray.rollouts.run_metrics import RunMetrics, reward_failures
 from mmrl_ray.rollouts.step_writer import PlannedStep, StepWriter
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.rollouts.types import Generated, SampleSource, Stop, Wait, WorkerPool
+from mmrl_ray.run_records.control_files import ScaleAnswer, StatusWriter
+from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.meter import Meter
 
 COMMAND_TIMEOUT_S = 120.0
@@ -54,7 +53,7 @@ class Controller:
         """`put` makes an object-store reference, `fetch` the object again (and leaves what is none as it is)."""
         self._cfg, self._fetch, self._clock = cfg, fetch, clock
         self._meter = meter or Meter(run=cfg.run.name)
-        self._told = RunMeter(self._meter, cfg.learner.steps)
+        self._told = RunMetrics(self._meter, cfg.learner.steps)
         self._loop = RolloutLoop(cfg, run, pool, source, put, self._told.event)
         self._pump = self._loop.pump
         self._changed = self._pump.changed
@@ -63,17 +62,17 @@ class Controller:
         self._planned: PlannedStep | None = None
         self._asked_since: float | None = None
         self._stop: str | None = None
-        self._desk = StatusDesk(run, self.status, self.resize, self._loop.note)
+        self._status_writer = StatusWriter(run, self.status, self.resize, self._loop.note)
 
     def start(self) -> None:
         """Starts the pump: workers come up, evaluations are served; steps begin with `rewind` or `restore`."""
         self._pump.start()
-        self._desk.start()
+        self._status_writer.start()
         self._meter.watch(lambda: self._told.look(self.status()))
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends pump, workers and log; what was handed to the log is written."""
-        self._desk.close(timeout_s)
+        self._status_writer.close(timeout_s)
         self._pump.stop(timeout_s)
         self._loop.pool.close()
         self._writer.close(timeout_s)
@@ -158,8 +157,8 @@ class Controller:
             with self._changed:
                 if self._next_plan != step or self._planned is not None:
                     raise RolloutError(f"a checkpoint of {step} finished steps was asked for at {self._next_plan}")
-                stream = self._loop.composer.state(step)
-                self._loop.composer.forget_before(step)
+                stream = self._loop.sampler.state(step)
+                self._loop.sampler.forget_before(step)
                 return stream, [g for g in self._loop.book.waiting(step) if g.policy_version < step]
 
         stream, groups = self._pump.call(gather, COMMAND_TIMEOUT_S)

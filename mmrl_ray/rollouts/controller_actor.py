@@ -14,16 +14,16 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import MMRLError, PlacementError, RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
-from mmrl_ray.rollouts.control_files import ScaleAnswer
 from mmrl_ray.rollouts.controller import Controller
-from mmrl_ray.rollouts.loop import QUARANTINE_FILE
 from mmrl_ray.rollouts.parcels import open_payload
 from mmrl_ray.rollouts.pool import RayWorkerPool
 from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.rollouts.protocols import EngineFactory, Generated, Stop, Wait
+from mmrl_ray.rollouts.types import EngineFactory, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.rollouts.worker import PackedFactory
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.control_files import ScaleAnswer
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.step_log import QUARANTINE_FILE
 from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.ray_meter import RayMeter
 

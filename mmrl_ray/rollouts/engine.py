@@ -21,13 +21,12 @@ from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.breakdown import RewardFailure, Score
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.losses.kl import kl_penalty
-from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
+from mmrl_ray.policy.generation.decode import DecodeRequest, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.scoring import score_with_retry
-from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
 from mmrl_ray.rollouts.backend import Backend
-from mmrl_ray.rollouts.protocols import FetchWeights
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, DataFailure, FetchWeights, GroupRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from mmrl_ray.config import Config
 from mmrl_ray.config.demands import torch_threads
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.run_adapter import add_run_adapter
+from mmrl_ray.policy.lora.adapter import add_run_adapter
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.engine import RolloutEngine

@@ -1,4 +1,7 @@
-"""Buffered groups as bytes for a checkpoint: an Arrow table of JSON facts, image files and safetensors. No pickle."""
+"""Buffered groups as bytes for a checkpoint: an Arrow table of JSON facts, image files and safetensors. No pickle.
+
+What a checkpoint of the controller holds: JSON-able values, and the buffered groups as bytes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from safetensors.torch import load, save
 
 from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import (
     Completion,
@@ -31,6 +35,8 @@ _SCHEMA = pa.schema(
         pa.field("tensors", pa.binary(), nullable=False),
     ]
 )
+_FORMAT = 1
+_BUFFER_KEY = "buffer.arrow"
 
 
 def encode_groups(groups: Iterable[tuple[ScoredGroup, RolloutGroup]]) -> bytes:
@@ -141,3 +147,23 @@ def _group(row: Mapping[str, Any]) -> RolloutGroup:
         greedy=greedy,
         vision=VisionFeatures(tensors["vision"], tuple(deepstack)) if "vision" in tensors else None,
     )
+
+
+def encode_checkpoint(
+    step: int, stream: Mapping[str, Any], groups: Iterable[tuple[ScoredGroup, RolloutGroup]]
+) -> dict[str, Any]:
+    """After `step` finished steps, the sample stream standing at `stream`, with these groups in the buffer."""
+    return {"format": _FORMAT, "next_step": step, "stream": stream, _BUFFER_KEY: encode_groups(groups)}
+
+
+def decode_checkpoint(
+    state: Mapping[str, Any],
+) -> tuple[int, Mapping[str, Any], list[tuple[ScoredGroup, RolloutGroup]]]:
+    """(step, stream, groups) that `encode_checkpoint` was given.
+
+    Raises:
+        RolloutError: the state is of another format.
+    """
+    if (found := state.get("format")) != _FORMAT:
+        raise RolloutError(f"the controller's checkpoint has format {found!r}, not {_FORMAT}")
+    return int(state["next_step"]), state["stream"], decode_groups(state[_BUFFER_KEY])

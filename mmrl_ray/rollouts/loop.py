@@ -1,7 +1,7 @@
 """What the pump does in each turn: dispatch steps and evaluations, take in what workers give, read ahead.
 
 Everything here runs on the pump thread. `book`, `versions`, `evaluations` and `scaling` are also read and changed
-by the controller's other methods, so they are touched under `pump.changed` only; pool and composer belong to the pump
+by the controller's other methods, so they are touched under `pump.changed` only; pool and sampler belong to the pump
 alone.
 """
 
@@ -17,20 +17,26 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, QuarantineError, RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGroup
 from mmrl_ray.experience.schema import encode_records, group_rows
-from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, DataFailure, GroupRequest
-from mmrl_ray.rollouts.composer import StepComposer
-from mmrl_ray.rollouts.control_files import ScaleAnswer
-from mmrl_ray.rollouts.evaluations import Evaluations, Ticket, chunks
-from mmrl_ray.rollouts.ledger import FirstErrors
-from mmrl_ray.rollouts.protocols import Collected, SampleSource, WorkerPool
+from mmrl_ray.rollouts.assignment_tracker import FirstErrors
 from mmrl_ray.rollouts.pump import Pump
 from mmrl_ray.rollouts.scaling import Scaling
 from mmrl_ray.rollouts.step_book import StepBook
+from mmrl_ray.rollouts.step_sampler import Evaluations, StepSampler, Ticket, chunks
+from mmrl_ray.rollouts.types import (
+    Assignment,
+    AssignmentResult,
+    Collected,
+    DataFailure,
+    GroupRequest,
+    SampleSource,
+    WorkerPool,
+)
 from mmrl_ray.rollouts.weights import VersionTable
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.control_files import ScaleAnswer
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.step_log import QUARANTINE_FILE
 
 EVENTS_FILE = "events.jsonl"
-QUARANTINE_FILE = "quarantine.jsonl"
 _LOOK_S = 1.0
 """How often an evaluation that waits looks whether anybody is there to answer it."""
 POLL_S = 0.01
@@ -54,7 +60,7 @@ class RolloutLoop:
         """`put` makes an object-store reference; `on_event` hears of every event that is written down."""
         self.pump = Pump(self._turn)
         self.pool = pool
-        self.composer = StepComposer(source, cfg)
+        self.sampler = StepSampler(source, cfg)
         staleness, per_step = cfg.rollout.max_staleness, cfg.learner.groups_per_step
         self.book = StepBook(cfg.rollout.buffer_groups or (staleness + 1) * per_step, staleness)
         self.versions = VersionTable(put)
@@ -101,7 +107,7 @@ class RolloutLoop:
         return {
             "policy_version": self.versions.newest,
             "max_staleness": self.book.buffer.max_staleness,
-            "dispatched_steps": self.composer.next_step,
+            "dispatched_steps": self.sampler.next_step,
             "step_groups": {"arrived": arrived, "asked": asked},
             "buffer": {
                 "arrived": self.book.buffer.arrived,
@@ -109,7 +115,7 @@ class RolloutLoop:
                 "capacity": self.book.buffer.capacity,
             },
             "evaluations": len(self.evaluations),
-            "quarantined": self.composer.quarantined,
+            "quarantined": self.sampler.quarantined,
             "pool": self.pool.status(),
             "scaling": self.scaling.status(),
         }
@@ -130,7 +136,7 @@ class RolloutLoop:
         """Counts since the start, for `StepMeter`."""
         return {
             "busy_s": self.pool.busy_seconds(),
-            "quarantined": self.composer.quarantined,
+            "quarantined": self.sampler.quarantined,
             "dropped": self.book.buffer.counts["stale"],
         }
 
@@ -143,7 +149,7 @@ class RolloutLoop:
             RolloutError: `stream` is None and the place of `step` is not known.
             DataError: `stream` is of other data or another seed.
         """
-        self.composer.seek(step, stream)
+        self.sampler.seek(step, stream)
         self.pool.cancel("train")
         self.book.clear()
         self._resample.clear()
@@ -217,8 +223,8 @@ class RolloutLoop:
         for event in self._events():
             self._run.append_line(EVENTS_FILE, {"time": time.time(), **event})
             self._on_event(event)
-        if self.begun and not self.stopping and self.composer.next_step < self._cfg.learner.steps:
-            self.composer.read_ahead()
+        if self.begun and not self.stopping and self.sampler.next_step < self._cfg.learner.steps:
+            self.sampler.read_ahead()
         if not finished and time.monotonic() - began < POLL_S:
             self.pump.rest(POLL_S)
 
@@ -240,7 +246,7 @@ class RolloutLoop:
         for requests in chunks(again, self._cfg.rollout.groups_per_assignment):
             self._submit("train", requests)
         while self._may_dispatch():
-            step, requests = self.composer.next_step, self.composer.compose()
+            step, requests = self.sampler.next_step, self.sampler.compose()
             with self.pump.changed:
                 self.book.open(step, requests)
                 missing = {request.key for request in requests if not self._put_back(request)}
@@ -250,7 +256,7 @@ class RolloutLoop:
                     self._submit("train", wanted)
 
     def _may_dispatch(self) -> bool:
-        step = self.composer.next_step
+        step = self.sampler.next_step
         with self.pump.changed:
             newest = self.versions.newest
             return (
@@ -259,7 +265,7 @@ class RolloutLoop:
                 and newest is not None
                 and step < self._cfg.learner.steps
                 and step - newest <= self._cfg.rollout.max_staleness
-                and self.book.buffer.has_room(self.composer.groups_per_step)
+                and self.book.buffer.has_room(self.sampler.groups_per_step)
             )
 
     def _submit(self, kind: str, requests: tuple[GroupRequest, ...]) -> None:
@@ -303,7 +309,7 @@ class RolloutLoop:
         self._first.failed([request.sample.key], failure.reason)
         if is_train:
             try:
-                self.composer.quarantine(request.sample, failure.reason)
+                self.sampler.quarantine(request.sample, failure.reason)
             except QuarantineError as error:
                 if self._first.settled:
                     raise

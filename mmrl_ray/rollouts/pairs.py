@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, Score
 from mmrl_ray.experience.carriers import EncodedPrompt
-from mmrl_ray.feedback.dataset import LabelledPair, pair_of
-from mmrl_ray.rollouts.assignments import GroupRequest
+from mmrl_ray.preferences.dataset import LabelledPair, pair_of
 from mmrl_ray.rollouts.engine import RolloutEngine, Sampled
+from mmrl_ray.rollouts.types import GroupRequest
 
 
 class PairEngine(RolloutEngine):

@@ -2,7 +2,7 @@
 
 A worker: placing (first ping under way) → starting (engine being built) → ready → gone. Never brought back: a new
 one takes its place. One call at a time each (`PoolWorker.call`), so that it is known which assignment a crash is to be
-blamed on; Ray forgets a dead actor's calls, the `Ledger` does not.
+blamed on; Ray forgets a dead actor's calls, the `AssignmentTracker` does not.
 
 A process that is stopped is alive to Ray. So every wait has a deadline (`_replace_hung`), and idle workers are asked
 every few seconds (`_probe`). What raises is replaced: broken samples come back as values.
@@ -18,12 +18,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError
-from mmrl_ray.rollouts.assignments import Assignment, DataFailure
-from mmrl_ray.rollouts.ledger import Ledger
+from mmrl_ray.rollouts.assignment_tracker import AssignmentTracker
 from mmrl_ray.rollouts.nodes import Nodes
 from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.rollouts.protocols import Collected, EngineFactory
 from mmrl_ray.rollouts.quorum import Quorum
+from mmrl_ray.rollouts.types import Assignment, Collected, DataFailure, EngineFactory
 from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 
 _FETCH_S = 60.0
@@ -37,7 +36,7 @@ class RayWorkerPool:
         self, run: str, factory: EngineFactory, settings: PoolSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Workers are made from the first `poll` on, each with an engine from `factory`."""
-        self.ledger = Ledger(settings.model)
+        self.tracker = AssignmentTracker(settings.model)
         self._run = run
         self._factory = factory
         self._settings = settings
@@ -58,15 +57,15 @@ class RayWorkerPool:
     @property
     def outstanding(self) -> int:
         """Assignments queued or at work."""
-        return self.ledger.outstanding
+        return self.tracker.outstanding
 
     def submit(self, assignment: Assignment) -> None:
         """Queues it; evaluations go before training."""
-        self.ledger.submit(assignment)
+        self.tracker.submit(assignment)
 
     def cancel(self, kind: str) -> None:
         """Forgets queued assignments of a kind; those at work are discarded when they come back."""
-        self.ledger.cancel(kind)
+        self.tracker.cancel(kind)
 
     def resize(self, workers: int) -> None:
         """Sets how many workers there should be; one that has to go finishes its assignment first.
@@ -89,7 +88,7 @@ class RayWorkerPool:
         self._fit_to_target()
         self._events += self._nodes.ask_for(self._target)
         self._dispatch()
-        finished = self._collect(timeout_s if self.ledger.busy else 0.0)
+        finished = self._collect(timeout_s if self.tracker.busy else 0.0)
         finished += self._replace_hung()
         self._probe()
         placing = [self._clock() - w.since for w in self._workers.values() if w.state == "placing"]
@@ -105,22 +104,22 @@ class RayWorkerPool:
 
     def busy_seconds(self) -> float:
         """Worker-seconds spent on assignments so far, including those under way."""
-        return self._busy_s + self.ledger.at_work_seconds(self._clock())
+        return self._busy_s + self.tracker.at_work_seconds(self._clock())
 
     def status(self) -> dict[str, Any]:
         """Workers by name with their state, queue and counts."""
         now, workers = self._clock(), list(self._workers.values())
         return {
             "workers": {
-                w.name: w.describe(now, self.ledger.working_on(w.id), self.ledger.since(w.id)) for w in workers
+                w.name: w.describe(now, self.tracker.working_on(w.id), self.tracker.since(w.id)) for w in workers
             },
             "demand": self._settings.demand,
             "free": self._nodes.free,
             "ready": self._ready,
             "target": self._target,
             "min": self._settings.min_workers,
-            "queued_assignments": self.ledger.queued,
-            "assignments": dict(self.ledger.counts),
+            "queued_assignments": self.tracker.queued,
+            "assignments": dict(self.tracker.counts),
             "last_loss": self._last_loss,
         }
 
@@ -143,11 +142,11 @@ class RayWorkerPool:
             self._create()
         # Those that cost least first: not even placed, not yet built, idle, and only then at work; the youngest first.
         order = {"placing": 0, "starting": 1, "ready": 2}
-        staying.sort(key=lambda w: (order[w.state] + (w.id in self.ledger.busy), -w.id))
+        staying.sort(key=lambda w: (order[w.state] + (w.id in self.tracker.busy), -w.id))
         for worker in staying[: max(surplus, 0)]:
             worker.retiring = True
             self._note("worker_retiring", worker, f"resized to {self._target}")
-        for worker in [w for w in self._workers.values() if w.retiring and w.id not in self.ledger.busy]:
+        for worker in [w for w in self._workers.values() if w.retiring and w.id not in self.tracker.busy]:
             self._end(worker)
 
     def _create(self) -> None:
@@ -167,7 +166,7 @@ class RayWorkerPool:
 
     def _lose(self, worker: PoolWorker, reason: str) -> list[Collected | DataFailure]:
         """The worker is dead, stuck or not to be trusted: end it, and put its assignment back."""
-        work = self.ledger.working_on(worker.id)
+        work = self.tracker.working_on(worker.id)
         self._note("worker_lost", worker, reason, samples=[g.sample.id for g in work.groups] if work else [])
         self._last_loss = f"{worker.name}: {reason}"
         self._end(worker)
@@ -176,7 +175,7 @@ class RayWorkerPool:
             self._no_new_before = self._clock() + self._settings.retry_start_s * 2 ** min(self._start_failures, 5)
             if self._start_failures >= self._settings.max_start_failures and self._ready < self._settings.min_workers:
                 raise RolloutError(f"{self._start_failures} rollout workers in a row died while starting: {reason}")
-        return list(self.ledger.lose(worker.id, reason))
+        return list(self.tracker.requeue(worker.id, reason))
 
     # -- calls and their results -----------------------------------------------------------------------------------
 
@@ -185,7 +184,7 @@ class RayWorkerPool:
             # One that has yet to answer a ping may hang: it would keep the assignment until that is found out.
             if worker.state != "ready" or worker.retiring or worker.call is not None:
                 continue
-            assignment = self.ledger.give(worker.id, self._clock())
+            assignment = self.tracker.assign(worker.id, self._clock())
             if assignment is None:
                 return
             worker.give(assignment)
@@ -222,7 +221,7 @@ class RayWorkerPool:
             worker.ask("start")
         elif call.method == "run":
             worker.since = now
-            began = self.ledger.accept(worker.id, value.result.assignment_id)
+            began = self.tracker.complete(worker.id, value.result.assignment_id)
             if began is not None:
                 self._busy_s += now - began
                 worker.groups += len(value.result.groups)
@@ -250,7 +249,7 @@ class RayWorkerPool:
     def _replace_hung(self) -> list[Collected | DataFailure]:
         now, limits = self._clock(), self._settings
         finished: list[Collected | DataFailure] = []
-        overdue = set(self.ledger.overdue(now, limits.assignment_timeout_s))
+        overdue = set(self.tracker.overdue(now, limits.assignment_timeout_s))
         for worker in list(self._workers.values()):
             age = now - worker.since
             if worker.state == "placing" and age > limits.placement_timeout_s:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.buffer import GroupBuffer
 from mmrl_ray.experience.carriers import GroupKey, ScoredGroup
-from mmrl_ray.rollouts.assignments import DataFailure, GroupRequest
-from mmrl_ray.rollouts.protocols import Collected
+from mmrl_ray.rollouts.types import Collected, DataFailure, GroupRequest
 
 
 @dataclass(slots=True)

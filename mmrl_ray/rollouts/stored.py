@@ -19,9 +19,9 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt
-from mmrl_ray.policy.decode import GroupOutput
-from mmrl_ray.rollouts.assignments import GroupRequest
+from mmrl_ray.policy.generation.decode import GroupOutput
 from mmrl_ray.rollouts.engine import RolloutEngine, Sampled
+from mmrl_ray.rollouts.types import GroupRequest
 
 COLUMNS = (
     *("sample_id", "image_hash", "prompt", "caption", "token_ids", "behaviour_logprobs", "finish_reason"),

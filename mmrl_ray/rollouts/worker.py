@@ -5,6 +5,8 @@ its record rows), then parcels of groups. The caller of an actor owns what the c
 worker that made them, each parcel is freed by itself, and none of more than 100 KB passes through the caller. The first
 value does: rows that lay on the worker's node until their step was written would be gone with that node.
 (`ray.put(..., _owner=)`, which was made for owning by another, is gone since Ray 2.56.)
+
+What one assignment says about the rollout worker that did it.
 """
 
 from __future__ import annotations
@@ -23,11 +25,10 @@ from ray import cloudpickle
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import ScoredGroup
 from mmrl_ray.experience.schema import encode_records, group_rows
-from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult
 from mmrl_ray.rollouts.parcels import Parcelled, pack
-from mmrl_ray.rollouts.protocols import Collected, Engine, EngineFactory
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, Engine, EngineFactory
 from mmrl_ray.rollouts.weights import decode_state
-from mmrl_ray.rollouts.worker_meter import measure_assignment
+from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.logs import CONTEXT, LogFormat, start_logging
 from mmrl_ray.telemetry.meter import Meter
 from mmrl_ray.telemetry.ray_meter import RayMeter
@@ -104,7 +105,7 @@ class RolloutWorker:
         step = assignment.groups[0].key.step
         CONTEXT.put(step=step if step >= 0 else None)  # an evaluation is of no step
         result = self._engine.run(assignment, lambda: _fetch_weights(assignment))
-        measure_assignment(self._meter, result)
+        export_assignment_metrics(self._meter, result)
         return split_result(assignment, result, self._run)
 
 
@@ -196,3 +197,18 @@ class PoolWorker:
             "pid": self.place and self.place.pid,
             "node": self.place and self.place.node,
         }
+
+
+def export_assignment_metrics(meter: Meter, result: AssignmentResult) -> None:
+    """Once an assignment, in the worker's process."""
+    for phase, seconds in result.timings.items():
+        meter.add(table.WORKER_SECONDS, seconds, phase=phase)
+    meter.observe(table.ASSIGNMENT_SECONDS, sum(result.timings.values()))
+    meter.set(table.WORKER_VERSION, result.version)
+    meter.add(table.WORKER_GROUPS, len(result.groups))
+    meter.add(table.WORKER_TOKENS, sum(group.prompt_tokens for group in result.groups), kind="prompt")
+    meter.add(table.WORKER_TOKENS, sum(sum(group.completion_tokens) for group in result.groups), kind="completion")
+    for name, found in (("vision_hits", "hit"), ("vision_misses", "miss")):
+        meter.add(table.WORKER_VISION, sum(group.counters.get(name, 0) for group in result.groups), result=found)
+    meter.add(table.WORKER_REWARD_FAILURES, sum(len(group.failures) for group in result.groups))
+    meter.add(table.WORKER_BROKEN_SAMPLES, len(result.failures))

@@ -17,25 +17,21 @@ from starlette.responses import Response
 
 from mmrl_ray import __version__
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.serving.auth import Envelope, Gate, is_loopback
+from mmrl_ray.serving.auth import Envelope, Gate, KeyLimits, is_loopback
 from mmrl_ray.serving.fine_tuning_types import FineTuningRequest
 from mmrl_ray.serving.http_errors import error_response
-from mmrl_ray.serving.limits import KeyLimits
 from mmrl_ray.serving.metrics import GatewayMetrics
-from mmrl_ray.serving.openai_types import ChatRequest
+from mmrl_ray.serving.openai import ChatRequest
 from mmrl_ray.serving.routes.captions import CaptionRequest, add_captions
 from mmrl_ray.serving.routes.chat import add_chat
-from mmrl_ray.serving.routes.deps import GatewayDeps
-from mmrl_ray.serving.routes.documents import ERRORS, VERSION_HEADER, document
+from mmrl_ray.serving.routes.common import ERRORS, VERSION_HEADER, GatewayDeps, Tools, document
 from mmrl_ray.serving.routes.fine_tuning import add_fine_tuning
-from mmrl_ray.serving.routes.models import add_models
-from mmrl_ray.serving.routes.operations import add_operations
+from mmrl_ray.serving.routes.operations import add_models, add_operations
 from mmrl_ray.serving.routes.pictures import Pictures
 from mmrl_ray.serving.routes.preferences import PreferenceRequest, add_preferences
 from mmrl_ray.serving.routes.rewards import RewardRequest, add_rewards
 from mmrl_ray.serving.routes.runs import WorkersRequest, add_runs
 from mmrl_ray.serving.routes.score import ScoreRequest, add_score
-from mmrl_ray.serving.routes.tools import Tools
 
 __all__ = ["GatewayDeps", "make_app"]
 

@@ -5,6 +5,8 @@
 The queue of jobs wakes the thread when nothing is running; while something is, it looks once a step. Answers go back
 the same way: whatever a step gave to whichever requests is handed over in one call. Whatever goes wrong in a step ends
 the requests that it concerns and no others.
+
+What the decode loop made, as what a client is told.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mmrl_ray.errors import ServingError
-from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.decode import Decoder, Event, Failure, GroupOutput
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, FinishReason, SamplingParams
+from mmrl_ray.policy.generation.decode import Decoder, Event, Failure, GroupOutput
+from mmrl_ray.policy.generation.detokenize import TokenBytes
+from mmrl_ray.serving.protocols import Choice, Delta, ServedFinishReason, TokenInfo
 
 logger = logging.getLogger(__name__)
 
@@ -261,3 +265,43 @@ def _deliver(news: list[_News]) -> None:
         ticket.output = item.output or ticket.output
         ticket.error = item.error or ticket.error
         ticket.news.set()
+
+
+class Answers:
+    """Makes choices and deltas. For one thread."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._bytes = TokenBytes(tokenizer)
+        self._texts: dict[int, tuple[str, bytes]] = {}
+
+    def choice(self, index: int, made: Completion) -> Choice:
+        """A finished completion."""
+        tokens = zip(made.token_ids.tolist(), made.logprobs.tolist(), strict=True)
+        return Choice(index, made.text, _reason(made.finish_reason), tuple(self._token(*token) for token in tokens))
+
+    def deltas(self, events: Sequence[Event]) -> list[Delta]:
+        """What `events` add, one delta a choice."""
+        by_row: dict[int, list[Event]] = {}
+        for event in events:
+            by_row.setdefault(event.row, []).append(event)
+        return [
+            Delta(
+                index=row,
+                text="".join(event.text for event in mine),
+                tokens=tuple(self._token(event.token_id, event.logprob) for event in mine),
+                finish_reason=None if mine[-1].finish_reason is None else _reason(mine[-1].finish_reason),
+            )
+            for row, mine in by_row.items()
+        ]
+
+    def _token(self, token: int, logprob: float) -> TokenInfo:
+        known = self._texts.get(token)
+        if known is None:
+            data = self._bytes.of(token)
+            # As OpenAI writes the bytes of a token that is part of a character.
+            known = self._texts[token] = (data.decode("utf-8", "backslashreplace"), data)
+        return TokenInfo(known[0], token, logprob, known[1])
+
+
+def _reason(reason: FinishReason) -> ServedFinishReason:
+    return "stop" if reason == "stop" else "length"

@@ -21,12 +21,11 @@ from ray import serve
 from ray.serve import Application
 
 from mmrl_ray.config.reward import RewardSection
-from mmrl_ray.config.run import RunSection
-from mmrl_ray.config.serving import ServeConfig
+from mmrl_ray.config.sections import RunSection
+from mmrl_ray.config.serving import GATEWAY, POLICY, REWARD, ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
 from mmrl_ray.experience.breakdown import Score
-from mmrl_ray.serving.names import GATEWAY, POLICY, REWARD
-from mmrl_ray.serving.policy_meter import watch_engine
+from mmrl_ray.serving.engine import export_engine_metrics
 from mmrl_ray.serving.protocols import (
     Delta,
     Generated,
@@ -62,7 +61,7 @@ class PolicyReplica:
         start_logging(cfg.log_format, run=None, role=POLICY)
         self._engine = await asyncio.to_thread(_start_engine, cfg, created)
         self._meter = RayMeter(model=base_id(cfg))
-        watch_engine(self._meter, self._engine.stats)
+        export_engine_metrics(self._meter, self._engine.stats)
         self._refreshing = asyncio.create_task(self._refresh_every(cfg.serving.refresh_s))
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Generated]:
@@ -159,7 +158,7 @@ class GatewayReplica:
         self._cfg, self._policy, self._reward, self._insecure = cfg, policy, reward, insecure
 
     def __serve_build_asgi_app__(self) -> Any:
-        from mmrl_ray.feedback.store import PreferenceStore
+        from mmrl_ray.preferences.store import PreferenceStore
         from mmrl_ray.serving.app import GatewayDeps, make_app
         from mmrl_ray.serving.keys import KeyStore, default_database
         from mmrl_ray.serving.services import ServedReward, ServePolicy
@@ -190,7 +189,7 @@ def build(arguments: dict[str, Any]) -> Application:
 
 def application(cfg: ServeConfig, *, insecure: bool) -> Application:
     """Gateway, policy and, where there is one, reward."""
-    from mmrl_ray.data.location import locate
+    from mmrl_ray.data.shards import locate
 
     options = deployment_options(cfg)
     policy = _shell(PolicyReplica, POLICY, options[POLICY]).bind(cfg, int(time.time()))
@@ -226,11 +225,11 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     """Loads the model and its adapters; returns when it answers."""
     import torch
 
-    from mmrl_ray.policy.adapters import AdapterPool
-    from mmrl_ray.policy.cpu_linear import pack_weights
+    from mmrl_ray.policy.cpu.linear import pack_weights
     from mmrl_ray.policy.load import load_policy
-    from mmrl_ray.run_dir import RunDir
-    from mmrl_ray.serving.adapter_sources import AdapterFolders
+    from mmrl_ray.policy.lora.pool import AdapterPool
+    from mmrl_ray.run_records.run_dir import RunDir
+    from mmrl_ray.serving.adapters import AdapterFolders
     from mmrl_ray.serving.agent_engine import AgentEngine
     from mmrl_ray.serving.engine import Engine
 

@@ -2,9 +2,11 @@
 
     request ──decode, encode──▶ waiting ──▶ decode thread: rows join and leave between steps ──▶ choices, deltas
 
-The event loop only passes things on: pictures are decoded in processes of their own (`decoding.py`) and texts tokenised
+The event loop only passes things on: pictures are decoded in processes of their own (`images.py`) and texts tokenised
 in a small pool of threads, the model runs in one thread of its own (`decode_thread.py`). A request keeps the version of
-the adapter that it began with, and a new version is put on beside it (`policy/adapters.py`).
+the adapter that it began with, and a new version is put on beside it (`policy/lora/pool.py`).
+
+What a policy replica's engine says about itself, for whoever measures it every few seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,30 +24,23 @@ from functools import partial
 
 from PIL import Image
 
-from mmrl_ray.errors import (
-    ConfigError,
-    ContextLengthError,
-    DataError,
-    OverloadedError,
-    ServingError,
-    UnknownModelError,
-)
+from mmrl_ray.errors import ConfigError, ContextLengthError, DataError, OverloadedError, ServingError, UnknownModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.adapters import AdapterPool, Resident
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.generation import generation_rules
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.generation.sampling import check_sampling, generation_rules
+from mmrl_ray.policy.lora.pool import AdapterPool, Resident
+from mmrl_ray.policy.lora.routing import BASE
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import check_context, encode_conversation
-from mmrl_ray.policy.row_adapters import BASE
-from mmrl_ray.policy.sampling import check_sampling
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.serving.adapter_leases import AdapterLeases
-from mmrl_ray.serving.answers import Answers
-from mmrl_ray.serving.decode_thread import DecodeThread, Ticket
-from mmrl_ray.serving.decoding import RequestDecoder
+from mmrl_ray.serving.adapters import AdapterLeases
+from mmrl_ray.serving.decode_thread import Answers, DecodeThread, Ticket
+from mmrl_ray.serving.images import RequestDecoder
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, Served
 from mmrl_ray.serving.turns import Turns
+from mmrl_ray.telemetry import table
+from mmrl_ray.telemetry.meter import Meter, Totals
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +56,11 @@ _WARM_UP_SIDE = 128
 _WARM_UP_TOKENS = 4
 # What a request may raise as it is; anything else becomes a `ServingError`.
 _OWN_ERRORS = (DataError, ContextLengthError, ConfigError, ServingError)
+_COUNTERS = {
+    "requests": table.POLICY_REQUESTS,
+    "failed_requests": table.POLICY_FAILED,
+    "tokens": table.POLICY_TOKENS,
+}
 
 
 class Engine:
@@ -355,3 +355,21 @@ def _own_errors() -> Iterator[None]:
         logger.warning("a request failed", exc_info=error)
         name = type(error).__name__
         raise ServingError(f"the model failed on this request ({name}); the server's log says more") from error
+
+
+def export_engine_metrics(meter: Meter, stats: Callable[[], Mapping[str, float]]) -> None:
+    """Has `meter` look at `Engine.stats`."""
+    totals = Totals(meter)
+
+    def look() -> None:
+        found = stats()
+        for name, metric in _COUNTERS.items():
+            totals.reach(metric, found[name])
+        totals.reach(table.POLICY_VISION, found["vision_cache_hits"], result="hit")
+        totals.reach(table.POLICY_VISION, found["images_encoded"], result="miss")
+        meter.set(table.POLICY_UNDER_WAY, found["waiting_requests"], state="waiting")
+        meter.set(table.POLICY_UNDER_WAY, found["running_requests"], state="running")
+        meter.set(table.POLICY_ROWS, found["running_rows"])
+        meter.set(table.POLICY_CACHE, found["vision_cache_bytes"])
+
+    meter.watch(look)

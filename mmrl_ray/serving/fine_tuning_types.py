@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from mmrl_ray.serving.openai_types import Strict
+from mmrl_ray.serving.openai import Strict
 from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
 
 _OWNER = "mmrl_ray"

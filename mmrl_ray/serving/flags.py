@@ -36,7 +36,7 @@ FAST = {
     # Every replica and proxy wakes up for it, ten times a second as Ray comes.
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     # Outside all that Ray answers by itself, which would be plain text without an id.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrl_ray.serving.front:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmrl_ray.serving.http_errors:middlewares",
 }
 """For every process of a Ray that serves."""
 _HAPROXY = {

@@ -16,16 +16,18 @@ from mmrl_ray.jobs.client import JobsClient, own_address, own_ray
 from mmrl_ray.jobs.records import HTTP_PREFIX, ID, Job, Status, new_http_id
 from mmrl_ray.jobs.shutdown import note_job, remembered
 from mmrl_ray.jobs.submit import python_for, submit_run
-from mmrl_ray.serving.protocols import (
-    ResultFile,
-    TuningCheckpoint,
-    TuningEvent,
-    TuningJob,
-    TuningOrder,
-    TuningStatus,
+from mmrl_ray.serving.fine_tuning import (
+    compose,
+    open_run,
+    recipe_configs,
+    result_file,
+    results,
+    run_checkpoints,
+    run_events,
+    run_name,
+    trained_tokens,
 )
-from mmrl_ray.serving.recipes import compose, recipe_configs, run_name
-from mmrl_ray.serving.tuning_runs import open_run, result_file, results, run_checkpoints, run_events, trained_tokens
+from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder, TuningStatus
 
 logger = logging.getLogger(__name__)
 

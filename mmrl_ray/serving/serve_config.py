@@ -14,9 +14,8 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
-from mmrl_ray.config.serving import DeploymentSection, ServeConfig
+from mmrl_ray.config.serving import APP, GATEWAY, POLICY, REWARD, DeploymentSection, ServeConfig
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.serving.names import APP, GATEWAY, POLICY, REWARD
 
 BUILDER = "mmrl_ray.serving.deployments:build"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mmrl_ray.config.data import ScenesSection
 from mmrl_ray.config.load import load_config
-from mmrl_ray.data.scenes import generate_scenes
+from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.rewards.build import try_functions
-from tests.integration.runs.test_readme import commands
+from tests.integration.training.test_readme import commands
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from mmrl_ray.config.fine_tuning import FineTuningSection
-from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.config.serving import FineTuningSection, ServingSection
 from mmrl_ray.errors import UnknownFileError, UnknownJobError
 from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
 

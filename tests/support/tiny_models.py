@@ -17,9 +17,10 @@ from PIL import Image
 from transformers import GenerationConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tiny import build_tiny_llava
 from tests.support.families import BUILDERS
 from tests.support.families.common import WORDS, spread

@@ -20,14 +20,14 @@ from mmrl_ray.config.load import load_config
 ROOT = Path(__file__).parents[2]
 
 HOMES = {
-    1: ("mmrl_ray.models.fusion", ("SharedAttentionFusion",)),
-    2: ("mmrl_ray.models.fusion", ("CoupledEncodersFusion",)),
+    1: ("mmrl_ray.reward_model.fusion", ("SharedAttentionFusion",)),
+    2: ("mmrl_ray.reward_model.fusion", ("CoupledEncodersFusion",)),
     3: ("mmrl_ray.losses.td", ("q_learning_target", "q_learning_update")),
     4: ("mmrl_ray.losses.regularizers", ("l2_to_pretrained",)),
-    5: ("mmrl_ray.models.fusion", ("AttentionFusion",)),
-    6: ("mmrl_ray.models.fusion", ("WeightedSumFusion",)),
+    5: ("mmrl_ray.reward_model.fusion", ("AttentionFusion",)),
+    6: ("mmrl_ray.reward_model.fusion", ("WeightedSumFusion",)),
     7: ("mmrl_ray.losses.regularizers", ("adapter_l2",)),
-    8: ("mmrl_ray.learner.schedule", ("cosine_annealing",)),
+    8: ("mmrl_ray.losses.schedule", ("cosine_annealing",)),
     9: ("mmrl_ray.analysis.attribution", ("modality_importance",)),
     10: ("mmrl_ray.rewards.multimodal", ("MultimodalReward",)),
     11: ("mmrl_ray.analysis.pca", ("fit_pca",)),
@@ -168,3 +168,16 @@ def test_the_search_for_users_finds_what_nobody_uses(tmp_path: Path) -> None:
     assert found >= {(("m", "two"), ("b.c", "k")), (("m", "two"), ("d", "z"))}
     assert not any(what == ("a", "h") for _, what in found)
     assert not reached_from_elsewhere(("mmrl_ray.analysis.correlation", "no_such_function"))
+
+
+@pytest.mark.parametrize(
+    ("former", "home"),
+    [
+        ("mmrl_ray.models.fusion", "mmrl_ray.reward_model.fusion"),
+        ("mmrl_ray.learner.schedule", "mmrl_ray.losses.schedule"),
+    ],
+)
+def test_a_former_import_path_leads_to_the_same(former: str, home: str) -> None:
+    old, new = importlib.import_module(former), importlib.import_module(home)
+    assert old.__all__
+    assert all(getattr(old, name) is getattr(new, name) for name in old.__all__)

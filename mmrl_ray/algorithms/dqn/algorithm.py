@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mmrl_ray.algorithms.base import Algorithm, Panel
-from mmrl_ray.config.base import Section, refuse
+from mmrl_ray.config.sections import Section, refuse
 
 if TYPE_CHECKING:
     from mmrl_ray.config.schema import Config
@@ -155,7 +155,7 @@ def unused_keys(section: Section, used: frozenset[str]) -> dict[str, Any]:
 
 
 class ValueBased(Algorithm):
-    """Episodes of an environment of words, learnt from by RLlib's DQN; the run is `runs/value_based.py`."""
+    """Episodes of an environment of words, learnt from by RLlib's DQN; the run is `training/value_based.py`."""
 
     presets = {"value_based": {}}
     section, section_name = ValueBasedSection, "value_based"

@@ -20,7 +20,7 @@ from safetensors.torch import save as dump_tensors
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, Agent
 from mmrl_ray.errors import CheckpointError
 from mmrl_ray.learner.checkpoints import checkpoint_name, prune_checkpoints
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir
 
 _FORMAT = 1
 

@@ -25,7 +25,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.checks import check_breakdowns
+from mmrl_ray.rewards.scoring import check_breakdowns
 
 CAPTION_ENV = "mmrl/Caption-v0"
 

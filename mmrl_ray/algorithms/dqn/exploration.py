@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from mmrl_ray.learner.schedule import cosine_annealing
+from mmrl_ray.losses.schedule import cosine_annealing
 
 ScheduleName = Literal["constant", "linear", "cosine"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)

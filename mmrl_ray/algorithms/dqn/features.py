@@ -11,7 +11,7 @@ import torch
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.losses.spread import resolution
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache, vision_features
 

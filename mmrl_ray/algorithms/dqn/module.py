@@ -19,8 +19,8 @@ from ray.rllib.utils.metrics import TD_ERROR_KEY
 
 from mmrl_ray.algorithms.dqn.exploration import boltzmann_probabilities, epsilon_greedy, scheduled
 from mmrl_ray.algorithms.dqn.network import MODALITIES, QNetwork, QShape, q_values
-from mmrl_ray.learner.schedule import cosine_scheduler
-from mmrl_ray.learner.state import LearnerState
+from mmrl_ray.learner.checkpoints import LearnerState
+from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.losses.td import q_learning_target, q_learning_update
 
 FUSION_WEIGHTS = "fusion_weights"

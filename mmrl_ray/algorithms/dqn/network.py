@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mmrl_ray.models.fusion import Fused, build_fusion
+from mmrl_ray.reward_model.fusion import Fused, build_fusion
 
 MODALITIES = ("image", "words")
 

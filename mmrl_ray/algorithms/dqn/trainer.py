@@ -23,7 +23,7 @@ from mmrl_ray.algorithms.dqn.replay import episodes_from_tensors, episodes_to_te
 from mmrl_ray.algorithms.dqn.rllib import dqn_config, refuse_without_room
 from mmrl_ray.config import Config
 from mmrl_ray.errors import NonFiniteError, RolloutError
-from mmrl_ray.learner.state import LearnerState
+from mmrl_ray.learner.checkpoints import LearnerState
 
 _REMEMBERED = 20_000
 """Captions whose ids are known, so that each is reported once."""

@@ -13,13 +13,18 @@ from mmrl_ray.data.images import image_hash
 from mmrl_ray.errors import ServingError
 from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import about
-from mmrl_ray.serving.openai_answers import Usage, finite_logprob
-from mmrl_ray.serving.openai_types import Sampled
+from mmrl_ray.serving.openai import Sampled, Usage, finite_logprob
 from mmrl_ray.serving.protocols import Choice, GenerateRequest, ServedFinishReason, Turn
-from mmrl_ray.serving.routes.body import is_json, read_form, read_json
-from mmrl_ray.serving.routes.documents import json_answer, takes_json
-from mmrl_ray.serving.routes.tools import Tools, at_most
-from mmrl_ray.serving.routes.work import for_client
+from mmrl_ray.serving.routes.common import (
+    Tools,
+    at_most,
+    for_client,
+    is_json,
+    json_answer,
+    read_form,
+    read_json,
+    takes_json,
+)
 
 
 class CaptionFields(Sampled):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 
-from mmrl_ray.config.fine_tuning import FineTuningSection
+from mmrl_ray.config.serving import FineTuningSection
 from mmrl_ray.serving.auth import ADMIN
 from mmrl_ray.serving.fine_tuning_types import (
     CheckpointCard,
@@ -22,9 +22,7 @@ from mmrl_ray.serving.fine_tuning_types import (
 )
 from mmrl_ray.serving.http_errors import problem
 from mmrl_ray.serving.protocols import JobService, ResultFile, TuningJob
-from mmrl_ray.serving.routes.body import read_json
-from mmrl_ray.serving.routes.documents import json_answer, takes_json
-from mmrl_ray.serving.routes.tools import Tools
+from mmrl_ray.serving.routes.common import Tools, json_answer, read_json, takes_json
 
 _PATH = "/v1/fine_tuning/jobs"
 _SHOWN = 64

@@ -1,4 +1,4 @@
-"""For whoever runs the gateway: health, metrics, version, documentation."""
+"""For whoever runs the gateway: health, metrics, version, documentation, and `GET /v1/models`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from mmrl_ray import __version__
-from mmrl_ray.serving.auth import LIVE
+from mmrl_ray.errors import UnknownModelError
+from mmrl_ray.serving.auth import INFER, LIVE
 from mmrl_ray.serving.http_errors import problem
-from mmrl_ray.serving.routes.documents import json_answer
-from mmrl_ray.serving.routes.tools import Tools
+from mmrl_ray.serving.openai import ModelCard, ModelList
+from mmrl_ray.serving.protocols import ModelInfo
+from mmrl_ray.serving.routes.common import Tools, json_answer
 
 _SCRIPT, _STYLE = "swagger-ui-bundle.js", "swagger-ui.css"
 _READY_S = 5.0
 """A service that has not said by then that it is ready is not."""
+_OWNER = "mmrl_ray"
 
 
 class Status(BaseModel):
@@ -102,3 +105,42 @@ async def _within_deadline(check: Awaitable[bool]) -> bool:
             return await check
     except Exception:  # noqa: BLE001 - whatever is wrong with a service, it is not ready
         return False
+
+
+def add_models(app: FastAPI, tools: Tools) -> None:
+    """Both routes."""
+
+    async def served() -> list[ModelInfo]:
+        async with asyncio.timeout(tools.timeout_s):
+            return await tools.deps.policy.models()
+
+    @app.get(
+        "/v1/models",
+        response_model=ModelList,
+        tags=["policy"],
+        dependencies=[INFER],
+        summary="Models and adapters that can be asked for",
+    )
+    async def models() -> Response:
+        return json_answer(ModelList(object="list", data=[_card(info) for info in await served()]))
+
+    @app.get(
+        "/v1/models/{model}", response_model=ModelCard, tags=["policy"], dependencies=[INFER], summary="One of them"
+    )
+    async def model(model: str) -> Response:
+        for info in await served():
+            if info.id == model:
+                return json_answer(_card(info), info.version)
+        raise UnknownModelError(f"no model {model[:64]!r} is served here: GET /v1/models lists those that are")
+
+
+def _card(info: ModelInfo) -> ModelCard:
+    return ModelCard(
+        id=info.id,
+        object="model",
+        created=info.created,
+        owned_by=_OWNER,
+        root=info.root,
+        parent=info.parent,
+        step=info.version,
+    )

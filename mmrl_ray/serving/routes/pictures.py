@@ -11,9 +11,8 @@ from typing import Self, TypeVar
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.data.images import inspect_image
-from mmrl_ray.serving.decoding import RequestDecoder
 from mmrl_ray.serving.http_errors import about, problem
-from mmrl_ray.serving.images import ImageLimits, decode_data_uri, is_data_uri
+from mmrl_ray.serving.images import ImageLimits, RequestDecoder, decode_data_uri, is_data_uri
 from mmrl_ray.serving.remote_images import RemoteImagePolicy, fetch_image
 from mmrl_ray.serving.turns import Turns
 

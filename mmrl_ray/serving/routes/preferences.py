@@ -17,15 +17,12 @@ from pydantic import BaseModel, Field, model_validator
 
 from mmrl_ray.data.images import image_format, image_hash
 from mmrl_ray.errors import PreferenceStoreError
-from mmrl_ray.feedback.schema import Choice, Pair, Preference, blinded
-from mmrl_ray.feedback.store import PreferenceStore
+from mmrl_ray.preferences.schema import Choice, Pair, Preference, blinded
+from mmrl_ray.preferences.store import PreferenceStore
 from mmrl_ray.serving.auth import FEEDBACK, caller_id, caller_name
 from mmrl_ray.serving.http_errors import problem
-from mmrl_ray.serving.openai_types import Strict
-from mmrl_ray.serving.routes.body import read_json
-from mmrl_ray.serving.routes.documents import json_answer, takes_json
-from mmrl_ray.serving.routes.tools import Tools, at_most
-from mmrl_ray.serving.routes.work import for_client
+from mmrl_ray.serving.openai import Strict
+from mmrl_ray.serving.routes.common import Tools, at_most, for_client, json_answer, read_json, takes_json
 
 _LOG = logging.getLogger(__name__)
 _PATH = "/v1/preferences"

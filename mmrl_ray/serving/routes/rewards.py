@@ -13,12 +13,9 @@ from mmrl_ray.errors import RewardError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import problem, wrong_parameter
-from mmrl_ray.serving.openai_types import Strict
+from mmrl_ray.serving.openai import Strict
 from mmrl_ray.serving.protocols import RewardItem, RewardService, Scored
-from mmrl_ray.serving.routes.body import read_json
-from mmrl_ray.serving.routes.documents import json_answer, takes_json
-from mmrl_ray.serving.routes.tools import Tools, at_most
-from mmrl_ray.serving.routes.work import for_client
+from mmrl_ray.serving.routes.common import Tools, at_most, for_client, json_answer, read_json, takes_json
 
 
 class RewardInput(Strict):

@@ -13,13 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmrl_ray.config.serving import MODEL_ID
 from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.jobs.control import RunControl
-from mmrl_ray.rollouts.control_files import MAX_WORKERS, STATUS_FILE
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.control_files import MAX_WORKERS, STATUS_FILE
+from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.auth import needs
 from mmrl_ray.serving.http_errors import problem
-from mmrl_ray.serving.routes.body import read_json
-from mmrl_ray.serving.routes.documents import json_answer, takes_json
-from mmrl_ray.serving.routes.tools import Tools
+from mmrl_ray.serving.routes.common import Tools, json_answer, read_json, takes_json
 
 _ADMIN = Depends(needs("admin"))
 _ANSWER_S = 20.0

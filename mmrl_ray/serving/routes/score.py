@@ -12,19 +12,15 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
+from mmrl_ray.config.serving import REWARD
 from mmrl_ray.errors import RewardError, UnknownModelError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import TAG, problem
-from mmrl_ray.serving.names import REWARD
-from mmrl_ray.serving.openai_answers import Usage
-from mmrl_ray.serving.openai_types import ImagePart, Part, Strict
+from mmrl_ray.serving.openai import ImagePart, Part, Strict, Usage
 from mmrl_ray.serving.protocols import RewardItem
-from mmrl_ray.serving.routes.body import read_json
-from mmrl_ray.serving.routes.documents import json_answer, takes_json
+from mmrl_ray.serving.routes.common import Tools, at_most, for_client, json_answer, read_json, takes_json
 from mmrl_ray.serving.routes.rewards import check_texts, score_items, served_reward
-from mmrl_ray.serving.routes.tools import Tools, at_most
-from mmrl_ray.serving.routes.work import for_client
 
 
 class MultimodalInput(Strict):

@@ -6,7 +6,7 @@ Faults that have a test on a real Ray elsewhere are not repeated here:
     a rollout worker killed idle, killed at its work, stopped (SIGSTOP) idle and at its work; a sample that kills
     whoever takes it; too few workers for too long; workers that come and go        rollouts/test_rollouts_on_ray.py
     a learner killed in the middle of a step, one of two; NaN; no room              learner/test_group.py
-    the driver killed, and `mmrl train --resume`: bit for bit; a damaged checkpoint  runs/test_train.py
+    the driver killed, and `mmrl train --resume`: bit for bit; a damaged checkpoint  training/test_train.py
     the driver of a job killed, and `mmrl jobs resume`                               jobs/test_jobs.py
     a reward replica killed under load, without a run                                serving/test_reward_handle.py
     all of them at random, for minutes                                               benchmarks/chaos.py
@@ -26,8 +26,8 @@ import pytest
 import yaml
 
 from mmrl_ray.config.load import load_config
-from mmrl_ray.run_dir import RunDir
-from tests.integration.runs.conftest import prepare
+from mmrl_ray.run_records.run_dir import RunDir
+from tests.integration.training.conftest import prepare
 from tests.support.faults.judge import judge
 from tests.support.faults.machines import HEAD, ROLLOUTS, machines
 from tests.support.faults.run import FaultyRun, NotSurvivedError

@@ -13,16 +13,16 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ServingError
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.live_policy import LivePolicy
+from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving import launch
+from mmrl_ray.training.serve_apps import LivePolicy
 from tests.integration.serving.conftest import free_port, wait_for
 
 LEAVES_NOTHING = """
 import sys
 from ray.util import list_named_actors
 from mmrl_ray.rollouts.nodes import find_coordinator, register
-from mmrl_ray.runs.cluster import ray_at
+from mmrl_ray.training.cluster import ray_at
 from mmrl_ray.serving import launch
 with ray_at(sys.argv[1], cpus=1, object_store_mb=None, namespace="run"):
     launch.start_serve()

@@ -24,15 +24,15 @@ from ray._raylet import AuthenticationTokenLoader, Config
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.jobs.client import JobsClient
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.runs.cluster import configure_ray, free_agent_port
-from mmrl_ray.runs.jobs import resume
+from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.app import GatewayDeps, make_app
+from mmrl_ray.serving.fine_tuning import run_checkpoints, run_events, trained_tokens
 from mmrl_ray.serving.job_service import RayJobService
-from mmrl_ray.serving.tuning_runs import run_checkpoints, run_events, trained_tokens
-from tests.integration.runs.conftest import Workplace, prepare
-from tests.integration.runs.test_readme import ELSEWHERE, commands
+from mmrl_ray.training.cluster import configure_ray, free_agent_port
+from mmrl_ray.training.jobs import resume
 from tests.integration.serving.conftest import free_port, wait_for
+from tests.integration.training.conftest import Workplace, prepare
+from tests.integration.training.test_readme import ELSEWHERE, commands
 from tests.support.fake_services import FakePolicy, running_gateway
 from tests.unit.cli.program import mmrl
 

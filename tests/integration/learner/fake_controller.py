@@ -16,7 +16,7 @@ from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.carriers import RolloutGroup, StepPlan
 from mmrl_ray.rollouts.controller_actor import ControllerClient
-from mmrl_ray.rollouts.protocols import Wait
+from mmrl_ray.rollouts.types import Wait
 from mmrl_ray.rollouts.weights import decode_state
 from tests.unit.learner.worlds import make_plan
 

@@ -19,9 +19,10 @@ from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.learner.job import LearnerOutcome
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.adapter import adapter_state, add_adapter
-from mmrl_ray.policy.load import Policy, load_policy
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.integration.learner.fake_controller import start
 from tests.unit.learner.worlds import make_groups, make_plan, payloads, tiny_folder
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 
-from mmrl_ray.runs.cluster import configure_ray
+from mmrl_ray.training.cluster import configure_ray
 
 ROOT = Path(__file__).parents[3]
 

@@ -31,9 +31,9 @@ from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.controller_actor import start_controller
 from mmrl_ray.rollouts.pool import RayWorkerPool
 from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.rollouts.protocols import Stop
+from mmrl_ray.rollouts.types import Stop
 from mmrl_ray.rollouts.weights import encode_state
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.support.prometheus import exported
 from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
 
@@ -408,7 +408,7 @@ def test_metrics_reach_prometheus_and_logs_are_json(tmp_path: Path) -> None:
     said = json_lines("watched")
     assert {line["role"] for line in said} == {"controller", "worker-0"}
     steps = [line for line in said if line["message"].startswith("step 3 of 3: reward ")]
-    assert [(line["role"], line["logger"]) for line in steps] == [("controller", "mmrl_ray.rollouts.run_meter")]
+    assert [(line["role"], line["logger"]) for line in steps] == [("controller", "mmrl_ray.rollouts.run_metrics")]
     (failed,) = [line for line in said if line["message"].startswith("reward failed: step 0")]
     assert (failed["level"], failed["run"]) == ("warning", "watched")
     assert all(line["worker"] == "worker-0" for line in said if line["role"] == "worker-0")

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.haproxy import clear_leftovers

@@ -60,7 +60,7 @@ from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import
 from transformers.models.video_llama_3.modeling_video_llama_3 import VideoLlama3ForConditionalGeneration
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 
-from mmrl_ray.policy.processors import NoVideo, stills_only
+from mmrl_ray.policy.tokens import NoVideo, stills_only
 from tests.support.families.common import TEXT, VISION, Builder, Parts, ids_of, make_template, make_tokenizer, text_ids
 from tests.support.families.qwen import NAMED, ROPE, TEMPLATE, qwen_ids, qwen_processor
 

@@ -20,7 +20,7 @@ from transformers.models.paligemma.modeling_paligemma import PaliGemmaForConditi
 from transformers.models.paligemma.processing_paligemma import PaliGemmaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from mmrl_ray.policy.processors import NoVideo, stills_only
+from mmrl_ray.policy.tokens import NoVideo, stills_only
 from tests.support.families.common import TEXT, VISION, Builder, Parts, ids_of, make_template, make_tokenizer, text_ids
 
 _SIGLIP = {**VISION, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}

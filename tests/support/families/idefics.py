@@ -34,7 +34,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMForConditionalGeneration
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
-from mmrl_ray.policy.processors import NoVideo, stills_only
+from mmrl_ray.policy.tokens import NoVideo, stills_only
 from tests.support.families.common import TEXT, VISION, Builder, Parts, ids_of, make_template, make_tokenizer, text_ids
 
 _NAMED = {

@@ -50,7 +50,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.vipllava.configuration_vipllava import VipLlavaConfig
 from transformers.models.vipllava.modeling_vipllava import VipLlavaForConditionalGeneration
 
-from mmrl_ray.policy.processors import NoVideo, stills_only
+from mmrl_ray.policy.tokens import NoVideo, stills_only
 from tests.support.families.common import TEXT, VISION, Builder, Parts, ids_of, make_template, make_tokenizer, text_ids
 
 _IMAGE = {"image_token": "<image>"}

@@ -33,7 +33,7 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import (
 )
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
-from mmrl_ray.policy.processors import NoVideo, stills_only
+from mmrl_ray.policy.tokens import NoVideo, stills_only
 from tests.support.families.common import TEXT, Builder, Parts, ids_of, make_template, make_tokenizer, text_ids
 
 NAMED = {

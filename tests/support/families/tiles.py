@@ -39,7 +39,7 @@ from transformers.models.ovis2.modeling_ovis2 import Ovis2ForConditionalGenerati
 from transformers.models.ovis2.processing_ovis2 import Ovis2Processor
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
-from mmrl_ray.policy.processors import NoVideo, stills_only
+from mmrl_ray.policy.tokens import NoVideo, stills_only
 from tests.support.families.common import TEXT, VISION, Builder, Parts, ids_of, make_template, make_tokenizer, text_ids
 from tests.support.families.qwen import hybrid_text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmrl_ray import cli
 from mmrl_ray.learner import group
-from mmrl_ray.runs import train
+from mmrl_ray.training import train
 from tests.support.faults.inside import FaultyFactory, faulty_train_loop
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ from mmrl_ray.experience.breakdown import RewardBreakdown, Score
 from mmrl_ray.learner import train_loop as learner
 from mmrl_ray.learner.job import LearnerOutcome
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
-from mmrl_ray.rollouts.protocols import FetchWeights
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, FetchWeights
 
 VARIABLE = "MMRL_FAULTS"
 PAUSE = "pause"

@@ -21,7 +21,7 @@ from ray._private.utils import get_ray_address_file
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mmrl_ray.runs.cluster import configure_ray, read_token_again
+from mmrl_ray.training.cluster import configure_ray, read_token_again
 from tests.support.faults.inside import VARIABLE
 
 ROOT = Path(__file__).parents[3]

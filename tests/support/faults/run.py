@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from mmrl_ray.rollouts.control_files import read_status
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.control_files import read_status
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.support.faults.inside import PAUSE
 from tests.support.faults.machines import Machines, full_store
 

@@ -14,7 +14,7 @@ from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.load import dump_config, load_config, parse_config
 from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.jobs.package import own_code
+from mmrl_ray.jobs.submit import own_code
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.losses.weighing import StepRewards
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights

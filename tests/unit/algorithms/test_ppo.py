@@ -14,9 +14,9 @@ from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import CheckpointError
 from mmrl_ray.learner.checkpoints import load_checkpoint, save_checkpoint
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import (
     make_groups,

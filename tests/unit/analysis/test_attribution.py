@@ -10,12 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_ray.analysis.attribution import (
-    importance_rms,
-    importance_share,
-    modality_importance,
-    token_importance,
-)
+from mmrl_ray.analysis.attribution import importance_rms, importance_share, modality_importance, token_importance
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,12 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_ray.analysis.correlation import (
-    absolute_correlation,
-    combined_state,
-    correlations,
-    modality_correlation,
-)
+from mmrl_ray.analysis.correlation import absolute_correlation, combined_state, correlations, modality_correlation
 
 from .test_pca import by_eigenvectors, draw
 

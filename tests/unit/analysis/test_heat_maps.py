@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrl_ray.analysis.heat_map import heat_map_png
-from mmrl_ray.analysis.image_grid import ImageGrid, image_grid
+from mmrl_ray.analysis.heat_map import ImageGrid, heat_map_png, image_grid
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import vision_features
 from tests.support.tiny_models import load_family

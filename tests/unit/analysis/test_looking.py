@@ -14,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
+from mmrl_ray.analysis.attribution import Importance, caption_importance
 from mmrl_ray.analysis.correlation import Correlation, correlations
-from mmrl_ray.analysis.probe import Importance, caption_importance
 from mmrl_ray.analysis.states import caption_states
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy
-from mmrl_ray.policy.prefix import score_completions
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.policy.vision import vision_features
 

@@ -8,15 +8,14 @@ import tempfile
 import pytest
 import torch
 
-from mmrl_ray.analysis.probe import caption_importance
-from mmrl_ray.analysis.rows import forward_rows, places
-from mmrl_ray.analysis.states import caption_states
-from mmrl_ray.config.model import LoraSection
+from mmrl_ray.analysis.attribution import caption_importance
+from mmrl_ray.analysis.states import caption_states, forward_rows, places
+from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ModelError
-from mmrl_ray.policy.adapter import add_adapter
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.prefix import score_completions
+from mmrl_ray.policy.lora.adapter import add_adapter
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.vision import vision_features
 from tests.support.tiny_models import FAMILIES, load_family, make_completions, make_samples
 

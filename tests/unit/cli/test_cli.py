@@ -15,7 +15,7 @@ import yaml
 
 import mmrl_ray
 from mmrl_ray.cli import app
-from mmrl_ray.cli.guard import guarded
+from mmrl_ray.cli.program import guarded
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, Interrupted, MMRLError, RolloutError, RunError
 from tests.unit.cli.program import Patch, mmrl
@@ -199,7 +199,7 @@ class RayTaskError(Exception):
 def test_every_expected_failure_is_one_line_and_a_code(
     patched: Patch, error: BaseException, code: int, expected: str
 ) -> None:
-    patched("mmrl_ray.runs.report.write_report", side_effect=error)
+    patched("mmrl_ray.report.page.write_report", side_effect=error)
     done = mmrl("report", "runs/demo")
     assert (done.exit_code, done.stderr) == (code, expected)
     told = mmrl("report", "runs/demo", "--debug")
@@ -210,7 +210,7 @@ def test_every_expected_failure_is_one_line_and_a_code(
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), FileNotFoundError(errno.ENOENT, "no", "x")])
 def test_a_bug_keeps_its_traceback(patched: Patch, error: Exception) -> None:
-    patched("mmrl_ray.runs.report.write_report", side_effect=error)
+    patched("mmrl_ray.report.page.write_report", side_effect=error)
     done = mmrl("report", "runs/demo")
     assert done.exception is error
     assert done.exit_code == 1
@@ -220,7 +220,7 @@ def test_a_bug_keeps_its_traceback(patched: Patch, error: Exception) -> None:
 
 
 def test_report_says_where_it_wrote(patched: Patch) -> None:
-    patched("mmrl_ray.runs.report.write_report", return_value="runs/demo/report.html")
+    patched("mmrl_ray.report.page.write_report", return_value="runs/demo/report.html")
     assert mmrl("report", "runs/demo").stdout == "runs/demo/report.html\n"
 
 

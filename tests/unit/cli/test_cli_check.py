@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmrl_ray.policy.sampling import RowSampler
+from mmrl_ray.policy.generation.sampling import RowSampler
 from tests.support.tiny_models import build_family, image_bytes
 from tests.unit.cli.program import mmrl
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mmrl_ray.feedback.files import read_preferences
-from mmrl_ray.feedback.schema import Preference
-from mmrl_ray.feedback.store import PreferenceStore
+from mmrl_ray.preferences.files import read_preferences
+from mmrl_ray.preferences.schema import Preference
+from mmrl_ray.preferences.store import PreferenceStore
 from tests.unit.cli.program import Patch, mmrl
-from tests.unit.feedback.examples import pair, picture, preference
+from tests.unit.preferences.examples import pair, picture, preference
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_pairs_to_label_go_out_blinded_and_come_back_with_their_order(here: Path
 
 def test_sample_hands_over_what_was_asked(here: Path, patched: Patch) -> None:
     (here / "runs" / "again").mkdir(parents=True)
-    sample = patched("mmrl_ray.feedback.sampling.sample_pairs", return_value=[preference()])
+    sample = patched("mmrl_ray.preferences.dataset.sample_pairs", return_value=[preference()])
     asked = ("--pairs", 7, "--seed", 3, "--strategy", "closest", "--label-by-reward")
     done = mmrl("preferences", "sample", "runs/again", *asked)
     assert done.exit_code == 0, done.stderr

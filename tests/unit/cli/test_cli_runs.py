@@ -10,13 +10,13 @@ import pytest
 from transformers import LlamaConfig
 
 from mmrl_ray.config.load import dump_config, parse_config
-from mmrl_ray.run_owner import _machine
+from mmrl_ray.run_records.run_owner import _machine
 from tests.support.tiny_models import build_family
 from tests.unit.cli.program import Patch, mmrl
 
 
 def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
-    train = patched("mmrl_ray.runs.train.train")
+    train = patched("mmrl_ray.training.train.train")
     assert mmrl("train", config, "--set", "learner.steps=3").exit_code == 0
     ((cfg,), options) = train.call_args
     assert cfg.learner.steps == 3
@@ -26,7 +26,7 @@ def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
 
 
 def test_a_retry_goes_on_where_there_is_a_run_and_begins_it_where_there_is_none(config: Path, patched: Patch) -> None:
-    train = patched("mmrl_ray.runs.train.train")
+    train = patched("mmrl_ray.training.train.train")
     again = ("train", config, "--resume-or-start", "--address", "10.0.0.1:6379")
     assert mmrl(*again).exit_code == 0
     assert train.call_args.kwargs == {"resume": False, "address": "10.0.0.1:6379", "debug": False}
@@ -38,7 +38,7 @@ def test_a_retry_goes_on_where_there_is_a_run_and_begins_it_where_there_is_none(
 
 @pytest.mark.parametrize("order", [("--resume", "RUN"), ("RUN", "--resume")])
 def test_resume_reads_the_config_of_the_run_folder(config: Path, patched: Patch, order: tuple[str, str]) -> None:
-    train = patched("mmrl_ray.runs.train.train")
+    train = patched("mmrl_ray.training.train.train")
     cfg = parse_config(config.read_text(), "c.yaml", ["learner.lr=7e-4"])
     folder = Path(cfg.run.root) / "demo"
     folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_resume_reads_the_config_of_the_run_folder(config: Path, patched: Patch,
 
 
 def test_a_run_folder_that_was_moved_is_resumed_where_it_lies(config: Path, patched: Patch, tmp_path: Path) -> None:
-    train = patched("mmrl_ray.runs.train.train")
+    train = patched("mmrl_ray.training.train.train")
     folder = tmp_path / "elsewhere" / "renamed"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(parse_config(config.read_text(), "c.yaml")))
@@ -62,7 +62,7 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_lies(config: Path, patc
 
 
 def test_dry_run_does_not_train(config: Path, patched: Patch, tmp_path: Path) -> None:
-    train = patched("mmrl_ray.runs.train.train")
+    train = patched("mmrl_ray.training.train.train")
     before = sorted(tmp_path.rglob("*"))
     done = mmrl("train", config, "--dry-run")
     assert done.exit_code == 0, done.stderr
@@ -83,7 +83,7 @@ def test_a_dry_run_of_what_would_stop_fails(config: Path, tmp_path: Path) -> Non
 
 
 def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
-    patched("mmrl_ray.runs.warm_start.warm_start", return_value="/cache/abc")
+    patched("mmrl_ray.training.warm_start.warm_start", return_value="/cache/abc")
     assert mmrl("sft", config).stdout == "/cache/abc\n"
 
 
@@ -192,7 +192,7 @@ def place(folder: Path, config: bool = True) -> None:
 def test_evaluate(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "runs" / "demo")
-    evaluate = patched("mmrl_ray.runs.evaluate.evaluate")
+    evaluate = patched("mmrl_ray.evaluation.evaluate.evaluate")
     assert mmrl("evaluate", "runs/demo", "--data", "d", "--limit", 5, "--out", "o.json").exit_code == 0
     evaluate.assert_called_once_with(
         "runs/demo", data="d", limit=5, out=Path("o.json"), prompt=None, beta=None, as_json=False
@@ -204,7 +204,7 @@ def test_evaluate(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_explain_hands_everything_on(patched: Patch) -> None:
-    explain = patched("mmrl_ray.runs.explain.explain")
+    explain = patched("mmrl_ray.evaluation.explain.explain")
     assert mmrl("explain", "r", "a.png").exit_code == 0
     explain.assert_called_with("r", Path("a.png"), caption=None, prompt=None, out=None)
     assert mmrl("explain", "r", "a.png", "--caption", "a dog", "--out", "b.png").exit_code == 0
@@ -229,8 +229,12 @@ def test_what_looks_like_a_folder_is_never_asked_of_a_hub(
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "runs" / "quickstart")
     place(tmp_path / "data" / "photos", config=False)
-    begun = [patched(f"mmrl_ray.runs.{name}") for name in ("serve.serve", "evaluate.evaluate", "explain.explain")]
-    begun.append(patched("mmrl_ray.runs.captioning.caption"))
+    begun = [
+        patched("mmrl_ray.training.serve.serve"),
+        patched("mmrl_ray.evaluation.evaluate.evaluate"),
+        patched("mmrl_ray.evaluation.explain.explain"),
+    ]
+    begun.append(patched("mmrl_ray.evaluation.captioning.caption"))
     commands = [("serve", target), ("evaluate", target), ("explain", target, "a.png")]
     for command in [*commands, ("caption", "--model", target, "a.png")]:
         done = mmrl(*command)
@@ -245,7 +249,7 @@ def test_a_run_to_caption_with_is_a_run(patched: Patch, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "runs" / "again")
     place(tmp_path / "base", config=False)
-    caption = patched("mmrl_ray.runs.captioning.caption")
+    caption = patched("mmrl_ray.evaluation.captioning.caption")
     for run, told in [("owner/agin", "there is no folder owner"), ("agian", "did you mean runs/again?")]:
         assert told in mmrl("caption", "--run", run, "a.png").stderr
     assert "for a model write --model base" in mmrl("caption", "--run", "base", "a.png").stderr
@@ -255,7 +259,7 @@ def test_a_run_to_caption_with_is_a_run(patched: Patch, tmp_path: Path, monkeypa
 def test_caption_needs_one_source(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "r")
-    caption = patched("mmrl_ray.runs.captioning.caption")
+    caption = patched("mmrl_ray.evaluation.captioning.caption")
     for sources in ((), ("--run", "r", "--model", "m")):
         done = mmrl("caption", *sources, "a.png")
         assert (done.exit_code, done.stderr) == (2, "error: give --run RUN, --model MODEL or --url URL\n")

@@ -24,7 +24,7 @@ def test_serve_hands_over_what_was_asked(patched: Patch, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         (tmp_path / "runs" / name).mkdir(parents=True)
-    serve = patched("mmrl_ray.runs.serve.serve")
+    serve = patched("mmrl_ray.training.serve.serve")
     assert mmrl("serve", "runs/a").exit_code == 0
     plain = {"address": None, "host": None, "port": None, "insecure": False, "print_config": False, "overrides": ()}
     serve.assert_called_once_with(["runs/a"], **plain)

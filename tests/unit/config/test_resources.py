@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mmrl_ray.config.resources import ResourcesSection
+from mmrl_ray.config.sections import ResourcesSection
 
 
 def resources(placement: str, learner: float, rollout: float) -> ResourcesSection:

@@ -18,7 +18,7 @@ from mmrl_ray.config.load import (
 )
 from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.config.serving import ServeConfig
-from mmrl_ray.runs.dry_run import dry_run
+from mmrl_ray.planning.dry_run import dry_run
 
 ROOT = Path(__file__).parents[3]
 SERVE = ROOT / "configs" / "serve.yaml"

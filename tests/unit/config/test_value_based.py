@@ -27,7 +27,7 @@ def test_reads_back_and_resolves_nothing_else() -> None:
 
 
 def test_fusions_are_those_that_there_are() -> None:
-    from mmrl_ray.models.fusion import FUSIONS
+    from mmrl_ray.reward_model.fusion import FUSIONS
 
     assert typing.get_args(Fusion) == FUSIONS
 

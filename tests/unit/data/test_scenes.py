@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmrl_ray.config.data import ScenesSection
+from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.samples import Sample, dataset_fingerprint, read_split, write_parquet
-from mmrl_ray.data.scene_language import COLOURS, POSITIONS, SHAPES, SIZES, SceneObject, describe
-from mmrl_ray.data.scenes import (
+from mmrl_ray.data.scenes.generator import (
     HELD_OUT,
     AttributeScores,
     attribute_scores,
@@ -27,6 +26,7 @@ from mmrl_ray.data.scenes import (
     scenes_vocabulary,
     write_scenes,
 )
+from mmrl_ray.data.scenes.language import COLOURS, POSITIONS, SHAPES, SIZES, SceneObject, describe
 from mmrl_ray.errors import DataError
 from tests.unit.data.pictures import sample
 
@@ -305,6 +305,6 @@ def test_two_writers_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         write_parquet(path, rows, **options)
         return write_parquet(path, rows, **options)
 
-    monkeypatch.setattr("mmrl_ray.data.scenes.write_parquet", slow_write)
+    monkeypatch.setattr("mmrl_ray.data.scenes.generator.write_parquet", slow_write)
     write(tmp_path)
     assert len(read_split(tmp_path / "train", prompt="")) == 20

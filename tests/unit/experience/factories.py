@@ -10,14 +10,7 @@ from PIL import Image
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import (
-    Completion,
-    EncodedPrompt,
-    GroupKey,
-    RolloutGroup,
-    SamplingParams,
-    ScoredGroup,
-)
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, RolloutGroup, SamplingParams, ScoredGroup
 
 
 def png(colour: str = "red", size: int = 8) -> bytes:

@@ -14,10 +14,9 @@ from pyarrow import fs
 from rich.console import Console
 
 from mmrl_ray.errors import ConfigError, RunError
-from mmrl_ray.jobs.control import RunControl
-from mmrl_ray.jobs.status_view import render
-from mmrl_ray.rollouts.control_files import ScaleAnswer, pending_requests, put_answer, read_request, write_status
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.jobs.control import RunControl, render
+from mmrl_ray.run_records.control_files import ScaleAnswer, pending_requests, put_answer, read_request, write_status
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.cli.program import mmrl
 
 
@@ -73,7 +72,7 @@ def facts(target: int, requests: int, *states: str, free: dict[str, float] | Non
 
 
 class Played:
-    """A run whose desk is looked after whenever the client sleeps."""
+    """A run whose control files are looked after whenever the client sleeps."""
 
     def __init__(self, folder: Path, turns: list[Callable[[RunDir], None]], run: RunDir | None = None) -> None:
         self.run = run or RunDir.create(folder, "run")
@@ -290,7 +289,7 @@ def test_leaving_a_watch_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         slept.append(seconds)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmrl_ray.cli.scaling.time.sleep", leave)
+    monkeypatch.setattr("mmrl_ray.cli.jobs.time.sleep", leave)
     left = mmrl("status", played.run.location, "--watch", *form)
     assert (left.exit_code, left.stderr, len(slept)) == (0, "", 1)
     assert "running" in left.stdout

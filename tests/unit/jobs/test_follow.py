@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from mmrl_ray.errors import JobServerError, UnknownJobError
-from mmrl_ray.jobs.follow import follow
-from mmrl_ray.jobs.records import Job, JobFacts, Status
+from mmrl_ray.jobs.records import Job, JobFacts, Status, follow
 
 FACTS = JobFacts("a", "/runs/a", "me@here")
 LOG = "".join(f"step {number}\n" for number in range(10)) + "the end, without a line break"

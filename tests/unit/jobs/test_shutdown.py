@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mmrl_ray.jobs.records import Job, JobFacts
 from mmrl_ray.jobs.shutdown import note_job, remembered, stop_jobs
-from mmrl_ray.rollouts.control_files import conclude_status, write_status
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.run_owner import RunOwner
+from mmrl_ray.run_records.control_files import conclude_status, write_status
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_owner import RunOwner
 
 
 class Server:

@@ -25,10 +25,9 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError
 from mmrl_ray.jobs import client as jobs_client
 from mmrl_ray.jobs.client import JobsClient, local_rays
-from mmrl_ray.jobs.package import packed
 from mmrl_ray.jobs.records import Job, JobFacts, check_id, new_id
-from mmrl_ray.jobs.submit import python_for, resume_run, submit_run
-from mmrl_ray.runs.jobs import submit
+from mmrl_ray.jobs.submit import packed, python_for, resume_run, submit_run
+from mmrl_ray.training.jobs import submit
 
 HERE = socket.gethostname()
 
@@ -79,7 +78,7 @@ def test_a_job_is_the_resolved_config_and_this_package(cfg: Config, tmp_path: Pa
     package = Path(mmrl_ray.__file__).parent
     expected = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sorted(cluster.files) == sorted(f"mmrl_ray/{p.relative_to(package)}" for p in expected)
-    assert any(name.startswith("mmrl_ray/runs/templates/") for name in cluster.files)
+    assert any(name.startswith("mmrl_ray/report/templates/") for name in cluster.files)
 
 
 def test_a_resume_sends_the_config_again_since_there_may_be_no_run_folder_yet(cfg: Config, tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from mmrl_ray.learner.checkpoints import (
     save_checkpoint,
 )
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.cpu_linear import use_onednn
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.policy.cpu.linear import use_onednn
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
 
 CFG = LearnerSection(steps=6, lr=1e-2, warmup_steps=1)
@@ -204,7 +204,7 @@ def test_the_adapters_own_writer_on_a_full_disk_says_so_too(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     policy, learner = small(tiny)
-    monkeypatch.setattr("mmrl_ray.policy.adapter.save_file", full)
+    monkeypatch.setattr("mmrl_ray.policy.lora.adapter.save_file", full)
     with pytest.raises(RunError, match=r"step-000004: the disk is full; .*--resume"):
         save(local, 4, policy, learner)
     assert list(local.local_path().iterdir()) == []

@@ -8,8 +8,8 @@ import pytest
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import PlacementError
-from mmrl_ray.learner import elastic
-from mmrl_ray.learner.elastic import Room, learners_that_fit, others
+from mmrl_ray.learner import group
+from mmrl_ray.learner.group import Room, learners_that_fit, others
 
 BIG: dict[str, float] = {"CPU": 8.0, "GPU": 4.0, "memory": 1e9}
 
@@ -55,7 +55,7 @@ def test_others_are_rollout_workers_and_the_reward() -> None:
 
 def test_too_little_room_for_too_long_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now, nodes = [0.0], [{"Alive": True, "Resources": {"CPU": 4.0}}]
-    monkeypatch.setattr(elastic.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(group.ray, "nodes", lambda: nodes)
     room = Room(config(), clock=lambda: now[0])
 
     def at(second: float, cpus: float) -> None:

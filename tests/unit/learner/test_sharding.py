@@ -14,14 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.learner.importance import ImportanceWatch
-from mmrl_ray.learner.sharding import shard_layers
+from mmrl_ray.learner.diagnostics import ImportanceWatch
+from mmrl_ray.learner.ranks import shard_layers
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.adapter import adapter_state
-from mmrl_ray.policy.checkpointing import checkpoint_layers
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.lora.adapter import adapter_state
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.vision import VisionCache
 from tests.unit.learner.worlds import gradient, make_groups, make_plan, make_policy, payloads, sample
 

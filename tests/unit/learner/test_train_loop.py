@@ -17,11 +17,11 @@ from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.train_loop import _Learner
-from mmrl_ray.policy import prefix
-from mmrl_ray.policy.adapter import add_adapter
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.rollouts.protocols import Stop
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.policy.lora.adapter import add_adapter
+from mmrl_ray.policy.scoring import prefix
+from mmrl_ray.rollouts.types import Stop
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.learner.worlds import make_groups, make_plan
 
 
@@ -133,7 +133,7 @@ def test_a_model_whose_modalities_cannot_be_told_learns_all_the_same(
     def fail(*arguments: object, **settings: object) -> None:
         raise ModelError("it is not given embeddings")
 
-    monkeypatch.setattr("mmrl_ray.learner.importance.caption_importance", fail)
+    monkeypatch.setattr("mmrl_ray.learner.diagnostics.caption_importance", fail)
     assert live(cfg, controller, run).finished
     assert "importance/image" not in controller.metrics[0]
     assert "not measured: it is not given embeddings" in caplog.text

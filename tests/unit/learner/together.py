@@ -12,7 +12,7 @@ from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 from tests.unit.learner.worlds import make_groups, make_plan, payloads
 
 

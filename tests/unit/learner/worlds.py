@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.config.model import LoraSection, ModelSection
+from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import (
@@ -26,8 +26,9 @@ from mmrl_ray.experience.carriers import (
     StepPlan,
 )
 from mmrl_ray.experience.plan import build_step_plan
-from mmrl_ray.policy.adapter import add_adapter
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import add_adapter
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import build_tiny_llava
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_ray.losses.decoupled import decoupled_rewards
+from mmrl_ray.losses.advantages import decoupled_rewards
 
 
 def test_literal() -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mmrl_ray.losses.masked import masked_mean, masked_sum
+from mmrl_ray.losses.aggregation import masked_mean, masked_sum
 
 
 def test_literal() -> None:

@@ -6,7 +6,7 @@ import random
 import pytest
 from sacrebleu.metrics import BLEU
 
-from mmrl_ray.metrics.bleu import bleu_counts, corpus_bleu, sentence_bleu
+from mmrl_ray.metrics.overlap import bleu_counts, corpus_bleu, sentence_bleu
 
 WORDS = ["a", "red", "blue", "square", "circle", "above", "left", "of", "the", "Small", "disc.", "two,"]
 

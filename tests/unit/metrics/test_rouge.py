@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.rouge.rouge import Rouge
 
-from mmrl_ray.metrics.rouge import lcs_length, rouge_l
+from mmrl_ray.metrics.overlap import lcs_length, rouge_l
 
 TOKENS = st.lists(st.sampled_from(["a", "red", "blue", "square", "left", "of"]), min_size=1, max_size=12)
 

@@ -10,12 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from mmrl_ray.metrics.bleu import bleu_counts, sentence_bleu
-from mmrl_ray.metrics.cider import CiderD
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.language import LanguageModel
-from mmrl_ray.metrics.rouge import rouge_l
-from mmrl_ray.metrics.text import Tokenizer, ngram_counts, pieces, words
+from mmrl_ray.metrics.overlap import CiderD, bleu_counts, rouge_l, sentence_bleu
+from mmrl_ray.metrics.text import LanguageModel, Tokenizer, ngram_counts, pieces, words
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.text import LengthReward, RepetitionReward
 

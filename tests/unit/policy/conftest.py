@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.model import Policy
 from tests.support.tiny_models import build_family, section_of
 
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError, ImageError
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import Turns, encode_conversation, encode_prompts
 from tests.support.families.common import make_template
 from tests.support.tiny_models import FAMILIES, image_bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmrl_ray.errors import ModelError
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import compare
 from mmrl_ray.policy.prompts import encode_prompts
 from tests.support.tiny_models import ALL_FAMILIES, make_samples

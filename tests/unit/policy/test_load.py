@@ -21,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmrl_ray.config.model import LoraSection, ModelSection
+from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.errors import AdapterError, ConfigError, ModelError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy import trial, vision
-from mmrl_ray.policy.adapter import add_adapter, save_adapter
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy, load_skeleton, save_policy
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.load import load_policy, load_skeleton, save_policy
+from mmrl_ray.policy.lora.adapter import add_adapter, save_adapter
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import compare
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
 from mmrl_ray.policy.revision import is_revision, revision_key_of

@@ -15,21 +15,20 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LogitsProc
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.utils import ModelOutput
 
-from mmrl_ray.analysis.probe import caption_importance
+from mmrl_ray.analysis.attribution import caption_importance
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.logits import model_logits, takes_bare_head
+from mmrl_ray.policy.lora.routing import RowAdapters
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
-from mmrl_ray.policy.positions import completion_positions, prompt_positions
-from mmrl_ray.policy.prefix import score_completions
-from mmrl_ray.policy.prompt_batch import pad_prompts
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
-from mmrl_ray.policy.row_adapters import RowAdapters
+from mmrl_ray.policy.scoring.collate import completion_positions, pad_prompts, prompt_positions
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.vision import vision_features
 from tests.support.tiny_models import FAMILIES, make_completions, make_samples
-from tests.unit.policy.test_prefix import with_lora
+from tests.unit.policy.scoring.test_prefix import with_lora
 
 Load = Callable[..., Policy]
 TEMPERATURE = 0.7

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmrl_ray.policy.logprobs import policy_logits, token_logprobs
+from mmrl_ray.policy.logits import policy_logits, token_logprobs
 
 
 def numpy_logprobs(

@@ -11,12 +11,13 @@ from transformers import GenerationConfig
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import VisionFeatures
-from mmrl_ray.policy import judge, packed, prefix, vision
-from mmrl_ray.policy.checkpointing import checkpoint_layers
-from mmrl_ray.policy.load import Policy
+from mmrl_ray.policy import judge, vision
+from mmrl_ray.policy.generation.sampling import RowSampler
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path, compare
 from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.policy.sampling import RowSampler
+from mmrl_ray.policy.scoring import packed, prefix
+from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from tests.support.tiny_models import FAMILIES, make_samples
 
 Load = Callable[..., Policy]

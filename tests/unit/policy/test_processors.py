@@ -16,7 +16,7 @@ from transformers.models.minicpmv4_6.configuration_minicpmv4_6 import MiniCPMV4_
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.models.minicpmv4_6.processing_minicpmv4_6 import MiniCPMV4_6Processor
 
-from mmrl_ray.policy.processors import NoVideo, load_processor, stills_only
+from mmrl_ray.policy.tokens import NoVideo, load_processor, stills_only
 from tests.support.families.common import make_template, make_tokenizer
 
 GEMMA4 = ("boi", "eoi", "image", "audio", "boa", "eoa")

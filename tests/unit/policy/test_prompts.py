@@ -11,10 +11,11 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ImageError, ModelError
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import (
     PER_TOKEN,
     check_context,

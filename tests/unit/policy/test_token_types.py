@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.load import Policy
 from mmrl_ray.policy.logits import takes_bare_head
-from mmrl_ray.policy.prefix import score_completions
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.vision import injected
 from tests.unit.policy.test_logits import assert_close, tiny
 

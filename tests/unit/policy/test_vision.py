@@ -15,9 +15,9 @@ from transformers.models.perception_lm.modeling_perception_lm import PerceptionL
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.load import Policy
-from mmrl_ray.policy.prefix import score_completions
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts, without_pixels
+from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.vision import VisionCache, image_inputs, injected, vision_features
 from tests.support.families import BUILDERS
 from tests.support.tiny_models import FAMILIES, make_completions, make_samples

@@ -23,7 +23,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
 from mmrl_ray.experience.breakdown import RewardFailure
 from mmrl_ray.experience.plan import build_step_plan
-from mmrl_ray.rewards import isolated
+from mmrl_ray.rewards import function
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward
 from mmrl_ray.rewards.function import FunctionReward
@@ -334,7 +334,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def test_an_import_that_hangs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "slow_rewards.py").write_text("import time; time.sleep(600)")
-    monkeypatch.setattr(isolated, "START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(function, "START_TIMEOUT_S", 0.5)
     with pytest.raises(ConfigError, match=r"slow_rewards:f cannot be imported: .* within 0\.5 s"):
         FunctionReward("slow_rewards:f", "text", {})
 

@@ -16,12 +16,12 @@ from mmrl_ray.config.reward import LearnedPart, RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ModelError, RewardError
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.models.reward_folder import SPEC, save_reward_model
-from mmrl_ray.models.vision_source import Pixels
+from mmrl_ray.reward_model.folder import SPEC, save_reward_model
+from mmrl_ray.reward_model.vision_source import Pixels
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward
 from mmrl_ray.rewards.learned import LearnedReward
-from tests.unit.models.test_reward_model import CAPTIONS, PICTURES, model
+from tests.unit.reward_model.test_model import CAPTIONS, PICTURES, model
 
 SAMPLES = [Sample(f"s{i}", picture, "") for i, picture in enumerate(PICTURES)]
 

@@ -5,12 +5,11 @@ import pytest
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.metrics.cider import CiderD
 from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.rouge import rouge_l
+from mmrl_ray.metrics.overlap import CiderD, rouge_l
 from mmrl_ray.rewards.base import TruncatedCaption
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.rewards.overlap import CiderReward, RougeReward
+from mmrl_ray.rewards.text import CiderReward, RougeReward
 
 STATISTICS = CorpusStatistics.from_references([["a red square"], ["a blue circle", "one circle"]])
 SAMPLES = [Sample("x", (b"",), "", ("a red square",)), Sample("y", (b"",), "", ("a blue circle", "one circle"))]

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from mmrl_ray.rollouts.autoscale import STEPS, AutoscalePolicy, StepLoad
+from mmrl_ray.rollouts.scaling import STEPS, AutoscalePolicy, StepLoad
 
 
 def simulate(

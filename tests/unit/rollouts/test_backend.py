@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from mmrl_ray.config.demands import torch_threads
-from mmrl_ray.config.model import LoraSection
+from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
-from mmrl_ray.policy.adapter import adapter_state
-from mmrl_ray.policy.decode import DecodeRequest
-from mmrl_ray.policy.sampling import RowSampler
+from mmrl_ray.policy.generation.decode import DecodeRequest
+from mmrl_ray.policy.generation.sampling import RowSampler
+from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.rewards.multimodal import MultimodalReward
-from mmrl_ray.rewards.overlap import RougeReward
-from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
+from mmrl_ray.rewards.text import RougeReward
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
+from mmrl_ray.rollouts.types import Assignment, GroupRequest
 from tests.unit.rollouts.fakes import config, samples
 
 

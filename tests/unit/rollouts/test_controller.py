@@ -18,10 +18,10 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import LearnerError, ModelError, QuarantineError, RolloutError, RunError
 from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
-from mmrl_ray.rollouts.protocols import Generated, Stop, Wait
-from mmrl_ray.rollouts.recorder import LEFT_OUT
+from mmrl_ray.rollouts.types import Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.recorder import LEFT_OUT
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.rollouts.fakes import FakeEngine, FakePool, ListSource, config, samples
 
 Sections = Mapping[str, Any]

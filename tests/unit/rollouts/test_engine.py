@@ -14,10 +14,10 @@ from mmrl_ray.errors import ContextLengthError, ImageError, ModelError, RewardEr
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, SamplingParams, VisionFeatures
 from mmrl_ray.experience.schema import group_rows
-from mmrl_ray.policy.decode import DecodeRequest, GroupOutput
+from mmrl_ray.policy.generation.decode import DecodeRequest, GroupOutput
 from mmrl_ray.rewards.base import TruncatedCaption
-from mmrl_ray.rollouts.assignments import Assignment, GroupRequest
 from mmrl_ray.rollouts.engine import RolloutEngine
+from mmrl_ray.rollouts.types import Assignment, GroupRequest
 from tests.unit.rollouts.fakes import samples
 
 WEIGHTS = {"w": torch.ones(1)}

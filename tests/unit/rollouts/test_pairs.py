@@ -13,11 +13,11 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError, ImageError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
-from mmrl_ray.feedback.dataset import LabelledPair, sample_of
-from mmrl_ray.feedback.schema import Pair
-from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, GroupRequest
+from mmrl_ray.preferences.dataset import LabelledPair, sample_of
+from mmrl_ray.preferences.schema import Pair
 from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.pairs import PairEngine
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, GroupRequest
 from tests.unit.learner.worlds import TEMPERATURE, make_policy, reference_logprobs, sample, tiny_folder
 from tests.unit.rollouts.test_engine import FakeBackend, FakeReward, as_made, assignment
 

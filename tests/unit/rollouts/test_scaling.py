@@ -1,4 +1,4 @@
-"""Who may set how many workers, what the status desk answers, and what it survives."""
+"""Who may set how many workers, what the status status writer answers, and what it survives."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from mmrl_ray.config.demands import Demand
 from mmrl_ray.config.rollout import RolloutSection
 from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.rollouts import nodes
-from mmrl_ray.rollouts.autoscale import STEPS
-from mmrl_ray.rollouts.control_files import (
+from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.rollouts.scaling import STEPS, Scaling
+from mmrl_ray.run_records.control_files import (
     ScaleRequest,
+    StatusWriter,
     conclude_status,
     put_request,
     read_status,
     take_answer,
     write_status,
 )
-from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.rollouts.scaling import Scaling
-from mmrl_ray.rollouts.status_desk import StatusDesk
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.rollouts.fakes import config
 from tests.unit.rollouts.test_controller import World, until
 
@@ -106,7 +105,7 @@ def test_a_run_scales_itself_until_somebody_asks_for_a_number(tmp_path: Path) ->
     assert asked[2:] == [2], "no more than halved"
 
 
-# -- the desk ----------------------------------------------------------------------------------------------------------
+# -- the status writer -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -167,11 +166,11 @@ def events(world: World, kind: str) -> list[dict[str, Any]]:
 )
 def test_a_malformed_request_is_refused_and_reported(tmp_path: Path, content: bytes) -> None:
     run, noted = RunDir.create(tmp_path, "run"), []  # type: ignore[var-annotated]
-    desk = StatusDesk(run, dict, lambda workers, by: pytest.fail("it was applied"), noted.append)
+    status_writer = StatusWriter(run, dict, lambda workers, by: pytest.fail("it was applied"), noted.append)
     name = "control/scale-" + "0" * 32 + ".json"
     run.write_bytes(name, content)
     run.write_bytes("control/other.txt", b"not ours")
-    desk.turn()
+    status_writer.turn()
     answer = take_answer(run, name)
     assert answer is not None
     assert not answer.accepted

@@ -16,13 +16,13 @@ from mmrl_ray.errors import AdapterError, ConfigError, DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import GroupKey, RolloutGroup, SamplingParams, ScoredGroup
 from mmrl_ray.experience.schema import group_rows
-from mmrl_ray.policy.adapter import adapter_state
-from mmrl_ray.policy.decode import DecodeRequest
+from mmrl_ray.policy.generation.decode import DecodeRequest
+from mmrl_ray.policy.heads import LearningHeads, published
+from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.policy.value_heads import LearningHeads, published
-from mmrl_ray.rollouts.assignments import Assignment, AssignmentResult, GroupRequest
 from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.stored import StoredEngine, sample_of, stored_group
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, GroupRequest
 from tests.unit.learner.worlds import MAX_NEW_TOKENS, TEMPERATURE, make_groups, make_policy, tiny_folder
 from tests.unit.rollouts.test_engine import FakeBackend, FakeReward, as_made, assignment
 

@@ -18,15 +18,16 @@ from mmrl_ray.algorithms.dqn.checkpoints import save_agent_folder
 from mmrl_ray.algorithms.dqn.features import FeatureScale, image_features
 from mmrl_ray.algorithms.dqn.network import QNetwork
 from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, OverloadedError, RunError, UnknownModelError
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.agent_engine import AgentEngine
-from mmrl_ray.serving.policy_meter import watch_engine
+from mmrl_ray.serving.engine import export_engine_metrics
 from mmrl_ray.serving.protocols import Delta, GenerateRequest, Served, Turn
 from tests.support.meters import MemoryMeter
 from tests.support.tiny_models import build_family, image_bytes
@@ -119,7 +120,7 @@ def test_refusals_and_figures(engine: AgentEngine, policy: Policy, tmp_path: Pat
         with pytest.raises(error, match=message):
             asyncio.run(engine.generate(request))
     meter = MemoryMeter()
-    watch_engine(meter, engine.stats)
+    export_engine_metrics(meter, engine.stats)
     assert engine.stats()["requests"] == 4
     assert engine.stats()["failed_requests"] == 4
     empty = RunDir.create(tmp_path, "empty")

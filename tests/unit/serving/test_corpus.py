@@ -13,13 +13,14 @@ import httpx
 import pytest
 import torch
 
-from mmrl_ray.config.model import LoraSection, ModelSection
+from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.config.serving import RemoteImagesSection, ServingSection
-from mmrl_ray.policy.adapter import CONFIG_FILE, WEIGHTS_FILE, add_adapter, save_adapter
-from mmrl_ray.policy.adapters import AdapterPool
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, add_adapter, save_adapter
+from mmrl_ray.policy.lora.pool import AdapterPool
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.serving import remote_images
-from mmrl_ray.serving.adapter_sources import AdapterFolders
+from mmrl_ray.serving.adapters import AdapterFolders
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.engine import Engine
 from tests.corpus import pictures

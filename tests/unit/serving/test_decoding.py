@@ -16,7 +16,7 @@ from mmrl_ray.config.serving import LimitsSection, ServingSection
 from mmrl_ray.data.decoder_pool import DecoderPool, Decoding
 from mmrl_ray.errors import ImageError
 from mmrl_ray.serving.app import GatewayDeps, make_app
-from mmrl_ray.serving.decoding import RequestDecoder
+from mmrl_ray.serving.images import RequestDecoder
 from tests.corpus.pictures import many_scans
 from tests.support.fake_services import FakePolicy, FakeReward, running_gateway
 from tests.unit.data.pictures import picture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import (
     ConfigError,
@@ -29,12 +29,12 @@ from mmrl_ray.errors import (
     UnknownModelError,
 )
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.decode import Decoder
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.policy.generation.decode import Decoder
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
 from mmrl_ray.serving import engine as engine_module
-from mmrl_ray.serving.engine import Engine
-from mmrl_ray.serving.policy_meter import watch_engine
+from mmrl_ray.serving.engine import Engine, export_engine_metrics
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, Served, Turn
 from tests.support.meters import MemoryMeter
 from tests.support.tiny_models import FAMILIES, build_family, image_bytes
@@ -190,7 +190,7 @@ def test_greedy_answers_are_what_generate_gives_alone_and_under_load(family: str
 
     with started(policy) as engine:
         meter = MemoryMeter(model="base")
-        watch_engine(meter, engine.stats)
+        export_engine_metrics(meter, engine.stats)
         run(work(engine))
         stats = engine.stats()
         (look,) = meter.watched

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.config.model import LoraSection, ModelSection
+from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.errors import AdapterError, ConfigError, OverloadedError, UnknownModelError
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.learner.checkpoints import save_adapter_folder, save_checkpoint, save_live_version
-from mmrl_ray.learner.state import LearnerState
-from mmrl_ray.policy.adapter import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
-from mmrl_ray.policy.adapters import AdapterPool
-from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import Policy, load_policy
+from mmrl_ray.learner.checkpoints import LearnerState, save_adapter_folder, save_checkpoint, save_live_version
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.heads import HEADS_FILE, LearningHeads, save_value_heads
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
+from mmrl_ray.policy.lora.pool import AdapterPool
+from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_conversation
-from mmrl_ray.policy.value_heads import HEADS_FILE, LearningHeads, save_value_heads
-from mmrl_ray.run_dir import RunDir
-from mmrl_ray.serving.adapter_sources import AdapterFolders, RunSource, open_source
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.serving.adapters import AdapterFolders, RunSource, open_source
 from mmrl_ray.serving.engine import Engine
 from mmrl_ray.serving.protocols import Generated, GenerateRequest, Turn
 from tests.support.tiny_models import build_family, image_bytes

@@ -17,7 +17,7 @@ import pytest
 from mmrl_ray.config.serving import RateSection, ServingSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.serving.app import GatewayDeps, make_app
-from mmrl_ray.serving.routes.work import for_client
+from mmrl_ray.serving.routes.common import for_client
 from tests.support.fake_services import BASE, FakePolicy, FakeReward, png, running_gateway, wait_until
 
 DATA_URI = "data:image/png;base64," + base64.b64encode(png()).decode()

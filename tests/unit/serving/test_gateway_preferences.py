@@ -12,13 +12,13 @@ from fastapi.testclient import TestClient
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.errors import PreferenceStoreError
-from mmrl_ray.feedback.schema import blinded
-from mmrl_ray.feedback.stats import preference_stats
-from mmrl_ray.feedback.store import PreferenceStore
+from mmrl_ray.preferences.schema import blinded
+from mmrl_ray.preferences.stats import preference_stats
+from mmrl_ray.preferences.store import PreferenceStore
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore
 from tests.support.fake_services import FakePolicy, png
-from tests.unit.feedback.examples import pair
+from tests.unit.preferences.examples import pair
 
 PATH = "/v1/preferences"
 

@@ -12,8 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.rollouts.control_files import ScaleAnswer, pending_requests, put_answer, read_request, write_status
-from mmrl_ray.run_dir import RunDir
+from mmrl_ray.run_records.control_files import ScaleAnswer, pending_requests, put_answer, read_request, write_status
+from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore
 from mmrl_ray.serving.routes import runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmrl_ray.config.serving import RateSection
-from mmrl_ray.serving.limits import KeyLimits
+from mmrl_ray.serving.auth import KeyLimits
 
 
 class Clock:

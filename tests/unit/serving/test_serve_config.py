@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.serve.schema import ServeDeploySchema
 
-from mmrl_ray.config.model import ModelSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.serving.serve_config import check_serve_config, serve_config

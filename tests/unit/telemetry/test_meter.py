@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from mmrl_ray.rollouts.run_metrics import export_step_metrics
 from mmrl_ray.telemetry import ray_meter, table
 from mmrl_ray.telemetry.meter import Meter, PrometheusMeter, Totals
 from mmrl_ray.telemetry.ray_meter import RayMeter
-from mmrl_ray.telemetry.steps import measure_step
 from tests.support.meters import MemoryMeter
 
 
@@ -51,7 +51,7 @@ def test_every_number_of_a_steps_line_goes_somewhere() -> None:
     line |= {"reward/caption": 0.4, "reward/caption/bleu": 0.3, "loss": -1.0, "loss/policy": -1.1, "kl": float("nan")}
     line |= {"seconds/step": 2.0, "seconds/sample": 1.5, "masked": 1, "dropped": 0, "shared_prefix": True}
     meter = MemoryMeter(run="r")
-    measure_step(meter, {**line, "clip_fraction": 0.25, "note": "words are no figure"})
+    export_step_metrics(meter, {**line, "clip_fraction": 0.25, "note": "words are no figure"})
     assert meter.values == {
         ("policy_version", "r"): 4.0,
         ("reward_mean", "r"): 0.5,

@@ -14,7 +14,7 @@ from mmrl_ray.algorithms.dqn.features import LIMIT, FeatureScale
 from mmrl_ray.algorithms.dqn.network import QNetwork
 from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.errors import ModelError
-from mmrl_ray.models.fusion import FUSIONS
+from mmrl_ray.reward_model.fusion import FUSIONS
 
 from .conftest import WORDS, World
 

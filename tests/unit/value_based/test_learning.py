@@ -20,7 +20,7 @@ from mmrl_ray.algorithms.dqn.replay import episodes_from_tensors, episodes_to_te
 from mmrl_ray.algorithms.dqn.rllib import dqn_config, environment_arguments
 from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
 from mmrl_ray.config import Config
-from mmrl_ray.learner.schedule import cosine_annealing
+from mmrl_ray.losses.schedule import cosine_annealing
 
 from .conftest import WORDS, World
 

@@ -1,0 +1,243 @@
+"""The strict base of every section, and the shorter ones: `run:`, `model:`, `sft:`, `data:`, `resources:`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SFT_CACHE = ".cache/sft"
+"""Where built-in models and warm starts are kept unless told otherwise."""
+
+
+class Section(BaseModel):
+    """Strict and frozen: an unknown key or another type is an error, and nobody changes a config after it was read."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+def refuse(problems: Mapping[str, bool]) -> None:
+    """Raise one ValueError with a line for each message that holds, so that a user reads them all at once."""
+    found = [message for message, holds in problems.items() if holds]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+class RunSection(Section):
+    """Names a run; every random choice in it derives from `seed`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """Folder name of the run under `root`."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice of the run derives from it."""
+    root: str = "runs"
+    """Folder, or any pyarrow.fs URI, that every node sees."""
+    log_format: Literal["text", "json"] = "text"
+    """What the log lines of all its processes are: text for people, or a JSON object each."""
+
+
+class LoraSection(Section):
+    """The PEFT adapter that reinforcement learning trains. Without dropout: it would make the policy ratio noisy."""
+
+    r: int = Field(8, ge=1, le=1024)
+    """Rank."""
+    alpha: float = Field(16.0, gt=0)
+    """Scaling: the adapter's output is multiplied by alpha / r."""
+    targets: list[str] | str | None = None
+    """Module-name suffixes, or one regular expression over full names; by default every linear layer of the language
+    model (what `get_decoder()` returns)."""
+    adapt_vision: bool = False
+    """Allow `targets` that match layers outside the language model; turns the vision cache off."""
+
+
+class ModelSection(Section):
+    """Any Hugging Face image-text-to-text checkpoint."""
+
+    path: str
+    """Folder or hub id; `builtin:tiny-llava` is made on the spot from a config, for tests and the quickstart."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernels."""
+    processor: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the processor as it is (for example `size`, `max_pixels`, `do_image_splitting`)."""
+    lora: LoraSection = LoraSection()
+    """The adapter."""
+
+
+class SftSection(Section):
+    """Supervised training on the references before reinforcement learning; its result is cached by content."""
+
+    mode: Literal["full", "lora"] = "full"
+    """`full` trains the whole language model; `lora` trains an adapter on it (`model.lora`) and merges it. What RL
+    starts from is an ordinary model folder either way."""
+    train_vision: bool = False
+    """Also train the vision tower and its projector (the built-in tiny model starts from random weights, so its must
+    be). Otherwise each image's features are made once and cached under `rollout.vision_cache_mb`."""
+    steps: int = Field(..., ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(32, ge=1)
+    """Image-caption pairs a step."""
+    captions_per_image: int = Field(1, ge=1)
+    """How many of them share an image, and the one pass of its prompt."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    lr_min: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    terse: float = Field(0.0, ge=0)
+    """Weight of one-object, few-word targets in the mix (needs rows whose metadata names their terse captions)."""
+    partial: float = Field(0.0, ge=0)
+    """Weight of targets that leave something out."""
+    full: float = Field(1.0, ge=0)
+    """Weight of whole references."""
+    cache: str = SFT_CACHE
+    """Folder of finished warm starts, keyed by model, data and these settings. On a cluster, one that all nodes see."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        refuse(
+            {
+                f"warmup_steps={self.warmup_steps} must be below steps={self.steps}": self.warmup_steps >= self.steps,
+                f"lr_min={self.lr_min} is above lr={self.lr}": self.lr_min > self.lr,
+                f"terse={self.terse}, partial={self.partial} and full={self.full} are all 0: nothing would be "
+                "trained on": not (self.terse or self.partial or self.full),
+                f"captions_per_image={self.captions_per_image} does not divide batch_size={self.batch_size}": (
+                    self.batch_size % self.captions_per_image != 0
+                ),
+                "train_vision needs mode: full; an adapter is trained on the language model alone": (
+                    self.train_vision and self.mode == "lora"
+                ),
+            }
+        )
+        return self
+
+
+class ScenesSection(Section):
+    """Generate the scenes dataset into `data.train` and `data.eval` when they are not there yet."""
+
+    train: int = Field(2000, ge=1)
+    """Images in the training split."""
+    eval: int = Field(200, ge=1)
+    """Images in the held-out split, with attribute combinations never seen in training."""
+    image_size: int = Field(64, ge=32, le=1024)
+    """Pixels a side."""
+    seed: int = 0
+    """Seeds the generator."""
+    max_objects: int = Field(3, ge=1, le=3)
+    """Objects a picture has at most."""
+
+
+class PreferencesSection(Section):
+    """Pairs of captions and what people said of them, for algorithms that learn from pairs."""
+
+    store: str
+    """SQLAlchemy URL of the store that `mmrl preferences` fills: `sqlite:///preferences.db`, `postgresql+psycopg://…`.
+    Its pairs are copied into the run's folder at the start, so that later labels change no run."""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """Share of the pictures whose pairs are kept from training, to measure on before and after."""
+
+
+class RolloutsSection(Section):
+    """Rollouts of another run, for algorithms that learn from stored ones."""
+
+    run: str
+    """Its folder. What is used of it is copied into this run's own folder at the start."""
+    first_step: int = Field(0, ge=0)
+    """Of its rollout log, from this step on."""
+    last_step: int | None = Field(None, ge=0)
+    """Up to this step and with it; to the end by default."""
+    policy: Literal["base", "adapter"] = "base"
+    """Whose next tokens are weighed: `base` is the model (after its warm start) as it is here, `adapter` puts that
+    run's final adapter on it."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        backwards = self.last_step is not None and self.last_step < self.first_step
+        refuse({f"last_step={self.last_step} is below first_step={self.first_step}": backwards})
+        return self
+
+
+class DataSection(Section):
+    """Parquet shards in the Hugging Face `datasets` image layout."""
+
+    train: str
+    """Folder or file of Parquet shards, on any pyarrow.fs location."""
+    eval: str | None = None
+    """Held-out split; without it a run evaluates on nothing and says so."""
+    prompt: str = "Describe the image."
+    """The user's turn for rows that bring no prompt of their own."""
+    eval_samples: int | None = Field(None, ge=1)
+    """Evaluate on the first so many rows; all by default."""
+    max_quarantined: int = Field(20, ge=0)
+    """Broken samples a run tolerates before it stops; as many in the held-out split, and in the warm start."""
+    scenes: ScenesSection | None = None
+    """Generate the scenes dataset; none by default."""
+    preferences: PreferencesSection | None = None
+    """What an algorithm of pairs learns from; none by default."""
+    rollouts: RolloutsSection | None = None
+    """What an algorithm of stored rollouts learns from; none by default."""
+
+
+class ActorResources(Section):
+    """One actor's share."""
+
+    cpus: float = Field(1.0, ge=0)
+    """CPUs Ray reserves for one actor; 0 reserves none."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs of one actor; a fraction shares a GPU."""
+    threads: int | None = Field(None, ge=1)
+    """Torch threads; by default a node's cores ÷ the run's processes that calculate on CPUs, and at least `cpus`. The
+    dry run says how many. Several runs on one machine: give each its part."""
+    node_labels: dict[str, str] = {}
+    """Only nodes with these labels take the actor (`ray start --labels`); any node by default. What `mmrl deploy
+    render` writes has a label for each group of pods and names it here."""
+
+
+class ResourcesSection(Section):
+    """Learner and rollout workers on different devices, or sharing them."""
+
+    placement: Literal["shared", "split"] = "shared"
+    """`shared`: a learner and a rollout worker take turns on one GPU, each with a fraction of it; `split`: every actor
+    has whole GPUs of its own. Without GPUs it changes nothing."""
+    learner: ActorResources = ActorResources()
+    """Each learner worker's share."""
+    rollout: ActorResources = ActorResources()
+    """Each rollout worker's share."""
+    reward: ActorResources = ActorResources(cpus=0.0)
+    """Each replica's share where `reward.host` is `serve`. A reward of words needs no CPU of its own: the worker whose
+    captions it scores waits meanwhile."""
+    placement_timeout_s: float = Field(300.0, gt=0)
+    """An actor that Ray has not placed by then is an error."""
+    object_store_mb: int | None = Field(None, ge=80)
+    """Size of a local Ray's object store; ignored on an existing cluster."""
+
+    @model_validator(mode="after")
+    def _placement_fits(self) -> Self:
+        learner, rollout = self.learner.gpus, self.rollout.gpus
+        if self.placement == "shared" and learner > 0 and rollout > 0 and learner + rollout > 1:
+            raise ValueError(
+                f"placement=shared puts a learner and a rollout worker on one GPU, but learner.gpus={learner:g} and "
+                f"rollout.gpus={rollout:g} add up to more than 1: write fractions, or placement: split"
+            )
+        if self.placement == "split" and (learner % 1 or rollout % 1):
+            raise ValueError(
+                f"placement=split gives every actor whole GPUs, but learner.gpus={learner:g} and "
+                f"rollout.gpus={rollout:g}: write whole numbers, or placement: shared"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The toy worlds: pictures of coloured shapes and what can be said about them."""

@@ -1,0 +1,1 @@
+"""What a policy's captions are worth: captions of a split, their scores, their records."""

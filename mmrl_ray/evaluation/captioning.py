@@ -1,0 +1,237 @@
+"""Greedy captions by the one decode loop: of samples for an evaluation, of image files for `mmrl caption`."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mmrl_ray.analysis.states import caption_states
+from mmrl_ray.data.images import decode_image
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError
+from mmrl_ray.evaluation.model_source import ModelSource, open_target
+from mmrl_ray.evaluation.records import MAX_STATES
+from mmrl_ray.experience.carriers import CaptionState, SamplingParams
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.generation.sampling import GenerationRules, generation_rules
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress, visible
+
+logger = logging.getLogger(__name__)
+
+BATCH = 64
+"""Images whose captions are decoded together."""
+
+
+def caption_samples(
+    policy: Policy,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    batch_size: int = BATCH,
+    beta: float = 0.0,
+    states: list[CaptionState] | None = None,
+    progress: ProgressFn | None = None,
+    rules: GenerationRules | None = None,
+) -> list[str]:
+    """One greedy caption a sample, in order, of π or with `beta` of log π + β(Q − V).
+
+    `states` is filled with the states of the first `MAX_STATES` of them, in order, where the model's can be told.
+    With `rules` the captions are those that `generate` gives, penalties of the checkpoint and all.
+
+    Raises:
+        DataError, ImageError: a sample cannot be encoded.
+        ContextLengthError: a prompt leaves no room for `max_new_tokens`.
+    """
+    decoder = Decoder(policy, max_rows=max(1, batch_size), rules=rules)
+    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens, min_new_tokens=None, value_beta=beta)
+    captions: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        prompts = encode_prompts(policy, samples[start : start + batch_size])
+        outputs = decode_groups(decoder, [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
+        captions += [output.completions[0].caption for output in outputs]
+        if states is not None and (left := MAX_STATES - start) > 0:
+            vision = [output.vision for output in outputs[:left] if output.vision is not None]
+            tokens = [output.completions[0].token_ids for output in outputs[:left]]
+            try:
+                found = caption_states(policy, prompts[:left], vision, tokens)
+            except ModelError as error:
+                logger.warning("captions without their states: %s", error)
+                states = None
+            else:
+                states += found
+        if progress is not None:
+            progress(len(captions), len(samples), {})
+    return captions
+
+
+def target_captions(
+    target: ModelSource,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = BATCH,
+    beta: float | None = None,
+    states: list[CaptionState] | None = None,
+    progress: ProgressFn | None = None,
+    as_served: bool = False,
+) -> list[str]:
+    """`caption_samples` by whatever the target captions with; an agent's captions have its own length, and no states.
+
+    `beta` is by default that of the target's value heads, where it has any. `as_served` obeys the checkpoint's
+    generation config, as `mmrl serve` does; an evaluation measures the policy alone.
+
+    Raises:
+        ConfigError: a `beta` above 0, of a target without value heads.
+        DataError, ImageError: a sample cannot be encoded.
+        ContextLengthError: a prompt leaves no room for `max_new_tokens`.
+    """
+    beta = target.beta(beta)
+    if target.agent is not None:
+        return target.agent.captions(target.policy, samples, progress)
+    return caption_samples(
+        target.policy,
+        samples,
+        max_new_tokens=max_new_tokens or target.max_new_tokens,
+        batch_size=batch_size,
+        beta=beta,
+        states=states,
+        progress=progress,
+        rules=generation_rules(target.policy) if as_served else None,
+    )
+
+
+def caption_images(
+    target: str,
+    images: Sequence[str | Path],
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    beta: float | None = None,
+    n: int = 1,
+    temperature: float | None = None,
+    device: torch.device | str | None = None,
+    shown: RunProgress | None = None,
+) -> list[tuple[str, str]]:
+    """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
+
+    Args:
+        target: a run folder, a model folder or a hub id.
+        images: PNG, JPEG, WebP or GIF files.
+        prompt: what to ask; by default what the run asked.
+        max_new_tokens: by default the run's.
+        beta: of decoding with value heads; by default the run's.
+        n: captions an image; it comes as often.
+        temperature: 0 is greedy; by default 0 for one caption and 1 for more, as of the gateway.
+        device: the first GPU by default where there is one.
+        shown: says where it is; of few images only if that takes long.
+
+    Raises:
+        ConfigError: a `beta` above 0, of a target without value heads; or samples of an agent, which has none.
+        DataError: a file is missing or cannot be read.
+        ImageError: a file is no image of an accepted format; the message names it.
+        RunError, ModelError: the target cannot be used.
+    """
+    encoded = [read_image(path) for path in images]  # before the model is loaded: a typo answers at once
+    busy = nullcontext if shown is None else shown.busy
+    with busy("loading the model"):
+        opened = open_target(target, device=device, shown=shown)
+    asked = opened.prompt if prompt is None else prompt
+    samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
+    if temperature is None:
+        temperature = 0.0 if n == 1 else 1.0
+    progress = None if shown is None or len(images) <= BATCH else shown.phase("caption")
+    with busy("captioning"):
+        if n == 1 and temperature == 0:
+            captions = target_captions(
+                opened, samples, max_new_tokens=max_new_tokens, beta=beta, progress=progress, as_served=True
+            )
+            return [(str(path), text) for path, text in zip(images, captions, strict=True)]
+        longest = max_new_tokens or opened.max_new_tokens
+        drawn = _drawn(opened, samples, n, temperature, longest, opened.beta(beta), progress)
+    return [(str(path), text) for path, texts in zip(images, drawn, strict=True) for text in texts]
+
+
+def _drawn(
+    target: ModelSource,
+    samples: Sequence[Sample],
+    n: int,
+    temperature: float,
+    max_new_tokens: int,
+    beta: float,
+    progress: ProgressFn | None,
+) -> list[list[str]]:
+    """`n` captions of each sample, other ones each time."""
+    if target.agent is not None:
+        raise ConfigError(
+            f"{target.name} is a value-based run, whose captions are not sampled: leave out -n and --temperature"
+        )
+    policy = target.policy
+    decoder = Decoder(policy, rules=generation_rules(policy))
+    sampling = SamplingParams(
+        greedy=temperature == 0,
+        temperature=temperature or 1.0,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=None,
+        value_beta=beta,
+    )
+    found: list[list[str]] = []
+    for start in range(0, len(samples), BATCH):
+        prompts = encode_prompts(policy, samples[start : start + BATCH])
+        asked = [DecodeRequest(p, n, replace(sampling, seed=secrets.randbits(31))) for p in prompts]
+        found += [[each.caption for each in output.completions] for output in decode_groups(decoder, asked)]
+        if progress is not None:
+            progress(len(found), len(samples), {})
+    return found
+
+
+def caption(
+    images: Sequence[Path],
+    *,
+    run: str | None = None,
+    model: str | None = None,
+    prompt: str | None = None,
+    beta: float | None = None,
+    n: int = 1,
+    temperature: float | None = None,
+) -> None:
+    """`mmrl caption`: prints one caption a line, after its file's name where there are several.
+
+    Raises:
+        ConfigError: not exactly one of `run` and `model` is given, or `beta` without value heads.
+    """
+    target = run if run is not None else model
+    if target is None or (run is not None and model is not None):
+        raise ConfigError("give either a run or a model to caption with")
+    with RunProgress() as shown:
+        made = caption_images(target, images, prompt=prompt, beta=beta, n=n, temperature=temperature, shown=shown)
+    for path, text in made:
+        if len(images) == n == 1:
+            print(text.strip())
+        else:
+            print(visible(text.strip() if len(images) == 1 else f"{path}: {text.strip()}"))
+
+
+def read_image(path: str | Path) -> bytes:
+    """An image file's bytes, found to be an image.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+        ImageError: it is no image of an accepted format; the message names it.
+    """
+    try:
+        data = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error.strerror or error}") from error
+    try:
+        decode_image(data)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
+    return data

@@ -1,0 +1,223 @@
+"""`mmrl evaluate`: caption a split with a run or a model, score the captions, show and keep the figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mmrl_ray.analysis.correlation import Correlation
+from mmrl_ray.data import atomic
+from mmrl_ray.data.held_out import overlap_with_data, same_place
+from mmrl_ray.data.quarantine import Quarantine, told
+from mmrl_ray.data.samples import Sample, dataset_fingerprint, iter_references, read_split
+from mmrl_ray.errors import ConfigError, DataError, RunError
+from mmrl_ray.evaluation.blindness import evaluation_blindness
+from mmrl_ray.evaluation.captioning import BATCH, target_captions
+from mmrl_ray.evaluation.model_source import ModelSource, open_target
+from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
+from mmrl_ray.evaluation.scores import (
+    CaptionScore,
+    Difference,
+    Evaluation,
+    compare,
+    comparison_json,
+    interval_json,
+    score_captions,
+)
+from mmrl_ray.experience.carriers import CaptionState
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.run_records.run_dir import to_json
+from mmrl_ray.telemetry.terminal import PlainTable, RunProgress, say
+
+__all__ = [
+    "CaptionScore",
+    "Difference",
+    "Evaluation",
+    "compare",
+    "comparison_json",
+    "evaluate",
+    "interval_json",
+    "measures_table",
+    "score_captions",
+]
+
+
+def evaluate(
+    target: str,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = BATCH,
+    beta: float | None = None,
+    as_json: bool = False,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """Captions `data` greedily and scores it; prints tables or JSON, and writes JSON where `out` says.
+
+    CIDEr-D and the reward use the document frequencies stored with the run. A bare model has none: they are then
+    taken from the references of `data` itself, which the output says.
+
+    Args:
+        target: a run folder, a model folder or a hub id.
+        data: Parquet shards with references; by default the run's own held-out split.
+        limit: only the first so many rows.
+        out: a file, or a folder that gets `evaluation-NAME.json`.
+        prompt: for rows that bring none; by default the run's.
+        max_new_tokens: by default the run's.
+        batch_size: images decoded together.
+        beta: of decoding with value heads; by default the run's.
+        as_json: prints what `out` would get, in place of the tables.
+        device: the first GPU by default where there is one.
+
+    Broken rows are left out and told, up to the run's `data.max_quarantined`; so are pictures that it was trained on.
+
+    Raises:
+        ConfigError: no data is given and the run has none, or a `beta` above 0, and there are no value heads.
+        DataError, ModelError, RunError: what is read cannot be used, or `out` cannot be written.
+    """
+    states: list[CaptionState] = []
+    with RunProgress() as shown:  # nothing is printed within: on a terminal it would go to standard error
+        with shown.busy("loading the model"):
+            opened = open_target(target, device=device, shown=shown)
+        beta = opened.beta(beta)
+        data = data or opened.eval_data
+        if data is None:
+            raise ConfigError(f"{target} names no held-out split: give one with --data")
+        with shown.busy("reading the data"):
+            quarantine = Quarantine(opened.max_quarantined, source=data)
+            samples = read_split(data, prompt=prompt or opened.prompt, limit=limit, quarantine=quarantine)
+            statistics, source = _statistics(opened, data)
+        captions = target_captions(
+            opened,
+            samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            beta=beta,
+            states=states,
+            progress=shown.phase("caption"),
+        )
+        evaluation = score_captions(
+            samples,
+            captions,
+            build_reward(opened.reward, statistics),
+            statistics,
+            progress=shown.phase("score"),
+            timeout_s=opened.reward.timeout_s,
+            retries=opened.reward.retries,
+        )
+        with shown.busy("looking for these pictures in what was trained on"):
+            seen = _trained_on(opened, samples, data)
+    found_blind = evaluation_blindness(evaluation)
+    unseeing = None if found_blind is None else found_blind.told("this evaluation")
+    notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
+    notes += [told(quarantine.records)] if len(quarantine) else []
+    notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
+    notes += seen
+    found = States.of(samples[: len(states)], states).correlations if states else {}
+    document = _text(_document(target, data, evaluation, found, [*notes, *filter(None, [unseeing])]))
+    if as_json:
+        print(document)
+    else:
+        Console().print(measures_table(opened.name, evaluation))
+        if found:
+            Console().print(correlation_table(found, len(states)))
+        for note in notes:
+            say(Console(), note)
+        if unseeing is not None:
+            say(Console(), f"WARNING: {unseeing}", "bold red")
+    if out is not None:
+        file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
+        _write(file, document)
+        say(Console(stderr=as_json), f"written to {file}")
+    return evaluation
+
+
+def measures_table(title: str, evaluation: Evaluation) -> PlainTable:
+    """Every measure with its 95 % interval, for a terminal or plain."""
+    table = PlainTable(title=f"{title}: {len(evaluation.captions)} samples", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, interval in evaluation.measures.items():
+        table.add_row(name, f"{interval.mean:.4f}", interval.words(".4f", " … ", ""))
+    return table
+
+
+def correlation_table(found: Mapping[str, Correlation], samples: int) -> PlainTable:
+    """|ρ| of the captions with what they were made of, for a terminal or plain."""
+    table = PlainTable(title=f"captions and their modalities: {samples} samples", title_justify="left")
+    table.add_column("modality")
+    table.add_column("|ρ|", justify="right")
+    table.add_column("by permutation", justify="right")
+    for row in correlation_lines(found):
+        table.add_row(*row)
+    return table
+
+
+def _trained_on(opened: ModelSource, samples: list[Sample], data: str) -> list[str]:
+    """Which of the samples show pictures that the run was trained on, in words; of a model nobody knows."""
+    lines = []
+    for location in opened.trained_on:
+        try:
+            if same_place(location, data):
+                lines.append(f"{data} is what the run was trained on: figures on it do not show what was learned")
+            else:
+                lines.append(str(overlap_with_data(samples, location)))
+        except DataError as error:
+            lines.append(f"whether these pictures were trained on is not known: {error}")
+    return lines
+
+
+def _statistics(opened: ModelSource, data: str) -> tuple[CorpusStatistics, str]:
+    if opened.statistics is not None:
+        known = opened.statistics
+        old = "" if known.ends is not None else "; words are lower-cased \\w+, as when the run began"
+        return known, f"document frequencies: of the run's training references{old}"
+    own = CorpusStatistics.from_references(iter_references(data), language_order=opened.reward.language_order)
+    return own, f"document frequencies: of the references of {data} itself, not comparable with those of a run"
+
+
+def _document(
+    target: str, data: str, evaluation: Evaluation, found: Mapping[str, Correlation], notes: list[str]
+) -> dict[str, Any]:
+    return {
+        "target": target,
+        "data": data,
+        "data_fingerprint": dataset_fingerprint(data),
+        "notes": notes,
+        **evaluation.to_json(),
+        "correlations": correlations_json(found),
+        "captions": [
+            {
+                "sample_id": score.sample_id,
+                "sample_place": score.place,
+                "caption": score.caption,
+                "references": list(score.references),
+                "reward": None if score.reward is None else score.reward.total,
+                "reward_parts": {} if score.reward is None else dict(score.reward.parts),
+                **({"no_reward": score.no_reward} if score.no_reward else {}),
+                "scores": dict(score.scores),
+            }
+            for score in evaluation.captions
+        ],
+    }
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(to_json(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _write(file: Path, document: str) -> None:
+    try:
+        atomic.write_file(file, f"{document}\n".encode())
+    except OSError as error:
+        raise RunError(f"{file} cannot be written: {error.strerror or error}; choose another --out") from error

@@ -1,0 +1,348 @@
+"""What captions are worth: every measure of an evaluation, with intervals. Pure: no model, no files.
+
+The measures, by name:
+
+    reward, reward/PART         the run's own reward and every part of it
+    reward/sigma                its mean standard deviation, where it knows one
+                                rewards are of the captions that have one: a reward may fail on some
+    cider_d, rouge_l            means of the sentence scores
+    bleu_1 … bleu_4             of the corpus
+    attributes/precision        for scenes, over all captions: facts that are true ÷ facts claimed
+    attributes/recall, /f1      required facts that are covered ÷ required facts; the harmonic mean of the two
+    caption/words               length
+    caption/distinct            share: distinct captions ÷ captions
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from mmrl_ray.data.images import image_hash
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.data.scenes.generator import attribute_scores
+from mmrl_ray.errors import DataError, RewardError
+from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
+from mmrl_ray.metrics.bootstrap import (
+    RESAMPLES,
+    Counts,
+    Figure,
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    figure_difference,
+    figure_interval,
+)
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.overlap import CiderD, bleu_counts, corpus_bleu, rouge_l
+from mmrl_ray.metrics.text import MAX_ORDER, Tokenizer, words
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.scoring import score_with_retry
+
+_BATCH = 256
+_TIMEOUT_S = 60.0
+_ATTRIBUTES = ("attributes/correct", "attributes/claimed", "attributes/covered", "attributes/required")
+_SCENE_OBJECT = {"shape", "colour", "size", "position"}
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionScore:
+    """One caption and what it is worth."""
+
+    sample_id: str
+    image_hashes: tuple[str, ...]
+    """Of each of the sample's images."""
+    prompt: str
+    references: tuple[str, ...]
+    caption: str
+    reward: RewardBreakdown | None
+    """None where the reward failed; see `no_reward`."""
+    scores: Mapping[str, float]
+    """Sentence scores and counts: cider_d, rouge_l, caption/words, and for scenes how many facts were claimed, of these
+    are correct, were required, and of those were covered."""
+    place: str = ""
+    """Of the row in its data set (`Sample.place`): ids may repeat."""
+    no_reward: str = ""
+    """Why it has no reward, where it has none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The captions of one policy on one split."""
+
+    captions: tuple[CaptionScore, ...]
+    seed: int = 0
+    """Of the bootstrap."""
+    tokenizer: Tokenizer = Tokenizer.UNICODE
+    """Of the run's words."""
+
+    @cached_property
+    def measures(self) -> dict[str, Interval]:
+        """Every measure with its 95 % bootstrap interval, the sample being what is resampled."""
+        found = {
+            name: bootstrap_mean(present, seed=self.seed, resamples=RESAMPLES)
+            for name, values in self._means.items()
+            if (present := [value for value in values if not math.isnan(value)])
+        }
+        for name, (counts, figure) in self._figures.items():
+            found[name] = figure_interval(counts, figure, seed=self.seed)
+        return {name: found[name] for name in _ordered(found)}
+
+    def to_json(self) -> dict[str, Any]:
+        """How many samples, and each measure's value and interval; captions are in the records."""
+        return {
+            "samples": len(self.captions),
+            **({"without_reward": len(self.unrewarded)} if self.unrewarded else {}),
+            "measures": {name: interval_json(interval) for name, interval in self.measures.items()},
+        }
+
+    @property
+    def unrewarded(self) -> tuple[CaptionScore, ...]:
+        """Captions that the reward failed on: they are in every measure but those of the reward."""
+        return tuple(c for c in self.captions if c.reward is None)
+
+    def told_unrewarded(self) -> str:
+        """How many, and the first reason; only where there are any."""
+        missing = self.unrewarded
+        return (
+            f"{len(missing)} of {len(self.captions)} captions have no reward, and do not count in its figures; "
+            f"the first: {missing[0].sample_id}: {missing[0].no_reward}"
+        )
+
+    @cached_property
+    def _means(self) -> dict[str, list[float]]:
+        """Measures that are means: one value a sample, NaN where it has none."""
+        multiplicity = Counter(c.caption for c in self.captions)
+        rewards = [c.reward for c in self.captions]
+        columns: dict[str, list[float]] = {"reward": [math.nan if r is None else r.total for r in rewards]}
+        rewarded = [r for r in rewards if r is not None]
+        for part in _shared([r.parts for r in rewarded]):
+            columns[f"reward/{part}"] = [math.nan if r is None else r.parts[part] for r in rewards]
+        if all(r.sigma is not None for r in rewarded):
+            columns["reward/sigma"] = [math.nan if r is None or r.sigma is None else r.sigma for r in rewards]
+        for name in _shared([c.scores for c in self.captions]):
+            if name not in _ATTRIBUTES:
+                columns[name] = [c.scores[name] for c in self.captions]
+        # The mean of 1 ÷ (captions that read the same) is the share of distinct ones; counting distinct captions among
+        # resamples would not do, since drawing with replacement itself repeats captions.
+        columns["caption/distinct"] = [1.0 / multiplicity[c.caption] for c in self.captions]
+        return columns
+
+    @cached_property
+    def _figures(self) -> dict[str, tuple[Counts, Figure]]:
+        """Measures that are functions of summed counts: the counts [N, K], and the function."""
+        bleu = np.array([bleu_counts(c.caption, c.references, tokenizer=self.tokenizer) for c in self.captions])
+        found: dict[str, tuple[Counts, Figure]] = {
+            f"bleu_{n}": (bleu, partial(_bleu, order=n)) for n in range(1, MAX_ORDER + 1)
+        }
+        if all(name in c.scores for c in self.captions for name in _ATTRIBUTES):
+            counts = np.array([[c.scores[name] for name in _ATTRIBUTES] for c in self.captions], dtype=np.float64)
+            found["attributes/precision"] = (counts, _precision)
+            found["attributes/recall"] = (counts, _recall)
+            found["attributes/f1"] = (counts, _f1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """After less before, of one measure."""
+
+    difference: Interval
+    """Paired by sample."""
+    apart: bool
+    """Whether the two measures' own intervals have no point in common: the stricter test."""
+
+
+def score_captions(
+    samples: Sequence[Sample],
+    captions: Sequence[str],
+    reward: RewardFn,
+    statistics: CorpusStatistics,
+    *,
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+    seed: int = 0,
+    timeout_s: float = _TIMEOUT_S,
+    retries: int = 0,
+) -> Evaluation:
+    """Scores one caption a sample by the reward and by every measure that the reward does not see.
+
+    Ends of captions count in the reward where it says so, in the measures never. A caption that the reward fails on
+    is measured without it.
+
+    Args:
+        samples: with references.
+        captions: one a sample, in order.
+        reward: the run's.
+        statistics: of the training references, for CIDEr-D.
+        progress: is told how many captions have their reward, of how many.
+        seed: of the bootstrap.
+        timeout_s: of the reward, for a batch; see `score_with_retry`.
+        retries: of it.
+
+    Raises:
+        DataError: no samples, or a sample without references.
+        RewardError: the reward failed on every caption.
+    """
+    if not samples:
+        raise DataError("there is no sample to evaluate")
+    if len(samples) != len(captions):
+        raise DataError(f"an evaluation needs one caption a sample, got {len(captions)} for {len(samples)} samples")
+    bare = next((s.id for s in samples if not s.references), None)
+    if bare is not None:
+        raise DataError(f"sample {bare!r} has no references to evaluate against; add some or leave it out")
+    scores: list[Score] = []
+    for start in range(0, len(samples), _BATCH):
+        batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
+        scores += score_with_retry(reward, batch, said, timeout_s=timeout_s, retries=retries)
+        if progress is not None:
+            progress(len(scores), len(samples), {})
+    reasons = [score.reason for score in scores if isinstance(score, RewardFailure)]
+    if len(reasons) == len(scores):
+        raise RewardError(f"none of {len(scores)} captions has a reward; the first: {reasons[0]}")
+    cider, tokenizer = CiderD(statistics), statistics.tokenizer
+    rows = zip(samples, captions, scores, strict=True)
+    return Evaluation(tuple(_score(*row, cider=cider, tokenizer=tokenizer) for row in rows), seed, tokenizer)
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
+    """The difference of every measure that both have, paired by sample.
+
+    Raises:
+        DataError: they are of different samples.
+    """
+    pairs = paired(before.captions, after.captions)
+    if [b for b, _ in pairs] != [*before.captions] or [a for _, a in pairs] != [*after.captions]:
+        raise DataError("two evaluations of different samples cannot be compared; evaluate both on the same split")
+    found: dict[str, Difference] = {}
+    for name, interval in before.measures.items():
+        if name not in after.measures or (difference := _difference(before, after, name)) is None:
+            continue
+        found[name] = Difference(difference, not interval.overlaps(after.measures[name]))
+    return found
+
+
+def paired(before: Sequence[CaptionScore], after: Sequence[CaptionScore]) -> list[tuple[CaptionScore, CaptionScore]]:
+    """(before, after) of each row that both have, in the order of `after`.
+
+    Rows are known by their places; records from before those were written by their ids, the n-th of an id being that
+    of the other side.
+    """
+    by_place = all(c.place for c in (*before, *after))
+    known = dict(zip(_row_keys(before, by_place), before, strict=True))
+    return [(known[key], c) for key, c in zip(_row_keys(after, by_place), after, strict=True) if key in known]
+
+
+def in_common(before: Evaluation, after: Evaluation) -> tuple[Evaluation, Evaluation] | None:
+    """Both, of the rows that both have; None where there is none. A sample may fail on one side alone."""
+    pairs = paired(before.captions, after.captions)
+    if not pairs:
+        return None
+    if len(pairs) == len(before.captions) == len(after.captions):
+        return before, after
+    first, second = zip(*pairs, strict=True)
+    return Evaluation(first, before.seed), Evaluation(second, after.seed)
+
+
+def _row_keys(captions: Sequence[CaptionScore], by_place: bool) -> list[tuple[str, int]]:
+    if by_place:
+        return [(c.place, 0) for c in captions]
+    seen: Counter[str] = Counter()
+    keys = []
+    for c in captions:
+        keys.append((c.sample_id, seen[c.sample_id]))
+        seen[c.sample_id] += 1
+    return keys
+
+
+def comparison_json(differences: Mapping[str, Difference]) -> dict[str, Any]:
+    """`compare`'s answer for `summary.json`."""
+    return {name: {**interval_json(d.difference), "intervals_apart": d.apart} for name, d in differences.items()}
+
+
+def interval_json(interval: Interval) -> dict[str, float | None]:
+    """As it stands in JSON files; null ends where a single sample has no interval."""
+    low, high = (interval.low, interval.high) if interval.known else (None, None)
+    return {"value": interval.mean, "low": low, "high": high}
+
+
+def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval | None:
+    """None where no sample has the measure on both sides."""
+    if name in before._means:
+        pairs = zip(before._means[name], after._means[name], strict=True)
+        both = [(old, new) for old, new in pairs if not math.isnan(old) and not math.isnan(new)]
+        if not both:
+            return None
+        return bootstrap_difference(*zip(*both, strict=True), seed=before.seed, resamples=RESAMPLES)
+    counts, figure = before._figures[name]
+    return figure_difference(counts, after._figures[name][0], figure, seed=before.seed)
+
+
+def _score(sample: Sample, caption: str, reward: Score, *, cider: CiderD, tokenizer: Tokenizer) -> CaptionScore:
+    scores = {
+        "cider_d": cider.score(caption, sample.references),
+        "rouge_l": rouge_l(caption, sample.references, tokenizer=tokenizer),
+        "caption/words": float(len(words(caption, tokenizer))),
+    }
+    if _is_scene(sample):
+        facts = attribute_scores(caption, sample.metadata)
+        counts = (facts.correct, facts.claimed, facts.covered, facts.required)
+        scores.update(zip(_ATTRIBUTES, map(float, counts), strict=True))
+    return CaptionScore(
+        sample_id=sample.id,
+        image_hashes=tuple(image_hash([image]) for image in sample.images),
+        prompt=sample.prompt,
+        references=sample.references,
+        caption=str(caption),
+        reward=reward if isinstance(reward, RewardBreakdown) else None,
+        scores=scores,
+        place=sample.place,
+        no_reward=reward.reason if isinstance(reward, RewardFailure) else "",
+    )
+
+
+def _bleu(sums: Counts, *, order: int) -> float:
+    return corpus_bleu(sums.tolist(), order)
+
+
+def _precision(sums: Counts) -> float:
+    correct, claimed, _, _ = sums
+    return float(correct / claimed) if claimed else 0.0
+
+
+def _recall(sums: Counts) -> float:
+    _, _, covered, required = sums
+    return float(covered / required) if required else 0.0
+
+
+def _f1(sums: Counts) -> float:
+    precision, recall = _precision(sums), _recall(sums)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _is_scene(sample: Sample) -> bool:
+    """Whether the row was made by `data/scenes/generator.py`: another data set may well have `objects` of its own."""
+    objects = sample.metadata.get("objects")
+    return (
+        isinstance(objects, list)
+        and bool(objects)
+        and all(isinstance(each, dict) and set(each) == _SCENE_OBJECT for each in objects)
+    )
+
+
+def _shared(rows: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """Names that every row has, in the first row's order."""
+    return (name for name in (rows[0] if rows else ()) if all(name in row for row in rows))
+
+
+def _ordered(names: Mapping[str, Any]) -> list[str]:
+    """Rewards first, then what no reward need have seen."""
+    leading = ["cider_d", "bleu_4", "bleu_3", "bleu_2", "bleu_1", "rouge_l"]
+    rewards = [n for n in names if n == "reward" or n.startswith("reward/")]
+    rest = [n for n in names if n not in rewards and n not in leading]
+    return [*rewards, *leading, *rest]

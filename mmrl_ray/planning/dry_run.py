@@ -1,0 +1,440 @@
+"""`mmrl train --dry-run`: what a run would do and need, without weights and without writing anything.
+
+No Ray is started; the one at `--address`, where it is given, is asked what it has.
+
+What cannot be found out here (a hub that is out of reach, a dataset that is not there yet) is said, not guessed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import torch
+from PIL import Image
+from rich.console import Console
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.demands import cpu_processes, demands_of, torch_threads
+from mmrl_ray.config.load import dump_config
+from mmrl_ray.config.paths import is_hub_id, sqlite_file
+from mmrl_ray.data.images import image_format
+from mmrl_ray.data.quarantine import told
+from mmrl_ray.data.samples import Sample, iter_references
+from mmrl_ray.data.scenes.generator import generate_scenes
+from mmrl_ray.data.shards import ParquetDataset
+from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
+from mmrl_ray.planning.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
+from mmrl_ray.planning.preflight import (
+    check_references,
+    evaluation_split,
+    first_sample,
+    held_out_quarantine,
+    trained_on,
+)
+from mmrl_ray.policy.load import load_skeleton, try_quickly
+from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import check_context, encode_prompts
+from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
+from mmrl_ray.policy.tokens import answer_opening
+from mmrl_ray.report.facts import reward_lines
+from mmrl_ray.rewards.base import RewardFailure
+from mmrl_ray.rewards.build import check_reward, try_functions
+from mmrl_ray.rewards.text import FormatReward
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_owner import living_owner
+from mmrl_ray.telemetry.terminal import say
+from mmrl_ray.training.preferences import check_pairs
+from mmrl_ray.training.stored import check_stored
+from mmrl_ray.training.warm_start import build_builtin
+
+_TEXTS_TRIED = 32
+"""References that patterns are tried on."""
+
+
+@dataclass
+class DryRun:
+    """What was found out."""
+
+    rows: int | None = None
+    """Of the training split."""
+    sample: Sample | None = None
+    opening: str = ""
+    """What the model's template writes before an answer."""
+    shape: ModelShape | None = None
+    left_out: str | None = None
+    """Weights that the adapter does not sit on."""
+    prompt_tokens: int | None = None
+    image_tokens: int = 0
+    blocking: list[str] = field(default_factory=list)
+    """What would stop the run as things are."""
+    unchecked: list[str] = field(default_factory=list)
+    """What could not be looked at from here, and why."""
+    warnings: list[str] = field(default_factory=list)
+    """What lets the run go on, and is probably not what is meant."""
+    held_out: list[str] = field(default_factory=list)
+    """What there is to know about the held-out samples: broken ones, and those that are trained on."""
+    tried: list[str] = field(default_factory=list)
+    """What functions of the user's have for one caption."""
+    unplaced: list[str] = field(default_factory=list)
+    """Actors that the cluster has no room for; they block, too."""
+    lacking: list[str] = field(default_factory=list)
+    """What this machine has too little of; it blocks here, too, and nowhere else."""
+
+    @property
+    def refused(self) -> list[str]:
+        """What would stop the run on every machine."""
+        return [line for line in self.blocking if line not in self.lacking]
+
+
+def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, console: Console | None = None) -> DryRun:
+    """Prints the resolved config, one sample, the batch plan, the device plan and a memory estimate.
+
+    Args:
+        cfg: the run's.
+        resume: it is to go on.
+        address: a cluster that the run's actors are to fit on.
+        console: where to print.
+
+    Raises:
+        RunError: the cluster at `address` cannot be joined.
+    """
+    console = console or Console(highlight=False)
+    found = DryRun()
+    _look_at_run_folder(cfg, resume, found)
+    _look_at_data(cfg, found)
+    _look_at_pairs(cfg, found)
+    _look_at_stored(cfg, found)
+    _look_at_reward(cfg, found)
+    with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
+        _look_at_model(cfg, Path(scratch), found)
+    _try_formats(cfg, found)
+    plan = batch_plan(cfg, found.prompt_tokens) if found.prompt_tokens is not None else None
+    sections = {
+        "Config": dump_config(cfg).rstrip("\n").split("\n"),
+        "Sample": _sample_lines(found),
+        "Held out": found.held_out,
+        "Reward": [*reward_lines(cfg.reward.with_opening(found.opening)), *found.tried],
+        "Batch plan": _batch_lines(cfg, plan, found) if cfg.agent is None else cfg.family.rounds_told(cfg),
+        "Devices": _device_lines(cfg, found, address),
+        "Memory": _memory_lines(cfg, plan, found, address),
+        "Warnings": found.warnings,
+        "Not checked": found.unchecked,
+        "Not on this machine": found.lacking,
+        "Would stop the run": found.refused,
+    }
+    for title, lines in sections.items():
+        if lines:
+            console.print()
+            say(console, title, "bold")
+            for line in lines:
+                say(console, f"  {line}")
+    return found
+
+
+def _look_at_run_folder(cfg: Config, resume: bool, found: DryRun) -> None:
+    try:
+        folder = RunDir.open(cfg.run.root, cfg.run.name)
+    except RunError:
+        if resume:
+            found.blocking.append(f"there is no run {cfg.run.name} in {cfg.run.root} to resume")
+        return
+    if (owner := living_owner(folder)) is not None:
+        found.blocking.append(f"run folder {folder.location} is being written by {owner}")
+    elif not resume:
+        found.blocking.append(f"run folder {folder.location} exists: add --resume, or choose another run.name")
+
+
+def _look_at_data(cfg: Config, found: DryRun) -> None:
+    try:
+        found.rows = ParquetDataset(cfg.data.train).rows
+        found.sample = first_sample(cfg)
+        check_references(cfg)
+    except DataError as error:
+        if cfg.data.scenes is None or Path(cfg.data.train).exists():
+            found.blocking.append(f"data.train: {error}")
+        else:
+            found.rows = cfg.data.scenes.train
+            first = next(generate_scenes(cfg.data.scenes)[0])
+            found.sample = replace(first, prompt=first.prompt or cfg.data.prompt)
+            found.unchecked.append(f"data.train={cfg.data.train} is not there yet: the run will generate the scenes")
+    if cfg.data.eval is not None and (cfg.data.scenes is None or Path(cfg.data.eval).exists()):
+        try:
+            _look_at_held_out(cfg, found)
+        except DataError as error:
+            found.blocking.append(f"data.eval: {error}")
+
+
+def _look_at_held_out(cfg: Config, found: DryRun) -> None:
+    quarantine = held_out_quarantine(cfg)
+    samples = evaluation_split(cfg, quarantine)
+    found.held_out.append(f"{len(samples):,} samples of {cfg.data.eval}")
+    if len(quarantine):
+        found.held_out.append(told(quarantine.records))
+    try:
+        found.held_out += [str(overlap) for overlap in trained_on(cfg, samples)]
+    except MMRLError as error:
+        found.unchecked.append(f"whether held-out pictures are trained on: {error}")
+
+
+def _look_at_pairs(cfg: Config, found: DryRun) -> None:
+    wanted = cfg.data.preferences
+    if wanted is None:
+        return
+    file = sqlite_file(wanted.store)
+    if file is not None and not Path(file).exists():
+        found.unchecked.append(f"data.preferences.store={wanted.store} is not there yet: fill it first")
+        return
+    try:
+        found.rows = check_pairs(cfg)
+    except DataError as error:
+        found.blocking.append(str(error))
+
+
+def _look_at_stored(cfg: Config, found: DryRun) -> None:
+    wanted = cfg.data.rollouts
+    if wanted is None:
+        return
+    if "://" not in wanted.run and not Path(wanted.run).expanduser().exists():
+        found.unchecked.append(f"data.rollouts.run={wanted.run} is not there yet: train that first")
+        return
+    try:
+        found.rows = check_stored(cfg)
+    except MMRLError as error:
+        found.blocking.append(str(error))
+
+
+def _look_at_reward(cfg: Config, found: DryRun) -> None:
+    try:
+        check_reward(cfg.reward)
+        if found.sample is None or not cfg.reward.functions:
+            return
+        caption = next(iter(found.sample.references), "a picture")
+        for name, score in try_functions(cfg.reward, found.sample, caption).items():
+            if isinstance(score, RewardFailure):
+                found.blocking.append(f"reward.parts.{name}: {score.reason}")
+            else:
+                found.tried.append(f"{name} of {_short(caption)!r}, on sample {found.sample.id}: {score.total:g}")
+    except ConfigError as error:
+        found.blocking.append(str(error))
+
+
+def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
+    try:
+        section = cfg.model.model_copy(update={"path": _model_path(cfg, scratch)})
+        policy = load_skeleton(section)
+        tried = try_quickly(section)
+    except DataError as error:
+        words = f"{cfg.model.path} takes its words from the training references"
+        found.unchecked.append(f"model, prompt length and memory: {words}: {error}")
+        return
+    except (ConfigError, ModelError) as error:
+        out_of_reach = is_hub_id(cfg.model.path) and isinstance(error.__cause__, OSError)
+        what = "model, prompt length and memory: " if out_of_reach else ""
+        (found.unchecked if out_of_reach else found.blocking).append(f"{what}{error}")
+        return
+    if not tried:
+        found.unchecked.append(f"the numbers in the weights of {cfg.model.path}, and a first trial of it")
+    try:
+        found.shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
+        found.left_out = left_out_line(policy.hf_model, resolve_targets(policy.hf_model, cfg.model.lora))
+    except AdapterError as error:
+        found.blocking.append(str(error))
+    if found.sample is None:
+        found.unchecked.append("the true length of prompts: taken for a blank picture of 640×480")
+    _measure_prompt(cfg, policy, found.sample or _stand_in(cfg), found)
+
+
+def _try_formats(cfg: Config, found: DryRun) -> None:
+    """Tries patterns on what captions are meant to be like: where none matches, sampled ones hardly will."""
+    parts = {name: part for name, part in cfg.reward.with_opening(found.opening).parts.items() if part.kind == "format"}
+    if not parts:
+        return
+    try:
+        cells = islice(iter_references(cfg.data.train), _TEXTS_TRIED)
+        texts = [text for references in cells for text in references[:1]]
+    except DataError:
+        texts = list(found.sample.references[:1]) if found.sample is not None else []
+    for name, part in parts.items():
+        try:
+            reward = FormatReward(part.pattern, prefix=part.prefix or "")
+            matched = any(reward.value(text) for text in texts)
+        except RewardError as error:
+            found.warnings.append(f"reward.parts.{name}: {error}")
+            continue
+        if texts and not matched:
+            began = f" after {part.prefix!r}, which the chat template writes, or alone" if part.prefix else ""
+            found.warnings.append(
+                f"reward.parts.{name}: pattern {part.pattern!r}{began} matches none of {len(texts)} references, such "
+                f"as {_short(texts[0])!r}: unless captions are meant to be unlike them, this part gives every one 0"
+            )
+
+
+def _model_path(cfg: Config, scratch: Path) -> str:
+    """The model's folder or hub id; a built-in one is made in `scratch`."""
+    if not cfg.model.path.startswith("builtin:"):
+        return cfg.model.path
+    if cfg.model.path != BUILTIN_TINY_LLAVA:
+        raise ModelError(f"no built-in model {cfg.model.path!r}; there is {BUILTIN_TINY_LLAVA}")
+    return str(build_builtin(cfg, scratch))
+
+
+def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) -> None:
+    if cfg.reward.needs_opening and cfg.agent is None:
+        found.opening = answer_opening(policy.processor)
+    try:
+        (prompt,) = encode_prompts(policy, [sample])
+        found.prompt_tokens = prompt.input_ids.numel()
+        found.image_tokens = int((prompt.input_ids == policy.placeholder_id).sum())
+        check_context(policy, prompt, cfg.rollout.max_new_tokens)
+    except (DataError, ModelError) as error:
+        found.blocking.append(f"sample {sample.id}: {error}")
+
+
+def _stand_in(cfg: Config) -> Sample:
+    """A picture of a usual photograph's size, where no sample of the data can be had."""
+    picture = io.BytesIO()
+    Image.new("RGB", (640, 480), (127, 127, 127)).save(picture, "PNG")
+    return Sample(id="stand-in", images=(picture.getvalue(),), prompt=cfg.data.prompt)
+
+
+def _sample_lines(found: DryRun) -> list[str]:
+    if found.sample is None:
+        return ["none could be read"]
+    sample = found.sample
+    images = [f"{image_format(image)} of {len(image):,} bytes" for image in sample.images]
+    return [
+        f"id          {sample.id}",
+        f"image       {', '.join(images)}",
+        f"prompt      {sample.prompt}",
+        *(f"reference   {text}" for text in sample.references),
+        *([f"metadata    {_short(dict(sample.metadata))}"] if sample.metadata else []),
+    ]
+
+
+def _short(value: object, limit: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str]:
+    steps, groups = cfg.learner.steps, cfg.learner.groups_per_step
+    completions = groups * cfg.rollout.group_size
+    lines = [
+        f"a step      {groups} images × {cfg.rollout.group_size} completions = {completions} completions",
+        f"the run     {steps:,} steps, {steps * groups:,} images, {steps * completions:,} completions",
+    ]
+    if found.rows is not None:
+        lines.append(f"epochs      {steps * groups / found.rows:.2f} over {found.rows:,} training images")
+    if plan is None:
+        return [*lines, "tokens      unknown without a prompt of the model's own"]
+    batches = " + ".join(str(count) for count in plan.micro_batches)
+    return [
+        *lines,
+        f"assignments {plan.assignments} a step, up to {cfg.rollout.groups_per_assignment} groups each",
+        f"prompt      {found.prompt_tokens} tokens, {found.image_tokens} of them image tokens",
+        f"micro-batches {batches} over {cfg.learner.max_workers} learner worker(s) a step, at most "
+        f"{plan.micro_batch_groups} groups, {plan.micro_batch_tokens:,} of {cfg.learner.micro_batch_tokens:,} tokens",
+        f"tokens      {plan.step_tokens:,} a step at most; {plan.naive_tokens:,} if prompts were not shared",
+    ]
+
+
+def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
+    demands = demands_of(cfg)
+    lines = [f"{d.kind:<11} {d.count} × {d.cpus:g} CPU, {d.gpus:g} GPU{d.where}" for d in demands]
+    cpus, gpus = sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands)
+    lines.append(_threads_line(cfg, address))
+    lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
+    if address is not None:
+        from mmrl_ray.planning.placement import check_placement
+
+        checked = check_placement(cfg, address)
+        found.unplaced += checked.unplaced
+        found.blocking += checked.blocking
+        return [*lines, *checked.lines]
+    if os.environ.get("RAY_ADDRESS"):
+        found.unchecked.append("the devices of the Ray cluster at RAY_ADDRESS: add --address to compare with them")
+        return lines
+    here = torch.cuda.device_count()
+    names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(here)}))
+    lines.append(f"this machine {os.cpu_count()} CPU, {here} GPU{f' ({names})' if names else ''}")
+    if cpus > (os.cpu_count() or 1):
+        lines.append("more CPUs are asked for than are here: workers will take turns")
+    if gpus > here:
+        found.lacking.append(
+            f"{gpus:g} GPU asked for and {here} here: set resources.learner.gpus and resources.rollout.gpus, "
+            "or run on a cluster that has them"
+        )
+        found.blocking += found.lacking
+    return lines
+
+
+def _threads_line(cfg: Config, address: str | None) -> str:
+    learner, rollout = cfg.resources.learner, cfg.resources.rollout
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        return f"threads     of each process: its node's cores ÷ {cpu_processes(cfg)}, unless resources.*.threads says"
+    cores = os.cpu_count() or 1
+    each = [
+        f"{torch_threads(cfg, share, cores)} a {name}" for name, share in (("learner", learner), ("worker", rollout))
+    ]
+    return f"threads     {', '.join(each)}: {cores} cores ÷ {cpu_processes(cfg)} processes, or resources.*.threads"
+
+
+def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: str | None) -> list[str]:
+    shape = found.shape
+    if shape is None:
+        return ["unknown without the model's config"]
+    lines = [
+        f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}",
+        f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
+        *([f"            {found.left_out}"] if found.left_out is not None else []),
+    ]
+    if cfg.agent is not None:
+        return [lines[0], *cfg.family.memory_told(cfg, found.rows, shape.hidden)]
+    if plan is None or found.prompt_tokens is None:
+        return [*lines, "the rest is unknown without a prompt"]
+    learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)
+    rollout = rollout_memory(cfg, shape, found.prompt_tokens, found.image_tokens, images=found.rows)
+    if cfg.sft is not None:
+        found.unchecked.append("the memory of the supervised warm start")
+    lines += _one_worker("learner", learner) + _one_worker("rollout", rollout)
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        return lines
+    return [*lines, *_capacity_lines(cfg, sum(learner.values()), sum(rollout.values()))]
+
+
+def _one_worker(name: str, parts: Mapping[str, int]) -> list[str]:
+    rows = [f"  {part:<26} {_size(value):>10}" for part, value in parts.items()]
+    return [f"one {name} worker, about {_size(sum(parts.values()))}:", *rows]
+
+
+def _capacity_lines(cfg: Config, learner: int, rollout: int) -> Sequence[str]:
+    """Compares with this machine, which the workers would run on."""
+    if cfg.resources.learner.gpus or cfg.resources.rollout.gpus:
+        if not torch.cuda.is_available():
+            return []
+        there = torch.cuda.get_device_properties(0).total_memory
+        shared = cfg.resources.placement == "shared"
+        needed = learner + rollout if shared else max(learner, rollout)
+        what = "one GPU"
+    else:
+        needed = cfg.learner.max_workers * learner + cfg.rollout.most_workers * rollout
+        there = psutil.virtual_memory().total
+        what = "this machine"
+    verdict = "fits" if needed < 0.9 * there else "may not fit"
+    return [f"{what}: about {_size(needed)} of {_size(there)}, beside libraries and Ray: {verdict}"]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,495 @@
+"""The one decode loop: a rollout worker drains a fixed list of groups, a server admits and cancels between steps.
+
+    admit ──▶ waiting ──prefix once a prompt──▶ batches ──one token a row and step──▶ finished ──take──▶ GroupOutput
+
+Admitted groups wait until there are rows for them, strictly in their order; where they name callers, those of the
+caller with the fewest rows start first, no caller has all rows, and all have as much of the time (`policy/shares.py`).
+Those that start together are one batch, which joins a running one where their caches allow it (`decode_batch.py`). What
+a group samples depends on its logits and its seed alone, and the logits on its neighbours by no more than rounding; the
+same calls in the same order give the same tokens bit for bit on the CPU. Groups of several adapters share passes
+(`policy/lora/routing.py`): a batch row belongs to one group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from mmrl_ray.errors import ConfigError, ModelError
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams, VisionFeatures
+from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure, GroupOutput
+from mmrl_ray.policy.generation.decode_batch import DecodeBatch, Row, keeps_every_key, takes_4d_mask
+from mmrl_ray.policy.generation.detokenize import TextStream
+from mmrl_ray.policy.generation.sampling import GenerationRules, RuledGroup, check_sampling
+from mmrl_ray.policy.lora.routing import RowAdapters
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import check_context
+from mmrl_ray.policy.scoring.prefix import encode_prefix
+from mmrl_ray.policy.shares import LIGHT_ROWS, Shares
+from mmrl_ray.policy.vision import VisionCache, vision_features
+
+__all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    handle: int
+    request: DecodeRequest
+    rows: list[Row]
+    streams: bool
+    caller: str | None
+    vision: VisionFeatures | None = field(default=None)
+
+    @property
+    def adapter(self) -> str | None:
+        return self.rows[0].adapter
+
+
+class Decoder:
+    """Decodes completions of prompts that come and go. Not thread-safe."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        vision_cache: VisionCache | None = None,
+        max_rows: int = 256,
+        prefill_tokens: int = 32768,
+        packed: bool | None = None,
+        adapters: RowAdapters | None = None,
+        rules: GenerationRules | None = None,
+    ) -> None:
+        """Decodes with `policy`, whose weights may change between groups but not while some are running.
+
+        Args:
+            policy: the model; its adapter, if any, is on.
+            vision_cache: where the features of prompts admitted without them are looked up and kept.
+            max_rows: completions decoded at the same time.
+            prefill_tokens: prompt tokens, padding included, that one pass encodes at most (one prompt always may).
+            packed: decode the completions of a prompt on one copy of its keys; by default wherever that is possible.
+                False is for comparison.
+            adapters: lets every group name its adapter; without it all go through whatever is active on the model.
+            rules: of the checkpoint, where captions are to be those of `generate`; never where a policy learns.
+        """
+        self.counters: Counter[str] = Counter()
+        """Since the start: steps, passes (forwards of batches), prefills, prompts, rows, merges, compactions, and
+        unmerged_rows (those whose cache keeps them from joining others: each such batch is a forward of its own)."""
+        self._policy = policy
+        self._cache = vision_cache
+        self._max_rows = max_rows
+        self._prefill_tokens = prefill_tokens
+        self._packed = packed
+        self._adapters = adapters
+        self._rules = rules
+        self._forbidden = torch.tensor(policy.image_token_ids, dtype=torch.int64, device=policy.device)
+        self._eos = torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=policy.device)
+        self._ends = frozenset(policy.eos_token_ids)
+        self._next_handle = 0
+        self._groups: dict[int, _Group] = {}
+        self._waiting: deque[_Group] = deque()
+        self._batches: list[DecodeBatch] = []
+        self._shares = Shares(max_rows)
+
+    @property
+    def waiting(self) -> int:
+        """Groups that have not started."""
+        return len(self._waiting)
+
+    @property
+    def running_rows(self) -> int:
+        """Rows that get a token at the next step."""
+        return sum(sum(decode_batch.live) for decode_batch in self._batches)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self._waiting and not self._batches
+
+    def admit(
+        self,
+        prompt: EncodedPrompt,
+        n: int,
+        sampling: SamplingParams,
+        *,
+        greedy_extra: bool = False,
+        features: VisionFeatures | None = None,
+        stream: bool = False,
+        adapter: str | None = None,
+        caller: str | None = None,
+    ) -> int:
+        """Puts a group of `n` completions of `prompt` in the queue; it starts at the next step that has rows for it.
+
+        Args:
+            prompt: from `encode_prompts`.
+            n: completions; all alike if `sampling.greedy`.
+            sampling: for every one of them; row i draws from the stream (sampling.seed, i).
+            greedy_extra: one more row that takes the likeliest token each time, beside the n.
+            features: the prompt's vision features where the caller has them.
+            stream: report text with each event.
+            adapter: PEFT's name of the group's adapter, or `row_adapters.BASE`; exactly where the decoder has
+                `adapters`. It must stay on the model until the group has ended.
+            caller: who asks, in a queue that several share; None for a caller that has the decoder to itself.
+
+        Returns:
+            the handle that events and `take` name the group by.
+
+        Raises:
+            ConfigError: `n` or `sampling` is out of range, the group has more rows than `max_rows`, or it is to be
+                decoded by values and its adapter has no value heads.
+            ContextLengthError: prompt and completion exceed the model's context.
+            ValueError: an adapter is named without `adapters`, or none is with them.
+        """
+        if (adapter is None) != (self._adapters is None):
+            raise ValueError(f"adapter={adapter!r}: groups name an adapter exactly where the decoder was given them")
+        rows = n + greedy_extra
+        if n < 1 or rows > self._max_rows:
+            raise ConfigError(
+                f"n={n} completions (with greedy {rows} rows) must be from 1 to max_rows={self._max_rows}"
+            )
+        check_sampling(sampling)
+        if sampling.value_beta > 0 and adapter not in self._policy.value_heads:
+            raise ConfigError(
+                f"value_beta={sampling.value_beta:g} needs value heads, which algorithm: ilql trains, and this policy "
+                "has none: leave beta at 0"
+            )
+        check_context(self._policy, prompt, sampling.max_new_tokens)
+        handle = self._next_handle
+        self._next_handle += 1
+        follow = stream or bool(sampling.stop)
+        ruled = None
+        if self._rules is not None:
+            ruled = RuledGroup(self._rules, prompt.input_ids.to(self._policy.device), rows, sampling)
+        group = _Group(
+            handle=handle,
+            request=DecodeRequest(prompt, n, sampling, greedy_extra, features),
+            rows=[
+                Row(
+                    handle,
+                    i,
+                    sampling,
+                    sampling.greedy or i == n,
+                    self._text_stream(sampling) if follow else None,
+                    adapter,
+                    ruled,
+                )
+                for i in range(rows)
+            ],
+            streams=stream,
+            caller=caller,
+        )
+        self._groups[handle] = group
+        self._waiting.append(group)
+        return handle
+
+    @torch.no_grad()
+    def step(self, failures: list[Failure] | None = None) -> list[Event]:
+        """Starts what there are rows for, then gives every running row one token; where several callers have rows, only
+        those in passes with the one that has had the least.
+
+        Args:
+            failures: is given what goes wrong, by group. Those groups are gone then, with everything they held, and the
+                others go on. Without it the first error is raised.
+
+        Raises:
+            ModelError: a row's logits are NaN, or a prompt's vision features do not fit it; the groups that were to
+                start are dropped then.
+        """
+        self._start_waiting(failures)
+        events = [event for decode_batch in self._in_turn() for event in self._advance(decode_batch, failures)]
+        self._settle()
+        self.counters["steps"] += 1
+        return events
+
+    def cancel(self, handle: int) -> GroupOutput:
+        """Ends a group at once, wherever it is, and returns what there is of it; its unfinished rows are "cancelled".
+
+        Raises:
+            KeyError: no such group, or it was taken already.
+        """
+        group = self._groups[handle]
+        for row in group.rows:
+            if row.finish_reason is None:
+                row.finish_reason = "cancelled"
+                if row.text is not None:
+                    row.text.finish()
+        if group in self._waiting:
+            self._waiting.remove(group)
+        else:
+            self._settle(freed=group)
+        return self.take(handle)
+
+    def take(self, handle: int) -> GroupOutput:
+        """Hands out a finished group and forgets it.
+
+        Raises:
+            KeyError: no such group, or it was taken already.
+            ValueError: some of its rows are still running.
+        """
+        group = self._groups[handle]
+        if self.unfinished(handle):
+            raise ValueError(f"group {handle} has {self.unfinished(handle)} unfinished rows; step on, or cancel it")
+        del self._groups[handle]
+        made = [self._completion(row) for row in group.rows]
+        n = group.request.n
+        return GroupOutput(tuple(made[:n]), made[n] if group.request.greedy_extra else None, group.vision)
+
+    def unfinished(self, handle: int) -> int:
+        """Rows of a group that get more tokens; 0 also for one that was taken, was cancelled or failed."""
+        group = self._groups.get(handle)
+        return 0 if group is None else sum(row.finish_reason is None for row in group.rows)
+
+    def drain(self) -> None:
+        """Steps until every admitted group is finished: `max_new_tokens` steps for each that waits, at most."""
+        while not self.idle:
+            self.step()
+
+    def _start_waiting(self, failures: list[Failure] | None) -> None:
+        if not self._waiting:
+            return
+        running = self._rows_by_caller()
+        self._shares.keep(running)
+        batch: list[_Group] = []
+        while (group := self._next_group(running)) is not None:
+            width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
+            if batch and (width * (len(batch) + 1) > self._prefill_tokens or self._keeps_apart(batch[0], group)):
+                self._try_to_start(batch, failures)
+                batch = []
+            batch.append(group)
+            self._waiting.remove(group)
+            running[group.caller] += len(group.rows)
+            self._shares.started(group.caller, group.request.prompt.input_ids.numel())
+        if batch:
+            self._try_to_start(batch, failures)
+
+    def _in_turn(self) -> list[DecodeBatch]:
+        """What gets a token at this step."""
+        if not self._shares.named:
+            return self._batches
+        callers = [self._callers(decode_batch) for decode_batch in self._batches]
+        everybody = set().union(*callers)
+        if not everybody:
+            return self._batches
+        least = self._shares.least(everybody)
+        chosen = [
+            (decode_batch, found) for decode_batch, found in zip(self._batches, callers, strict=True) if least in found
+        ]
+        for decode_batch, found in chosen:
+            self._shares.passed(found, len(decode_batch.slots))
+        return [decode_batch for decode_batch, _ in chosen]
+
+    def _callers(self, *decode_batches: DecodeBatch) -> Counter[str | None]:
+        """Rows of each caller in a pass."""
+        slots = (row for decode_batch in decode_batches for row in decode_batch.slots)
+        return Counter(self._groups[r.handle].caller for r in slots if r is not None and r.finish_reason is None)
+
+    def _rows_by_caller(self) -> Counter[str | None]:
+        """Rows that get a token at the next step."""
+        waiting = {group.handle for group in self._waiting}
+        running: Counter[str | None] = Counter()
+        for handle, group in self._groups.items():
+            if handle not in waiting:
+                running[group.caller] += self.unfinished(handle)
+        return running
+
+    def _next_group(self, running: Counter[str | None]) -> _Group | None:
+        """What starts next, if there are rows for it.
+
+        Where it has to wait for rows so do all others, or small groups would keep out a large one for ever.
+        """
+        first: dict[str | None, _Group] = {}
+        for group in self._waiting:
+            first.setdefault(group.caller, group)
+        free = self._max_rows - running.total()
+        for caller in self._shares.next_caller({caller: len(g.rows) for caller, g in first.items()}, running):
+            return first[caller] if len(first[caller].rows) <= free else None
+        return None
+
+    def _keeps_apart(self, first: _Group, second: _Group) -> bool:
+        """Whether two prompts cannot share a pass: PEFT does not tell the rows of a vision tower inside it apart."""
+        return first.adapter != second.adapter and not self._policy.inject_vision
+
+    def _try_to_start(self, batch: list[_Group], failures: list[Failure] | None) -> None:
+        if failures is None:
+            self._start(batch)
+            return
+        try:
+            self._start(batch)
+        except Exception as error:  # noqa: BLE001 - whatever a model's forward raises is this batch's affair
+            if len(batch) == 1:
+                failures.append(Failure(batch[0].handle, error))
+                return
+            for group in batch:  # one of them is to blame, or all together were too much
+                self._try_to_start([group], failures)
+
+    def _start(self, batch: list[_Group]) -> None:
+        """Encodes the prompts of `batch` in one pass and makes a batch of its rows."""
+        # Out of the books while it can fail: a group that cannot be encoded is gone, the others go on.
+        for group in batch:
+            self._groups.pop(group.handle, None)
+        self._find_features(batch)
+        prompts = [group.request.prompt for group in batch]
+        with self._on([group.adapter for group in batch]):
+            prefix = encode_prefix(self._policy, prompts, [g.vision for g in batch if g.vision is not None])
+        self._groups.update((group.handle, group) for group in batch)
+        steps = max(group.request.sampling.max_new_tokens for group in batch)
+        packed = self._packed is not False and takes_4d_mask(self._policy) and keeps_every_key(prefix.cache, steps)
+        rows_of = [group.rows for group in batch]
+        decode_batch = DecodeBatch(
+            self._policy, prefix, rows_of, packed=packed, max_rows=self._max_rows, adapters=self._adapters
+        )
+        self._batches.append(decode_batch)
+        rows = sum(len(group.rows) for group in batch)
+        self.counters.update(prefills=1, prompts=len(batch), rows=rows)
+        self.counters["unmerged_rows"] += 0 if decode_batch.mergeable else rows
+
+    def _find_features(self, batch: list[_Group]) -> None:
+        missing = [group for group in batch if group.request.features is None]
+        # Features that adapters have a part in are made under one at a time.
+        apart = self._adapters is not None and self._adapters.adapts_vision
+        by_adapter: dict[str | None, list[_Group]] = {}
+        for group in missing:
+            by_adapter.setdefault(group.adapter if apart else None, []).append(group)
+        for adapter, groups in by_adapter.items():
+            with self._on([adapter]):
+                made = vision_features(self._policy, [g.request.prompt for g in groups], self._cache)
+            for group, features in zip(groups, made, strict=True):
+                group.vision = features
+        for group in batch:
+            group.vision = group.request.features or group.vision
+
+    def _on(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        return nullcontext() if self._adapters is None else self._adapters.on(names)
+
+    def _advance(self, decode_batch: DecodeBatch, failures: list[Failure] | None) -> list[Event]:
+        """One token for every row of `batch`."""
+        self.counters["passes"] += not decode_batch.is_fresh
+        try:
+            logits = decode_batch.logits()
+            if self._rules is not None:
+                logits = _ruled(decode_batch, logits)
+            tokens, logprobs = decode_batch.sampler.sample(logits, self._forbidden, self._eos)
+            decode_batch.put(tokens)
+            drawn = list(zip(decode_batch.slots, tokens.tolist(), logprobs.tolist(), strict=True))
+        except Exception as error:
+            if failures is None:
+                raise
+            self._fail({row.handle for row in decode_batch.slots if row is not None}, error, failures)
+            return []
+        events = []
+        for row, token, logprob in drawn:
+            if row is None or row.finish_reason is not None:
+                continue
+            if logprob == logprob:
+                events.append(self._add_token(row, token, logprob))
+                continue
+            broken = ModelError(
+                f"the model's logits are NaN at token {len(row.tokens)} of row {row.index}; "
+                "its weights or its adapter are broken: take an earlier checkpoint"
+            )
+            if failures is None:
+                raise broken
+            self._fail({row.handle}, broken, failures)
+        return events
+
+    def _fail(self, handles: set[int], error: Exception, failures: list[Failure]) -> None:
+        for handle in sorted(handles):
+            if self.unfinished(handle):
+                for row in self._groups.pop(handle).rows:
+                    row.finish_reason = row.finish_reason or "cancelled"
+                failures.append(Failure(handle, error))
+
+    def _add_token(self, row: Row, token: int, logprob: float) -> Event:
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        text, stopped = "", False
+        if row.text is not None:
+            text, stopped = row.text.push(token)
+        if stopped or token in self._ends:
+            row.finish_reason = "stop"
+        elif len(row.tokens) >= row.sampling.max_new_tokens:
+            row.finish_reason = "length"
+        if row.text is not None and row.finish_reason is not None and not stopped:
+            text += row.text.finish()
+        return Event(row.handle, row.index, token, logprob, text if self._streams(row) else "", row.finish_reason)
+
+    def _streams(self, row: Row) -> bool:
+        return row.text is not None and self._groups[row.handle].streams
+
+    def _settle(self, freed: _Group | None = None) -> None:
+        """Between steps: finished batches go, new ones join where they can, finished rows are dropped."""
+        self._batches = [decode_batch for decode_batch in self._batches if any(decode_batch.live)]
+        settled: list[DecodeBatch] = []
+        for decode_batch in self._batches:
+            held = freed is not None and any(row in freed.rows for row in decode_batch.slots)
+            if held or decode_batch.is_wasteful:
+                decode_batch.compact()
+                self.counters["compactions"] += 1
+            host = next((o for o in settled if o.accepts(decode_batch) and self._may_share(o, decode_batch)), None)
+            if host is None:
+                settled.append(decode_batch)
+            else:
+                host.absorb(decode_batch)
+                self.counters["merges"] += 1
+        self._batches = settled
+
+    def _may_share(self, one: DecodeBatch, other: DecodeBatch) -> bool:
+        if not self._shares.several:
+            return True
+        rows = self._callers(one, other)
+        return len(rows) < 2 or max(rows.values()) <= LIGHT_ROWS
+
+    def _text_stream(self, sampling: SamplingParams) -> TextStream:
+        return TextStream(self._policy.tokenizer, sampling.stop)
+
+    def _completion(self, row: Row) -> Completion:
+        text = (
+            row.text.text
+            if row.text is not None
+            else self._policy.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        )
+        return Completion(
+            token_ids=torch.tensor(row.tokens, dtype=torch.int64),
+            logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
+            text=text,
+            finish_reason=row.finish_reason or "cancelled",
+        )
+
+
+def _ruled(decode_batch: DecodeBatch, logits: torch.Tensor) -> torch.Tensor:
+    """The logits [S, V] of a batch's slots after what their checkpoint asks for, group by group."""
+    groups: dict[int, list[tuple[int, Row]]] = {}
+    for slot, row in enumerate(decode_batch.slots):
+        if row is not None and row.finish_reason is None:
+            groups.setdefault(row.handle, []).append((slot, row))
+    logits = logits.float()
+    for found in groups.values():
+        rules = found[0][1].rules
+        if rules is not None:
+            index = torch.tensor([slot for slot, _ in found], device=logits.device)
+            rows = [row for _, row in found]
+            changed = rules.apply(logits[index], [row.index for row in rows], [row.tokens for row in rows])
+            logits = logits.index_copy(0, index, changed)
+    return logits
+
+
+def decode_groups(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+    """Admits `requests`, decodes until all are finished, and returns their outputs in order.
+
+    Raises:
+        What `Decoder.admit` and `Decoder.step` raise; nothing of `requests` is left in the decoder then.
+    """
+    handles: list[int] = []
+    try:
+        for r in requests:
+            handles.append(decoder.admit(r.prompt, r.n, r.sampling, greedy_extra=r.greedy_extra, features=r.features))
+        while any(decoder.unfinished(handle) for handle in handles):
+            decoder.step()
+        return [decoder.take(handle) for handle in handles]
+    finally:
+        for handle in handles:
+            if decoder.unfinished(handle):
+                decoder.cancel(handle)

@@ -1,0 +1,315 @@
+"""Rows that are decoded by one forward pass, and their keys and values.
+
+`B` batch rows, `Q` slots a batch row, `S = B·Q` slots (row-major), `K` keys, `V` vocabulary.
+
+A slot holds one completion that is being decoded, or nothing. There are two layouts:
+
+    packed  one batch row a prompt, its G completions are its Q = G slots. The prompt's keys are held once, and each
+            step adds Q keys; a 4-D mask lets a slot see the prompt and its own tokens only. That is up to G times
+            fewer keys to keep and to read than a copy of the prompt for every completion.
+    rows    one batch row a completion (Q = 1), with its own copy of the prompt's keys and an ordinary 2-D mask.
+
+`packed` needs an attention that takes a 4-D mask (sdpa, eager) and a cache that keeps every key: full attention, or
+sliding windows that no row will ever outgrow. With such a cache a batch can also take in another one and drop keys
+that nobody sees any more. Longer rows under a sliding window, and linear attention, allow neither: they keep to `rows`
+and to those they were admitted with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from mmrl_ray.experience.carriers import FinishReason, SamplingParams
+from mmrl_ray.policy.cpu.attention import decode_step_attention
+from mmrl_ray.policy.generation.detokenize import TextStream
+from mmrl_ray.policy.generation.kv_cache import KVLayer, fill_holes
+from mmrl_ray.policy.generation.sampling import RowSampler, RuledGroup
+from mmrl_ray.policy.lora.routing import RowAdapters
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.scoring.collate import position_axes
+from mmrl_ray.policy.scoring.prefix import Prefix
+
+_TAKES_4D_MASK = ("sdpa", "eager")
+_ROOM_STEPS = 64
+"""Steps for which room is made at a time."""
+_COMPACT_TO = 0.75
+"""Where dropping finished rows copies all others, it is done when it leaves at most this share of the slots."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One completion that is being decoded."""
+
+    handle: int
+    index: int
+    """Place in its group; it chooses the row's random numbers."""
+    sampling: SamplingParams
+    greedy: bool
+    text: TextStream | None
+    """Followed token by token when somebody reads along or a stop string may end the row."""
+    adapter: str | None = None
+    """PEFT's name of the adapter it goes through; None is whatever is active on the model."""
+    rules: RuledGroup | None = None
+    """What its checkpoint asks of every next token, shared with the rest of its group."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+def keeps_every_key(cache: Cache, new_tokens: int) -> bool:
+    """Whether each layer of `cache`, `new_tokens` later, would still hold the key of every token."""
+    return all(
+        type(layer) is DynamicLayer
+        or (
+            type(layer) is DynamicSlidingWindowLayer
+            and layer.get_seq_length() + new_tokens < layer.sliding_window
+            and layer.keys is not None
+            and layer.keys.shape[-2] == layer.get_seq_length()
+        )
+        for layer in cache.layers
+    )
+
+
+def takes_4d_mask(policy: Policy) -> bool:
+    """Whether the language model's attention reads a mask of its own for every query."""
+    return _attention(policy) in _TAKES_4D_MASK
+
+
+def _attention(policy: Policy) -> str:
+    return policy.hf_model.config.get_text_config()._attn_implementation
+
+
+class DecodeBatch:
+    """Rows decoded together. Made of a prefix, whose logits are the first that it gives."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prefix: Prefix,
+        groups: Sequence[Sequence[Row]],
+        *,
+        packed: bool,
+        max_rows: int,
+        adapters: RowAdapters | None = None,
+    ) -> None:
+        """Takes over `prefix`, cache and all; `groups[i]` are the rows of its i-th prompt, at least one.
+
+        `max_rows` may be decoded at the same time; `adapters` switches between the rows' adapters, where they name any.
+        """
+        self.packed = packed
+        steps = max(row.sampling.max_new_tokens for rows in groups for row in rows)
+        self.mergeable = keeps_every_key(prefix.cache, steps)
+        if packed and not (self.mergeable and takes_4d_mask(policy)):
+            raise ValueError("packed rows need a cache that keeps every key and an attention that takes a 4-D mask")
+        self.width = max(len(rows) for rows in groups) if packed else 1
+        self.slots: list[Row | None] = []
+        prompts: list[int] = []
+        for i, rows in enumerate(groups):
+            self.slots += [*rows, *[None] * (self.width - len(rows) if packed else 0)]
+            prompts += [i] * (1 if packed else len(rows))
+        self._policy = policy
+        self._max_rows = max_rows
+        self._adapters = adapters
+        self._note_adapters()
+        self._cache = prefix.cache
+        self._keys = prefix.attention_mask.shape[1]
+        index = torch.tensor(prompts, device=prefix.logits.device)
+        if self.mergeable:
+            room = self.width * min(steps, _ROOM_STEPS)
+            self._layers = [KVLayer(*_keys_of(layer, prompts, index), room) for layer in self._cache.layers]
+            self._cache.layers = list(self._layers)
+        else:
+            self._reorder(index)
+        self._visible = prefix.attention_mask.bool()[index][:, None].repeat(1, self.width, 1)
+        self._own = torch.eye(self.width, dtype=torch.bool, device=index.device)
+        self._positions = prefix.next_position[index][:, None].repeat(1, self.width)
+        self._tokens = torch.zeros_like(self._positions)
+        self.sampler = RowSampler.of(
+            [None if row is None else (row.sampling, row.index, row.greedy) for row in self.slots], index.device
+        )
+        self._first: torch.Tensor | None = self._with_values(
+            *(each[index].repeat_interleave(self.width, dim=0) for each in (prefix.logits, prefix.hidden))
+        )
+
+    @property
+    def live(self) -> list[bool]:
+        """[S], whether the slot holds a row that goes on."""
+        return [row is not None and row.finish_reason is None for row in self.slots]
+
+    @property
+    def keys(self) -> int:
+        """K, the keys that each batch row holds."""
+        return self._keys
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the next `logits` are the prefix's, and cost no pass."""
+        return self._first is not None
+
+    @property
+    def is_wasteful(self) -> bool:
+        """Whether `compact` would make up for what it costs."""
+        live = self.live
+        counts = [sum(live[start : start + self.width]) for start in range(0, len(live), self.width)]
+        left = sum(count > 0 for count in counts) * max(counts)
+        # One slot a batch row: the last ones take the places of those that have finished, and the rest stays in place.
+        return left < len(live) if self.mergeable and self.width == 1 else left <= _COMPACT_TO * len(live)
+
+    def logits(self) -> torch.Tensor:
+        """[S, V] of every slot's next token: the prefix's, and then one forward pass over the tokens put in.
+
+        Where a row asks for it, log π + β(Q − V) in the place of log π, but for a number that a slot's tokens share.
+        """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        self._add_own_keys()
+        positions, axes = self._positions, position_axes(self._policy)
+        mask = self._attention_mask()  # of the shape that the policy's own attention takes
+        adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
+        with adapters, decode_step_attention(self._policy):
+            output = self._policy.core(
+                input_ids=self._tokens,
+                attention_mask=mask,
+                position_ids=positions if axes is None else positions.expand(axes, -1, -1),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            logits = self._policy.logits(output.last_hidden_state)
+        self._positions = positions + 1
+        return self._with_values(logits.flatten(0, 1), output.last_hidden_state.flatten(0, 1))
+
+    def _with_values(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Adds β(Q − V) to the logits [S, V] of the slots that are decoded by values; all others stay as they are."""
+        by_adapter: dict[str | None, list[tuple[int, float]]] = {}
+        for i, row in enumerate(self.slots):
+            if row is not None and row.finish_reason is None and row.sampling.value_beta > 0:
+                by_adapter.setdefault(row.adapter, []).append((i, row.sampling.value_beta))
+        for adapter, rows in by_adapter.items():
+            index = torch.tensor([i for i, _ in rows], device=logits.device)
+            beta = torch.tensor([[beta] for _, beta in rows], device=logits.device)
+            advantages = self._policy.value_heads[adapter].advantages(hidden[index])
+            logits = logits.float().index_add(0, index, beta * advantages)
+        return logits
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Takes the token, int64 [S], that each slot goes on with."""
+        self._tokens = tokens.view(-1, self.width)
+
+    def accepts(self, other: DecodeBatch) -> bool:
+        """Whether `other` can be taken in, at the price of at most as many empty slots again."""
+        return (
+            self.mergeable
+            and other.mergeable
+            and not (self.is_fresh or other.is_fresh)
+            and self.packed == other.packed
+            and self.width <= 2 * other.width
+            and other.width <= 2 * self.width
+        )
+
+    def absorb(self, other: DecodeBatch) -> None:
+        """Takes in the rows of `other`, after both have put a token; keys are padded on the left to the longer."""
+        width, keys = max(self.width, other.width), max(self._keys, other._keys)
+        for decode_batch in (self, other):
+            decode_batch._widen(width)
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine.join(theirs, most_rows=self._max_rows // width)
+        parts = [pad(c._visible[:, :, : c._keys], (keys - c._keys, 0)) for c in (self, other)]
+        self._visible = torch.cat(parts)
+        self._keys = keys
+        self._tokens = torch.cat([self._tokens, other._tokens])
+        self._positions = torch.cat([self._positions, other._positions])
+        self.sampler = self.sampler.join(other.sampler)
+        self.slots += other.slots
+        self._names += other._names
+
+    def compact(self) -> None:
+        """Drops finished rows, and the keys that only they could see; at least one row must go on."""
+        live = self.live
+        by_prompt = [
+            [i for i in range(start, start + self.width) if live[i]] for start in range(0, len(live), self.width)
+        ]
+        kept = fill_holes([b for b, slots in enumerate(by_prompt) if slots])
+        width = max(len(slots) for slots in by_prompt)
+        self._take([by_prompt[b] for b in kept], width)
+        batch = torch.tensor(kept, device=self._positions.device)
+        if not self.mergeable:
+            self._reorder(batch)
+            return
+        seen = self._visible[:, :, : self._keys].any(dim=1)
+        keys = int(seen.sum(dim=1).max())
+        if not bool(seen[:, : self._keys - keys].any()):
+            for layer in self._layers:
+                layer.keep(kept, keys)
+            self._visible = self._visible[:, :, self._keys - keys : self._keys]
+        else:
+            # Stable: what is seen goes to the end, in the order it was in.
+            order = seen.long().argsort(dim=1, stable=True)[:, self._keys - keys :]
+            for layer in self._layers:
+                layer.gather(batch, order)
+            self._visible = self._visible.gather(2, order[:, None].expand(-1, self.width, -1))
+        self._keys = keys
+
+    def _reorder(self, batch: torch.Tensor) -> None:
+        # What beam search reorders by: unlike batch_repeat_interleave, linear attention has it too.
+        self._cache.reorder_cache(cast(torch.LongTensor, batch))
+
+    def _widen(self, width: int) -> None:
+        if width > self.width:
+            starts = range(0, len(self.slots), self.width)
+            self._take([list(range(start, start + self.width)) for start in starts], width)
+
+    def _take(self, slots: list[list[int]], width: int) -> None:
+        """Arranges the given slots of each batch row in `width` slots; those left over become empty."""
+        # An empty slot goes on with what some other one has: the numbers are computed and nobody reads them.
+        flat = [row[q] if q < len(row) else row[0] for row in slots for q in range(width)]
+        filled = [q < len(row) for row in slots for q in range(width)]
+        index = torch.tensor(flat, device=self._positions.device)
+        mask = torch.tensor(filled, device=index.device)[:, None]
+        self.slots = [self.slots[i] if is_filled else None for i, is_filled in zip(flat, filled, strict=True)]
+        self.sampler = self.sampler.select(index)
+        self._first = None if self._first is None else self._first[index]
+        self._tokens = self._tokens.flatten()[index].view(-1, width)
+        self._positions = self._positions.flatten()[index].view(-1, width)
+        self._visible = (self._visible.flatten(0, 1)[index] & mask).view(len(slots), width, -1)
+        self._own = torch.eye(width, dtype=torch.bool, device=index.device)
+        self.width = width
+        self._note_adapters()
+
+    def _note_adapters(self) -> None:
+        """The adapter of each batch row: rows of one prompt share it."""
+        starts = range(0, len(self.slots), self.width)
+        prompts = [self.slots[start : start + self.width] for start in starts]
+        self._names = [next(row.adapter for row in prompt if row is not None) for prompt in prompts]
+
+    def _add_own_keys(self) -> None:
+        """Each slot's next token gets a key that only the slot itself sees."""
+        end = self._keys + self.width
+        if end > self._visible.shape[2]:
+            self._visible = pad(self._visible, (0, self.width * _ROOM_STEPS))
+        self._visible[:, :, self._keys : end] = self._own
+        self._keys = end
+
+    def _attention_mask(self) -> torch.Tensor:
+        visible = self._visible[:, :, : self._keys]
+        if not self.packed:
+            return visible[:, 0].long()
+        if _attention(self._policy) == "sdpa":
+            return visible[:, None]
+        lowest = torch.finfo(self._policy.dtype).min
+        hidden = torch.zeros(visible.shape, dtype=self._policy.dtype, device=visible.device)
+        return hidden.masked_fill(~visible, lowest)[:, None]
+
+
+def _keys_of(layer: Any, prompts: list[int], index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each slot's prompt."""
+    if prompts == list(range(layer.keys.shape[0])):
+        return layer.keys, layer.values
+    return layer.keys[index], layer.values[index]

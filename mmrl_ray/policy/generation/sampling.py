@@ -1,0 +1,351 @@
+"""From logits to tokens: filters, the log-probs of the distribution sampled from, and a seeded draw for each row.
+
+`R` rows (completions being decoded), `V` vocabulary, `T` tokens a completion may have.
+
+A draw is the inverse of the distribution function at one uniform number a row and token. Its numbers come from a
+counter-based generator keyed by (seed of the group, row), all of them when the row is admitted. So a row's numbers
+depend on nothing but its seed and its place in its group: not on the other groups of the batch, not on the order of
+rows, not on how many rows there are or when finished ones are dropped. An exponential race (Gumbel argmax) has the same
+law but needs `V` numbers a token, drawn for each group on its own at every step: on a small model that costs more than
+the model.
+
+What a checkpoint's `generation_config.json` asks of the next token, for those who are served by it.
+
+Hugging Face's `generate` penalises, suppresses and forces tokens by it, greedily too, so captions that are to equal
+`generate`'s must: those of `mmrl serve` and `mmrl caption`. Training and evaluations never do: what is learnt from must
+be drawn from the policy itself, whose log-probs the learner computes.
+
+`G` rows of a group, `P` prompt tokens, `V` vocabulary. The processors are transformers' own, in `generate`'s order, and
+see a row's prompt, image placeholders included, and its tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from mmrl_ray.errors import ConfigError, ModelError
+from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.policy.model import Policy
+
+logger = logging.getLogger(__name__)
+
+# Those that change no greedy caption, or that others here answer for: lengths, ends of a turn, caches, outputs,
+# speculation, and what only sampling and beams read.
+_HARMLESS = frozenset(
+    {
+        *("max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"),
+        *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        *("early_stopping", "length_penalty", "num_return_sequences", "renormalize_logits", "forced_bos_token_id"),
+        *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
+        *("target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_mtp"),
+        *("compile_config", "disable_compile", "continuous_batching_config", "transformers_version"),
+    }
+)
+_OBEYED = (
+    *("sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens"),
+    *("forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+)
+_NEUTRAL_ONE = ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams", "num_beam_groups")
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Refuses parameters that name no distribution.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    refused = {
+        "temperature": not (sampling.temperature > 0 and math.isfinite(sampling.temperature)),
+        "max_new_tokens": sampling.max_new_tokens < 1,
+        "min_new_tokens": not 0 <= (sampling.min_new_tokens or 0) <= sampling.max_new_tokens,
+        "top_k": sampling.top_k < 0,
+        "top_p": not 0 < sampling.top_p <= 1,
+        "stop": any(not text for text in sampling.stop),
+        "seed": not 0 <= sampling.seed < 2**64,
+        "value_beta": not (sampling.value_beta >= 0 and math.isfinite(sampling.value_beta)),
+    }
+    for name, is_wrong in refused.items():
+        if is_wrong:
+            raise ConfigError(
+                f"sampling parameter {name}={getattr(sampling, name)!r} is out of range "
+                "(temperature > 0, 0 <= min_new_tokens <= max_new_tokens, top_k >= 0, 0 < top_p <= 1, "
+                "no empty stop string, seed an unsigned 64-bit integer, value_beta >= 0)"
+            )
+
+
+def behaviour_logprobs(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    *,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Log-probs, float32 [R, V], of the distribution that tokens are sampled from.
+
+    The order is temperature, then top-k, then top-p of what top-k left. Equal logits at the edge of a filter are kept
+    from the lowest token id up, so that top-k leaves exactly k.
+
+    Args:
+        logits: [R, V]; minus infinity where a token is forbidden.
+        temperature: float32 [R], above 0.
+        top_k: int64 [R], 0 keeps every token; None if no row has one.
+        top_p: float32 [R] in (0, 1], the smallest set of likeliest tokens that holds this much; None if no row has one.
+    """
+    scaled = logits.float() / temperature[:, None]
+    if top_k is not None or top_p is not None:
+        scaled = _filtered(scaled, top_k, top_p)
+    return torch.log_softmax(scaled, dim=-1)
+
+
+def _filtered(scaled: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None) -> torch.Tensor:
+    ranked, order = scaled.sort(dim=-1, descending=True, stable=True)
+    drop = torch.zeros_like(ranked, dtype=torch.bool)
+    if top_k is not None:
+        rank = torch.arange(ranked.shape[-1], device=ranked.device)
+        drop |= (rank >= top_k[:, None]) & (top_k[:, None] > 0)
+    if top_p is not None:
+        probabilities = ranked.masked_fill(drop, -math.inf).softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
+        # The likeliest token has nothing before it, and top_p is above 0: it always stays.
+        drop |= (before >= top_p[:, None]) & (top_p[:, None] < 1)
+    return scaled.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
+
+
+def uniforms(seed: int, row: int, count: int) -> np.ndarray:
+    """The first `count` numbers, float64 in [0, 1), of row `row` in the group seeded with `seed`.
+
+    Philox, keyed by both: the same on every platform, and a longer table begins with the shorter one.
+    """
+    raw = np.random.Philox(key=np.array([seed, row], dtype=np.uint64)).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Token ids int64 [R], drawn from `logprobs` [R, V] by inversion at `uniform` float64 [R] in [0, 1).
+
+    A token of probability 0 is never drawn, whatever the rounding. Of NaN it draws something, whose log-prob is NaN.
+    """
+    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Below the total even when u rounds up to it: the first sum above the target belongs to a token with p > 0.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logprobs.shape[-1] - 1)
+
+
+@dataclass(slots=True)
+class RowSampler:
+    """The sampling parameters of `R` rows as tensors, and how far each has got."""
+
+    temperature: torch.Tensor
+    """float32 [R]."""
+    top_k: torch.Tensor
+    """int64 [R]."""
+    top_p: torch.Tensor
+    """float32 [R]."""
+    min_new: torch.Tensor
+    """int64 [R]: no end of sequence among a row's first so many tokens."""
+    greedy: torch.Tensor
+    """bool [R]."""
+    uniforms: torch.Tensor
+    """float64 [R, T]."""
+    age: torch.Tensor
+    """int64 [R], tokens sampled so far."""
+    has_top_k: bool = field(init=False, default=False)
+    has_top_p: bool = field(init=False, default=False)
+    has_min_new: bool = field(init=False, default=False)
+    has_greedy: bool = field(init=False, default=False)
+    has_drawn: bool = field(init=False, default=False)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[SamplingParams, int, bool] | None], device: torch.device) -> RowSampler:
+        """For rows given as (parameters, place within the group, greedy); None is a row whose tokens nobody reads."""
+        params = [SamplingParams(max_new_tokens=1) if row is None else row[0] for row in rows]
+        table = np.zeros((len(rows), max(p.max_new_tokens for p in params)))
+        for i, row in enumerate(rows):
+            if row is not None and not row[2]:
+                table[i, : row[0].max_new_tokens] = uniforms(row[0].seed, row[1], row[0].max_new_tokens)
+        made = cls(
+            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            top_k=torch.tensor([p.top_k for p in params], device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            min_new=torch.tensor([p.min_new_tokens or 0 for p in params], device=device),
+            greedy=torch.tensor([row is not None and row[2] for row in rows], device=device),
+            uniforms=torch.from_numpy(table).to(device),
+            age=torch.zeros(len(rows), dtype=torch.int64, device=device),
+        )
+        return made._noted()
+
+    def sample(
+        self, logits: torch.Tensor, forbidden: torch.Tensor, eos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of every row and its log-prob under what it was drawn from: int64 [R], float32 [R].
+
+        Args:
+            logits: [R, V], of any float dtype.
+            forbidden: int64, the tokens that no row may emit.
+            eos: int64, the tokens that end a row.
+        """
+        logits = logits.float().index_fill(-1, forbidden, -math.inf)
+        if self.has_min_new:
+            early = (self.age < self.min_new)[:, None]
+            logits[:, eos] = logits[:, eos].masked_fill(early, -math.inf)
+        logprobs = behaviour_logprobs(
+            logits,
+            self.temperature,
+            top_k=self.top_k if self.has_top_k else None,
+            top_p=self.top_p if self.has_top_p else None,
+        )
+        # Of the logits, not the log-probs: a temperature or a normaliser can round two of them to one value.
+        tokens = logits.argmax(dim=-1) if self.has_greedy else None
+        if tokens is None or self.has_drawn:
+            at = self.age.clamp(max=self.uniforms.shape[1] - 1)[:, None]
+            drawn = draw(logprobs, self.uniforms.gather(1, at).squeeze(1))
+            tokens = drawn if tokens is None else torch.where(self.greedy, tokens, drawn)
+        self.age += 1
+        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+    def select(self, rows: torch.Tensor) -> RowSampler:
+        """The sampler of `rows` int64 [R'], in that order."""
+        return RowSampler(*(value[rows] for value in self._tensors()))._noted()
+
+    def join(self, other: RowSampler) -> RowSampler:
+        """The sampler of these rows, then `other`'s."""
+        width = max(self.uniforms.shape[1], other.uniforms.shape[1])
+        for sampler in (self, other):
+            sampler.uniforms = torch.nn.functional.pad(sampler.uniforms, (0, width - sampler.uniforms.shape[1]))
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        return RowSampler(*(torch.cat(pair) for pair in pairs))._noted()
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.temperature, self.top_k, self.top_p, self.min_new, self.greedy, self.uniforms, self.age
+
+    def _noted(self) -> RowSampler:
+        """Notes once which features any row uses: a step then skips the others without asking the device."""
+        self.has_top_k = bool((self.top_k > 0).any())
+        self.has_top_p = bool((self.top_p < 1).any())
+        self.has_min_new = bool((self.min_new > 0).any())
+        self.has_greedy = bool(self.greedy.any())
+        self.has_drawn = not bool(self.greedy.all())
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRules:
+    """What is obeyed of a generation config."""
+
+    asked: Mapping[str, Any]
+    """Keys of `_OBEYED` with values that change something; at least one."""
+    eos: tuple[int, ...]
+
+    def processors(self, prompt: torch.Tensor, sampling: SamplingParams) -> LogitsProcessorList:
+        """For rows of one prompt, int64 [P]; lengths that the request names itself stand instead of the checkpoint's.
+
+        Raises:
+            ValueError, TypeError: a value that transformers refuses.
+        """
+        asked, length, device = self.asked, prompt.numel(), str(prompt.device)
+        eos = torch.tensor(self.eos, device=device)
+        made = LogitsProcessorList()
+        if (bias := asked.get("sequence_bias")) is not None:
+            made.append(hf.SequenceBiasLogitsProcessor(bias))
+        if (penalty := asked.get("repetition_penalty")) is not None:
+            made.append(hf.RepetitionPenaltyLogitsProcessor(penalty))
+        if (size := asked.get("no_repeat_ngram_size")) is not None:
+            made.append(hf.NoRepeatNGramLogitsProcessor(size))
+        if (words := asked.get("bad_words_ids")) is not None:
+            made.append(hf.NoBadWordsLogitsProcessor(words, eos))
+        if sampling.min_new_tokens is None:
+            if (tokens := asked.get("min_new_tokens")) is not None:
+                made.append(hf.MinNewTokensLengthLogitsProcessor(length, tokens, eos, device=device))
+            elif (tokens := asked.get("min_length")) is not None:
+                made.append(hf.MinLengthLogitsProcessor(tokens, eos, device=device))
+        if (forced := asked.get("forced_eos_token_id")) is not None:
+            longest = length + sampling.max_new_tokens
+            made.append(hf.ForcedEOSTokenLogitsProcessor(longest, forced, device=device))
+        if (decay := asked.get("exponential_decay_length_penalty")) is not None:
+            made.append(hf.ExponentialDecayLengthPenalty(tuple(decay), eos, length))
+        if (tokens := asked.get("suppress_tokens")) is not None:
+            made.append(hf.SuppressTokensLogitsProcessor(tokens, device=device))
+        if (tokens := asked.get("begin_suppress_tokens")) is not None:
+            made.append(hf.SuppressTokensAtBeginLogitsProcessor(tokens, length, device=device))
+        return made
+
+
+class RuledGroup:
+    """The rows of one prompt under a checkpoint's rules: what each has said, and what it may say next."""
+
+    def __init__(self, rules: GenerationRules, prompt: torch.Tensor, rows: int, sampling: SamplingParams) -> None:
+        """`prompt` is int64 [P] on the device of the logits."""
+        self._processors = rules.processors(prompt, sampling)
+        self._prompt_tokens = prompt.numel()
+        self._said = torch.cat([prompt.repeat(rows, 1), prompt.new_zeros(rows, sampling.max_new_tokens)], dim=1)
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """float32 [R, V] of those of the group's rows that go on, `tokens` being what each has said: equally many."""
+        length = self._prompt_tokens + len(tokens[0])
+        index = torch.tensor(rows, device=logits.device)
+        if tokens[0]:
+            self._said[index, length - 1] = torch.tensor([each[-1] for each in tokens], device=logits.device)
+        changed: torch.Tensor = self._processors(cast(torch.LongTensor, self._said[index, :length]), logits.float())
+        return changed
+
+
+def generation_rules(policy: Policy) -> GenerationRules | None:
+    """The rules of a policy's checkpoint; None where it has none. Says in the log what was found.
+
+    Raises:
+        ModelError: a value of the generation config is none that transformers takes.
+    """
+    config = policy.hf_model.generation_config
+    asked = {} if config is None else {n: v for n, v in _set(config).items() if n not in _HARMLESS}
+    obeyed = {name: asked.pop(name) for name in _OBEYED if name in asked}
+    if asked:
+        logger.warning(
+            "model %s: its generation_config.json asks for %s, which is not obeyed", policy.path, _told(asked)
+        )
+    if not obeyed:
+        return None
+    rules = GenerationRules(obeyed, policy.eos_token_ids)
+    try:
+        a = torch.zeros(1, dtype=torch.int64)
+        sampling = SamplingParams(min_new_tokens=None)
+        RuledGroup(rules, a, 1, sampling).apply(torch.zeros(1, policy.vocab_size), [0], [[]])
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise ModelError(
+            f"model {policy.path!r}: its generation_config.json ({_told(obeyed)}) cannot be obeyed: {error}; mend it"
+        ) from error
+    logger.info(
+        "model %s: its generation_config.json asks for %s: obeyed here, as by transformers' generate; not in training "
+        "and evaluations",
+        *(policy.path, _told(obeyed)),
+    )
+    return rules
+
+
+def _set(config: GenerationConfig) -> dict[str, Any]:
+    """What the config sets of the keys that `generate` reads, where the value changes something."""
+    known = vars(GenerationConfig())
+    found = {name: value for name, value in vars(config).items() if name in known and not name.startswith("_")}
+    return {
+        name: value
+        for name, value in found.items()
+        if not (value is None or value is False or value in (0, [], {}) or (value == 1 and name in _NEUTRAL_ONE))
+    }
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    """For one line."""
+    texts = {name: str(value) for name, value in values.items()}
+    return ", ".join(f"{name}={text if len(text) <= 60 else f'{text[:59]}…'}" for name, text in texts.items())

@@ -1,0 +1,1 @@
+"""LoRA adapters: on a policy, in files, and several at once."""

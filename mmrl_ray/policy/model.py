@@ -1,0 +1,104 @@
+"""`Policy`: a vision-language model with its processor, and what is known of both."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmrl_ray.policy.heads import ValueHeads
+from mmrl_ray.policy.logits import model_logits
+from mmrl_ray.policy.tokens import Turn
+
+_ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+
+
+@dataclass(slots=True)
+class Policy:
+    """A vision-language model with what is needed to prompt it. Frozen and in eval mode until an adapter is added."""
+
+    model: nn.Module
+    """The Hugging Face model, or a `PeftModel` around it."""
+    processor: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    placeholder_id: int
+    """The token whose positions take the vision features."""
+    image_token_ids: tuple[int, ...]
+    """Every token of the image, video or audio machinery: never sampled, logit minus infinity everywhere."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a completion; the turn's end is among them, whatever the checkpoint lists."""
+    end_id: int
+    """The one of `eos_token_ids` that the chat template puts after an assistant's turn."""
+    pad_token_id: int
+    reserved_texts: tuple[str, ...]
+    """What a user may not write: the texts of control tokens."""
+    context_length: int
+    revision_key: str
+    """Names the weights and the processor: part of the vision cache's key."""
+    path: str
+    processor_settings: dict[str, Any] = field(default_factory=dict)
+    bare_head: bool = False
+    """Whether `logits` are the head's product and nothing else (`takes_bare_head`)."""
+    turn: Turn = field(default_factory=Turn)
+    """How the chat template writes what the assistant says."""
+    appended_ids: tuple[int, ...] = ()
+    """What the tokenizer puts behind every text: no part of a prompt, which goes on."""
+    inject_vision: bool = True
+    """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
+    runs inside every forward, on the pixels."""
+    value_heads: dict[str | None, ValueHeads] = field(default_factory=dict)
+    """What next tokens are worth, by PEFT's name of the adapter whose hidden states the heads read; None is whatever is
+    active on the model."""
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The Hugging Face model with its head, under the adapter if there is one."""
+        return cast(PreTrainedModel, self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+
+    @property
+    def core(self) -> Any:
+        """The model below the head: it has `get_image_features` and returns hidden states."""
+        return self.hf_model.base_model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model (embeddings and layers, without the head)."""
+        return cast(nn.Module, self.hf_model.get_decoder())
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the hidden states that the head makes logits of."""
+        return self.hf_model.config.get_text_config().hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return self.hf_model.config.get_text_config().vocab_size
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[M, d] or [B, T, d] → [.., V]: logits in the model's dtype, soft caps, scales and all.
+
+        The one way from last hidden states to logits, for sampling, scoring and explaining alike; differentiable.
+        """
+        return model_logits(self.hf_model, hidden, bare=self.bare_head)
+
+    @property
+    def vision_trainable(self) -> bool:
+        """Whether anything before the language model trains or is adapted.
+
+        Vision features then change with the policy's version: they are made anew each time, never cached or shipped.
+        An adapter counts even where it takes no gradient (in a rollout worker its weights still change).
+        """
+        language = {id(p) for p in self.decoder.parameters()}
+        return any(
+            p.requires_grad or _ADAPTED.search(name)
+            for name, p in self.core.named_parameters()
+            if id(p) not in language
+        )

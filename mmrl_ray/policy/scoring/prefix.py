@@ -1,0 +1,254 @@
+"""The one implementation of "prompt once, G completions": used by sampling, reference scoring and learning.
+
+`K` prompts, `P` prompt tokens (left-padded), `N = ΣG` completions in prompt order, `T` completion tokens
+(right-padded), `V` vocabulary, `d` hidden width.
+
+    prompts [K, P] ──forward, cache kept──▶ Prefix ──repeated per completion──▶ completions [N, T−1] attend to it
+
+Autograd sums the G gradients into the one prefix. The first completion token is predicted by the last prompt position,
+so only T − 1 tokens go through the second call. `path="packed"` puts a prompt and its completions into one row, for one
+call without a cache (`packed.py`); `path="naive"` runs every completion behind its own copy of the prompt. Nothing here
+changes the path by itself (see `policy/parity.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
+from mmrl_ray.policy.cpu.last_layer import last_layer_at_last_position
+from mmrl_ray.policy.logits import token_logprobs
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.scoring.collate import (
+    PromptBatch,
+    completion_positions,
+    pad_prompts,
+    row_arguments,
+    vision_arguments,
+)
+from mmrl_ray.policy.scoring.packed import packed_rows
+
+ScorePath = Literal["shared_prefix", "packed", "naive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """K prompts after their one pass through the language model."""
+
+    cache: Cache
+    """Keys and values of every layer, batch K. A forward that gets it grows it: hand out `select(…).cache`."""
+    logits: torch.Tensor
+    """[K, V], of the first completion token, as the model gives them (no temperature, nothing forbidden)."""
+    hidden: torch.Tensor
+    """[K, d], what `logits` were made of."""
+    attention_mask: torch.Tensor
+    """int64 [K, P], 1 where a prompt token is real (left padding)."""
+    next_position: torch.Tensor
+    """int64 [K], position of the first completion token."""
+
+    def select(self, indices: torch.Tensor) -> Prefix:
+        """A new prefix of the given rows, repeats allowed; this one's cache stays as it is. Differentiable."""
+        return Prefix(
+            cache=select_cache(self.cache, indices),
+            logits=self.logits[indices],
+            hidden=self.hidden[indices],
+            attention_mask=self.attention_mask[indices],
+            next_position=self.next_position[indices],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What π says about N completions."""
+
+    logprobs: torch.Tensor
+    """float32 [N, T], 0 where `mask` is False."""
+    mask: torch.Tensor
+    """bool [N, T], True at completion tokens."""
+    entropies: torch.Tensor | None = None
+    """float32 [N, T] without gradient, 0 where `mask` is False; when asked for."""
+    hidden: torch.Tensor | None = None
+    """[M, d], what each of the M completion tokens was chosen from, completion after completion; when asked for."""
+
+
+def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
+    """A copy of `cache` that holds the given batch rows (repeats allowed); `cache` itself is left as it is."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.batch_select_indices(indices)
+    return copied
+
+
+def encode_prefix(
+    policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[VisionFeatures] | None
+) -> Prefix:
+    """One pass of K prompts through the language model, with gradient where the caller has it on.
+
+    Args:
+        policy: the model.
+        prompts: K of them.
+        features: what `vision_features` made of them; None runs the vision tower inside the forward, on the pixels (so
+            do any where `policy.inject_vision` is False).
+    """
+    batch = pad_prompts(policy, prompts)
+    output = _forward_prompts(policy, prompts, features, batch)
+    hidden = output.last_hidden_state[:, -1]
+    return Prefix(
+        cache=output.past_key_values,
+        logits=policy.logits(hidden),
+        hidden=hidden,
+        attention_mask=batch.attention_mask,
+        next_position=batch.next_position,
+    )
+
+
+def score_completions(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    completions: Sequence[Sequence[torch.Tensor]],
+    temperature: float,
+    *,
+    path: ScorePath = "shared_prefix",
+    entropy: bool = False,
+    hidden: bool = False,
+) -> Scores:
+    """Log-probs of every completion token under π (temperature applied, image tokens forbidden, float32).
+
+    Args:
+        policy: the model.
+        prompts: K of them.
+        features: K of them from `vision_features`, or None to run the vision tower inside.
+        completions: K groups of int64 [T] token ids; G and T may differ.
+        temperature: the rollout temperature.
+        path: "shared_prefix", "packed" or "naive"; they give the same numbers, up to rounding.
+        entropy: also return the entropy at every token.
+        hidden: also return the hidden states.
+
+    Raises:
+        ValueError: the numbers of prompts, features and groups differ, or there is no completion.
+        ModelError: path="packed" on a model that cannot take packed rows.
+    """
+    counts = [len(group) for group in completions]
+    if len(completions) != len(prompts) or (features is not None and len(features) != len(prompts)):
+        given = "none" if features is None else len(features)
+        raise ValueError(f"{len(prompts)} prompts, {given} features and {len(completions)} groups of completions")
+    if sum(counts) == 0:
+        raise ValueError(f"no completion to score in {len(completions)} groups")
+    index = torch.repeat_interleave(torch.tensor(counts)).to(policy.device)
+    targets, mask = _pad_completions(policy, [c for group in completions for c in group])
+    if path == "shared_prefix":
+        rows = _shared_rows(policy, prompts, features, index, targets, mask)
+    elif path == "packed":
+        rows = packed_rows(policy, prompts, features, index, targets, mask)
+    elif path == "naive":
+        rows = _naive_rows(policy, prompts, features, index, targets, mask, hidden=hidden)
+    else:
+        raise ValueError(f"path={path!r} is none of 'shared_prefix', 'packed' and 'naive'")
+    chosen_from = rows[mask]
+    logprobs, entropies = token_logprobs(
+        chosen_from,
+        targets[mask],
+        head=nn.Identity() if path == "naive" and not hidden else policy.logits,
+        forbidden=policy.image_token_ids,
+        temperature=temperature,
+        entropy=entropy,
+        vocab_size=policy.vocab_size,
+    )
+    return Scores(
+        _unpack(logprobs, mask),
+        mask,
+        None if entropies is None else _unpack(entropies, mask),
+        chosen_from if hidden else None,
+    )
+
+
+def _shared_rows(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Hidden states [N, T, d] that predict `targets`."""
+    batch = pad_prompts(policy, prompts)
+    output = _forward_prompts(policy, prompts, features, batch)
+    first = output.last_hidden_state[:, -1][index][:, None]
+    length = targets.shape[1] - 1
+    if length == 0:
+        return first
+    suffix = policy.core(
+        input_ids=targets[:, :-1],
+        attention_mask=torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1),
+        position_ids=completion_positions(policy, batch.next_position[index], length),
+        past_key_values=select_cache(output.past_key_values, index),
+        use_cache=True,
+    )
+    return torch.cat([first, suffix.last_hidden_state], dim=1)
+
+
+def _naive_rows(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    hidden: bool,
+) -> torch.Tensor:
+    """The model's own logits [N, T, V] that predict `targets`, from N full rows of prompt and completion.
+
+    With `hidden`, the hidden states [N, T, d] that they are made of.
+    """
+    picks = index.tolist()
+    prompts = [prompts[i] for i in picks]
+    features = None if features is None else [features[i] for i in picks]
+    batch = pad_prompts(policy, prompts)
+    length = targets.shape[1]
+    with vision_arguments(policy, prompts, features) as vision:
+        arguments = {**row_arguments(policy, batch, targets, mask), "use_cache": False, **vision}
+        if hidden:
+            return policy.core(**arguments).last_hidden_state[:, -length - 1 : -1]
+        # Some models (VideoLLaMA 3) make logits of every token whatever they are told.
+        return policy.model(**arguments, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
+
+
+def _forward_prompts(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    batch: PromptBatch,
+) -> Any:
+    """Its cache is whole; its `last_hidden_state` means something at the last position only."""
+    with vision_arguments(policy, prompts, features) as vision, last_layer_at_last_position(policy):
+        return policy.core(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            # As `generate` does: some decoders (Granite 4 Vision's) make none by themselves.
+            past_key_values=DynamicCache(config=policy.hf_model.config.get_text_config(decoder=True)),
+            use_cache=True,
+            **batch.per_token,
+            **vision,
+        )
+
+
+def _pad_completions(policy: Policy, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded targets int64 [N, T] and their mask bool [N, T]."""
+    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=policy.pad_token_id)
+    lengths = torch.tensor([row.numel() for row in rows])
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return padded.to(policy.device), mask.to(policy.device)
+
+
+def _unpack(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

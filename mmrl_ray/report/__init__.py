@@ -1,0 +1,1 @@
+"""`report.html`: a page about a run, from its folder alone."""

@@ -1,0 +1,227 @@
+"""Who has which assignment, since when, at which try: the pool's own book, without Ray.
+
+Ray forgets a dead actor's pending calls, so what was lost is known here alone. An assignment leaves the book exactly
+once: accepted, or quarantined group by group. Every try has an id of its own, under which alone its result counts.
+
+    crash 1 of an assignment      the next worker gets it whole, for the same completions: it may have been the machine
+    crash 2                       its groups go on as assignments of one, of which one is the culprit
+    a single that crashes again   quarantined; and at crash 2 already one that was alone from the beginning
+
+Samples are blamed only where others do work. At the beginning of a run the same error from different samples, with none
+that worked, is the model's (`FirstErrors`): what crashes then goes to the end of the queue, so that the next worker
+takes other samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from mmrl_ray.errors import ModelError
+from mmrl_ray.rollouts.types import Assignment, DataFailure
+
+CRASHES_BEFORE_SPLIT = 2
+SAME_ERRORS = 3
+"""Of different samples, at the beginning of a run and with none that worked: then the model is at fault."""
+_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+")
+"""What differs in one error from sample to sample: names in quotes, sizes, addresses."""
+
+
+class FirstErrors:
+    """Whether a run's first failures are all the same error: then no sample is to blame, and the run ends with it.
+
+    One that works settles it: what fails later is a matter of samples.
+    """
+
+    def __init__(self, model: str) -> None:
+        """`model` is named in the error."""
+        self.settled = False
+        self._model = model
+        self._kind = ""
+        self._failed: list[frozenset[str]] = []
+
+    def worked(self) -> None:
+        """A sample went through."""
+        self.settled = True
+
+    def failed(self, samples: Iterable[str], reason: str) -> None:
+        """One of these samples (by `Sample.key`), or the model, is to blame for `reason`.
+
+        Raises:
+            ModelError: it is the `SAME_ERRORS`-th such failure, and no single sample explains all of them.
+        """
+        if self.settled:
+            return
+        if (kind := _VARIABLE.sub("…", reason)) != self._kind:
+            self._kind, self._failed = kind, []
+        if (keys := frozenset(samples)) not in self._failed:
+            self._failed.append(keys)
+        if len(self._failed) >= SAME_ERRORS and not frozenset.intersection(*self._failed):
+            raise ModelError(
+                f"the first samples all failed with the same error, and none has worked: {reason}; no single sample is "
+                f"to blame: look at model {self._model!r}, its processor and settings, and at what all samples share"
+            )
+
+
+@dataclass(slots=True)
+class _Entry:
+    assignment: Assignment
+    crashes: int = 0
+    last_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _AtWork:
+    entry: _Entry
+    since: float
+    number: int
+    """Of the tries, from 0."""
+    cancelled: bool = False
+
+
+class AssignmentTracker:
+    """Assignments by state: queued, or at work on one worker. Times are of the caller's clock, in seconds.
+
+    One thread changes it; others may read its figures.
+    """
+
+    def __init__(self, model: str = "") -> None:
+        """`model` is the run's, to be named where it is to blame."""
+        self.counts: Counter[str] = Counter()
+        """`accepted`, `retried`, `split`, `quarantined` and `superseded` so far."""
+        self._first = FirstErrors(model)
+        self._given = 0
+        self._counts_from = 0
+        self._queue: deque[_Entry] = deque()
+        self._at_work: dict[int, _AtWork] = {}
+        # Ids of tries after the first; below 0, since the controller counts its own upwards from 0.
+        self._retry_ids = itertools.count(-1, -1)
+
+    @property
+    def queued(self) -> int:
+        """Assignments that wait for a worker."""
+        return len(self._queue)
+
+    @property
+    def outstanding(self) -> int:
+        """Assignments queued or at work, without cancelled ones."""
+        return len(self._queue) + sum(not work.cancelled for work in list(self._at_work.values()))
+
+    @property
+    def busy(self) -> set[int]:
+        """Workers that have an assignment, cancelled or not."""
+        return set(self._at_work)
+
+    def submit(self, assignment: Assignment) -> None:
+        """Queues a new assignment: an evaluation before the first training one, others at the end."""
+        self._append(_Entry(assignment))
+
+    def assign(self, worker: int, now: float) -> Assignment | None:
+        """The next assignment, from now on `worker`'s; None when none is queued."""
+        if worker in self._at_work:
+            raise ValueError(f"worker {worker} has an assignment already")
+        if not self._queue:
+            return None
+        entry = self._queue.popleft()
+        self._at_work[worker] = _AtWork(entry, now, self._given)
+        self._given += 1
+        return entry.assignment
+
+    def complete(self, worker: int, assignment_id: int) -> float | None:
+        """Takes a result: when its try began, or None for one that no longer counts."""
+        work = self._at_work.get(worker)
+        if work is None or work.entry.assignment.id != assignment_id:
+            self.counts["superseded"] += 1
+            return None
+        del self._at_work[worker]
+        if work.cancelled:
+            self.counts["superseded"] += 1
+            return None
+        self.counts["accepted"] += 1
+        self._first.worked()
+        return work.since
+
+    def requeue(self, worker: int, reason: str, *, blame: bool = True) -> list[DataFailure]:
+        """The worker is gone: its assignment goes back to the front of the queue under a fresh id.
+
+        With `blame`, the assignment is counted as having crashed it (see the top of this file).
+
+        Returns the groups given up: at most one.
+
+        Raises:
+            ModelError: the run's first assignments all end so, and none was ever finished.
+        """
+        work = self._at_work.pop(worker, None)
+        if work is None or work.cancelled:
+            return []
+        entry = work.entry
+        if blame:
+            entry.crashes += 1
+            entry.last_reason = reason
+            self._look_for_a_common_cause(work, reason)
+        if entry.crashes < CRASHES_BEFORE_SPLIT or not blame:
+            self.counts["retried"] += 1
+            self._requeue([_Entry(self._again(entry.assignment), entry.crashes, entry.last_reason)])
+            return []
+        if len(entry.assignment.groups) > 1:
+            self.counts["split"] += 1
+            singles = [replace(entry.assignment, groups=(group,)) for group in entry.assignment.groups]
+            self._requeue([_Entry(self._again(single), entry.crashes, entry.last_reason) for single in singles])
+            return []
+        self.counts["quarantined"] += 1
+        (group,) = entry.assignment.groups
+        return [
+            DataFailure(group.key, group.sample.id, f"its rollout crashed {entry.crashes} workers, the last: {reason}")
+        ]
+
+    def cancel(self, kind: str) -> None:
+        """Forgets queued assignments of `kind`; results of those at work will not count."""
+        self._queue = deque(e for e in self._queue if e.assignment.kind != kind)
+        for worker, work in self._at_work.items():
+            if work.entry.assignment.kind == kind:
+                self._at_work[worker] = replace(work, cancelled=True)
+
+    def overdue(self, now: float, timeout_s: float) -> list[int]:
+        """Workers that have had their assignment for longer than `timeout_s`."""
+        return [worker for worker, work in self._at_work.items() if now - work.since > timeout_s]
+
+    def at_work_seconds(self, now: float) -> float:
+        """Worker-seconds of the tries under way."""
+        return sum(now - work.since for work in list(self._at_work.values()))
+
+    def working_on(self, worker: int) -> Assignment | None:
+        """What a worker has."""
+        work = self._at_work.get(worker)
+        return None if work is None else work.entry.assignment
+
+    def since(self, worker: int) -> float | None:
+        """When a worker was given what it has."""
+        work = self._at_work.get(worker)
+        return None if work is None else work.since
+
+    def _look_for_a_common_cause(self, work: _AtWork, reason: str) -> None:
+        # Tries that were under way at the last loss that counted may have ended with it, by the node they shared say.
+        if work.number >= self._counts_from:
+            self._counts_from = self._given
+            self._first.failed((group.sample.key for group in work.entry.assignment.groups), reason)
+
+    def _append(self, entry: _Entry) -> None:
+        if entry.assignment.kind != "eval":
+            self._queue.append(entry)
+            return
+        place = next((i for i, e in enumerate(self._queue) if e.assignment.kind != "eval"), len(self._queue))
+        self._queue.insert(place, entry)
+
+    def _requeue(self, entries: Iterable[_Entry]) -> None:
+        if self._first.settled:
+            self._queue.extendleft(reversed(list(entries)))
+            return
+        for entry in entries:
+            self._append(entry)
+
+    def _again(self, assignment: Assignment) -> Assignment:
+        groups = tuple(replace(g, key=replace(g.key, attempt=g.key.attempt + 1)) for g in assignment.groups)
+        return replace(assignment, id=next(self._retry_ids), groups=groups)

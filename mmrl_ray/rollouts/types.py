@@ -1,0 +1,221 @@
+"""What the controller needs of its surroundings, each with a fake beside the tests, and what it answers.
+
+Controller ── submit ──▶ WorkerPool ──▶ Collected, DataFailure
+    │ pulls                   │ each worker runs an
+ SampleSource               Engine (made by an EngineFactory)
+
+What the controller hands to a rollout worker, and what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from mmrl_ray.data.samples import Quarantine, Sample
+from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """One group to sample."""
+
+    key: GroupKey
+    sample: Sample
+    sampling: SamplingParams
+    """Its seed is the group's own."""
+    completions: int
+    """G; 1 for an evaluation."""
+    wants_state: bool = False
+    """Also the state of the first completion (`analysis/states.py`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A fixed list of groups that one worker decodes together; composed by the step, not by who takes it."""
+
+    id: int
+    kind: Literal["train", "eval"]
+    groups: tuple[GroupRequest, ...]
+    version: int
+    """Policy version to sample with."""
+    weights: tuple[Any, ...] = ()
+    """(reference to the adapter state of `version`,): inside a tuple, so that Ray hands it over unresolved."""
+    greedy_baseline: bool = False
+    """Also decode each prompt greedily, for the `greedy` advantage."""
+    reference_logprobs: bool = False
+    """Also score the completions under the reference policy."""
+
+    def describe(self) -> str:
+        """For the run's status, in a few words."""
+        first, last = self.groups[0].key, self.groups[-1].key
+        places = f"group {first.index}" if len(self.groups) == 1 else f"groups {first.index} to {last.index}"
+        return f"{places} of {f'step {first.step}' if self.kind == 'train' else 'an evaluation'}"
+
+
+@dataclass(frozen=True, slots=True)
+class DataFailure:
+    """A sample that cannot be used: no retry, quarantined with its reason."""
+
+    key: GroupKey
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentResult:
+    """What a worker hands back: light; the groups themselves are behind `ScoredGroup.payload`."""
+
+    assignment_id: int
+    version: int
+    worker: str
+    groups: tuple[ScoredGroup, ...]
+    failures: tuple[DataFailure, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by phase for the whole assignment: load, encode, sample, reference, reward, states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """No plan yet: ask again."""
+
+    reason: str
+    came: int = 0
+    """Of what is waited for, so much is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """No plan for this step or any later one."""
+
+    reason: str
+    failed: bool = False
+    """The run ended by an error, which `failure()` of the controller returns; False when it is done or was stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What an evaluation on the pool gave, in the order of the samples asked for."""
+
+    groups: tuple[ScoredGroup | None, ...]
+    """None where the sample failed; captions are behind `payload`, a `RolloutGroup` or a reference to one."""
+    failures: tuple[DataFailure, ...]
+    version: int
+    """Policy version that wrote the captions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """One finished assignment."""
+
+    result: AssignmentResult
+    """Payloads in place: `Parcelled`, or the groups themselves in-process."""
+    records: bytes
+    """Rows without advantages, as `encode_records` makes them."""
+
+
+FetchWeights = Callable[[], Mapping[str, torch.Tensor] | None]
+"""Gets the weights of an assignment's version; None stands for the adapter as it was made."""
+
+
+class WeightStore(Protocol):
+    """Adapter weights by policy version; a version is written once and never changes."""
+
+    def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Makes `state` the weights of `version`, which becomes the newest."""
+        ...
+
+    def fetch(self, version: int) -> dict[str, torch.Tensor]:
+        """The weights of a version.
+
+        Raises:
+            RolloutError: the version is unknown or was dropped.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Turns an assignment into scored groups; no Ray."""
+
+    def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
+        """Samples, scores and returns the groups, each `payload` the `RolloutGroup` itself."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """Picklable; makes the engine inside the worker's process."""
+
+    def __call__(self, worker: str) -> Engine:
+        """An engine for the worker of that name.
+
+        Raises:
+            MMRLError: model, adapter or reward cannot be used; the run ends with it.
+        """
+        ...
+
+
+class SampleSource(Protocol):
+    """A resumable cursor over the training samples (`data/samples.py: SampleStream`)."""
+
+    quarantine: Quarantine
+    """What is left out; part of `state`, under the key of this name."""
+
+    def take(self, count: int) -> Sequence[Sample]:
+        """The next `count` samples."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able position; `restore` takes it back."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues at a position given by `state`."""
+        ...
+
+
+class WorkerPool(Protocol):
+    """Runs assignments on workers, each exactly once as far as its caller sees. Driven by one thread."""
+
+    def submit(self, assignment: Assignment) -> None:
+        """Queues it; evaluations go before training."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[Collected | DataFailure]:
+        """Moves everything on, and returns what finished since; waits no longer than `timeout_s`.
+
+        Raises:
+            RolloutError: the pool cannot go on.
+        """
+        ...
+
+    def cancel(self, kind: str) -> None:
+        """Forgets queued assignments of a kind ("train", "eval") and discards those at work when they come back."""
+        ...
+
+    def resize(self, workers: int) -> None:
+        """Sets how many workers there should be; thread-safe, takes effect over the next polls."""
+        ...
+
+    @property
+    def outstanding(self) -> int:
+        """Assignments queued or at work."""
+        ...
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to workers since the last call, for the run's event log."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Workers, queue and counts, JSON-able."""
+        ...
+
+    def busy_seconds(self) -> float:
+        """Worker-seconds spent on assignments so far."""
+        ...
+
+    def close(self) -> None:
+        """Ends every worker."""
+        ...

@@ -1,1 +1,0 @@
-"""Wiring: a config in, a finished run folder out."""

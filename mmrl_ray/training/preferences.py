@@ -1,0 +1,148 @@
+"""The pairs of a run that learns from preferences: its own copy of them, and how the policy does on those held out.
+
+The store is copied into the run's folder at the start, as `preferences/train` and `preferences/held_out`: labels that
+come later change no run, a resumed one goes on in the very same pairs, and no node but the driver's needs the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmrl_ray.config import Config
+from mmrl_ray.config.sections import PreferencesSection
+from mmrl_ray.data.samples import Quarantine, Sample, read_split
+from mmrl_ray.errors import PreferenceError
+from mmrl_ray.evaluation.scores import interval_json
+from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams
+from mmrl_ray.metrics.bootstrap import RESAMPLES, bootstrap_difference, bootstrap_mean
+from mmrl_ray.preferences.dataset import is_held_out, pair_of, write_split
+from mmrl_ray.preferences.store import PreferenceStore
+from mmrl_ray.rollouts.controller_actor import ControllerClient
+from mmrl_ray.run_records.run_dir import RunDir
+
+TRAIN, HELD_OUT = "preferences/train", "preferences/held_out"
+_FILE = "eval/preferences_{name}.json"
+
+
+def check_pairs(cfg: Config) -> int:
+    """Labelled pairs in the store of a run that needs one; 0 of any other.
+
+    Raises:
+        PreferenceError: the store is not there, or has none.
+    """
+    if (wanted := cfg.data.preferences) is None:
+        return 0
+    with PreferenceStore(wanted.store, must_exist=True) as store:
+        pairs = store.count_labelled()
+    if not pairs:
+        raise PreferenceError(f"data.preferences.store={wanted.store}: nobody has labelled a pair yet")
+    return pairs
+
+
+def trained_pictures(wanted: PreferencesSection) -> Iterator[str]:
+    """Hash of each vote's picture, of those that a run trains on.
+
+    Raises:
+        PreferenceError: the store cannot be read.
+    """
+    with PreferenceStore(wanted.store, must_exist=True) as store:
+        for each in store.preferences():
+            if not is_held_out(each.pair.image_hash, wanted.held_out):
+                yield each.pair.image_hash
+
+
+def pair_data(cfg: Config, run: RunDir) -> tuple[Config, list[Sample]]:
+    """The config of a run that trains on pairs, its `data.train` its own copy of them; and the held-out pairs.
+
+    Any other config is given back as it is, with no pairs.
+
+    Raises:
+        PreferenceError: the store cannot be read, or has nothing to train on.
+        DataError: the copy cannot be written or read.
+    """
+    wanted = cfg.data.preferences
+    if wanted is None:
+        return cfg, []
+    train, held_out = f"{run.location}/{TRAIN}", f"{run.location}/{HELD_OUT}"
+    if not run.exists(TRAIN):
+        run.delete(HELD_OUT)  # of a driver that was killed in between
+        with PreferenceStore(wanted.store, must_exist=True) as store:
+            write_split(store.preferences(pictures=True), train, held_out, share=wanted.held_out)
+    pairs = []
+    if run.exists(HELD_OUT):
+        broken = Quarantine(cfg.data.max_quarantined, source=held_out)
+        pairs = read_split(held_out, prompt=cfg.data.prompt, limit=cfg.data.eval_samples, quarantine=broken)
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": train})}), pairs
+
+
+def measure_pairs(cfg: Config, run: RunDir, name: str, controller: ControllerClient, pairs: Sequence[Sample]) -> str:
+    """Scores the held-out pairs by the newest policy, keeps the figures under `name`, and tells them in a line.
+
+    Raises:
+        RolloutError: the workers did not answer.
+        RunError: the folder cannot be written.
+    """
+    sampling = SamplingParams(temperature=cfg.rollout.temperature, max_new_tokens=cfg.rollout.max_new_tokens)
+    generated = controller.generate(pairs, sampling, completions=2)
+    groups = controller.groups([scored.payload for scored in generated.groups if scored is not None])
+    scale = cfg.learner.family.implicit_reward_scale
+    margins = [margin for group in groups if (margin := _margin(group, scale)) is not None]
+    left_out = len(generated.failures)
+    run.write_json(_FILE.format(name=name), {"margins": margins, "seed": cfg.run.seed, "left_out": left_out})
+    if not margins:
+        return f"preferences ({name}): no held-out pair has a better caption"
+    accuracy = bootstrap_mean([_correct(m) for m in margins], seed=cfg.run.seed, resamples=RESAMPLES)
+    return f"preferences ({name}): {accuracy.mean:.1%} of {len(margins)} held-out pairs {accuracy.words('.1%')}"
+
+
+def preferences_json(run: RunDir) -> dict[str, Any]:
+    """`preferences` of the summary: accuracy and margin of the implicit reward on held-out pairs, and how they changed.
+
+    Accuracy is the share of pairs whose better caption has the larger implicit reward; equal ones count ½, as all do
+    before training, when the policy is the reference.
+    """
+    found: dict[str, Any] = {}
+    columns: dict[str, dict[str, list[float]]] = {}
+    for name in ("before", "after"):
+        if not run.exists(_FILE.format(name=name)):
+            continue
+        told = run.read_json(_FILE.format(name=name))
+        if margins := told["margins"]:
+            columns[name] = {"accuracy": [_correct(m) for m in margins], "margin": margins}
+            measures = {
+                key: interval_json(bootstrap_mean(values, seed=told["seed"], resamples=RESAMPLES))
+                for key, values in columns[name].items()
+            }
+            found[name] = {"pairs": len(margins), "left_out": told["left_out"], **measures}
+    if len(columns) == 2 and len(columns["before"]["margin"]) == len(columns["after"]["margin"]):
+        found["difference"] = {
+            key: interval_json(
+                bootstrap_difference(values, columns["after"][key], seed=told["seed"], resamples=RESAMPLES)
+            )
+            for key, values in columns["before"].items()
+        }
+    return found
+
+
+def has_measured(run: RunDir, name: str) -> bool:
+    """Whether `measure_pairs` has kept figures under that name."""
+    return run.exists(_FILE.format(name=name))
+
+
+def _margin(group: RolloutGroup, beta: float) -> float | None:
+    """Implicit reward of the better caption less that of the other; None for a tie."""
+    pair = pair_of(group.sample)
+    assert pair is not None
+    if pair.preferred[0] == 0.5:
+        return None
+    rewards = []
+    for completion in group.completions:
+        assert completion.reference_logprobs is not None
+        rewards.append(beta * float((completion.logprobs.double() - completion.reference_logprobs.double()).sum()))
+    margin = rewards[0] - rewards[1]
+    return margin if pair.preferred[0] > 0.5 else -margin
+
+
+def _correct(margin: float) -> float:
+    return 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0

@@ -1,0 +1,568 @@
+"""`mmrl train`: a config in, a finished run folder out.
+
+    run folder, owned ──▶ scenes, warm start, checks ──▶ Ray ──▶ controller + rollout workers
+                                                                  │  evaluate (before) ‖ learner group starts
+                                                                  ▼
+                     report ◀── summary ◀── evaluate (after) ◀── steps, checkpoints ──▶ adapter/
+
+The folder is there from the first moment, so that whatever stops the run, `--resume` finds it; where a check of a new
+run fails it is taken away again. Whatever happens after the checks, summary and report say it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import mmrl_ray
+from mmrl_ray.config import Config
+from mmrl_ray.config.load import changed_keys, dump_config
+from mmrl_ray.config.paths import RUN_CONFIG, with_absolute_paths
+from mmrl_ray.data.quarantine import QuarantineRecord, reasons_of, told
+from mmrl_ray.data.samples import Sample, iter_references
+from mmrl_ray.data.scenes.generator import write_scenes
+from mmrl_ray.errors import Interrupted, MMRLError, ModelError, RunError
+from mmrl_ray.evaluation.blindness import EVENT, Blindness, evaluation_blindness
+from mmrl_ray.evaluation.model_source import STATISTICS
+from mmrl_ray.evaluation.records import (
+    MAX_STATES,
+    States,
+    load_evaluation,
+    load_states,
+    save_evaluation,
+    save_states,
+    states_json,
+)
+from mmrl_ray.evaluation.scores import Evaluation, compare, comparison_json, in_common, score_captions
+from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.learner.checkpoints import checkpoint_steps
+from mmrl_ray.learner.group import LearnerGroup
+from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.planning.preflight import (
+    check_references,
+    check_run,
+    evaluation_split,
+    held_out_quarantine,
+    refuse_moved,
+    trained_on,
+    with_opening,
+)
+from mmrl_ray.report.page import write_report
+from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
+from mmrl_ray.rollouts.factory import PolicyEngineFactory
+from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
+from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
+from mmrl_ray.run_records.step_log import EVENTS, note_event
+from mmrl_ray.telemetry.logs import start_logging
+from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
+from mmrl_ray.training import preferences, stored
+from mmrl_ray.training.cluster import node_local_root_refused, ray_session
+from mmrl_ray.training.interrupts import StopOnInterrupt
+from mmrl_ray.training.monitoring import PeakMemory, give_back_memory, scrape_targets
+from mmrl_ray.training.serve_apps import LivePolicy, RunReward
+from mmrl_ray.training.warm_start import BASE, base_of_run, keep_base, warm_start_blindness, warm_start_left_out
+
+SUMMARY = "summary.json"
+_DOES = {
+    "warm_start": "loading what the warm start begins with",
+    "checks": "loading the model for a trial",
+    "statistics": "counting words of the references",
+    "stored": "copying stored data",
+    "serve": "starting the servers",
+    "start": "starting the rollout workers",
+}
+"""What a phase of the summary does while it tells nothing of itself."""
+_WATCH_S = 0.5
+_LOST_S = 5.0
+"""For what a signal has reached, too, to end."""
+_STATUS_S = 60.0
+_VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
+_SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl"}
+"""Metrics beside the progress bar; an algorithm adds its own, and the speed comes last."""
+
+
+def train(cfg: Config, *, resume: bool = False, address: str | None = None, debug: bool = False) -> str:
+    """Runs, or goes on with, a whole run; returns the folder.
+
+    Raises:
+        MMRLError: what stopped it; the run folder, if it came to that, says so too.
+        Interrupted: the user did, and what was finished is checkpointed.
+    """
+    as_json = cfg.run.log_format == "json"
+    level = logging.INFO if as_json else logging.WARNING  # on a terminal the progress says it already
+    start_logging(cfg.run.log_format, run=cfg.run.name, role="driver", level=level)
+    with (
+        PeakMemory() as memory,
+        RunProgress(as_log=as_json) as progress,
+        StopOnInterrupt(say=progress.note) as interrupt,
+    ):
+        run = _Run(with_absolute_paths(cfg), progress, memory, interrupt)
+        return run.whole(resume=resume, address=address, debug=debug)
+
+
+class _Run:
+    """One run from its config to its report."""
+
+    def __init__(self, cfg: Config, progress: RunProgress, memory: PeakMemory, interrupt: StopOnInterrupt) -> None:
+        self._cfg = cfg
+        self._progress = progress
+        self._memory = memory
+        self._interrupt = interrupt
+        self._pairs: list[Sample] = []
+        self._facts: dict[str, Any] = {}
+        """Of the data, for the summary."""
+        self._findings: list[tuple[str, dict[str, Any]]] = []
+        """Events from before there was a run folder to write them into."""
+        self._seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._keep = True
+        """Whether the run folder stays if the run ends now."""
+        self._is_resumed = False
+        self._is_root_new = False
+        """Whether the folder that it lies in was made for it."""
+        self._step = 0
+        """Steps that are known to be finished."""
+        self._owner: RunOwner
+
+    def whole(self, *, resume: bool, address: str | None, debug: bool) -> str:
+        """All phases; see the top of this file."""
+        cfg = self._cfg
+        run = RunDir.open(cfg.run.root, cfg.run.name) if resume else self._created()
+        try:
+            with RunOwner(run) as self._owner:
+                # Not before: until here it may be another's.
+                self._keep = self._is_resumed = resume or run.exists(RUN_CONFIG)
+                if self._owner.taken_over is not None:
+                    self._progress.note(f"taken over from {self._owner.taken_over}, which is gone")
+                run.remove_scratch()  # of a process that was killed
+                run.cut_torn_line(EVENTS)  # of a machine that went down
+                self._begin(run, address=address, debug=debug)
+        finally:
+            if not self._keep:
+                run.delete("")
+                if self._is_root_new:
+                    with suppress(OSError):  # another run has begun there meanwhile
+                        Path(run.path).parent.rmdir()
+        return run.location
+
+    def _created(self) -> RunDir:
+        cfg = self._cfg
+        self._is_root_new = "://" not in cfg.run.root and not Path(cfg.run.root).exists()
+        try:
+            return RunDir.create(cfg.run.root, cfg.run.name)
+        except RunError:
+            if (owner := _owner_of(cfg)) is not None:
+                raise RunError(f"run {cfg.run.name} in {cfg.run.root} is under way: {owner}") from None
+            if (found := _unbegun(cfg)) is not None:
+                return found
+            raise
+
+    def _begin(self, run: RunDir, *, address: str | None, debug: bool) -> None:
+        """Prepares, then runs. A new folder is kept if the user stops the preparation, not if a check fails."""
+        again = run.exists(EVENTS)
+        if not run.exists(RUN_CONFIG):
+            run.write_text(RUN_CONFIG, dump_config(self._cfg))
+        try:
+            start, unseeing, samples = self._prepare(run, again)
+        except KeyboardInterrupt:
+            self._keep = True
+            conclude_status(run, "interrupted")
+            raise Interrupted(
+                f"stopped before the first step; go on with: mmrl train --resume {run.location}"
+            ) from None
+        except Exception:
+            if self._keep:
+                conclude_status(run, "failed: it could not start")
+            raise
+        self._keep = True
+        cfg = self._cfg
+        status = "failed"
+        try:
+            write_status(run, "starting", STARTING_S)
+            note_event(run, "run_resumed" if again else "run_started")
+            if self._owner.taken_over is not None:
+                note_event(run, "run_taken_over", owner=self._owner.taken_over)
+            for kind, told_of in self._findings if not again else ():
+                note_event(run, kind, **told_of)
+            self._keep_config(run, again)
+            if not again:
+                self._warn_if_blind(run, "warm start", unseeing)
+            statistics = self._statistics(run)
+            with self._timed("stored"):
+                start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
+            with ExitStack() as stack:
+                with self._progress.busy("starting Ray"):
+                    say = self._progress.note
+                    session = ray_session(cfg, address=address, debug=debug, show=say, say=say)
+                    stack.enter_context(session)
+                node_local_root_refused(cfg.run.root)
+                stack.enter_context(scrape_targets(run))
+                joined = bool(address or os.environ.get("RAY_ADDRESS"))
+                with self._timed("serve"):
+                    live = stack.enter_context(LivePolicy(cfg, run, start.model.path, joined=joined))
+                    hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
+                for line in live.greeting():
+                    self._progress.note(line)
+                if cfg.agent is None:
+                    self._learn(start, run, hosted, statistics, samples)
+                else:
+                    self._learn_by_value(start, run, hosted, statistics, samples)
+            status = "finished"
+        except Interrupted:
+            status = "interrupted"
+            raise
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise Interrupted(f"stopped at once; go on with: mmrl train --resume {run.location}") from None
+        except MMRLError as error:
+            status = f"failed: {error}"
+            raise
+        finally:
+            self._owner.check()
+            with StopOnInterrupt(lambda: self._progress.note("writing the report; a second signal stops at once")):
+                self._conclude(run, status)
+
+    def _prepare(self, run: RunDir, again: bool) -> tuple[Config, Blindness | None, list[Sample]]:
+        """Data, warm start and checks: the config to start from, what the warm start does not see, what is held out."""
+        cfg = self._cfg
+        write_status(run, "starting", STARTING_S)
+        with self._timed("data"):
+            if self._is_resumed:
+                refuse_moved(cfg, base_is_kept=run.exists(BASE))
+            if not again:
+                preferences.check_pairs(cfg)
+                stored.check_stored(cfg)
+            if cfg.data.scenes is not None:
+                write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
+            check_references(cfg)
+            samples = self._held_out(again)
+        with self._timed("warm_start"):
+            say = self._progress.note
+            made = base_of_run(cfg, run, progress=self._warm_start_progress(run), say=say, owned=True)
+            path, size = keep_base(cfg, run, made)
+            if size:
+                self._facts["base_bytes"] = size
+            model = cfg.model.model_copy(update={"path": path})
+            self._tell_left_out("warm_start", warm_start_left_out(model.path))
+        start = cfg.model_copy(update={"model": model})
+        with self._timed("checks"):
+            for line in check_run(start):
+                self._progress.note(line)
+            give_back_memory()
+            self._cfg = with_opening(cfg, start.model)
+            start = start.model_copy(update={"reward": self._cfg.reward})
+        return start, warm_start_blindness(model.path), samples
+
+    def _warm_start_progress(self, run: RunDir) -> ProgressFn:
+        """Shown, and told to whoever looks at the run's status."""
+        shown = self._progress.phase("warm start", lazily=True)
+        told = time.monotonic()
+
+        def update(done: int, total: int, figures: Mapping[str, float]) -> None:
+            nonlocal told
+            shown(done, total, figures)
+            if time.monotonic() - told >= _STATUS_S:
+                told = time.monotonic()
+                write_status(run, "starting", STARTING_S)
+
+        return update
+
+    def _keep_config(self, run: RunDir, again: bool) -> None:
+        """The config as it is from here on; a resume that changes it says what it changes."""
+        text = dump_config(self._cfg)
+        before = run.read_text(RUN_CONFIG) if run.exists(RUN_CONFIG) else None
+        if before == text:
+            return
+        run.write_text(RUN_CONFIG, text)
+        if again and before is not None and (changed := changed_keys(before, text)):
+            note_event(run, "config_changed", detail=", ".join(changed))
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def _held_out(self, resume: bool) -> list[Sample]:
+        """The samples to evaluate on; says which of them are broken, and which are trained on."""
+        quarantine = held_out_quarantine(self._cfg)
+        samples = evaluation_split(self._cfg, quarantine)
+        self._tell_left_out("held_out", quarantine.records)
+        overlaps = list(trained_on(self._cfg, samples, resume=resume))
+        self._facts["held_out"] = {"samples": len(samples), "trained_on": [each.to_json() for each in overlaps]}
+        for each in overlaps:
+            if each.found:
+                self._progress.note(f"warning: {each}")
+                self._findings.append(("held_out_trained_on", {"detail": str(each), **each.to_json()}))
+        return samples
+
+    def _tell_left_out(self, where: str, records: Sequence[QuarantineRecord]) -> None:
+        """On the terminal, in the events and in the summary."""
+        self._facts.setdefault("left_out", {})[where] = [record.as_dict() for record in records]
+        if records:
+            self._progress.note(f"{where.replace('_', ' ')}: {told(records)}")
+            details = {"samples": [record.sample_id for record in records[:20]], "detail": reasons_of(records)}
+            self._findings.append((f"{where}_left_out", {"count": len(records), **details}))
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def _statistics(self, run: RunDir) -> CorpusStatistics:
+        """Of the training references; they stay with the run."""
+        with self._timed("statistics"):
+            if run.exists(STATISTICS):
+                statistics = CorpusStatistics.from_json(run.read_text(STATISTICS))
+            else:
+                references = iter_references(self._cfg.data.train)
+                order = self._cfg.reward.language_order
+                statistics = CorpusStatistics.from_references(references, language_order=order)
+                run.write_text(STATISTICS, statistics.to_json())
+        return statistics
+
+    def _learn(
+        self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
+    ) -> None:
+        with self._timed("start"):
+            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
+        is_beginning = not checkpoint_steps(run)
+        learner: LearnerGroup | None = None
+        interrupt = StopOnInterrupt(
+            lambda: controller.request_stop("interrupted"), awaited=self._awaited, say=self._progress.note
+        )
+        is_lost = False
+        try:
+            with interrupt:
+                learner = LearnerGroup(cfg, run, controller)
+                learner.start()
+                with interrupt.at_once():
+                    with self._progress.busy("loading the reward"):
+                        hosted.wait()
+                    if samples and load_evaluation(run, "before") is None:
+                        if is_beginning:
+                            self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
+                        else:  # a later version's captions would pass for the first one's
+                            self._progress.note("evaluate (before): left out, the run is past its beginning")
+                    if is_beginning and not preferences.has_measured(run, "before"):
+                        self._measure_pairs(cfg, run, "before", controller)
+                with self._timed("learning"):
+                    self._watch(controller, learner, hosted)
+                    outcome = learner.result()
+                if not outcome.finished:
+                    raise Interrupted(
+                        f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}"
+                    )
+                with interrupt.at_once():
+                    if samples:
+                        self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
+                    self._measure_pairs(cfg, run, "after", controller)
+        except (MMRLError, KeyboardInterrupt) as error:
+            if not interrupt.asked or isinstance(error, Interrupted):
+                raise
+            # A service manager may signal every process of a service, and soon kill what is left of it.
+            is_lost = True
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise Interrupted(
+                f"stopped, but what was to be finished is lost: {error}; go on from the newest checkpoint with: mmrl "
+                f"train --resume {run.location}"
+            ) from error
+        finally:
+            patience = {"timeout_s": _LOST_S} if is_lost else {}
+            try:
+                with suppress(MMRLError) if is_lost else nullcontext():
+                    controller.close(**patience)
+            finally:
+                if learner is not None:
+                    learner.close(**patience)
+
+    def _learn_by_value(
+        self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
+    ) -> None:
+        # Imported here: RLlib takes seconds, which other runs need not pay.
+        from mmrl_ray.training.value_based import ValueBasedRun
+
+        def evaluate(name: str, captions: Sequence[str]) -> None:
+            self._score(run, name, samples, captions, hosted.reward, statistics)
+
+        with self._timed("start"):
+            learning = ValueBasedRun(cfg, run, hosted, samples, self._progress)
+        with closing(learning), self._timed("learning"):
+            learning.learn(evaluate)
+
+    def _evaluate(
+        self,
+        run: RunDir,
+        name: str,
+        controller: ControllerClient,
+        reward: RewardFn,
+        statistics: CorpusStatistics,
+        samples: Sequence[Sample],
+    ) -> None:
+        """Greedy captions of the held-out split, by the rollout workers, into `eval/NAME.parquet`."""
+        with self._timed(f"evaluate_{name}"):
+            sampling = SamplingParams(
+                temperature=self._cfg.rollout.temperature,
+                max_new_tokens=self._cfg.rollout.max_new_tokens,
+                greedy=True,
+                value_beta=stored.decoding_beta(self._cfg) if name == "after" else 0.0,  # there are no values before
+            )
+            shown = self._progress.phase(f"evaluate ({name})")
+            generated = controller.generate(
+                samples, sampling, states=MAX_STATES, progress=lambda came: shown(came, len(samples), {})
+            )
+            shown(len(samples), len(samples), {})
+            done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
+            for failure in generated.failures:
+                self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
+            if not done:
+                raise ModelError(
+                    f"none of {len(samples)} held-out samples could be captioned by {self._cfg.model.path}; the first: "
+                    f"{generated.failures[0].reason}"
+                )
+            groups = controller.groups([scored.payload for _, scored in done])
+            captions = [group.completions[0].caption for group in groups]
+            kept = [sample for sample, _ in done]
+            looked_into = [(s, g.state) for s, g in zip(kept, groups, strict=True) if g.state is not None]
+            if looked_into:
+                save_states(run, name, States.of(*zip(*looked_into, strict=True)))
+            # The last to be written: where it is, a resume takes all of it for done.
+            self._score(run, name, kept, captions, reward, statistics)
+
+    def _score(
+        self,
+        run: RunDir,
+        name: str,
+        samples: Sequence[Sample],
+        captions: Sequence[str],
+        reward: RewardFn,
+        statistics: CorpusStatistics,
+    ) -> None:
+        evaluation = score_captions(
+            samples,
+            captions,
+            reward,
+            statistics,
+            progress=self._progress.phase(f"score ({name})"),
+            seed=self._cfg.run.seed,
+            timeout_s=self._cfg.reward.timeout_s,
+            retries=self._cfg.reward.retries,
+        )
+        save_evaluation(run, name, evaluation, samples)
+        measures = evaluation.measures
+        shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
+        self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
+        if evaluation.unrewarded:
+            self._progress.warn(f"evaluation {name} training: {evaluation.told_unrewarded()}")
+        if (agent := self._cfg.agent) is None or not agent.blind:
+            self._warn_if_blind(run, f"evaluation {name} training", evaluation_blindness(evaluation))
+
+    def _warn_if_blind(self, run: RunDir, what: str, found: Blindness | None) -> None:
+        if found is not None:
+            self._progress.warn(found.told(what))
+            note_event(run, EVENT, what=what, **found.to_json())
+
+    def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
+        """What the policy makes of the held-out pairs, if there are any."""
+        if self._pairs:
+            with self._timed(f"preferences_{name}"):
+                self._progress.note(preferences.measure_pairs(cfg, run, name, controller, self._pairs))
+
+    def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
+        """Shows the newest step until the learner group is done."""
+        update: ProgressFn = self._progress.phase("learning")
+        self._step = shown = 0
+        is_over = False
+        while not is_over:
+            is_over = learner.wait(_WATCH_S)  # and then a last look: steps were finished since the one before
+            self._owner.check()
+            hosted.look()
+            status = controller.status()
+            self._step, steps = int(status["step"]), int(status["steps"])
+            if self._step > shown:
+                shown = self._step
+                update(shown, steps, _figures(status.get("metrics", {}), self._cfg.family.shown))
+
+    def _awaited(self) -> str:
+        """What is still done when the user stops the run."""
+        return f"finishing step {min(self._step + 1, self._cfg.learner.steps)}, then a checkpoint"
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _conclude(self, run: RunDir, status: str) -> None:
+        """Summary and report, however the run ended."""
+        before, after = load_evaluation(run, "before"), load_evaluation(run, "after")
+        states = {name: load_states(run, name) for name in ("before", "after")}
+        seconds = {**self._seconds, "total": time.monotonic() - self._began}
+        summary = {
+            "status": status,
+            "run": self._cfg.run.name,
+            "eval": evaluation_json(before, after),
+            "correlations": states_json(states),
+            **self._facts,
+            **({"preferences": pairs} if (pairs := preferences.preferences_json(run)) else {}),
+            "seconds": seconds,
+            "peak_memory_bytes": self._memory.peak_bytes,
+            "cpus": os.cpu_count(),
+            "versions": _versions(),
+        }
+        run.write_json(SUMMARY, summary)
+        conclude_status(run, status)
+        note_event(run, "run_ended", status=status)
+        report = write_report(run)
+        self._progress.note(f"{status}: {run.location}")
+        self._progress.note(f"report: {report}")
+        self._progress.note(f"wall {seconds['total']:.0f} s, peak resident {self._memory.peak_bytes / 1e9:.2f} GB")
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        self._interrupt.check()
+        began = time.monotonic()
+        try:
+            with self._progress.busy(_DOES.get(phase, phase.replace("_", " "))):
+                yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    """`eval` of the summary: each side, and their paired differences where there are both."""
+    found: dict[str, Any] = {}
+    if before is not None:
+        found["before"] = before.to_json()
+    if after is not None:
+        found["after"] = after.to_json()
+    if before is not None and after is not None and (both := in_common(before, after)) is not None:
+        found["difference"] = comparison_json(compare(*both))
+    return found
+
+
+def _owner_of(cfg: Config) -> str | None:
+    """Who is at work in the run's folder."""
+    with suppress(RunError):
+        return living_owner(RunDir.open(cfg.run.root, cfg.run.name))
+    return None
+
+
+def _unbegun(cfg: Config) -> RunDir | None:
+    """The run's folder where there is nothing in it yet: whoever made it was killed at once."""
+    with suppress(RunError):
+        run = RunDir.open(cfg.run.root, cfg.run.name)
+        if set(run.list()) <= {OWNER_FILE}:
+            return run
+    return None
+
+
+def _figures(line: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, float]:
+    wanted = {**_SHOWN, **own, "samples_per_second": "samples/s"}
+    known = {name: line[key] for key, name in wanted.items() if isinstance(line.get(key), int | float)}
+    return {name: float(value) for name, value in known.items() if math.isfinite(value)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"mmrl_ray": mmrl_ray.__version__, "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in _VERSIONS}

@@ -1,0 +1,129 @@
+"""One Ray for this folder's runs, which join it as they would a cluster; data and base model are made once."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray._raylet import AuthenticationTokenLoader, Config
+
+from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
+from mmrl_ray.policy.tiny import build_tiny_llava
+from mmrl_ray.training.cluster import configure_ray
+
+DEADLINE_S = 240.0
+
+
+@dataclass
+class Workplace:
+    """Where runs are made, by the command line, in processes of their own."""
+
+    folder: Path
+    environment: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def config(self, name: str, **overrides: Any) -> Path:
+        merged = {**self.settings, "run": {"name": name, "seed": 3, "root": str(self.runs)}}
+        for section, keys in overrides.items():
+            merged[section] = {**merged.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(merged))
+        return path
+
+    def start(self, *arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "mmrl_ray.cli", *map(str, arguments)]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environment,
+            cwd=cwd or self.folder,
+        )
+
+    def mmrl(self, *arguments: str | Path, code: int = 0, cwd: Path | None = None) -> str:
+        process = self.start(*arguments, cwd=cwd)
+        output, _ = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == code, output
+        return output
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+    """Until `condition` holds; fails when the process ends before, or the deadline passes."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"the run ended before {what}: {process.communicate()[0]}")
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no {what} within {DEADLINE_S:g} s: {process.communicate()[0]}")
+        time.sleep(0.05)
+
+
+def prepare(folder: Path) -> dict[str, Any]:
+    """Makes data and base model; returns what all configs here share."""
+    write_scenes(ScenesSection(train=24, eval=6), folder / "train", folder / "eval")
+    build_tiny_llava(
+        folder / "base",
+        vocabulary=["describe", "the", "image", ".", *scenes_vocabulary()],
+        patch_size=16,
+        hidden=32,
+        layers=2,
+        heads=2,
+        vision_hidden=32,
+        vision_layers=1,
+        vision_heads=2,
+    )
+    actor = {"cpus": 0.5, "threads": 1}
+    return {
+        "model": {"path": str(folder / "base"), "dtype": "float32"},
+        "data": {"train": str(folder / "train"), "eval": str(folder / "eval"), "prompt": "describe the image ."},
+        "algorithm": "grpo",
+        "rollout": {"group_size": 3, "max_new_tokens": 6, "groups_per_assignment": 2},
+        "reward": {
+            "host": "inline",  # Serve has tests of its own, and costs every run seconds
+            "parts": {
+                "caption": {"kind": "caption"},
+                "fluent": {"kind": "fluency"},
+                "short": {"kind": "format", "pattern": ".{0,20}"},
+            },
+            "weights": {"caption": 1.0, "fluent": 0.1, "short": 0.01},
+        },
+        "learner": {"steps": 6, "groups_per_step": 4, "lr": 1e-2, "checkpoint_every": 3},
+        "resources": {"learner": actor, "rollout": actor},
+    }
+
+
+@pytest.fixture(scope="package")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    folder = tmp_path_factory.mktemp("workplace")
+    settings = prepare(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        configure_ray()
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray reads both when it is imported, which was long ago, and a module before may have had another token.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        context = ray.init(
+            "local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+        )
+        try:
+            environment = {**os.environ, "RAY_ADDRESS": context.address_info["gcs_address"], "COLUMNS": "200"}
+            yield Workplace(folder, environment, settings)
+        finally:
+            ray.shutdown()
