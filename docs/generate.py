@@ -79,8 +79,7 @@ def _bars_in_code(row: str) -> str:
 
 def routes() -> Lines:
     """The gateway's OpenAPI document: routes with their bodies, then the bodies' fields."""
-    from mmrl_ray.config.serving import FineTuningSection
-    from mmrl_ray.config.serving import ServingSection
+    from mmrl_ray.config.serving import FineTuningSection, ServingSection
     from mmrl_ray.serving.app import GatewayDeps, make_app
 
     service: Any = object()  # no route is called
@@ -178,10 +177,9 @@ def events() -> Lines:
 def schemas() -> Lines:
     """Columns of each Parquet file, with the comment that stands beside them in the code."""
     from mmrl_ray.data.row import sample_schema
+    from mmrl_ray.evaluation.records import EVAL_SCHEMA, STATE_SCHEMA
     from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
     from mmrl_ray.preferences.schema import PREFERENCE_SCHEMA
-    from mmrl_ray.evaluation.records import EVAL_SCHEMA
-    from mmrl_ray.evaluation.records import STATE_SCHEMA
 
     found = {
         "Datasets: `data.train`, `data.eval`": (sample_schema(several_images=False), "mmrl_ray.data.row"),
