@@ -21,7 +21,7 @@ from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import MMRLError, PlacementError, RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
-from mmrl_ray.rollouts.parcels import open_payload
+from mmrl_ray.rollouts.group_codec import open_payload
 from mmrl_ray.rollouts.pool import RayWorkerPool
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.types import EngineFactory, Generated, Stop, Wait
