@@ -45,8 +45,6 @@ PARCEL_BYTES = 4 * 1024 * 1024
 """A parcel takes no further group that would make it larger."""
 _BESIDE_BYTES = 4096
 """Tensors from this size on travel as arrays, which Ray copies into its store without another copy."""
-_COMPLETION = ("completion", "caption", "finish_reason", "token_ids", "behaviour_logprobs", "reference_logprobs")
-"""Columns of the rows that a completion is made of."""
 _FORMAT, _OLD_FORMAT = 2, 1
 _BUFFER_KEY = "buffer.arrow"
 _CHECKPOINT_SCHEMA = pa.schema(
@@ -215,10 +213,10 @@ def _decode(parcel: Parcel, place: int) -> RolloutGroup:
         name: _tensor(buffer, getattr(torch, dtype), shape)
         for (name, dtype, shape), buffer in zip(facts["tensors"], encoded.buffers, strict=True)
     }
-    rows = decode_records(parcel.rows).slice(*encoded.rows).select(_COMPLETION).to_pylist()
-    completions = {row["completion"]: _completion(row) for row in rows}
-    greedy = completions.pop(-1, None)
-    return _group(facts, encoded.images, tensors, [completions[i] for i in sorted(completions)], greedy)
+    rows = decode_records(parcel.rows).slice(*encoded.rows)
+    completions = [_completion(rows, i) for i in range(rows.num_rows)]
+    greedy = completions.pop() if completions and rows["completion"][-1].as_py() == -1 else None
+    return _group(facts, encoded.images, tensors, completions, greedy)
 
 
 def _group(
@@ -260,15 +258,20 @@ def _layers(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(tensors[f"deepstack/{i}"] for i in range(len(_named(tensors, "deepstack/"))))
 
 
-def _completion(row: Mapping[str, Any]) -> Completion:
-    reference = row["reference_logprobs"]
+def _completion(rows: pa.Table, row: int) -> Completion:
+    reference = rows["reference_logprobs"][row]
     return Completion(
-        token_ids=torch.tensor(row["token_ids"], dtype=torch.int64),
-        logprobs=torch.tensor(row["behaviour_logprobs"], dtype=torch.float32),
-        text=row["caption"],
-        finish_reason=row["finish_reason"],
-        reference_logprobs=None if reference is None else torch.tensor(reference, dtype=torch.float32),
+        token_ids=_listed(rows["token_ids"][row]),
+        logprobs=_listed(rows["behaviour_logprobs"][row]),
+        text=rows["caption"][row].as_py(),
+        finish_reason=rows["finish_reason"][row].as_py(),
+        reference_logprobs=_listed(reference) if reference.is_valid else None,
     )
+
+
+def _listed(cell: Any) -> torch.Tensor:
+    """A list of numbers as a tensor of the column's type, without a Python object for each."""
+    return torch.from_numpy(cell.values.to_numpy().copy())
 
 
 def _buffer(tensor: torch.Tensor) -> Any:
