@@ -1,1 +1,1 @@
-"""What flows from sampling to learning: carriers, Arrow schema, buffer, step plan."""
+"""What flows from sampling to learning: carriers, Arrow schema, step plan."""

@@ -62,18 +62,23 @@ ROLLOUT_SCHEMA = pa.schema(
 
 
 def encode_records(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as made by `group_rows`, as an Arrow IPC stream of `ROLLOUT_SCHEMA`; `decode_records` takes it back.
+    """`encode_table` of rows as made by `group_rows`."""
+    return encode_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA))
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A table of `ROLLOUT_SCHEMA` as an Arrow IPC stream; `decode_records` takes it back.
 
     Bytes, since a table's columns would be pickled one by one, which costs as much as all else about a group.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, ROLLOUT_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA))
+        writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
 def decode_records(encoded: bytes) -> pa.Table:
-    """The table that `encode_records` was given the rows of."""
+    """The table that `encode_table` was given."""
     return pa.ipc.open_stream(encoded).read_all()
 
 

@@ -32,7 +32,7 @@ from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, PlacementError
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.train_loop import train_loop
 from mmrl_ray.rollouts.controller_actor import ControllerClient
-from mmrl_ray.rollouts.nodes import register
+from mmrl_ray.rollouts.pool_settings import register
 from mmrl_ray.run_records.run_dir import RunDir
 
 logger = logging.getLogger(__name__)

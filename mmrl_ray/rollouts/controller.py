@@ -24,15 +24,15 @@ from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rollouts.group_codec import decode_checkpoint, encode_checkpoint
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
-from mmrl_ray.rollouts.parcels import open_payload
-from mmrl_ray.rollouts.run_metrics import RunMetrics, reward_failures
-from mmrl_ray.rollouts.step_writer import PlannedStep, StepWriter
+from mmrl_ray.rollouts.run_metrics import PlannedStep, RunMetrics, StepWriter, reward_failures
 from mmrl_ray.rollouts.types import Generated, SampleSource, Stop, Wait, WorkerPool
 from mmrl_ray.run_records.control_files import ScaleAnswer, StatusWriter
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.meter import Meter
 
 COMMAND_TIMEOUT_S = 120.0
+_LOOK_S = 1.0
+"""How often an evaluation that waits looks whether anybody is there to answer it."""
 
 
 class Controller:
@@ -159,10 +159,10 @@ class Controller:
                     raise RolloutError(f"a checkpoint of {step} finished steps was asked for at {self._next_plan}")
                 stream = self._loop.sampler.state(step)
                 self._loop.sampler.forget_before(step)
-                return stream, [g for g in self._loop.book.waiting(step) if g.policy_version < step]
+                return stream, [g for g in self._loop.buffer.waiting(step) if g.policy_version < step]
 
         stream, groups = self._pump.call(gather, COMMAND_TIMEOUT_S)
-        return encode_checkpoint(step, stream, ((group, open_payload(group.payload, self._fetch)) for group in groups))
+        return encode_checkpoint(self._cfg.run.name, step, stream, groups, self._fetch)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on where `checkpoint_state` was taken, in this or another process; version `next_step` comes next.
@@ -171,7 +171,7 @@ class Controller:
             RolloutError: the state is of another format.
             DataError: it is of other data or another seed.
         """
-        self._begin(*decode_checkpoint(state))
+        self._begin(*decode_checkpoint(self._cfg.run.name, state))
 
     def rewind(self, step: int) -> None:
         """(Re)starts at `step`, 0 or one whose checkpoint was taken by this controller; nothing happens if it is due.
@@ -209,10 +209,17 @@ class Controller:
         Raises:
             RolloutError: no version is published.
         """
-        ticket = self._pump.call(
-            lambda: self._loop.submit_evaluation(samples, sampling, completions, states), COMMAND_TIMEOUT_S
-        )
-        return ticket.number
+
+        def ask() -> int:
+            with self._changed:
+                newest = self._loop.versions.newest
+                if newest is None:
+                    raise RolloutError("no policy version to generate with: the learner has not published one yet")
+                asked = self._loop.buffer.open_evaluation(samples, sampling, completions, newest, states)
+            self._loop.submit("eval", [*asked.requests.values()])
+            return asked.number
+
+        return self._pump.call(ask, COMMAND_TIMEOUT_S)
 
     def captions(self, number: int, wait_s: float, idle_s: float) -> Generated | Wait:
         """What `ask_captions` asked for, once; `Wait` if it is not there after `wait_s`.
@@ -220,10 +227,26 @@ class Controller:
         Raises:
             RolloutError: workers were ready, and none gave an answer for `idle_s`.
         """
-        ticket = self._loop.await_evaluation(number, wait_s, idle_s, self._clock)
-        if ticket is not None:
-            return ticket.answer()
-        return Wait("captions are under way", self._loop.evaluated(number))
+        ends = self._clock() + wait_s
+        with self._changed:
+            asked = self._loop.buffer.evaluation(number)
+            try:
+                while not asked.complete:
+                    self._pump.check()
+                    now = self._clock()
+                    if asked.stuck_for(now, self._loop.pool.status()["ready"] > 0) > idle_s:
+                        raise RolloutError(
+                            f"{asked.came} of {len(asked.requests)} samples were captioned, and no other one within "
+                            f"{idle_s:g} s though workers were ready; mmrl status says what they do"
+                        )
+                    if now >= ends:
+                        return Wait("captions are under way", asked.came)
+                    self._changed.wait(min(ends - now, idle_s, _LOOK_S))
+            except MMRLError:
+                self._loop.buffer.close_evaluation(number)
+                raise
+            self._loop.buffer.close_evaluation(number)
+            return asked.answer()
 
     def resize(self, workers: int | None, by: str = "the driver") -> ScaleAnswer:
         """Sets how many rollout workers there should be, or leaves it to the run.
@@ -282,12 +305,12 @@ class Controller:
             return Stop(self._stop)
         if self._asked_since is None:
             self._asked_since = self._clock()
-        if not self._loop.book.buffer.is_complete(step):
-            return Wait("{} of {} groups of step {} have arrived".format(*self._loop.book.progress(step), step))
+        if not self._loop.buffer.is_complete(step):
+            return Wait("{} of {} groups of step {} have arrived".format(*self._loop.buffer.progress(step), step))
         return self._plan(step, world_size)
 
     def _plan(self, step: int, world_size: int) -> StepPlan | Wait | Stop:
-        taken = self._loop.book.take(step, version=step)
+        taken = self._loop.buffer.take(step, version=step)
         if isinstance(taken, list):
             self._loop.sample_again(taken)
             return Wait(f"{len(taken)} groups of step {step} were too stale and are sampled again")

@@ -1,9 +1,15 @@
-"""The controller on Ray: the actor, how it is started, and the client that learner and driver call it through."""
+"""The controller on Ray: the actor, how it is started, and the client that learner and driver call it through.
+
+What can be asked of a controller is said once, by `Controller`. The actor passes any of it on, and the client's methods
+are made from the controller's (`Forwarded`), but for those that do something at the caller's end, too: wait, encode,
+fetch from the object store.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
 import torch
@@ -15,13 +21,12 @@ from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import MMRLError, PlacementError, RolloutError
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
-from mmrl_ray.rollouts.parcels import open_payload
+from mmrl_ray.rollouts.group_codec import open_payload
 from mmrl_ray.rollouts.pool import RayWorkerPool
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.types import EngineFactory, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.rollouts.worker import PackedFactory
-from mmrl_ray.run_records.control_files import ScaleAnswer
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import QUARANTINE_FILE
 from mmrl_ray.telemetry.logs import start_logging
@@ -38,6 +43,9 @@ IDLE_TIMEOUT_S = 600.0
 """For the next answer of an evaluation, while workers are ready to give it."""
 _POLL_S = 2.0
 """How long one call waits in the controller."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class ControllerActor:
@@ -76,11 +84,44 @@ class ControllerActor:
         return getattr(self._controller, method)(*args, **kwargs)
 
 
+class Forwarded(Generic[P, R]):
+    """A method of the client that is one of the controller's: same name, arguments, answer and errors."""
+
+    def __init__(self, method: Callable[Concatenate[Controller, P], R]) -> None:
+        self.__doc__ = method.__doc__
+        self._name = method.__name__
+
+    def __get__(self, client: ControllerClient, owner: type[ControllerClient]) -> Callable[P, R]:
+        """The call, bound to a client; on the class itself, this description of it."""
+        return self if client is None else partial(client.call, self._name)
+
+
 class ControllerClient:
-    """What learner and driver hold; picklable. Errors come back as the project's own, every call has a deadline."""
+    """What learner and driver hold; picklable. Errors come back as the project's own, every call has a deadline.
+
+    `restore` and `rewind` are for one rank, before any rank asks for a plan; `finish_step` is for one rank.
+    """
+
+    finish_step = Forwarded(Controller.finish_step)
+    checkpoint_state = Forwarded(Controller.checkpoint_state)
+    restore = Forwarded(Controller.restore)
+    rewind = Forwarded(Controller.rewind)
+    resize = Forwarded(Controller.resize)
+    request_stop = Forwarded(Controller.request_stop)
+    failure = Forwarded(Controller.failure)
+    status = Forwarded(Controller.status)
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+
+    def call(self, method: str, *args: Any, beyond_s: float = 0.0, **kwargs: Any) -> Any:
+        """One method of the controller, which may itself wait for `beyond_s`.
+
+        Raises:
+            RolloutError: the controller is gone, or did not answer in time.
+            MMRLError: what the method raises.
+        """
+        return _answer(self._handle.call.remote(method, *args, **kwargs), method, CALL_TIMEOUT_S + beyond_s)
 
     # -- learner ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +133,7 @@ class ControllerClient:
         """
         polls = 0
         while polls * _POLL_S < timeout_s:
-            answer = self._call("next_plan", step, world_size, _POLL_S)
+            answer = self.call("next_plan", step, world_size, _POLL_S)
             if not isinstance(answer, Wait):
                 return answer
             polls += 1
@@ -119,35 +160,19 @@ class ControllerClient:
             raise RolloutError(f"a group is lost or late: {_first_line(error)}") from error
 
     def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
-        """`WeightStore.publish`: returns when the controller has a copy, so that the caller may die afterwards."""
-        self._call("publish", version, encode_state(state))
+        """Makes `state` the weights of `version`: returns when the controller has a copy; the caller may die then."""
+        self.call("publish", version, encode_state(state))
 
     def fetch(self, version: int) -> dict[str, torch.Tensor]:
-        """`WeightStore.fetch`.
+        """The weights of a version.
 
         Raises:
             RolloutError: the version is unknown, was dropped, or has no weights (0, the adapter as it is made).
         """
-        references = self._call("weights", version)
+        references = self.call("weights", version)
         if not references:
             raise RolloutError(f"policy version {version} has no weights of its own: it is the adapter as it is made")
         return decode_state(_fetch(references[0]))
-
-    def finish_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """See `Controller.finish_step`; by one rank."""
-        self._call("finish_step", step, dict(metrics))
-
-    def checkpoint_state(self, step: int) -> dict[str, Any]:
-        """See `Controller.checkpoint_state`."""
-        return self._call("checkpoint_state", step)
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """See `Controller.restore`; by one rank, before any rank asks for a plan."""
-        self._call("restore", dict(state))
-
-    def rewind(self, step: int) -> None:
-        """See `Controller.rewind`; by one rank, before any rank asks for a plan."""
-        self._call("rewind", step)
 
     # -- driver ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +186,7 @@ class ControllerClient:
         idle_s: float = IDLE_TIMEOUT_S,
         progress: Callable[[int], None] | None = None,
     ) -> Generated:
-        """See `Controller.ask_captions`; returns when all are there, however long workers take to start.
+        """`Controller.ask_captions`; returns when all are there, however long workers take to start.
 
         `progress` hears of how many samples are done, every other second.
 
@@ -169,38 +194,19 @@ class ControllerClient:
             RolloutError: workers were ready, and none gave an answer for `idle_s`; or no version is published.
             MMRLError: the run has ended, since its workers could not be placed or started, say.
         """
-        number = self._call("ask_captions", samples, sampling, completions=completions, states=states)
+        number = self.call("ask_captions", samples, sampling, completions=completions, states=states)
         # Each call has a deadline, and the pool's own end a run whose workers do not come.
-        while isinstance(answer := self._call("captions", number, _POLL_S, idle_s), Wait):
+        while isinstance(answer := self.call("captions", number, _POLL_S, idle_s), Wait):
             if progress is not None:
                 progress(answer.came)
         return answer
 
-    def resize(self, workers: int | None) -> ScaleAnswer:
-        """See `Controller.resize`."""
-        return self._call("resize", workers)
-
-    def request_stop(self, reason: str) -> None:
-        """See `Controller.request_stop`."""
-        self._call("request_stop", reason)
-
-    def failure(self) -> MMRLError | None:
-        """See `Controller.failure`."""
-        return self._call("failure")
-
-    def status(self) -> dict[str, Any]:
-        """See `Controller.status`."""
-        return self._call("status")
-
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends workers and controller; what was handed to the rollout log is written."""
         try:
-            self._call("close", timeout_s, beyond_s=2 * timeout_s)
+            self.call("close", timeout_s, beyond_s=2 * timeout_s)
         finally:
             ray.kill(self._handle, no_restart=True)
-
-    def _call(self, method: str, *args: Any, beyond_s: float = 0.0, **kwargs: Any) -> Any:
-        return _answer(self._handle.call.remote(method, *args, **kwargs), method, CALL_TIMEOUT_S + beyond_s)
 
 
 def start_controller(

@@ -1,27 +1,27 @@
-"""What the pump does in each turn: dispatch steps and evaluations, take in what workers give, read ahead.
+"""The controller's loop: in each turn, dispatch steps and evaluations, take in what workers give, read ahead.
 
-Everything here runs on the pump thread. `book`, `versions`, `evaluations` and `scaling` are also read and changed
-by the controller's other methods, so they are touched under `pump.changed` only; pool and sampler belong to the pump
-alone.
+All of it runs on one thread (`Pump`). `buffer`, `versions` and `scaling` are also read and changed by the controller's
+other methods, so they are touched under `pump.changed` only; pool and sampler belong to the pump alone.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from mmrl_ray.config import Config
-from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, QuarantineError, RolloutError
-from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, ScoredGroup
-from mmrl_ray.experience.schema import encode_records, group_rows
+from mmrl_ray.experience.carriers import ScoredGroup
 from mmrl_ray.rollouts.assignment_tracker import FirstErrors
-from mmrl_ray.rollouts.pump import Pump
+from mmrl_ray.rollouts.group_codec import Parcel, Parcelled
 from mmrl_ray.rollouts.scaling import Scaling
-from mmrl_ray.rollouts.step_book import StepBook
-from mmrl_ray.rollouts.step_sampler import Evaluations, StepSampler, Ticket, chunks
+from mmrl_ray.rollouts.steps import StepBuffer, StepSampler, chunks
 from mmrl_ray.rollouts.types import (
     Assignment,
     AssignmentResult,
@@ -36,13 +36,15 @@ from mmrl_ray.run_records.control_files import ScaleAnswer
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import QUARANTINE_FILE
 
+logger = logging.getLogger(__name__)
+
 EVENTS_FILE = "events.jsonl"
-_LOOK_S = 1.0
-"""How often an evaluation that waits looks whether anybody is there to answer it."""
 POLL_S = 0.01
 """How long a turn waits for workers, or for something to do."""
 
-BufferedGroups = Sequence[tuple[ScoredGroup, RolloutGroup]]
+BufferedGroups = Sequence[tuple[ScoredGroup, Parcel]]
+"""Of a checkpoint: each alone in its parcel."""
+T = TypeVar("T")
 
 
 class RolloutLoop:
@@ -62,9 +64,8 @@ class RolloutLoop:
         self.pool = pool
         self.sampler = StepSampler(source, cfg)
         staleness, per_step = cfg.rollout.max_staleness, cfg.learner.groups_per_step
-        self.book = StepBook(cfg.rollout.buffer_groups or (staleness + 1) * per_step, staleness)
+        self.buffer = StepBuffer(cfg.rollout.buffer_groups or (staleness + 1) * per_step, staleness)
         self.versions = VersionTable(put)
-        self.evaluations = Evaluations()
         self.scaling = Scaling(cfg, pool.resize)
         self.begun = False
         """Whether steps are dispatched: not before the learner (or the driver) said where to begin."""
@@ -72,7 +73,7 @@ class RolloutLoop:
         self._cfg, self._run, self._source, self._put = cfg, run, source, put
         self._assignments = 0
         self._first = FirstErrors(cfg.model.path)
-        self._restored: dict[tuple[int, int], tuple[ScoredGroup, RolloutGroup]] = {}
+        self._restored: dict[tuple[int, int], tuple[ScoredGroup, Parcel]] = {}
         self._resample: list[GroupRequest] = []
         self._notes: list[Mapping[str, Any]] = []
         self._on_event = on_event
@@ -103,18 +104,18 @@ class RolloutLoop:
 
     def status(self, step: int) -> dict[str, Any]:
         """What there is to say about workers, buffer and `step`, the one that is due. JSON-able."""
-        arrived, asked = self.book.progress(step)
+        arrived, asked = self.buffer.progress(step)
         return {
             "policy_version": self.versions.newest,
-            "max_staleness": self.book.buffer.max_staleness,
+            "max_staleness": self.buffer.max_staleness,
             "dispatched_steps": self.sampler.next_step,
             "step_groups": {"arrived": arrived, "asked": asked},
             "buffer": {
-                "arrived": self.book.buffer.arrived,
-                "held": self.book.buffer.held,
-                "capacity": self.book.buffer.capacity,
+                "arrived": self.buffer.arrived,
+                "held": self.buffer.held,
+                "capacity": self.buffer.capacity,
             },
-            "evaluations": len(self.evaluations),
+            "evaluations": self.buffer.evaluations,
             "quarantined": self.sampler.quarantined,
             "pool": self.pool.status(),
             "scaling": self.scaling.status(),
@@ -126,18 +127,18 @@ class RolloutLoop:
             waiting = "" if self.pool.outstanding else ", and the workers wait for it"
             return f"the learner works on step {out}{waiting}"
         if asked:
-            arrived, wanted = self.book.progress(due)
+            arrived, wanted = self.buffer.progress(due)
             return f"the learner waits for step {due}: {arrived} of {wanted} groups have arrived"
         if self.begun and not self.pool.outstanding:
             return "rollouts wait for the learner"
-        return "an evaluation waits for its captions" if self.evaluations else "nobody"
+        return "an evaluation waits for its captions" if self.buffer.evaluations else "nobody"
 
     def totals(self) -> dict[str, Any]:
         """Counts since the start, for `StepMeter`."""
         return {
             "busy_s": self.pool.busy_seconds(),
             "quarantined": self.sampler.quarantined,
-            "dropped": self.book.buffer.counts["stale"],
+            "dropped": self.buffer.counts["stale"],
         }
 
     # -- for other threads, through `pump.call` --------------------------------------------------------------------
@@ -151,66 +152,19 @@ class RolloutLoop:
         """
         self.sampler.seek(step, stream)
         self.pool.cancel("train")
-        self.book.clear()
+        self.buffer.clear()
         self._resample.clear()
         self.versions.rewind(step)
-        self._restored = {(scored.key.step, scored.key.index): (scored, group) for scored, group in groups}
+        self._restored = {(scored.key.step, scored.key.index): (scored, parcel) for scored, parcel in groups}
         self.begun = True
         known = [record.as_dict() for record in self._source.quarantine.records]
         self._told_quarantined = len(known)
         self._run.truncate_lines(QUARANTINE_FILE, lambda line: line in known)
 
-    def submit_evaluation(
-        self, samples: Sequence[Sample], sampling: SamplingParams, completions: int, states: int
-    ) -> Ticket:
-        """Queues captions for `samples` before everything else, for the first `states` of them with their states.
-
-        Raises:
-            RolloutError: no version is published.
-        """
-        with self.pump.changed:
-            newest = self.versions.newest
-            if newest is None:
-                raise RolloutError("no policy version to generate with: the learner has not published one yet")
-            ticket = self.evaluations.open(samples, sampling, completions, newest, states)
-        for requests in chunks(ticket.requests, self._cfg.rollout.groups_per_assignment):
-            self._submit("eval", requests)
-        return ticket
-
-    def await_evaluation(self, number: int, wait_s: float, idle_s: float, clock: Callable[[], float]) -> Ticket | None:
-        """On the caller's own thread: the ticket when every sample has its answer, None if that takes over `wait_s`.
-
-        It is closed then, and with any error.
-
-        Raises:
-            RolloutError: workers were ready, and none of them gave an answer for `idle_s`.
-            MMRLError: the run has ended.
-        """
-        ends = clock() + wait_s
-        with self.pump.changed:
-            ticket = self.evaluations.get(number)
-            try:
-                while not ticket.done:
-                    self.pump.check()
-                    now = clock()
-                    if ticket.stuck_for(now, self.pool.status()["ready"] > 0) > idle_s:
-                        raise RolloutError(
-                            f"{ticket.came} of {len(ticket.requests)} samples were captioned, and no other one within "
-                            f"{idle_s:g} s though workers were ready; mmrl status says what they do"
-                        )
-                    if now >= ends:
-                        return None
-                    self.pump.changed.wait(min(ends - now, idle_s, _LOOK_S))
-            except MMRLError:
-                self.evaluations.close(ticket)
-                raise
-            self.evaluations.close(ticket)
-            return ticket
-
-    def evaluated(self, number: int) -> int:
-        """Samples of an evaluation under way that have their answer."""
-        with self.pump.changed:
-            return self.evaluations.get(number).came
+    def submit(self, kind: Literal["train", "eval"], requests: Sequence[GroupRequest]) -> None:
+        """Has the pool sample these groups with the newest version, in assignments."""
+        for chunk in chunks(requests, self._cfg.rollout.groups_per_assignment):
+            self._submit(kind, chunk)
 
     # -- the turn --------------------------------------------------------------------------------------------------
 
@@ -243,12 +197,11 @@ class RolloutLoop:
     def _dispatch(self) -> None:
         with self.pump.changed:
             again, self._resample = self._resample, []
-        for requests in chunks(again, self._cfg.rollout.groups_per_assignment):
-            self._submit("train", requests)
+        self.submit("train", again)
         while self._may_dispatch():
             step, requests = self.sampler.next_step, self.sampler.compose()
             with self.pump.changed:
-                self.book.open(step, requests)
+                self.buffer.open(step, requests)
                 missing = {request.key for request in requests if not self._put_back(request)}
                 self.pump.changed.notify_all()
             for chunk in chunks(requests, self._cfg.rollout.groups_per_assignment):
@@ -265,10 +218,10 @@ class RolloutLoop:
                 and newest is not None
                 and step < self._cfg.learner.steps
                 and step - newest <= self._cfg.rollout.max_staleness
-                and self.book.buffer.has_room(self.sampler.groups_per_step)
+                and self.buffer.has_room(self.sampler.groups_per_step)
             )
 
-    def _submit(self, kind: str, requests: tuple[GroupRequest, ...]) -> None:
+    def _submit(self, kind: Literal["train", "eval"], requests: tuple[GroupRequest, ...]) -> None:
         is_train = kind == "train"
         with self.pump.changed:
             newest = self.versions.newest
@@ -279,7 +232,7 @@ class RolloutLoop:
         self.pool.submit(
             Assignment(
                 id=self._assignments,
-                kind="train" if is_train else "eval",
+                kind=kind,
                 groups=requests,
                 version=newest,
                 weights=weights,
@@ -293,8 +246,7 @@ class RolloutLoop:
             if isinstance(item, DataFailure):
                 self._fail_sample(item)
             else:
-                self.book.add(item)
-                self.evaluations.add(item.result.groups)
+                self.buffer.add(item)
                 if item.result.groups:
                     self._first.worked()
                 for failure in item.result.failures:
@@ -302,12 +254,11 @@ class RolloutLoop:
             self.pump.changed.notify_all()
 
     def _fail_sample(self, failure: DataFailure) -> None:
-        is_train = failure.key.step >= 0
-        request = self.book.fail(failure) if is_train else self.evaluations.fail(failure)
+        request = self.buffer.fail(failure)
         if request is None:
             return
         self._first.failed([request.sample.key], failure.reason)
-        if is_train:
+        if failure.key.step >= 0:  # of training
             try:
                 self.sampler.quarantine(request.sample, failure.reason)
             except QuarantineError as error:
@@ -318,10 +269,113 @@ class RolloutLoop:
 
     def _put_back(self, request: GroupRequest) -> bool:
         """Whether a checkpoint brought this group along."""
-        scored, group = self._restored.pop((request.key.step, request.key.index), (None, None))
-        if scored is None or group is None or scored.sample_id != request.sample.id:
+        scored, parcel = self._restored.pop((request.key.step, request.key.index), (None, None))
+        if scored is None or parcel is None or scored.sample_id != request.sample.id:
             return False
-        scored = replace(scored, payload=self._put(group))
+        scored = replace(scored, payload=Parcelled(self._put(parcel), 0))
         result = AssignmentResult(0, scored.policy_version, scored.worker, (scored,))
-        self.book.add(Collected(result, encode_records(group_rows(self._run.name, scored, group, None))))
+        self.buffer.add(Collected(result, (parcel.rows,)))
         return True
+
+
+class Pump:
+    """Calls `turn` for ever on a thread of its own. What it raises is kept, and ends the run."""
+
+    def __init__(self, turn: Callable[[], None]) -> None:
+        self.changed = threading.Condition()
+        """Guards what pump and callers share (its lock may be taken again by its holder); notified on every change."""
+        self._turn = turn
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._woken = False
+        self._failure: MMRLError | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="pump", daemon=True)
+
+    @property
+    def failure(self) -> MMRLError | None:
+        """What ended the run, or None."""
+        return self._failure
+
+    def start(self) -> None:
+        """Begins to turn."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the thread after its present turn."""
+        self._stopping = True
+        self.wake()
+        self._thread.join(timeout_s)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the run with `error`; the first one counts."""
+        with self.changed:
+            if self._failure is None:
+                wrapped = RolloutError(f"the rollout controller failed: {type(error).__name__}: {error}")
+                self._failure = error if isinstance(error, MMRLError) else wrapped
+                logger.error("rollout controller: %s", self._failure, exc_info=error)
+            self.changed.notify_all()
+
+    def check(self) -> None:
+        """Raises what ended the run, if it has ended so."""
+        if self._failure is not None:
+            raise self._failure
+
+    def wake(self) -> None:
+        """Cuts a `rest` short, now or when it comes."""
+        with self.changed:
+            self._woken = True
+            self.changed.notify_all()
+
+    def rest(self, timeout_s: float) -> None:
+        """For the turn: waits until somebody calls `wake` or `call`, at most `timeout_s`."""
+        with self.changed:
+            if not self._woken:
+                self.changed.wait(timeout_s)
+            self._woken = False
+
+    def call(self, function: Callable[[], T], timeout_s: float) -> T:
+        """Has the pump thread call `function` between two turns; returns or raises what it does.
+
+        Not while holding `changed`.
+
+        Raises:
+            RolloutError: the pump did not get to it within `timeout_s`.
+            MMRLError: the run had ended already.
+        """
+        future: Future[T] = Future()
+        with self.changed:
+            self.check()
+            self._commands.append((function, future))
+            self.wake()
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            future.cancel()
+            raise RolloutError(f"the rollout controller did not answer within {timeout_s:g} s") from None
+
+    def _work(self) -> None:
+        try:
+            while not self._stopping and self._failure is None:
+                self._run_commands()
+                self._turn()
+        except Exception as error:  # noqa: BLE001 - the boundary of the thread: whatever it is ends the run
+            self.fail(error)
+        ended = self._failure or RolloutError("the rollout controller was stopped")
+        with self.changed:
+            self._failure = ended  # nothing would ever answer a later call
+            commands = list(self._commands)
+            self._commands.clear()
+            self.changed.notify_all()
+        for _, future in commands:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ended)
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            function, future = self._commands.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001 - belongs to whoever called
+                future.set_exception(error)

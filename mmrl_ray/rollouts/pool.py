@@ -19,9 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError
 from mmrl_ray.rollouts.assignment_tracker import AssignmentTracker
-from mmrl_ray.rollouts.nodes import Nodes
-from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.rollouts.quorum import Quorum
+from mmrl_ray.rollouts.pool_settings import Nodes, PoolSettings, Quorum
 from mmrl_ray.rollouts.types import Assignment, Collected, DataFailure, EngineFactory
 from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 

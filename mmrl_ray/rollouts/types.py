@@ -101,7 +101,7 @@ class Generated:
     """What an evaluation on the pool gave, in the order of the samples asked for."""
 
     groups: tuple[ScoredGroup | None, ...]
-    """None where the sample failed; captions are behind `payload`, a `RolloutGroup` or a reference to one."""
+    """None where the sample failed; captions are behind `payload`."""
     failures: tuple[DataFailure, ...]
     version: int
     """Policy version that wrote the captions."""
@@ -113,28 +113,12 @@ class Collected:
 
     result: AssignmentResult
     """Payloads in place: `Parcelled`, or the groups themselves in-process."""
-    records: bytes
-    """Rows without advantages, as `encode_records` makes them."""
+    records: tuple[bytes, ...]
+    """Rows without advantages, as `encode_records` makes them, of one parcel each."""
 
 
 FetchWeights = Callable[[], Mapping[str, torch.Tensor] | None]
 """Gets the weights of an assignment's version; None stands for the adapter as it was made."""
-
-
-class WeightStore(Protocol):
-    """Adapter weights by policy version; a version is written once and never changes."""
-
-    def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Makes `state` the weights of `version`, which becomes the newest."""
-        ...
-
-    def fetch(self, version: int) -> dict[str, torch.Tensor]:
-        """The weights of a version.
-
-        Raises:
-            RolloutError: the version is unknown or was dropped.
-        """
-        ...
 
 
 class Engine(Protocol):

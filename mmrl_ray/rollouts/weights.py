@@ -27,29 +27,6 @@ def decode_state(encoded: np.ndarray) -> dict[str, torch.Tensor]:
     return load(encoded.tobytes())
 
 
-class MemoryWeightStore:
-    """A `WeightStore` in this process, for tests."""
-
-    def __init__(self) -> None:
-        self.newest: int | None = None
-        self._states: dict[int, dict[str, torch.Tensor]] = {}
-
-    def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Keeps a copy."""
-        self._states[version] = {name: tensor.clone() for name, tensor in state.items()}
-        self.newest = version
-
-    def fetch(self, version: int) -> dict[str, torch.Tensor]:
-        """A copy of what was published.
-
-        Raises:
-            RolloutError: the version is unknown.
-        """
-        if version not in self._states:
-            raise RolloutError(f"policy version {version} is unknown; there are {sorted(self._states)}")
-        return {name: tensor.clone() for name, tensor in self._states[version].items()}
-
-
 class VersionTable:
     """The controller's references to versions: the newest, and whatever older ones are still in use.
 

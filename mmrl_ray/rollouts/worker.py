@@ -5,8 +5,6 @@ its record rows), then parcels of groups. The caller of an actor owns what the c
 worker that made them, each parcel is freed by itself, and none of more than 100 KB passes through the caller. The first
 value does: rows that lay on the worker's node until their step was written would be gone with that node.
 (`ray.put(..., _owner=)`, which was made for owning by another, is gone since Ray 2.56.)
-
-What one assignment says about the rollout worker that did it.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ from ray import cloudpickle
 
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import ScoredGroup
-from mmrl_ray.experience.schema import encode_records, group_rows
-from mmrl_ray.rollouts.parcels import Parcelled, pack
+from mmrl_ray.rollouts.group_codec import Parcelled, pack
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, Engine, EngineFactory
 from mmrl_ray.rollouts.weights import decode_state
 from mmrl_ray.telemetry import table
@@ -117,11 +114,10 @@ def _fetch_weights(assignment: Assignment) -> Mapping[str, torch.Tensor] | None:
 
 def split_result(assignment: Assignment, result: AssignmentResult, run: str) -> tuple[Any, ...]:
     """A result with payloads in place as the values of `RolloutWorker.run`."""
-    parcels, places = pack(group.payload for group in result.groups)
-    rows = [row for group in result.groups for row in group_rows(run, group, group.payload, None)]
-    groups = tuple(replace(group, payload=place) for group, place in zip(result.groups, places, strict=True))
+    parcels, groups = pack(run, result.groups)
     unused = (None,) * (len(assignment.groups) - len(parcels))
-    return (Collected(replace(result, groups=groups), encode_records(rows)), *parcels, *unused)
+    light = Collected(replace(result, groups=tuple(groups)), tuple(parcel.rows for parcel in parcels))
+    return (light, *parcels, *unused)
 
 
 def join_result(light: Collected, parcels: Sequence[Any]) -> Collected:

@@ -26,7 +26,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.demands import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.rewards.child import MARK
-from mmrl_ray.rollouts.nodes import end_coordinator, find_coordinator
+from mmrl_ray.rollouts.pool_settings import end_coordinator, find_coordinator
 from mmrl_ray.training.interrupts import StopOnInterrupt
 from mmrl_ray.training.reaper import reaped
 from mmrl_ray.training.sessions import clean_in_background, mark_session

@@ -21,7 +21,7 @@ from tests.integration.serving.conftest import free_port, wait_for
 LEAVES_NOTHING = """
 import sys
 from ray.util import list_named_actors
-from mmrl_ray.rollouts.nodes import find_coordinator, register
+from mmrl_ray.rollouts.pool_settings import find_coordinator, register
 from mmrl_ray.training.cluster import ray_at
 from mmrl_ray.serving import launch
 with ray_at(sys.argv[1], cpus=1, object_store_mb=None, namespace="run"):

@@ -18,7 +18,7 @@ from mmrl_ray.data.samples import Quarantine, Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
-from mmrl_ray.rollouts.parcels import open_payload
+from mmrl_ray.rollouts.group_codec import open_payload
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, DataFailure, FetchWeights, GroupRequest
 from mmrl_ray.rollouts.worker import join_result, split_result
 

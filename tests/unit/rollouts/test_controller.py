@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -18,6 +19,8 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import LearnerError, ModelError, QuarantineError, RolloutError, RunError
 from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
+from mmrl_ray.rollouts.controller_actor import ControllerClient
+from mmrl_ray.rollouts.group_codec import open_payload
 from mmrl_ray.rollouts.types import Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.run_records.recorder import LEFT_OUT
@@ -106,7 +109,8 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 def essence(plan: StepPlan) -> Any:
     groups = [(g.key, g.sample_id, g.staleness, g.advantages, g.scales, g.completion_tokens) for g in plan.groups]
-    texts = [[c.token_ids.tolist() for c in g.payload.completions] for g in plan.groups]
+    opened = [open_payload(g.payload, lambda value: value) for g in plan.groups]
+    texts = [[c.token_ids.tolist() for c in group.completions] for group in opened]
     return plan.step, groups, texts, plan.denominator, plan.micro_batches
 
 
@@ -583,3 +587,33 @@ def test_an_evaluations_deadline_counts_neither_the_start_of_a_worker_nor_what_w
     now[0] += 101.0
     with pytest.raises(RolloutError, match=r"5 of 9 samples were captioned, and no other one within 600 s"):
         ask()
+
+
+# -- the client --------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_says_what_its_controller_says(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray is not between them here: what a call would be sent is called at once."""
+    world = make()
+
+    def remote(method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(world.controller, method)(*args, **kwargs)
+
+    monkeypatch.setattr("mmrl_ray.rollouts.controller_actor.ray.get", lambda answer, timeout: answer)
+    client = ControllerClient(SimpleNamespace(call=SimpleNamespace(remote=remote)))
+    client.rewind(0)
+    plan = client.next_plan(0, 1)
+    assert isinstance(plan, StepPlan)
+    assert [g.sample.id for g in client.groups([g.payload for g in plan.groups])] == [g.sample_id for g in plan.groups]
+    client.publish(1, {"version": torch.tensor(1)})
+    client.finish_step(0, {"loss": 0.5})
+    assert world.lines()[0]["loss"] == 0.5
+    assert client.fetch(1) == {"version": torch.tensor(1)}
+    assert client.checkpoint_state(1) == world.controller.checkpoint_state(1)
+    assert client.resize(2, by="me").target == world.pool.target == 2
+    assert client.failure() is None
+    client.request_stop("enough")
+    assert client.status()["stopping"] == "enough"
+    assert client.next_plan(1, 1) == Stop("enough")
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        client.rewind(0, force=True)  # type: ignore[call-arg]

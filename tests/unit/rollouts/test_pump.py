@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from mmrl_ray.errors import DataError, RolloutError
-from mmrl_ray.rollouts.pump import Pump
+from mmrl_ray.rollouts.loop import Pump
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 
 from mmrl_ray.config.demands import Demand
 from mmrl_ray.config.rollout import RolloutSection
-from mmrl_ray.errors import ConfigError, RunError
-from mmrl_ray.rollouts import nodes
-from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.errors import ConfigError, RolloutError, RunError
+from mmrl_ray.rollouts.pool_settings import Nodes, PoolSettings, Quorum
 from mmrl_ray.rollouts.scaling import STEPS, Scaling
 from mmrl_ray.run_records.control_files import (
     ScaleRequest,
@@ -232,8 +231,8 @@ def test_nodes_are_asked_for_again_before_it_is_forgotten_and_a_problem_is_told_
             raise RuntimeError(problem[0])
         asked.append((now[0], sum(demand.count for demand in demands)))
 
-    monkeypatch.setattr(nodes, "register", register)
-    wishes = nodes.Nodes("r", PoolSettings.of(config(tmp_path, rollout={"workers": 2})), lambda: now[0])
+    monkeypatch.setattr("mmrl_ray.rollouts.pool_settings.register", register)
+    wishes = Nodes("r", PoolSettings.of(config(tmp_path, rollout={"workers": 2})), lambda: now[0])
 
     def at(second: float, workers: int) -> list[str]:
         now[0] = second
@@ -247,3 +246,23 @@ def test_nodes_are_asked_for_again_before_it_is_forgotten_and_a_problem_is_told_
     problem.clear()
     assert at(91, 4) == []
     assert asked[3:] == [(91, 4)]
+
+
+QUORUM = PoolSettings(workers=3, min_workers=2, worker_deadline_s=10.0)
+
+
+def test_too_few_for_too_long_is_an_error_that_names_the_last_loss() -> None:
+    quorum = Quorum(QUORUM)
+    for now, ready in ((0.0, 3), (5.0, 1), (15.0, 1), (15.5, 2), (16.0, 1), (26.0, 1)):
+        quorum.look(ready, 3, now, "worker-1: died")
+    with pytest.raises(RolloutError, match=r"1 of at least 2 .* for 10 s; last loss: worker-1: died; .*CPU: 1"):
+        quorum.look(1, 3, 26.1, "worker-1: died")
+
+
+def test_a_run_that_is_still_starting_has_no_minimum_yet() -> None:
+    quorum = Quorum(QUORUM)
+    for now in (0.0, 100.0, 200.0):
+        quorum.look(1, 3, now, "")
+    assert not quorum.complete
+    quorum.look(2, 2, 201.0, "")  # resized in between
+    assert quorum.complete

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmrl_ray.errors import RolloutError
-from mmrl_ray.rollouts.weights import MemoryWeightStore, VersionTable, decode_state, encode_state
+from mmrl_ray.rollouts.weights import VersionTable, decode_state, encode_state
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -18,18 +18,6 @@ def test_weights_come_back_bit_for_bit() -> None:
     decoded = decode_state(encoded)
     assert decoded.keys() == {"a", "b"}
     assert all(torch.equal(decoded[name], tensor) for name, tensor in state(0.1).items())
-
-
-def test_a_store_keeps_what_was_published() -> None:
-    store = MemoryWeightStore()
-    mine = state(1.0)
-    store.publish(3, mine)
-    mine["a"].zero_()
-    store.fetch(3)["a"].zero_()
-    assert store.fetch(3)["a"].sum() == 6
-    assert store.newest == 3
-    with pytest.raises(RolloutError, match="version 2 is unknown"):
-        store.fetch(2)
 
 
 def test_versions_are_held_while_somebody_may_ask() -> None:

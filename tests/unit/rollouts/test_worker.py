@@ -13,7 +13,7 @@ import torch
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records
-from mmrl_ray.rollouts.parcels import Parcelled, open_payload
+from mmrl_ray.rollouts.group_codec import Parcelled, open_payload
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
 from mmrl_ray.rollouts.weights import encode_state
@@ -33,8 +33,9 @@ def test_a_result_is_taken_apart_and_put_together() -> None:
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-001"})))
     worker.start()
     light, *parcels = worker.run(assignment())
-    rows = decode_records(light.records)
-    assert [len(parcel) if parcel else None for parcel in parcels] == [2, None, None]
+    (records,) = light.records
+    rows = decode_records(records)
+    assert [len(parcel.groups) if parcel else None for parcel in parcels] == [2, None, None]
     assert len(pickle.dumps(light.result)) < 2000
     assert rows.schema.equals(ROLLOUT_SCHEMA)
     assert rows.select(["run", "index", "attempt", "worker"]).to_pylist() == [
@@ -50,13 +51,11 @@ def test_a_result_is_taken_apart_and_put_together() -> None:
     assert [failure.sample_id for failure in joined.failures] == ["sample-001"]
 
 
-def test_nothing_but_broken_samples_still_has_a_table() -> None:
+def test_nothing_but_broken_samples_has_no_rows() -> None:
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory(broken=frozenset({"sample-000"})))
     worker.start()
     light, parcel = worker.run(assignment(1))
-    rows = decode_records(light.records)
-    assert (light.result.groups, parcel, rows.num_rows) == ((), None, 0)
-    assert rows.schema.equals(ROLLOUT_SCHEMA)
+    assert (light.result.groups, parcel, light.records) == ((), None, ())
 
 
 def test_a_worker_is_started_before_it_works() -> None:
