@@ -27,7 +27,6 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mmrl_ray.experience.carriers import FinishReason, SamplingParams
-from mmrl_ray.policy.cpu.attention import decode_step_attention
 from mmrl_ray.policy.generation.detokenize import TextStream
 from mmrl_ray.policy.generation.kv_cache import KVLayer, fill_holes
 from mmrl_ray.policy.generation.sampling import RowSampler, RuledGroup
@@ -174,7 +173,7 @@ class DecodeBatch:
         positions, axes = self._positions, position_axes(self._policy)
         mask = self._attention_mask()  # of the shape that the policy's own attention takes
         adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
-        with adapters, decode_step_attention(self._policy):
+        with adapters, self._policy.acceleration.decode_step(self._policy):
             output = self._policy.core(
                 input_ids=self._tokens,
                 attention_mask=mask,

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
-from mmrl_ray.policy.cpu.linear import OneDnnLinear
+from mmrl_ray.policy.model import PlainLinear
 
 _SHOWN = 3
 _PATTERN_S = 2.0
@@ -108,7 +108,7 @@ def left_out_line(model: PreTrainedModel, targets: Collection[str]) -> str | Non
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, OneDnnLinear)
+    return type(module) is nn.Linear or isinstance(module, PlainLinear)
 
 
 def _is_adaptable(module: nn.Module) -> bool:
