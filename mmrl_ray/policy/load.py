@@ -22,10 +22,16 @@ from transformers.utils.logging import disable_progress_bar
 from mmrl_ray.config.paths import is_hub_id, nearest_folder
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
-from mmrl_ray.policy.boundary import model_call
+from mmrl_ray.policy.checkpoint import (
+    WEIGHTS_REMEDY,
+    model_call,
+    refuse_unfit,
+    revision_key_of,
+    skeleton_of_files,
+    weight_files,
+)
 from mmrl_ray.policy.logits import takes_bare_head
 from mmrl_ray.policy.model import Acceleration, Policy
-from mmrl_ray.policy.revision import revision_key_of
 from mmrl_ray.policy.tokens import (
     appended_tokens,
     end_tokens,
@@ -37,7 +43,6 @@ from mmrl_ray.policy.tokens import (
     reserved_texts,
 )
 from mmrl_ray.policy.trial import try_policy, try_prompt
-from mmrl_ray.policy.weights import WEIGHTS_REMEDY, refuse_unfit, skeleton_of_files, weight_files
 
 QUICK_BYTES = 1 << 30
 """Weights up to this size are loaded for a trial before anything else is started."""

@@ -27,7 +27,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.experience.seeds import derive_seed
-from mmrl_ray.policy.boundary import brief
+from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.run_records.run_dir import RunDir

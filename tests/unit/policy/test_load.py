@@ -27,13 +27,13 @@ from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.errors import AdapterError, ConfigError, ModelError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy import trial, vision
+from mmrl_ray.policy.checkpoint import is_revision, revision_key_of
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import load_policy, load_skeleton, save_policy
 from mmrl_ray.policy.lora.adapter import add_adapter, save_adapter
 from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.parity import compare
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
-from mmrl_ray.policy.revision import is_revision, revision_key_of
 from mmrl_ray.policy.scoring.prefix import score_completions
 from tests.support.tiny_models import FAMILIES, make_samples
 
