@@ -57,17 +57,20 @@ from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.text import words
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.generation.local import LocalEngine
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter
+from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.preferences.files import write_preferences
 from mmrl_ray.preferences.scene_preferences import FAULTS, faulty_caption
 from mmrl_ray.preferences.schema import Pair, Preference
 from mmrl_ray.reward_model.run import train_reward
 from mmrl_ray.rewards.build import NOTHING, build_reward
-from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.engine import RolloutEngine
+from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
 from mmrl_ray.training.warm_start import warm_start
 
@@ -177,9 +180,14 @@ def fine_tune(world: World, judge: Path, kappa: float, seed: int, steps: int) ->
         {"parts": {"judge": {"kind": "learned", "model": str(judge)}}, "weights": {"judge": 1.0}, "risk": kappa}
     )
     sampler, learner = (_adapted(cfg, world.model) for _ in range(2))
-    backend = PolicyBackend(sampler, vision_cache_bytes=64 * _MB, max_rows=256, temperature=cfg.rollout.temperature)
+    versions, cache = VersionedPolicy(sampler), VisionCache(64 * _MB)
     engine = RolloutEngine(
-        backend, build_reward(section, NOTHING), worker="w", reward_cfg=section, ship_vision_bytes=64 * _MB
+        LocalEngine(versions, cache, max_rows=256),
+        Scorer(versions, cache, temperature=cfg.rollout.temperature),
+        build_reward(section, NOTHING),
+        worker="w",
+        reward_cfg=section,
+        ship_vision_bytes=64 * _MB,
     )
     step = LearnerStep(learner, cfg.learner)
     stream = SampleStream(cfg.data.train, prompt=cfg.data.prompt, seed=seed, max_quarantined=0)

@@ -6,11 +6,14 @@ import inspect
 import os
 import shutil
 from contextlib import nullcontext, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, find_adapter_config_file
@@ -19,11 +22,16 @@ from transformers.utils.logging import disable_progress_bar
 from mmrl_ray.config.paths import is_hub_id, nearest_folder
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.errors import AdapterError, ModelError
-from mmrl_ray.policy.boundary import model_call
-from mmrl_ray.policy.cpu.linear import use_onednn
+from mmrl_ray.policy.checkpoint import (
+    WEIGHTS_REMEDY,
+    model_call,
+    refuse_unfit,
+    revision_key_of,
+    skeleton_of_files,
+    weight_files,
+)
 from mmrl_ray.policy.logits import takes_bare_head
-from mmrl_ray.policy.model import Policy
-from mmrl_ray.policy.revision import revision_key_of
+from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.tokens import (
     appended_tokens,
     end_tokens,
@@ -35,7 +43,6 @@ from mmrl_ray.policy.tokens import (
     reserved_texts,
 )
 from mmrl_ray.policy.trial import try_policy, try_prompt
-from mmrl_ray.policy.weights import WEIGHTS_REMEDY, refuse_unfit, skeleton_of_files, weight_files
 
 QUICK_BYTES = 1 << 30
 """Weights up to this size are loaded for a trial before anything else is started."""
@@ -71,13 +78,27 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
     if not on_host:
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
-    use_onednn(model)
+    acceleration = accelerate(model, device)
     policy = _assemble(model, processor, config, cfg, path, device, dtype)
+    policy.acceleration = acceleration
     if on_host:
         try_prompt(policy)
     else:
         try_policy(policy)
     return policy
+
+
+def accelerate(model: nn.Module, device: torch.device) -> Acceleration:
+    """What makes `model` faster on `device`: that of the package `mmrl_ray.policy.<device>`, where there is one.
+
+    Its `accelerate` may replace layers by others that compute the same. Nothing else knows of such a package.
+    """
+    name = f"{__package__}.{device.type}"
+    found = find_spec(name)
+    if found is None or found.origin is None:  # a folder without code is none
+        return Acceleration()
+    made: Acceleration = import_module(name).accelerate(model)
+    return made
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:

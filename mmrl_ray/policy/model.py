@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,6 +18,28 @@ from mmrl_ray.policy.logits import model_logits
 from mmrl_ray.policy.tokens import Turn
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+
+
+class PlainLinear(nn.Linear):
+    """An `nn.Linear` that computes the same product another way: an adapter sits on it as on any other."""
+
+
+def _as_ever(policy: Policy) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _as_they_are(model: nn.Module) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Acceleration:
+    """What makes a model faster on its device, and changes nothing but rounding; by default nothing does."""
+
+    decode_step: Callable[[Policy], AbstractContextManager[None]] = _as_ever
+    """Around each forward of the decode loop."""
+    pack_weights: Callable[[nn.Module], None] = _as_they_are
+    """Called where the weights of the base will not change any more, as in serving: they may be laid out anew."""
 
 
 @dataclass(slots=True)
@@ -53,6 +77,7 @@ class Policy:
     inject_vision: bool = True
     """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
     runs inside every forward, on the pixels."""
+    acceleration: Acceleration = field(default_factory=Acceleration)
     value_heads: dict[str | None, ValueHeads] = field(default_factory=dict)
     """What next tokens are worth, by PEFT's name of the adapter whose hidden states the heads read; None is whatever is
     active on the model."""

@@ -15,7 +15,7 @@ from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt
-from mmrl_ray.policy.boundary import brief
+from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.model import Policy
 
 Turns = Sequence[tuple[str, Sequence[str | int]]]

@@ -18,7 +18,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from mmrl_ray.errors import ModelError
-from mmrl_ray.policy.boundary import model_call
+from mmrl_ray.policy.checkpoint import model_call
 
 # Names of image, video and audio tokens in the vocabularies of LLaVA, Qwen-VL, InternVL, SmolVLM, Gemma and PaliGemma.
 _MEDIA = re.compile(r"image|img|vision|video|audio|soft_token|row_\d+_col_\d+", re.IGNORECASE)

@@ -30,7 +30,7 @@ from transformers import GenerationConfig
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.boundary import brief
+from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts

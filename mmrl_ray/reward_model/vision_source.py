@@ -23,10 +23,10 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError, ModelError
 from mmrl_ray.experience.carriers import VisionFeatures
 from mmrl_ray.metrics.text import Tokenizer
+from mmrl_ray.policy.checkpoint import is_revision
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.policy.revision import is_revision
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 Picture = tuple[bytes, ...]

@@ -1,6 +1,8 @@
 """The rollout engine: one assignment in, scored groups out. No Ray.
 
-    load version → encode prompts → decode groups → reference log-probs → rewards → states, where asked for
+    load version → encode prompts → generate groups → reference log-probs → rewards → states, where asked for
+
+What samples is a `GenerationEngine`; prompts, reference log-probs and states are the `Scorer`'s, whatever samples.
 
 A sample that cannot be encoded is a `DataFailure` and the others go on; a completion whose reward fails is masked with
 its reason, and a group that has none left; anything else that goes wrong is raised, and belongs to the worker rather
@@ -21,11 +23,11 @@ from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.breakdown import RewardFailure, Score
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
 from mmrl_ray.losses.kl import kl_penalty
-from mmrl_ray.policy.generation.decode import DecodeRequest, GroupOutput
+from mmrl_ray.policy.generation.base import DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.scoring import score_with_retry
-from mmrl_ray.rollouts.backend import Backend
+from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, DataFailure, FetchWeights, GroupRequest
 
 
@@ -43,10 +45,18 @@ class RolloutEngine:
     """Samples and scores; keeps the adapter version it has loaded."""
 
     def __init__(
-        self, backend: Backend, reward: RewardFn, *, worker: str, reward_cfg: RewardSection, ship_vision_bytes: int
+        self,
+        generator: GenerationEngine,
+        scorer: Scorer,
+        reward: RewardFn,
+        *,
+        worker: str,
+        reward_cfg: RewardSection,
+        ship_vision_bytes: int,
     ) -> None:
         """Features of an assignment travel with its groups if they are no more than `ship_vision_bytes` altogether."""
-        self._backend = backend
+        self._generator = generator
+        self._scorer = scorer
         self._reward = reward
         self._worker = worker
         self._reward_cfg = reward_cfg
@@ -78,7 +88,7 @@ class RolloutEngine:
         if any(each.request.wants_state for each in sampled):
             with _timed(seconds, "states"):
                 sampled = self._with_states(sampled)
-        counters = self._backend.counters()
+        counters = self._scorer.counters()
         groups = [
             self._scored(assignment.version, each, score, seconds) for each, score in zip(sampled, scores, strict=True)
         ]
@@ -95,7 +105,9 @@ class RolloutEngine:
         if version == self._version:
             return
         self._version = None  # whatever goes wrong in between, the next assignment loads again
-        self._backend.load(fetch())
+        weights = fetch()
+        self._generator.load(version, weights)
+        self._scorer.load(version, weights)
         self._version = version
 
     def _encode(
@@ -104,7 +116,7 @@ class RolloutEngine:
         prompts, failures = [], []
         for request in requests:
             try:
-                prompt = self._backend.encode(request.sample, request.sampling.max_new_tokens)
+                prompt = self._scorer.encode(request.sample, request.sampling.max_new_tokens)
                 self._check(request)
             except MMRLError as error:
                 reason = f"{type(error).__name__}: {error}"
@@ -123,13 +135,18 @@ class RolloutEngine:
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not prompts:
             return []
-        outputs = self._backend.decode(
+        encoded = [prompt for _, prompt in prompts]
+        self._scorer.check_path(encoded)
+        outputs = self._generator.generate(
             [DecodeRequest(prompt, r.completions, r.sampling, greedy_extra=greedy) for r, prompt in prompts]
         )
+        if not self._generator.capabilities.vision_features:
+            features = self._scorer.features(encoded)
+            outputs = [replace(o, vision=None if features is None else features[i]) for i, o in enumerate(outputs)]
         return [Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
 
     def _with_reference(self, sampled: Sequence[Sampled]) -> list[Sampled]:
-        logprobs = self._backend.reference_logprobs(
+        logprobs = self._scorer.reference_logprobs(
             [s.prompt for s in sampled], [s.output for s in sampled], sampled[0].request.sampling.temperature
         )
         return [
@@ -140,7 +157,7 @@ class RolloutEngine:
     def _with_states(self, sampled: Sequence[Sampled]) -> list[Sampled]:
         """The states of the first completions, where they are asked for."""
         wanted = [s for s in sampled if s.request.wants_state]
-        states = iter(self._backend.states([s.prompt for s in wanted], [s.output for s in wanted]))
+        states = iter(self._scorer.states([s.prompt for s in wanted], [s.output for s in wanted]))
         return [replace(each, state=next(states)) if each.request.wants_state else each for each in sampled]
 
     def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
@@ -195,7 +212,7 @@ class RolloutEngine:
         counters go on its first group, the path on every one.
         """
         nbytes = sum(g.payload.vision.nbytes for g in groups if g.payload.vision is not None)
-        ships = self._backend.ships_vision and nbytes <= self._ship_vision_bytes
+        ships = self._scorer.ships_vision and nbytes <= self._ship_vision_bytes
         for i, group in enumerate(groups):
             payload: RolloutGroup = group.payload
             payload = replace(payload, prompt=without_pixels(payload.prompt), vision=payload.vision if ships else None)

@@ -9,12 +9,15 @@ import torch
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.demands import torch_threads
+from mmrl_ray.policy.generation.local import LocalEngine
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_run_adapter
+from mmrl_ray.policy.lora.routing import VersionedPolicy
+from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.pairs import PairEngine
+from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.stored import StoredEngine
 
 _MB = 2**20
@@ -36,21 +39,19 @@ class PolicyEngineFactory:
         """Loads the model, adds the adapter, and puts the rest around it.
 
         Raises:
-            MMRLError: model or adapter cannot be used.
+            MMRLError: model or adapter cannot be used, or the run asks for what its generation engine cannot do.
         """
         cfg = self.cfg
         torch.set_num_threads(torch_threads(cfg, cfg.resources.rollout, os.cpu_count() or 1))
         policy = load_policy(cfg.model, device="cuda" if cfg.resources.rollout.gpus else "cpu")
         add_run_adapter(policy, cfg)
-        group_rows = cfg.rollout.group_size + (cfg.learner.advantage == "greedy")
-        backend = PolicyBackend(
-            policy,
-            vision_cache_bytes=cfg.rollout.vision_cache_mb * _MB,
-            max_rows=max(_MAX_ROWS, group_rows),
-            temperature=cfg.rollout.temperature,
-        )
+        versions, cache = VersionedPolicy(policy), VisionCache(cfg.rollout.vision_cache_mb * _MB)
+        greedy = cfg.learner.advantage == "greedy"
+        generator = LocalEngine(versions, cache, max_rows=max(_MAX_ROWS, cfg.rollout.group_size + greedy))
+        generator.require(greedy_extra=greedy)
         return _ENGINES[cfg.learner.family.samples](
-            backend,
+            generator,
+            Scorer(versions, cache, temperature=cfg.rollout.temperature),
             self.reward,
             worker=worker,
             reward_cfg=cfg.reward,

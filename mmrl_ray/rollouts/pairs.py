@@ -25,7 +25,7 @@ class PairEngine(RolloutEngine):
         pair = pair_of(request.sample)
         for caption in pair.captions if pair is not None else ():
             # Its end does not count: a caption of a rollout that was cut off got one only here.
-            tokens, limit = self._backend.caption_tokens(caption).numel() - 1, request.sampling.max_new_tokens
+            tokens, limit = self._scorer.caption_tokens(caption).numel() - 1, request.sampling.max_new_tokens
             if tokens > limit:
                 raise DataError(
                     f"caption {caption!r:.60} has {tokens} tokens, above rollout.max_new_tokens={limit}: raise it, or "
@@ -36,7 +36,7 @@ class PairEngine(RolloutEngine):
         if not _are_pairs([request for request, _ in prompts]):
             return super()._decode(prompts, greedy=greedy)
         first = prompts[0][0]
-        outputs = self._backend.score_captions(
+        outputs = self._scorer.score_captions(
             [prompt for _, prompt in prompts],
             [_pair(request).captions for request, _ in prompts],
             first.sampling.temperature,

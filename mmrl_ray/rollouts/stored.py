@@ -19,7 +19,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt
-from mmrl_ray.policy.generation.decode import GroupOutput
+from mmrl_ray.policy.generation.base import GroupOutput
 from mmrl_ray.rollouts.engine import RolloutEngine, Sampled
 from mmrl_ray.rollouts.types import GroupRequest
 
@@ -83,7 +83,7 @@ class StoredEngine(RolloutEngine):
                     f"caption {completion.text!r:.60} has {tokens} tokens, and rollout.max_new_tokens={limit}: set it "
                     "to that of the run that sampled"
                 )
-            if (text := self._backend.text_of(completion.token_ids)) != completion.text:
+            if (text := self._scorer.text_of(completion.token_ids)) != completion.text:
                 raise DataError(
                     f"the tokens of caption {completion.text!r:.60} say {text!r:.60} to this model: they are another "
                     "tokenizer's; name the model of the run that sampled"
@@ -92,7 +92,7 @@ class StoredEngine(RolloutEngine):
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not _are_stored([request for request, _ in prompts]):
             return super()._decode(prompts, greedy=greedy)
-        features = self._backend.features([prompt for _, prompt in prompts])
+        features = self._scorer.features([prompt for _, prompt in prompts])
         return [
             Sampled(
                 request,

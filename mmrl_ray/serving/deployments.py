@@ -225,7 +225,6 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     """Loads the model and its adapters; returns when it answers."""
     import torch
 
-    from mmrl_ray.policy.cpu.linear import pack_weights
     from mmrl_ray.policy.load import load_policy
     from mmrl_ray.policy.lora.pool import AdapterPool
     from mmrl_ray.run_records.run_dir import RunDir
@@ -248,7 +247,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
         )
         agent.start()
         return agent
-    pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
+    policy.acceleration.pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
     engine = Engine(

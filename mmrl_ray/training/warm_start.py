@@ -35,7 +35,7 @@ from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import DataError, ModelError, RunError
 from mmrl_ray.evaluation.blindness import Blindness, blindness
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.policy.boundary import model_call
+from mmrl_ray.policy.checkpoint import model_call
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from mmrl_ray.policy.model import PlainLinear
+
 _LARGE_PRODUCT = 1 << 20
 """Multiplications from which oneDNN is the faster."""
 _LARGE_WEIGHT = 1 << 17
@@ -57,7 +59,7 @@ def is_available() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-class OneDnnLinear(nn.Linear):
+class OneDnnLinear(PlainLinear):
     """An `nn.Linear` that multiplies by oneDNN; the same numbers up to rounding."""
 
     _packed: tuple[int, torch.Tensor] | None = None

@@ -2,51 +2,35 @@
 
     admit ──▶ waiting ──prefix once a prompt──▶ batches ──one token a row and step──▶ finished ──take──▶ GroupOutput
 
-Admitted groups wait until there are rows for them, strictly in their order; where they name callers, those of the
-caller with the fewest rows start first, no caller has all rows, and all have as much of the time (`policy/shares.py`).
-Those that start together are one batch, which joins a running one where their caches allow it (`decode_batch.py`). What
-a group samples depends on its logits and its seed alone, and the logits on its neighbours by no more than rounding; the
-same calls in the same order give the same tokens bit for bit on the CPU. Groups of several adapters share passes
-(`policy/lora/routing.py`): a batch row belongs to one group.
+Admitted groups wait until there are rows for them (`queue.py` says who is next). Those that start together are one
+batch, which joins a running one where their caches allow it (`decode_batch.py`). What a group samples depends on its
+logits and its seed alone, and the logits on its neighbours by no more than rounding; the same calls in the same order
+give the same tokens bit for bit on the CPU. Groups of several adapters share passes (`policy/lora/routing.py`): a batch
+row belongs to one group.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 
 from mmrl_ray.errors import ConfigError, ModelError
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams, VisionFeatures
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure, GroupOutput
 from mmrl_ray.policy.generation.decode_batch import DecodeBatch, Row, keeps_every_key, takes_4d_mask
 from mmrl_ray.policy.generation.detokenize import TextStream
+from mmrl_ray.policy.generation.queue import DecodeQueue, Group
 from mmrl_ray.policy.generation.sampling import GenerationRules, RuledGroup, check_sampling
 from mmrl_ray.policy.lora.routing import RowAdapters
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.scoring.prefix import encode_prefix
-from mmrl_ray.policy.shares import LIGHT_ROWS, Shares
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    handle: int
-    request: DecodeRequest
-    rows: list[Row]
-    streams: bool
-    caller: str | None
-    vision: VisionFeatures | None = field(default=None)
-
-    @property
-    def adapter(self) -> str | None:
-        return self.rows[0].adapter
 
 
 class Decoder:
@@ -89,15 +73,14 @@ class Decoder:
         self._eos = torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=policy.device)
         self._ends = frozenset(policy.eos_token_ids)
         self._next_handle = 0
-        self._groups: dict[int, _Group] = {}
-        self._waiting: deque[_Group] = deque()
+        self._queue = DecodeQueue(max_rows)
+        self._groups = self._queue.groups
         self._batches: list[DecodeBatch] = []
-        self._shares = Shares(max_rows)
 
     @property
     def waiting(self) -> int:
         """Groups that have not started."""
-        return len(self._waiting)
+        return len(self._queue.waiting)
 
     @property
     def running_rows(self) -> int:
@@ -107,7 +90,7 @@ class Decoder:
     @property
     def idle(self) -> bool:
         """Whether nothing runs or waits."""
-        return not self._waiting and not self._batches
+        return not self._queue.waiting and not self._batches
 
     def admit(
         self,
@@ -163,7 +146,7 @@ class Decoder:
         ruled = None
         if self._rules is not None:
             ruled = RuledGroup(self._rules, prompt.input_ids.to(self._policy.device), rows, sampling)
-        group = _Group(
+        group = Group(
             handle=handle,
             request=DecodeRequest(prompt, n, sampling, greedy_extra, features),
             rows=[
@@ -181,8 +164,7 @@ class Decoder:
             streams=stream,
             caller=caller,
         )
-        self._groups[handle] = group
-        self._waiting.append(group)
+        self._queue.add(group)
         return handle
 
     @torch.no_grad()
@@ -199,7 +181,11 @@ class Decoder:
                 start are dropped then.
         """
         self._start_waiting(failures)
-        events = [event for decode_batch in self._in_turn() for event in self._advance(decode_batch, failures)]
+        events = [
+            event
+            for decode_batch in self._queue.in_turn(self._batches)
+            for event in self._advance(decode_batch, failures)
+        ]
         self._settle()
         self.counters["steps"] += 1
         return events
@@ -216,8 +202,8 @@ class Decoder:
                 row.finish_reason = "cancelled"
                 if row.text is not None:
                     row.text.finish()
-        if group in self._waiting:
-            self._waiting.remove(group)
+        if group in self._queue.waiting:
+            self._queue.waiting.remove(group)
         else:
             self._settle(freed=group)
         return self.take(handle)
@@ -230,17 +216,17 @@ class Decoder:
             ValueError: some of its rows are still running.
         """
         group = self._groups[handle]
-        if self.unfinished(handle):
-            raise ValueError(f"group {handle} has {self.unfinished(handle)} unfinished rows; step on, or cancel it")
+        if group.unfinished:
+            raise ValueError(f"group {handle} has {group.unfinished} unfinished rows; step on, or cancel it")
         del self._groups[handle]
-        made = [self._completion(row) for row in group.rows]
+        made = [row.completion(self._policy.tokenizer) for row in group.rows]
         n = group.request.n
         return GroupOutput(tuple(made[:n]), made[n] if group.request.greedy_extra else None, group.vision)
 
     def unfinished(self, handle: int) -> int:
         """Rows of a group that get more tokens; 0 also for one that was taken, was cancelled or failed."""
         group = self._groups.get(handle)
-        return 0 if group is None else sum(row.finish_reason is None for row in group.rows)
+        return 0 if group is None else group.unfinished
 
     def drain(self) -> None:
         """Steps until every admitted group is finished: `max_new_tokens` steps for each that waits, at most."""
@@ -248,71 +234,21 @@ class Decoder:
             self.step()
 
     def _start_waiting(self, failures: list[Failure] | None) -> None:
-        if not self._waiting:
-            return
-        running = self._rows_by_caller()
-        self._shares.keep(running)
-        batch: list[_Group] = []
-        while (group := self._next_group(running)) is not None:
+        batch: list[Group] = []
+        for group in self._queue.starting():
             width = max(g.request.prompt.input_ids.numel() for g in (*batch, group))
             if batch and (width * (len(batch) + 1) > self._prefill_tokens or self._keeps_apart(batch[0], group)):
                 self._try_to_start(batch, failures)
                 batch = []
             batch.append(group)
-            self._waiting.remove(group)
-            running[group.caller] += len(group.rows)
-            self._shares.started(group.caller, group.request.prompt.input_ids.numel())
         if batch:
             self._try_to_start(batch, failures)
 
-    def _in_turn(self) -> list[DecodeBatch]:
-        """What gets a token at this step."""
-        if not self._shares.named:
-            return self._batches
-        callers = [self._callers(decode_batch) for decode_batch in self._batches]
-        everybody = set().union(*callers)
-        if not everybody:
-            return self._batches
-        least = self._shares.least(everybody)
-        chosen = [
-            (decode_batch, found) for decode_batch, found in zip(self._batches, callers, strict=True) if least in found
-        ]
-        for decode_batch, found in chosen:
-            self._shares.passed(found, len(decode_batch.slots))
-        return [decode_batch for decode_batch, _ in chosen]
-
-    def _callers(self, *decode_batches: DecodeBatch) -> Counter[str | None]:
-        """Rows of each caller in a pass."""
-        slots = (row for decode_batch in decode_batches for row in decode_batch.slots)
-        return Counter(self._groups[r.handle].caller for r in slots if r is not None and r.finish_reason is None)
-
-    def _rows_by_caller(self) -> Counter[str | None]:
-        """Rows that get a token at the next step."""
-        waiting = {group.handle for group in self._waiting}
-        running: Counter[str | None] = Counter()
-        for handle, group in self._groups.items():
-            if handle not in waiting:
-                running[group.caller] += self.unfinished(handle)
-        return running
-
-    def _next_group(self, running: Counter[str | None]) -> _Group | None:
-        """What starts next, if there are rows for it.
-
-        Where it has to wait for rows so do all others, or small groups would keep out a large one for ever.
-        """
-        first: dict[str | None, _Group] = {}
-        for group in self._waiting:
-            first.setdefault(group.caller, group)
-        free = self._max_rows - running.total()
-        for caller in self._shares.next_caller({caller: len(g.rows) for caller, g in first.items()}, running):
-            return first[caller] if len(first[caller].rows) <= free else None
-        return None
-
-    def _keeps_apart(self, first: _Group, second: _Group) -> bool:
+    def _keeps_apart(self, first: Group, second: Group) -> bool:
         """Whether two prompts cannot share a pass: PEFT does not tell the rows of a vision tower inside it apart."""
         return first.adapter != second.adapter and not self._policy.inject_vision
 
-    def _try_to_start(self, batch: list[_Group], failures: list[Failure] | None) -> None:
+    def _try_to_start(self, batch: list[Group], failures: list[Failure] | None) -> None:
         if failures is None:
             self._start(batch)
             return
@@ -325,7 +261,7 @@ class Decoder:
             for group in batch:  # one of them is to blame, or all together were too much
                 self._try_to_start([group], failures)
 
-    def _start(self, batch: list[_Group]) -> None:
+    def _start(self, batch: list[Group]) -> None:
         """Encodes the prompts of `batch` in one pass and makes a batch of its rows."""
         # Out of the books while it can fail: a group that cannot be encoded is gone, the others go on.
         for group in batch:
@@ -346,11 +282,11 @@ class Decoder:
         self.counters.update(prefills=1, prompts=len(batch), rows=rows)
         self.counters["unmerged_rows"] += 0 if decode_batch.mergeable else rows
 
-    def _find_features(self, batch: list[_Group]) -> None:
+    def _find_features(self, batch: list[Group]) -> None:
         missing = [group for group in batch if group.request.features is None]
         # Features that adapters have a part in are made under one at a time.
         apart = self._adapters is not None and self._adapters.adapts_vision
-        by_adapter: dict[str | None, list[_Group]] = {}
+        by_adapter: dict[str | None, list[Group]] = {}
         for group in missing:
             by_adapter.setdefault(group.adapter if apart else None, []).append(group)
         for adapter, groups in by_adapter.items():
@@ -370,7 +306,7 @@ class Decoder:
         try:
             logits = decode_batch.logits()
             if self._rules is not None:
-                logits = _ruled(decode_batch, logits)
+                logits = decode_batch.ruled(logits)
             tokens, logprobs = decode_batch.sampler.sample(logits, self._forbidden, self._eos)
             decode_batch.put(tokens)
             drawn = list(zip(decode_batch.slots, tokens.tolist(), logprobs.tolist(), strict=True))
@@ -419,7 +355,7 @@ class Decoder:
     def _streams(self, row: Row) -> bool:
         return row.text is not None and self._groups[row.handle].streams
 
-    def _settle(self, freed: _Group | None = None) -> None:
+    def _settle(self, freed: Group | None = None) -> None:
         """Between steps: finished batches go, new ones join where they can, finished rows are dropped."""
         self._batches = [decode_batch for decode_batch in self._batches if any(decode_batch.live)]
         settled: list[DecodeBatch] = []
@@ -428,7 +364,9 @@ class Decoder:
             if held or decode_batch.is_wasteful:
                 decode_batch.compact()
                 self.counters["compactions"] += 1
-            host = next((o for o in settled if o.accepts(decode_batch) and self._may_share(o, decode_batch)), None)
+            host = next(
+                (o for o in settled if o.accepts(decode_batch) and self._queue.may_share(o, decode_batch)), None
+            )
             if host is None:
                 settled.append(decode_batch)
             else:
@@ -436,44 +374,8 @@ class Decoder:
                 self.counters["merges"] += 1
         self._batches = settled
 
-    def _may_share(self, one: DecodeBatch, other: DecodeBatch) -> bool:
-        if not self._shares.several:
-            return True
-        rows = self._callers(one, other)
-        return len(rows) < 2 or max(rows.values()) <= LIGHT_ROWS
-
     def _text_stream(self, sampling: SamplingParams) -> TextStream:
         return TextStream(self._policy.tokenizer, sampling.stop)
-
-    def _completion(self, row: Row) -> Completion:
-        text = (
-            row.text.text
-            if row.text is not None
-            else self._policy.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        )
-        return Completion(
-            token_ids=torch.tensor(row.tokens, dtype=torch.int64),
-            logprobs=torch.tensor(row.logprobs, dtype=torch.float32),
-            text=text,
-            finish_reason=row.finish_reason or "cancelled",
-        )
-
-
-def _ruled(decode_batch: DecodeBatch, logits: torch.Tensor) -> torch.Tensor:
-    """The logits [S, V] of a batch's slots after what their checkpoint asks for, group by group."""
-    groups: dict[int, list[tuple[int, Row]]] = {}
-    for slot, row in enumerate(decode_batch.slots):
-        if row is not None and row.finish_reason is None:
-            groups.setdefault(row.handle, []).append((slot, row))
-    logits = logits.float()
-    for found in groups.values():
-        rules = found[0][1].rules
-        if rules is not None:
-            index = torch.tensor([slot for slot, _ in found], device=logits.device)
-            rows = [row for _, row in found]
-            changed = rules.apply(logits[index], [row.index for row in rows], [row.tokens for row in rows])
-            logits = logits.index_copy(0, index, changed)
-    return logits
 
 
 def decode_groups(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:

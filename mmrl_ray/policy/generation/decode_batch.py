@@ -26,8 +26,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from mmrl_ray.experience.carriers import FinishReason, SamplingParams
-from mmrl_ray.policy.cpu.attention import decode_step_attention
+from mmrl_ray.experience.carriers import Completion, FinishReason, SamplingParams
 from mmrl_ray.policy.generation.detokenize import TextStream
 from mmrl_ray.policy.generation.kv_cache import KVLayer, fill_holes
 from mmrl_ray.policy.generation.sampling import RowSampler, RuledGroup
@@ -61,6 +60,15 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    def completion(self, tokenizer: Any) -> Completion:
+        """What there is of it; "cancelled" where it did not come to an end."""
+        return Completion(
+            token_ids=torch.tensor(self.tokens, dtype=torch.int64),
+            logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
+            text=self.text.text if self.text is not None else tokenizer.decode(self.tokens, skip_special_tokens=True),
+            finish_reason=self.finish_reason or "cancelled",
+        )
 
 
 def keeps_every_key(cache: Cache, new_tokens: int) -> bool:
@@ -174,7 +182,7 @@ class DecodeBatch:
         positions, axes = self._positions, position_axes(self._policy)
         mask = self._attention_mask()  # of the shape that the policy's own attention takes
         adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
-        with adapters, decode_step_attention(self._policy):
+        with adapters, self._policy.acceleration.decode_step(self._policy):
             output = self._policy.core(
                 input_ids=self._tokens,
                 attention_mask=mask,
@@ -197,6 +205,22 @@ class DecodeBatch:
             beta = torch.tensor([[beta] for _, beta in rows], device=logits.device)
             advantages = self._policy.value_heads[adapter].advantages(hidden[index])
             logits = logits.float().index_add(0, index, beta * advantages)
+        return logits
+
+    def ruled(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [S, V] of the slots after what their checkpoint asks for, group by group."""
+        groups: dict[int, list[tuple[int, Row]]] = {}
+        for slot, row in enumerate(self.slots):
+            if row is not None and row.finish_reason is None:
+                groups.setdefault(row.handle, []).append((slot, row))
+        logits = logits.float()
+        for found in groups.values():
+            rules = found[0][1].rules
+            if rules is not None:
+                index = torch.tensor([slot for slot, _ in found], device=logits.device)
+                rows = [row for _, row in found]
+                changed = rules.apply(logits[index], [row.index for row in rows], [row.tokens for row in rows])
+                logits = logits.index_copy(0, index, changed)
         return logits
 
     def put(self, tokens: torch.Tensor) -> None:

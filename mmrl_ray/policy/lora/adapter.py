@@ -3,12 +3,6 @@
 An adapter's weights are float32 whatever the base's dtype (PEFT computes its branch in float32 and casts the sum back),
 and its branch has no dropout: with dropout the same policy would give two answers, and the policy ratio would be noise.
 
-An adapter added into a second copy of the weights that it adapts, for passes without gradient.
-
-Each adapted layer then is one matrix product instead of three, which counts where the products are small: decoding.
-The sum is exact up to rounding in float32. In a 16-bit dtype it would round the adapter away, and the policy that
-samples would no longer be the one that learns.
-
 The adapter that a run begins with, the same in each of its processes.
 """
 
@@ -18,11 +12,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -34,7 +27,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.experience.seeds import derive_seed
-from mmrl_ray.policy.boundary import brief
+from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.run_records.run_dir import RunDir
@@ -284,51 +277,6 @@ def _live_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _adapted_names(peft: PeftModel) -> list[str]:
     return [name for name, module in peft.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
-
-
-class MergedAdapter:
-    """W + s·BA of every adapted layer, beside the W that the reference policy needs bit for bit.
-
-    Raises:
-        AdapterError: the model has no LoRA adapter, or its weights are not float32.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, PeftModel):
-            raise AdapterError(f"{type(model).__name__} has no adapter to merge; add one first (add_adapter)")
-        self._model = model
-        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        weights = [_weight(layer) for layer in self._layers]
-        if other := {str(weight.dtype) for weight in weights} - {str(torch.float32)}:
-            raise AdapterError(f"adapted weights of {', '.join(sorted(other))} would round the adapter away")
-        self._merged = [weight.detach().clone() for weight in weights]
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Takes the adapter's present weights in."""
-        for layer, merged in zip(self._layers, self._merged, strict=True):
-            delta: torch.Tensor = layer.get_delta_weight(self._model.active_adapter)  # type: ignore[operator]
-            torch.add(_weight(layer), delta, out=merged)
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within it the model computes with the merged weights, and without a branch for the adapter."""
-        own = [_weight(layer).data for layer in self._layers]
-        with reference_policy(self._model):
-            try:
-                self._hold(self._merged)
-                yield
-            finally:
-                self._hold(own)
-
-    def _hold(self, weights: list[torch.Tensor]) -> None:
-        for layer, weight in zip(self._layers, weights, strict=True):
-            _weight(layer).data = weight
-
-
-def _weight(layer: LoraLayer) -> nn.Parameter:
-    return cast(nn.Parameter, layer.get_base_layer().weight)
 
 
 def add_run_adapter(policy: Policy, cfg: Config) -> None:

@@ -1,21 +1,30 @@
-"""Which adapter each row of a forward pass goes through.
+"""Which adapter's weights a forward pass goes through: each row its own, or all of them one version's.
 
 Rows that share one adapter take PEFT's ordinary path with that adapter active, and rows of the base one with every
 adapter off: both as fast as a model with one adapter or none. Only a batch of several adapters takes PEFT's
 `adapter_names`, which gathers each adapter's rows in every layer.
+
+A run's one adapter takes the weights of one version after another's. It may be added into a second copy of the weights
+that it adapts, for passes without gradient: each adapted layer then is one matrix product instead of three, which
+counts where the products are small, in decoding. The sum is exact up to rounding in float32. In a 16-bit dtype it would
+round the adapter away, and the policy that samples would no longer be the one that learns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from mmrl_ray.errors import AdapterError
+from mmrl_ray.policy.heads import decoding_heads, split_heads
+from mmrl_ray.policy.lora.adapter import adapter_state, load_adapter_state, reference_policy
 from mmrl_ray.policy.model import Policy
 
 BASE = "__base__"
@@ -84,3 +93,88 @@ def _name_rows(
     names: list[str | None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
+
+
+class VersionedPolicy:
+    """A policy with an adapter, for passes without gradient. One thread at a time."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Freezes every weight of `policy`; its adapter as it stands is the one that `load` calls "as it was made"."""
+        self.policy = policy
+        self.adapts_vision = policy.vision_trainable
+        """Whether vision features change with the version: then they are neither kept nor shipped."""
+        policy.model.requires_grad_(False)
+        self._as_made = adapter_state(policy.model)
+        self._merged = MergedAdapter(policy.model) if policy.dtype == torch.float32 else None
+        self._version: int | None = None
+
+    def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Makes these the adapter's weights and the value heads; does nothing where `version` is loaded already.
+
+        Args:
+            version: of the policy.
+            weights: the adapter's, and value heads or none; None: the adapter as it was made.
+
+        Raises:
+            AdapterError: the weights do not fit the adapter, or the value heads the model.
+        """
+        if version == self._version:
+            return
+        self._version = None  # whatever goes wrong in between, the next call loads again
+        adapter, heads = split_heads(self._as_made if weights is None else weights)
+        load_adapter_state(self.policy.model, adapter)
+        self.policy.value_heads.clear()
+        if heads:
+            self.policy.value_heads[None] = decoding_heads(self.policy, heads)
+        if self._merged is not None:
+            self._merged.refresh()
+        self._version = version
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Within it the adapter is merged, where that saves time."""
+        return self._merged.active() if self._merged is not None else nullcontext()
+
+
+class MergedAdapter:
+    """W + s·BA of every adapted layer, beside the W that the reference policy needs bit for bit.
+
+    Raises:
+        AdapterError: the model has no LoRA adapter, or its weights are not float32.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, PeftModel):
+            raise AdapterError(f"{type(model).__name__} has no adapter to merge; add one first (add_adapter)")
+        self._model = model
+        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        weights = [_weight(layer) for layer in self._layers]
+        if other := {str(weight.dtype) for weight in weights} - {str(torch.float32)}:
+            raise AdapterError(f"adapted weights of {', '.join(sorted(other))} would round the adapter away")
+        self._merged = [weight.detach().clone() for weight in weights]
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes the adapter's present weights in."""
+        for layer, merged in zip(self._layers, self._merged, strict=True):
+            delta: torch.Tensor = layer.get_delta_weight(self._model.active_adapter)  # type: ignore[operator]
+            torch.add(_weight(layer), delta, out=merged)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it the model computes with the merged weights, and without a branch for the adapter."""
+        own = [_weight(layer).data for layer in self._layers]
+        with reference_policy(self._model):
+            try:
+                self._hold(self._merged)
+                yield
+            finally:
+                self._hold(own)
+
+    def _hold(self, weights: list[torch.Tensor]) -> None:
+        for layer, weight in zip(self._layers, weights, strict=True):
+            _weight(layer).data = weight
+
+
+def _weight(layer: LoraLayer) -> nn.Parameter:
+    return cast(nn.Parameter, layer.get_base_layer().weight)

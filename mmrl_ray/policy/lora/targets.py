@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
-from mmrl_ray.policy.cpu.linear import OneDnnLinear
+from mmrl_ray.policy.checkpoint import examples
+from mmrl_ray.policy.model import PlainLinear
 
 _SHOWN = 3
 _PATTERN_S = 2.0
@@ -108,7 +109,7 @@ def left_out_line(model: PreTrainedModel, targets: Collection[str]) -> str | Non
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, OneDnnLinear)
+    return type(module) is nn.Linear or isinstance(module, PlainLinear)
 
 
 def _is_adaptable(module: nn.Module) -> bool:
@@ -254,10 +255,3 @@ def _nothing_matched(target: str, names: list[str]) -> str:
     near += difflib.get_close_matches(target, names, n=_SHOWN - len(near), cutoff=0.4) if len(near) < _SHOWN else []
     hint = f"nearest: {', '.join(near)}" if near else f"the model has {', '.join(leaves)}"
     return f"LoRA target {target!r} matches no linear layer of the model; {hint}"
-
-
-def examples(names: Sequence[str]) -> str:
-    """The first few of `names` in brackets, for a message; nothing for none."""
-    if not names:
-        return ""
-    return f" ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"

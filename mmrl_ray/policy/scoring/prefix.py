@@ -9,21 +9,28 @@ Autograd sums the G gradients into the one prefix. The first completion token is
 so only T − 1 tokens go through the second call. `path="packed"` puts a prompt and its completions into one row, for one
 call without a cache (`packed.py`); `path="naive"` runs every completion behind its own copy of the prompt. Nothing here
 changes the path by itself (see `policy/parity.py`).
+
+A prompt's pass needs of the last layer its keys and values everywhere, and all else at the last position only: nothing
+reads what the last layer would make of the other positions, since the completions attend to keys and values, and the
+first token is predicted by the last position. Its MLP and the projections to queries and of what attention gives are
+about 0.8 ÷ L of a prompt's products in a model with L layers, forward and backward. Attention itself goes on over all
+positions, with queries of 0 for those that nobody reads.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.cpu.last_layer import last_layer_at_last_position
 from mmrl_ray.policy.logits import token_logprobs
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import (
@@ -36,6 +43,9 @@ from mmrl_ray.policy.scoring.collate import (
 from mmrl_ray.policy.scoring.packed import packed_rows
 
 ScorePath = Literal["shared_prefix", "packed", "naive"]
+
+_PER_POSITION = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+"""Submodules of a layer that make of each position something for this position alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +250,47 @@ def _forward_prompts(
             **batch.per_token,
             **vision,
         )
+
+
+@contextmanager
+def last_layer_at_last_position(policy: Policy) -> Iterator[None]:
+    """Within it, such parts of the language model's last layer compute the last position and give 0 for the others.
+
+    Submodules that go by other names are left as they are.
+    """
+    layers = getattr(policy.hf_model.get_decoder(), "layers", None) or [None]
+    with ExitStack() as hooks:
+        for name in _PER_POSITION:
+            module = layers[-1]
+            for part in name.split("."):
+                module = getattr(module, part, None)
+            if isinstance(module, nn.Module):
+                hooks.enter_context(_at_last_position(module))
+        yield
+
+
+@contextmanager
+def _at_last_position(module: nn.Module) -> Iterator[None]:
+    lengths: list[int] = []
+
+    def keep_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = args[0].shape[:2]
+        lengths.append(tokens[1])
+        # A mixture of experts may be told each token's type beside it (Ernie).
+        return tuple(each[:, -1:] if isinstance(each, Tensor) and each.shape[:2] == tokens else each for each in args)
+
+    def pad_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        padding = (0, 0, lengths.pop() - 1, 0)
+        if isinstance(output, tuple):  # a mixture of experts may give its router's logits, too
+            return (pad(output[0], padding), *output[1:])
+        return pad(output, padding)
+
+    handles = [module.register_forward_pre_hook(keep_last), module.register_forward_hook(pad_back)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _pad_completions(policy: Policy, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ from mmrl_ray.learner.checkpoints import (
     save_checkpoint,
 )
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.policy.cpu.linear import use_onednn
+from mmrl_ray.policy.load import accelerate
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
@@ -104,7 +104,7 @@ def test_any_checkpoint_is_a_peft_adapter(tiny: Path, local: RunDir) -> None:
     policy, learner = small(tiny)
     save(local, 1, policy, learner)
     base = AutoModelForImageTextToText.from_pretrained(tiny)
-    use_onednn(base)  # as a policy's layers do: else the two would agree up to rounding only
+    accelerate(base, torch.device("cpu"))  # as a policy's layers do: else the two would agree up to rounding only
     loaded = PeftModel.from_pretrained(base, local.full_path(checkpoint_name(1)))
     ids = torch.tensor([[6, 7, 8]])
     with torch.no_grad():

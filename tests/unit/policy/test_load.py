@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +27,14 @@ from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.errors import AdapterError, ConfigError, ModelError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy import trial, vision
+from mmrl_ray.policy.checkpoint import is_revision, revision_key_of
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import load_policy, load_skeleton, save_policy
 from mmrl_ray.policy.lora.adapter import add_adapter, save_adapter
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.parity import compare
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
-from mmrl_ray.policy.revision import is_revision, revision_key_of
+from mmrl_ray.policy.scoring.prefix import score_completions
 from tests.support.tiny_models import FAMILIES, make_samples
 
 Load = Callable[..., Policy]
@@ -580,3 +583,45 @@ def test_what_cannot_be_sampled_as_it_is_learnt_is_refused_by_name(
         for load in loads:
             with pytest.raises(ModelError, match=f"^model .*llava.*{message}.*use another"):
                 load(llava)
+
+
+WITHOUT_CPU = """
+import sys
+sys.modules["mmrl_ray.policy.cpu"] = None  # as if the folder were not there
+from pathlib import Path
+from tests.unit.policy.test_load import section, tokens_with_adapter
+from mmrl_ray.policy.load import load_policy
+policy = load_policy(section(Path(sys.argv[1])), device="cpu")
+policy.acceleration.pack_weights(policy.model)
+layers = {type(module).__name__ for module in policy.model.modules() if hasattr(module, "in_features")}
+print(tokens_with_adapter(policy), layers)
+print([name for name, module in sys.modules.items() if name.startswith("mmrl_ray.policy.cpu") and module])
+"""
+
+
+def tokens_with_adapter(policy: Policy) -> list[list[int]]:
+    """Drawn and greedy ones, with an adapter that does something; scored, too."""
+    with torch.no_grad():
+        for parameter in add_adapter(policy, LoraSection(r=2), seed=3).parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    prompts = encode_prompts(policy, make_samples())
+    sampling = SamplingParams(max_new_tokens=6, seed=5)
+    requests = [DecodeRequest(prompt, 2, sampling, greedy_extra=True) for prompt in prompts]
+    outputs = decode_groups(Decoder(policy), requests)
+    completions = [[*output.completions, output.greedy] for output in outputs]
+    drawn = [[c.token_ids for c in group if c is not None] for group in completions]
+    with torch.no_grad():
+        assert score_completions(policy, prompts, None, drawn, 1.0).logprobs.isfinite().all()
+    return [ids.tolist() for group in drawn for ids in group]
+
+
+def test_without_what_makes_a_cpu_faster_all_else_is_as_it_was(
+    load: Load, family_folder: Callable[[str], Path]
+) -> None:
+    with_it = load()
+    assert with_it.acceleration != Acceleration()
+    command = [sys.executable, "-c", WITHOUT_CPU, str(family_folder("llava"))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{tokens_with_adapter(with_it)} {{'Linear'}}", "[]"]

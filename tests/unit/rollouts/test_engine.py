@@ -1,20 +1,21 @@
-"""The engine around a backend and a reward that are told what to do."""
+"""The engine around a generation engine, a scorer and a reward that are told what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ContextLengthError, ImageError, ModelError, RewardError
+from mmrl_ray.errors import ConfigError, ContextLengthError, ImageError, ModelError, RewardError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, SamplingParams, VisionFeatures
 from mmrl_ray.experience.schema import group_rows
-from mmrl_ray.policy.generation.decode import DecodeRequest, GroupOutput
+from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.rewards.base import TruncatedCaption
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
@@ -32,26 +33,21 @@ def trained() -> dict[str, torch.Tensor]:
 
 
 @dataclass
-class FakeBackend:
+class FakeGenerator(GenerationEngine):
     """A completion's text is "<sample> <place>"; its tokens are as many as its place plus 1."""
 
-    ships_vision: bool = True
-    refused: Mapping[str, Exception] = field(default_factory=dict)
+    name = "fake"
+    capabilities = Capabilities(True, True, True, True, True)
     loads: list[Mapping[str, torch.Tensor] | None] = field(default_factory=list)
     load_error: Exception | None = None
     passes: list[int] = field(default_factory=list)
 
-    def load(self, weights: Mapping[str, torch.Tensor] | None) -> None:
+    def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
         if self.load_error is not None:
             raise self.load_error
         self.loads.append(weights)
 
-    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
-        if sample.id in self.refused:
-            raise self.refused[sample.id]
-        return EncodedPrompt(torch.arange(7), {"pixel_values": torch.ones(2), "grid": torch.ones(1)}, sample.id)
-
-    def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+    def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         self.passes.append(len(requests))
         return [
             GroupOutput(
@@ -62,6 +58,34 @@ class FakeBackend:
             for r in requests
         ]
 
+    def _completion(self, name: str, place: int) -> Completion:
+        tokens = torch.arange(place + 1)
+        reason = "stop" if place % 2 == 0 else "length"
+        return Completion(tokens, -tokens.float(), f"{name} {place}", reason)  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeScorer:
+    """The reference says 0.25 · temperature less of every token."""
+
+    ships_vision: bool = True
+    refused: Mapping[str, Exception] = field(default_factory=dict)
+    loads: list[tuple[int, Mapping[str, torch.Tensor] | None]] = field(default_factory=list)
+
+    def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
+        self.loads.append((version, weights))
+
+    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
+        if sample.id in self.refused:
+            raise self.refused[sample.id]
+        return EncodedPrompt(torch.arange(7), {"pixel_values": torch.ones(2), "grid": torch.ones(1)}, sample.id)
+
+    def check_path(self, prompts: Sequence[EncodedPrompt]) -> None:
+        assert prompts
+
+    def features(self, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures]:
+        return [VisionFeatures(torch.ones(4, 8)) for _ in prompts]
+
     def reference_logprobs(
         self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
     ) -> list[list[torch.Tensor]]:
@@ -69,11 +93,6 @@ class FakeBackend:
 
     def counters(self) -> dict[str, float]:
         return {"vision_hits": 3, "vision_misses": 1, "naive_path": 1}
-
-    def _completion(self, name: str, place: int) -> Completion:
-        tokens = torch.arange(place + 1)
-        reason = "stop" if place % 2 == 0 else "length"
-        return Completion(tokens, -tokens.float(), f"{name} {place}", reason)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -96,9 +115,18 @@ class FakeReward:
         return [RewardBreakdown(total, {"place": total}, {"place": 1.0}) for total in totals]
 
 
-def engine(backend: FakeBackend, reward: FakeReward | None = None, *, ship: int = 10**6) -> RolloutEngine:
+def engine(
+    generator: FakeGenerator | None = None,
+    scorer: FakeScorer | None = None,
+    reward: FakeReward | None = None,
+    *,
+    ship: int = 10**6,
+    kind: type[RolloutEngine] = RolloutEngine,
+) -> RolloutEngine:
+    scored: Any = scorer or FakeScorer()
     section = RewardSection(retries=0, timeout_s=5.0)
-    return RolloutEngine(backend, reward or FakeReward(), worker="w7", reward_cfg=section, ship_vision_bytes=ship)
+    parts = (generator or FakeGenerator(), scored, reward or FakeReward())
+    return kind(*parts, worker="w7", reward_cfg=section, ship_vision_bytes=ship)
 
 
 def assignment(version: int = 0, *, count: int = 3, greedy: bool = False, reference: bool = False) -> Assignment:
@@ -110,7 +138,7 @@ def assignment(version: int = 0, *, count: int = 3, greedy: bool = False, refere
 
 
 def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
-    result = engine(FakeBackend()).run(assignment(version=5, greedy=True, reference=True), trained)
+    result = engine().run(assignment(version=5, greedy=True, reference=True), trained)
     assert (result.assignment_id, result.version, result.worker, result.failures) == (11, 5, "w7", ())
     assert [g.key for g in result.groups] == [GroupKey(4, i, i) for i in range(3)]
     group = result.groups[1]
@@ -129,12 +157,12 @@ def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
 
 def test_the_reward_can_tell_which_captions_were_cut_off() -> None:
     reward = FakeReward()
-    engine(FakeBackend(), reward).run(assignment(greedy=True), as_made)
+    engine(reward=reward).run(assignment(greedy=True), as_made)
     assert reward.cut_off == {f"{sample.id} {place}" for sample in samples(3) for place in (1, 9)}
 
 
 def test_without_reference_and_greedy_there_is_neither() -> None:
-    group = engine(FakeBackend()).run(assignment(), as_made).groups[0]
+    group = engine().run(assignment(), as_made).groups[0]
     assert group.kl1 == ()
     assert group.greedy_reward is None
     assert group.payload.greedy is None
@@ -142,54 +170,55 @@ def test_without_reference_and_greedy_there_is_neither() -> None:
 
 
 def test_counters_of_the_assignment_are_on_its_first_group() -> None:
-    first, second, _ = engine(FakeBackend()).run(assignment(), as_made).groups
+    first, second, _ = engine().run(assignment(), as_made).groups
     assert first.counters == {"finished": 1, "vision_hits": 3, "vision_misses": 1, "naive_path": 1}
     assert second.counters == {"finished": 1, "naive_path": 1}
 
 
 def test_a_version_is_loaded_once() -> None:
-    backend = FakeBackend()
-    worker = engine(backend)
+    generator, scorer = FakeGenerator(), FakeScorer()
+    worker = engine(generator, scorer)
     for version, fetch in ((0, as_made), (0, as_made), (1, trained), (1, trained), (0, as_made)):
         worker.run(assignment(version), fetch)
-    assert backend.loads == [None, WEIGHTS, None]
+    assert generator.loads == [None, WEIGHTS, None]
+    assert scorer.loads == [(0, None), (1, WEIGHTS), (0, None)]
 
 
 def test_after_a_failed_load_the_next_assignment_loads_again() -> None:
-    backend = FakeBackend()
-    worker = engine(backend)
+    generator = FakeGenerator()
+    worker = engine(generator)
     worker.run(assignment(1), trained)
-    backend.load_error = ModelError("does not fit")
+    generator.load_error = ModelError("does not fit")
     with pytest.raises(ModelError, match="does not fit"):
         worker.run(assignment(2), trained)
-    backend.load_error = None
+    generator.load_error = None
     worker.run(assignment(1), trained)
-    assert len(backend.loads) == 2
+    assert len(generator.loads) == 2
 
 
 def test_a_sample_that_cannot_be_encoded_is_a_failure_and_the_others_go_on() -> None:
     refused = {"sample-000": ImageError("not a PNG"), "sample-002": ContextLengthError("900 tokens")}
-    backend = FakeBackend(refused=refused)
-    result = engine(backend).run(assignment(), as_made)
+    generator = FakeGenerator()
+    result = engine(generator, FakeScorer(refused=refused)).run(assignment(), as_made)
     assert [g.sample_id for g in result.groups] == ["sample-001"]
     assert [(f.key, f.sample_id, f.reason) for f in result.failures] == [
         (GroupKey(4, 0, 0), "sample-000", "ImageError: not a PNG"),
         (GroupKey(4, 2, 2), "sample-002", "ContextLengthError: 900 tokens"),
     ]
-    assert backend.passes == [1]
+    assert generator.passes == [1]
 
 
 def test_an_assignment_of_nothing_but_broken_samples() -> None:
-    backend = FakeBackend(refused={f"sample-{i:03d}": ImageError("broken") for i in range(3)})
-    reward = FakeReward()
-    result = engine(backend, reward).run(assignment(greedy=True, reference=True), as_made)
+    scorer = FakeScorer(refused={f"sample-{i:03d}": ImageError("broken") for i in range(3)})
+    generator, reward = FakeGenerator(), FakeReward()
+    result = engine(generator, scorer, reward).run(assignment(greedy=True, reference=True), as_made)
     assert (len(result.groups), len(result.failures)) == (0, 3)
-    assert backend.passes == []
+    assert generator.passes == []
     assert reward.batches == []
 
 
 def test_a_group_whose_reward_fails_is_masked_and_never_scored_0() -> None:
-    result = engine(FakeBackend(), FakeReward(fails_for="sample-001")).run(assignment(greedy=True), as_made)
+    result = engine(reward=FakeReward(fails_for="sample-001")).run(assignment(greedy=True), as_made)
     kept, masked, _ = result.groups
     assert masked.masked == "sample-001 has no references"
     assert masked.rewards == ()
@@ -209,7 +238,7 @@ def test_a_completion_whose_reward_fails_is_masked_alone() -> None:
                 for caption, score in zip(captions, scores, strict=True)
             ]
 
-    first, second, third = engine(FakeBackend(), Picky()).run(assignment(greedy=True), as_made).groups
+    first, second, third = engine(reward=Picky()).run(assignment(greedy=True), as_made).groups
     assert [g.masked for g in (first, second, third)] == [None] * 3
     assert (first.rewards[0], first.failures) == (RewardFailure("no number"), ("no number",))
     assert [getattr(s, "total", None) for s in (first.rewards[1], first.greedy_reward)] == [1.0, 9.0]
@@ -221,27 +250,50 @@ def test_a_completion_whose_reward_fails_is_masked_alone() -> None:
 
 def test_all_captions_are_scored_in_one_batch() -> None:
     reward = FakeReward()
-    engine(FakeBackend(), reward).run(assignment(greedy=True), as_made)
+    engine(reward=reward).run(assignment(greedy=True), as_made)
     assert reward.batches == [9]
 
 
 @pytest.mark.parametrize(("limit", "ships"), [(3 * 4 * 8 * 4, True), (3 * 4 * 8 * 4 - 1, False)])
 def test_vision_features_travel_up_to_a_size_and_pixels_never(limit: int, ships: bool) -> None:
-    result = engine(FakeBackend(), ship=limit).run(assignment(), as_made)
+    result = engine(ship=limit).run(assignment(), as_made)
     for group in result.groups:
         assert (group.payload.vision is not None) == ships
         assert set(group.payload.prompt.model_inputs) == {"grid"}
 
 
 def test_features_that_may_not_travel_stay() -> None:
-    result = engine(FakeBackend(ships_vision=False)).run(assignment(), as_made)
+    result = engine(scorer=FakeScorer(ships_vision=False)).run(assignment(), as_made)
     assert all(group.payload.vision is None for group in result.groups)
 
 
 def test_what_is_no_samples_fault_is_raised() -> None:
-    class Broken(FakeBackend):
-        def decode(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+    class Broken(FakeGenerator):
+        def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
             raise ModelError("the model's logits are NaN")
 
     with pytest.raises(ModelError, match="NaN"):
         engine(Broken()).run(replace(assignment(), id=1), as_made)
+
+
+def test_what_an_engine_cannot_do_is_refused_and_never_left_out() -> None:
+    class Plain(FakeGenerator):
+        capabilities = Capabilities(False, False, False, False, False)
+
+    generator = Plain()
+    with pytest.raises(ConfigError, match=r"the fake engine gives no greedy completion .* another advantage"):
+        engine(generator).run(assignment(greedy=True), as_made)
+    given = assignment()
+    steered = replace(given.groups[0], sampling=SamplingParams(value_beta=0.5))
+    with pytest.raises(ConfigError, match=r"the fake engine cannot decode by value heads .* leave beta at 0"):
+        engine(generator).run(replace(given, groups=(steered, *given.groups[1:])), as_made)
+    assert generator.passes == []
+
+
+@pytest.mark.parametrize("hands_on", [True, False])
+def test_where_the_engine_hands_on_no_features_they_are_the_scorers(hands_on: bool) -> None:
+    class Made(FakeGenerator):
+        capabilities = replace(FakeGenerator.capabilities, vision_features=hands_on)
+
+    for group in engine(Made()).run(assignment(), as_made).groups:
+        assert torch.equal(group.payload.vision.tokens, torch.zeros(4, 8) if hands_on else torch.ones(4, 8))

@@ -15,11 +15,12 @@ from mmrl_ray.errors import DataError, ImageError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.preferences.dataset import LabelledPair, sample_of
 from mmrl_ray.preferences.schema import Pair
-from mmrl_ray.rollouts.backend import PolicyBackend
 from mmrl_ray.rollouts.pairs import PairEngine
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, GroupRequest
 from tests.unit.learner.worlds import TEMPERATURE, make_policy, reference_logprobs, sample, tiny_folder
-from tests.unit.rollouts.test_engine import FakeBackend, FakeReward, as_made, assignment
+from tests.unit.rollouts.test_engine import FakeReward, as_made, assignment
+from tests.unit.rollouts.test_engine import engine as faked
+from tests.unit.rollouts.test_stored import parts_on
 
 CAPTIONS = (("w1 w2 w3", "w4"), ("w5 w6", "w7 w8 w9 w1"), ("w2", "w3"))
 
@@ -41,15 +42,13 @@ def run(engine: PairEngine, samples: Sequence[Sample], *, step: int = 0) -> Assi
     return engine.run(Assignment(1, "train" if step >= 0 else "eval", groups, 0), as_made)
 
 
-def engine_on(folder: Path) -> tuple[PairEngine, PolicyBackend]:
-    backend = PolicyBackend(make_policy(folder), vision_cache_bytes=2**20, max_rows=8, temperature=TEMPERATURE)
-    reward = FakeReward()
-    made = PairEngine(backend, reward, worker="w", reward_cfg=RewardSection(), ship_vision_bytes=2**20)
-    return made, backend
+def engine_on(folder: Path) -> PairEngine:
+    parts = parts_on(folder)
+    return PairEngine(*parts, FakeReward(), worker="w", reward_cfg=RewardSection(), ship_vision_bytes=2**20)
 
 
 def test_both_captions_are_scored_under_the_reference_as_on_rows_of_their_own(tiny: Path) -> None:
-    engine, _ = engine_on(tiny)
+    engine = engine_on(tiny)
     labels = (1.0, 0.25, 0.5)
     result = run(engine, [pair_sample(i, c, p) for i, (c, p) in enumerate(zip(CAPTIONS, labels, strict=True))])
     assert result.failures == ()
@@ -68,7 +67,7 @@ def test_both_captions_are_scored_under_the_reference_as_on_rows_of_their_own(ti
 
 
 def test_an_evaluation_also_asks_the_policy(tiny: Path) -> None:
-    engine, _ = engine_on(tiny)
+    engine = engine_on(tiny)
     result = run(engine, [pair_sample(0, CAPTIONS[0])], step=-1)
     policy = make_policy(tiny)
     for completion in result.groups[0].payload.completions:
@@ -79,7 +78,7 @@ def test_an_evaluation_also_asks_the_policy(tiny: Path) -> None:
 
 
 def test_a_pair_that_cannot_be_used_is_told_and_the_others_go_on(tiny: Path) -> None:
-    engine, _ = engine_on(tiny)
+    engine = engine_on(tiny)
     long = pair_sample(1, ("w1 w2 w3 w4 w5 w6", "w1"))
     special = pair_sample(2, ("w1 <image>", "w1"))
     broken = replace(pair_sample(3, CAPTIONS[0]), images=(b"no picture",))
@@ -92,7 +91,7 @@ def test_a_pair_that_cannot_be_used_is_told_and_the_others_go_on(tiny: Path) -> 
 
 
 def test_a_row_that_nobody_wrote_as_a_pair_is_refused(tiny: Path) -> None:
-    engine, _ = engine_on(tiny)
+    engine = engine_on(tiny)
     good = pair_sample(0, CAPTIONS[0])
     for wrong in ({"captions": ["one"]}, {"captions": ["a", "b"], "preferred": [1.0, 1.0]}, 3):
         result = run(engine, [good, replace(good, id="bad", metadata={"mmrl_pair": wrong})])
@@ -101,6 +100,5 @@ def test_a_row_that_nobody_wrote_as_a_pair_is_refused(tiny: Path) -> None:
 
 
 def test_ordinary_samples_are_sampled_and_rewarded_as_ever() -> None:
-    section = RewardSection(retries=0, timeout_s=5.0)
-    engine = PairEngine(FakeBackend(), FakeReward(), worker="w7", reward_cfg=section, ship_vision_bytes=10**6)
+    engine = faked(kind=PairEngine)
     assert [[r.total for r in g.rewards] for g in engine.run(assignment(), as_made).groups] == [[0.0, 1.0]] * 3

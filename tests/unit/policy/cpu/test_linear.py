@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.cpu import linear
 from mmrl_ray.policy.cpu.linear import OneDnnLinear, is_available, pack_weights, use_onednn
+from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import encode_prompts
+from tests.support.tiny_models import FAMILIES, make_samples
+from tests.unit.policy.generation.test_decode_families import TOKENS, generated, ids
+
+Load = Callable[..., Policy]
 
 SHAPES = [(7, 24), (1, 24), (2, 5, 24), (3, 1, 24), (0, 24), (2, 0, 24)]
 
@@ -161,3 +170,15 @@ def test_a_model_too_large_to_lie_in_memory_twice_is_not_packed(monkeypatch: pyt
     use_onednn(model)
     pack_weights(model)
     assert model[0]._packed is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_change_no_greedy_row(family: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load(family)
+    prompts = encode_prompts(policy, make_samples())
+    expected = [generated(policy, prompt) for prompt in prompts]
+    monkeypatch.setattr(linear, "_LARGE_WEIGHT", 1)  # so that layers of these small models are oneDNN's, too
+    pack_weights(policy.model)
+    greedy = SamplingParams(max_new_tokens=TOKENS, greedy=True)
+    together = decode_groups(Decoder(policy), [DecodeRequest(p, 1, greedy) for p in prompts])
+    assert [ids(out.completions[0]) for out in together] == expected

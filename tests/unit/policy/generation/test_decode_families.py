@@ -9,8 +9,6 @@ import torch
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams
-from mmrl_ray.policy.cpu import linear
-from mmrl_ray.policy.cpu.linear import pack_weights
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter
 from mmrl_ray.policy.model import Policy
@@ -51,15 +49,6 @@ def generated(policy: Policy, prompt: EncodedPrompt, **settings: object) -> list
 def ids(completion: Completion | None) -> list[int]:
     assert completion is not None
     return completion.token_ids.tolist()
-
-
-def test_packed_weights_change_no_greedy_row(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = encode_prompts(policy, make_samples())
-    expected = [generated(policy, prompt) for prompt in prompts]
-    monkeypatch.setattr(linear, "_LARGE_WEIGHT", 1)  # so that layers of these small models are oneDNN's, too
-    pack_weights(policy.model)
-    together = decode_groups(Decoder(policy), [DecodeRequest(p, 1, GREEDY) for p in prompts])
-    assert [ids(out.completions[0]) for out in together] == expected
 
 
 def test_greedy_rows_are_what_generate_gives(policy: Policy) -> None:

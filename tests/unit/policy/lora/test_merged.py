@@ -9,7 +9,8 @@ import torch
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
-from mmrl_ray.policy.lora.adapter import MergedAdapter, add_adapter, reference_policy
+from mmrl_ray.policy.lora.adapter import add_adapter, reference_policy
+from mmrl_ray.policy.lora.routing import MergedAdapter
 from mmrl_ray.policy.model import Policy
 from tests.unit.policy.lora.test_adapter import logits, train_a_little
 

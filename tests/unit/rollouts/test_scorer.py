@@ -1,4 +1,4 @@
-"""The real backend on a tiny model; oracles are the model's own laws, not this code."""
+"""The local engine and the scorer on a tiny model; oracles are the model's own laws, not this code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmrl_ray.config.demands import torch_threads
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
-from mmrl_ray.policy.generation.decode import DecodeRequest
+from mmrl_ray.policy.generation.base import DecodeRequest
 from mmrl_ray.policy.generation.sampling import RowSampler
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.tiny import build_tiny_llava
@@ -67,7 +67,7 @@ def assignment(version: int = 0, count: int = 3, max_new_tokens: int = 5) -> Ass
 
 
 def trained(engine: RolloutEngine) -> dict[str, torch.Tensor]:
-    state = adapter_state(engine._backend.policy.model)  # type: ignore[attr-defined]
+    state = adapter_state(engine._scorer.policy.model)
     generator = torch.Generator().manual_seed(5)
     return {name: 0.3 * torch.randn(t.shape, generator=generator) for name, t in state.items()}
 
@@ -119,13 +119,13 @@ def test_states_come_with_the_groups_that_ask_for_them_and_follow_the_adapter(en
     fresh = [group.payload.state for group in engine.run(asked, lambda: None).groups]
     assert [state is None for state in fresh] == [False, True, False]
     assert {t.shape for t in (fresh[0].action, fresh[0].hidden, *fresh[0].modalities.values())} == {(32,)}
-    backend = engine._backend
-    prompts = [backend.encode(g.sample, 5) for g in given.groups]
-    outputs = backend.decode([DecodeRequest(p, 1, SamplingParams(greedy=True, max_new_tokens=5)) for p in prompts])
-    before = backend.states(prompts, outputs)
+    generator, scorer = engine._generator, engine._scorer
+    prompts = [scorer.encode(g.sample, 5) for g in given.groups]
+    outputs = generator.generate([DecodeRequest(p, 1, SamplingParams(greedy=True, max_new_tokens=5)) for p in prompts])
+    before = scorer.states(prompts, outputs)
     weights = trained(engine)
-    backend.load(weights)
-    after = backend.states(prompts, outputs)
+    generator.load(1, weights)
+    after = scorer.states(prompts, outputs)
     for a, b in zip(before, after, strict=True):
         assert a is not None
         assert b is not None
@@ -143,18 +143,18 @@ def test_a_model_whose_modalities_cannot_be_told_is_evaluated_without(
     def fail(*arguments: object) -> None:
         raise ModelError("no embeddings")
 
-    monkeypatch.setattr("mmrl_ray.rollouts.backend.caption_states", fail)
+    monkeypatch.setattr("mmrl_ray.rollouts.scorer.caption_states", fail)
     groups = engine.run(asked, lambda: None).groups
     assert [group.payload.state for group in groups] == [None, None, None]
 
 
 def test_broken_and_overlong_samples_are_told_apart(engine: RolloutEngine) -> None:
-    backend = engine._backend
+    scorer = engine._scorer
     broken = samples(1)[0]
     with pytest.raises(ImageError):
-        backend.encode(type(broken)(id="x", images=(b"no image",), prompt="Describe."), 5)
+        scorer.encode(type(broken)(id="x", images=(b"no image",), prompt="Describe."), 5)
     with pytest.raises(ContextLengthError, match="context of 64"):
-        backend.encode(broken, 64)
+        scorer.encode(broken, 64)
 
 
 def test_threads_follow_from_the_config_alone(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mmrl_ray.policy.cpu.last_layer import last_layer_at_last_position
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.scoring.prefix import last_layer_at_last_position
 from tests.support.tiny_models import make_samples
 
 Load = Callable[..., Policy]

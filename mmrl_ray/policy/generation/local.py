@@ -1,0 +1,36 @@
+"""The engine of this process: the policy itself, with the decode loop of `decode.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
+from mmrl_ray.policy.generation.decode import Decoder, decode_groups
+from mmrl_ray.policy.lora.routing import VersionedPolicy
+from mmrl_ray.policy.vision import VisionCache
+
+
+class LocalEngine(GenerationEngine):
+    """Decodes with a policy that others in this process may use too, between two calls."""
+
+    name = "local"
+    capabilities = Capabilities(
+        value_guided=True, greedy_extra=True, vision_features=True, exact_logprobs=True, reproducible=True
+    )
+
+    def __init__(self, policy: VersionedPolicy, cache: VisionCache, *, max_rows: int) -> None:
+        """`max_rows` completions are decoded at the same time; `cache` is shared with the scorer."""
+        self._policy = policy
+        # Features that change with every version are not kept.
+        kept = None if policy.adapts_vision else cache
+        self._decoder = Decoder(policy.policy, vision_cache=kept, max_rows=max_rows)
+
+    def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """See `GenerationEngine`."""
+        self._policy.load(version, weights)
+
+    def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+        with self._policy.merged():
+            return decode_groups(self._decoder, requests)

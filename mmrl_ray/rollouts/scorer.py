@@ -1,0 +1,169 @@
+"""What a rollout engine asks of the policy beside samples: prompts, log-probs of given completions, states, features.
+
+None of it depends on what samples: the scorer's model is in this process, and the same as the learner's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mmrl_ray.analysis.states import caption_states
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import ModelError
+from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, VisionFeatures
+from mmrl_ray.policy.generation.base import GroupOutput
+from mmrl_ray.policy.lora.adapter import reference_policy
+from mmrl_ray.policy.lora.routing import VersionedPolicy
+from mmrl_ray.policy.parity import Comparison, choose_path
+from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
+from mmrl_ray.policy.scoring.prefix import score_completions
+from mmrl_ray.policy.vision import VisionCache, vision_features
+
+logger = logging.getLogger(__name__)
+
+
+class Scorer:
+    """Scores with a loaded policy. One thread at a time."""
+
+    def __init__(self, policy: VersionedPolicy, cache: VisionCache, *, temperature: float) -> None:
+        """`temperature` is for the start-up check of the path; `cache` may be a generation engine's, too."""
+        self._versions = policy
+        self.policy = policy.policy
+        self._cache = cache
+        self._temperature = temperature
+        self._choice: Comparison | None = None
+        self._counted = (0, 0)
+
+    @property
+    def ships_vision(self) -> bool:
+        """Whether the vision features of a group may travel to the learner."""
+        return self.policy.inject_vision and not self._versions.adapts_vision
+
+    def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Makes these the weights that states and captions are scored with; see `GenerationEngine.load`."""
+        self._versions.load(version, weights)
+
+    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
+        """One prompt, with room for its completions.
+
+        Raises:
+            DataError, ModelError: this sample cannot be used.
+        """
+        (prompt,) = encode_prompts(self.policy, [sample])
+        check_context(self.policy, prompt, max_new_tokens)
+        return prompt
+
+    def check_path(self, prompts: Sequence[EncodedPrompt]) -> Comparison:
+        """How completions are scored: found out once, on the first prompts that come, since they are real ones.
+
+        Raises:
+            ModelError: sampler, learner and transformers' own forward do not agree.
+        """
+        if self._choice is None:
+            self._choice = choose_path(self.policy, prompts[:2], temperature=self._temperature)
+            logger.warning("scoring path: %s (%s)", self._choice.path, self._choice.reason)
+        return self._choice
+
+    def reference_logprobs(
+        self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float
+    ) -> list[list[torch.Tensor]]:
+        """float32 [T] of each completion of each group, under the policy without its adapter."""
+        # Features that the adapter had a part in are not the reference's.
+        features = None if self._versions.adapts_vision else _features_of(outputs)
+        completions = [[c.token_ids for c in output.completions] for output in outputs]
+        with reference_policy(self.policy.model):
+            return self._logprobs(prompts, features, completions, temperature)
+
+    def features(self, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures] | None:
+        """What the vision tower makes of each prompt's pictures; None where features do not travel."""
+        return vision_features(self.policy, prompts, self._cache) if self.ships_vision else None
+
+    def text_of(self, tokens: torch.Tensor) -> str:
+        """The caption that tokens int64 [T] say."""
+        return str(self.policy.tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+    def caption_tokens(self, text: str) -> torch.Tensor:
+        """int64 [T] of a caption that was not sampled, its end token included.
+
+        Raises:
+            DataError: it holds a special token.
+        """
+        return encode_caption(self.policy, text)
+
+    def score_captions(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        captions: Sequence[Sequence[str]],
+        temperature: float,
+        *,
+        under_policy: bool,
+    ) -> list[GroupOutput]:
+        """Captions that were not sampled as the completions of a group, with their reference log-probs.
+
+        Their `logprobs` are the policy's, or with `under_policy` off the reference's once more: who wrote them is not
+        known, so that there is no behaviour policy.
+        """
+        features = self.features(prompts)
+        tokens = [[self.caption_tokens(text) for text in group] for group in captions]
+        with reference_policy(self.policy.model):
+            reference = self._logprobs(prompts, features, tokens, temperature)
+        own = self._logprobs(prompts, features, tokens, temperature) if under_policy else reference
+        return [
+            GroupOutput(
+                completions=tuple(
+                    Completion(ids, logprobs, text, "stop", referenced)
+                    for ids, logprobs, text, referenced in zip(*group, strict=True)
+                ),
+                greedy=None,
+                vision=None if features is None else features[i],
+            )
+            for i, group in enumerate(zip(tokens, own, captions, reference, strict=True))
+        ]
+
+    def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
+        """What each group's first completion looks like from inside (`analysis/states.py`), where that can be told."""
+        captions = [output.completions[0].token_ids for output in outputs]
+        try:
+            with self._versions.merged():
+                return [*caption_states(self.policy, prompts, _features_of(outputs), captions)]
+        except ModelError as error:
+            logger.warning("captions are evaluated without their states: %s", error)
+            return [None] * len(prompts)
+
+    def counters(self) -> dict[str, float]:
+        """`vision_hits`, `vision_misses` since the last call, and `naive_path` 1 or 0."""
+        hits, misses = self._counted
+        self._counted = (self._cache.hits, self._cache.misses)
+        naive = self._choice is not None and self._choice.path == "naive"
+        return {
+            "vision_hits": self._cache.hits - hits,
+            "vision_misses": self._cache.misses - misses,
+            "naive_path": int(naive),
+        }
+
+    @torch.no_grad()
+    def _logprobs(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        features: Sequence[VisionFeatures] | None,
+        completions: Sequence[Sequence[torch.Tensor]],
+        temperature: float,
+    ) -> list[list[torch.Tensor]]:
+        """float32 [T] of each completion of each group, under the policy as it stands."""
+        path = self.check_path(prompts).path
+        scores = score_completions(self.policy, prompts, features, completions, temperature, path=path)
+        rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
+        return [[_valid(*next(rows)) for _ in group] for group in completions]
+
+
+def _features_of(outputs: Sequence[GroupOutput]) -> list[VisionFeatures] | None:
+    """Those that came with the groups, if they came with all of them."""
+    features = [output.vision for output in outputs if output.vision is not None]
+    return features if len(features) == len(outputs) else None
+
+
+def _valid(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return logprobs[mask].float().clone()
