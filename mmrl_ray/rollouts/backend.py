@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from mmrl_ray.analysis.states import caption_states
+from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, VisionFeatures
@@ -56,7 +56,8 @@ class Backend(Protocol):
         ...
 
     def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
-        """What each group's first completion looks like from inside (`analysis/states.py`), where that can be told."""
+        """What each group's first completion looks like from inside (`analysis/attribution.py`), where that can be
+        told."""
         ...
 
     def features(self, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures] | None:

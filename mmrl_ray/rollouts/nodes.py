@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from mmrl_ray.config.demands import Demand
+from mmrl_ray.config.schema import Demand
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 
 _LOOK_EVERY_S = 2.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import Demand, demands_of
+from mmrl_ray.config.schema import Demand, demands_of
 from mmrl_ray.telemetry.logs import LogFormat
 
 

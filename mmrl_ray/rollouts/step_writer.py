@@ -9,7 +9,7 @@ from typing import Any
 
 from mmrl_ray.experience.carriers import StepPlan
 from mmrl_ray.rollouts.step_book import TakenStep
-from mmrl_ray.run_records.recorder import Recorder, StepRecord
+from mmrl_ray.run_records.rollout_log import Recorder, StepRecord
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import RECENT_STEPS, StepLog, StepMeter, recent_throughput, rollout_metrics
 

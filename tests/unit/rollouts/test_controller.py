@@ -20,7 +20,7 @@ from mmrl_ray.experience.carriers import SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.types import Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
-from mmrl_ray.run_records.recorder import LEFT_OUT
+from mmrl_ray.run_records.rollout_log import LEFT_OUT
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.rollouts.fakes import FakeEngine, FakePool, ListSource, config, samples
 
