@@ -33,7 +33,7 @@ from mmrl_ray.data.samples import read_split
 from mmrl_ray.evaluation.captioning import target_captions
 from mmrl_ray.evaluation.model_source import open_target
 from mmrl_ray.evaluation.records import load_evaluation
-from mmrl_ray.metrics.bootstrap import Interval, bootstrap_difference, bootstrap_mean
+from mmrl_ray.metrics.statistics import Interval, bootstrap_difference, bootstrap_mean
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.training.train import SUMMARY, train

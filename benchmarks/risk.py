@@ -45,7 +45,7 @@ from risk_figures import draw, tabulate
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config
 from mmrl_ray.config.reward import RewardSection
-from mmrl_ray.config.reward_model import RewardModelConfig
+from mmrl_ray.config.schema import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
 from mmrl_ray.data.scenes.language import attribute_scores
@@ -54,8 +54,7 @@ from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.experience.seeds import derive_seed, group_seed
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.text import words
+from mmrl_ray.metrics.text import CorpusStatistics, words
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.generation.local import LocalEngine
 from mmrl_ray.policy.load import load_policy

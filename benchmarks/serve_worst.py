@@ -52,7 +52,7 @@ from serve import Load, Server, body, ours, pictures_of
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary
 from mmrl_ray.data.writing import write_parquet
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.tiny import build_tiny_llava
 
 ADDRESS = "127.0.0.2"

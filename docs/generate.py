@@ -168,7 +168,7 @@ def figures() -> Lines:
 
 def events() -> Lines:
     """Kinds of events, as the report puts them in words."""
-    from mmrl_ray.report.events import EVENT_WORDS
+    from mmrl_ray.report.facts import EVENT_WORDS
 
     yield from ("| `kind` | |", "|---|---|")
     yield from (f"| `{kind}` | {words} |" for kind, words in EVENT_WORDS.items())
@@ -208,7 +208,6 @@ PUBLIC: dict[str, Sequence[str]] = {
         "mmrl_ray.losses.advantages",
         "mmrl_ray.losses.aggregation",
         "mmrl_ray.losses.policy_gradient",
-        "mmrl_ray.losses.kl",
         "mmrl_ray.losses.regularizers",
         "mmrl_ray.losses.td",
         "mmrl_ray.losses.uncertainty",
@@ -220,9 +219,7 @@ PUBLIC: dict[str, Sequence[str]] = {
     "Rewards": ("mmrl_ray.rewards.base", "mmrl_ray.rewards.captioning", "mmrl_ray.rewards.multimodal"),
     "Measures": (
         "mmrl_ray.metrics.overlap",
-        "mmrl_ray.metrics.overlap",
-        "mmrl_ray.metrics.overlap",
-        "mmrl_ray.metrics.bootstrap",
+        "mmrl_ray.metrics.statistics",
     ),
     "Exploration": ("mmrl_ray.algorithms.dqn.exploration",),
     "Analysis": ("mmrl_ray.analysis.attribution", "mmrl_ray.analysis.pca", "mmrl_ray.analysis.correlation"),

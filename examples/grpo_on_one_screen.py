@@ -26,7 +26,7 @@ from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.losses.advantages import advantages
 from mmrl_ray.losses.aggregation import completion_scales
 from mmrl_ray.losses.policy_gradient import clipped_loss
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter

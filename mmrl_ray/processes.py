@@ -1,12 +1,152 @@
-"""Other processes of this machine: when one started, and which one listens on a port."""
+"""Processes of this machine: one of our own for work that may have to be ended, and what is known of others.
+
+Such work is a function of a user's, a picture of a stranger's. A thread cannot be ended, and one that holds the
+interpreter (a regular expression, a loop in C) holds everything else too. A process can: it is started once (70 ms and
+its import), and reused; a request costs a round trip of some 0.15 ms. One that ran past its deadline is killed. It
+begins as a fresh interpreter, so that it may use CUDA, writes to the same standard output and error, and never outlives
+its owner, see `child.py`.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from mmrl_ray.child import receive, send
+from mmrl_ray.errors import ProcessError
+
+_END_TIMEOUT_S = 5.0
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from mmrl_ray.child import main; main(sys.argv[2], *map(int, sys.argv[3:]))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The process gave no answer, and is no more."""
+
+    reason: str
+    hung: bool = False
+    """Ended at its deadline; otherwise it ended by itself, or was ended by another thread."""
+    by: signal.Signals | None = None
+    """What it ended of, if it was one."""
+
+
+class ChildProcess:
+    """One process, from its start to its end."""
+
+    def __init__(self, worker: str, name: str) -> None:
+        """Starts it; returns before it has imported its worker.
+
+        Args:
+            worker: `module:function` of this project, called with the child's end of the socket.
+            name: what errors call it.
+
+        Raises:
+            ProcessError: it cannot be started.
+        """
+        self._name = name
+        self._socket, theirs = socket.socketpair()
+        watched, life = os.pipe()
+        arguments = [json.dumps(sys.path), worker, str(theirs.fileno()), str(watched), str(os.getpid())]
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-u", "-c", _BOOT, *arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), watched),
+                start_new_session=True,  # a group to kill at once; and Ctrl-C is for the owner
+            )
+        except OSError as error:
+            os.close(life)
+            self._socket.close()
+            raise ProcessError(f"{name}: no process can be started for it ({error})") from error
+        finally:
+            theirs.close()
+            os.close(watched)
+        # Also when this is collected, and when the interpreter ends; not in a process that was forked off.
+        self.end = weakref.finalize(self, _end, self._popen, self._socket, life, os.getpid())
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return self.end.alive and self._popen.poll() is None
+
+    def ask(self, *request: bytes, timeout_s: float) -> bytearray | Lost:
+        """One frame back for the frames of a request; where there is none, the process has ended.
+
+        Another thread may `kill` it meanwhile.
+        """
+        return self._answer(time.monotonic() + timeout_s, timeout_s, request)
+
+    def more(self, timeout_s: float) -> bytearray | Lost:
+        """A further frame of the same answer."""
+        return self._answer(time.monotonic() + timeout_s, timeout_s, ())
+
+    def kill(self) -> None:
+        """Lets an `ask` of another thread come back `Lost`."""
+        if self.end.alive:
+            _kill(self._popen)
+
+    def _answer(self, deadline: float, timeout_s: float, request: tuple[bytes, ...]) -> bytearray | Lost:
+        answer: bytearray | None = None
+        try:
+            for frame in request:
+                self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+                send(self._socket, frame)
+            self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            answer = receive(self._socket)
+        except TimeoutError:
+            self.end()
+            return Lost(f"{self._name} gave no answer within {timeout_s:.3g} s", hung=True)
+        except OSError:
+            pass  # it ended while it was being written to
+        if answer is None:
+            try:
+                code = self._popen.wait(_END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                code = 0
+            self.end()
+            return Lost(f"the process of {self._name} ended by itself ({_how(code)})", by=_signal(code))
+        return answer
+
+
+def _signal(code: int) -> signal.Signals | None:
+    try:
+        return signal.Signals(-code if code < 0 else code - 128)
+    except ValueError:
+        return None
+
+
+def _how(code: int) -> str:
+    killed_by = _signal(code)
+    return f"exit status {code}" if killed_by is None else killed_by.name
+
+
+def _end(popen: subprocess.Popen[bytes], connection: socket.socket, life: int, owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    _kill(popen)
+    connection.close()
+    os.close(life)
+    with suppress(subprocess.TimeoutExpired):  # in the kernel's hands: killed, and stuck in a device
+        popen.wait(_END_TIMEOUT_S)
+
+
+def _kill(popen: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):  # it is gone
+        os.killpg(popen.pid, signal.SIGKILL)
 
 
 def process_start(pid: int) -> str | None:
@@ -20,7 +160,7 @@ def process_start(pid: int) -> str | None:
 
 def listener(port: int) -> str | None:
     """Which process listens on a TCP port, in words; None where there is none, or another user's that is not told."""
-    with contextlib.suppress(psutil.Error):
+    with suppress(psutil.Error):
         for each in psutil.net_connections("tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid is not None:
                 process = psutil.Process(each.pid)

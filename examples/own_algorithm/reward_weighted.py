@@ -14,7 +14,7 @@ from pydantic import Field
 from mmrl_ray.algorithms.base import Algorithm, Objective, Panel
 from mmrl_ray.algorithms.policy_gradient import policy_gradient_objective
 from mmrl_ray.config.sections import Section
-from mmrl_ray.losses.weighing import StepRewards, StepWeights
+from mmrl_ray.losses.aggregation import StepRewards, StepWeights
 from mmrl_ray.policy.model import Policy
 
 

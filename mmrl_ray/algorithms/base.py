@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 
     from mmrl_ray.config.learner import LearnerSection
     from mmrl_ray.config.schema import Config
-    from mmrl_ray.losses.stats import Sums
-    from mmrl_ray.losses.weighing import StepRewards, StepWeights
+    from mmrl_ray.losses.aggregation import StepRewards, StepWeights, Sums
     from mmrl_ray.policy.model import Policy
     from mmrl_ray.policy.scoring.collate import LearnerBatch
     from mmrl_ray.policy.scoring.prefix import Scores
@@ -225,7 +224,7 @@ class Algorithm:
 
     def weigh(self, step: StepRewards) -> StepWeights:
         """What each completion of a step weighs, from what all of them earned."""
-        from mmrl_ray.losses.weighing import weigh
+        from mmrl_ray.losses.aggregation import weigh
 
         cfg = self.learner
         return weigh(step, cfg.advantage, cfg.aggregation, divide_by_std=cfg.advantage_std)

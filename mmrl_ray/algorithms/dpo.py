@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from mmrl_ray.config.schema import Config
+    from mmrl_ray.losses.aggregation import StepRewards, StepWeights
     from mmrl_ray.losses.dpo import DpoStats
-    from mmrl_ray.losses.weighing import StepRewards, StepWeights
     from mmrl_ray.policy.model import Policy
     from mmrl_ray.policy.scoring.collate import LearnerBatch
     from mmrl_ray.policy.scoring.prefix import Scores

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmrl_ray.config.learner import LearnerSection
-    from mmrl_ray.losses.stats import LossStats
+    from mmrl_ray.losses.aggregation import LossStats
     from mmrl_ray.policy.model import Policy
     from mmrl_ray.policy.scoring.collate import LearnerBatch
     from mmrl_ray.policy.scoring.prefix import Scores
@@ -76,7 +76,7 @@ class PolicyGradient(Algorithm):
 
 def policy_gradient_objective(cfg: LearnerSection, loss: str) -> Objective:
     """One of the losses over importance ratios, by its name."""
-    from mmrl_ray.losses.stats import LossStats
+    from mmrl_ray.losses.aggregation import LossStats
 
     return _PolicyGradientObjective(LossStats, cfg, loss)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmrl_ray.config.schema import Config
-    from mmrl_ray.losses.weighing import StepRewards, StepWeights
+    from mmrl_ray.losses.aggregation import StepRewards, StepWeights
     from mmrl_ray.policy.model import Policy
     from mmrl_ray.policy.scoring.collate import LearnerBatch
     from mmrl_ray.policy.scoring.prefix import Scores
@@ -59,7 +59,7 @@ class Raft(Algorithm):
 
     def weigh(self, step: StepRewards) -> StepWeights:
         """1 for what is cloned. What is not takes no part, so that no pass is made over it."""
-        from mmrl_ray.losses.weighing import StepWeights, scales_of
+        from mmrl_ray.losses.aggregation import StepWeights, scales_of
 
         kept = best_of_groups(step, self.settings(RaftSection).quantile)
         silent = step.counts & ~kept.any(dim=1, keepdim=True)
@@ -76,7 +76,7 @@ def best_of_groups(step: StepRewards, quantile: float) -> torch.Tensor:
     """bool [M, G]: completions at or above the quantile of their group's rewards, and above its worst."""
     import torch
 
-    from mmrl_ray.losses.spread import resolution
+    from mmrl_ray.metrics.statistics import resolution
 
     rewards = torch.where(step.counts, step.rewards, math.nan)
     threshold = torch.nanquantile(rewards, quantile, dim=1, keepdim=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mmrl_ray.analysis.pca import fit_pca
-from mmrl_ray.losses.spread import resolution
+from mmrl_ray.metrics.statistics import resolution
 
 COMBINED = "combined"
 """The name of all modalities together."""

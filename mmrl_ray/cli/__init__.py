@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 from mmrl_ray.cli import training  # noqa: F401
 
 # isort: split
-from mmrl_ray.cli import data, jobs, preferences, serving  # noqa: F401
+from mmrl_ray.cli import data, jobs, serving  # noqa: F401
 from mmrl_ray.cli.program import app
 
 __all__ = ["app", "main"]

@@ -122,7 +122,7 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     cfg = load(config, set_)
     if cfg.sft is None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
-    from mmrl_ray.data.quarantine import told
+    from mmrl_ray.data.samples import told
     from mmrl_ray.telemetry.terminal import RunProgress
     from mmrl_ray.training.interrupts import StopOnInterrupt
     from mmrl_ray.training.warm_start import warm_start, warm_start_blindness, warm_start_left_out
@@ -266,7 +266,7 @@ def reward_evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Pairwise accuracy, likelihood and calibration of a reward model on other data."""
-    from mmrl_ray.config.reward_model import RewardDataSection
+    from mmrl_ray.config.schema import RewardDataSection
     from mmrl_ray.reward_model.run import evaluate_reward, print_report
     from mmrl_ray.telemetry.terminal import RunProgress
     from mmrl_ray.training.interrupts import StopOnInterrupt

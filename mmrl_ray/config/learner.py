@@ -1,26 +1,190 @@
-"""`learner:` — advantage, loss, aggregation, regularisers, optimiser; each a separate choice."""
+"""`rollout:` and `learner:` — how completions are sampled and learned from; and the names that `algorithm:` takes.
+
+Advantage, loss, aggregation, regularisers and optimiser are each a separate choice; an algorithm's name stands for
+defaults of these keys.
+
+What there is to choose from stands in rooms above this one, and is found by its name, as a user's own class is.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    WithJsonSchema,
     create_model,
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from mmrl_ray.config.presets import Loss, registry, section_fields
 from mmrl_ray.config.sections import Section, refuse
+from mmrl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mmrl_ray.algorithms.base import Algorithm
+    from types import ModuleType
+
+    from mmrl_ray.algorithms.base import Algorithm as Family
 
 Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+
+
+def registry() -> ModuleType:
+    """`mmrl_ray.algorithms.registry`."""
+    return importlib.import_module("mmrl_ray.algorithms.registry")
+
+
+def _one_of(names: tuple[str, ...], value: Any) -> Any:
+    """A name among these, or a class of the user's own that is there."""
+    found = registry()
+    if isinstance(value, str) and found.is_path(value):
+        try:
+            found.own_class(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    elif value not in names:
+        quoted = [f"'{name}'" for name in names]
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(quoted[:-1])} or {quoted[-1]}"}
+        )
+    return value
+
+
+def _schema(names: tuple[str, ...]) -> dict[str, Any]:
+    return {"anyOf": [{"enum": list(names), "type": "string"}, {"pattern": "^[\\w.]+:\\w+$", "type": "string"}]}
+
+
+_ALGORITHMS: tuple[str, ...] = registry().ALGORITHMS
+_LOSSES: tuple[str, ...] = registry().LOSSES
+
+if TYPE_CHECKING:
+    Algorithm = str
+    Loss = str
+else:
+    Algorithm = Annotated[
+        str, BeforeValidator(lambda value: _one_of(_ALGORITHMS, value)), WithJsonSchema(_schema(_ALGORITHMS))
+    ]
+    Loss = Annotated[str, BeforeValidator(lambda value: _one_of(_LOSSES, value)), WithJsonSchema(_schema(_LOSSES))]
+
+
+def section_fields(place: str, *, optional: bool = False) -> dict[str, Any]:
+    """Fields for `create_model`: the sections of algorithms that stand at that place of a config."""
+    found: dict[str, Any] = {}
+    for family in registry().sections(place):
+        kind: type[Section] = family.section
+        name = family.section_name
+        told = f"Of `loss: {family.losses[0]}`." if family.losses else f"The agent of `algorithm: {name}`."
+        found[name] = (
+            (kind | None, Field(None, description=told)) if optional else (kind, Field(kind(), description=told))
+        )
+    return found
+
+
+def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`written` over `defaults`, section by section: writing `kl.estimator` leaves the preset's `kl.weight` alone."""
+    merged: dict[str, Any] = {**defaults}
+    for key, value in written.items():
+        nested = isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+        merged[key] = with_defaults(value, defaults[key]) if nested else value
+    return merged
+
+
+def with_preset(config: Any) -> Any:
+    """A config that is not validated yet, the defaults of its preset written into its `learner:`."""
+    if not isinstance(config, dict) or not isinstance(config.get("learner"), dict):
+        return config  # the ordinary validation says what is wrong
+    algorithm = config.get("algorithm", "grpo")
+    try:
+        preset = registry().preset_of(algorithm) if isinstance(algorithm, str) else None
+    except ConfigError:
+        return config  # and here
+    return config if preset is None else {**config, "learner": with_defaults(config["learner"], preset)}
+
+
+class WorkersRange(Section):
+    """Workers that come and go with what there is to do: the run begins with `min`."""
+
+    min: int = Field(..., ge=1)
+    """Rollout workers at least."""
+    max: int = Field(..., ge=1)
+    """Rollout workers at most."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}")
+        return self
+
+
+class RolloutSection(Section):
+    """How completions are drawn, and by how many workers."""
+
+    group_size: int = Field(8, ge=1, le=1024)
+    """G, completions an image."""
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Sampling temperature; the policy that learns is the softmax at this temperature."""
+    max_new_tokens: int = Field(32, ge=1)
+    """Completion tokens at most."""
+    top_k: int = 0
+    """Refused unless 0: a filter would make the recorded log-probs belong to another distribution."""
+    top_p: float = 1.0
+    """Refused unless 1."""
+    min_new_tokens: int = 0
+    """Refused unless 0."""
+    max_staleness: int = Field(0, ge=0)
+    """Policy versions a group may lag behind when the learner consumes it; 0 is strictly on-policy."""
+    workers: Annotated[int, Field(ge=1)] | WorkersRange = 1
+    """Rollout worker actors: a number, or `{min, max}` to have the run add and retire them itself, by what the learner
+    waits for them and they for it. `mmrl scale` changes them while a run goes on."""
+    min_workers: int = Field(1, ge=1)
+    """Below so many healthy workers for `worker_deadline_s` the run stops."""
+    groups_per_assignment: int = Field(8, ge=1)
+    """Groups that one worker decodes together: fixed by the step, never by how many workers there are."""
+    buffer_groups: int | None = Field(None, ge=1)
+    """Scored groups the controller holds at most; by default what `max_staleness` can use."""
+    assignment_timeout_s: float = Field(300.0, gt=0)
+    """A worker that has not handed an assignment back by then is replaced."""
+    worker_deadline_s: float = Field(60.0, gt=0)
+    """How long the pool may stay below `min_workers` before the run stops."""
+    vision_cache_mb: int = Field(256, ge=0)
+    """Bytes of vision features a process keeps."""
+    ship_vision_mb: int = Field(64, ge=0)
+    """Vision features of one assignment travel to the learner up to this size; beyond it they are made again."""
+
+    @property
+    def first_workers(self) -> int:
+        """Workers that a run begins with."""
+        return self.workers.min if isinstance(self.workers, WorkersRange) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a run has at most, unless it is told otherwise while it goes on."""
+        return self.workers.max if isinstance(self.workers, WorkersRange) else self.workers
+
+    @model_validator(mode="after")
+    def _no_filters(self) -> Self:
+        problems = {
+            f"{name}={getattr(self, name)} is refused in training rollouts: the recorded log-probs would "
+            f"belong to another distribution than the policy that learns; leave it at {neutral}": getattr(self, name)
+            != neutral
+            for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_new_tokens", 0))
+        }
+        refuse(
+            {
+                **problems,
+                f"min_workers={self.min_workers} is above workers={self.first_workers}": (
+                    self.min_workers > self.first_workers
+                ),
+            }
+        )
+        return self
 
 
 class KlSection(Section):
@@ -131,9 +295,9 @@ class LearnerSection(_Sections):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
-    def family(self) -> Algorithm:
+    def family(self) -> Family:
         """The algorithm that `loss` belongs to."""
-        made: Algorithm = registry().family_of_loss(self.loss)(self)
+        made: Family = registry().family_of_loss(self.loss)(self)
         return made
 
     @property

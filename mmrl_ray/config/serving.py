@@ -12,12 +12,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.deploy import DeploySection
-from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.config.presets import Algorithm, with_preset
+from mmrl_ray.config.learner import Algorithm, LearnerSection, RolloutSection, with_preset
 from mmrl_ray.config.reward import RewardSection
-from mmrl_ray.config.rollout import RolloutSection
-from mmrl_ray.config.sections import ActorResources, ModelSection, ResourcesSection, Section, SftSection, refuse
+from mmrl_ray.config.sections import (
+    ActorResources,
+    DeploySection,
+    ModelSection,
+    ResourcesSection,
+    Section,
+    SftSection,
+    refuse,
+)
 
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a served model or adapter may be called; never a path."""

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from mmrl_ray.child.main import receive, send, send_parts
+from mmrl_ray.child import receive, send, send_parts
 from mmrl_ray.errors import ImageError
 
 _NICENESS = 10

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 from PIL import Image
 
-from mmrl_ray.child.process import ChildProcess, Lost
 from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, banded, inspect_image
 from mmrl_ray.errors import ImageError, ProcessError
+from mmrl_ray.processes import ChildProcess, Lost
 
 WORKERS = 3
 """Pictures decoded at a time at most; whoever asks for large ones keeps their number, and the memory, smaller."""

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.data.quarantine import some
 from mmrl_ray.data.row import Sample
-from mmrl_ray.data.samples import shuffled
+from mmrl_ray.data.samples import shuffled, some
 from mmrl_ray.data.shards import ParquetDataset, is_local, locate
 from mmrl_ray.errors import DataError
 

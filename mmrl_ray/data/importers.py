@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mmrl_ray.data.annotations import Annotation, Unlisted, coco_annotations, jsonl_annotations, karpathy_annotations
 from mmrl_ray.data.images import MAX_BYTES, decode_image, image_extension, image_hash
-from mmrl_ray.data.quarantine import Quarantine, QuarantineRecord
 from mmrl_ray.data.row import Sample
+from mmrl_ray.data.samples import Quarantine, QuarantineRecord
 from mmrl_ray.data.writing import ShardWriter
 from mmrl_ray.errors import DataError, ImageError
 

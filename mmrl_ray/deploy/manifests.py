@@ -17,11 +17,10 @@ from typing import Any, Literal
 import yaml
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.deploy import DeploySection
 from mmrl_ray.config.load import parse_as
 from mmrl_ray.config.problems import dump_yaml
+from mmrl_ray.config.sections import DeploySection
 from mmrl_ray.config.serving import ServeConfig, ServingSection
-from mmrl_ray.deploy.paths import run_in_pods, server_in_pods
 from mmrl_ray.deploy.pods import (
     CONFIG_FOLDER,
     DASHBOARD_PORT,
@@ -32,13 +31,15 @@ from mmrl_ray.deploy.pods import (
     groups_of_server,
     head_pod,
     labels,
+    run_in_pods,
     selector,
+    server_in_pods,
     submitter_pod,
     with_labels,
     worker_pod,
 )
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.serving.flags import FAST
+from mmrl_ray.serving.haproxy import FAST
 
 Kind = Literal["rayjob", "rayservice", "raycluster"]
 
@@ -149,7 +150,7 @@ def _cluster(cfg: Config) -> list[Manifest]:
 
 def _service(cfg: ServeConfig) -> list[Manifest]:
     # Imported here: Ray's own schema is what the Serve config is checked against.
-    from mmrl_ray.serving.serve_config import serve_config
+    from mmrl_ray.serving.launch import serve_config
 
     deploy, serving = cfg.deploy, cfg.serving
     _require_database(serving)

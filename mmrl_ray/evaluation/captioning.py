@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mmrl_ray.analysis.states import caption_states
+from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError

@@ -13,8 +13,7 @@ from rich.console import Console
 from mmrl_ray.analysis.correlation import Correlation
 from mmrl_ray.data import atomic
 from mmrl_ray.data.held_out import overlap_with_data, same_place
-from mmrl_ray.data.quarantine import Quarantine, told
-from mmrl_ray.data.samples import Sample, dataset_fingerprint, iter_references, read_split
+from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
 from mmrl_ray.errors import ConfigError, DataError, RunError
 from mmrl_ray.evaluation.blindness import evaluation_blindness
 from mmrl_ray.evaluation.captioning import BATCH, target_captions
@@ -30,7 +29,7 @@ from mmrl_ray.evaluation.scores import (
     score_captions,
 )
 from mmrl_ray.experience.carriers import CaptionState
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import to_json
 from mmrl_ray.telemetry.terminal import PlainTable, RunProgress, say

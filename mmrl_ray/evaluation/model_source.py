@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, FACTS_FILE, Agent
 from mmrl_ray.algorithms.dqn.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
-from mmrl_ray.algorithms.dqn.features import image_features
+from mmrl_ray.algorithms.dqn.network import image_features
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_unknown
@@ -24,7 +24,7 @@ from mmrl_ray.config.sections import DataSection, ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, checkpoint_name, newest_valid_checkpoint
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.heads import HEADS_FILE, add_decoding_heads
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
@@ -33,8 +33,7 @@ from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
-from mmrl_ray.training.preferences import TRAIN as PAIRS
-from mmrl_ray.training.stored import TRAIN as STORED
+from mmrl_ray.training.offline import PAIRS, STORED
 from mmrl_ray.training.warm_start import base_for_use
 
 STATISTICS = "reward/statistics.json"

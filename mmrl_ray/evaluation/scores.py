@@ -29,7 +29,8 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes.generator import attribute_scores
 from mmrl_ray.errors import DataError, RewardError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.metrics.bootstrap import (
+from mmrl_ray.metrics.overlap import CiderD, bleu_counts, corpus_bleu, rouge_l
+from mmrl_ray.metrics.statistics import (
     RESAMPLES,
     Counts,
     Figure,
@@ -39,11 +40,8 @@ from mmrl_ray.metrics.bootstrap import (
     figure_difference,
     figure_interval,
 )
-from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.overlap import CiderD, bleu_counts, corpus_bleu, rouge_l
-from mmrl_ray.metrics.text import MAX_ORDER, Tokenizer, words
-from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.scoring import score_with_retry
+from mmrl_ray.metrics.text import MAX_ORDER, CorpusStatistics, Tokenizer, words
+from mmrl_ray.rewards.base import RewardFn, score_with_retry
 
 _BATCH = 256
 _TIMEOUT_S = 60.0

@@ -40,7 +40,7 @@ from mmrl_ray.errors import LearnerError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup, StepPlan
 from mmrl_ray.losses.advantages import decoupled_rewards, spreads
-from mmrl_ray.losses.weighing import StepRewards
+from mmrl_ray.losses.aggregation import StepRewards
 
 
 class GroupSize(NamedTuple):

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import Demand, demands_of
+from mmrl_ray.config.schema import Demand, demands_of
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, PlacementError
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.train_loop import train_loop

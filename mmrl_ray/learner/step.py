@@ -22,9 +22,9 @@ from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
 from mmrl_ray.learner.checkpoints import LearnerState, capture_rng, restore_rng
-from mmrl_ray.learner.diagnostics import SamplerGap
 from mmrl_ray.learner.objective import (
     Clock,
+    SamplerGap,
     Share,
     check_finite,
     flat_gradient,

@@ -26,7 +26,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from mmrl_ray.config.demands import torch_threads
+from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
 from mmrl_ray.experience.seeds import derive_seed
@@ -39,8 +39,8 @@ from mmrl_ray.learner.checkpoints import (
     save_checkpoint,
     save_live_version,
 )
-from mmrl_ray.learner.diagnostics import ImportanceWatch
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
+from mmrl_ray.learner.objective import ImportanceWatch
 from mmrl_ray.learner.ranks import Ranks, shard_layers
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.heads import published

@@ -3,8 +3,8 @@
 Pure functions from rewards [M, G] to advantages [M, G], `M` groups of the step and `G` completions a group. A mask,
 [M] or [M, G], names the valid groups or completions (ragged groups are padded to G); masked ones take no part in any
 baseline and get exactly 0. Where the rewards behind a baseline differ by no more than the resolution of their
-magnitude (`spread.py`) the advantages are exactly 0, not rounding noise blown up by a small standard deviation; a true
-spread gives the same `group` advantages at any scale and offset.
+magnitude (`metrics/statistics.py`) the advantages are exactly 0, not rounding noise blown up by a small standard
+deviation; a true spread gives the same `group` advantages at any scale and offset.
 
 Rewards whose parts are normalised by their group before they are weighed (GDPO, Liu et al. 2026, arXiv:2601.05242).
 
@@ -14,15 +14,15 @@ Rewards whose parts are normalised by their group before they are weighed (GDPO,
 
 Summing first and normalising then, as GRPO does, lets the part with the largest spread decide, and gives different
 mixtures of parts the same advantage. `K` parts, `M` groups of the step, `G` completions a group. Standard deviations
-are the sample's (ddof = 1); values that differ by no more than the resolution of their magnitude (`spread.py`) are
-equal, and 0 after it. Masked completions take no part.
+are the sample's (ddof = 1); values that differ by no more than the resolution of their magnitude
+(`metrics/statistics.py`) are equal, and 0 after it. Masked completions take no part.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mmrl_ray.losses.spread import resolution
+from mmrl_ray.metrics.statistics import resolution
 
 
 def advantages(

@@ -1,4 +1,6 @@
-"""How token losses become one number: a per-token weight for each completion, over one denominator of the step.
+"""From what a step's completions earned to one loss: advantages, a weight for each token, one denominator, statistics.
+
+`M` groups of `G` completions, all of those that the step learns from.
 
 | name            | scale of each token | denominator               | used by              |
 |-----------------|---------------------|---------------------------|----------------------|
@@ -18,9 +20,13 @@ denominator of the whole step does. `B` completions, `T` tokens a completion; ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Self
 
 import torch
+
+from mmrl_ray.losses.advantages import advantages
 
 
 def completion_scales(
@@ -105,3 +111,123 @@ def check_denominator(denominator: float | torch.Tensor) -> float | torch.Tensor
     if not denominator > 0:
         raise ValueError(f"denominator must be above 0, got {denominator}")
     return denominator
+
+
+@dataclass(frozen=True, slots=True)
+class StepRewards:
+    """What is known of a step, over all ranks."""
+
+    rewards: torch.Tensor
+    """float64 [M, G], after risk, normalisation and the k1 penalty; 0 where there is none."""
+    counts: torch.Tensor
+    """bool [M, G], False at a completion whose reward failed."""
+    magnitude: torch.Tensor
+    """[M, G], how large the numbers were that each reward was summed from."""
+    greedy: torch.Tensor | None
+    """[M], rewards of the greedy completions, where the baseline needs them."""
+    lengths: torch.Tensor
+    """[M, G], tokens of each completion."""
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """What the learner makes of it."""
+
+    advantages: torch.Tensor
+    """[M, G]; 0 where nothing counts."""
+    scales: torch.Tensor
+    """[M, G], each completion's weight a token; one at 0 takes no part in the step."""
+    denominator: float
+    """Of every term of the loss, over all ranks and micro-batches; above 0."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the choice, for the step's metrics line."""
+
+
+def weigh(step: StepRewards, advantage: str, aggregation: str, *, divide_by_std: bool = True) -> StepWeights:
+    """Weights by the names of a baseline (`advantages.py`) and an aggregation (`aggregation.py`).
+
+    Raises:
+        ValueError: of these two.
+    """
+    weights = advantages(
+        advantage,
+        step.rewards,
+        mask=step.counts,
+        greedy=step.greedy,
+        divide_by_std=divide_by_std,
+        magnitude=step.magnitude,
+    )
+    scales, denominator = scales_of(step, aggregation, step.counts)
+    return StepWeights(weights, scales, denominator)
+
+
+def scales_of(step: StepRewards, aggregation: str, counts: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Per-token weights [M, G] of the completions that count, bool [M, G], and their denominator."""
+    flat = step.lengths.flatten()
+    scales, denominator = completion_scales(
+        aggregation, flat, max_new_tokens=step.max_new_tokens, mask=counts.flatten()
+    )
+    return scales.reshape(step.lengths.shape), float(denominator)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Detached scalar sums, one a field, which add over micro-batches and ranks."""
+
+    def __add__(self, other: Self) -> Self:
+        return self._of(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+
+    def to_tensor(self) -> torch.Tensor:
+        """All sums as one tensor, [fields], for a single reduction over ranks."""
+        return torch.stack([getattr(self, f.name) for f in fields(self)])
+
+    @classmethod
+    def from_tensor(cls, sums: torch.Tensor) -> Self:
+        """The inverse of `to_tensor`."""
+        return cls._of(sums.unbind())
+
+    @classmethod
+    def _of(cls, values: Iterable[torch.Tensor]) -> Self:
+        return cls(**{f.name: value for f, value in zip(fields(cls), values, strict=True)})
+
+
+@dataclass(frozen=True, slots=True)
+class LossStats(Sums):
+    """Detached sums, which add over micro-batches and ranks; ratios are counted a token (a completion for gspo)."""
+
+    count: torch.Tensor
+    """Ratios counted."""
+    clipped: torch.Tensor
+    """How many of them gave no gradient, or for cispo a clipped weight."""
+    ratio: torch.Tensor
+    """Sum of π_θ/π_prox (π_θ/μ for reward_guided)."""
+    behaviour: torch.Tensor
+    """Sum of the importance weight before its cap."""
+    behaviour_squared: torch.Tensor
+    capped: torch.Tensor
+    """How many importance weights were above the cap."""
+
+    def metrics(self) -> dict[str, float]:
+        """Means for the metrics line; all 0 when nothing was counted.
+
+        `effective_samples` is (Σw)² ÷ (n·Σw²) of the importance weights: 1 on-policy, towards 0 off it.
+        """
+        count = max(self.count.item(), 1.0)
+        squared = self.behaviour_squared.item()
+        return {
+            "clip_fraction": self.clipped.item() / count,
+            "ratio_mean": self.ratio.item() / count,
+            "behaviour_ratio_mean": self.behaviour.item() / count,
+            "behaviour_capped_fraction": self.capped.item() / count,
+            "effective_samples": self.behaviour.item() ** 2 / (count * squared) if squared > 0 else 0.0,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """One micro-batch's share of the step's loss."""
+
+    loss: torch.Tensor
+    """Scalar with gradient, already over the step's denominator."""
+    stats: LossStats

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from mmrl_ray.losses.aggregation import check_denominator, check_tokens, masked_sum
-from mmrl_ray.losses.stats import Sums
+from mmrl_ray.losses.aggregation import Sums, check_denominator, check_tokens, masked_sum
 
 
 @dataclass(frozen=True, slots=True)

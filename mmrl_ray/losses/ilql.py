@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from mmrl_ray.losses.aggregation import check_denominator, check_tokens, masked_sum
-from mmrl_ray.losses.stats import Sums
+from mmrl_ray.losses.aggregation import Sums, check_denominator, check_tokens, masked_sum
 from mmrl_ray.losses.td import q_learning_target
 
 

@@ -20,8 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from mmrl_ray.losses.aggregation import check_tokens, masked_mean, masked_sum
-from mmrl_ray.losses.stats import LossStats, PolicyLoss
+from mmrl_ray.losses.aggregation import LossStats, PolicyLoss, check_tokens, masked_mean, masked_sum
 
 _LARGEST_LOG_RATIO = 20.0
 """Bounds what `LossStats` sums up."""

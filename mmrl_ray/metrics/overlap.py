@@ -34,8 +34,7 @@ from functools import lru_cache
 
 from sacrebleu.metrics import BLEU
 
-from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.text import END, MAX_ORDER, Tokenizer, ngram_counts, spaced, words
+from mmrl_ray.metrics.text import END, MAX_ORDER, CorpusStatistics, Tokenizer, ngram_counts, spaced, words
 
 _CACHED_SAMPLES = 1024
 """Samples whose prepared references are kept: the G completions of a sample share them."""

@@ -21,12 +21,11 @@ from PIL import Image
 from rich.console import Console
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import cpu_processes, demands_of, torch_threads
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import is_hub_id, sqlite_file
+from mmrl_ray.config.schema import cpu_processes, demands_of, torch_threads
 from mmrl_ray.data.images import image_format
-from mmrl_ray.data.quarantine import told
-from mmrl_ray.data.samples import Sample, iter_references
+from mmrl_ray.data.samples import Sample, iter_references, told
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
@@ -51,8 +50,7 @@ from mmrl_ray.rewards.text import FormatReward
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.run_owner import living_owner
 from mmrl_ray.telemetry.terminal import say
-from mmrl_ray.training.preferences import check_pairs
-from mmrl_ray.training.stored import check_stored
+from mmrl_ray.training.offline import check_pairs, check_stored
 from mmrl_ray.training.warm_start import build_builtin
 
 _TEXTS_TRIED = 32
@@ -353,7 +351,7 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     lines.append(_threads_line(cfg, address))
     lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
     if address is not None:
-        from mmrl_ray.planning.placement import check_placement
+        from mmrl_ray.planning.preflight import check_placement
 
         checked = check_placement(cfg, address)
         found.unplaced += checked.unplaced

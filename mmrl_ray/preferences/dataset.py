@@ -31,7 +31,7 @@ import numpy as np
 from mmrl_ray.data.row import Sample
 from mmrl_ray.data.writing import ShardWriter
 from mmrl_ray.errors import DataError, PreferenceError, RunError
-from mmrl_ray.losses.spread import resolution
+from mmrl_ray.metrics.statistics import resolution
 from mmrl_ray.preferences.schema import Pair, Preference, run_source
 from mmrl_ray.run_records.rollout_log import LoggedPictures, logged_groups
 from mmrl_ray.run_records.run_dir import RunDir

@@ -24,10 +24,8 @@ from mmrl_ray.evaluation.blindness import evaluation_blindness
 from mmrl_ray.evaluation.records import States, load_evaluation, load_states
 from mmrl_ray.evaluation.scores import Evaluation
 from mmrl_ray.report.charts import charts, constants
-from mmrl_ray.report.events import event_rows, happened
-from mmrl_ray.report.facts import fact_blocks, quarantine_rows
-from mmrl_ray.report.panels import caption_groups, correlation_table, state_map
-from mmrl_ray.report.table import measure_table
+from mmrl_ray.report.facts import event_rows, fact_blocks, happened, quarantine_rows
+from mmrl_ray.report.panels import caption_groups, correlation_table, measure_table, state_map
 from mmrl_ray.run_records.run_dir import RunDir
 
 REPORT = "report.html"

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmrl_ray.config.reward_model import RewardDataSection
+from mmrl_ray.config.schema import RewardDataSection
 from mmrl_ray.data.images import decode_image, image_hash
-from mmrl_ray.data.quarantine import Quarantine
+from mmrl_ray.data.samples import Quarantine
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import DataError, ImageError, PreferenceError
 from mmrl_ray.experience.seeds import derive_seed
-from mmrl_ray.losses.spread import resolution
+from mmrl_ray.metrics.statistics import resolution
 from mmrl_ray.metrics.text import words
 from mmrl_ray.preferences.schema import REQUIRED, Pair
 from mmrl_ray.reward_model.vision_source import Picture

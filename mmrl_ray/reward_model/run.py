@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mmrl_ray.config.reward_model import RewardDataSection, RewardModelConfig
+from mmrl_ray.config.schema import RewardDataSection, RewardModelConfig
 from mmrl_ray.data.held_out import overlap_with_hashes
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.data.quarantine import Quarantine, some
-from mmrl_ray.data.samples import Sample, dataset_fingerprint
+from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, some
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
-from mmrl_ray.metrics.bootstrap import bootstrap_mean
+from mmrl_ray.metrics.statistics import bootstrap_mean
 from mmrl_ray.metrics.text import Tokenizer
-from mmrl_ray.preferences.stats import wilson
+from mmrl_ray.preferences.schema import wilson
 from mmrl_ray.reward_model.data import Judgement, RewardData, read_judgements
 from mmrl_ray.reward_model.fit import train_reward_model
 from mmrl_ray.reward_model.folder import load_reward_model, refuse_occupied, save_reward_model

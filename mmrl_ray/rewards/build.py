@@ -19,8 +19,7 @@ from mmrl_ray.config.reward import (
 )
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, ModelError, RewardError
-from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.text import MAX_ORDER, LanguageModel
+from mmrl_ray.metrics.text import MAX_ORDER, CorpusStatistics, LanguageModel
 from mmrl_ray.rewards.base import RewardFailure, RewardFn, Score
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.function import FunctionReward

@@ -10,8 +10,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
 from mmrl_ray.metrics.overlap import sentence_bleu
 from mmrl_ray.metrics.text import Tokenizer, words
-from mmrl_ray.rewards.base import RewardBreakdown, TruncatedCaption
-from mmrl_ray.rewards.scoring import check_pairs, check_references
+from mmrl_ray.rewards.base import RewardBreakdown, TruncatedCaption, check_pairs, check_references
 
 _CACHED_SAMPLES = 1024
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from mmrl_ray.child.main import receive, send
+from mmrl_ray.child import receive, send
 from mmrl_ray.errors import ConfigError, RewardError
 
 MARK = "[reward "

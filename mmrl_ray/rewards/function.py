@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import mmrl_ray
-from mmrl_ray.child.process import ChildProcess, Lost
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ProcessError, RewardError
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.rewards.base import state_value
-from mmrl_ray.rewards.scoring import check_pairs
+from mmrl_ray.processes import ChildProcess, Lost
+from mmrl_ray.rewards.base import check_pairs, state_value
 
 TIMEOUT_S = 60.0
 _FIGURE = "value"

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError, ModelError, RewardError
-from mmrl_ray.rewards.base import RewardBreakdown
-from mmrl_ray.rewards.scoring import check_pairs
+from mmrl_ray.rewards.base import RewardBreakdown, check_pairs
 
 if TYPE_CHECKING:
     from mmrl_ray.reward_model.model import RewardModel

@@ -8,8 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, RewardFn, Score, score_within, views
-from mmrl_ray.rewards.scoring import check_pairs, check_scores
+from mmrl_ray.rewards.base import (
+    RewardBreakdown,
+    RewardFailure,
+    RewardFn,
+    Score,
+    check_pairs,
+    check_scores,
+    score_within,
+    views,
+)
 
 
 class MultimodalReward:

@@ -12,11 +12,9 @@ import regex
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.overlap import CiderD, rouge_l
-from mmrl_ray.metrics.text import LanguageModel, Tokenizer, ngram_counts, words
-from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, Score, TruncatedCaption
-from mmrl_ray.rewards.scoring import check_pairs, check_references
+from mmrl_ray.metrics.text import CorpusStatistics, LanguageModel, Tokenizer, ngram_counts, words
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, Score, TruncatedCaption, check_pairs, check_references
 
 _MATCH_S = 0.5
 """For one caption at most, of CPU time. A match takes microseconds; one that takes longer tries the same again and

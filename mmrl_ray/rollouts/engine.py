@@ -22,11 +22,10 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.breakdown import RewardFailure, Score
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
-from mmrl_ray.losses.kl import kl_penalty
+from mmrl_ray.losses.regularizers import kl_penalty
 from mmrl_ray.policy.generation.base import DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels
-from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.scoring import score_with_retry
+from mmrl_ray.rewards.base import RewardFn, score_with_retry
 from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, DataFailure, FetchWeights, GroupRequest
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import torch_threads
+from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.policy.generation.local import LocalEngine
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_run_adapter

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import Demand, demands_of
+from mmrl_ray.config.schema import Demand, demands_of
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.telemetry.logs import LogFormat
 

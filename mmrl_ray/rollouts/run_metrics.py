@@ -16,7 +16,7 @@ from mmrl_ray.config.reward import RESERVED_NAMES
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import StepPlan
 from mmrl_ray.rollouts.steps import TakenStep
-from mmrl_ray.run_records.recorder import Recorder, StepRecord
+from mmrl_ray.run_records.rollout_log import Recorder, StepRecord
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import RECENT_STEPS, StepLog, StepMeter, recent_throughput, rollout_metrics
 from mmrl_ray.telemetry import table

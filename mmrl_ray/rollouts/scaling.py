@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.rollout import WorkersRange
+from mmrl_ray.config.learner import WorkersRange
 from mmrl_ray.errors import ConfigError
 
 _REMEMBERED = 20

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mmrl_ray.analysis.states import caption_states
+from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, VisionFeatures

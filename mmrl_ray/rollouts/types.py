@@ -30,7 +30,7 @@ class GroupRequest:
     completions: int
     """G; 1 for an evaluation."""
     wants_state: bool = False
-    """Also the state of the first completion (`analysis/states.py`)."""
+    """Also the state of the first completion (`analysis/attribution.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A step's line in `metrics.jsonl`, and the same numbers for TensorBoard.
 
 From the plan: `reward/…`, `masked…`, `completion/length_…`. From the rollouts: those below. From the learner: whatever
-it gave, `sampler_gap/…` (`learner/diagnostics.py`) among it.
+it gave, `sampler_gap/…` (`learner/objective.py`) among it.
 
     staleness/mean, staleness/max     policy versions between sampling and learning, over the step's groups
     dropped, quarantined              groups too stale and sampled anew; samples left out since

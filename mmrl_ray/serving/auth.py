@@ -1,4 +1,4 @@
-"""Who may come in: what stands between the server and the routes.
+"""What stands between the server and the routes: who may come in, how much each key may do, and what is counted.
 
     request ──▶ Envelope: an id, every failure as an error object, counts
             ──▶ Gate: a key, its rate, its requests under way, the size of the body
@@ -7,9 +7,10 @@
 The gate refuses whatever it was not told to let through, so that a route that is added later is closed until a key
 opens it; only liveness is open.
 
-How much each key may do: a token bucket and a cap on what is under way.
+What a key may do is limited by a token bucket and a cap on what is under way. Both count in this process: a gateway of
+k replicas lets through up to k times as much.
 
-Both count in this process: a gateway of k replicas lets through up to k times as much.
+What is counted for Prometheus is in a registry of its own, which `/metrics` shows, and once more for Ray.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from mmrl_ray.config.serving import RateSection
 from mmrl_ray.errors import ServingError
 from mmrl_ray.serving.http_errors import CLIENT_GONE, error_response, harmless_id, is_expected, problem, rate_limited
 from mmrl_ray.serving.keys import KeyRecord, KeyRole, KeyStore
-from mmrl_ray.serving.metrics import GatewayMetrics
+from mmrl_ray.telemetry import table
+from mmrl_ray.telemetry.meter import Meter, PrometheusMeter
 
 LIVE = "/health/live"
 """The one path that needs no key."""
@@ -50,6 +52,8 @@ _WRONG_BURST = 100
 _WRONG_PER_S = 5.0
 """Wrong keys from one address: at once after a pause, and in the long run."""
 _ADDRESSES = 4096
+_METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS"))
+_METRICS = tuple(metric for metric in table.METRICS if metric.name.startswith("mmrl_gateway_"))
 
 
 class Envelope:
@@ -321,3 +325,52 @@ class KeyLimits:
     def leave(self, key_id: str) -> None:
         """A request that was let in is over."""
         self._accounts[key_id].running -= 1
+
+
+class GatewayMetrics:
+    """One replica's numbers. Labels hold route templates, never what a client wrote: their number is fixed."""
+
+    content_type = PrometheusMeter.content_type
+
+    def __init__(self, meter: Meter | None = None) -> None:
+        """`meter` takes the same measurements as `/metrics`."""
+        self._own = PrometheusMeter(_METRICS)
+        self._meters = (self._own, meter or Meter())
+        self._under_way = 0
+
+    def began(self) -> None:
+        """A request is here."""
+        self._count(1)
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A request that `began` is over."""
+        self._count(-1)
+        method = method if method in _METHODS else "other"
+        for meter in self._meters:
+            meter.add(table.GATEWAY_REQUESTS, method=method, route=route, status=str(status))
+            meter.observe(table.GATEWAY_SECONDS, seconds, route=route)
+
+    def first_token(self, seconds: float) -> None:
+        """A streamed answer began to say something."""
+        for meter in self._meters:
+            meter.observe(table.GATEWAY_FIRST_TOKEN, seconds)
+
+    def generated(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """The policy read and wrote so many tokens."""
+        for meter in self._meters:
+            meter.add(table.GATEWAY_TOKENS, prompt_tokens, kind="prompt")
+            meter.add(table.GATEWAY_TOKENS, completion_tokens, kind="completion")
+
+    def scored(self, captions: int) -> None:
+        """The reward scored so many captions."""
+        for meter in self._meters:
+            meter.add(table.GATEWAY_SCORED, captions)
+
+    def exposition(self) -> bytes:
+        """All of it, in Prometheus's text format."""
+        return self._own.exposition()
+
+    def _count(self, more: int) -> None:
+        self._under_way += more
+        for meter in self._meters:
+            meter.set(table.GATEWAY_UNDER_WAY, self._under_way)

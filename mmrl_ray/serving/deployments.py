@@ -26,6 +26,7 @@ from mmrl_ray.config.serving import GATEWAY, POLICY, REWARD, ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
 from mmrl_ray.experience.breakdown import Score
 from mmrl_ray.serving.engine import export_engine_metrics
+from mmrl_ray.serving.launch import deployment_options
 from mmrl_ray.serving.protocols import (
     Delta,
     Generated,
@@ -37,7 +38,6 @@ from mmrl_ray.serving.protocols import (
     Served,
 )
 from mmrl_ray.serving.reward_service import CaptionBatch
-from mmrl_ray.serving.serve_config import deployment_options
 from mmrl_ray.telemetry.logs import LogFormat, start_logging
 from mmrl_ray.telemetry.ray_meter import RayMeter
 
@@ -118,7 +118,7 @@ class RewardReplica:
         `run` is the run that asks, where there is one.
         """
         start_logging(log_format, run=run, role=REWARD)
-        from mmrl_ray.metrics.corpus import CorpusStatistics
+        from mmrl_ray.metrics.text import CorpusStatistics
         from mmrl_ray.rewards.build import NOTHING
         from mmrl_ray.serving.reward_service import HostedReward
 

@@ -36,9 +36,8 @@ from mmrl_ray.policy.prompts import check_context, encode_conversation
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.serving.adapters import AdapterLeases
 from mmrl_ray.serving.decode_thread import Answers, DecodeThread, Ticket
-from mmrl_ray.serving.images import RequestDecoder
+from mmrl_ray.serving.images import RequestDecoder, Turns
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, Served
-from mmrl_ray.serving.turns import Turns
 from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.meter import Meter, Totals
 

@@ -4,7 +4,7 @@ Around whatever Ray serves over HTTP: what its proxy and its replicas answer by 
 
     client ──▶ Front ──▶ Ray's own middleware, health checks and routing ──▶ the gateway's app
 
-Ray finds it by the name in `flags.py` and puts it outside everything else, in each proxy and each gateway replica. A
+Ray finds it by the name in `haproxy.py` and puts it outside everything else, in each proxy and each gateway replica. A
 request has one id, which is the client's where that one is harmless; a path of Ray's tells strangers nothing; and where
 no application answers, because it starts, stops or was lost, clients hear 503 and when to come again.
 """

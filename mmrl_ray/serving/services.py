@@ -15,7 +15,7 @@ from mmrl_ray.config.serving import POLICY, REWARD
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, OverloadedError, RewardError, ServingError
 from mmrl_ray.experience.breakdown import Score
-from mmrl_ray.rewards.scoring import check_pairs
+from mmrl_ray.rewards.base import check_pairs
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, RewardItem, Scored, Served
 from mmrl_ray.serving.reward_service import CaptionBatch
 
@@ -211,7 +211,8 @@ class ServeReward:
     def _call(self, batch: CaptionBatch, timeout_s: float) -> list[Score]:
         if self._method is None:
             handle = serve.get_deployment_handle(REWARD, self._app)
-            # Where Ray runs with the gateway's switches (`flags.py`) handles are for coroutines only; this is a thread.
+            # Where Ray runs with the gateway's switches (`haproxy.py`) handles are for coroutines only; this is a
+            # thread.
             handle._init(_run_router_in_separate_loop=True)
             self._method = handle.score_batch
         response = self._method.remote(batch)

@@ -23,13 +23,13 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import demands_of
+from mmrl_ray.config.schema import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
 from mmrl_ray.rewards.child import MARK
 from mmrl_ray.rollouts.pool_settings import end_coordinator, find_coordinator
 from mmrl_ray.training.interrupts import StopOnInterrupt
+from mmrl_ray.training.local_ray import clean_in_background, mark_session
 from mmrl_ray.training.reaper import reaped
-from mmrl_ray.training.sessions import clean_in_background, mark_session
 
 _SETTINGS = {
     # Ray is a control plane: whoever reaches it runs code. Never without its token, not even on a laptop.

@@ -26,13 +26,12 @@ from mmrl_ray.config.serving import APP, ServeConfig, ServingSection
 from mmrl_ray.errors import ConfigError, JobError, ServingError
 from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.jobs.client import JobsClient, own_address
-from mmrl_ray.jobs.shutdown import stop_jobs
+from mmrl_ray.jobs.submit import stop_jobs
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.processes import listener
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.serving.fine_tuning import recipe_configs
-from mmrl_ray.serving.flags import set_flags
-from mmrl_ray.serving.haproxy import clear_leftovers
+from mmrl_ray.serving.haproxy import clear_leftovers, set_flags
+from mmrl_ray.serving.job_service import recipe_configs
 from mmrl_ray.telemetry.terminal import RunProgress, visible
 from mmrl_ray.training.cluster import demanded_cpus as demanded_by_run
 from mmrl_ray.training.cluster import ray_at
@@ -83,7 +82,7 @@ def serve(
         if insecure:
             _refuse_insecure(cfg.serving.host, address)
         if print_config:
-            from mmrl_ray.serving.serve_config import serve_config
+            from mmrl_ray.serving.launch import serve_config
 
             print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
             return

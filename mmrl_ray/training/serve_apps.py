@@ -18,7 +18,7 @@ from typing import Self
 from mmrl_ray.config import Config
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.evaluation.model_source import STATISTICS
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rollouts.pool_settings import demand_of
@@ -54,7 +54,7 @@ class RunReward:
             # Imported here: it takes a second, which a run with `inline` rewards need not pay.
             from mmrl_ray.serving import launch
             from mmrl_ray.serving.deployments import reward_application
-            from mmrl_ray.serving.serve_config import options_of
+            from mmrl_ray.serving.launch import options_of
             from mmrl_ray.serving.services import ServeReward
 
             app = app_name(self._run)

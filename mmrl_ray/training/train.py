@@ -26,8 +26,7 @@ import mmrl_ray
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import changed_keys, dump_config
 from mmrl_ray.config.paths import RUN_CONFIG, with_absolute_paths
-from mmrl_ray.data.quarantine import QuarantineRecord, reasons_of, told
-from mmrl_ray.data.samples import Sample, iter_references
+from mmrl_ray.data.samples import QuarantineRecord, Sample, iter_references, reasons_of, told
 from mmrl_ray.data.scenes.generator import write_scenes
 from mmrl_ray.errors import Interrupted, MMRLError, ModelError, RunError
 from mmrl_ray.evaluation.blindness import EVENT, Blindness, evaluation_blindness
@@ -45,7 +44,7 @@ from mmrl_ray.evaluation.scores import Evaluation, compare, comparison_json, in_
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.planning.preflight import (
     check_references,
     check_run,
@@ -65,10 +64,10 @@ from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
 from mmrl_ray.run_records.step_log import EVENTS, note_event
 from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
-from mmrl_ray.training import preferences, stored
+from mmrl_ray.training import offline
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
 from mmrl_ray.training.interrupts import StopOnInterrupt
-from mmrl_ray.training.monitoring import PeakMemory, give_back_memory, scrape_targets
+from mmrl_ray.training.local_ray import PeakMemory, give_back_memory, scrape_targets
 from mmrl_ray.training.serve_apps import LivePolicy, RunReward
 from mmrl_ray.training.warm_start import BASE, base_of_run, keep_base, warm_start_blindness, warm_start_left_out
 
@@ -199,7 +198,7 @@ class _Run:
                 self._warn_if_blind(run, "warm start", unseeing)
             statistics = self._statistics(run)
             with self._timed("stored"):
-                start, self._pairs = preferences.pair_data(stored.stored_data(start, run), run)
+                start, self._pairs = offline.pair_data(offline.stored_data(start, run), run)
             with ExitStack() as stack:
                 with self._progress.busy("starting Ray"):
                     say = self._progress.note
@@ -240,8 +239,8 @@ class _Run:
             if self._is_resumed:
                 refuse_moved(cfg, base_is_kept=run.exists(BASE))
             if not again:
-                preferences.check_pairs(cfg)
-                stored.check_stored(cfg)
+                offline.check_pairs(cfg)
+                offline.check_stored(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             check_references(cfg)
@@ -347,7 +346,7 @@ class _Run:
                             self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
                         else:  # a later version's captions would pass for the first one's
                             self._progress.note("evaluate (before): left out, the run is past its beginning")
-                    if is_beginning and not preferences.has_measured(run, "before"):
+                    if is_beginning and not offline.has_measured(run, "before"):
                         self._measure_pairs(cfg, run, "before", controller)
                 with self._timed("learning"):
                     self._watch(controller, learner, hosted)
@@ -409,7 +408,7 @@ class _Run:
                 temperature=self._cfg.rollout.temperature,
                 max_new_tokens=self._cfg.rollout.max_new_tokens,
                 greedy=True,
-                value_beta=stored.decoding_beta(self._cfg) if name == "after" else 0.0,  # there are no values before
+                value_beta=offline.decoding_beta(self._cfg) if name == "after" else 0.0,  # there are no values before
             )
             shown = self._progress.phase(f"evaluate ({name})")
             generated = controller.generate(
@@ -470,7 +469,7 @@ class _Run:
         """What the policy makes of the held-out pairs, if there are any."""
         if self._pairs:
             with self._timed(f"preferences_{name}"):
-                self._progress.note(preferences.measure_pairs(cfg, run, name, controller, self._pairs))
+                self._progress.note(offline.measure_pairs(cfg, run, name, controller, self._pairs))
 
     def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
         """Shows the newest step until the learner group is done."""
@@ -504,7 +503,7 @@ class _Run:
             "eval": evaluation_json(before, after),
             "correlations": states_json(states),
             **self._facts,
-            **({"preferences": pairs} if (pairs := preferences.preferences_json(run)) else {}),
+            **({"preferences": pairs} if (pairs := offline.preferences_json(run)) else {}),
             "seconds": seconds,
             "peak_memory_bytes": self._memory.peak_bytes,
             "cpus": os.cpu_count(),

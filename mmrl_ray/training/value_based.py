@@ -14,12 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
-from mmrl_ray.algorithms.dqn.checkpoints import load_value_checkpoint, save_agent_folder, save_value_checkpoint
-from mmrl_ray.algorithms.dqn.features import FeatureScale, image_features
+from mmrl_ray.algorithms.dqn.agent import (
+    Agent,
+    AgentFacts,
+    load_value_checkpoint,
+    save_agent_folder,
+    save_value_checkpoint,
+)
+from mmrl_ray.algorithms.dqn.network import FeatureScale, Vocabulary, image_features
 from mmrl_ray.algorithms.dqn.rllib import environment_arguments
-from mmrl_ray.algorithms.dqn.trainer import Said, ValueTrainer
-from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
+from mmrl_ray.algorithms.dqn.trainer import Said, ValueStatus, ValueTrainer
 from mmrl_ray.config import Config
 from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Quarantine, QuarantineRecord, Sample, iter_references, read_split
@@ -35,7 +39,6 @@ from mmrl_ray.run_records.step_log import QUARANTINE_FILE, StepLog, note_event
 from mmrl_ray.telemetry.terminal import RunProgress
 from mmrl_ray.training.interrupts import StopOnInterrupt
 from mmrl_ray.training.serve_apps import RunReward
-from mmrl_ray.training.value_status import ValueStatus
 
 _DESK_CLOSES_S = 10.0
 _WRITTEN_S = 300.0

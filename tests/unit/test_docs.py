@@ -11,7 +11,7 @@ import yaml
 
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.schema import Config
-from mmrl_ray.report.events import EVENT_WORDS
+from mmrl_ray.report.facts import EVENT_WORDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -19,13 +19,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from mmrl_ray.algorithms.dqn.features import LIMIT
-from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
+from mmrl_ray.algorithms.dqn.network import LIMIT, Vocabulary
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
-from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rewards.scoring import check_breakdowns
+from mmrl_ray.rewards.base import RewardFn, check_breakdowns
 
 CAPTION_ENV = "mmrl/Caption-v0"
 

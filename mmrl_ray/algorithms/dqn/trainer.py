@@ -1,13 +1,18 @@
-"""RLlib's algorithm behind the few things that a run asks of it: a round, its figures, workers more or fewer, state."""
+"""RLlib's algorithm behind the few things that a run asks of it: a round, its figures, workers, state, and status.
+
+RLlib's algorithm belongs to one thread: the status writer's thread only takes a request, and the run does it between
+rounds.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +22,20 @@ import torch
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
-from mmrl_ray.algorithms.dqn.checkpoints import ValueState
+from mmrl_ray.algorithms.dqn.agent import ValueState
 from mmrl_ray.algorithms.dqn.module import FUSION_WEIGHTS, RATE
-from mmrl_ray.algorithms.dqn.replay import episodes_from_tensors, episodes_to_tensors
-from mmrl_ray.algorithms.dqn.rllib import dqn_config, refuse_without_room
+from mmrl_ray.algorithms.dqn.rllib import dqn_config, episodes_from_tensors, episodes_to_tensors, refuse_without_room
 from mmrl_ray.config import Config
-from mmrl_ray.errors import NonFiniteError, RolloutError
+from mmrl_ray.errors import ConfigError, NonFiniteError, PlacementError, RolloutError
 from mmrl_ray.learner.checkpoints import LearnerState
+from mmrl_ray.run_records.control_files import ScaleAnswer
 
 _REMEMBERED = 20_000
 """Captions whose ids are known, so that each is reported once."""
 _LOOK_S = 0.2
 _ANSWER_S = 2.0
 """For an env runner to say where it is."""
+_DECISIONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,3 +252,119 @@ def _figures(learned: Mapping[str, Any]) -> dict[str, float]:
     prefix = f"{FUSION_WEIGHTS}/"
     found |= {f"fusion/{k.removeprefix(prefix)}": float(v) for k, v in learned.items() if k.startswith(prefix)}
     return {name: value for name, value in found.items() if name == "loss" or np.isfinite(value)}
+
+
+class ValueStatus:
+    """How a run stands, under one lock."""
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg = cfg
+        self._lock = threading.Lock()
+        self._target = self._told = cfg.rollout.first_workers
+        self._places: list[tuple[str, int]] = []
+        self._requests, self._by = 0, ""
+        self._updates, self._began = 0, time.time()
+        self._decisions: deque[dict[str, Any]] = deque(maxlen=_DECISIONS)
+
+    # -- the run's thread ------------------------------------------------------------------------------------------
+
+    def tell(self, done: Round) -> None:
+        """A round is over."""
+        with self._lock:
+            self._updates = done.updates
+
+    def tell_workers(self, places: Sequence[tuple[str, int]]) -> None:
+        """(node, process id) of the workers that are ready now."""
+        with self._lock:
+            self._places = list(places)
+
+    def wanted(self) -> int | None:
+        """Workers that were asked for and that there are not yet."""
+        with self._lock:
+            return self._target if self._target != self._told else None
+
+    def scaled(self, workers: int) -> dict[str, Any]:
+        """It was done; the decision, for the run's events."""
+        with self._lock:
+            decision = {"before": self._told, "workers": workers, "reason": f"{self._by} asked for {workers}"}
+            self._told = workers
+            return decision
+
+    # -- the status writer's thread ------------------------------------------------------------------------------------
+
+    def ask(self, workers: int | None, by: str) -> ScaleAnswer:
+        """Somebody wants so many workers.
+
+        Raises:
+            ConfigError: a number below the least, or none; or Ray has no room for them.
+        """
+        if workers is None:
+            raise ConfigError("a value-based run does not scale by itself: ask for a number")
+        least = self._cfg.rollout.min_workers
+        if workers < least:
+            raise ConfigError(f"{workers} rollout workers are fewer than rollout.min_workers={least}")
+        with self._lock:
+            before = self._target
+            try:
+                refuse_without_room(workers - before, self._cfg)
+            except PlacementError as error:
+                raise ConfigError(str(error)) from error
+            self._target, self._by = workers, by
+            self._requests += 1
+            reason = f"{by} asked for {workers}"
+            self._decisions.append({"time": time.time(), "before": before, "workers": workers, "reason": reason})
+            return ScaleAnswer(
+                accepted=True, message=f"{before} → {workers} rollout workers", target=workers, number=self._requests
+            )
+
+    def status(self) -> dict[str, Any]:
+        """JSON-able; the keys of every run's status."""
+        with self._lock:
+            share = self._cfg.resources.rollout
+            free = {name: ray.available_resources().get(name, 0.0) for name in ("CPU", "GPU")}
+            seconds = time.time() - self._began
+            missing = [("", 0)] * (self._told - len(self._places))
+            workers = {
+                f"env-runner-{i + 1}": {
+                    "state": "ready" if pid else "starting",
+                    "seconds": seconds,
+                    "version": self._updates,
+                    "at": None,
+                    "groups": 0,
+                    "node": node,
+                    "pid": pid,
+                }
+                for i, (node, pid) in enumerate([*self._places, *missing])
+            }
+            return {
+                "step": self._updates,
+                "steps": self._cfg.learner.steps,
+                "policy_version": self._updates,
+                "waiting": "the learner for the workers and they for it, by turns",
+                "stopping": None,
+                "metrics": {},
+                "max_staleness": 0,
+                "step_groups": {"arrived": 0, "asked": 0},
+                "buffer": {"arrived": 0, "held": 0, "capacity": 0},
+                "evaluations": 0,
+                "quarantined": 0,
+                "throughput": {},
+                "pool": {
+                    "workers": workers,
+                    "ready": len(self._places),
+                    "target": self._target,
+                    "queued_assignments": 0,
+                    "free": free,
+                    "demand": f"{{CPU: {share.cpus:g}}}",
+                },
+                "scaling": {
+                    "mode": "fixed",
+                    "target": self._target,
+                    "min": self._cfg.rollout.min_workers,
+                    "max": None,
+                    "useful": self._target,
+                    "requests": self._requests,
+                    "finding": "",
+                    "decisions": list(self._decisions),
+                },
+            }

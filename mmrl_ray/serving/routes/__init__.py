@@ -1,1 +1,1 @@
-"""What the gateway answers, one module a path."""
+"""What the gateway answers, each module a subject."""

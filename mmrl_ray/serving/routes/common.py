@@ -38,14 +38,13 @@ from starlette.types import Receive
 from mmrl_ray.config.serving import MAX_ITEMS, LimitsSection, ServingSection
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.preferences.store import PreferenceStore
-from mmrl_ray.serving.auth import caller_id
+from mmrl_ray.serving.auth import GatewayMetrics, caller_id
 from mmrl_ray.serving.http_errors import CLIENT_GONE, invalid_body, problem
+from mmrl_ray.serving.images import Turns
 from mmrl_ray.serving.keys import KeyStore
-from mmrl_ray.serving.metrics import GatewayMetrics
 from mmrl_ray.serving.openai import Sampled
 from mmrl_ray.serving.protocols import JobService, PolicyService, RewardService
 from mmrl_ray.serving.routes.pictures import Pictures
-from mmrl_ray.serving.turns import Turns
 from mmrl_ray.telemetry.meter import Meter
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -1,24 +1,71 @@
-"""Pictures of requests: data URIs, uploads and, where allowed, URLs; all looked at before they go anywhere."""
+"""Pictures of requests: data URIs, uploads and, where allowed, URLs; all looked at before they go anywhere.
+
+A server that fetches what strangers name must not reach inside:
+
+    URL ──strict syntax──▶ scheme, port ──allow-list──▶ resolve once ──every address public──▶ connect to that address
+     ▲                                                                                              │
+     └──────────────────────────── redirect: all of it again ◀──────────────────────────────────────┤
+                                                                  bytes and time capped ──▶ look at its header
+
+A name that resolves to something else a moment later changes nothing: the request goes to the address that was checked,
+with the name only in `Host` and in TLS. Proxies of the environment are not used, for they would resolve again.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
+from urllib.parse import urljoin
 
+import httpx
+
+from mmrl_ray import __version__
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.data.images import inspect_image
+from mmrl_ray.errors import ImageError
 from mmrl_ray.serving.http_errors import about, problem
-from mmrl_ray.serving.images import ImageLimits, RequestDecoder, decode_data_uri, is_data_uri
-from mmrl_ray.serving.remote_images import RemoteImagePolicy, fetch_image
-from mmrl_ray.serving.turns import Turns
+from mmrl_ray.serving.images import ImageLimits, RequestDecoder, Turns, check_image, decode_data_uri, is_data_uri
 
 _What = TypeVar("_What", str, bytes)
 _THREADS = 2
 """For base64 and digests, milliseconds a picture."""
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Addresses of a host name and port."""
+
+_LONGEST_URL = 4096
+_PORTS = {"https": 443, "http": 80}
+_REDIRECTS = (301, 302, 303, 307, 308)
+# What URL parsers read differently (user info, backslashes, escapes in the host, line breaks) does not match at all.
+_URL = re.compile(
+    r"(?P<scheme>[A-Za-z]+)://(?P<host>[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<target>[/?][!-\[\]-~]*)?"
+)
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+"""A last label that makes browsers and `inet_aton` read the whole host as an IPv4 address."""
+# Beside what `is_global` tells in every Python that is supported.
+_REFUSED_V4 = (
+    ipaddress.IPv4Network("100.64.0.0/10"),  # shared by carriers, and by some clouds for their metadata
+    ipaddress.IPv4Network("192.0.0.0/24"),
+    ipaddress.IPv4Network("192.88.99.0/24"),  # 6to4 relays
+    ipaddress.IPv4Network("168.63.129.16/32"),  # what Azure answers its own machines from
+)
+_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
+"""All that is routed. IPv4-mapped and -compatible, NAT64, unique and link-local addresses and multicast lie outside."""
+_REFUSED_V6 = (
+    ipaddress.IPv6Network("2001::/23"),  # Teredo and other protocols
+    ipaddress.IPv6Network("2001:db8::/32"),
+    ipaddress.IPv6Network("2002::/16"),  # 6to4
+    ipaddress.IPv6Network("3fff::/20"),
+)
 
 
 class Pictures:
@@ -129,3 +176,203 @@ class _File:
     def of(cls, data: bytes, limits: ImageLimits) -> Self:
         pixels = inspect_image(data, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
         return cls(data, hashlib.sha256(data).digest(), pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteImagePolicy:
+    """What may be fetched; by default nothing."""
+
+    enabled: bool = False
+    allowed_domains: tuple[str, ...] = ()
+    """`images.example.com`, or `*.example.com` for every name below it; an address may stand here, too."""
+    max_bytes: int = 10 * 1024 * 1024
+    timeout_s: float = 5.0
+    """For everything: names, redirects, every byte."""
+    max_redirects: int = 3
+    allow_http: bool = False
+    allowed_ports: tuple[int, ...] = ()
+    """Beside the scheme's own."""
+
+
+async def fetch_image(
+    url: str,
+    policy: RemoteImagePolicy,
+    *,
+    resolve: Resolve | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> bytes:
+    """The encoded picture at `url`, whose header is right.
+
+    Args:
+        resolve: asks the system by default.
+        transport: what sends requests whose URL has an address for a host; a new one by default.
+
+    Raises:
+        ImageError: the URL, a redirect or an address is refused, the server fails or is too slow, or what it sends is
+            no acceptable picture.
+    """
+    if not policy.enabled:
+        raise ImageError("images by URL are off here: send the picture itself, as a data URI or an upload")
+    # A transport alone, without the client around it, keeps no cookies, follows nothing and reads no environment.
+    try:
+        async with asyncio.timeout(policy.timeout_s), transport or _transport() as sender:
+            data = await _follow(sender, url, policy, resolve or _resolve)
+    except TimeoutError:
+        raise ImageError(f"the image takes longer than {policy.timeout_s:g} s: send the picture itself") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ImageError(f"the image cannot be fetched: {type(error).__name__}; send the picture itself") from error
+    return await asyncio.to_thread(check_image, data, ImageLimits(max_bytes=policy.max_bytes))
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the public internet: not private, loopback, link-local, multicast, reserved, or a
+    wrapping of IPv4 in IPv6 (mapped, NAT64, 6to4, Teredo), whatever it wraps."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip in _GLOBAL_V6 and ip.scope_id is None and not any(ip in network for network in _REFUSED_V6)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in network for network in _REFUSED_V4))
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A URL that passed every check that needs no network."""
+
+    scheme: str
+    host: str
+    """Lower case, without brackets or a final dot."""
+    port: int
+    target: str
+    is_address: bool
+
+    @property
+    def host_header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+async def _follow(sender: httpx.AsyncBaseTransport, url: str, policy: RemoteImagePolicy, resolve: Resolve) -> bytes:
+    for _ in range(policy.max_redirects + 1):
+        target = _checked(url, policy)
+        addresses = await _public_addresses(target, resolve)
+        response = await _send(sender, target, addresses, policy.timeout_s)
+        try:
+            if response.status_code in _REDIRECTS and "location" in response.headers:
+                url = _joined(url, response.headers["location"])
+                continue
+            return await _read(response, policy.max_bytes)
+        finally:
+            await response.aclose()
+    raise ImageError(f"image URL that redirects more than {policy.max_redirects} times: give the last one")
+
+
+def _checked(url: str, policy: RemoteImagePolicy) -> _Target:
+    match = _URL.fullmatch(_plain(url).partition("#")[0])
+    if match is None:
+        raise ImageError("image URL that is not plain https://host/path: no user name, backslash or escaped host")
+    scheme, host = match["scheme"].lower(), match["host"].lower().strip("[]").removesuffix(".")
+    if scheme not in _PORTS or (scheme == "http" and not policy.allow_http):
+        raise ImageError(f"image URL with {scheme}://: use https:// or send the picture itself")
+    port = int(match["port"] or _PORTS[scheme])
+    if port != _PORTS[scheme] and port not in policy.allowed_ports:
+        raise ImageError(f"image URL with port {port}: it is not allowed here")
+    is_address = ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]) is not None
+    if not any(_allows(entry, host) for entry in policy.allowed_domains):
+        raise ImageError(f"image URL at {host!r}: this host is not allowed here; send the picture itself")
+    target = match["target"] or "/"
+    return _Target(scheme, host, port, target if target[0] == "/" else f"/{target}", is_address)
+
+
+def _plain(url: str) -> str:
+    """`url`, if nothing in it is dropped or rewritten by some parser."""
+    if len(url) > _LONGEST_URL:
+        raise ImageError(f"image URL of {len(url):,} characters: at most {_LONGEST_URL:,} are accepted")
+    if "\\" in url or not all("!" <= character <= "~" for character in url):
+        raise ImageError("image URL with a backslash, a space or something else than visible ASCII: escape it with %")
+    return url
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, _plain(location))
+    except ValueError as error:
+        raise ImageError("image URL that redirects to something that is no URL") from error
+
+
+def _allows(entry: str, host: str) -> bool:
+    entry = entry.lower()
+    if entry.startswith("*."):
+        return host.endswith(entry[1:]) and len(host) > len(entry) - 1
+    return host == entry.strip("[]").removesuffix(".")
+
+
+async def _public_addresses(target: _Target, resolve: Resolve) -> list[str]:
+    """All of them, every one checked: a name with one private address among public ones is refused."""
+    if target.is_address:
+        addresses: Sequence[str] = [target.host]
+    else:
+        try:
+            addresses = await resolve(target.host, target.port)
+        except (OSError, UnicodeError) as error:
+            raise ImageError(f"image URL at {target.host!r}: this host is not found") from error
+    if not addresses or not all(map(is_public, addresses)):
+        raise ImageError(f"image URL at {target.host!r}: this host is not on the public internet")
+    return list(dict.fromkeys(addresses))
+
+
+async def _send(
+    sender: httpx.AsyncBaseTransport, target: _Target, addresses: Sequence[str], timeout_s: float
+) -> httpx.Response:
+    """The answer, its body unread, of the first address that takes a connection."""
+    headers = {
+        "host": target.host_header,
+        "accept": "image/png, image/jpeg, image/webp, image/gif",
+        "accept-encoding": "identity",
+        "user-agent": f"mmrl_ray/{__version__}",
+    }
+    # An address that swallows packets must leave time for the next one.
+    extensions: dict[str, Any] = {"timeout": {"connect": timeout_s / (len(addresses) + 1)}}
+    if not target.is_address:
+        extensions["sni_hostname"] = target.host  # certificates are checked against it, too
+    for place, address in enumerate(addresses):
+        url = httpx.URL(scheme=target.scheme, host=address, port=target.port, raw_path=target.target.encode())
+        try:
+            return await sender.handle_async_request(httpx.Request("GET", url, headers=headers, extensions=extensions))
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            if place == len(addresses) - 1:
+                raise
+    raise AssertionError("there is an address, and the last one returns or raises")
+
+
+async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+    if response.status_code != 200:
+        raise ImageError(f"the image's server answered {response.status_code} instead of 200")
+    # A compressed body may be a bomb, and none was asked for: pictures are compressed already.
+    if (encoding := response.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise ImageError(f"the image's server sent it in encoding {encoding[:20]!r}, which was not asked for")
+    too_large = f"the image at that URL has more than {max_bytes:,} bytes, which is the most accepted"
+    length = response.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes:
+        raise ImageError(too_large)
+    data = bytearray()
+    async for part in response.aiter_raw():
+        data += part
+        if len(data) > max_bytes:
+            raise ImageError(too_large)
+    return bytes(data)
+
+
+async def _resolve(host: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+def _transport() -> httpx.AsyncHTTPTransport:
+    return httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False, limits=httpx.Limits(max_connections=1))
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return httpx.create_ssl_context(trust_env=False)

@@ -26,8 +26,7 @@ from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.jobs.client import JobsClient
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.app import GatewayDeps, make_app
-from mmrl_ray.serving.fine_tuning import run_checkpoints, run_events, trained_tokens
-from mmrl_ray.serving.job_service import RayJobService
+from mmrl_ray.serving.job_service import RayJobService, run_checkpoints, run_events, trained_tokens
 from mmrl_ray.training.cluster import configure_ray, free_agent_port
 from mmrl_ray.training.jobs import resume
 from tests.integration.serving.conftest import free_port, wait_for

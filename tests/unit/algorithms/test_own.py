@@ -16,7 +16,7 @@ from mmrl_ray.config.schema import Config
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.jobs.submit import own_code
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.losses.weighing import StepRewards
+from mmrl_ray.losses.aggregation import StepRewards
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "own_algorithm"

@@ -12,7 +12,7 @@ import torch
 from mmrl_ray.algorithms.raft import RaftSection, best_of_groups
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.learner.step import LearnerStep
-from mmrl_ray.losses.weighing import StepRewards
+from mmrl_ray.losses.aggregation import StepRewards
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, reference_logprobs
 
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrl_ray.analysis.attribution import Importance, caption_importance
+from mmrl_ray.analysis.attribution import Importance, caption_importance, caption_states
 from mmrl_ray.analysis.correlation import Correlation, correlations
-from mmrl_ray.analysis.states import caption_states
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import SamplingParams

@@ -8,8 +8,7 @@ import tempfile
 import pytest
 import torch
 
-from mmrl_ray.analysis.attribution import caption_importance
-from mmrl_ray.analysis.states import caption_states, forward_rows, places
+from mmrl_ray.analysis.attribution import caption_importance, caption_states, forward_rows, places
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ModelError
 from mmrl_ray.policy.lora.adapter import add_adapter

@@ -16,7 +16,7 @@ from mmrl_ray.config.load import load_any_config, parse_config
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.deploy.manifests import dump, render
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.serving.serve_config import check_serve_config
+from mmrl_ray.serving.launch import check_serve_config
 
 from ..cli.program import mmrl
 from .crds import ROOT, problems, strict

@@ -13,13 +13,13 @@ from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.evaluation.blindness import Blindness, blindness
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.report.page import write_report
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.terminal import RunProgress
 from mmrl_ray.training.interrupts import StopOnInterrupt
-from mmrl_ray.training.monitoring import PeakMemory
+from mmrl_ray.training.local_ray import PeakMemory
 from mmrl_ray.training.train import _Run
 
 PHOTOS = [(f"a photo of thing {i}", f"thing {i} outside") for i in range(200)]

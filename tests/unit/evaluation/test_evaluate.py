@@ -25,7 +25,7 @@ from mmrl_ray.evaluation.model_source import STATISTICS, open_target
 from mmrl_ray.evaluation.scores import score_captions
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.learner.checkpoints import LearnerState, save_checkpoint
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.heads import LearningHeads, save_value_heads
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter, save_adapter

@@ -19,8 +19,8 @@ from mmrl_ray.errors import DataError, RewardError
 from mmrl_ray.evaluation.records import highlights, load_evaluation, save_evaluation
 from mmrl_ray.evaluation.scores import Evaluation, compare, comparison_json, in_common, score_captions
 from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.metrics.bootstrap import figure_difference, figure_interval, resampled_sums
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.statistics import figure_difference, figure_interval, resampled_sums
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.report.page import write_report
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import RunDir

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrl_ray.jobs.records import Job, JobFacts
-from mmrl_ray.jobs.shutdown import note_job, remembered, stop_jobs
+from mmrl_ray.jobs.submit import note_job, remembered, stop_jobs
 from mmrl_ray.run_records.control_files import conclude_status, write_status
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.run_owner import RunOwner

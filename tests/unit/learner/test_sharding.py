@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.learner.diagnostics import ImportanceWatch
+from mmrl_ray.learner.objective import ImportanceWatch
 from mmrl_ray.learner.ranks import shard_layers
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.lora.adapter import adapter_state

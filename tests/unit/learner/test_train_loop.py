@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import torch_threads
+from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.errors import MMRLError, ModelError, RolloutError, RunError
 from mmrl_ray.experience.carriers import RolloutGroup, StepPlan
 from mmrl_ray.experience.seeds import derive_seed
@@ -133,7 +133,7 @@ def test_a_model_whose_modalities_cannot_be_told_learns_all_the_same(
     def fail(*arguments: object, **settings: object) -> None:
         raise ModelError("it is not given embeddings")
 
-    monkeypatch.setattr("mmrl_ray.learner.diagnostics.caption_importance", fail)
+    monkeypatch.setattr("mmrl_ray.learner.objective.caption_importance", fail)
     assert live(cfg, controller, run).finished
     assert "importance/image" not in controller.metrics[0]
     assert "not measured: it is not given embeddings" in caplog.text

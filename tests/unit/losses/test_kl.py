@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_ray.losses.kl import kl_loss, kl_penalty, kl_per_token
+from mmrl_ray.losses.regularizers import kl_loss, kl_penalty, kl_per_token
 
 ORACLES = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: np.exp(-d) - 1 + d}
 

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_ray.losses.aggregation import completion_scales
+from mmrl_ray.losses.aggregation import LossStats, PolicyLoss, completion_scales
 from mmrl_ray.losses.policy_gradient import policy_loss, reward_guided_loss
-from mmrl_ray.losses.stats import LossStats, PolicyLoss
 
 NAMES = ["reward_guided", "clipped", "gspo", "cispo"]
 LOW, HIGH, CAP = 0.2, 0.28, 1.5

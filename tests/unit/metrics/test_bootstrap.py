@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from mmrl_ray.metrics import bootstrap
-from mmrl_ray.metrics.bootstrap import Interval, bootstrap_difference, bootstrap_mean
+from mmrl_ray.metrics import statistics
+from mmrl_ray.metrics.statistics import Interval, bootstrap_difference, bootstrap_mean
 
 
 def test_matches_normal_theory_on_a_large_sample() -> None:
@@ -33,7 +33,7 @@ def test_seeded_and_independent_of_the_chunk_size(monkeypatch: pytest.MonkeyPatc
     whole = bootstrap_mean(scores, seed=5, resamples=500)
     assert bootstrap_mean(scores, seed=5, resamples=500) == whole
     assert bootstrap_mean(scores, seed=6, resamples=500) != whole
-    monkeypatch.setattr(bootstrap, "_CHUNK", 333)
+    monkeypatch.setattr(statistics, "_CHUNK", 333)
     assert bootstrap_mean(scores, seed=5, resamples=500) == whole
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.overlap import CiderD
+from mmrl_ray.metrics.text import CorpusStatistics
 
 WORDS = ["a", "red", "blue", "square", "circle", "above", "left", "of", "the", "small"]
 

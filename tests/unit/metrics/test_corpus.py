@@ -8,9 +8,8 @@ import pytest
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError
-from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.overlap import CiderD
-from mmrl_ray.metrics.text import Tokenizer
+from mmrl_ray.metrics.text import CorpusStatistics, Tokenizer
 from mmrl_ray.rewards.build import build_reward
 
 REFERENCES = [["A red square.", "a square, red"], ["a blue square"], ["two circles", "a a a"]]

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl_ray.errors import DataError
-from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.metrics.text import UNKNOWN, LanguageModel, NgramCounter
+from mmrl_ray.metrics.text import UNKNOWN, CorpusStatistics, LanguageModel, NgramCounter
 
 TEXTS = ["A red circle.", "a red square", "a blue circle"]
 

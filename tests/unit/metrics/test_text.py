@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.overlap import CiderD, bleu_counts, rouge_l, sentence_bleu
-from mmrl_ray.metrics.text import LanguageModel, Tokenizer, ngram_counts, pieces, words
+from mmrl_ray.metrics.text import CorpusStatistics, LanguageModel, Tokenizer, ngram_counts, pieces, words
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.text import LengthReward, RepetitionReward
 
@@ -114,7 +113,7 @@ def test_the_segmenter_is_imported_with_the_first_text_that_needs_it() -> None:
     code = (
         "import sys\n"
         "from mmrl_ray.rewards.build import build_reward\n"
-        "from mmrl_ray.metrics.corpus import CorpusStatistics\n"
+        "from mmrl_ray.metrics.text import CorpusStatistics\n"
         "plain = CorpusStatistics.from_references([['Un café, ein großer Hund', 'a dog']])\n"
         "assert plain.segmenter is None\n"
         "assert CorpusStatistics.from_json(plain.to_json()) == plain\n"

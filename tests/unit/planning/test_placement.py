@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.demands import Demand, demands_of
+from mmrl_ray.config.schema import Demand, demands_of
 from mmrl_ray.config.sections import ActorResources
 from mmrl_ray.config.serving import DeploymentSection
 from mmrl_ray.learner.group import scaling_config
-from mmrl_ray.planning.placement import Node, place, unplaced_lines
+from mmrl_ray.planning.preflight import Node, place, unplaced_lines
 from mmrl_ray.rollouts.pool_settings import PoolSettings
-from mmrl_ray.serving.serve_config import options_of
+from mmrl_ray.serving.launch import options_of
 
 
 def config(**sections: Any) -> Config:

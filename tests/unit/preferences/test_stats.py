@@ -8,8 +8,7 @@ from itertools import combinations
 import pytest
 from scipy.stats import binomtest
 
-from mmrl_ray.preferences.schema import first_shown
-from mmrl_ray.preferences.stats import agreement, preference_stats, wilson
+from mmrl_ray.preferences.schema import agreement, first_shown, preference_stats, wilson
 from tests.unit.preferences.examples import preference
 
 # Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section C: 4 observers, 12 units, values missing.

@@ -26,10 +26,9 @@ from mmrl_ray.errors import RunError
 from mmrl_ray.evaluation.evaluate import correlation_table, measures_table
 from mmrl_ray.evaluation.records import EVAL_SCHEMA, doubtful, highlights, load_evaluation, save_evaluation
 from mmrl_ray.evaluation.scores import Evaluation, score_captions
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.report.charts import MAX_POINTS, charts, constants
-from mmrl_ray.report.events import event_rows, happened, replacements
-from mmrl_ray.report.facts import duration, reward_rows
+from mmrl_ray.report.facts import duration, event_rows, happened, replacements, reward_rows
 from mmrl_ray.report.page import write_report
 from mmrl_ray.report.panels import caption_groups
 from mmrl_ray.reward_model.run import print_report

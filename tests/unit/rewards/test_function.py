@@ -24,10 +24,9 @@ from mmrl_ray.errors import ConfigError, RewardError
 from mmrl_ray.experience.breakdown import RewardFailure
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rewards import function
-from mmrl_ray.rewards.base import RewardFn
+from mmrl_ray.rewards.base import RewardFn, score_with_retry
 from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward
 from mmrl_ray.rewards.function import FunctionReward
-from mmrl_ray.rewards.scoring import score_with_retry
 from tests.unit.experience.factories import scored
 
 SAMPLES = [Sample(f"s{i}", (b"png", b"two"), "Say it.", ("a red square", "red"), {"n": i}) for i in range(2)]

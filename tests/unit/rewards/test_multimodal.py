@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardSection, RougePart
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardBreakdown, RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rewards.captioning import CaptionReward

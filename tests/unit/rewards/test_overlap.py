@@ -5,8 +5,8 @@ import pytest
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.metrics.corpus import CorpusStatistics
 from mmrl_ray.metrics.overlap import CiderD, rouge_l
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import TruncatedCaption
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rewards.text import CiderReward, RougeReward

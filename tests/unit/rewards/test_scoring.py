@@ -7,9 +7,8 @@ import pytest
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.rewards import scoring
-from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure
-from mmrl_ray.rewards.scoring import score_with_retry
+from mmrl_ray.rewards import base
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, score_with_retry
 
 SAMPLES = [Sample(i, (b"",), "", ("a",)) for i in ("x", "x", "y", "y", "z")]
 CAPTIONS = ["1", "2", "3", "4", "5"]
@@ -17,7 +16,7 @@ CAPTIONS = ["1", "2", "3", "4", "5"]
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(base, "_FIRST_WAIT_S", 0.0)
 
 
 class Scripted:

@@ -8,10 +8,9 @@ import pytest
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.metrics.corpus import CorpusStatistics
-from mmrl_ray.rewards.base import RewardBreakdown, TruncatedCaption
+from mmrl_ray.metrics.text import CorpusStatistics
+from mmrl_ray.rewards.base import RewardBreakdown, RewardFailure, TruncatedCaption, score_with_retry
 from mmrl_ray.rewards.build import NOTHING, build_reward
-from mmrl_ray.rewards.scoring import RewardFailure, score_with_retry
 from mmrl_ray.rewards.text import FormatReward, LengthReward, RepetitionReward
 
 SAMPLE = Sample("s", (b"",), "Describe.", ("a red square",))

@@ -23,7 +23,7 @@ from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.rollouts.group_codec import open_payload
 from mmrl_ray.rollouts.types import Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
-from mmrl_ray.run_records.recorder import LEFT_OUT
+from mmrl_ray.run_records.rollout_log import LEFT_OUT
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.rollouts.fakes import FakeEngine, FakePool, ListSource, config, samples
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mmrl_ray.config.demands import Demand
-from mmrl_ray.config.rollout import RolloutSection
+from mmrl_ray.config.learner import RolloutSection
+from mmrl_ray.config.schema import Demand
 from mmrl_ray.errors import ConfigError, RolloutError, RunError
 from mmrl_ray.rollouts.pool_settings import Nodes, PoolSettings, Quorum
 from mmrl_ray.rollouts.scaling import STEPS, Scaling

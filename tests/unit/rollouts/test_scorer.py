@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.config.demands import torch_threads
+from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams

@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
+from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts, save_agent_folder
 from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
-from mmrl_ray.algorithms.dqn.checkpoints import save_agent_folder
-from mmrl_ray.algorithms.dqn.features import FeatureScale, image_features
-from mmrl_ray.algorithms.dqn.network import QNetwork
-from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
+from mmrl_ray.algorithms.dqn.network import FeatureScale, QNetwork, Vocabulary, image_features
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, OverloadedError, RunError, UnknownModelError

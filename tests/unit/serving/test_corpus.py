@@ -19,11 +19,11 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, add_adapter, save_adapter
 from mmrl_ray.policy.lora.pool import AdapterPool
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.serving import remote_images
 from mmrl_ray.serving.adapters import AdapterFolders
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.engine import Engine
-from tests.corpus import pictures
+from mmrl_ray.serving.routes import pictures
+from tests.corpus import pictures as encoded
 from tests.corpus.requests import CAPTIONS, CASES, CHAT, MODEL, Case, accepted, chat, image_part, user
 from tests.corpus.uris import GOOD, GOOD_PICTURE, URLS
 from tests.support.fake_services import FakeReward, running_gateway
@@ -60,7 +60,7 @@ def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "rank" / CONFIG_FILE).write_text(json.dumps({**config, "r": 10**9}))
     other = {**config, "base_model_name_or_path": str(build_family("llava", root.parent / "else", seed=9))}
     (root / "other" / CONFIG_FILE).write_text(json.dumps(other))
-    (root / "pickle" / WEIGHTS_FILE).write_bytes(pictures.BAD["pickle"]())
+    (root / "pickle" / WEIGHTS_FILE).write_bytes(encoded.BAD["pickle"]())
     weights = bytearray((root / "nan" / WEIGHTS_FILE).read_bytes())
     weights[-4:] = b"\xff\xff\xff\x7f"
     (root / "nan" / WEIGHTS_FILE).write_bytes(weights)
@@ -128,7 +128,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     async def resolve(host: str, port: int) -> Sequence[str]:
         raise AssertionError(f"{host} was looked up")
 
-    monkeypatch.setattr(remote_images, "_resolve", resolve)
+    monkeypatch.setattr(pictures, "_resolve", resolve)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -149,9 +149,9 @@ def test_what_clients_really_send_is_answered(name: str, gateway: httpx.Client) 
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("name", pictures.ODD)
+@pytest.mark.parametrize("name", encoded.ODD)
 def test_odd_pictures_are_captioned(name: str, gateway: httpx.Client) -> None:
-    answer = gateway.post(CAPTIONS, files={"image": pictures.ODD[name]()}, data=SAMPLED)
+    answer = gateway.post(CAPTIONS, files={"image": encoded.ODD[name]()}, data=SAMPLED)
     assert answer.status_code == 200, answer.text
     assert answer.json()["captions"][0]["text"]
 
@@ -242,8 +242,8 @@ def test_a_server_that_means_harm(
         asked.append(request.url.host)
         return HARM[name](request)
 
-    monkeypatch.setattr(remote_images, "_resolve", resolve)
-    monkeypatch.setattr(remote_images, "_transport", lambda: httpx.MockTransport(serve))
+    monkeypatch.setattr(pictures, "_resolve", resolve)
+    monkeypatch.setattr(pictures, "_transport", lambda: httpx.MockTransport(serve))
     check(gateway.post(CHAT, json=chat(messages=user(image_part(f"https://{ALLOWED}/a.png")))), 400)
     assert set(asked) == {PUBLIC}
     assert caption() == caption.first
@@ -256,8 +256,8 @@ def test_a_server_that_means_well(gateway: httpx.Client, monkeypatch: pytest.Mon
     def serve(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, stream=Whole(GOOD_PICTURE))
 
-    monkeypatch.setattr(remote_images, "_resolve", resolve)
-    monkeypatch.setattr(remote_images, "_transport", lambda: httpx.MockTransport(serve))
+    monkeypatch.setattr(pictures, "_resolve", resolve)
+    monkeypatch.setattr(pictures, "_transport", lambda: httpx.MockTransport(serve))
     by_url = gateway.post(CHAT, json=chat(messages=user(image_part(f"https://{ALLOWED}/a.png")))).json()
     inline = gateway.post(CHAT, json=chat(messages=user(image_part(GOOD)))).json()
     assert by_url["choices"] == inline["choices"]

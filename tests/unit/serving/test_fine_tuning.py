@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from mmrl_ray.config.serving import FineTuningSection, ServingSection
 from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, OverloadedError
 from mmrl_ray.serving.app import GatewayDeps, make_app
-from mmrl_ray.serving.fine_tuning import compose, recipe_configs, run_name
+from mmrl_ray.serving.job_service import compose, recipe_configs, run_name
 from mmrl_ray.serving.keys import KeyStore
 from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningOrder
 from tests.support.fake_jobs import RECIPE, SETTINGS, FakeJobs

@@ -26,8 +26,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.serving.app import GatewayDeps, make_app
-from mmrl_ray.serving.flags import FAST
-from mmrl_ray.serving.haproxy import clear_leftovers, own_folder, write_front
+from mmrl_ray.serving.haproxy import FAST, clear_leftovers, own_folder, write_front
 from mmrl_ray.serving.keys import KeyStore
 from tests.support.fake_services import FakePolicy, running_gateway, wait_until
 

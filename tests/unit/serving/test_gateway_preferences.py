@@ -12,8 +12,7 @@ from fastapi.testclient import TestClient
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.errors import PreferenceStoreError
-from mmrl_ray.preferences.schema import blinded
-from mmrl_ray.preferences.stats import preference_stats
+from mmrl_ray.preferences.schema import blinded, preference_stats
 from mmrl_ray.preferences.store import PreferenceStore
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore

@@ -16,7 +16,7 @@ from mmrl_ray.run_records.control_files import ScaleAnswer, pending_requests, pu
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.keys import KeyStore
-from mmrl_ray.serving.routes import runs
+from mmrl_ray.serving.routes import training
 from tests.support.fake_services import FakePolicy, FakeReward
 
 PUT = {"workers": 3}
@@ -117,7 +117,7 @@ def test_without_a_folder_of_runs_there_are_none(store: KeyStore, run: RunDir) -
 def test_a_run_that_cannot_be_scaled_is_a_conflict(
     admin: TestClient, run: RunDir, monkeypatch: pytest.MonkeyPatch, state: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(runs, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(training, "_ANSWER_S", 0.3)
     write_status(run, state, 15.0)
     answer = admin.put("/v1/runs/mine/rollout_workers", json=PUT)
     assert answer.status_code == 409

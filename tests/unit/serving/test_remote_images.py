@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mmrl_ray.errors import ImageError
-from mmrl_ray.serving import remote_images
-from mmrl_ray.serving.remote_images import RemoteImagePolicy, fetch_image, is_public
+from mmrl_ray.serving.routes import pictures
+from mmrl_ray.serving.routes.pictures import RemoteImagePolicy, fetch_image, is_public
 from tests.unit.data.pictures import picture
 
 PNG = picture(5)
@@ -427,7 +427,7 @@ def test_a_name_server_that_is_silent_is_cut_off() -> None:
 def test_an_environment_with_a_proxy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    transport = remote_images._transport()
+    transport = pictures._transport()
     assert type(transport._pool).__name__ == "AsyncConnectionPool"  # not AsyncHTTPProxy
 
 

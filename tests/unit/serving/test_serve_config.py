@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.serving.serve_config import check_serve_config, serve_config
+from mmrl_ray.serving.launch import check_serve_config, serve_config
 
 CFG = ServeConfig(
     model=ModelSection(path="base"),

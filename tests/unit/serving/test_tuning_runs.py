@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.serving.fine_tuning import open_run, results, run_checkpoints, run_events, trained_tokens
+from mmrl_ray.serving.job_service import open_run, results, run_checkpoints, run_events, trained_tokens
 
 BEGUN = 1_700_000_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from mmrl_ray.serving.turns import Turns
+from mmrl_ray.serving.images import Turns
 
 
 def test_the_caller_with_the_fewest_places_is_next_and_nobody_has_all() -> None:

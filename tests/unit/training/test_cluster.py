@@ -22,7 +22,7 @@ from mmrl_ray.processes import process_start
 from mmrl_ray.training import cluster
 from mmrl_ray.training.cluster import configure_ray, node_local_root_refused, ray_at
 from mmrl_ray.training.interrupts import StopOnInterrupt
-from mmrl_ray.training.sessions import KEPT_S, clean_old_sessions
+from mmrl_ray.training.local_ray import KEPT_S, clean_old_sessions
 
 _CONSOLE_POPEN = services.ConsolePopen
 

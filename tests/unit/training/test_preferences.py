@@ -19,7 +19,7 @@ from mmrl_ray.preferences.store import PreferenceStore
 from mmrl_ray.report.facts import fact_blocks
 from mmrl_ray.rollouts.types import DataFailure, Generated
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.training.preferences import check_pairs, measure_pairs, pair_data, preferences_json
+from mmrl_ray.training.offline import check_pairs, measure_pairs, pair_data, preferences_json
 from tests.unit.preferences.examples import preference
 
 TEXT = """\

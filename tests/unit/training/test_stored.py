@@ -23,7 +23,7 @@ from mmrl_ray.experience.schema import group_table
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter, add_run_adapter, save_adapter
 from mmrl_ray.rollouts.stored import stored_group
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.training.stored import check_stored, decoding_beta, logged_pictures, stored_data
+from mmrl_ray.training.offline import check_stored, decoding_beta, logged_pictures, stored_data
 from tests.support.tiny_models import load_family
 from tests.unit.preferences.examples import picture
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mmrl_ray.algorithms.dqn.environment import CaptionEnv
-from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
+from mmrl_ray.algorithms.dqn.network import Vocabulary
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.metrics.corpus import CorpusStatistics
+from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.captioning import CaptionReward
 from mmrl_ray.rewards.multimodal import MultimodalReward
 

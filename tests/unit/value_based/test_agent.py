@@ -10,9 +10,7 @@ import torch
 
 from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
 from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
-from mmrl_ray.algorithms.dqn.features import LIMIT, FeatureScale
-from mmrl_ray.algorithms.dqn.network import QNetwork
-from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
+from mmrl_ray.algorithms.dqn.network import LIMIT, FeatureScale, QNetwork, Vocabulary
 from mmrl_ray.errors import ModelError
 from mmrl_ray.reward_model.fusion import FUSIONS
 

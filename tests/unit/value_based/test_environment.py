@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 
 from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
 from mmrl_ray.algorithms.dqn.environment import CAPTION_ENV, CaptionEnv
-from mmrl_ray.algorithms.dqn.vocabulary import Vocabulary
+from mmrl_ray.algorithms.dqn.network import Vocabulary
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
 from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from mmrl_ray.training.monitoring import PeakMemory, resident_bytes
+from mmrl_ray.training.local_ray import PeakMemory, resident_bytes
 
 MB = 2**20
 CHILD = "import sys; held = b'x' * int(sys.argv[1]); print('ready', flush=True); sys.stdin.readline()"

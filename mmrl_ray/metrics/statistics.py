@@ -1,12 +1,20 @@
-"""Seeded percentile bootstrap of a mean (Efron 1979), for the intervals of evaluations.
+"""Whether figures differ: seeded bootstrap intervals of means and of corpus figures, and what counts as equal.
 
-For corpus metrics the unit that is resampled is the sample: pass one score a sample.
+The interval of a mean is a percentile bootstrap (Efron 1979). For corpus metrics the unit that is resampled is the
+sample: pass one score a sample.
 
 Bootstrap intervals of corpus figures that are no means: BLEU, precision and recall over all samples.
 
 `N` samples, `K` counts a sample, `R` resamples. Such a figure is a function of column sums of counts [N, K]: samples
 are drawn with replacement, their counts summed, the figure taken of each sum. Two evaluations of the same samples are
 resampled with the same draws, so that their difference is paired.
+
+Whether numbers differ at all is plain arithmetic, for floats and for arrays of NumPy and PyTorch alike; no torch.
+
+Rewards come as float32 of a network or as float64 sums in some order, and two that mean the same may differ in their
+last bits. Divided by their standard deviation, such noise becomes an advantage of 1. So a difference counts only above
+what float32 can tell apart at the magnitude of the numbers themselves: 100 and the next float32 are the same, 1e-9 and
+2e-9 are not. Every test of "all equal" and every division by a standard deviation asks here.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +37,8 @@ RESAMPLES = 2000
 """Enough for the two ends of a 95 % interval to be stable in the third digit."""
 _CONFIDENCE = 0.95
 _DRAWS_AT_ONCE = 2_000_000
+RELATIVE = 4 * 2.0**-23
+"""Four steps of float32 at 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,3 +167,11 @@ def _interval(value: float, values: Sequence[float], n: int) -> Interval:
     tail = (1.0 - _CONFIDENCE) / 2.0
     low, high = np.quantile(values, [tail, 1.0 - tail])
     return Interval(float(value), float(low), float(high), n)
+
+
+def resolution(magnitude: Any) -> Any:
+    """Differences up to this are none, between numbers of at most `magnitude`, or made from some of at most that.
+
+    A float gives a float, an array an array of its shape.
+    """
+    return RELATIVE * magnitude

@@ -1,4 +1,4 @@
-"""What runs in a process of its own. `process.py` starts it, asks it and ends it.
+"""What runs in a process of its own. `processes.py` starts it, asks it and ends it.
 
     owner ── socket ──▶ worker: one answer a request
       └──── pipe ─────▶ watcher, its parent: kills the process group when the owner is gone

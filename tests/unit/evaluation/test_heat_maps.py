@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrl_ray.analysis.heat_map import ImageGrid, heat_map_png, image_grid
 from mmrl_ray.data.samples import Sample
+from mmrl_ray.evaluation.explain import ImageGrid, heat_map_png, image_grid
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import vision_features

@@ -13,7 +13,7 @@ import pytest
 from mmrl_ray.errors import RolloutError, RunError
 from mmrl_ray.experience.carriers import GroupKey, PlannedGroup
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records, encode_records, group_rows
-from mmrl_ray.run_records.recorder import Recorder, StepRecord
+from mmrl_ray.run_records.rollout_log import Recorder, StepRecord
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.experience.factories import rollout_group, scored
 from tests.unit.rollouts.fakes import png, samples
@@ -103,7 +103,7 @@ def test_flush_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Monkey
         release.wait(30)
         return decode_records(rows)
 
-    monkeypatch.setattr("mmrl_ray.run_records.recorder.decode_records", slowly)
+    monkeypatch.setattr("mmrl_ray.run_records.rollout_log.decode_records", slowly)
     recorder = Recorder(RunDir.create(tmp_path, "run"))
     recorder.record(StepRecord(0, frozenset(), [encode_records([])], {}, []))
     with pytest.raises(RolloutError, match=r"within 0\.05 s"):
