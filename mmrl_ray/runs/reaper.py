@@ -33,6 +33,8 @@ GRACE_S = 2.0
 _END_S = 10.0
 """A process that the kernel cannot end by then waits for a device, and is left to it."""
 _STEP_S = 0.1
+_OVER = b"."
+"""What the driver says at the end of the block; the pipe of one that dies ends without."""
 
 
 @contextmanager
@@ -59,7 +61,8 @@ def reaped() -> Iterator[None]:
     finally:
         os.environ.pop(mark, None)
         assert reaper.stdin is not None
-        reaper.stdin.close()
+        with suppress(BrokenPipeError), reaper.stdin:  # it is gone where somebody has killed it
+            reaper.stdin.write(_OVER)
         threading.Thread(target=reaper.wait, name="reaper", daemon=True).start()  # else it stays as a zombie
 
 
@@ -99,8 +102,13 @@ def _reap(mark: str, driver: int) -> None:
 
 def _main(mark: str, driver: int) -> None:
     # A process that the driver has forked may hold the pipe open when the driver is gone.
-    while not select.select([0], [], [], _LOOK_S)[0] and os.getppid() == driver:
-        pass
+    told = False
+    while os.getppid() == driver and not told:
+        told = bool(select.select([0], [], [], _LOOK_S)[0])
+    if told and os.read(0, 1) != _OVER:  # the kernel closes its files first, and gives its children away last
+        deadline = time.monotonic() + _END_S
+        while os.getppid() == driver and time.monotonic() < deadline:
+            time.sleep(_STEP_S)
     _reap(mark, driver)
 
 

@@ -56,6 +56,24 @@ def test_what_a_killed_driver_has_started_is_killed_wherever_it_is(bystander: ps
         driver.stdout.close()
 
 
+_DYING = """
+import os, subprocess, time
+from mmrl_ray.runs.reaper import reaped
+with reaped():
+    print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+    os.closerange(3, 256)  # as the kernel does first with a process that ends
+    time.sleep(1.5)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_driver_whose_files_are_closed_long_before_it_is_gone() -> None:
+    with subprocess.Popen([sys.executable, "-c", _DYING], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        child = psutil.Process(int(driver.stdout.readline()))
+    assert psutil.wait_procs([child], timeout=15)[1] == []
+
+
 def orphan_and_child() -> tuple[psutil.Process, subprocess.Popen[bytes]]:
     begin = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
     orphan = int(subprocess.check_output([sys.executable, "-c", begin]))
