@@ -77,8 +77,9 @@ _DOES = {
 }
 """What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
-_LOST_S = 5.0
-"""For what a signal has reached, too, to end."""
+_LOST_S, _LOST_LEARNER_S = 5.0, 15.0
+"""For what a signal has reached, too, to end. A learner group that is only starting takes longer on a busy machine, and
+while its thread calls Ray, Ray ends this process with an exit code of its own."""
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl"}
@@ -366,13 +367,12 @@ class _Run:
                 f"train --resume {run.location}"
             ) from error
         finally:
-            patience = {"timeout_s": _LOST_S} if is_lost else {}
             try:
                 with suppress(MMRLError) if is_lost else nullcontext():
-                    controller.close(**patience)
+                    controller.close(**({"timeout_s": _LOST_S} if is_lost else {}))
             finally:
                 if learner is not None:
-                    learner.close(**patience)
+                    learner.close(**({"timeout_s": _LOST_LEARNER_S} if is_lost else {}))
 
     def _learn_by_value(
         self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
