@@ -16,8 +16,6 @@ _PASS_COST = 8
 same on every machine, so that the order of steps is, too."""
 LIGHT_ROWS = 8
 """With more rows in a pass a caller has it to itself: others would wait for its rows at each token."""
-
-
 _SAVED = 256
 """What a caller may have had less, or more, than the others when it comes back: about a short answer. So much of those
 who ask now and then goes before those who ask all the time, and nobody waits longer for what was long ago."""

@@ -23,7 +23,6 @@ from mmrl_ray.serving.http_errors import invalid_body, problem
 from mmrl_ray.serving.turns import Turns
 
 Body = TypeVar("Body", bound=BaseModel)
-_Made = TypeVar("_Made")
 
 _FORM_FIELDS = 32
 _MOST_COMMAS = 10 * MAX_ITEMS
