@@ -97,12 +97,9 @@ class DecoderPool:
             pixels = process.more(_TIMEOUT_S)
         if isinstance(pixels, Lost):
             raise ProcessError(pixels.reason)
-        if width * height > max_pixels:
-            raise ProcessError(f"the decoder's process gave {width}x{height} pixels")
-        try:
-            return banded(width, height, memoryview(pixels))
-        except ValueError as error:
-            raise ProcessError(f"the decoder's process is wrong: {error}") from error
+        if width * height > max_pixels or len(pixels) != 3 * width * height:
+            raise ProcessError(f"the decoder's process gave {len(pixels):,} bytes for {width}x{height} pixels")
+        return banded((width, height), memoryview(pixels))
 
     def check(
         self,

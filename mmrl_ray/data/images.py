@@ -230,14 +230,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     deep = image.mode == "I" or image.mode.startswith("I;16")
     if not deep and not _is_transparent(image):
         return image.convert("RGB")
-    rows = max(1, _BAND_PIXELS // image.width)
-    if rows >= image.height:
+    boxes = list(_bands_of(image.size))
+    if len(boxes) == 1:
         return _band_to_rgb(image)
     rgb = Image.new("RGB", image.size)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        rgb.paste(_band_to_rgb(band), (0, top))
+    for box in boxes:
+        rgb.paste(_band_to_rgb(image.crop(box)), box[:2])
     return rgb
+
+
+def _bands_of(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes that cover a picture from top to bottom: left, upper, right, lower."""
+    width, height = size
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
 
 
 def _band_to_rgb(image: Image.Image) -> Image.Image:
@@ -297,9 +304,7 @@ def _one_line(error: Exception) -> str:
 
 def bands(image: Image.Image) -> Iterator[bytes]:
     """The pixels of an RGB picture from top to bottom, some megabytes at a time."""
-    rows = max(1, _BAND_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(top + rows, image.height))).tobytes()
+    return (image.crop(box).tobytes() for box in _bands_of(image.size))
 
 
 class BandedImage(Image.Image):
@@ -320,19 +325,11 @@ class BandedImage(Image.Image):
         return {"shape": (self.height, self.width, 3), "typestr": "|u1", "version": 3, "data": pixels.data}
 
 
-def banded(width: int, height: int, pixels: memoryview) -> Image.Image:
-    """A picture of these RGB pixels, which other threads do not wait for, either.
-
-    Raises:
-        ValueError: there are not as many of them.
-    """
-    if len(pixels) != 3 * width * height:
-        raise ValueError(f"{len(pixels):,} bytes are no {width}x{height} pixels")
-    image = Image.new("RGB", (width, height), None)  # not filled with black first
-    rows = max(1, _BAND_PIXELS // width)
-    for top in range(0, height, rows):
-        size = (width, min(rows, height - top))
-        band = pixels[3 * width * top : 3 * width * (top + size[1])]
-        image.paste(Image.frombytes("RGB", size, bytes(band)), (0, top))
+def banded(size: tuple[int, int], pixels: memoryview) -> Image.Image:
+    """A picture of these RGB pixels, which other threads do not wait for, either."""
+    image = Image.new("RGB", size, None)  # not filled with black first
+    for _, top, width, end in _bands_of(size):
+        band = bytes(pixels[3 * width * top : 3 * width * end])
+        image.paste(Image.frombytes("RGB", (width, end - top), band), (0, top))
     image.__class__ = BandedImage  # Pillow has no constructor for it
     return image

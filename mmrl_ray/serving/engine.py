@@ -47,7 +47,7 @@ _ENCODERS = 2
 _ABOUT_S = 1.0
 """So long after its last request a caller may be about to ask again."""
 _REST = 3
-"""While others are about a caller's next prompt is encoded so many times as long after its last one as that took: a
+"""While others are about, a caller's next prompt is encoded so many times as long after its last one as that took: a
 client that leaves before its first token has no other cost, and Python has one interpreter for it and the model."""
 _FOR_OTHERS = 4
 """One caller leaves one in so many of the places to wait free."""

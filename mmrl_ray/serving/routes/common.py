@@ -48,7 +48,6 @@ from mmrl_ray.serving.routes.pictures import Pictures
 from mmrl_ray.telemetry.meter import Meter
 
 Body = TypeVar("Body", bound=BaseModel)
-_Made = TypeVar("_Made")
 
 _FORM_FIELDS = 32
 _MOST_COMMAS = 10 * MAX_ITEMS

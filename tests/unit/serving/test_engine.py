@@ -34,6 +34,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
 from mmrl_ray.serving import engine as engine_module
+from mmrl_ray.serving.decode_thread import DecodeThread, Ticket
 from mmrl_ray.serving.engine import Engine, export_engine_metrics
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, Served, Turn
 from tests.support.meters import MemoryMeter
@@ -150,15 +151,21 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._open = threading.Event()
-        step = Decoder.step
+        step, submit = Decoder.step, DecodeThread.submit
         self.reached = threading.Event()
+        self.submitted = 0
 
         def held(decoder: Decoder, *args: Any) -> Any:
             self.reached.set()
             assert self._open.wait(DEADLINE_S)
             return step(decoder, *args)
 
+        def counted(thread: DecodeThread, ticket: Ticket) -> None:
+            submit(thread, ticket)
+            self.submitted += 1
+
         monkeypatch.setattr(Decoder, "step", held)
+        monkeypatch.setattr(DecodeThread, "submit", counted)
 
     def open(self) -> None:
         self._open.set()
@@ -168,7 +175,9 @@ class Gate:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_what_generate_gives_alone_and_under_load(family: str, folder: Callable[..., Path]) -> None:
+def test_greedy_answers_are_what_generate_gives_alone_and_under_load(
+    family: str, folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = load(folder(family))
     sizes = ((64, 64), (96, 64), (64, 128))
     requests = [ask(i, tokens=6 + i % 4, size=sizes[i % 3], prompt=PROMPT * (1 + i % 2)) for i in range(8)]
@@ -177,9 +186,12 @@ def test_greedy_answers_are_what_generate_gives_alone_and_under_load(family: str
     async def work(engine: Engine) -> None:
         alone = await engine.generate(requests[0])
         assert tokens_of(alone) == expected[0]
+        gate = Gate(monkeypatch)
         # Some come while others run, some sample, some are streamed, some are given up.
         others = [asyncio.create_task(engine.generate(ask(90 + i, n=3, greedy=False, seed=i))) for i in range(3)]
         first = [asyncio.create_task(engine.generate(request)) for request in requests[:4]]
+        await until(lambda: gate.submitted == len(others) + len(first))
+        gate.open()
         await until(lambda: engine.stats()["running_requests"] > 0)
         others.pop().cancel()
         second = [asyncio.create_task(engine.generate(request)) for request in requests[4:]]
