@@ -89,9 +89,9 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
 
 
 def accelerate(model: nn.Module, device: torch.device) -> Acceleration:
-    """What makes `model` faster on `device`: that of the package `mmrl_ray.policy.<device>`, where there is one.
+    """What makes `model` faster on `device`: that of the module `mmrl_ray.policy.<device>`, where there is one.
 
-    Its `accelerate` may replace layers by others that compute the same. Nothing else knows of such a package.
+    Its `accelerate` may replace layers by others that compute the same. Nothing else knows of such a module.
     """
     name = f"{__package__}.{device.type}"
     found = find_spec(name)

@@ -587,7 +587,7 @@ def test_what_cannot_be_sampled_as_it_is_learnt_is_refused_by_name(
 
 WITHOUT_CPU = """
 import sys
-sys.modules["mmrl_ray.policy.cpu"] = None  # as if the folder were not there
+sys.modules["mmrl_ray.policy.cpu"] = None  # as if the file were not there
 from pathlib import Path
 from tests.unit.policy.test_load import section, tokens_with_adapter
 from mmrl_ray.policy.load import load_policy

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.policy.cpu import linear
-from mmrl_ray.policy.cpu.linear import OneDnnLinear, is_available, pack_weights, use_onednn
+from mmrl_ray.policy import cpu
+from mmrl_ray.policy.cpu import OneDnnLinear, is_available, pack_weights, use_onednn
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
@@ -165,7 +165,7 @@ def test_copies_and_pickles_of_packed_layers_are_plain_ones() -> None:
 
 
 def test_a_model_too_large_to_lie_in_memory_twice_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_MOST_PACKED_BYTES", 1000)
+    monkeypatch.setattr(cpu, "_MOST_PACKED_BYTES", 1000)
     model = nn.Sequential(nn.Linear(520, 260)).requires_grad_(False)
     use_onednn(model)
     pack_weights(model)
@@ -177,7 +177,7 @@ def test_packed_weights_change_no_greedy_row(family: str, load: Load, monkeypatc
     policy = load(family)
     prompts = encode_prompts(policy, make_samples())
     expected = [generated(policy, prompt) for prompt in prompts]
-    monkeypatch.setattr(linear, "_LARGE_WEIGHT", 1)  # so that layers of these small models are oneDNN's, too
+    monkeypatch.setattr(cpu, "_LARGE_WEIGHT", 1)  # so that layers of these small models are oneDNN's, too
     pack_weights(policy.model)
     greedy = SamplingParams(max_new_tokens=TOKENS, greedy=True)
     together = decode_groups(Decoder(policy), [DecodeRequest(p, 1, greedy) for p in prompts])

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.policy.cpu import attention
-from mmrl_ray.policy.cpu.attention import attend, decode_step_attention
+from mmrl_ray.policy import cpu
+from mmrl_ray.policy.cpu import attend, decode_step_attention
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
@@ -27,13 +27,13 @@ ROWS, KEYS, WIDTH = 5, 300, 64
 def handed_on(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of queries that were handed on to transformers' own function."""
     shapes: list[torch.Size] = []
-    own = attention.sdpa_attention_forward
+    own = cpu.sdpa_attention_forward
 
     def noted(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         shapes.append(query.shape)
         return own(module, query, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "sdpa_attention_forward", noted)
+    monkeypatch.setattr(cpu, "sdpa_attention_forward", noted)
     return shapes
 
 
@@ -93,7 +93,7 @@ def test_greedy_rows_stay_what_generate_gives(
     prompts = encode_prompts(policy, make_samples())
     expected = [generated(policy, prompt) for prompt in prompts]
     handed_on.clear()  # of a model's first trial
-    monkeypatch.setattr(attention, "_MANY_KEYS", 1)
+    monkeypatch.setattr(cpu, "_MANY_KEYS", 1)
     greedy = SamplingParams(max_new_tokens=9, greedy=True)
     for packed in (None, False):
         outs = decode_groups(Decoder(policy, packed=packed), [DecodeRequest(p, 1, greedy) for p in prompts])
@@ -104,7 +104,7 @@ def test_greedy_rows_stay_what_generate_gives(
 def test_it_is_the_models_for_the_time_of_a_step(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load()
     attended: list[int] = []
-    monkeypatch.setattr(attention, "_MANY_KEYS", 1)
+    monkeypatch.setattr(cpu, "_MANY_KEYS", 1)
     matmul = torch.matmul
     monkeypatch.setattr(torch, "matmul", lambda a, b: attended.append(a.shape[-2]) or matmul(a, b))
     prompts = encode_prompts(policy, make_samples())[:1]

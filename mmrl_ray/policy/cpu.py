@@ -1,0 +1,192 @@
+"""What makes a policy faster on a CPU, and changes nothing but rounding. Without this file all else works as it does.
+
+`load.accelerate` looks for it by its name, which is the device's; nothing else knows of it.
+
+**Linear layers in float32 by oneDNN.** PyTorch hands float32 products to MKL, which keeps to AVX2 on processors that
+are not Intel's. oneDNN, which PyTorch brings too, uses whatever the processor has: on an AMD core with AVX-512 it is
+twice as fast in both directions, and for a single row too, where it reads weights that are not in the cache at twice
+the rate. Small products are left to MKL: it sets them up in 2 µs where oneDNN takes 12. Weights that stay as they are
+can be packed beforehand, into the order that oneDNN reads them in: a few rows then take 0.6 of the time, and hundreds
+0.9.
+
+**Attention of a decode step in float32**: one query a sequence, over keys that no cache of the processor holds any
+more. PyTorch's kernel reads keys and values at a third of the rate that memory gives, and takes them in blocks that
+were made for many queries. As two batches of products, keys by queries and weights by values, the same takes about 0.8
+of the time, from where it is more than a handful of calls. `B` sequences, `H` heads of queries, `H'` heads of keys,
+`r = H / H'`, `K` keys, `d` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from mmrl_ray.policy.model import Acceleration, PlainLinear, Policy
+
+_LARGE_PRODUCT = 1 << 20
+"""Multiplications from which oneDNN is the faster."""
+_LARGE_WEIGHT = 1 << 17
+"""Elements from which a weight is read faster by oneDNN, however few the rows."""
+_PACKED_FOR_ROWS = 256
+"""oneDNN is told how many rows are to come; with this many it chooses an order that suits fewer as well."""
+_MOST_PACKED_BYTES = 2 << 30
+"""Packed weights lie in memory beside the others: of a model with more than this, none are."""
+_NAME = "mmrl_decode_step"
+_MANY_KEYS = 1 << 18
+"""Elements, B · H' · K · d, from which products are the faster: 1 MiB, what the cache of a core holds."""
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Has the linear layers of a model that was just loaded computed by oneDNN, and decode steps attend by `attend`."""
+    use_onednn(model)
+    return Acceleration(decode_step=decode_step_attention, pack_weights=pack_weights)
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Lets every plain `nn.Linear` of `model` compute by oneDNN where it can: float32 on the CPU.
+
+    Weights, names and state dicts stay as they are. Layers of a class of their own are left alone.
+    """
+    if not is_available():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDnnLinear
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Packs the weights of `model`'s oneDNN layers for products without a gradient; they must not change any more.
+
+    Takes as much memory again as those weights do, so nothing happens where they are more than 2 GiB. A layer that is
+    given another weight computes with that one, unpacked.
+    """
+    layers = [m for m in model.modules() if isinstance(m, OneDnnLinear) and _fits(m.weight)]
+    if sum(layer.weight.nbytes for layer in layers) <= _MOST_PACKED_BYTES:
+        for layer in layers:
+            layer.pack()
+
+
+def is_available() -> bool:
+    """Whether this build of PyTorch has the operators."""
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+class OneDnnLinear(PlainLinear):
+    """An `nn.Linear` that multiplies by oneDNN; the same numbers up to rounding."""
+
+    _packed: tuple[int, torch.Tensor] | None = None
+    """The address of the weight that was packed, and what it was packed into."""
+
+    def pack(self) -> None:
+        """Packs this layer's weight as it is now, for products without a gradient."""
+        packed = torch.ops.mkldnn._reorder_linear_weight.default(self.weight.detach(), _PACKED_FOR_ROWS)
+        self._packed = self.weight.data_ptr(), packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # nothing copies or sends it
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[.., in] → [.., out]."""
+        weight, bias = self.weight, self.bias
+        large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
+        if not large or not _fits(input) or not _fits(weight) or input.numel() == 0 or torch.is_autocast_enabled("cpu"):
+            return linear(input, weight, bias)
+        if torch.is_grad_enabled():
+            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            if input.requires_grad or trains:
+                return _Product.apply(input, weight, bias)
+        if self._packed is not None and self._packed[0] == weight.data_ptr():
+            weight = self._packed[1]
+        return _multiply(input, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b, whose operator knows no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grads[0].flatten(0, -2)  # [M, out]
+        to_x = _multiply(grads[0], weight.t(), None) if needs_x else None
+        to_weight = _multiply(grad.t(), x.flatten(0, -2).t(), None) if needs_weight else None
+        return to_x, to_weight, grad.sum(0) if needs_bias else None
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is torch.float32 and tensor.is_cpu
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return product
+
+
+@contextmanager
+def decode_step_attention(policy: Policy) -> Iterator[None]:
+    """Within it, the language model's layers attend by `attend`, where that is the faster way: else nothing changes."""
+    config = policy.hf_model.config.get_text_config()
+    own = config._attn_implementation_internal
+    if own != "sdpa" or policy.device.type != "cpu" or policy.dtype != torch.float32:
+        yield
+        return
+    config._attn_implementation_internal = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = own
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers, for one query a row; hands everything else on to "sdpa".
+
+    Args:
+        module: the attention layer.
+        query: [B, H, 1, d].
+        key: [B, H', K, d].
+        value: [B, H', K, d].
+        attention_mask: [B, 1, 1, K], bool or added to the scores, or None.
+        scaling: of the scores, 1 / √d by default.
+        kwargs: what "sdpa" takes beside these.
+
+    Returns:
+        [B, 1, H, d] and None.
+    """
+    (batch, heads, queries, width), groups = query.shape, key.shape[1]
+    per_head = attention_mask is not None and attention_mask.shape[1] != 1
+    other = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
+    if queries != 1 or key.numel() < _MANY_KEYS or per_head or other:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scaled = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)
+    scores = torch.matmul(key, scaled.transpose(2, 3)).transpose(2, 3)  # [B, H', r, K]
+    if attention_mask is not None:
+        is_bool = attention_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attention_mask, -torch.inf) if is_bool else scores + attention_mask
+    mixed = torch.matmul(torch.softmax(scores, dim=-1), value)  # [B, H', r, d]
+    return mixed.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(_NAME, attend)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
