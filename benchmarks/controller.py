@@ -36,8 +36,15 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.data.writing import write_parquet
-from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RolloutGroup, ScoredGroup, StepPlan, VisionFeatures
+from mmrl_ray.experience.carriers import (
+    Completion,
+    EncodedPrompt,
+    RewardBreakdown,
+    RolloutGroup,
+    ScoredGroup,
+    StepPlan,
+    VisionFeatures,
+)
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, FetchWeights

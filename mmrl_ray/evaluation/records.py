@@ -28,8 +28,7 @@ from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError
 from mmrl_ray.evaluation.scores import CaptionScore, Evaluation, paired
-from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import CaptionState
+from mmrl_ray.experience.carriers import CaptionState, RewardBreakdown
 from mmrl_ray.metrics.statistics import resolution
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.run_records.run_dir import RunDir

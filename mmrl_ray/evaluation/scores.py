@@ -28,7 +28,7 @@ from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes.generator import attribute_scores
 from mmrl_ray.errors import DataError, RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.metrics.overlap import CiderD, bleu_counts, corpus_bleu, rouge_l
 from mmrl_ray.metrics.statistics import (
     RESAMPLES,

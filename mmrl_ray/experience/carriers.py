@@ -1,23 +1,26 @@
 """The carriers between sampling and learning, in the order in which data becomes them.
 
-    Sample → Completion → RolloutGroup → ScoredGroup → StepPlan → tensors (policy/scoring/collate.py)
+    Sample → Completion → RolloutGroup → RewardBreakdown → ScoredGroup → StepPlan → tensors (policy/scoring/collate.py)
 
 Frozen, slotted, picklable. `G` completions a group, `T` tokens a completion, `P` tokens a prompt, `M` groups a step.
 Bulk data (`RolloutGroup`) travels through the object store by reference; what the controller handles is
 `ScoredGroup.summary`, a few hundred bytes a group.
+
+Beside them the seeds of a run: every random choice derives from the run's seed and from *what* is drawn, never from who
+draws it or when.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmrl_ray.config.reward import Normalization
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown, Score, TruncatedCaption
 
-if TYPE_CHECKING:  # a process that only passes carriers on (a gateway, a reward's replica) needs no 200 MB of torch
+if TYPE_CHECKING:  # a process that only passes carriers on (a gateway, a reward) needs no 200 MB of torch
     import torch
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -42,6 +45,15 @@ class SamplingParams:
     """Further stop strings beside the model's end-of-sequence tokens."""
     seed: int = 0
     """Seeds the group's own generator."""
+
+
+class TruncatedCaption(str):
+    """A caption that ran into the limit of tokens: it has no end of its own. Any other text has ended by itself.
+
+    A `str` like any other for whoever does not care.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,48 @@ class GroupKey:
 
 
 @dataclass(frozen=True, slots=True)
+class RewardBreakdown:
+    """What one caption earned, and from what.
+
+    `total` equals the sum of `weights[k] * parts[k]` over the keys of `weights`. A composed reward keeps the parts of
+    its parts beside them, under `outer/inner` names that have no weight of their own, and the standard deviation of a
+    part that has one under `outer/sigma`.
+    """
+
+    total: float
+    parts: Mapping[str, float]
+    weights: Mapping[str, float]
+    sigma: float | None = None
+    """Standard deviation of the total where the reward has a model of its own noise."""
+    risk: float = 0.0
+    """kappa: how many standard deviations learning takes off the total."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Parts of weight 0 that could not score this caption, each with its reason; they are not among `parts`."""
+
+    @property
+    def adjusted(self) -> float:
+        """What learning uses: total - risk * sigma."""
+        return self.total if self.sigma is None else self.total - self.risk * self.sigma
+
+    @property
+    def magnitude(self) -> float:
+        """Of the numbers that `adjusted` is the sum of, which says how exact it is."""
+        return sum(abs(weight * self.parts.get(name, 0.0)) for name, weight in self.weights.items())
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFailure:
+    """Why a caption has no reward; it is masked and counted, never scored 0."""
+
+    reason: str
+    """One line."""
+
+
+Score = RewardBreakdown | RewardFailure
+"""What one caption earned, or why nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """A group's rewards and sizes, light enough for the controller; the group itself is behind `payload`."""
 
@@ -211,3 +265,14 @@ class StepPlan:
     """[rank][micro-batch][group index]: whole groups under the token budget, balanced over ranks."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Reward, staleness, masked and dropped figures of the step, merged into its metrics line."""
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any number of integers and names; stable over processes, platforms and Python versions."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def group_seed(seed: int, step: int, index: int) -> int:
+    """Seed of the group at place `index` of `step`: the same on whichever worker, at whichever attempt."""
+    return derive_seed(seed, "group", step, index)

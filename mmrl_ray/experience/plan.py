@@ -37,8 +37,7 @@ import torch
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.reward import Normalization
 from mmrl_ray.errors import LearnerError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
-from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup, StepPlan
+from mmrl_ray.experience.carriers import PlannedGroup, RewardBreakdown, RewardFailure, ScoredGroup, StepPlan
 from mmrl_ray.losses.advantages import decoupled_rewards, spreads
 from mmrl_ray.losses.aggregation import StepRewards
 

@@ -12,8 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from mmrl_ray.data.images import image_hash
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.experience.carriers import Completion, PlannedGroup, RolloutGroup, ScoredGroup
+from mmrl_ray.experience.carriers import (
+    Completion,
+    PlannedGroup,
+    RewardBreakdown,
+    RewardFailure,
+    RolloutGroup,
+    Score,
+    ScoredGroup,
+)
 
 _PART = pa.struct([("name", pa.string()), ("value", pa.float64()), ("weight", pa.float64())])
 _TIMING = pa.struct([("phase", pa.string()), ("seconds", pa.float64())])

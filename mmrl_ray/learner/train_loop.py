@@ -28,8 +28,7 @@ import torch
 
 from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.errors import MMRLError, RolloutError
-from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan, derive_seed
 from mmrl_ray.learner.checkpoints import (
     ADAPTER_FOLDER,
     LIVE_FOLDER,

@@ -25,7 +25,7 @@ from mmrl_ray.data.images import decode_image, image_hash
 from mmrl_ray.data.samples import Quarantine
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import DataError, ImageError, PreferenceError
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.metrics.statistics import resolution
 from mmrl_ray.metrics.text import words
 from mmrl_ray.preferences.schema import REQUIRED, Pair

@@ -22,7 +22,7 @@ from torch import nn
 
 from mmrl_ray.config.schema import RewardOptimiserSection
 from mmrl_ray.errors import NonFiniteError
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
 from mmrl_ray.reward_model.data import Batch, Batches, RewardData

@@ -22,7 +22,7 @@ from mmrl_ray.data.held_out import overlap_with_hashes
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, some
 from mmrl_ray.errors import DataError
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
 from mmrl_ray.metrics.statistics import bootstrap_mean
 from mmrl_ray.metrics.text import Tokenizer

@@ -25,7 +25,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score, TruncatedCaption
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score, TruncatedCaption
 
 __all__ = ["RewardBreakdown", "RewardFailure", "RewardFn", "Score", "TimedReward", "TruncatedCaption", "score_within"]
 

@@ -29,7 +29,7 @@ import mmrl_ray
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ProcessError, RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.processes import ChildProcess, Lost
 from mmrl_ray.rewards.base import check_pairs, state_value
 

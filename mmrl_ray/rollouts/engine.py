@@ -20,8 +20,15 @@ import torch
 
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import MMRLError
-from mmrl_ray.experience.breakdown import RewardFailure, Score
-from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.experience.carriers import (
+    CaptionState,
+    Completion,
+    EncodedPrompt,
+    RewardFailure,
+    RolloutGroup,
+    Score,
+    ScoredGroup,
+)
 from mmrl_ray.losses.regularizers import kl_penalty
 from mmrl_ray.policy.generation.base import DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.prompts import without_pixels

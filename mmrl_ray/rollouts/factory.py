@@ -16,9 +16,8 @@ from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.engine import RolloutEngine
-from mmrl_ray.rollouts.pairs import PairEngine
 from mmrl_ray.rollouts.scorer import Scorer
-from mmrl_ray.rollouts.stored import StoredEngine
+from mmrl_ray.rollouts.stored import PairEngine, StoredEngine
 
 _MB = 2**20
 _MAX_ROWS = 256

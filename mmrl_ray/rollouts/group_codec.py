@@ -28,14 +28,16 @@ from safetensors.torch import load
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RolloutError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.experience.carriers import (
     CaptionState,
     Completion,
     EncodedPrompt,
     GroupKey,
+    RewardBreakdown,
+    RewardFailure,
     RolloutGroup,
     SamplingParams,
+    Score,
     ScoredGroup,
     VisionFeatures,
 )

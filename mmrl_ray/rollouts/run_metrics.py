@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmrl_ray.config.reward import RESERVED_NAMES
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
-from mmrl_ray.experience.carriers import StepPlan
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, StepPlan
 from mmrl_ray.rollouts.steps import TakenStep
 from mmrl_ray.run_records.rollout_log import Recorder, StepRecord
 from mmrl_ray.run_records.run_dir import RunDir

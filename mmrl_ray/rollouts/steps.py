@@ -21,8 +21,7 @@ from typing import Any
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RolloutError
-from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup
-from mmrl_ray.experience.seeds import derive_seed, group_seed
+from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup, derive_seed, group_seed
 from mmrl_ray.rollouts.types import Collected, DataFailure, Generated, GroupRequest, SampleSource
 
 

@@ -24,7 +24,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.sections import RunSection
 from mmrl_ray.config.serving import GATEWAY, POLICY, REWARD, ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
-from mmrl_ray.experience.breakdown import Score
+from mmrl_ray.experience.carriers import Score
 from mmrl_ray.serving.engine import export_engine_metrics
 from mmrl_ray.serving.launch import deployment_options
 from mmrl_ray.serving.protocols import (

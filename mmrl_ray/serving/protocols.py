@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mmrl_ray.experience.breakdown import Score
-from mmrl_ray.experience.carriers import SamplingParams
+from mmrl_ray.experience.carriers import SamplingParams, Score
 
 Role = Literal["system", "user", "assistant"]
 ServedFinishReason = Literal["stop", "length"]

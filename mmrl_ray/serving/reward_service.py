@@ -17,7 +17,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError, UnknownImageError
-from mmrl_ray.experience.breakdown import Score
+from mmrl_ray.experience.carriers import Score
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn, score_once, score_with_retry
 from mmrl_ray.rewards.build import build_reward

@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from mmrl_ray.config.serving import POLICY, REWARD
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError, OverloadedError, RewardError, ServingError
-from mmrl_ray.experience.breakdown import Score
+from mmrl_ray.experience.carriers import Score
 from mmrl_ray.rewards.base import check_pairs
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, RewardItem, Scored, Served
 from mmrl_ray.serving.reward_service import CaptionBatch

@@ -25,9 +25,8 @@ from mmrl_ray.config.sections import SftSection
 from mmrl_ray.data import atomic
 from mmrl_ray.data.samples import QuarantineRecord, Sample, SampleStream
 from mmrl_ray.errors import DataError, ModelError, NonFiniteError, RunError
-from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.experience.carriers import EncodedPrompt, derive_seed
 from mmrl_ray.experience.plan import GroupSize, split_micro_batches
-from mmrl_ray.experience.seeds import derive_seed
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import add_adapter, merge_adapter
 from mmrl_ray.policy.model import Policy

@@ -14,7 +14,7 @@ import pytest
 from mmrl_ray.config.load import load_config
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes
-from mmrl_ray.experience.breakdown import RewardBreakdown
+from mmrl_ray.experience.carriers import RewardBreakdown
 from mmrl_ray.rewards.build import try_functions
 from tests.integration.training.test_readme import commands
 

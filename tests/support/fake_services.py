@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmrl_ray.data.images import decode_image, image_hash
 from mmrl_ray.errors import UnknownImageError, UnknownModelError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.protocols import (
     Choice,
     Delta,

@@ -18,13 +18,13 @@ import torch
 import mmrl_ray
 from mmrl_ray import errors
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown
 from mmrl_ray.experience.carriers import (
     CaptionState,
     Completion,
     EncodedPrompt,
     GroupKey,
     PlannedGroup,
+    RewardBreakdown,
     RolloutGroup,
     SamplingParams,
     ScoredGroup,

@@ -22,7 +22,7 @@ from gymnasium import spaces
 from mmrl_ray.algorithms.dqn.network import LIMIT, Vocabulary
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
+from mmrl_ray.experience.carriers import RewardBreakdown, TruncatedCaption
 from mmrl_ray.rewards.base import RewardFn, check_breakdowns
 
 CAPTION_ENV = "mmrl/Caption-v0"

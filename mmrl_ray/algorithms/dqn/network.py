@@ -28,8 +28,7 @@ from torch import nn
 from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError
-from mmrl_ray.experience.breakdown import TruncatedCaption
-from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.experience.carriers import EncodedPrompt, TruncatedCaption
 from mmrl_ray.metrics.statistics import resolution
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.metrics.text import words as words_of

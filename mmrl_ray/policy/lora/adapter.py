@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from mmrl_ray.config import Config
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets
 from mmrl_ray.policy.model import Policy

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from mmrl_ray.config.serving import REWARD
 from mmrl_ray.errors import RewardError, UnknownModelError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.auth import INFER, caller_id
 from mmrl_ray.serving.http_errors import TAG, problem, wrong_parameter
 from mmrl_ray.serving.openai import ImagePart, Part, Strict, Usage

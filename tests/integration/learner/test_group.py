@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, LearnerError, NonFiniteError, PlacementError
-from mmrl_ray.experience.carriers import RolloutGroup
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import RolloutGroup, derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.learner.job import LearnerOutcome

@@ -24,8 +24,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from mmrl_ray.data.samples import SampleStream, write_parquet
 from mmrl_ray.errors import DataError, ModelError, PlacementError, RolloutError, RunError
-from mmrl_ray.experience.carriers import SamplingParams, StepPlan
-from mmrl_ray.experience.seeds import group_seed
+from mmrl_ray.experience.carriers import SamplingParams, StepPlan, group_seed
 from mmrl_ray.jobs.control import RunControl
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.controller_actor import start_controller

@@ -19,7 +19,7 @@ import torch
 
 from mmrl_ray.config.load import dump_config, parse_config
 from mmrl_ray.evaluation.model_source import STATISTICS
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.learner.checkpoints import save_adapter_folder, save_live_version
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.load import load_policy

@@ -25,7 +25,7 @@ from typing import Any
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown, Score
+from mmrl_ray.experience.carriers import RewardBreakdown, Score
 from mmrl_ray.learner import train_loop as learner
 from mmrl_ray.learner.job import LearnerOutcome
 from mmrl_ray.rewards.base import RewardFn

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import SampleStream
-from mmrl_ray.experience.seeds import group_seed
+from mmrl_ray.experience.carriers import group_seed
 from mmrl_ray.run_records.run_dir import RunDir
 
 Place = tuple[int, int]

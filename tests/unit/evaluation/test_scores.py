@@ -18,7 +18,7 @@ from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.errors import DataError, RewardError
 from mmrl_ray.evaluation.records import highlights, load_evaluation, save_evaluation
 from mmrl_ray.evaluation.scores import Evaluation, compare, comparison_json, in_common, score_captions
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.metrics.statistics import figure_difference, figure_interval, resampled_sums
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.report.page import write_report

@@ -9,8 +9,15 @@ import torch
 from PIL import Image
 
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.experience.carriers import (
+    Completion,
+    EncodedPrompt,
+    GroupKey,
+    RewardBreakdown,
+    RolloutGroup,
+    SamplingParams,
+    ScoredGroup,
+)
 
 
 def png(colour: str = "red", size: int = 8) -> bytes:

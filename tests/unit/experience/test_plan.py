@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import LearnerError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
-from mmrl_ray.experience.carriers import GroupKey
+from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, RewardFailure
 from mmrl_ray.experience.plan import GroupSize, build_step_plan, padded_tokens, split_micro_batches
 
 from .factories import scored

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from mmrl_ray.config.learner import KlSection, LearnerSection
-from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import ScoredGroup, StepPlan
+from mmrl_ray.experience.carriers import RewardBreakdown, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
 
 from .factories import scored

@@ -1,4 +1,4 @@
-from mmrl_ray.experience.seeds import derive_seed, group_seed
+from mmrl_ray.experience.carriers import derive_seed, group_seed
 
 
 def test_seeds_are_fixed_for_ever() -> None:

@@ -12,8 +12,7 @@ import torch
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.errors import MMRLError, ModelError, RolloutError, RunError
-from mmrl_ray.experience.carriers import RolloutGroup, StepPlan
-from mmrl_ray.experience.seeds import derive_seed
+from mmrl_ray.experience.carriers import RolloutGroup, StepPlan, derive_seed
 from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.train_loop import _Learner

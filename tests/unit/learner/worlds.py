@@ -15,11 +15,12 @@ from PIL import Image
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.carriers import (
     Completion,
     GroupKey,
     PlannedGroup,
+    RewardBreakdown,
+    RewardFailure,
     RolloutGroup,
     SamplingParams,
     ScoredGroup,

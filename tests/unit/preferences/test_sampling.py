@@ -13,8 +13,17 @@ import torch
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import PreferenceError, RunError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.experience.carriers import (
+    Completion,
+    EncodedPrompt,
+    GroupKey,
+    RewardBreakdown,
+    RewardFailure,
+    RolloutGroup,
+    SamplingParams,
+    Score,
+    ScoredGroup,
+)
 from mmrl_ray.experience.schema import group_table
 from mmrl_ray.preferences.dataset import sample_pairs
 from mmrl_ray.preferences.schema import Pair, Preference

@@ -28,8 +28,7 @@ from mmrl_ray.evaluation.records import (
     states_json,
 )
 from mmrl_ray.evaluation.scores import CaptionScore, Evaluation
-from mmrl_ray.experience.breakdown import RewardBreakdown
-from mmrl_ray.experience.carriers import CaptionState
+from mmrl_ray.experience.carriers import CaptionState, RewardBreakdown
 from mmrl_ray.report.page import render_report
 from mmrl_ray.report.panels import correlation_table, drift, state_map
 from mmrl_ray.run_records.run_dir import RunDir

@@ -21,7 +21,7 @@ from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.experience.breakdown import RewardFailure
+from mmrl_ray.experience.carriers import RewardFailure
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rewards import function
 from mmrl_ray.rewards.base import RewardFn, score_with_retry

@@ -16,11 +16,19 @@ from PIL import Image
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Quarantine, Sample
 from mmrl_ray.errors import ModelError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, RolloutGroup, ScoredGroup
+from mmrl_ray.experience.carriers import (
+    CaptionState,
+    Completion,
+    EncodedPrompt,
+    RewardBreakdown,
+    RewardFailure,
+    RolloutGroup,
+    Score,
+    ScoredGroup,
+)
 from mmrl_ray.rollouts.group_codec import open_payload
+from mmrl_ray.rollouts.pool import join_result, split_result
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, DataFailure, FetchWeights, GroupRequest
-from mmrl_ray.rollouts.worker import join_result, split_result
 
 TEXT = "a red circle"
 STATE = CaptionState(torch.zeros(2), {"image": torch.zeros(2), "text": torch.zeros(2)}, torch.zeros(2))

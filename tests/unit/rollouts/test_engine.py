@@ -12,8 +12,16 @@ import torch
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ContextLengthError, ImageError, ModelError, RewardError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, SamplingParams, VisionFeatures
+from mmrl_ray.experience.carriers import (
+    Completion,
+    EncodedPrompt,
+    GroupKey,
+    RewardBreakdown,
+    RewardFailure,
+    SamplingParams,
+    Score,
+    VisionFeatures,
+)
 from mmrl_ray.experience.schema import group_rows
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.rewards.base import TruncatedCaption

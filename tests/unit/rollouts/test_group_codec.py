@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.experience.breakdown import RewardFailure
 from mmrl_ray.experience.carriers import (
     CaptionState,
     EncodedPrompt,
     GroupKey,
+    RewardFailure,
     RolloutGroup,
     SamplingParams,
     ScoredGroup,

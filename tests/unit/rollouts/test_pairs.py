@@ -15,7 +15,7 @@ from mmrl_ray.errors import DataError, ImageError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.preferences.dataset import LabelledPair, sample_of
 from mmrl_ray.preferences.schema import Pair
-from mmrl_ray.rollouts.pairs import PairEngine
+from mmrl_ray.rollouts.stored import PairEngine
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, GroupRequest
 from tests.unit.learner.worlds import TEMPERATURE, make_policy, reference_logprobs, sample, tiny_folder
 from tests.unit.rollouts.test_engine import FakeReward, as_made, assignment

@@ -14,8 +14,8 @@ import torch
 from mmrl_ray.experience.carriers import StepPlan
 from mmrl_ray.learner.train_loop import export_checkpoint_metrics, export_learner_metrics
 from mmrl_ray.rollouts.controller import Controller
+from mmrl_ray.rollouts.pool import RolloutWorker
 from mmrl_ray.rollouts.weights import decode_state, encode_state
-from mmrl_ray.rollouts.worker import RolloutWorker
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.logs import CONTEXT
 from tests.support.meters import MemoryMeter
@@ -130,11 +130,11 @@ def test_a_worker_measures_each_assignment(make: Callable[..., World], monkeypat
     world = make()
     world.step(0)
     assignment = world.pool.submitted[0]
-    monkeypatch.setattr("mmrl_ray.rollouts.worker._fetch_weights", lambda _: None)
+    monkeypatch.setattr("mmrl_ray.rollouts.pool._fetch_weights", lambda _: None)
     meter = MemoryMeter(run="r", worker="w-9")
     worker = RolloutWorker("w-9", "r", lambda name: FakeEngine(name, masked=frozenset({"sample-000"})))
     worker._meter = meter
-    monkeypatch.setattr("mmrl_ray.rollouts.worker.start_logging", lambda *_, **__: None)
+    monkeypatch.setattr("mmrl_ray.rollouts.pool.start_logging", lambda *_, **__: None)
     assert worker.start().pid == os.getpid()
     worker.run(assignment)
     tokens = meter.values.pop(("worker_tokens", "r", "w-9", "completion"))

@@ -12,8 +12,14 @@ import torch
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import AdapterError, ConfigError, DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure
-from mmrl_ray.experience.carriers import GroupKey, RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.experience.carriers import (
+    GroupKey,
+    RewardBreakdown,
+    RewardFailure,
+    RolloutGroup,
+    SamplingParams,
+    ScoredGroup,
+)
 from mmrl_ray.experience.schema import group_rows
 from mmrl_ray.policy.generation.base import DecodeRequest
 from mmrl_ray.policy.generation.local import LocalEngine

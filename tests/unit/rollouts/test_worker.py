@@ -14,10 +14,10 @@ from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records
 from mmrl_ray.rollouts.group_codec import Parcelled, open_payload
+from mmrl_ray.rollouts.pool import PoolWorker, RolloutWorker, WorkerCall, join_result
 from mmrl_ray.rollouts.pool_settings import PoolSettings
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
 from mmrl_ray.rollouts.weights import encode_state
-from mmrl_ray.rollouts.worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples
 
 
@@ -104,7 +104,7 @@ def test_settings_follow_from_the_config(tmp_path: Path) -> None:
 
 def test_encoded_weights_are_what_the_engine_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     store = {"the reference": encode_state({"version": torch.tensor(4)})}
-    monkeypatch.setattr("mmrl_ray.rollouts.worker.ray.get", lambda reference, timeout: store[reference])
+    monkeypatch.setattr("mmrl_ray.rollouts.pool.ray.get", lambda reference, timeout: store[reference])
     worker = RolloutWorker("w3", "my-run", FakeEngineFactory())
     worker.start()
     worker.run(replace(assignment(), weights=("the reference",)))

@@ -17,7 +17,7 @@ import pytest
 from mmrl_ray.config.reward import CaptionPart, CiderPart, RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RewardError, UnknownImageError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, TruncatedCaption
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, TruncatedCaption
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.protocols import RewardItem

@@ -17,8 +17,17 @@ from mmrl_ray.data.held_out import overlap_with_hashes
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.errors import ConfigError, RunError
-from mmrl_ray.experience.breakdown import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, GroupKey, RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.experience.carriers import (
+    Completion,
+    EncodedPrompt,
+    GroupKey,
+    RewardBreakdown,
+    RewardFailure,
+    RolloutGroup,
+    SamplingParams,
+    Score,
+    ScoredGroup,
+)
 from mmrl_ray.experience.schema import group_table
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter, add_run_adapter, save_adapter
 from mmrl_ray.rollouts.stored import stored_group

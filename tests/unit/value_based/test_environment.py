@@ -16,7 +16,7 @@ from mmrl_ray.algorithms.dqn.environment import CAPTION_ENV, CaptionEnv
 from mmrl_ray.algorithms.dqn.network import Vocabulary
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError
-from mmrl_ray.experience.breakdown import RewardBreakdown, TruncatedCaption
+from mmrl_ray.experience.carriers import RewardBreakdown, TruncatedCaption
 
 from .conftest import WORDS, World
 
