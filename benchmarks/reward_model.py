@@ -31,8 +31,8 @@ from mmrl_ray.config.schema import RewardDataSection
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.preferences.scene_preferences import label_noise, scene_preferences, write_scene_preferences
-from mmrl_ray.reward_model.folder import load_reward_model
 from mmrl_ray.reward_model.fusion import FUSIONS
+from mmrl_ray.reward_model.model import load_reward_model
 from mmrl_ray.reward_model.run import evaluate_reward, train_reward
 from mmrl_ray.reward_model.vision_source import source_of
 

@@ -29,8 +29,14 @@ from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.preferences.schema import wilson
 from mmrl_ray.reward_model.data import Judgement, RewardData, read_judgements
 from mmrl_ray.reward_model.fit import train_reward_model
-from mmrl_ray.reward_model.folder import load_reward_model, refuse_occupied, save_reward_model
-from mmrl_ray.reward_model.model import MODALITIES, RewardModel, Scores
+from mmrl_ray.reward_model.model import (
+    MODALITIES,
+    RewardModel,
+    Scores,
+    load_reward_model,
+    refuse_occupied,
+    save_reward_model,
+)
 from mmrl_ray.reward_model.vision_source import Pixels, PolicyVision, RewardModelSpec, VisionSource, source_of
 from mmrl_ray.telemetry.terminal import PlainTable, ProgressFn, say
 

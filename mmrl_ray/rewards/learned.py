@@ -64,7 +64,7 @@ class LearnedReward:
 
     def _load(self) -> tuple[RewardModel, VisionSource]:
         if self._loaded is None:
-            from mmrl_ray.reward_model.folder import load_reward_model
+            from mmrl_ray.reward_model.model import load_reward_model
             from mmrl_ray.reward_model.vision_source import source_of
 
             model = load_reward_model(self.path)
@@ -80,7 +80,7 @@ class LearnedReward:
 
 
 def _sigma_trained(folder: Path) -> bool:
-    """Read with nothing but JSON: `reward_model/folder.py` reads the whole, strictly, where the weights load."""
+    """Read with nothing but JSON: `reward_model/model.py` reads the whole, strictly, where the weights load."""
     file = folder / "reward_model.json"
     try:
         return bool(json.loads(file.read_text(encoding="utf-8"))["sigma_trained"])

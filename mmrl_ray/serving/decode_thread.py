@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from mmrl_ray.errors import ServingError
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, FinishReason, SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, Event, Failure, GroupOutput
-from mmrl_ray.policy.generation.detokenize import TokenBytes
+from mmrl_ray.policy.tokens import TokenBytes
 from mmrl_ray.serving.protocols import Choice, Delta, ServedFinishReason, TokenInfo
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,14 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
 from mmrl_ray.algorithms.dqn.agent import ValueState
-from mmrl_ray.algorithms.dqn.module import FUSION_WEIGHTS, RATE
-from mmrl_ray.algorithms.dqn.rllib import dqn_config, episodes_from_tensors, episodes_to_tensors, refuse_without_room
+from mmrl_ray.algorithms.dqn.rllib import (
+    FUSION_WEIGHTS,
+    RATE,
+    dqn_config,
+    episodes_from_tensors,
+    episodes_to_tensors,
+    refuse_without_room,
+)
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, NonFiniteError, PlacementError, RolloutError
 from mmrl_ray.learner.checkpoints import LearnerState

@@ -21,13 +21,13 @@ from mmrl_ray.errors import ConfigError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure, GroupOutput
 from mmrl_ray.policy.generation.decode_batch import DecodeBatch, Row, keeps_every_key, takes_4d_mask
-from mmrl_ray.policy.generation.detokenize import TextStream
 from mmrl_ray.policy.generation.queue import DecodeQueue, Group
 from mmrl_ray.policy.generation.sampling import GenerationRules, RuledGroup, check_sampling
 from mmrl_ray.policy.lora.routing import RowAdapters
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.scoring.prefix import encode_prefix
+from mmrl_ray.policy.tokens import TextStream
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]

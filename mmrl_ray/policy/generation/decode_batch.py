@@ -27,13 +27,13 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mmrl_ray.experience.carriers import Completion, FinishReason, SamplingParams
-from mmrl_ray.policy.generation.detokenize import TextStream
 from mmrl_ray.policy.generation.kv_cache import KVLayer, fill_holes
 from mmrl_ray.policy.generation.sampling import RowSampler, RuledGroup
 from mmrl_ray.policy.lora.routing import RowAdapters
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import position_axes
 from mmrl_ray.policy.scoring.prefix import Prefix
+from mmrl_ray.policy.tokens import TextStream
 
 _TAKES_4D_MASK = ("sdpa", "eager")
 _ROOM_STEPS = 64

@@ -22,8 +22,7 @@ from mmrl_ray.preferences.files import read_preferences, write_preferences
 from mmrl_ray.preferences.scene_preferences import label_noise, write_scene_preferences
 from mmrl_ray.reward_model.data import Judgement, RewardData
 from mmrl_ray.reward_model.fit import train_reward_model
-from mmrl_ray.reward_model.folder import load_reward_model
-from mmrl_ray.reward_model.model import RewardModel
+from mmrl_ray.reward_model.model import RewardModel, load_reward_model
 from mmrl_ray.reward_model.run import evaluate_reward, evaluate_reward_model, train_reward
 from mmrl_ray.reward_model.vision_source import Pixels
 from mmrl_ray.rewards.learned import LearnedReward

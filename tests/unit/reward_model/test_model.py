@@ -16,9 +16,18 @@ from safetensors.torch import load_file, save_file
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.errors import DataError, ImageError, ModelError
 from mmrl_ray.reward_model.fit import Alignment
-from mmrl_ray.reward_model.folder import SPEC, WEIGHTS, load_reward_model, read_spec, save_reward_model
 from mmrl_ray.reward_model.fusion import FUSIONS
-from mmrl_ray.reward_model.model import HeadOutputs, Prior, RewardModel, Vocabulary
+from mmrl_ray.reward_model.model import (
+    SPEC,
+    WEIGHTS,
+    HeadOutputs,
+    Prior,
+    RewardModel,
+    Vocabulary,
+    load_reward_model,
+    read_spec,
+    save_reward_model,
+)
 from mmrl_ray.reward_model.vision_source import Pixels, PolicyVision, RewardModelSpec, source_of
 from tests.support.tiny_models import build_family, image_bytes
 

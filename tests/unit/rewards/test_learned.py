@@ -16,7 +16,7 @@ from mmrl_ray.config.reward import LearnedPart, RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ModelError, RewardError
 from mmrl_ray.metrics.text import CorpusStatistics
-from mmrl_ray.reward_model.folder import SPEC, save_reward_model
+from mmrl_ray.reward_model.model import SPEC, save_reward_model
 from mmrl_ray.reward_model.vision_source import Pixels
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward

@@ -14,9 +14,14 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.replay_buffers import EpisodeReplayBuffer
 
 from mmrl_ray.algorithms.dqn.agent import Agent, AgentFacts
-from mmrl_ray.algorithms.dqn.module import TemporalDifferenceLearner
 from mmrl_ray.algorithms.dqn.network import FeatureScale, Vocabulary
-from mmrl_ray.algorithms.dqn.rllib import dqn_config, environment_arguments, episodes_from_tensors, episodes_to_tensors
+from mmrl_ray.algorithms.dqn.rllib import (
+    TemporalDifferenceLearner,
+    dqn_config,
+    environment_arguments,
+    episodes_from_tensors,
+    episodes_to_tensors,
+)
 from mmrl_ray.config import Config
 from mmrl_ray.losses.schedule import cosine_annealing
 

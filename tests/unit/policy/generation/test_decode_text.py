@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mmrl_ray.policy.generation.detokenize import TextStream, cut_at_stop
+from mmrl_ray.policy.tokens import TextStream, cut_at_stop
 
 TEXT = "A cat's naïve café — 東京の空 🙂👍🏽 ends. No more."
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mmrl_ray.policy.generation.detokenize import TokenBytes
+from mmrl_ray.policy.tokens import TokenBytes
 
 TEXT = "a naïve 東京 🙂  two  spaces"
 CORPUS = ["a naive two spaces", "two naive spaces a"]
