@@ -161,3 +161,8 @@ class ProcessError(MMRLError):
 
 class Interrupted(MMRLError):
     """The user asked the run to stop."""
+
+
+def first_line(error: BaseException) -> str:
+    """`Kind: message` of another library's error, of a message of several lines the first, to stand in one of ours."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -50,7 +50,7 @@ class PolicyEngineFactory:
         generator.require(greedy_extra=greedy)
         return _ENGINES[cfg.learner.family.samples](
             generator,
-            Scorer(versions, cache, temperature=cfg.rollout.temperature),
+            Scorer(versions, cache, temperature=cfg.rollout.temperature, engine=generator),
             self.reward,
             worker=worker,
             reward_cfg=cfg.reward,

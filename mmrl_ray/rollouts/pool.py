@@ -29,7 +29,7 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
-from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError
+from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError, first_line
 from mmrl_ray.experience.carriers import ScoredGroup
 from mmrl_ray.rollouts.assignment_tracker import AssignmentTracker
 from mmrl_ray.rollouts.group_codec import Parcelled, pack
@@ -253,7 +253,7 @@ class RayWorkerPool:
             # The project's own errors say what is wrong with model, adapter or reward: another worker would say it too.
             raise getattr(error, "cause", None) or error
         cause = error.cause if isinstance(error, RayTaskError) else error
-        return self._lose(worker, f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}")
+        return self._lose(worker, first_line(cause))
 
     # -- deadlines -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What a rollout engine asks of the policy beside samples: prompts, log-probs of given completions, states, features.
 
-None of it depends on what samples: the scorer's model is in this process, and the same as the learner's.
+None of it depends on what samples: the scorer's model is in this process, and the same as the learner's. Only the
+comparison at start, which says how completions are scored, holds the engine that samples against it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.generation.base import GroupOutput
+from mmrl_ray.policy.generation.base import GenerationEngine, GroupOutput
 from mmrl_ray.policy.lora.adapter import reference_policy
 from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.parity import Comparison, choose_path
@@ -28,12 +29,23 @@ logger = logging.getLogger(__name__)
 class Scorer:
     """Scores with a loaded policy. One thread at a time."""
 
-    def __init__(self, policy: VersionedPolicy, cache: VisionCache, *, temperature: float) -> None:
-        """`temperature` is for the start-up check of the path; `cache` may be a generation engine's, too."""
+    def __init__(
+        self,
+        policy: VersionedPolicy,
+        cache: VisionCache,
+        *,
+        temperature: float,
+        engine: GenerationEngine | None = None,
+    ) -> None:
+        """`temperature` and `engine`, which samples in this run, are for the comparison at start.
+
+        `cache` may be the engine's, too.
+        """
         self._versions = policy
         self.policy = policy.policy
         self._cache = cache
         self._temperature = temperature
+        self._engine = engine
         self._choice: Comparison | None = None
         self._counted = (0, 0)
 
@@ -63,7 +75,7 @@ class Scorer:
             ModelError: sampler, learner and transformers' own forward do not agree.
         """
         if self._choice is None:
-            self._choice = choose_path(self.policy, prompts[:2], temperature=self._temperature)
+            self._choice = choose_path(self.policy, prompts[:2], temperature=self._temperature, engine=self._engine)
             logger.warning("scoring path: %s (%s)", self._choice.path, self._choice.reason)
         return self._choice
 
@@ -124,7 +136,7 @@ class Scorer:
         ]
 
     def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
-        """What each group's first completion looks like from inside (`analysis/states.py`), where that can be told."""
+        """`caption_states` of each group's first completion (`analysis/attribution.py`), where they can be told."""
         captions = [output.completions[0].token_ids for output in outputs]
         try:
             with self._versions.merged():

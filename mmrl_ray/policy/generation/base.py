@@ -8,7 +8,8 @@ by the scorer (`rollouts/scorer.py`), whatever samples. What an engine cannot do
 refused where that is asked for: by `require` at the start of a run, by `generate` for each request.
 
 Log-probs are those of π, the distribution that the learner computes: the softmax at the request's temperature with
-image tokens forbidden. The comparison at start holds them against the learner's.
+image tokens forbidden. The comparison at start (`policy/parity.py`) holds those of the run's engine against the
+learner's.
 """
 
 from __future__ import annotations
@@ -119,6 +120,13 @@ class GenerationEngine(ABC):
     @abstractmethod
     def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """`generate`, for requests that ask for nothing but what the engine can do."""
+
+    def sample_for_comparison(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+        """A few completions for the comparison at start: by default those that `generate` gives.
+
+        An engine that can leaves out what ends them early or fills caches, but draws from the same distribution.
+        """
+        return self._generate(requests)
 
     @final
     def generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:

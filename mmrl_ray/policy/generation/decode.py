@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -30,7 +31,7 @@ from mmrl_ray.policy.scoring.prefix import encode_prefix
 from mmrl_ray.policy.tokens import TextStream
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
-__all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_groups"]
+__all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_endlessly", "decode_groups"]
 
 
 class Decoder:
@@ -395,3 +396,12 @@ def decode_groups(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[G
         for handle in handles:
             if decoder.unfinished(handle):
                 decoder.cancel(handle)
+
+
+def decode_endlessly(policy: Policy, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+    """`decode_groups` by a decoder of its own in which no token ends a completion: every one has `max_new_tokens`.
+
+    For comparisons, which want a log-prob everywhere; what the policy's next token is drawn from stays the same.
+    """
+    rows = sum(request.n for request in requests)
+    return decode_groups(Decoder(replace(policy, eos_token_ids=()), max_rows=rows), requests)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
-from mmrl_ray.policy.generation.decode import Decoder, decode_groups
+from mmrl_ray.policy.generation.decode import Decoder, decode_endlessly, decode_groups
 from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.vision import VisionCache
 
@@ -28,9 +28,13 @@ class LocalEngine(GenerationEngine):
         self._decoder = Decoder(policy.policy, vision_cache=kept, max_rows=max_rows)
 
     def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
-        """See `GenerationEngine`."""
+        """Puts the weights on the policy, for whoever else uses it, too."""
         self._policy.load(version, weights)
 
     def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         with self._policy.merged():
             return decode_groups(self._decoder, requests)
+
+    def sample_for_comparison(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+        """Without an end, so that there is a log-prob everywhere, and by a decoder of its own."""
+        return decode_endlessly(self._policy.policy, requests)

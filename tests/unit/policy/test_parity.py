@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from transformers import GenerationConfig
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import VisionFeatures
-from mmrl_ray.policy import judge, vision
+from mmrl_ray.policy import parity, vision
+from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
+from mmrl_ray.policy.generation.decode import Decoder, decode_groups
 from mmrl_ray.policy.generation.sampling import RowSampler
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path, compare
@@ -65,6 +68,46 @@ def test_a_sampler_with_other_logits_than_the_model_is_refused(
     assert policy.path in str(caught.value)
     assert f"({policy.hf_model.config.model_type})" in str(caught.value)
     assert f"mmrl check {policy.path}" in str(caught.value)
+
+
+class ForeignEngine(GenerationEngine):
+    """An engine whose completions end after one, two, … tokens, with log-probs that are off by so many nats."""
+
+    name = "foreign"
+
+    def __init__(self, policy: Policy, off: float = 0.0, *, exact: bool = True) -> None:
+        self.capabilities = Capabilities(False, False, False, exact_logprobs=exact, reproducible=True)  # type: ignore[misc]
+        self._policy, self._off = policy, off
+
+    def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
+        raise AssertionError("a comparison loads nothing")
+
+    def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+        outputs = decode_groups(Decoder(self._policy), requests)
+        return [replace(output, completions=tuple(self._cut(output))) for output in outputs]
+
+    def _cut(self, output: GroupOutput) -> Any:
+        for i, c in enumerate(output.completions):
+            yield replace(c, token_ids=c.token_ids[: 1 + i], logprobs=c.logprobs[: 1 + i] + self._off)
+
+
+def test_the_engine_that_samples_is_what_is_compared(load: Load) -> None:
+    policy = with_lora(load())
+    prompts = encode_prompts(policy, make_samples()[:2])
+    assert choose_path(policy, prompts, engine=ForeignEngine(policy)).largest_gap <= 1e-5
+    with pytest.raises(ModelError, match=r"the sampler differs from the model's own forward by 0\.1 nats"):
+        choose_path(policy, prompts, engine=ForeignEngine(policy, 0.1))
+
+
+def test_an_engine_that_is_not_exact_is_told_and_not_refused_while_it_gives_numbers(load: Load) -> None:
+    policy = load()
+    prompts = encode_prompts(policy, make_samples()[:2])
+    choice = choose_path(policy, prompts, engine=ForeignEngine(policy, -0.1, exact=False))
+    assert choice.path == "shared_prefix"
+    assert choice.sampler == pytest.approx(0.1, abs=1e-3)
+    assert "log-probs of the foreign engine differ from it by up to 0.1 nats" in choice.reason
+    with pytest.raises(ModelError, match="the sampler differs from the model's own forward by inf nats"):
+        choose_path(policy, prompts, engine=ForeignEngine(policy, math.nan, exact=False))
 
 
 def test_a_full_row_that_sees_its_future_is_refused(load: Load) -> None:
@@ -208,7 +251,7 @@ def test_packed_rows_whose_completions_see_each_other_are_found(load: Load, monk
 def test_a_model_that_takes_no_mask_of_its_own_needs_the_naive_path(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge, "unpackable", lambda policy: "layer 1 is a linear_attention layer")
+    monkeypatch.setattr(parity, "unpackable", lambda policy: "layer 1 is a linear_attention layer")
     policy = load()
     choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]), wanted="packed")
     assert (choice.path, choice.reason) == ("naive", "layer 1 is a linear_attention layer")
@@ -219,14 +262,14 @@ def test_a_recurrent_layer_needs_the_naive_path(load: Load, monkeypatch: pytest.
         pass
 
     policy = load()
-    original = judge.encode_prefix
+    original = parity.encode_prefix
 
     def hybrid(*args: Any) -> prefix.Prefix:
         made = original(*args)
         made.cache.layers[1] = RecurrentLayer()
         return made
 
-    monkeypatch.setattr(judge, "encode_prefix", hybrid)
+    monkeypatch.setattr(parity, "encode_prefix", hybrid)
     choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]))
     assert choice.path == "naive"
     assert choice.reason == "layer 1 keeps a RecurrentLayer, which cannot be repeated for several completions"

@@ -14,7 +14,7 @@ from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
-from mmrl_ray.policy.generation.base import DecodeRequest
+from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.sampling import RowSampler
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.tiny import build_tiny_llava
@@ -74,6 +74,23 @@ def trained(engine: RolloutEngine) -> dict[str, torch.Tensor]:
 
 def tokens(result: object) -> list[list[int]]:
     return [c.token_ids.tolist() for g in result.groups for c in g.payload.completions]  # type: ignore[attr-defined]
+
+
+def test_the_comparison_at_start_is_of_the_engine_that_samples(
+    engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = engine._generator
+    sample = generator.sample_for_comparison
+
+    def shifted(requests: Any) -> list[GroupOutput]:
+        return [
+            replace(output, completions=tuple(replace(c, logprobs=c.logprobs - 0.1) for c in output.completions))
+            for output in sample(requests)
+        ]
+
+    monkeypatch.setattr(generator, "sample_for_comparison", shifted)
+    with pytest.raises(ModelError, match=r"the sampler differs from the model's own forward by 0\.1 nats"):
+        engine.run(assignment(), lambda: None)
 
 
 def test_a_fresh_adapter_is_the_reference_and_a_trained_one_is_not(engine: RolloutEngine) -> None:
