@@ -15,7 +15,6 @@ from mmrl_ray.data import atomic
 from mmrl_ray.data.held_out import overlap_with_data, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
 from mmrl_ray.errors import ConfigError, DataError, RunError
-from mmrl_ray.evaluation.blindness import evaluation_blindness
 from mmrl_ray.evaluation.captioning import BATCH, target_captions
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
@@ -25,6 +24,7 @@ from mmrl_ray.evaluation.scores import (
     Evaluation,
     compare,
     comparison_json,
+    evaluation_blindness,
     interval_json,
     score_captions,
 )

@@ -20,9 +20,8 @@ from mmrl_ray.algorithms.base import Panel
 from mmrl_ray.algorithms.registry import own_panels
 from mmrl_ray.config.problems import parse_yaml
 from mmrl_ray.errors import MMRLError, RunError
-from mmrl_ray.evaluation.blindness import evaluation_blindness
 from mmrl_ray.evaluation.records import States, load_evaluation, load_states
-from mmrl_ray.evaluation.scores import Evaluation
+from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness
 from mmrl_ray.report.charts import charts, constants
 from mmrl_ray.report.facts import event_rows, fact_blocks, happened, quarantine_rows
 from mmrl_ray.report.panels import caption_groups, correlation_table, measure_table, state_map

@@ -29,7 +29,6 @@ from mmrl_ray.config.paths import RUN_CONFIG, with_absolute_paths
 from mmrl_ray.data.samples import QuarantineRecord, Sample, iter_references, reasons_of, told
 from mmrl_ray.data.scenes.generator import write_scenes
 from mmrl_ray.errors import Interrupted, MMRLError, ModelError, RunError
-from mmrl_ray.evaluation.blindness import EVENT, Blindness, evaluation_blindness
 from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.evaluation.records import (
     MAX_STATES,
@@ -40,7 +39,16 @@ from mmrl_ray.evaluation.records import (
     save_states,
     states_json,
 )
-from mmrl_ray.evaluation.scores import Evaluation, compare, comparison_json, in_common, score_captions
+from mmrl_ray.evaluation.scores import (
+    BLIND_EVENT,
+    Blindness,
+    Evaluation,
+    compare,
+    comparison_json,
+    evaluation_blindness,
+    in_common,
+    score_captions,
+)
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
@@ -463,7 +471,7 @@ class _Run:
     def _warn_if_blind(self, run: RunDir, what: str, found: Blindness | None) -> None:
         if found is not None:
             self._progress.warn(found.told(what))
-            note_event(run, EVENT, what=what, **found.to_json())
+            note_event(run, BLIND_EVENT, what=what, **found.to_json())
 
     def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
         """What the policy makes of the held-out pairs, if there are any."""

@@ -33,7 +33,7 @@ from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine, QuarantineRecord, dataset_fingerprint, iter_references, read_split
 from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import DataError, ModelError, RunError
-from mmrl_ray.evaluation.blindness import Blindness, blindness
+from mmrl_ray.evaluation.scores import Blindness, blindness
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.checkpoint import model_call
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups

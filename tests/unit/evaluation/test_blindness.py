@@ -12,7 +12,7 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes.generator import generate_scenes
-from mmrl_ray.evaluation.blindness import Blindness, blindness
+from mmrl_ray.evaluation.scores import Blindness, blindness
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.report.page import write_report
 from mmrl_ray.rewards.build import build_reward
