@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from mmrl_ray.config.learner import LearnerSection
     from mmrl_ray.config.schema import Config
-    from mmrl_ray.losses.aggregation import StepRewards, StepWeights, Sums
+    from mmrl_ray.losses.aggregation import LossStats, StepRewards, StepWeights, Sums
     from mmrl_ray.policy.model import Policy
     from mmrl_ray.policy.scoring.collate import LearnerBatch
     from mmrl_ray.policy.scoring.prefix import Scores
@@ -134,6 +134,39 @@ class SumsObjective(Objective, Generic[Stats]):
 
         values = torch.tensor([sums[name] for name in self.names], dtype=torch.float64)
         return cast(Any, self._stats.from_tensor(values)).metrics()
+
+
+def policy_gradient_objective(cfg: LearnerSection, loss: str) -> Objective:
+    """One of the losses over importance ratios, by its name."""
+    from mmrl_ray.losses.aggregation import LossStats
+
+    return _PolicyGradientObjective(LossStats, cfg, loss)
+
+
+class _PolicyGradientObjective(SumsObjective["LossStats"]):
+    def __init__(self, stats: type[LossStats], cfg: LearnerSection, loss: str) -> None:
+        super().__init__(stats)
+        self._cfg, self._loss = cfg, loss
+
+    def share(
+        self, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None, denominator: float, place: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from mmrl_ray.losses.policy_gradient import policy_loss
+
+        found = policy_loss(
+            self._loss,
+            scores.logprobs,
+            proximal,
+            batch.behaviour_logprobs,
+            batch.advantages,
+            scores.mask,
+            scales=batch.scales,
+            denominator=denominator,
+            off_policy_cap=self._cfg.off_policy_cap,
+            clip_low=self._cfg.clip_low,
+            clip_high=self._cfg.clip_high,
+        )
+        return found.loss, found.stats.to_tensor()
 
 
 class Algorithm:
@@ -236,6 +269,4 @@ class Algorithm:
 
     def objective(self, policy: Policy, seed: int = 0) -> Objective:
         """The loss. The same policy and seed give the same one on every rank."""
-        from mmrl_ray.algorithms.policy_gradient import policy_gradient_objective
-
         return policy_gradient_objective(self.learner, "clipped")

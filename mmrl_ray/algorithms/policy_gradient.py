@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmrl_ray.algorithms.base import Algorithm, Objective, SumsObjective
+from mmrl_ray.algorithms.base import Algorithm, Objective, policy_gradient_objective
 
 if TYPE_CHECKING:
-    import torch
-
-    from mmrl_ray.config.learner import LearnerSection
-    from mmrl_ray.losses.aggregation import LossStats
     from mmrl_ray.policy.model import Policy
-    from mmrl_ray.policy.scoring.collate import LearnerBatch
-    from mmrl_ray.policy.scoring.prefix import Scores
+
+__all__ = ["PolicyGradient", "policy_gradient_objective"]
 
 
 class PolicyGradient(Algorithm):
@@ -72,36 +68,3 @@ class PolicyGradient(Algorithm):
         """`learner.loss`, with its clips and its cap; of a subclass with another name for it, its preset's."""
         named = next(iter(self.presets.values())).get("loss", "clipped")
         return policy_gradient_objective(self.learner, self.learner.loss if self.learner.loss in self.losses else named)
-
-
-def policy_gradient_objective(cfg: LearnerSection, loss: str) -> Objective:
-    """One of the losses over importance ratios, by its name."""
-    from mmrl_ray.losses.aggregation import LossStats
-
-    return _PolicyGradientObjective(LossStats, cfg, loss)
-
-
-class _PolicyGradientObjective(SumsObjective["LossStats"]):
-    def __init__(self, stats: type[LossStats], cfg: LearnerSection, loss: str) -> None:
-        super().__init__(stats)
-        self._cfg, self._loss = cfg, loss
-
-    def share(
-        self, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None, denominator: float, place: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        from mmrl_ray.losses.policy_gradient import policy_loss
-
-        found = policy_loss(
-            self._loss,
-            scores.logprobs,
-            proximal,
-            batch.behaviour_logprobs,
-            batch.advantages,
-            scores.mask,
-            scales=batch.scales,
-            denominator=denominator,
-            off_policy_cap=self._cfg.off_policy_cap,
-            clip_low=self._cfg.clip_low,
-            clip_high=self._cfg.clip_high,
-        )
-        return found.loss, found.stats.to_tensor()
