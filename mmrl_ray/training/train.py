@@ -28,28 +28,16 @@ from mmrl_ray.config.load import changed_keys, dump_config
 from mmrl_ray.config.paths import RUN_CONFIG, with_absolute_paths
 from mmrl_ray.data.samples import QuarantineRecord, Sample, iter_references, reasons_of, told
 from mmrl_ray.data.scenes.generator import write_scenes
-from mmrl_ray.errors import Interrupted, MMRLError, ModelError, RunError
+from mmrl_ray.errors import Interrupted, MMRLError, RunError
 from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.evaluation.records import (
-    MAX_STATES,
-    States,
     load_evaluation,
     load_states,
-    save_evaluation,
-    save_states,
     states_json,
 )
 from mmrl_ray.evaluation.scores import (
-    BLIND_EVENT,
     Blindness,
-    Evaluation,
-    compare,
-    comparison_json,
-    evaluation_blindness,
-    in_common,
-    score_captions,
 )
-from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.text import CorpusStatistics
@@ -63,7 +51,6 @@ from mmrl_ray.planning.preflight import (
     with_opening,
 )
 from mmrl_ray.report.page import write_report
-from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
@@ -74,6 +61,7 @@ from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training import offline
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
+from mmrl_ray.training.held_out import HeldOut, evaluation_json, warn_if_blind
 from mmrl_ray.training.interrupts import StopOnInterrupt
 from mmrl_ray.training.local_ray import PeakMemory, give_back_memory, scrape_targets
 from mmrl_ray.training.serve_apps import LivePolicy, RunReward
@@ -140,12 +128,14 @@ class _Run:
         """Whether the folder that it lies in was made for it."""
         self._step = 0
         """Steps that are known to be finished."""
+        self._run: RunDir
+        """Opened or made by `whole`, which everything else is below."""
         self._owner: RunOwner
 
     def whole(self, *, resume: bool, address: str | None, debug: bool) -> str:
         """All phases; see the top of this file."""
         cfg = self._cfg
-        run = RunDir.open(cfg.run.root, cfg.run.name) if resume else self._created()
+        run = self._run = RunDir.open(cfg.run.root, cfg.run.name) if resume else self._created()
         try:
             with RunOwner(run) as self._owner:
                 # Not before: until here it may be another's.
@@ -154,7 +144,7 @@ class _Run:
                     self._progress.note(f"taken over from {self._owner.taken_over}, which is gone")
                 run.remove_scratch()  # of a process that was killed
                 run.cut_torn_line(EVENTS)  # of a machine that went down
-                self._begin(run, address=address, debug=debug)
+                self._begin(address=address, debug=debug)
         finally:
             if not self._keep:
                 run.delete("")
@@ -175,13 +165,14 @@ class _Run:
                 return found
             raise
 
-    def _begin(self, run: RunDir, *, address: str | None, debug: bool) -> None:
+    def _begin(self, *, address: str | None, debug: bool) -> None:
         """Prepares, then runs. A new folder is kept if the user stops the preparation, not if a check fails."""
+        run = self._run
         again = run.exists(EVENTS)
         if not run.exists(RUN_CONFIG):
             run.write_text(RUN_CONFIG, dump_config(self._cfg))
         try:
-            start, unseeing, samples = self._prepare(run, again)
+            start, unseeing, samples = self._prepare(again)
         except KeyboardInterrupt:
             self._keep = True
             conclude_status(run, "interrupted")
@@ -202,10 +193,10 @@ class _Run:
                 note_event(run, "run_taken_over", owner=self._owner.taken_over)
             for kind, told_of in self._findings if not again else ():
                 note_event(run, kind, **told_of)
-            self._keep_config(run, again)
+            self._keep_config(again)
             if not again:
-                self._warn_if_blind(run, "warm start", unseeing)
-            statistics = self._statistics(run)
+                warn_if_blind(run, self._progress, "warm start", unseeing)
+            statistics = self._statistics()
             with self._timed("stored"):
                 start, self._pairs = offline.pair_data(offline.stored_data(start, run), run)
             with ExitStack() as stack:
@@ -221,10 +212,11 @@ class _Run:
                     hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
                 for line in live.greeting():
                     self._progress.note(line)
+                held_out = HeldOut(self._cfg, run, samples, hosted.reward, statistics, self._progress)
                 if cfg.agent is None:
-                    self._learn(start, run, hosted, statistics, samples)
+                    self._learn(start, hosted, held_out)
                 else:
-                    self._learn_by_value(start, run, hosted, statistics, samples)
+                    self._learn_by_value(start, hosted, held_out)
             status = "finished"
         except Interrupted:
             status = "interrupted"
@@ -238,11 +230,11 @@ class _Run:
         finally:
             self._owner.check()
             with StopOnInterrupt(lambda: self._progress.note("writing the report; a second signal stops at once")):
-                self._conclude(run, status)
+                self._conclude(status)
 
-    def _prepare(self, run: RunDir, again: bool) -> tuple[Config, Blindness | None, list[Sample]]:
+    def _prepare(self, again: bool) -> tuple[Config, Blindness | None, list[Sample]]:
         """Data, warm start and checks: the config to start from, what the warm start does not see, what is held out."""
-        cfg = self._cfg
+        cfg, run = self._cfg, self._run
         write_status(run, "starting", STARTING_S)
         with self._timed("data"):
             if self._is_resumed:
@@ -256,7 +248,7 @@ class _Run:
             samples = self._held_out(again)
         with self._timed("warm_start"):
             say = self._progress.note
-            made = base_of_run(cfg, run, progress=self._warm_start_progress(run), say=say, owned=True)
+            made = base_of_run(cfg, run, progress=self._warm_start_progress(), say=say, owned=True)
             path, size = keep_base(cfg, run, made)
             if size:
                 self._facts["base_bytes"] = size
@@ -271,7 +263,7 @@ class _Run:
             start = start.model_copy(update={"reward": self._cfg.reward})
         return start, warm_start_blindness(model.path), samples
 
-    def _warm_start_progress(self, run: RunDir) -> ProgressFn:
+    def _warm_start_progress(self) -> ProgressFn:
         """Shown, and told to whoever looks at the run's status."""
         shown = self._progress.phase("warm start", lazily=True)
         told = time.monotonic()
@@ -281,12 +273,13 @@ class _Run:
             shown(done, total, figures)
             if time.monotonic() - told >= _STATUS_S:
                 told = time.monotonic()
-                write_status(run, "starting", STARTING_S)
+                write_status(self._run, "starting", STARTING_S)
 
         return update
 
-    def _keep_config(self, run: RunDir, again: bool) -> None:
+    def _keep_config(self, again: bool) -> None:
         """The config as it is from here on; a resume that changes it says what it changes."""
+        run = self._run
         text = dump_config(self._cfg)
         before = run.read_text(RUN_CONFIG) if run.exists(RUN_CONFIG) else None
         if before == text:
@@ -320,8 +313,9 @@ class _Run:
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
-    def _statistics(self, run: RunDir) -> CorpusStatistics:
+    def _statistics(self) -> CorpusStatistics:
         """Of the training references; they stay with the run."""
+        run = self._run
         with self._timed("statistics"):
             if run.exists(STATISTICS):
                 statistics = CorpusStatistics.from_json(run.read_text(STATISTICS))
@@ -332,9 +326,9 @@ class _Run:
                 run.write_text(STATISTICS, statistics.to_json())
         return statistics
 
-    def _learn(
-        self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
-    ) -> None:
+    def _learn(self, cfg: Config, hosted: RunReward, held_out: HeldOut) -> None:
+        """Rollout workers and learners, from the evaluation before to the one after; `cfg` is what they start from."""
+        run = self._run
         with self._timed("start"):
             controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
         is_beginning = not checkpoint_steps(run)
@@ -350,13 +344,13 @@ class _Run:
                 with interrupt.at_once():
                     with self._progress.busy("loading the reward"):
                         hosted.wait()
-                    if samples and load_evaluation(run, "before") is None:
+                    if held_out.samples and load_evaluation(run, "before") is None:
                         if is_beginning:
-                            self._evaluate(run, "before", controller, hosted.reward, statistics, samples)
+                            self._evaluate(held_out, "before", controller)
                         else:  # a later version's captions would pass for the first one's
                             self._progress.note("evaluate (before): left out, the run is past its beginning")
                     if is_beginning and not offline.has_measured(run, "before"):
-                        self._measure_pairs(cfg, run, "before", controller)
+                        self._measure_pairs(cfg, "before", controller)
                 with self._timed("learning"):
                     self._watch(controller, learner, hosted)
                     outcome = learner.result()
@@ -365,9 +359,9 @@ class _Run:
                         f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}"
                     )
                 with interrupt.at_once():
-                    if samples:
-                        self._evaluate(run, "after", controller, hosted.reward, statistics, samples)
-                    self._measure_pairs(cfg, run, "after", controller)
+                    if held_out.samples:
+                        self._evaluate(held_out, "after", controller)
+                    self._measure_pairs(cfg, "after", controller)
         except (MMRLError, KeyboardInterrupt) as error:
             if not interrupt.asked or isinstance(error, Interrupted):
                 raise
@@ -387,97 +381,27 @@ class _Run:
                 if learner is not None:
                     learner.close(**({"timeout_s": _LOST_LEARNER_S} if is_lost else {}))
 
-    def _learn_by_value(
-        self, cfg: Config, run: RunDir, hosted: RunReward, statistics: CorpusStatistics, samples: Sequence[Sample]
-    ) -> None:
+    def _learn_by_value(self, cfg: Config, hosted: RunReward, held_out: HeldOut) -> None:
         # Imported here: RLlib takes seconds, which other runs need not pay.
         from mmrl_ray.training.value_based import ValueBasedRun
 
         def evaluate(name: str, captions: Sequence[str]) -> None:
-            self._score(run, name, samples, captions, hosted.reward, statistics)
+            held_out.score(name, held_out.samples, captions)
 
         with self._timed("start"):
-            learning = ValueBasedRun(cfg, run, hosted, samples, self._progress)
+            learning = ValueBasedRun(cfg, self._run, hosted, held_out.samples, self._progress)
         with closing(learning), self._timed("learning"):
             learning.learn(evaluate)
 
-    def _evaluate(
-        self,
-        run: RunDir,
-        name: str,
-        controller: ControllerClient,
-        reward: RewardFn,
-        statistics: CorpusStatistics,
-        samples: Sequence[Sample],
-    ) -> None:
-        """Greedy captions of the held-out split, by the rollout workers, into `eval/NAME.parquet`."""
+    def _evaluate(self, held_out: HeldOut, name: str, controller: ControllerClient) -> None:
         with self._timed(f"evaluate_{name}"):
-            sampling = SamplingParams(
-                temperature=self._cfg.rollout.temperature,
-                max_new_tokens=self._cfg.rollout.max_new_tokens,
-                greedy=True,
-                value_beta=offline.decoding_beta(self._cfg) if name == "after" else 0.0,  # there are no values before
-            )
-            shown = self._progress.phase(f"evaluate ({name})")
-            generated = controller.generate(
-                samples, sampling, states=MAX_STATES, progress=lambda came: shown(came, len(samples), {})
-            )
-            shown(len(samples), len(samples), {})
-            done = [(s, g) for s, g in zip(samples, generated.groups, strict=True) if g is not None]
-            for failure in generated.failures:
-                self._progress.note(f"evaluate: {failure.sample_id} left out: {failure.reason}")
-            if not done:
-                raise ModelError(
-                    f"none of {len(samples)} held-out samples could be captioned by {self._cfg.model.path}; the first: "
-                    f"{generated.failures[0].reason}"
-                )
-            groups = controller.groups([scored.payload for _, scored in done])
-            captions = [group.completions[0].caption for group in groups]
-            kept = [sample for sample, _ in done]
-            looked_into = [(s, g.state) for s, g in zip(kept, groups, strict=True) if g.state is not None]
-            if looked_into:
-                save_states(run, name, States.of(*zip(*looked_into, strict=True)))
-            # The last to be written: where it is, a resume takes all of it for done.
-            self._score(run, name, kept, captions, reward, statistics)
+            held_out.evaluate(name, controller)
 
-    def _score(
-        self,
-        run: RunDir,
-        name: str,
-        samples: Sequence[Sample],
-        captions: Sequence[str],
-        reward: RewardFn,
-        statistics: CorpusStatistics,
-    ) -> None:
-        evaluation = score_captions(
-            samples,
-            captions,
-            reward,
-            statistics,
-            progress=self._progress.phase(f"score ({name})"),
-            seed=self._cfg.run.seed,
-            timeout_s=self._cfg.reward.timeout_s,
-            retries=self._cfg.reward.retries,
-        )
-        save_evaluation(run, name, evaluation, samples)
-        measures = evaluation.measures
-        shown = (f"{key} {measures[key].mean:.3f}" for key in ("reward", "cider_d", "bleu_4") if key in measures)
-        self._progress.note(f"evaluate ({name}): {'  '.join(shown)}")
-        if evaluation.unrewarded:
-            self._progress.warn(f"evaluation {name} training: {evaluation.told_unrewarded()}")
-        if (agent := self._cfg.agent) is None or not agent.blind:
-            self._warn_if_blind(run, f"evaluation {name} training", evaluation_blindness(evaluation))
-
-    def _warn_if_blind(self, run: RunDir, what: str, found: Blindness | None) -> None:
-        if found is not None:
-            self._progress.warn(found.told(what))
-            note_event(run, BLIND_EVENT, what=what, **found.to_json())
-
-    def _measure_pairs(self, cfg: Config, run: RunDir, name: str, controller: ControllerClient) -> None:
+    def _measure_pairs(self, cfg: Config, name: str, controller: ControllerClient) -> None:
         """What the policy makes of the held-out pairs, if there are any."""
         if self._pairs:
             with self._timed(f"preferences_{name}"):
-                self._progress.note(offline.measure_pairs(cfg, run, name, controller, self._pairs))
+                self._progress.note(offline.measure_pairs(cfg, self._run, name, controller, self._pairs))
 
     def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
         """Shows the newest step until the learner group is done."""
@@ -500,8 +424,9 @@ class _Run:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _conclude(self, run: RunDir, status: str) -> None:
+    def _conclude(self, status: str) -> None:
         """Summary and report, however the run ended."""
+        run = self._run
         before, after = load_evaluation(run, "before"), load_evaluation(run, "after")
         states = {name: load_states(run, name) for name in ("before", "after")}
         seconds = {**self._seconds, "total": time.monotonic() - self._began}
@@ -534,18 +459,6 @@ class _Run:
                 yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - began
-
-
-def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-    """`eval` of the summary: each side, and their paired differences where there are both."""
-    found: dict[str, Any] = {}
-    if before is not None:
-        found["before"] = before.to_json()
-    if after is not None:
-        found["after"] = after.to_json()
-    if before is not None and after is not None and (both := in_common(before, after)) is not None:
-        found["difference"] = comparison_json(compare(*both))
-    return found
 
 
 def _owner_of(cfg: Config) -> str | None:

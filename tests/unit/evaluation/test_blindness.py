@@ -18,9 +18,7 @@ from mmrl_ray.report.page import write_report
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.terminal import RunProgress
-from mmrl_ray.training.interrupts import StopOnInterrupt
-from mmrl_ray.training.local_ray import PeakMemory
-from mmrl_ray.training.train import _Run
+from mmrl_ray.training.held_out import HeldOut
 
 PHOTOS = [(f"a photo of thing {i}", f"thing {i} outside") for i in range(200)]
 
@@ -87,8 +85,7 @@ def test_an_evaluation_of_a_blind_policy_is_loud_wherever_one_looks(
 
     def evaluate(name: str, samples: Sequence[Sample], captions: Sequence[str]) -> None:
         with RunProgress() as shown:
-            whole = _Run(cfg, shown, PeakMemory(), StopOnInterrupt())
-            whole._score(run, name, samples, captions, reward, statistics)
+            HeldOut(cfg, run, samples, reward, statistics, shown).score(name, samples, captions)
 
     evaluate("before", scenes, ["a [bold] thing"] * 24)
     evaluate("after", scenes, [sample.references[0] for sample in scenes])
