@@ -10,6 +10,7 @@ its owner, see `child.py`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,8 +21,7 @@ import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from typing import NoReturn
 
 from mmrl_ray.child import receive, send
 from mmrl_ray.errors import ProcessError
@@ -160,10 +160,25 @@ def process_start(pid: int) -> str | None:
 
 def listener(port: int) -> str | None:
     """Which process listens on a TCP port, in words; None where there is none, or another user's that is not told."""
-    with suppress(psutil.Error):
+    import psutil  # takes a while, and every command imports this file
+
+    with suppress(psutil.Error):  # a process that has ended meanwhile, or is another user's
         for each in psutil.net_connections("tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid is not None:
                 process = psutil.Process(each.pid)
                 name = " ".join(process.cmdline()[:3])[:80] or process.name()
                 return f"process {process.pid} on {socket.gethostname()}: {name}"
     return None
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without the interpreter taking itself apart.
+
+    Threads of Ray's and gRPC's that still run by then crash now and then, and work that is whole would end with the
+    code of a crash. Register it with `atexit` before anything else is: what is registered first is called last.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nobody reads on
+            stream.flush()
+    os._exit(code)

@@ -2,9 +2,10 @@
 
 import atexit
 import os
-import sys
 
 import pytest
+
+from mmrl_ray.processes import leave
 
 # No test depends on the hub, which would be asked again and again for half a minute where it cannot be reached. Read
 # when the hub's library is imported, so it comes before any test's imports.
@@ -14,17 +15,14 @@ _SESSIONS: list[pytest.Session] = []
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """See `_end`."""
+    """Keeps the session, whose exit code `_end` hands on."""
     _SESSIONS.append(session)
 
 
 def _end() -> None:
-    """Ends without the interpreter taking itself apart, as the `mmrl` program does: native threads that Ray has left
-    crash there now and then, and all tests that passed are a failure."""
+    """As the `mmrl` program ends: native threads that Ray has left would crash, and tests that passed be a failure."""
     if _SESSIONS:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(_SESSIONS[0].exitstatus))
+        leave(int(_SESSIONS[0].exitstatus))
 
 
 atexit.register(_end)  # what is registered first is called last

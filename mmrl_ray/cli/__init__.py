@@ -5,10 +5,7 @@ failure, 2 a wrong config or command line (of `mmrl check`: any failure), 130 in
 """
 
 import atexit
-import logging
 import os
-import sys
-from contextlib import suppress
 
 # Read when torch is loaded, which commands do later; see `training/cluster.py`.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -19,26 +16,15 @@ from mmrl_ray.cli import training  # noqa: F401
 # isort: split
 from mmrl_ray.cli import data, jobs, serving  # noqa: F401
 from mmrl_ray.cli.program import app
+from mmrl_ray.processes import leave
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """The `mmrl` program.
-
-    It ends without the interpreter taking itself apart: threads of Ray's and gRPC's that still run by then crash now
-    and then, and a run that is whole would end with the code of a crash.
-    """
+    """The `mmrl` program, which ends by `processes.leave`."""
     code = 1
-
-    def end() -> None:
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # closed, or nobody reads on
-                stream.flush()
-        os._exit(code)
-
-    atexit.register(end)  # what is registered first is called last
+    atexit.register(lambda: leave(code))
     try:
         app()
     except SystemExit as asked:
