@@ -4,9 +4,8 @@
         print(client.caption("photo.jpg").captions[0].text)
         print(client.rewards("photo.jpg", ["a dog on a beach"], references=["a dog by the sea"]).rewards[0].total)
 
-For chat completions there is the official `openai` client.
-
-What `Client` does with answers: which calls are made again and when, and which error an answer stands for.
+For chat completions there is the official `openai` client. The functions below the class say which calls are made again
+and when, and which error an answer stands for.
 """
 
 from __future__ import annotations

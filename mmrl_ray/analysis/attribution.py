@@ -1,23 +1,21 @@
-"""What captions look like inside a policy, and how much each hangs on each modality (docs/equations.md 9, 11, 17).
+"""States of captions inside a policy, and how much a caption depends on each modality (docs/equations.md 9, 11, 17).
 
-Importance is I_m = ‖∂L/∂E_m‖, the Frobenius norm of a loss's gradient a sample, for `B` samples, `L_m` tokens of
-modality m and `d` embedding width, in the embeddings' dtype. Of a policy:
-
-L = −log π(caption | image, prompt), the sum over the caption's tokens; not the loss of reinforcement learning, which is
-0 where the advantage is. E_m are the language model's input embeddings of the modality, made leaves. The caption's own
-words are part of what L is of, and no modality.
-
-States are means over tokens of `N` captions, `R` tokens a row.
-
-Prompts with one caption each through the policy, with the language model's input embeddings caught on the way.
-
-`N` prompts, `P` prompt tokens (left-padded), `T` caption tokens (right-padded), `R = P + T`, `d` width.
+Prompts with one caption each go through the policy once, with the language model's input embeddings caught on the way:
 
     [pad pad  prompt  IMAGE IMAGE …  prompt │ caption caption pad]
               text    image          text     caption
 
-One ordinary forward without a cache, so that it is right for every model whatever path its run takes. Features that
+`N` prompts, `P` prompt tokens (left-padded), `T` caption tokens (right-padded), `R = P + T`, `d` embedding width. It is
+an ordinary forward without a cache, so that it is right for every model, whatever path its run takes. Features that
 enter further layers by themselves (Qwen3-VL's deepstack) are no input embeddings, and stay as they are.
+
+**States** (`caption_states`) are means over tokens, float32 [N, d].
+
+**Importance** (`modality_importance`) is I_m = ‖∂L/∂E_m‖, the Frobenius norm a sample of a loss's gradient in the
+embeddings E_m [B, L_m, d] of modality m, in the embeddings' dtype. Of a policy (`caption_importance`) the loss is
+L = −log π(caption | image, prompt), summed over the caption's tokens; the loss of reinforcement learning would be 0
+where the advantage is. E_m are the language model's input embeddings of image and prompt, made leaves; those of the
+caption's own words are not counted as a modality.
 """
 
 from __future__ import annotations

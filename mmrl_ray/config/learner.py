@@ -1,9 +1,8 @@
 """`rollout:` and `learner:` — how completions are sampled and learned from; and the names that `algorithm:` takes.
 
 Advantage, loss, aggregation, regularisers and optimiser are each a separate choice; an algorithm's name stands for
-defaults of these keys.
-
-What there is to choose from stands in rooms above this one, and is found by its name, as a user's own class is.
+defaults of these keys. The algorithms are in a higher layer (`algorithms/registry.py`), which is imported by name when
+a config is read, as a user's own class is.
 """
 
 from __future__ import annotations

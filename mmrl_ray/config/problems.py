@@ -1,9 +1,8 @@
-"""Pydantic's errors in a user's words: one line each, with place, dotted key, value, and the nearest valid key.
+"""Errors in a config as a user reads them: one line each, with place, dotted key, value, and the nearest valid key.
 
-YAML text to plain values plus the line of every key, so that an error can say where it is.
-
-Duplicate keys and keys that are no text are refused, `1e-4` is a number (YAML 1.2; PyYAML alone reads it as text), and
-only plain values exist: a tag such as `!!python/object` is an error.
+Pydantic's errors come in by `problem_lines`. `parse_yaml` turns YAML text into plain values plus the line of every key,
+so that an error can say where it is. Duplicate keys and keys that are no text are refused, `1e-4` is a number (YAML
+1.2; PyYAML alone reads it as text), and only plain values exist: a tag such as `!!python/object` is an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""`serving:` — the gateway, what it allows, and the deployments behind it; and a whole config of `mmrl serve`.
+"""`serving:` — the gateway, its limits, and the deployments behind it; and a whole config of `mmrl serve`.
 
-`serving.fine_tuning:` — what clients of the gateway may have trained: an allow-list of models and datasets.
-
-What the deployments are called, in the config, in Serve and in its dashboard.
+`serving.fine_tuning:` is what clients of the gateway may have trained: an allow-list of models and datasets. The names
+of the deployments are those in the config, in Serve and in its dashboard.
 """
 
 from __future__ import annotations

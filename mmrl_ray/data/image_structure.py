@@ -1,4 +1,4 @@
-"""What stands around the pixels of an encoded picture: looked through before a decoder is, which takes it as it comes.
+"""Limits on the structure of an encoded picture, checked before Pillow parses it.
 
 Pillow goes through the chunks, segments and blocks of a file one by one in Python, some microseconds each and some
 bytes large, and unpacks every entry of a directory of EXIF, all of which may point at the same megabytes. Files of

@@ -3,7 +3,7 @@
 config ──paths──▶ as pods see it ──groups──▶ pods of each kind ──▶ RayJob | RayCluster | RayService
                                                                   + ConfigMap, volume claim, network policy
 
-The `spec` of a RayCluster, which a RayJob and a RayService hold, too.
+All three hold the `spec` of a RayCluster (`cluster_spec`).
 """
 
 from __future__ import annotations

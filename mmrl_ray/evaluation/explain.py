@@ -1,10 +1,9 @@
-"""`mmrl explain`: what a caption of a picture hangs on, in figures and as a heat map over the picture.
+"""`mmrl explain`: what a caption of a picture depends on, in figures and as a heat map over the picture.
 
-The map, a PNG, shows how much each image token mattered to one caption. Image tokens go back to their places: which
-rectangle of the picture each of them stands for, where that is known.
-
-Known for one view of the picture in row-major tokens (LLaVA, Gemma 3, InternVL without tiles) and for Qwen-VL's grids;
-not for pictures that were cut into tiles, nor for several pictures in one prompt.
+The map, a PNG, shows the importance of each image token for one caption. `image_grid` says which rectangle of the
+picture each token stands for. That is known for one view of the picture in row-major tokens (LLaVA, Gemma 3, InternVL
+without tiles) and for Qwen-VL's grids; not for pictures that were cut into tiles, nor for several pictures in one
+prompt.
 """
 
 from __future__ import annotations

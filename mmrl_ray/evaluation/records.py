@@ -1,12 +1,9 @@
 """What an evaluation leaves in the run folder: captions with their scores, and states.
 
-The captions of an evaluation in the run folder: `eval/NAME.parquet` and the pictures worth showing.
+    eval/NAME.parquet       the captions and their scores; the pictures worth showing lie under `images/`
+    analysis/NAME.parquet   the states of the captions, so that a report needs no model
 
 Plain nested types, so that duckdb, pandas and Hugging Face `datasets` open the files as they are.
-
-The states of an evaluation's captions in the run folder: `analysis/NAME.parquet`, so that a report needs no model.
-
-Plain lists of numbers, so that duckdb, pandas and Hugging Face `datasets` open the files as they are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""A run seen from outside, through its folder: how it stands, and how many rollout workers it should have.
+"""A run seen from outside, through its folder: its state on a terminal, and how many rollout workers it should have.
 
-Whoever may write the folder may scale the run. See `run_records/control_files.py` for what lies in it.
-
-A run's status on a terminal.
+Whoever may write the folder may scale the run. `run_records/control_files.py` says what lies in it.
 """
 
 from __future__ import annotations

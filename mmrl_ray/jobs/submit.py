@@ -1,6 +1,6 @@
-"""Puts a run onto a cluster as a job, or the rest of one; and what becomes of jobs whose Ray ends.
+"""Submits a run, or the rest of one, to a cluster as a job; and stops and remembers jobs when their Ray ends.
 
-What is sent with a job: this very program, and the resolved config. Never data, weights or an environment.
+**What is sent**: this very program and the resolved config. Never data, weights or an environment.
 
     config.yaml        the config, resolved; not with a resume, which takes the one of its run folder
     mmrl_ray/          the package as it is installed here
@@ -10,10 +10,9 @@ What is sent with a job: this very program, and the resolved config. Never data,
 The job works in that folder, so that its driver and its workers run the submitter's code, whatever the cluster's image
 has of it. Everything else (Python, Ray, torch, …) is the cluster's own.
 
-At the end of a Ray, jobs that are under way checkpoint first, and are remembered beside and in their run folders.
-
-A Ray that is killed says nothing: what it was asked for over HTTP is noted in `.jobs` of the runs' root when it is
-accepted, and how it ended is told by the run's own folder.
+**When a Ray ends**, jobs that are under way checkpoint first (`stop_jobs`), and are remembered beside and in their run
+folders. A Ray that is killed says nothing: what it was asked for over HTTP is noted in `.jobs` of the runs' root when
+it is accepted, and how it ended is told by the run's own folder.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@
         controller/…                                       the controller's bytes, one file each
         manifest.json                                      sha256 of every file above, written last
 
-`step` counts finished optimiser steps, so it is also the policy version that the adapter is.
-
-`LearnerState`: what a learner must remember to go on as if nothing had happened. Tensors and JSON, no pickle.
+`step` counts finished optimiser steps, so it is also the policy version that the adapter is. `LearnerState` is what a
+learner must remember to go on as if nothing had happened: tensors and JSON, no pickle.
 """
 
 from __future__ import annotations

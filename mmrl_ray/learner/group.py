@@ -4,11 +4,10 @@
 own, and the driver's main thread stays free for progress and Ctrl-C. To end a group early, tell the controller
 (`request_stop`): the next plan is then a stop, and the group finishes its step, saves a checkpoint and returns.
 
-Learners between a minimum and a maximum: what is kept from them, and a deadline while there is no room for any.
-
-Ray Train makes the number of learners from what the nodes have in all, whoever uses it. So that it does not count on
-the rollout workers' share, that share is registered where Ray Train registers its own (`rollouts/nodes.py`).
-And with room for fewer than the minimum Ray Train waits without an end: here that wait has one.
+With a range of learners (`Room`), Ray Train makes their number from what the nodes have in all, whoever uses it. So
+that it does not count on the rollout workers' share, that share is registered where Ray Train registers its own
+(`rollouts/pool_settings.py`). With room for fewer than the minimum Ray Train waits without an end; here that wait has
+a deadline.
 """
 
 from __future__ import annotations

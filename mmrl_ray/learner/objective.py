@@ -7,22 +7,20 @@
 The first is the objective of the run's algorithm (`algorithms/base.py`). The first two are shares over the step's
 denominator, one a micro-batch; the last two are added once an update.
 
-Small parts of a learner's step: a clock by phase, the flat gradient, the check for NaN.
-
-Whether the policy still looks: the importance of each modality, measured now and then while a run learns.
+**Importance** (`ImportanceWatch`): how much captions depend on each modality, measured now and then while a run learns.
 
     importance/image, importance/text          I_m ÷ ΣI of one caption of the step (docs/equations.md 9)
     importance_rms/image, importance_rms/text  I_m ÷ √(L_m d)
     seconds/importance                         what that took
 
-One sampled caption a measurement, under the policy that the step begins with: a forward and a backward pass of one row.
-An image share that falls towards 0 means that captions no longer hang on the picture.
+A measurement is of one sampled caption, under the policy that the step begins with: a forward and a backward pass of
+one sequence. An image share that falls towards 0 means that captions no longer depend on the picture.
 
-How far the learner's log-probs are from those that the sampler recorded, over the completion tokens that a step scores
-(groups without any learning signal are not).
+**Sampler gap** (`SamplerGap`): how far the learner's log-probs are from those that the sampler recorded, over the
+completion tokens that a step scores (groups without any learning signal are not).
 
     sampler_gap/max, sampler_gap/mean              |log(π_learner ÷ π_sampler)| of groups that this version sampled
-    sampler_gap/stale_max, sampler_gap/stale_mean  the same of older groups: the policy's own way since is in it
+    sampler_gap/stale_max, sampler_gap/stale_mean  the same of older groups: what the policy has moved since is in it
 
 The two programs compute one policy in different ways (decode steps on a cache; whole completions), so on-policy there
 should be rounding alone, and more than that is a fault that importance weights would only hide: the run stops. Others

@@ -1,8 +1,7 @@
-"""What the learners of one group share: sums over all, and the layers of a base that does not fit one device.
+"""What the learners of one group share: collectives (`Ranks`), and the layers of a base that does not fit one device.
 
-`Ranks`: the few things that learners of one group say to each other, in the process group that Ray Train made.
-
-FSDP2 over the frozen base, for one that does not fit one device: every learner keeps a part of each decoder layer.
+`Ranks` works in the process group that Ray Train made. `shard_layers` is FSDP2 over the frozen base: every learner
+keeps a part of each decoder layer.
 
     layer i:  gather its weights ─▶ forward ─▶ free them          backward: gather ─▶ gradients of activations ─▶ free
 

@@ -10,8 +10,6 @@ A restarted group comes back here and starts over from the newest checkpoint, an
 Errors of two kinds leave this loop. One of the project's own (a NaN, a full disk) would come again, so it is *returned*
 as part of the outcome, after all ranks have agreed on it, and Ray Train sees a run that ended. Anything else (a dead
 process, a lost node) is raised, and Ray Train restarts the group.
-
-What one step says about one learner.
 """
 
 from __future__ import annotations

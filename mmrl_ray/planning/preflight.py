@@ -1,9 +1,8 @@
 """What would stop a run, found in seconds and before its folder exists; and which node would take which of its actors.
 
-Placement holds what each actor asks for against what nodes have. Pure: nodes are data. The same first fit, the largest
-first, is done on what the nodes have in all and on what is free.
-
-The plan of a run held against a cluster that is there: `mmrl train CONFIG --dry-run --address …`.
+Placement holds what each actor asks for against what nodes have: the same first fit, the largest first, on what the
+nodes have in all and on what is free. It is pure: nodes are data. `check_placement` is
+`mmrl train CONFIG --dry-run --address …`, which asks a cluster that is there.
 """
 
 from __future__ import annotations

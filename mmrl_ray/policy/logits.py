@@ -1,16 +1,15 @@
-"""From hidden states to logits: what the model's own forward does behind its core, executed by transformers' own code.
+"""Logits from hidden states by the model's own code behind its core, and log-probs of chosen tokens under π.
 
-`B` rows, `T` tokens, `M` tokens, `d` hidden width, `V` vocabulary.
+`B` sequences, `T` tokens, `M` tokens in all, `d` hidden width, `V` vocabulary.
 
 Behind the last layer many models do more than multiply by `lm_head`: they cap logits softly (Gemma 4, PaliGemma 2),
 scale them (Granite, Cohere) or scale what the head is given (Inkling). None of it is copied here. The model's `forward`
 runs on a shallow copy of the model whose core gives back given hidden states, and all that follows is the model's own.
 Where that turns out to be the bare head, the head is called directly. `Policy.logits` is the one way in.
 
-Log-probs of chosen tokens under π: float32, at the rollout temperature, with image tokens forbidden.
-
-`M` tokens, `d` hidden width, `V` vocabulary. A vocabulary of 150 k makes [M, V] the largest tensor of a step, so rows
-go through in chunks whose logits are made again in the backward pass instead of being kept.
+Log-probs (`token_logprobs`) are float32, at the rollout temperature, with image tokens forbidden. A vocabulary of 150 k
+makes [M, V] the largest tensor of a step, so tokens go through in chunks whose logits are made again in the backward
+pass instead of being kept.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""One trial at the start: does this checkpoint work at all, here, before a worker or a sample is blamed for it?
+"""Two uses of a model before a run: one trial of everything, and transformers' own log-probs of given completions.
 
-A tiny picture goes the way of every sample, once: chat template, processor, vision tower, two tokens by the sampler,
-their log-probs by the learner's plainest path. What the numbers are worth is not asked here (`parity.py` does, on real
-prompts); that none of it raises is.
+**The trial** (`try_policy`): does this checkpoint work at all, here, before a worker or a sample is blamed for it? A
+tiny picture goes the way of every sample, once: chat template, processor, vision tower, two tokens by the sampler,
+their log-probs by the learner's plainest path. Whether the numbers are right is not asked here (`parity.py` does, on
+real prompts); that none of it raises is.
 
-What transformers itself says about given completions: its own `generate`, made to take each of their tokens.
-
-This is the judge of the start-up comparison (`parity.py`), and so has nothing of this project's forwards in it: the
-processor's outputs go in as they are, and masks, positions, token types, caches and what a model does to its logits are
-`generate`'s affair. It is causal by construction: a token's logits are there before the next token is.
+**The judge** of the start-up comparison in `parity.py` (`generated_logprobs`): transformers' `generate`, made to take
+each of the given tokens. Nothing of this project's forwards is in it: the processor's outputs go in as they are, and
+masks, positions, token types, caches and what a model does to its logits are `generate`'s affair. It is causal by
+construction: a token's logits are there before the next token is.
 
 `N` completions of one prompt, `T` tokens, `V` vocabulary.
 """

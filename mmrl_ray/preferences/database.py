@@ -1,4 +1,4 @@
-"""The tables of preferences, in SQLite or PostgreSQL, and how they are opened.
+"""The tables of preferences, in SQLite or PostgreSQL, how they are opened, and their rows as pairs.
 
     mmrl_pictures ◀── mmrl_pairs ◀── mmrl_preferences          mmrl_preference_store: version, rating scale
      by hash           by content      one a pair and rater
@@ -6,8 +6,6 @@
 
 SQLite is set to write-ahead logging, so that readers and a writer do not wait for each other, and writers take their
 turn at the beginning of a transaction: two that had begun by reading could not both go on.
-
-Rows of the database as pairs, and what contradicts them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The curves of a report: metrics lines in, small SVG pictures out.
-
-The pictures of a report as SVG, readable on light and dark paper.
+"""The curves of a report: metrics lines in, small SVG pictures out, readable on light and dark paper.
 
 Colours are CSS variables inside the picture, so that one picture follows the reader's light or dark setting. Text
 stays text. Nothing in a picture points outside it.

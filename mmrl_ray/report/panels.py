@@ -1,10 +1,9 @@
-"""Panels of a report: before and after, captions that gained and lost most, the map of states, correlations.
+"""Panels of a report: the table of measures, captions, the map of states, correlations.
 
-The before/after table: values, intervals, paired differences, and a plain verdict for each.
-
-The pictures of a report with their captions: best gains, middle, worst losses, and where the reward is in doubt.
-
-What a report says of the policy's inside: a map of its states before and after, and what captions go with.
+measure_table        before and after: values, intervals, paired differences, and a plain verdict for each
+caption_groups       pictures with captions: best gains, middle, worst losses, and where the reward is in doubt
+state_map, drift     the policy's states before and after, on one plane
+correlation_table    between captions and each modality
 """
 
 from __future__ import annotations

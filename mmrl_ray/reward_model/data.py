@@ -2,11 +2,9 @@
 
 `N` captions (each of a picture once), `P` pairs, `R` ratings, `I` pictures.
 
-Preferences and ratings from Parquet to what a reward model learns from; broken rows are left out and counted.
-
-The columns are those of `preferences/schema.py`. A row is broken, and says why, where its image is unknown or cannot be
-decoded, both captions are equal or one is null, the choice is none of a, b and tie, a rating is NaN or outside of
-the scale, or nobody said anything about it.
+`read_judgements` reads Parquet with the columns of `preferences/schema.py`; broken rows are left out and counted. A row
+is broken, and says why, where its image is unknown or cannot be decoded, both captions are equal or one is null, the
+choice is none of a, b and tie, a rating is NaN or outside of the scale, or it holds neither a choice nor a rating.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The learned multimodal reward: picture and caption in, a mean and a σ out.
+"""The learned multimodal reward: picture and caption in, a mean and a σ out; and the folder it is kept in.
 
     picture ──image encoder──▶ tokens ─┐                 ┌─▶ mean head k      ─┐
                                        ├─fusion─▶ vector ┤                     ├─▶ μ, σ² = mean σ_k² + variance μ_k
@@ -9,12 +9,10 @@ parts: what raters disagree about (the heads' own σ_k², Kendall and Gal 2017) 
 the heads' means are apart, Lakshminarayanan et al. 2017; 0 for K = 1). Heads that share encoders share their errors:
 where training said nothing, they agree on something that none of them knows. Members with priors of their own do not.
 
-Encoders of a learned reward: pictures and captions to contextual tokens of one width, padding masked.
+The encoders make contextual tokens of one width of `B` pictures or captions, padding masked: `L` tokens, `S` pixels a
+side, `d` the width. Positions are part of every encoder: without, "red above blue" would equal "blue above red".
 
-`B` pictures or captions, `L` tokens, `S` pixels a side, `d` the width. Positions are part of every encoder: without,
-"red above blue" would equal "blue above red".
-
-As a folder it is `reward_model.json` (what it is), `model.safetensors` (weights) and `report.json`.
+The folder holds `reward_model.json` (what it is), `model.safetensors` (weights) and `report.json`.
 """
 
 from __future__ import annotations

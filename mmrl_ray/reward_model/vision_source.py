@@ -1,8 +1,7 @@
-"""What an image encoder of a learned reward looks at, made once a picture and kept under a byte budget.
+"""What an image encoder of a learned reward looks at, and what such a reward is apart from its weights.
 
-Either pixels, for its own encoder, or the frozen vision features of a policy. Both go through the vision cache.
-
-What a learned reward is, apart from its weights: `reward_model.json`, strict.
+A source gives either pixels, for the reward's own encoder, or the frozen vision features of a policy, each made once a
+picture and kept in the vision cache under its byte budget. `RewardModelSpec` is `reward_model.json`, read strictly.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
-"""The one protocol of every reward, local, mixed or behind a Serve handle, and scoring with retries.
+"""The one protocol of every reward, local, mixed or behind a Serve handle; scoring with retries, and its checks.
 
-The state of one modality: what a reward part is given of a sample, no more (s^m of docs/equations.md 10).
-
-What cannot be scored is masked with its reason, never turned into 0:
+A reward part is given the state of one modality of a sample, no more (`views`: s^m of docs/equations.md 10). A caption
+that cannot be scored is masked with its reason, never turned into 0:
 
     whole batch ──fails──▶ retries ──fail──▶ one half, the other half, … ──fail──▶ `RewardFailure` for that caption only
 
 A reward is anybody's code: it may raise anything, or return NaN or too few scores. All of these end up as `RewardError`
 here, the one place where a broad `except` is right. What may hang has its own deadline where it can be ended: a user's
 function in its process (`function.py`), a pattern in its engine, a service at its handle. Parts of our own compute.
-
-Checks that every reward shares: what goes in, and what came out.
 """
 
 from __future__ import annotations

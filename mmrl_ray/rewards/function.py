@@ -1,16 +1,15 @@
 """A user's own function as a reward part: `fn(captions, states, **kwargs)` gives one number a caption.
 
-It runs in a process of its own (`function.py`). Where a batch hangs or ends that process, its captions are tried one by
-one, so that only those that do it have no score:
+It runs in a process of its own, where it can be ended whatever it does (`IsolatedFunction`). One is started for each
+function and keeps what it loaded at its import from call to call; a batch costs the pickling of its states beside the
+round trip. A process that ran past its deadline is killed, and the next call starts another one (`processes.py`). What
+it prints goes to the owner's standard error.
+
+Where a batch hangs or ends that process, its captions are tried one by one, so that only those that do it have no
+score:
 
     batch, timeout_s ──hangs──▶ each caption, a quarter of what is left of another timeout_s ──hangs──▶ to the end
                                 of the queue ──▶ those that are left, all of what is left
-
-A function of the user's in a process of its own, where it can be ended whatever it does.
-
-One is started for each function and keeps what it loaded at its import from call to call; a batch costs the pickling of
-its states beside the round trip. A process that ran past its deadline is killed, and the next call starts another one;
-see `mmrl_ray/child`. What it prints goes to the owner's standard error.
 """
 
 from __future__ import annotations

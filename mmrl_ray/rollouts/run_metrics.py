@@ -1,7 +1,7 @@
-"""Where a finished step goes: its line in `metrics.jsonl`, TensorBoard, the rollout log, and those who watch the run.
+"""Where a finished step goes: its line in `metrics.jsonl`, TensorBoard, the rollout log, and Prometheus.
 
-What the controller tells them: its steps, workers and queues as metrics, its events in the log. Every number of a
-step's line goes somewhere.
+`RunMetrics` exports the controller's steps, workers and queues as metrics and logs its events. Every number of a step's
+line goes somewhere.
 """
 
 from __future__ import annotations

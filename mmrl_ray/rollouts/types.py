@@ -1,10 +1,10 @@
-"""What the controller needs of its surroundings, each with a fake beside the tests, and what it answers.
+"""What the controller needs of its surroundings, as protocols with a fake beside the tests, and what travels between.
 
 Controller ── submit ──▶ WorkerPool ──▶ Collected, DataFailure
     │ pulls                   │ each worker runs an
  SampleSource               Engine (made by an EngineFactory)
 
-What the controller hands to a rollout worker, and what comes back.
+A worker is handed an `Assignment` of `GroupRequest`s and hands back an `AssignmentResult`.
 """
 
 from __future__ import annotations

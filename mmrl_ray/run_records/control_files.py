@@ -1,14 +1,12 @@
-"""A run's folder as its front status writer: what a run says about itself, and how it is told to scale.
+"""The files by which a run says how it stands and is told to scale, and the thread that writes and reads them.
 
     status.json                       written whole about once a second while the run lives, and once when it ends
     control/scale-ID.json             a request: written whole by whoever may write the folder, taken away once applied
     control/scale-ID.answer.json      what the run said to it
 
 So neither Ray nor its token is needed to look at a run or to scale it, and any file system of `pyarrow.fs` will do.
-
-The thread that speaks for a run: writes `status.json`, and hands over what lies in `control/`.
-
-It never ends a run: a status that cannot be written is a line in the log, a request that cannot be read is refused.
+`StatusWriter`, the thread, never ends a run: a status that cannot be written is a line in the log, a request that
+cannot be read is refused.
 """
 
 from __future__ import annotations

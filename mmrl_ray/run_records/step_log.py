@@ -1,4 +1,4 @@
-"""A step's line in `metrics.jsonl`, and the same numbers for TensorBoard.
+"""A step's line in `metrics.jsonl`, the same numbers for TensorBoard, and a run's own events (`note_event`).
 
 From the plan: `reward/…`, `masked…`, `completion/length_…`. From the rollouts: those below. From the learner: whatever
 it gave, `sampler_gap/…` (`learner/objective.py`) among it.
@@ -13,8 +13,6 @@ it gave, `sampler_gap/…` (`learner/objective.py`) among it.
     seconds/wait_plan                 of it, what the learner waited for its plan
     seconds/workers_idle              worker-seconds without an assignment in that time
     seconds/PHASE                     worker-seconds of load, encode, sample, reference, reward, states
-
-What a run's driver leaves in the run folder for those who watch it: events of its own, and where its metrics are.
 """
 
 from __future__ import annotations

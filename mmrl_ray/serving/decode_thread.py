@@ -4,9 +4,7 @@
 
 The queue of jobs wakes the thread when nothing is running; while something is, it looks once a step. Answers go back
 the same way: whatever a step gave to whichever requests is handed over in one call. Whatever goes wrong in a step ends
-the requests that it concerns and no others.
-
-What the decode loop made, as what a client is told.
+the requests that it concerns and no others. `Answers` turns what the decode loop made into what a client is told.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""A policy that answers many requests at once: what the policy deployment is a shell around.
+"""A policy that answers many requests at once: what the policy deployment is a shell around, and its metrics.
 
     request ──decode, encode──▶ waiting ──▶ decode thread: rows join and leave between steps ──▶ choices, deltas
 
 The event loop only passes things on: pictures are decoded in processes of their own (`images.py`) and texts tokenised
 in a small pool of threads, the model runs in one thread of its own (`decode_thread.py`). A request keeps the version of
 the adapter that it began with, and a new version is put on beside it (`policy/lora/pool.py`).
-
-What a policy replica's engine says about itself, for whoever measures it every few seconds.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Pictures that came over HTTP, as data URIs or uploads: their headers checked before anything else sees them.
-
-Pictures of requests on their way through the decoders: cancelled with their request, by turns of their callers.
+"""Pictures that came over HTTP, as data URIs or uploads: checked by their headers, decoded, and by turns of callers.
 
 Encoded pictures travel (a photograph has 4 MB, its pixels 36): the policy decodes what it is sent, the gateway looks at
-headers alone. What goes to a reward or into a store is decoded by the gateway, once a distinct picture.
+headers alone. What goes to a reward or into a store is decoded by the gateway, once a distinct picture. A decoding is
+cancelled with its request (`RequestDecoder`).
 
-Turns are places that callers share: whoever holds the fewest is next, nobody holds all, and some rest in between.
+`Turns` are places that callers share: whoever holds the fewest is next, nobody holds all, and some rest in between.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""OpenAI's chat completions as far as they are served here: what comes in.
+"""OpenAI's chat completions as far as they are served here: requests, answers, their chunks, and models.
 
-It is strict: a parameter that would change the answer and is not served here is refused, one that changes
+Requests are read strictly: a parameter that would change the answer and is not served here is refused, one that changes
 nothing is taken and ignored, and one that nobody knows is refused too, for it is most likely misspelt.
-
-OpenAI's answers: chat completions, their chunks, models.
 """
 
 from __future__ import annotations

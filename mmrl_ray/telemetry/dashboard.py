@@ -1,10 +1,7 @@
-"""The Grafana dashboard. The shipped one is written by
+"""The Grafana dashboard: panels whose queries name what `table.py` exports, as Prometheus has it.
 
-python -m mmrl_ray.telemetry.dashboard > deploy/grafana/mmrl_ray.json
-
-What the dashboard shows: rows of panels, whose queries name what `table.py` exports as Prometheus has it.
-
-A gauge is shown by its largest value: after a process has been replaced, the old one's stays for some seconds.
+The shipped one is written by `python -m mmrl_ray.telemetry.dashboard > deploy/grafana/mmrl_ray.json`. A gauge is shown
+by its largest value: after a process has been replaced, the old one's stays for some seconds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Names and captions on a terminal, as they are: no markup, no emoji codes, no control sequences, nothing backwards.
+"""A run on the terminal: safe text, tables, and live progress (a moving line there, plain lines elsewhere).
 
-Every table and every line that Rich prints goes through here.
-
-Live progress: a moving line on a terminal, plain lines elsewhere.
+Names and captions are shown as they are: no markup, no emoji codes, no control sequences, nothing that changes the
+direction of text. Every table and every line that Rich prints goes through here.
 """
 
 from __future__ import annotations

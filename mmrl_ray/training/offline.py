@@ -1,11 +1,8 @@
 """What a run learns from in place of its own rollouts: its copies of preference pairs and of another run's rollouts.
 
-Pairs: the store is copied into the run's folder at the start, as `preferences/train` and `preferences/held_out`: labels
-that come later change no run, a resumed one goes on in the very same pairs, and no node but the driver's needs the
-database.
-
-Rollouts: they are copied into the run's folder at the start, as `stored/train`: a run that is resumed goes on in the
-very same ones, whatever becomes of the other.
+Both are copied into the run's folder at the start, so that a run that is resumed goes on in the very same ones,
+whatever becomes of their source. Pairs come from the store as `preferences/train` and `preferences/held_out`: labels
+that come later change no run, and no node but the driver's needs the database. Rollouts lie in `stored/train`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""The reward of a run on Ray Serve: deployed before the first rollout, taken away after the last.
+"""What a run has on Ray Serve: its reward (`RunReward`), and the live policy (`LivePolicy`) with its gateway.
 
-`serving.live_policy`: the gateway and the policy of a run, up while it trains.
+The reward is deployed before the first rollout, and taken away after the last.
 
-The learner puts each version it publishes into `live/` of the run folder; policy replicas look there every
-`serving.refresh_s` and take the newest up beside the one they have. Until the first version there is the base alone.
-What a driver that was killed has left on a cluster's Serve is taken over when its run is resumed.
+The live policy (`serving.live_policy`) is up while the run trains. The learner puts each version it publishes into
+`live/` of the run folder; policy replicas look there every `serving.refresh_s` and take the newest up beside the one
+they have. Until the first version there is the base alone. What a driver that was killed has left on a cluster's Serve
+is taken over when its run is resumed.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""The agent without RLlib: greedy captions of any pictures, and the files that it is kept in.
+"""The trained agent without RLlib: greedy captions of any pictures, the files it is kept in, and a run's checkpoints.
 
-agent/
-    agent.safetensors   the Q network, mean and deviation of the features
-    agent.json          fusion, sizes, words, template
+    agent/
+        agent.safetensors   the Q network, mean and deviation of the features
+        agent.json          fusion, sizes, words, template
 
-Checkpoints of a value-based run, beside those of other runs in the folder and by the same rules.
+    checkpoints/step-000800/
+        agent.safetensors  agent.json     loads by `Agent.load`
+        state.safetensors                 learner (target network, optimiser) and replay buffer; no pickle
+        state.json                        counters
+        manifest.json                     sha256 of every file above, written last
 
-checkpoints/step-000800/
-    agent.safetensors  agent.json     loads by `Agent.load`
-    state.safetensors                 learner (target network, optimiser) and replay buffer; no pickle
-    state.json                        counters
-    manifest.json                     sha256 of every file above, written last
+Checkpoints lie beside those of other runs in the folder, by the same rules (`learner/checkpoints.py`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 An adapter's weights are float32 whatever the base's dtype (PEFT computes its branch in float32 and casts the sum back),
 and its branch has no dropout: with dropout the same policy would give two answers, and the policy ratio would be noise.
-
-The adapter that a run begins with, the same in each of its processes.
+A run's adapter (`add_run_adapter`) begins with the same weights in each of its processes.
 """
 
 from __future__ import annotations

@@ -1,19 +1,13 @@
-"""Prompts and completions as padded tensors, for learner and scorer.
+"""Prompts and completions as padded tensors, for learner and scorer; positions, pixels and features with them.
 
-Groups of a micro-batch to what the learner's forward takes.
+`K` groups or prompts, `P` prompt tokens (left-padded), `N = ΣG` completions in group order, `T` completion tokens
+(right-padded).
 
-`K` groups, `N = ΣG` completions in group order, `T` tokens of the longest. An image appears once a group; a completion
+`collate` makes of a micro-batch's groups what the learner's forward takes. An image appears once a group; a completion
 that the plan gives no part in learning (its reward failed) not at all.
 
-Prompts as one left-padded batch, and what every forward of them needs beside tokens: positions, pixels or features.
-
-`K` prompts, `P` prompt tokens (left-padded), `T` completion tokens (right-padded).
-
-Position ids of padded prompts and of the completions behind them.
-
-`K` prompts, `P` prompt tokens (left-padded), `N` completions, `T` completion tokens. Most decoders count positions on
-one axis; Qwen-VL's counts on `A` = 3 (time, height, width), HunYuan-VL's on 4, and a completion that inherits wrong
-ones raises no error, so both calls of a shared prefix always pass them explicitly.
+Positions: most decoders count them on one axis; Qwen-VL's counts on `A` = 3 (time, height, width), HunYuan-VL's on 4.
+A completion that inherits wrong ones raises no error, so both calls of a shared prefix always pass them explicitly.
 """
 
 from __future__ import annotations

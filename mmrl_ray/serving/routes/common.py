@@ -1,20 +1,11 @@
-"""What the gateway's routes share: services, bodies, work under a deadline, the OpenAPI document.
+"""What the gateway's routes share: services, bodies, work under a deadline, JSON answers, the OpenAPI document.
 
-What every route that gives work needs, made once an app.
+**Bodies** are read here, after the key was checked and under the gateway's own caps: within the time a request has,
+JSON that names what is wrong with it, forms with one file. Parsing holds up everybody, in whatever thread it is done.
+So there is an end to how many values a body may have, and a caller whose bodies take long has a part of the time for
+them. FastAPI does not see the bodies, so the OpenAPI document is told of them (`takes_json`, `document`).
 
-What the routes are made with.
-
-Reads bodies: within the time a request has, JSON that names what is wrong with it, forms with one file.
-
-Parsing holds up everybody, in whatever thread it is done. So there is an end to how many values a body may have, and a
-caller whose bodies take long has a part of the time for them.
-
-Work for a client: over when it is done, when its time is up, or when nobody waits for it any more.
-
-What routes share: JSON answers, and how bodies and errors stand in the OpenAPI document.
-
-Bodies are read by `routes/body.py`, after the key was checked and under the gateway's own caps, so the document is
-told of them here.
+**Work** for a client is over when it is done, when its time is up, or when nobody waits for it any more.
 """
 
 from __future__ import annotations
