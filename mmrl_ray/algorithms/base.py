@@ -129,7 +129,7 @@ class SumsObjective(Objective, Generic[Stats]):
         self.names = tuple(field.name for field in fields(stats))
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """See `Objective`."""
+        """Those of the `Sums` class."""
         import torch
 
         values = torch.tensor([sums[name] for name in self.names], dtype=torch.float64)

@@ -135,7 +135,7 @@ class PpoObjective(Objective):
     def share(
         self, batch: LearnerBatch, scores: Scores, proximal: torch.Tensor | None, denominator: float, place: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Objective`."""
+        """The clipped loss of the policy and the critic's, with the sums of both."""
         import torch
 
         from mmrl_ray.losses.aggregation import masked_mean, masked_sum

@@ -312,12 +312,12 @@ class BandedImage(Image.Image):
     thread of the interpreter waiting, 0.1 s for 49 megapixels. Made by `banded`."""
 
     def convert(self, mode: str | None = None, *args: Any, **options: Any) -> Image.Image:
-        """See Pillow; to RGB it is itself, and no copy."""
+        """Pillow's `convert`; to RGB it is itself, and no copy."""
         return self if mode == "RGB" else super().convert(mode, *args, **options)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """See NumPy."""
+        """What NumPy reads the pixels by."""
         pixels, end = np.empty(3 * self.width * self.height, np.uint8), 0
         for band in bands(self):
             pixels[end : end + len(band)] = np.frombuffer(band, np.uint8)

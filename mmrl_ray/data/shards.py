@@ -181,7 +181,7 @@ class ParquetDataset:
                 value = cell.as_py()
                 if images_length(value, self._file_size) in lengths:
                     yield images_from_cell(value, self._read_file)
-            except ImageError:
+            except ImageError:  # whoever trains on the row will say so
                 continue
 
     def read_file(self, path: str) -> bytes:

@@ -70,7 +70,7 @@ class _Sdk(JobSubmissionClient):
         return list(answer.json()["data"]["hostNameList"])
 
     async def tail(self, id: str) -> AsyncIterator[str]:
-        """See `JobsClient.tail`."""
+        """The job's log from its beginning, in pieces, until the job is over."""
         limit = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT_S)
         async with aiohttp.ClientSession(cookies=self._cookies, headers=self._headers, timeout=limit) as session:
             socket = await session.ws_connect(f"{self._address}/api/jobs/{id}/logs/tail", ssl=self._ssl_context or True)
@@ -172,11 +172,11 @@ class JobsClient:
         return bool(self._asked(lambda: self._sdk.stop_job(check_id(id)), id))
 
     def logs(self, id: str) -> str:
-        """See `LogSource`."""
+        """All that a job has said (`LogSource`)."""
         return str(self._asked(lambda: self._sdk.get_job_logs(check_id(id)), id))
 
     async def tail(self, id: str) -> AsyncIterator[str]:
-        """See `LogSource`."""
+        """The job's log from its beginning, in pieces, until the job is over (`LogSource`)."""
         try:
             async for piece in self._sdk.tail(check_id(id)):
                 yield piece

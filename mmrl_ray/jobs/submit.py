@@ -78,7 +78,7 @@ class JobServer(Protocol):
         ...
 
     def submit(self, id: str, entrypoint: str, folder: Any, facts: JobFacts, environment: Mapping[str, str]) -> None:
-        """See `JobsClient.submit`."""
+        """Starts a job in `folder`, as `JobsClient.submit` does."""
         ...
 
 

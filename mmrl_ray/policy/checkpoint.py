@@ -213,7 +213,7 @@ def _digest_of(file: Path) -> str:
         known = kept.read_text(encoding="ascii")
         if len(known) == hashlib.sha256().digest_size * 2:
             return known
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):  # not there, or not to be read: it is only a cache
         pass
     found = _content_digest(file)
     changed = file.stat().st_ctime

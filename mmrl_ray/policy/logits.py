@@ -119,7 +119,7 @@ class _GivenStates(nn.Module):
         return getattr(self.__dict__["_core"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> _CoreOutput:
-        """See the class."""
+        """The given hidden states, whatever comes in."""
         return _CoreOutput(self.__dict__["_hidden"])
 
 

@@ -65,7 +65,7 @@ class Written:
 
 
 class PreferenceStore:
-    """See the top of this file. Use it as a context manager, or call `close`."""
+    """Pairs and what raters say about them, in one database. Use it as a context manager, or call `close`."""
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ def render_report(run: RunDir) -> str:
 
 def _own_panels(config: str) -> tuple[Panel, ...]:
     """Charts of a user's own algorithm, where the config and its class can be read here."""
-    with suppress(MMRLError):
+    with suppress(MMRLError):  # on another machine it may not be; the report's own charts are there
         return own_panels(parse_yaml(config, "config").value)
     return ()
 

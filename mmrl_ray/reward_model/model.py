@@ -154,7 +154,7 @@ class Member(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """See the top of this file."""
+    """Encoders, fusions and heads of a learned reward, made from its `RewardModelSpec`: scores captions of pictures."""
 
     def __init__(self, spec: RewardModelSpec) -> None:
         """Random weights from torch's generator."""

@@ -36,7 +36,7 @@ _LOOK_S = 1.0
 
 
 class Controller:
-    """See the top of this file. Methods may be called from any thread."""
+    """Composes steps, keeps their groups, and plans them. Methods may be called from any thread."""
 
     def __init__(
         self,

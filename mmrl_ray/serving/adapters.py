@@ -33,10 +33,10 @@ class FolderSource:
         self._folder = folder
 
     def checkpoint(self, step: int) -> None:
-        """See `AdapterSource`: a folder has none."""
+        """None: a folder holds one adapter."""
 
     def newest(self) -> AdapterVersion | None:
-        """See `AdapterSource`."""
+        """The folder as it is now; None while files are missing."""
         files = [self._folder / CONFIG_FILE, self._folder / WEIGHTS_FILE]
         if not all(file.is_file() for file in files):
             return None
@@ -48,7 +48,7 @@ class FolderSource:
 
     @contextmanager
     def open(self, version: AdapterVersion) -> Iterator[Path]:
-        """See `AdapterSource`."""
+        """The folder itself."""
         yield self._folder
 
 
@@ -68,11 +68,11 @@ class RunSource:
         self._damaged: set[tuple[str, str]] = set()
 
     def checkpoint(self, step: int) -> RunSource | None:
-        """See `AdapterSource`."""
+        """The checkpoint of that step alone; None where there is none."""
         return RunSource(self._run, only=step) if step in checkpoint_steps(self._run) else None
 
     def newest(self) -> AdapterVersion | None:
-        """See `AdapterSource`."""
+        """The newest version that the run has published or checkpointed; None while there is none."""
         for name, step in self._candidates():
             info = self._run.filesystem.get_file_info(self._run.full_path(f"{name}/{MANIFEST}"))
             if info.type != fs.FileType.File:
@@ -85,7 +85,7 @@ class RunSource:
 
     @contextmanager
     def open(self, version: AdapterVersion) -> Iterator[Path]:
-        """See `AdapterSource`."""
+        """A local folder with the files of that version."""
         name = self._places.get(version.stamp)
         if name is None:
             raise AdapterError(f"step {version.step} of {self._run.location} has been replaced meanwhile")

@@ -84,24 +84,24 @@ class AgentEngine:
         return True
 
     async def ready(self) -> bool:
-        """See `PolicyService`."""
+        """Whether it has been started and not been closed."""
         return self._warm
 
     async def refresh(self) -> None:
         """An agent is served as it was when the server started."""
 
     async def models(self) -> list[ModelInfo]:
-        """See `PolicyService`."""
+        """The one agent: it has no adapters."""
         return [ModelInfo(self._model_id, self._created, root=self._model_id, parent=None, version=self._version)]
 
     async def generate(self, request: GenerateRequest) -> Generated:
-        """See `PolicyService`."""
+        """All choices, finished."""
         with self._counted():
             served, said = await self._answer(request)
             return Generated(served, tuple(self._choice(i, each) for i, each in enumerate(said)))
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
-        """See `PolicyService`. A word is a delta; all of them are there by the time the first one is sent."""
+        """`Served`, then a delta a word; all of them are there by the time the first one is sent."""
         with self._counted():
             served, said = await self._answer(request)
             yield served

@@ -65,7 +65,7 @@ class Envelope:
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """One request: gives it an id, counts it, and answers failures as error objects."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -106,7 +106,7 @@ class Gate:
         self._threads = ThreadPoolExecutor(_LOOK_UPS, thread_name_prefix="keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """One request: lets it through with a key that is known and within its limits, or refuses it."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == LIVE):
             await self._app(scope, receive, send)
             return

@@ -65,21 +65,21 @@ class PolicyReplica:
         self._refreshing = asyncio.create_task(self._refresh_every(cfg.serving.refresh_s))
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Generated]:
-        """See `PolicyService`; a stream of one item (`ServePolicy` says why)."""
+        """All choices, finished: a stream of one item (`ServePolicy` says why)."""
         yield await self._engine.generate(request)
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
-        """See `PolicyService`."""
+        """`Served` first, then deltas as they are made."""
         async with aclosing(self._engine.stream(request)) as items:  # type: ignore[type-var]
             async for item in items:
                 yield item
 
     async def models(self) -> list[ModelInfo]:
-        """See `PolicyService`."""
+        """The base first, then adapters by id."""
         return await self._engine.models()
 
     async def ready(self) -> bool:
-        """See `PolicyService`."""
+        """Whether the model is loaded and warmed up."""
         return await self._engine.ready()
 
     async def check_health(self) -> None:
@@ -129,19 +129,19 @@ class RewardReplica:
         self._reward = HostedReward.build(cfg, found)
 
     async def score(self, items: tuple[RewardItem, ...]) -> Scored:
-        """See `RewardService`."""
+        """One score a caption, in order, with the reward's name and version."""
         return await self._reward.score(items)
 
     async def score_batch(self, batch: CaptionBatch) -> list[Score]:
-        """See `HostedReward`."""
+        """One score a caption, for a run (`HostedReward.score_batch`)."""
         return await self._reward.score_batch(batch)
 
     async def describe(self) -> Mapping[str, str]:
-        """See `RewardService`."""
+        """The reward's name and version."""
         return await self._reward.describe()
 
     async def ready(self) -> bool:
-        """See `RewardService`."""
+        """Whether the reward answers."""
         return await self._reward.ready()
 
     async def check_health(self) -> None:

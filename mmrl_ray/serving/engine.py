@@ -143,7 +143,7 @@ class Engine:
         return self._thread.healthy
 
     async def ready(self) -> bool:
-        """See `PolicyService`."""
+        """Whether the model is loaded and warmed up."""
         return self._warm and self._thread.healthy
 
     async def refresh(self) -> None:
@@ -154,7 +154,7 @@ class Engine:
     # -- service ---------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> Generated:
-        """See `PolicyService`."""
+        """All choices, finished. Cancelling the call frees its rows."""
         with self._counted(request.caller) as mark, _own_errors():
             try:
                 async with asyncio.timeout(self._timeout_s):
@@ -163,7 +163,7 @@ class Engine:
                 raise self._too_slow() from error
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
-        """See `PolicyService`. Nothing comes before the first token: until then an error is the answer's own."""
+        """`Served`, then deltas. Nothing comes before the first token: until then an error is the answer's own."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         with self._counted(request.caller) as mark, _own_errors():
             resident = None
@@ -191,7 +191,7 @@ class Engine:
                 self._let_go(ticket, resident)
 
     async def models(self) -> list[ModelInfo]:
-        """See `PolicyService`."""
+        """The base first, then adapters by id."""
         base = ModelInfo(self._model_id, self._created, root=self._model_id, parent=None, version=0)
         adapters = self._pool.infos() if self._pool is not None else []
         root = self._model_id

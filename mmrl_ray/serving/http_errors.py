@@ -278,13 +278,13 @@ def middlewares() -> list[Middleware]:
 
 
 class Front:
-    """See the top of this file."""
+    """ASGI middleware around Ray's proxy or a replica: one id a request, and every failure as an error object."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """One request; what goes wrong below is answered here."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

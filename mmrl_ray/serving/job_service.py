@@ -56,7 +56,7 @@ _WORRYING = ("lost", "died", "dead", "damaged", "failed", "replaced", "quarantin
 
 
 class RayJobService:
-    """See `JobService`. Everything that waits does so in a thread."""
+    """`JobService` over one Ray's job server. Everything that waits does so in a thread."""
 
     def __init__(self, settings: ServingSection) -> None:
         """Looks at the recipes; the job server is looked for when the first request comes.
@@ -73,27 +73,27 @@ class RayJobService:
         self._client: JobsClient | None = None
 
     async def create(self, order: TuningOrder) -> TuningJob:
-        """See `JobService`."""
+        """Begins a job."""
         return await asyncio.to_thread(self._create, order)
 
     async def get(self, id: str) -> TuningJob:
-        """See `JobService`."""
+        """One job."""
         return await asyncio.to_thread(lambda: _told(self._job(id)))
 
     async def jobs(self) -> list[TuningJob]:
-        """See `JobService`."""
+        """All of them, the newest first."""
         return await asyncio.to_thread(lambda: [_told(job) for job in self._jobs()])
 
     async def cancel(self, id: str) -> TuningJob:
-        """See `JobService`."""
+        """Asks a job to stop; it finishes its step first."""
         return await asyncio.to_thread(self._cancel, id)
 
     async def events(self, id: str) -> list[TuningEvent]:
-        """See `JobService`."""
+        """What a job has to tell, the newest first."""
         return await asyncio.to_thread(lambda: _events(self._job(id)))
 
     async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
-        """See `JobService`."""
+        """A job's checkpoints that are there, the newest first."""
 
         def read() -> list[TuningCheckpoint]:
             run = open_run(self._job(id).facts.location)
@@ -102,7 +102,7 @@ class RayJobService:
         return await asyncio.to_thread(read)
 
     async def result(self, file_id: str) -> ResultFile:
-        """See `JobService`."""
+        """One of a job's result files."""
         return await asyncio.to_thread(self._result, file_id)
 
     # -- in a thread -----------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class HostedReward:
         return not self._stuck
 
     async def score(self, items: tuple[RewardItem, ...]) -> Scored:
-        """See `RewardService`."""
+        """One score a caption, in order; raises as `RewardService` says."""
         hashes: list[str | None] = []
         samples: list[Sample] = []
         captions: list[str] = []
@@ -124,11 +124,11 @@ class HostedReward:
         return await self._score(score_once, [batch.samples[place] for place in batch.sample_of], batch.captions)
 
     async def describe(self) -> Mapping[str, str]:
-        """See `RewardService`."""
+        """The reward's name and version."""
         return {"reward": self._name, "version": self._version}
 
     async def ready(self) -> bool:
-        """See `RewardService`."""
+        """Whether the reward answers."""
         return self.healthy
 
     async def _score(

@@ -42,11 +42,11 @@ class ServePolicy:
         self._ready = handle.ready
 
     async def generate(self, request: GenerateRequest) -> Generated:
-        """See `PolicyService`."""
+        """All choices, finished. Cancelling the call frees its rows."""
         return await _call(POLICY, self._generate.remote, request, streamed=True)
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[Served | Delta]:
-        """See `PolicyService`. Goes to another replica only while nothing has come yet."""
+        """`Served`, then deltas. Goes to another replica only while nothing has come yet."""
         for attempt in range(ATTEMPTS):
             response = self._stream.remote(request)
             began = False
@@ -64,7 +64,7 @@ class ServePolicy:
                 response.cancel()  # a finished one takes no notice
 
     async def models(self) -> list[ModelInfo]:
-        """See `PolicyService`.
+        """The base first, then adapters by id.
 
         Raises:
             OverloadedError: no replica has started yet; unlike for a caption, nobody waits for one.
@@ -74,7 +74,7 @@ class ServePolicy:
         return await _call(POLICY, self._models.remote)
 
     async def ready(self) -> bool:
-        """See `PolicyService`."""
+        """Whether a replica has its model loaded and warmed up."""
         return await _has_started(self._handle) and await _call(POLICY, self._ready.remote)
 
 
@@ -88,15 +88,15 @@ class ServedReward:
         self._ready = handle.ready
 
     async def score(self, items: tuple[RewardItem, ...]) -> Scored:
-        """See `RewardService`."""
+        """One score a caption, in order."""
         return await _call(REWARD, self._score.remote, items)
 
     async def describe(self) -> Mapping[str, str]:
-        """See `RewardService`."""
+        """The reward's name and version."""
         return await _call(REWARD, self._describe.remote)
 
     async def ready(self) -> bool:
-        """See `RewardService`."""
+        """Whether a replica of the reward answers."""
         return await _has_started(self._handle) and await _call(REWARD, self._ready.remote)
 
 
@@ -187,7 +187,7 @@ class ServeReward:
         return _remake, (self._app, self._timeout_s, self._images)
 
     def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
-        """See `RewardFn`."""
+        """One score a caption (`RewardFn`), from the deployment."""
         check_pairs(samples, captions)
         batch = CaptionBatch.of(samples, captions, images=self._images)
         deadline = time.monotonic() + self._timeout_s

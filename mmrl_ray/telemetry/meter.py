@@ -79,7 +79,7 @@ class PrometheusMeter(Meter):
         self._made = {metric: self._make(metric) for metric in metrics}
 
     def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
-        """See `Meter`."""
+        """Puts a measurement into the registry."""
         made = self._made[metric]
         child = made.labels(**labels) if labels else made
         if isinstance(child, PrometheusCounter):

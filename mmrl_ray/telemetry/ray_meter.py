@@ -37,7 +37,7 @@ class RayMeter(Meter):
         self._thread: threading.Thread | None = None
 
     def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
-        """See `Meter`."""
+        """Hands a measurement to Ray; a gauge is also kept, to be set again."""
         if metric.kind == "gauge":
             with self._lock:
                 self._gauges[(metric, tuple(labels.items()))] = value
@@ -45,7 +45,7 @@ class RayMeter(Meter):
         self._hand_over(metric, value, labels)
 
     def watch(self, sample: Callable[[], None]) -> None:
-        """See `Meter`."""
+        """Has `sample` called every `beat_s`."""
         with self._lock:
             self._watched.append(sample)
         self._begin()

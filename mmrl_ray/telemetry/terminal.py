@@ -62,11 +62,11 @@ class PlainTable(Table):
         self.caption = None if caption is None else plain(caption, "table.caption")
 
     def add_column(self, header: RenderableType = "", *args: Any, **settings: Any) -> None:
-        """See `Table.add_column`."""
+        """Rich's `Table.add_column`, whose header is shown as it is."""
         super().add_column(_cell(header), *args, **settings)
 
     def add_row(self, *cells: RenderableType | None, **settings: Any) -> None:
-        """See `Table.add_row`."""
+        """Rich's `Table.add_row`, whose cells are shown as they are."""
         super().add_row(*map(_cell, cells), **settings)
 
 

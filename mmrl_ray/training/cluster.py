@@ -310,7 +310,7 @@ def _last_cause(since: float) -> str:
                 lines = file.read_bytes()[-_LOG_TAIL:].decode(errors="replace").splitlines()
                 errors = [line.strip() for line in lines if _LOG_ERROR.search(line)]
                 found += [(changed, f"{file} says: {line[:_LOG_LINE]}") for line in errors[-1:]]
-        except OSError:
+        except OSError:  # a log that went away meanwhile
             continue
     return max(found)[1] if found else ""
 

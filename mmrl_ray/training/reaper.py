@@ -72,6 +72,7 @@ def marked(mark: str) -> list[int]:
     found = []
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != os.getpid():
+            # It has ended meanwhile, or is another user's.
             with suppress(OSError), open(f"/proc/{entry.name}/environ", "rb") as file:
                 if variable in file.read().split(b"\0"):
                     found.append(int(entry.name))
@@ -95,7 +96,7 @@ def _reap(mark: str, driver: int) -> None:
         if since >= GRACE_S + _END_S:
             return
         for pid in there if since >= GRACE_S else ():
-            with suppress(OSError):
+            with suppress(OSError):  # it has ended by itself
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_STEP_S)
 

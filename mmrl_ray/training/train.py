@@ -463,14 +463,14 @@ class _Run:
 
 def _owner_of(cfg: Config) -> str | None:
     """Who is at work in the run's folder."""
-    with suppress(RunError):
+    with suppress(RunError):  # no run, so nobody's
         return living_owner(RunDir.open(cfg.run.root, cfg.run.name))
     return None
 
 
 def _unbegun(cfg: Config) -> RunDir | None:
     """The run's folder where there is nothing in it yet: whoever made it was killed at once."""
-    with suppress(RunError):
+    with suppress(RunError):  # no run: what is there is something else
         run = RunDir.open(cfg.run.root, cfg.run.name)
         if set(run.list()) <= {OWNER_FILE}:
             return run

@@ -152,7 +152,7 @@ class ChatStream(Response):
         self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+        """Sends the head once `Served` is there, then the events."""
         started = False
         try:
             async with for_client(receive, max(self._deadline - time.monotonic(), 0.0)):
