@@ -1,4 +1,4 @@
-"""What runs in a process of its own. `processes.py` starts it, asks it and ends it.
+"""The child's side of a process that can be ended: a watcher and its worker. `processes.py` is the owner's side.
 
     owner ── socket ──▶ worker: one answer a request
       └──── pipe ─────▶ watcher, its parent: kills the process group when the owner is gone

@@ -1,4 +1,4 @@
-"""Processes of this machine: one of our own for work that may have to be ended, and what is known of others.
+"""Processes of this machine: a child for work that may have to be ended, what is known of others, and leaving this one.
 
 Such work is a function of a user's, a picture of a stranger's. A thread cannot be ended, and one that holds the
 interpreter (a regular expression, a loop in C) holds everything else too. A process can: it is started once (70 ms and

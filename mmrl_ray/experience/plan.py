@@ -3,9 +3,8 @@
 Made by the controller, since baselines and denominators need the whole step, and without a processor or a tensor of
 the groups themselves. `M` groups of `G` completions.
 
-What a step's rewards come to: those that learning uses, and the figures of them in the metrics line.
-
-`M` groups of `G` completions, `K` parts with a weight. In the order in which learning comes to its rewards:
+**Rewards** (`learning_rewards`): those that learning uses, and their figures in the metrics line. `K` parts have a
+weight. In the order in which learning comes to its rewards:
 
     total of the parts ─ risk: less κσ ─ normalize: parts by their group instead ─ k1: less the KL penalty ─▶ baseline
 

@@ -7,8 +7,8 @@
 Every loss share is over the plan's one denominator, so shares add up over micro-batches and ranks, and the ranks need
 not agree on how many backward passes they make: a rank without work adds zeros. Nothing is divided by the world size.
 
-Where the base is sharded they do have to: each pass gathers the layers' weights from all ranks. They are then in
-lockstep: a rank with fewer micro-batches keeps the others company with passes whose gradient is 0.
+Where the base is sharded they do have to: each pass gathers the layers' weights from all ranks. A rank with fewer
+micro-batches then makes as many passes as the others, the further ones with a gradient of 0.
 """
 
 from __future__ import annotations

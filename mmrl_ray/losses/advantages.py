@@ -6,7 +6,7 @@ baseline and get exactly 0. Where the rewards behind a baseline differ by no mor
 magnitude (`metrics/statistics.py`) the advantages are exactly 0, not rounding noise blown up by a small standard
 deviation; a true spread gives the same `group` advantages at any scale and offset.
 
-Rewards whose parts are normalised by their group before they are weighed (GDPO, Liu et al. 2026, arXiv:2601.05242).
+**Rewards whose parts are normalised by their group** before they are weighed (GDPO, Liu et al. 2026, arXiv:2601.05242):
 
     z_k = (r_k - mean of its group) / std of its group        for each part k
     s = Σ_k w_k z_k

@@ -12,7 +12,7 @@
 Lengths and denominators are those of the whole step, over all ranks and micro-batches, groups without signal included.
 A completion without a reward counts nowhere: its scale is 0, and neither its tokens nor itself are in a denominator.
 
-Sums over valid positions, and their quotient by one explicit denominator.
+`masked_mean` is a sum over valid positions divided by one explicit denominator.
 
 A mean over whatever a micro-batch or a rank happens to hold does not add up to the mean of the step; a sum over one
 denominator of the whole step does. `B` completions, `T` tokens a completion; masks are bool, True counts.

@@ -1,4 +1,6 @@
-"""BLEU (Papineni et al. 2002) through sacrebleu: sentence BLEU for the reward, corpus BLEU-1…4 for evaluation.
+"""Overlap of a caption with its references: BLEU, ROUGE-L and CIDEr-D.
+
+**BLEU** (Papineni et al. 2002) through sacrebleu: sentence BLEU for the reward, corpus BLEU-1…4 for evaluation.
 
 Tokeniser: sacrebleu's default `13a`, lower-cased, so that sacrebleu itself gives the same figures. `13a` splits at
 spaces: what has scripts that write none comes to it as `text.spaced` leaves it; English comes as it is.
@@ -8,9 +10,9 @@ spaces: what has scripts that write none comes to it as `text.spaced` leaves it;
     True     and the end       and the end        a caption that ended by itself, where ends count
     False    as it is          and the end        one that was cut off
 
-ROUGE-L (Lin 2004) as the COCO caption evaluation computes it.
+**ROUGE-L** (Lin 2004) as the COCO caption evaluation computes it.
 
-CIDEr-D (Vedantam, Zitnick and Parikh 2015, arXiv:1411.5726) with document frequencies of the training split.
+**CIDEr-D** (Vedantam, Zitnick and Parikh 2015, arXiv:1411.5726) with document frequencies of the training split.
 
 The usual implementations take document frequencies from the very batch that they score, so that a caption's score
 changes with its neighbours; a reward cannot have that. For equal tokens and equal frequencies the figures equal

@@ -1,16 +1,14 @@
 """Whether figures differ: seeded bootstrap intervals of means and of corpus figures, and what counts as equal.
 
-The interval of a mean is a percentile bootstrap (Efron 1979). For corpus metrics the unit that is resampled is the
-sample: pass one score a sample.
+**Means** (`bootstrap_mean`): the interval is a percentile bootstrap (Efron 1979). For corpus metrics the unit that is
+resampled is the sample: pass one score a sample.
 
-Bootstrap intervals of corpus figures that are no means: BLEU, precision and recall over all samples.
+**Corpus figures that are no means** (`figure_interval`): BLEU, precision and recall over all samples. `N` samples, `K`
+counts a sample, `R` resamples. Such a figure is a function of column sums of counts [N, K]: samples are drawn with
+replacement, their counts summed, the figure taken of each sum. Two evaluations of the same samples are resampled with
+the same draws, so that their difference is paired.
 
-`N` samples, `K` counts a sample, `R` resamples. Such a figure is a function of column sums of counts [N, K]: samples
-are drawn with replacement, their counts summed, the figure taken of each sum. Two evaluations of the same samples are
-resampled with the same draws, so that their difference is paired.
-
-Whether numbers differ at all is plain arithmetic, for floats and for arrays of NumPy and PyTorch alike; no torch.
-
+**Equal numbers** (`resolution`): plain arithmetic, for floats and for arrays of NumPy and PyTorch alike; no torch.
 Rewards come as float32 of a network or as float64 sums in some order, and two that mean the same may differ in their
 last bits. Divided by their standard deviation, such noise becomes an advantage of 1. So a difference counts only above
 what float32 can tell apart at the magnitude of the numbers themselves: 100 and the next float32 are the same, 1e-9 and

@@ -11,9 +11,8 @@ It is not the Java PTB tokeniser of the COCO evaluation server (no "n't" split, 
 CIDEr-D and ROUGE-L values differ a little from those of papers that used it; comparisons within this system hold. BLEU
 alone keeps sacrebleu's own `13a` tokeniser, so that its figures can be reproduced with sacrebleu; see `spaced`.
 
-An n-gram language model with add-k smoothing (Lidstone): how likely words are after those before them.
-
-Counts come from the training references and are stored with the run (`CorpusStatistics`). Words are the tokeniser's, so
+`LanguageModel` is an n-gram model with add-k smoothing (Lidstone): how likely words are after those before them. Counts
+come from the training references and are stored with the run (`CorpusStatistics`). Words are the tokeniser's, so
 that punctuation is neither counted nor foreseen.
 
 `CorpusStatistics` are made once from the training split and stored with the run (`reward/statistics.json`), so that a

@@ -4,7 +4,8 @@ Several raters of a pair become one probability, the mean of their votes (a 1, b
 captions travel in its metadata, so that the one reader of data sets, with its seeded order, its quarantine and its
 exact resume, reads pairs, too.
 
-Pairs out of a run's rollout log: two different captions of one group, to be labelled by people or by the reward.
+**Pairs out of a run's rollout log** (`sample_pairs`): two different captions of one group, to be labelled by people or
+by the reward.
 
 | strategy       | of each group the pair …                                   | and of these the groups …       |
 |----------------|------------------------------------------------------------|---------------------------------|

@@ -13,7 +13,7 @@ rating_a, _b  double, optional, on the store's scale (0 to 1 where none was name
 shown_first   string, optional: `a` or `b`, the caption that the rater saw first (on the left, on top)
 created       timestamp in UTC, optional
 
-The figures: how many, how far raters agree, and whether the place of a caption sways them. Pure.
+The figures (`preference_stats`): how many, how far raters agree, and whether the place of a caption sways them. Pure.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 
 `n` captions, `p` pairs and `r` ratings a step, `K` heads.
 
-Aligns the tokens of pictures and captions while a reward trains; no part of the reward itself.
-
+`Alignment` of the tokens of pictures and captions, while a reward trains, is no part of the reward itself.
 Which of two captions somebody liked better is one noisy bit, and the bits alone take very long to teach what words look
 like: on the generated scenes a reward trained on them stays at chance for thousands of captions. That a caption
 belongs to its picture rather than to the others of the step says much more, and comes for nothing.

@@ -2,7 +2,7 @@
 
 It runs in a process of its own, where it can be ended whatever it does (`IsolatedFunction`). One is started for each
 function and keeps what it loaded at its import from call to call; a batch costs the pickling of its states beside the
-round trip. A process that ran past its deadline is killed, and the next call starts another one (`processes.py`). What
+round trip. A process that ran past its deadline is killed, and the next call starts another one (`ChildProcess`). What
 it prints goes to the owner's standard error.
 
 Where a batch hangs or ends that process, its captions are tried one by one, so that only those that do it have no

@@ -3,7 +3,7 @@
 fixed     as many as were asked for last, by the config or by `mmrl scale`
 auto      `rollout.workers: {min, max}`: as many as `AutoscalePolicy` finds right, until somebody asks for a number
 
-When a run should have more rollout workers, and when fewer: a pure function of what was measured a step.
+`AutoscalePolicy` says when there should be more of them and when fewer: a pure function of what was measured a step.
 
 A step has two shares that are lost: `wait`, of the learner's time, in which it had no plan to learn from, and `idle`,
 of the workers' time, in which they had nothing to sample. More workers trade the one for the other; the run is in

@@ -9,7 +9,7 @@ rows, not on how many rows there are or when finished ones are dropped. An expon
 law but needs `V` numbers a token, drawn for each group on its own at every step: on a small model that costs more than
 the model.
 
-What a checkpoint's `generation_config.json` asks of the next token, for those who are served by it.
+**Rules** (`GenerationRules`): what a checkpoint's `generation_config.json` asks of the next token, in serving.
 
 Hugging Face's `generate` penalises, suppresses and forces tokens by it, greedily too, so captions that are to equal
 `generate`'s must: those of `mmrl serve` and `mmrl caption`. Training and evaluations never do: what is learnt from must

@@ -11,10 +11,9 @@ themselves, and are blind to the other completions. Positions start again at the
 `K` groups, `P` prompt tokens (left-padded), `S` completion tokens of the longest row (right-padded), `N = ΣG`
 completions, `T` tokens of the longest, `d` hidden width. No completion's last token is in the row: it predicts nothing.
 
-Gradient checkpointing: a layer's activations are made again in the backward pass instead of being kept.
-
-What stays of a layer is its input: of a token, one hidden state instead of some 8 and the width of the MLP four times.
-It costs a second forward pass, and the prefix cache: see `packed.py` for the path that goes with it.
+**Gradient checkpointing** (`checkpoint_layers`): a layer's activations are made again in the backward pass instead of
+being kept. What stays of a layer is its input: of a token, one hidden state instead of some 8 and the width of the MLP
+four times. It costs a second forward pass, and the prefix cache.
 """
 
 from __future__ import annotations
