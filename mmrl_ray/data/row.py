@@ -24,7 +24,13 @@ _REFERENCE_COLUMNS = ("references", "captions", "caption", "text")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One dataset row: a picture (or several), what is asked of it, and what people wrote about it."""
+    """One dataset row: a picture (or several), what is asked of it, and what people wrote about it.
+
+    Example:
+        >>> sample = Sample("img-7", (b"PNG of 40 KB",), "Describe the image.", ("a red circle", "one circle"))
+        >>> sample.key
+        'img-7'
+    """
 
     id: str
     """What people call it; rows may share one (a row a caption of the same picture, say)."""

@@ -28,7 +28,12 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions of one prompt are drawn."""
+    """How completions of one prompt are drawn.
+
+    Example:
+        >>> SamplingParams(temperature=0.7, max_new_tokens=24, seed=group_seed(0, step=3, index=1)).top_k
+        0
+    """
 
     temperature: float = 1.0
     """Above 0; `greedy` ignores it for the choice of tokens, the log-probs still use it."""
@@ -58,7 +63,13 @@ class TruncatedCaption(str):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled caption."""
+    """One sampled caption.
+
+    Example:
+        >>> cut_off = Completion(torch.tensor([11, 4]), torch.tensor([-0.2, -1.1]), "a cat", "length")
+        >>> type(cut_off.caption).__name__
+        'TruncatedCaption'
+    """
 
     token_ids: torch.Tensor
     """int64 [T], the end-of-sequence token included when it was sampled."""
@@ -77,7 +88,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """One prompt after chat template and processor: all that the model needs but the vision features."""
+    """One prompt after chat template and processor: all that the model needs but the vision features.
+
+    Example:
+        >>> pixels = {"pixel_values": torch.zeros(1, 3, 64, 64), "attention_mask": torch.ones(6)}
+        >>> EncodedPrompt(torch.tensor([1, 32000, 32000, 32000, 32000, 5]), pixels, "sha256/…").input_ids.shape
+        torch.Size([6])
+    """
 
     input_ids: torch.Tensor
     """int64 [P], image placeholders expanded, no padding."""
@@ -89,7 +106,12 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
-    """What the frozen vision tower and projector made of one sample's images."""
+    """What the frozen vision tower and projector made of one sample's images.
+
+    Example:
+        >>> VisionFeatures(torch.zeros(576, 4096, dtype=torch.bfloat16)).nbytes
+        4718592
+    """
 
     tokens: torch.Tensor
     """[image tokens, d], in placeholder order."""
@@ -116,7 +138,16 @@ class CaptionState:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The G completions of one sample, and what the learner needs to score them again."""
+    """The G completions of one sample, and what the learner needs to score them again.
+
+    Example:
+        >>> sample = Sample("img-7", (b"PNG of 40 KB",), "Describe the image.", ("a red circle",))
+        >>> prompt = EncodedPrompt(torch.tensor([1, 32000, 5]), {}, "sha256/…")
+        >>> completion = Completion(torch.tensor([11, 4, 2]), torch.tensor([-0.2, -1.1, -0.1]), "a circle", "stop")
+        >>> group = RolloutGroup(sample, prompt, (completion,), policy_version=3, sampling=SamplingParams(seed=9))
+        >>> group.completions[0].logprobs.shape == group.completions[0].token_ids.shape
+        True
+    """
 
     sample: Sample
     prompt: EncodedPrompt
@@ -133,7 +164,12 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """Names one group of a run: the step it was composed for, its place in it, and which try this is."""
+    """Names one group of a run: the step it was composed for, its place in it, and which try this is.
+
+    Example:
+        >>> GroupKey(3, 0)
+        GroupKey(step=3, index=0, attempt=0)
+    """
 
     step: int
     index: int
@@ -147,6 +183,11 @@ class RewardBreakdown:
     `total` equals the sum of `weights[k] * parts[k]` over the keys of `weights`. A composed reward keeps the parts of
     its parts beside them, under `outer/inner` names that have no weight of their own, and the standard deviation of a
     part that has one under `outer/sigma`.
+
+    Example:
+        >>> earned = RewardBreakdown(0.75, {"bleu": 1.0, "length": 0.5}, {"bleu": 1.0, "length": -0.5}, 0.25, risk=1.0)
+        >>> earned.adjusted
+        0.5
     """
 
     total: float
@@ -172,7 +213,12 @@ class RewardBreakdown:
 
 @dataclass(frozen=True, slots=True)
 class RewardFailure:
-    """Why a caption has no reward; it is masked and counted, never scored 0."""
+    """Why a caption has no reward; it is masked and counted, never scored 0.
+
+    Example:
+        >>> RewardFailure("TimeoutError: no answer within 10 s").reason
+        'TimeoutError: no answer within 10 s'
+    """
 
     reason: str
     """One line."""
@@ -184,7 +230,14 @@ Score = RewardBreakdown | RewardFailure
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A group's rewards and sizes, light enough for the controller; the group itself is behind `payload`."""
+    """A group's rewards and sizes, light enough for the controller; the group itself is behind `payload`.
+
+    Example:
+        >>> rewards = (RewardBreakdown(0.5, {"bleu": 0.5}, {"bleu": 1.0}), RewardFailure("no answer within 10 s"))
+        >>> scored = ScoredGroup(GroupKey(3, 0), "img-7", 3, 261, completion_tokens=(9, 7), rewards=rewards)
+        >>> scored.failures
+        ('no answer within 10 s',)
+    """
 
     key: GroupKey
     sample_id: str
@@ -218,7 +271,14 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class PlannedGroup:
-    """One group of a step with its learning weights."""
+    """One group of a step with its learning weights.
+
+    Example:
+        >>> weights = {"advantages": (0.5, -0.5, 0.0), "scales": (1.0, 1.0, 0.0)}  # the third has no reward
+        >>> sizes = {"completion_tokens": (9, 7, 8), "prompt_tokens": 261, "payload": None}
+        >>> PlannedGroup(GroupKey(3, 0), "img-7", staleness=0, **weights, **sizes).learned_tokens
+        (9, 7)
+    """
 
     key: GroupKey
     sample_id: str
@@ -254,7 +314,15 @@ class PlannedGroup:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one optimiser step consumes."""
+    """What one optimiser step consumes.
+
+    Example:
+        >>> sizes = {"completion_tokens": (9, 7), "prompt_tokens": 261, "payload": None}
+        >>> planned = PlannedGroup(GroupKey(3, 0), "img-7", 0, (0.5, -0.5), (1.0, 1.0), **sizes)
+        >>> plan = StepPlan(3, (planned,), denominator=16.0, micro_batches=(((0,),), ()))  # the second rank has none
+        >>> [plan.groups[i].sample_id for i in plan.micro_batches[0][0]]
+        ['img-7']
+    """
 
     step: int
     """0-based; consuming it turns policy version `step` into `step + 1`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import inspect
 import pickle
@@ -17,7 +18,9 @@ import torch
 
 import mmrl_ray
 from mmrl_ray import errors
+from mmrl_ray.data import row
 from mmrl_ray.data.samples import Sample
+from mmrl_ray.experience import carriers
 from mmrl_ray.experience.carriers import (
     CaptionState,
     Completion,
@@ -147,6 +150,13 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
     return bool(a == b)
+
+
+@pytest.mark.parametrize("module", [row, carriers], ids=lambda m: m.__name__)
+def test_examples_of_carriers_are_right(module: Any) -> None:
+    failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
+    assert failed == 0
+    assert tried >= 2
 
 
 @pytest.mark.parametrize("carrier", _carriers(), ids=lambda c: type(c).__name__)
