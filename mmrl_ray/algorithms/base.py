@@ -53,7 +53,7 @@ Settings = TypeVar("Settings", bound=Section)
 
 
 class NoSettings(Section):
-    """Of an algorithm that has no keys of its own."""
+    """The section of an algorithm that has no keys of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Objective:
         return {}
 
     def after_update(self) -> None:
-        """Once the optimiser has moved."""
+        """Called once the optimiser has moved."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors that a checkpoint keeps for `restore`, beside what lies on the policy."""
@@ -250,7 +250,7 @@ class Algorithm:
         return []
 
     def memory_told(self, cfg: Config, pictures: int | None, width: int) -> list[str]:
-        """And of its memory, for so many pictures whose features have that width."""
+        """What a dry run says of its memory, for so many pictures whose features have that width."""
         return []
 
     # -- controller ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DpoSection(Section):
-    """Of `loss: dpo` alone (arXiv:2305.18290)."""
+    """Keys of `loss: dpo` alone (arXiv:2305.18290)."""
 
     beta: float = Field(0.1, gt=0)
     """How dear it is to leave the policy that training started from; small values let it go far."""
@@ -35,7 +35,7 @@ class DpoSection(Section):
 
 
 class Dpo(Algorithm):
-    """Pairs, and no reward."""
+    """Learns from labelled pairs of captions, without a reward."""
 
     losses = ("dpo",)
     presets = {"dpo": {"advantage": "none", "loss": "dpo", "aggregation": "sequence_sum"}}
@@ -49,29 +49,29 @@ class Dpo(Algorithm):
 
     @property
     def needs_reference(self) -> bool:
-        """The loss is over it."""
+        """Always: the loss compares the policy with its reference."""
         return True
 
     @property
     def implicit_reward_scale(self) -> float:
-        """The loss's own β."""
+        """β of the loss."""
         return self.settings(DpoSection).beta
 
     def learner_problems(self) -> dict[str, bool]:
-        """No pull but its own."""
+        """A KL term is refused: the loss has its own pull towards the reference."""
         weight = self.learner.kl.weight
         refused = f"kl.weight={weight:g} is refused with loss=dpo, which has its own pull, dpo.beta: leave it at 0"
         return {refused: weight > 0}
 
     def problems(self, cfg: Config) -> dict[str, bool]:
-        """A group is a pair."""
+        """A group size other than 2 is refused: a group is a pair."""
         size = cfg.rollout.group_size
         return {
             f"rollout.group_size={size} must be 2 with learner.loss=dpo: the captions of a pair are a group": size != 2
         }
 
     def weigh(self, step: StepRewards) -> StepWeights:
-        """The mean is over pairs."""
+        """As the base class, with the mean over pairs."""
         return replace(super().weigh(step), denominator=float(len(step.rewards)))
 
     def objective(self, policy: Policy, seed: int = 0) -> Objective:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class IlqlSection(Section):
-    """Of `loss: ilql` alone (arXiv:2206.11871): values of next tokens, learnt from the rollouts of another run."""
+    """Keys of `loss: ilql` alone (arXiv:2206.11871): values of next tokens, learnt from the rollouts of another run."""
 
     beta: float = Field(4.0, ge=0)
     """How much decoding makes of the values: log π + β(Q − V). 0 is π alone; it can be chosen anew when captioning."""
@@ -58,20 +58,20 @@ class Ilql(Algorithm):
 
     @property
     def trains_adapter(self) -> bool:
-        """Only where it clones what was said, too."""
+        """Only with `ilql.bc_weight` above 0, where it also clones the stored completions."""
         return self.settings(IlqlSection).bc_weight > 0
 
     @property
     def decoding_beta(self) -> float:
-        """That of the config."""
+        """β of the config, `ilql.beta`."""
         return self.settings(IlqlSection).beta
 
     def value_width(self, hidden: int) -> int | None:
-        """Of each head."""
+        """Width of the layer inside each head: `ilql.width`, or twice the hidden width."""
         return self.settings(IlqlSection).width or 2 * hidden
 
     def learner_problems(self) -> dict[str, bool]:
-        """Nothing is sampled, heads are not split, and what stays as it is needs no regulariser."""
+        """Refuses a KL term (nothing is sampled), sharding (heads stay whole), regularisers of a fixed adapter."""
         cfg = self.learner
         return {
             f"kl.weight={cfg.kl.weight:g} is refused with loss=ilql, which samples nothing: leave it at 0": (
@@ -83,7 +83,7 @@ class Ilql(Algorithm):
         }
 
     def prepare(self, policy: Policy, seed: int) -> None:
-        """Fresh heads."""
+        """Puts fresh Q and V heads on the policy."""
         from mmrl_ray.policy.heads import add_learning_heads
 
         add_learning_heads(policy, self.settings(IlqlSection), seed)

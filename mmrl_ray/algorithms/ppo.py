@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class PpoSection(Section):
-    """Of `loss: ppo` alone (arXiv:1707.06347)."""
+    """Keys of `loss: ppo` alone (arXiv:1707.06347)."""
 
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount a token."""
@@ -125,7 +125,7 @@ class PpoObjective(Objective):
         self._old: dict[int, torch.Tensor] = {}
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The critic's."""
+        """The critic's weight and bias."""
         return list(self.critic.parameters())
 
     def begin_step(self) -> None:
@@ -173,7 +173,7 @@ class PpoObjective(Objective):
         return policy_term + cfg.value_weight * value_term, told
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means over tokens."""
+        """The sums as means over tokens, and the critic's explained variance."""
         mean = {name: sums[name] / max(sums["tokens"], 1.0) for name in self.names}
         spread = mean["return_squared"] - mean["return"] ** 2
         unexplained = mean["error_squared"] - mean["error"] ** 2
@@ -188,11 +188,11 @@ class PpoObjective(Objective):
         }
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The critic."""
+        """The tensors of the critic."""
         return {f"critic.{name}": tensor.detach() for name, tensor in self.critic.state_dict().items()}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """In place.
+        """Puts the tensors of a checkpoint into the critic, in place.
 
         Raises:
             CheckpointError: there is no critic of this width in it.

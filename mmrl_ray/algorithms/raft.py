@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RaftSection(Section):
-    """Of `loss: raft` alone (arXiv:2304.06767)."""
+    """Keys of `loss: raft` alone (arXiv:2304.06767)."""
 
     quantile: float = Field(0.75, ge=0, le=1)
     """Completions at or above this quantile of their group's rewards are cloned: 0.75 keeps the best quarter, 1 only

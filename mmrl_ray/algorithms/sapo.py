@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SapoSection(Section):
-    """Of `loss: sapo` alone (arXiv:2511.20347)."""
+    """Keys of `loss: sapo` alone (arXiv:2511.20347)."""
 
     tau_positive: float = Field(1.0, gt=0)
     """Temperature of the gate where the advantage is above 0; the larger, the sooner a token fades."""
@@ -48,7 +48,7 @@ class Sapo(Algorithm):
     panels = (Panel("Soft gate: what is left of a token's gradient", ("sapo/gate",)),)
 
     def objective(self, policy: Policy, seed: int = 0) -> Objective:
-        """The gated ratio."""
+        """The loss of the gated ratio."""
         return _SoftGate(self.settings(SapoSection), self.learner.off_policy_cap)
 
 

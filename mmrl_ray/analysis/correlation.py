@@ -30,7 +30,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """Of captions with one modality's state."""
+    """The correlation of captions with one modality's state."""
 
     rho: float
     """|ρ|; nan where one side does not vary."""

@@ -161,7 +161,7 @@ class DecoderPool:
 
 @functools.cache
 def shared_pool() -> DecoderPool:
-    """This process's own."""
+    """The pool of this process."""
     return DecoderPool()
 
 

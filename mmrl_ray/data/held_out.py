@@ -44,7 +44,7 @@ class Overlap:
 
     @property
     def share(self) -> float:
-        """Of the held-out samples that training has, as far as was looked."""
+        """The part of the held-out samples that training has, as far as was looked."""
         return len(self.found) / self.samples if self.samples else 0.0
 
     def __str__(self) -> str:

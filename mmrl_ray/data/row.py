@@ -63,7 +63,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """Those to read."""
+        """The columns to read."""
         every = (self.id, self.image, self.prompt, self.references, self.metadata)
         return [name for name in every if name is not None]
 

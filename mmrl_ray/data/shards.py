@@ -94,7 +94,7 @@ class ParquetDataset:
 
     @property
     def key_value_metadata(self) -> dict[str, str]:
-        """Of the first shard's schema, as text."""
+        """The metadata of the first shard's schema, as text."""
         pairs = self.shards[0].metadata.metadata or {}
         return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in pairs.items()}
 

@@ -138,7 +138,7 @@ def _seen(places: Mapping[str, str | None], storage: StorageSection) -> dict[str
 
 
 def labels(name: str) -> dict[str, str]:
-    """Of every object and pod of one deployment."""
+    """The labels of every object and pod of one deployment."""
     return {_INSTANCE: name, "app.kubernetes.io/part-of": "mmrl"}
 
 
@@ -298,7 +298,7 @@ class WorkerGroup:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Of its Ray nodes."""
+        """The labels of its Ray nodes."""
         return {ROLE: self.name}
 
 

@@ -159,7 +159,7 @@ def _picture(policy: Policy, pixels: torch.Tensor) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Of one caption of one picture."""
+    """What one caption of one picture depends on."""
 
     caption: str
     importance: Importance

@@ -315,7 +315,7 @@ def load_states(run: RunDir, name: str) -> States | None:
 
 
 def correlations_json(found: Mapping[str, Correlation]) -> dict[str, dict[str, float]]:
-    """As they stand in `summary.json` and in what `mmrl evaluate` writes."""
+    """Correlations as they stand in `summary.json` and in what `mmrl evaluate` writes."""
     return {name: {"rho": each.rho, "p_value": each.p_value} for name, each in found.items()}
 
 

@@ -288,7 +288,7 @@ def comparison_json(differences: Mapping[str, Difference]) -> dict[str, Any]:
 
 
 def interval_json(interval: Interval) -> dict[str, float | None]:
-    """As it stands in JSON files; null ends where a single sample has no interval."""
+    """An interval as it stands in JSON files; null ends where a single sample has none."""
     low, high = (interval.low, interval.high) if interval.known else (None, None)
     return {"value": interval.mean, "low": low, "high": high}
 
@@ -393,7 +393,7 @@ class Blindness:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For an event."""
+        """The figures as an event has them."""
         return {
             "pictures": self.pictures,
             "share": round(self.share, 4),
@@ -404,7 +404,7 @@ class Blindness:
 
 
 def blindness(rows: Iterable[tuple[Sequence[str], Sequence[str], str]]) -> Blindness | None:
-    """Of (image hashes, references, greedy caption) a sample; None where captions depend on pictures, or who knows."""
+    """From (image hashes, references, greedy caption) a sample; None where they depend on pictures or are too few."""
     by_picture = {tuple(images): (references, caption) for images, references, caption in rows}
     pictures = len(by_picture)
     if pictures < MIN_PICTURES:

@@ -207,7 +207,7 @@ class RewardBreakdown:
 
     @property
     def magnitude(self) -> float:
-        """Of the numbers that `adjusted` is the sum of, which says how exact it is."""
+        """Sum of |weight · part|: the size of the numbers that `adjusted` is made of, which says how exact it is."""
         return sum(abs(weight * self.parts.get(name, 0.0)) for name, weight in self.weights.items())
 
 
@@ -308,7 +308,7 @@ class PlannedGroup:
 
     @property
     def learned_tokens(self) -> tuple[int, ...]:
-        """T of each of them."""
+        """T of each completion that takes part."""
         return tuple(self.completion_tokens[i] for i in self.learned)
 
 

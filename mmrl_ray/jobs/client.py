@@ -136,7 +136,7 @@ class JobsClient:
         return sorted((job for job in found if job is not None), key=lambda job: (-job.created, job.id))
 
     def get(self, id: str) -> Job:
-        """One of them.
+        """The job of that id.
 
         Raises:
             UnknownJobError: there is no such job, or it is not this project's.

@@ -100,7 +100,7 @@ class Job:
 
     @property
     def exit_code(self) -> int:
-        """As a shell tells it: the job's own, 128 + the signal that killed it, 130 where it was stopped."""
+        """What a shell would tell: the job's own, 128 + the signal that killed it, 130 where it was stopped."""
         if self.status == "stopped":
             return INTERRUPTED
         if self.status == "failed":
@@ -129,7 +129,7 @@ def new_http_id() -> str:
 
 
 def check_id(id: str) -> str:
-    """The id itself.
+    """The id, if it can be that of a job.
 
     Raises:
         JobError: it could be none.

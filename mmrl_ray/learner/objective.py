@@ -244,7 +244,7 @@ class ImportanceWatch:
 
 
 class SamplerGap:
-    """Of one step: filled micro-batch by micro-batch, then summed over ranks."""
+    """The sampler gap of one step: filled micro-batch by micro-batch, then summed over ranks."""
 
     def __init__(self, policy: Policy, cfg: LearnerSection) -> None:
         self._policy = policy

@@ -277,7 +277,7 @@ class _Learner:
 
 
 def export_learner_metrics(meter: Meter, plan: StepPlan, rank: int, metrics: Mapping[str, Any]) -> None:
-    """Once a step, on every rank: its own seconds, and the tokens of its own groups."""
+    """Exports a rank's own seconds and the tokens of its own groups, once a step."""
     for name, value in metrics.items():
         if name.startswith("seconds/"):
             meter.add(table.LEARNER_SECONDS, value, phase=name.removeprefix("seconds/"))

@@ -193,7 +193,7 @@ class LanguageModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """V."""
+        """V, the number of words."""
         return len(self.counts.followers[0].get("", {})) + 1  # END was counted among the words
 
     def log_probability(self, tokens: Sequence[str]) -> float:

@@ -183,7 +183,7 @@ class HeadSettings(Protocol):
 
     @property
     def width(self) -> int | None:
-        """Of the layer in between; twice the model's hidden width by default."""
+        """Width of the layer in between; twice the model's hidden width by default."""
 
 
 def add_learning_heads(policy: Policy, cfg: HeadSettings, seed: int) -> LearningHeads:

@@ -104,13 +104,14 @@ class Comparison:
 
     @property
     def gradient_difference(self) -> float | None:
-        """Of the wanted path to the naive one."""
+        """Relative distance of the wanted path's gradient to the naive one's; None where nothing trains."""
         return self._wanted.gradient
 
     @property
     def largest_gap(self) -> float:
-        """Of what a run uses (sampler, chosen path, the naive path it falls back to) to transformers' own and to each
-        other, causality included, in nats: one figure for a table of models. nan when something could not be run."""
+        """Largest gap of what a run uses (sampler, chosen path, the naive path it falls back to) to transformers' own,
+        and to each other, causality included, in nats: one figure for a table of models. nan when something could not
+        be run."""
         used = [gap for gap in self.gaps if gap.path in ("naive", self.path)]
         found = [self.sampler, *(x for gap in used for x in (gap.to_model, gap.to_sampler, gap.causality))]
         return NAN if any(x != x for x in found) else max(found)
@@ -245,7 +246,7 @@ class Judge:
 
     @property
     def bound(self) -> float:
-        """In nats."""
+        """Nats that any two log-probs may differ by."""
         return self._limit * self._spread
 
     def try_features(self) -> str | None:
@@ -303,11 +304,11 @@ class Judge:
         return None
 
     def sampler_gap(self) -> float:
-        """Of what the sampler recorded to what transformers says."""
+        """Largest |Δ log-prob| of what the sampler recorded to what transformers says."""
         return _largest(self._recorded, self._truth, self._drawn)
 
     def look(self, path: ScorePath) -> PathGap:
-        """One path's gaps."""
+        """Scores the completions by one path; its gaps to the others."""
         policy = self._policy
         blocked = unpackable(policy) if path == "packed" else None
         if path == "shared_prefix":
@@ -334,7 +335,7 @@ class Judge:
         return replace(gap, trouble=self._trouble(gap))
 
     def above(self, what: str, gap: float) -> str:
-        """With the bound."""
+        """A sentence about a gap above the bound."""
         return f"{what} {gap:.3g} nats, above {self.bound:.2g}"
 
     def _trouble(self, gap: PathGap) -> str | None:

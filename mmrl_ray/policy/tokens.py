@@ -358,7 +358,7 @@ class TextStream:
 
 
 class TokenBytes:
-    """Of byte-level BPE, of SentencePiece with its bytes for what it has no token for, and of word-level tokenizers."""
+    """The bytes of single tokens: of byte-level BPE, SentencePiece with its byte tokens, word-level tokenizers."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -371,7 +371,7 @@ class TokenBytes:
         self._is_sentencepiece = marked or "ByteFallback" in kinds
 
     def of(self, token: int) -> bytes:
-        """Nothing of a special token, as in a completion's text."""
+        """The bytes of a token; none of a special token, as in a completion's text."""
         if token in self._tokenizer.all_special_ids:
             return b""
         if token in self._added:

@@ -213,7 +213,7 @@ def _make_tables(engine: Engine) -> None:
 
 
 def pair_of(item: Pair | Preference) -> Pair:
-    """What it is about."""
+    """The pair that a row is about."""
     return item if isinstance(item, Pair) else item.pair
 
 

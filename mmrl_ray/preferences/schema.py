@@ -213,7 +213,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Of raters who labelled the same pairs."""
+    """How far raters agree who labelled the same pairs."""
 
     pairs: int
     """Pairs that two or more labelled."""
@@ -239,7 +239,7 @@ class PreferenceStats:
 
 
 def preference_stats(preferences: Iterable[Preference]) -> PreferenceStats:
-    """Of any number of preferences; pictures are not looked at."""
+    """Figures of any number of preferences; pictures are not looked at."""
     by_pair: dict[str, list[str]] = defaultdict(list)
     by_rater: dict[str, list[bool]] = defaultdict(list)
     choices: Counter[str] = Counter()
@@ -273,7 +273,7 @@ def wilson(outcomes: Sequence[bool]) -> Share:
 
 
 def agreement(units: Sequence[Sequence[Hashable]]) -> Agreement:
-    """Of the labels that each unit got; units with a single label say nothing (Krippendorff 2011, nominal data)."""
+    """Agreement of the labels a unit; units with a single label say nothing (Krippendorff 2011, nominal data)."""
     several = [Counter(unit) for unit in units if len(unit) > 1]
     couples = sum(math.comb(unit.total(), 2) for unit in several)
     same = sum(math.comb(count, 2) for unit in several for count in unit.values())

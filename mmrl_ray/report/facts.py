@@ -298,7 +298,7 @@ def happened(
 
 
 def replacements(events: Sequence[Event]) -> Iterator[float | None]:
-    """Of each worker that took a lost one's place: seconds from the loss until it was ready, None if it never was."""
+    """Seconds from a worker's loss until the one in its place was ready, of each; None if it never was."""
     waiting: list[float | None] = []  # losses without a successor
     lost_at: dict[str, float | None] = {}  # by successor
     found: dict[str, float | None] = {}

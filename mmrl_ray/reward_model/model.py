@@ -67,7 +67,7 @@ class Encoded(NamedTuple):
 
 
 class HeadOutputs(NamedTuple):
-    """Of the K heads, in units inside the model."""
+    """Outputs of the K heads, in units inside the model."""
 
     mean: torch.Tensor
     """[N, K]."""

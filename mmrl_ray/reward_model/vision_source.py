@@ -41,7 +41,7 @@ class VisionSource(Protocol):
     """Turns pictures into what the image encoder takes."""
 
     def inputs(self, pictures: Sequence[Picture], device: torch.device) -> PictureInputs:
-        """Of these pictures, in order.
+        """Inputs of these pictures, in order.
 
         Raises:
             ImageError: one cannot be decoded.

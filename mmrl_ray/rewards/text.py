@@ -135,7 +135,7 @@ class LengthReward(TextReward):
         self._tokenizer = tokenizer
 
     def value(self, caption: str) -> float:
-        """In [0, 1]."""
+        """The value of the part, in [0, 1]."""
         count = len(words(caption, self._tokenizer))
         if count < self._min:
             return count / self._min

@@ -73,7 +73,7 @@ class EncodedGroup:
 
     @property
     def nbytes(self) -> int:
-        """Without its rows."""
+        """Bytes of the parcel without its rows."""
         return len(self.facts) + sum(map(len, self.images)) + sum(map(len, self.buffers))
 
 

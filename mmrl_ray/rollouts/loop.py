@@ -297,7 +297,7 @@ class Pump:
         return self._failure
 
     def start(self) -> None:
-        """Begins to turn."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:

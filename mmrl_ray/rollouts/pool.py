@@ -458,7 +458,7 @@ class PackedFactory:
 
 
 def export_assignment_metrics(meter: Meter, result: AssignmentResult) -> None:
-    """Once an assignment, in the worker's process."""
+    """Exports the metrics of one assignment, in the worker's process."""
     for phase, seconds in result.timings.items():
         meter.add(table.WORKER_SECONDS, seconds, phase=phase)
     meter.observe(table.ASSIGNMENT_SECONDS, sum(result.timings.values()))

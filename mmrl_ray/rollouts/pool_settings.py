@@ -118,7 +118,7 @@ class Quorum:
         self._below_since: float | None = None
 
     def look(self, ready: int, target: int, now: float, last_loss: str) -> None:
-        """So many are ready at `now`, of `target` that there should be.
+        """Takes in how many workers are ready at `now`, of `target` that there should be.
 
         Raises:
             RolloutError: fewer than `min_workers` for longer than `worker_deadline_s`.

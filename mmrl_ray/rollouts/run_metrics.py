@@ -112,7 +112,7 @@ class StepWriter:
         return line
 
     def throughput(self) -> dict[str, Any]:
-        """Of the last few steps; see `recent_throughput`."""
+        """Completions a second over the last few steps (`recent_throughput`)."""
         return recent_throughput(self._recent)
 
     def write(self, done: PlannedStep, line: Mapping[str, Any]) -> None:

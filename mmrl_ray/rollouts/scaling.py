@@ -120,7 +120,7 @@ class Scaling:
         return events
 
     def status(self) -> dict[str, Any]:
-        """JSON-able."""
+        """What the status file says of scaling: plain values."""
         return {
             "mode": "auto" if self._auto else "fixed",
             "target": self.target,

@@ -187,7 +187,7 @@ class StatusWriter:
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
 
     def start(self) -> None:
-        """Begins to speak."""
+        """Starts the thread."""
         self._thread.start()
 
     def close(self, timeout_s: float) -> None:

@@ -86,7 +86,7 @@ class RunOwner:
                 self._run.delete(OWNER_FILE)
 
     def check(self) -> None:
-        """Nothing while the folder is this process's.
+        """Passes while the folder is this process's.
 
         Raises:
             RunError: somebody else has it by now; nothing may be written there any more.

@@ -112,7 +112,7 @@ class AgentEngine:
                     yield Delta(i, token.text, (token,), choice.finish_reason if is_last else None)
 
     def stats(self) -> dict[str, float]:
-        """As `Engine.stats`: numbers for metrics."""
+        """Numbers for metrics, as `Engine.stats`."""
         return {
             "waiting_requests": max(0, self._under_way - 1),
             "running_requests": min(1, self._under_way),

@@ -339,7 +339,7 @@ class GatewayMetrics:
         self._under_way = 0
 
     def began(self) -> None:
-        """A request is here."""
+        """Counts a request that has come."""
         self._count(1)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:

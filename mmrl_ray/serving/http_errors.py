@@ -115,7 +115,7 @@ def wrong_parameter(param: str, message: str, *, code: str = "invalid_value") ->
 
 @contextlib.contextmanager
 def about(param: str, *, image: str | None = None) -> Iterator[None]:
-    """Of a request that is refused in here, this parameter is the reason where the error names none itself; of a
+    """Names `param` as the reason of a refusal inside the block, where the error names none itself; of a
     picture that cannot be used it is `image`, if given."""
     try:
         yield

@@ -360,7 +360,7 @@ def run_events(run: RunDir, job_id: str, begun: int) -> Iterator[TuningEvent]:
 
 
 def run_checkpoints(run: RunDir, job_id: str) -> list[TuningCheckpoint]:
-    """Those that are there, the newest first."""
+    """A run's checkpoints that are there, the newest first."""
     lines = {int(line["step"]) + 1: line for line in run.read_lines(METRICS_FILE)}
     found = []
     for step in reversed(checkpoint_steps(run)):

@@ -38,7 +38,7 @@ class LogContext(logging.Filter):
             self._fields = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
 
     def clear(self) -> None:
-        """Forgets all fields."""
+        """Forgets all fields of the context."""
         self._fields = {}
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -44,7 +44,7 @@ def _is_hidden(char: str) -> bool:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """For a cell or a line."""
+    """Text that is shown as it is, for a cell or a line."""
     return Text(visible(text), style=style)
 
 
@@ -123,7 +123,7 @@ class RunProgress:
             self._bars.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._last_line = self._clock()
         if self._as_log:
             logger.info(text)
@@ -257,7 +257,7 @@ class _Phase:
             self.first = (0, self.began) if self.done <= 1 and now > self.began else (self.done, now)
 
     def line(self, now: float) -> str:
-        """Where it is."""
+        """How far the phase is, as text."""
         if not self.total:
             counted = f"{self.done:,} done, " if self.done else ""
             return f"{self.name}: {counted}{now - self.began:.0f} s so far"

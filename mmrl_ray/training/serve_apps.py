@@ -120,7 +120,7 @@ def _nothing() -> None:
 
 
 def app_name(run: RunDir, what: str = "reward") -> str:
-    """Of a run's application on Serve. Runs of one name in different places may share a cluster.
+    """The name of a run's application on Serve. Runs of one name in different places may share a cluster.
 
     The same for a run that is resumed: its driver replaces what one that was killed has left.
     """
@@ -128,7 +128,7 @@ def app_name(run: RunDir, what: str = "reward") -> str:
 
 
 class LivePolicy:
-    """Nothing where it is not asked for. Enter it before anything else starts Serve, which then has no HTTP front."""
+    """Inactive where it is not asked for. Enter it before anything else starts Serve, which then has no HTTP front."""
 
     def __init__(self, cfg: Config, run: RunDir, base: str, *, joined: bool = False) -> None:
         """`base` is where the model lies that the run trains an adapter of; `joined`: the Ray outlives the run."""

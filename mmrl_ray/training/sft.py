@@ -241,7 +241,7 @@ class _Batches:
             yield self._next()
 
     def state(self) -> dict[str, Any]:
-        """Of plain values: where the next batch begins."""
+        """Where the next batch begins, in plain values."""
         return {"drawn": self._drawn, "stream": self._stream.state(), "rng": self._rng.getstate()}
 
     def restore(self, state: Mapping[str, Any]) -> None:

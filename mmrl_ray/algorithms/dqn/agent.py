@@ -58,7 +58,7 @@ class AgentFacts:
     def of(
         cls, cfg: ValueBasedSection, vocabulary: Vocabulary, scale: FeatureScale, image_shape: tuple[int, ...]
     ) -> Self:
-        """Those of a config; `image_shape` is [L, d]."""
+        """The facts of an agent of that config; `image_shape` is [L, d]."""
         shape = QShape(image_shape[0], image_shape[1], len(vocabulary.words), vocabulary.max_words)
         return cls(shape, cfg.fusion, cfg.width, cfg.dueling, cfg.blind, vocabulary, scale)
 

@@ -190,7 +190,7 @@ class QShape(NamedTuple):
 
     @property
     def actions(self) -> int:
-        """A."""
+        """A, the number of actions."""
         return self.words + 1
 
 

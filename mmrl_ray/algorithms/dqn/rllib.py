@@ -96,7 +96,7 @@ class FusedQModule(DefaultDQNTorchRLModule):
 
     @property
     def exploring(self) -> float:
-        """The ε or τ of now."""
+        """The present ε or τ."""
         cfg = self.settings["exploration"]
         fading = max(1, round(cfg["share"] * self.settings["total_updates"]))
         return scheduled(cfg["schedule"], int(self.updates), fading, cfg["start"], cfg["end"])

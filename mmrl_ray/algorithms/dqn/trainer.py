@@ -185,7 +185,7 @@ class ValueTrainer:
 
     @property
     def restarts(self) -> int:
-        """Of env runners that failed, so far."""
+        """Restarts of env runners that failed, so far."""
         return self.algorithm.env_runner_group.num_remote_worker_restarts()
 
     def scale(self, workers: int) -> None:
@@ -275,7 +275,7 @@ class ValueStatus:
     # -- the run's thread ------------------------------------------------------------------------------------------
 
     def tell(self, done: Round) -> None:
-        """A round is over."""
+        """Takes in the figures of a round that is over."""
         with self._lock:
             self._updates = done.updates
 
@@ -290,7 +290,7 @@ class ValueStatus:
             return self._target if self._target != self._told else None
 
     def scaled(self, workers: int) -> dict[str, Any]:
-        """It was done; the decision, for the run's events."""
+        """Notes that the workers were scaled; returns the decision, for the run's events."""
         with self._lock:
             decision = {"before": self._told, "workers": workers, "reason": f"{self._by} asked for {workers}"}
             self._told = workers

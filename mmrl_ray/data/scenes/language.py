@@ -92,7 +92,7 @@ class SceneObject:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What names it."""
+        """Colour and shape, which name the object."""
         return self.colour, self.shape
 
 

@@ -58,7 +58,7 @@ _OPENAI_TEMPERATURE = 1.0
 
 
 def add_chat(app: FastAPI, tools: Tools) -> None:
-    """The route."""
+    """Adds `POST /v1/chat/completions`."""
 
     @app.post(
         "/v1/chat/completions",
@@ -290,7 +290,7 @@ _FORM: dict[str, Any] = {
 
 
 def add_captions(app: FastAPI, tools: Tools) -> None:
-    """The route."""
+    """Adds `POST /v1/captions`."""
 
     @app.post(
         "/v1/captions",

@@ -278,7 +278,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorAnswer, "de
 
 
 def json_answer(answer: BaseModel, version: int | None = None) -> Response:
-    """As it is, without a second validation."""
+    """An answer as JSON, without a second validation."""
     headers = None if version is None else {VERSION_HEADER: str(version)}
     return Response(answer.model_dump_json(), headers=headers, media_type="application/json")
 

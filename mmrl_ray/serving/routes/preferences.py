@@ -104,7 +104,7 @@ class PairAnswer(BaseModel):
 
 
 def add_preferences(app: FastAPI, tools: Tools) -> None:
-    """Its routes."""
+    """Adds the routes of `/v1/preferences`."""
 
     @app.get(
         f"{_PATH}/next",

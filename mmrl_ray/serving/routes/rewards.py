@@ -113,7 +113,7 @@ class Rewards(BaseModel):
 
 
 def add_rewards(app: FastAPI, tools: Tools) -> None:
-    """The route."""
+    """Adds `POST /v1/rewards`."""
 
     @app.post(
         "/v1/rewards",
@@ -302,7 +302,7 @@ class Scores(BaseModel):
 
 
 def add_score(app: FastAPI, tools: Tools) -> None:
-    """The route."""
+    """Adds `POST /v1/score`."""
 
     @app.post(
         "/v1/score",

@@ -57,7 +57,7 @@ Item = TypeVar("Item", bound=_Named)
 
 
 def add_fine_tuning(app: FastAPI, tools: Tools) -> None:
-    """All of its routes."""
+    """Adds the routes of `/v1/fine_tuning/jobs`."""
     _add_jobs(app, tools)
     _add_details(app, tools)
     _add_files(app, tools)
@@ -227,7 +227,7 @@ class RunStatus(BaseModel):
 
 
 def add_runs(app: FastAPI, tools: Tools) -> None:
-    """Both routes."""
+    """Adds both routes of `/v1/runs`."""
 
     def at(id: str) -> RunDir:
         root = tools.deps.settings.runs_root
