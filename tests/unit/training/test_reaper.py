@@ -74,6 +74,30 @@ def test_a_driver_whose_files_are_closed_long_before_it_is_gone() -> None:
     assert psutil.wait_procs([child], timeout=15)[1] == []
 
 
+_RETITLED = """
+import os, subprocess, sys, time
+from mmrl_ray.runs.reaper import reaped
+child = "import time, ray._raylet as ray; ray.setproctitle('ray::Other'); print(flush=True); time.sleep(600)"
+with reaped():
+    inherited = dict(sorted(os.environ.items(), key=lambda item: not item[0].startswith("MMRL_RAY_")))  # its mark first
+    process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, env=inherited)
+    process.stdout.readline()
+    print(process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_gave_itself_another_title() -> None:
+    """Which setproctitle writes over the arguments and, where nobody forbids it, over the environment behind them."""
+    driver = subprocess.Popen([sys.executable, "-c", _RETITLED], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    child = psutil.Process(int(driver.stdout.readline()))
+    assert child.name().startswith("ray::Other")
+    driver.kill()
+    driver.communicate()
+    assert psutil.wait_procs([child], timeout=15)[1] == []
+
+
 def orphan_and_child() -> tuple[psutil.Process, subprocess.Popen[bytes]]:
     begin = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
     orphan = int(subprocess.check_output([sys.executable, "-c", begin]))
