@@ -58,7 +58,7 @@ def test_what_a_killed_driver_has_started_is_killed_wherever_it_is(bystander: ps
 
 _DYING = """
 import os, subprocess, time
-from mmrl_ray.runs.reaper import reaped
+from mmrl_ray.training.reaper import reaped
 with reaped():
     print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
     os.closerange(3, 256)  # as the kernel does first with a process that ends
@@ -76,7 +76,7 @@ def test_a_driver_whose_files_are_closed_long_before_it_is_gone() -> None:
 
 _RETITLED = """
 import os, subprocess, sys, time
-from mmrl_ray.runs.reaper import reaped
+from mmrl_ray.training.reaper import reaped
 child = "import time, ray._raylet as ray; ray.setproctitle('ray::Other'); print(flush=True); time.sleep(600)"
 with reaped():
     inherited = dict(sorted(os.environ.items(), key=lambda item: not item[0].startswith("MMRL_RAY_")))  # its mark first
