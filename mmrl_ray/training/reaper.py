@@ -6,7 +6,8 @@
 The kernel ends Ray's raylet and GCS with the driver, and workers go when they miss the raylet. But Ray's two agents
 look for their raylet only now and then, and wait a minute for the GCS to come back, and an actor that is busy writes on
 into a run folder that somebody else has by then. What Ray starts, and all that this starts in turn, inherits a variable
-of the environment that nothing else has; a process keeps it until it ends, whatever it calls itself.
+of the environment that nothing else has. A process keeps it until it ends, since it is told by a second variable not to
+write its title over its environment, as Ray's processes do otherwise.
 
 The driver runs this file by itself: nothing here but the standard library.
 """
@@ -27,6 +28,8 @@ from pathlib import Path
 
 _MARK = "MMRL_RAY_"
 """Begins the variable's name, whose rest is this Ray's own: of a Ray within another's job both are inherited."""
+_KEEP_ENVIRONMENT = "SPT_NOENV"
+"""Heeded by setproctitle, also by the copy of it that Ray has: titles take the place of the arguments alone."""
 _LOOK_S = 1.0
 GRACE_S = 2.0
 """What has not ended by itself so long after the driver is killed."""
@@ -55,11 +58,13 @@ def reaped() -> Iterator[None]:
         reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    os.environ[mark] = "1"
+    added = [mark, *([] if _KEEP_ENVIRONMENT in os.environ else [_KEEP_ENVIRONMENT])]
+    os.environ.update(dict.fromkeys(added, "1"))
     try:
         yield
     finally:
-        os.environ.pop(mark, None)
+        for name in added:
+            os.environ.pop(name, None)
         assert reaper.stdin is not None
         with suppress(BrokenPipeError), reaper.stdin:  # it is gone where somebody has killed it
             reaper.stdin.write(_OVER)

@@ -193,7 +193,10 @@ def test_killed_workers_cost_nothing_and_a_new_one_takes_their_place(make: Calla
     rows = world.check_log(4)
     assert {(row[0], row[5]) for row in rows} == {(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)}
     assert world.events("worker_lost")[1]["worker"] == idle
-    assert world.controller.status()["pool"]["assignments"] == {"accepted": 8, "retried": 1}
+    counts = world.controller.status()["pool"]["assignments"]
+    assert counts.keys() == {"accepted", "retried"}
+    assert counts["retried"] == 1
+    assert 8 <= counts["accepted"] <= 10, "two each of steps 0 to 3, and what has come of step 4 by now"
 
 
 def test_workers_come_and_go_while_the_run_goes_on(make: Callable[..., World]) -> None:

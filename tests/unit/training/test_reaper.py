@@ -58,7 +58,7 @@ def test_what_a_killed_driver_has_started_is_killed_wherever_it_is(bystander: ps
 
 _DYING = """
 import os, subprocess, time
-from mmrl_ray.runs.reaper import reaped
+from mmrl_ray.training.reaper import reaped
 with reaped():
     print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
     os.closerange(3, 256)  # as the kernel does first with a process that ends
@@ -71,6 +71,30 @@ def test_a_driver_whose_files_are_closed_long_before_it_is_gone() -> None:
     with subprocess.Popen([sys.executable, "-c", _DYING], stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         child = psutil.Process(int(driver.stdout.readline()))
+    assert psutil.wait_procs([child], timeout=15)[1] == []
+
+
+_RETITLED = """
+import os, subprocess, sys, time
+from mmrl_ray.training.reaper import reaped
+child = "import time, ray._raylet as ray; ray.setproctitle('ray::Other'); print(flush=True); time.sleep(600)"
+with reaped():
+    inherited = dict(sorted(os.environ.items(), key=lambda item: not item[0].startswith("MMRL_RAY_")))  # its mark first
+    process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, env=inherited)
+    process.stdout.readline()
+    print(process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_gave_itself_another_title() -> None:
+    """Which setproctitle writes over the arguments and, where nobody forbids it, over the environment behind them."""
+    driver = subprocess.Popen([sys.executable, "-c", _RETITLED], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    child = psutil.Process(int(driver.stdout.readline()))
+    assert child.name().startswith("ray::Other")
+    driver.kill()
+    driver.communicate()
     assert psutil.wait_procs([child], timeout=15)[1] == []
 
 
