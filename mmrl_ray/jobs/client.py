@@ -172,11 +172,11 @@ class JobsClient:
         return bool(self._asked(lambda: self._sdk.stop_job(check_id(id)), id))
 
     def logs(self, id: str) -> str:
-        """All that a job has said (`LogSource`)."""
+        """All that a job has said."""
         return str(self._asked(lambda: self._sdk.get_job_logs(check_id(id)), id))
 
     async def tail(self, id: str) -> AsyncIterator[str]:
-        """The job's log from its beginning, in pieces, until the job is over (`LogSource`)."""
+        """The job's log from its beginning, in pieces, until the job is over."""
         try:
             async for piece in self._sdk.tail(check_id(id)):
                 yield piece

@@ -7,12 +7,15 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmrl_ray.errors import JobError, JobServerError
+
+if TYPE_CHECKING:
+    from mmrl_ray.jobs.client import JobsClient  # makes the records below of what Ray says
 
 Status = Literal["pending", "running", "succeeded", "failed", "stopped"]
 
@@ -139,27 +142,8 @@ def check_id(id: str) -> str:
     return id
 
 
-class LogSource(Protocol):
-    """The job server, as far as a log is followed.
-
-    Raises (every method): `JobServerError` it is out of reach.
-    """
-
-    def get(self, id: str) -> Job:
-        """The job as it stands."""
-        ...
-
-    def logs(self, id: str) -> str:
-        """All that it has said."""
-        ...
-
-    def tail(self, id: str) -> AsyncIterator[str]:
-        """The log from its beginning, in pieces, until the job is over."""
-        ...
-
-
 def follow(
-    source: LogSource,
+    source: JobsClient,
     id: str,
     write: Callable[[str], object],
     *,
@@ -179,7 +163,7 @@ def follow(
 class _Follower:
     def __init__(
         self,
-        source: LogSource,
+        source: JobsClient,
         id: str,
         write: Callable[[str], object],
         patience_s: float,

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import mmrl_ray
 from mmrl_ray.config import Config
@@ -41,6 +41,9 @@ from mmrl_ray.rewards.function import SENT_CODE
 from mmrl_ray.run_records.control_files import read_status
 from mmrl_ray.run_records.run_dir import RunDir, run_location
 from mmrl_ray.run_records.run_owner import living_owner
+
+if TYPE_CHECKING:
+    from mmrl_ray.jobs.client import JobsClient  # imports Ray, which takes seconds
 
 DEFAULT_PYTHON = "python3"
 """On the cluster's PATH, unless another is named. On this machine alone it is the one that runs here."""
@@ -66,24 +69,8 @@ _ENDS: dict[str, Status] = {"finished": "succeeded", "failed": "failed"}
 _LOOK_S = 0.5
 
 
-class JobServer(Protocol):
-    """As much of `JobsClient` as it takes."""
-
-    def hosts(self) -> list[str]:
-        """Host names of the cluster's nodes."""
-        ...
-
-    def jobs(self) -> list[Job]:
-        """This project's jobs, the newest first."""
-        ...
-
-    def submit(self, id: str, entrypoint: str, folder: Any, facts: JobFacts, environment: Mapping[str, str]) -> None:
-        """Starts a job in `folder`, as `JobsClient.submit` does."""
-        ...
-
-
 def submit_run(
-    server: JobServer,
+    server: JobsClient,
     cfg: Config,
     *,
     python: str = DEFAULT_PYTHON,
@@ -112,7 +99,7 @@ def submit_run(
     return _send(server, facts, command, text, python, id)
 
 
-def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTHON, id: str | None = None) -> str:
+def resume_run(server: JobsClient, facts: JobFacts, *, python: str = DEFAULT_PYTHON, id: str | None = None) -> str:
     """Sends a job that goes on with the run of another one from its newest checkpoint; returns the new job's id.
 
     The config goes along, for the case that the other was stopped before there was a run folder. What was asked for
@@ -131,14 +118,14 @@ def resume_run(server: JobServer, facts: JobFacts, *, python: str = DEFAULT_PYTH
     return _send(server, again, f"train --resume {shlex.quote(facts.location)}", None, python, id)
 
 
-def python_for(server: JobServer, named: str | None) -> str:
+def python_for(server: JobsClient, named: str | None) -> str:
     """The interpreter for a job: the one that was named, else this one where the cluster is this machine."""
     if named is not None:
         return named
     return sys.executable if is_this_machine(server) else DEFAULT_PYTHON
 
 
-def is_this_machine(server: JobServer) -> bool:
+def is_this_machine(server: JobsClient) -> bool:
     """Whether all nodes of the cluster see this machine's files, for they are this machine.
 
     Asked of the cluster, since an address says nothing: that of a forwarded port is a loopback one, too.
@@ -155,7 +142,7 @@ def submitter() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-def _send(server: JobServer, facts: JobFacts, command: str, config: str | None, python: str, id: str | None) -> str:
+def _send(server: JobsClient, facts: JobFacts, command: str, config: str | None, python: str, id: str | None) -> str:
     busy = next((job for job in server.jobs() if not job.is_over and job.facts.location == facts.location), None)
     if busy is not None:
         raise JobError(
@@ -259,19 +246,7 @@ def _is_left_out(path: Path) -> bool:
     return any(part == "__pycache__" or part.startswith(".") for part in path.parts) or path.suffix == ".pyc"
 
 
-class Stoppable(Protocol):
-    """As much of `JobsClient` as it takes."""
-
-    def jobs(self) -> list[Job]:
-        """This project's jobs."""
-        ...
-
-    def stop(self, id: str) -> bool:
-        """Asks a job to stop."""
-        ...
-
-
-def stop_jobs(server: Stoppable, say: Callable[[str], None], *, timeout_s: float = STOP_S) -> list[Job]:
+def stop_jobs(server: JobsClient, say: Callable[[str], None], *, timeout_s: float = STOP_S) -> list[Job]:
     """Lets every job that is under way finish its step and checkpoint; returns them as they are then.
 
     Their runs' folders remember them, see `remembered`.

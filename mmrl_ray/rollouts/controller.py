@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmrl_ray.config import Config
-from mmrl_ray.data.samples import Sample
+from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rollouts.group_codec import decode_checkpoint, encode_checkpoint
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
 from mmrl_ray.rollouts.run_metrics import PlannedStep, RunMetrics, StepWriter, reward_failures
-from mmrl_ray.rollouts.types import Generated, SampleSource, Stop, Wait, WorkerPool
+from mmrl_ray.rollouts.types import Generated, Stop, Wait
 from mmrl_ray.run_records.control_files import ScaleAnswer, StatusWriter
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.meter import Meter
+
+if TYPE_CHECKING:
+    from mmrl_ray.rollouts.pool import RayWorkerPool  # needs Ray, which the controller does not
 
 COMMAND_TIMEOUT_S = 120.0
 _LOOK_S = 1.0
@@ -43,8 +46,8 @@ class Controller:
         cfg: Config,
         run: RunDir,
         *,
-        pool: WorkerPool,
-        source: SampleSource,
+        pool: RayWorkerPool,
+        source: SampleStream,
         put: Callable[[Any], Any],
         fetch: Callable[[Any], Any],
         clock: Callable[[], float] = time.monotonic,

@@ -13,28 +13,24 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mmrl_ray.config import Config
+from mmrl_ray.data.samples import SampleStream
 from mmrl_ray.errors import MMRLError, QuarantineError, RolloutError
 from mmrl_ray.experience.carriers import ScoredGroup
 from mmrl_ray.rollouts.assignment_tracker import FirstErrors
 from mmrl_ray.rollouts.group_codec import Parcel, Parcelled
 from mmrl_ray.rollouts.scaling import Scaling
 from mmrl_ray.rollouts.steps import StepBuffer, StepSampler, chunks
-from mmrl_ray.rollouts.types import (
-    Assignment,
-    AssignmentResult,
-    Collected,
-    DataFailure,
-    GroupRequest,
-    SampleSource,
-    WorkerPool,
-)
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, DataFailure, GroupRequest
 from mmrl_ray.rollouts.weights import VersionTable
 from mmrl_ray.run_records.control_files import ScaleAnswer
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import QUARANTINE_FILE
+
+if TYPE_CHECKING:
+    from mmrl_ray.rollouts.pool import RayWorkerPool  # needs Ray, which the controller does not
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +50,8 @@ class RolloutLoop:
         self,
         cfg: Config,
         run: RunDir,
-        pool: WorkerPool,
-        source: SampleSource,
+        pool: RayWorkerPool,
+        source: SampleStream,
         put: Callable[[Any], Any],
         on_event: Callable[[Mapping[str, Any]], None],
     ) -> None:

@@ -50,7 +50,10 @@ WEIGHTS_TIMEOUT_S = 120.0
 
 
 class RayWorkerPool:
-    """A `WorkerPool` of Ray actors. One thread drives it; `resize`, `status` and `busy_seconds` are for any."""
+    """Runs assignments on Ray actors, each exactly once as far as its caller sees.
+
+    One thread drives it; `resize`, `status` and `busy_seconds` are for any.
+    """
 
     def __init__(
         self, run: str, factory: EngineFactory, settings: PoolSettings, clock: Callable[[], float] = time.monotonic

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmrl_ray.config import Config
-from mmrl_ray.data.samples import Sample
+from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup, derive_seed, group_seed
-from mmrl_ray.rollouts.types import Collected, DataFailure, Generated, GroupRequest, SampleSource
+from mmrl_ray.rollouts.types import Collected, DataFailure, Generated, GroupRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class _Ahead:
 class StepSampler:
     """Steps in order, from any step whose place in the stream is known. For one thread."""
 
-    def __init__(self, source: SampleSource, cfg: Config) -> None:
+    def __init__(self, source: SampleStream, cfg: Config) -> None:
         self.groups_per_step = cfg.learner.groups_per_step
         self.next_step = 0
         self._source = source

@@ -1,21 +1,21 @@
-"""What the controller needs of its surroundings, as protocols with a fake beside the tests, and what travels between.
+"""What travels between controller, pool and workers.
 
-Controller ── submit ──▶ WorkerPool ──▶ Collected, DataFailure
-    │ pulls                   │ each worker runs an
- SampleSource               Engine (made by an EngineFactory)
+Controller ── submit ──▶ RayWorkerPool ──▶ Collected, DataFailure
+    │ pulls                    │ each worker runs an
+ SampleStream                Engine (made by an EngineFactory)
 
 A worker is handed an `Assignment` of `GroupRequest`s and hands back an `AssignmentResult`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 
-from mmrl_ray.data.samples import Quarantine, Sample
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup
 
 
@@ -129,77 +129,6 @@ class Engine(Protocol):
         ...
 
 
-class EngineFactory(Protocol):
-    """Picklable; makes the engine inside the worker's process."""
-
-    def __call__(self, worker: str) -> Engine:
-        """An engine for the worker of that name.
-
-        Raises:
-            MMRLError: model, adapter or reward cannot be used; the run ends with it.
-        """
-        ...
-
-
-class SampleSource(Protocol):
-    """A resumable cursor over the training samples (`data/samples.py: SampleStream`)."""
-
-    quarantine: Quarantine
-    """What is left out; part of `state`, under the key of this name."""
-
-    def take(self, count: int) -> Sequence[Sample]:
-        """The next `count` samples."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able position; `restore` takes it back."""
-        ...
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues at a position given by `state`."""
-        ...
-
-
-class WorkerPool(Protocol):
-    """Runs assignments on workers, each exactly once as far as its caller sees. Driven by one thread."""
-
-    def submit(self, assignment: Assignment) -> None:
-        """Queues it; evaluations go before training."""
-        ...
-
-    def poll(self, timeout_s: float) -> list[Collected | DataFailure]:
-        """Moves everything on, and returns what finished since; waits no longer than `timeout_s`.
-
-        Raises:
-            RolloutError: the pool cannot go on.
-        """
-        ...
-
-    def cancel(self, kind: str) -> None:
-        """Forgets queued assignments of a kind ("train", "eval") and discards those at work when they come back."""
-        ...
-
-    def resize(self, workers: int) -> None:
-        """Sets how many workers there should be; thread-safe, takes effect over the next polls."""
-        ...
-
-    @property
-    def outstanding(self) -> int:
-        """Assignments queued or at work."""
-        ...
-
-    def events(self) -> list[dict[str, Any]]:
-        """What happened to workers since the last call, for the run's event log."""
-        ...
-
-    def status(self) -> dict[str, Any]:
-        """Workers, queue and counts, JSON-able."""
-        ...
-
-    def busy_seconds(self) -> float:
-        """Worker-seconds spent on assignments so far."""
-        ...
-
-    def close(self) -> None:
-        """Ends every worker."""
-        ...
+EngineFactory = Callable[[str], Engine]
+"""Picklable; makes the engine of the worker of that name, inside its process. An `MMRLError` that it raises says that
+model, adapter or reward cannot be used; the run ends with it."""

@@ -156,7 +156,7 @@ class FakeEngineFactory:
 
 
 class FakePool:
-    """A `WorkerPool` in this process: `release` says how many assignments are run in each poll."""
+    """A `RayWorkerPool` in this process: `release` says how many assignments are run in each poll."""
 
     def __init__(self, engine: FakeEngine, fetch_weights: Any = None) -> None:
         self.engine = engine
@@ -223,7 +223,7 @@ class FakePool:
 
 
 class ListSource:
-    """A `SampleSource` that goes round a list."""
+    """A `SampleStream` that goes round a list."""
 
     def __init__(self, items: Sequence[Sample], budget: int = 2) -> None:
         self.items = list(items)
