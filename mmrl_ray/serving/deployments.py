@@ -31,7 +31,6 @@ from mmrl_ray.serving.protocols import (
     Delta,
     Generated,
     GenerateRequest,
-    JobService,
     ModelInfo,
     RewardItem,
     Scored,
@@ -44,6 +43,7 @@ from mmrl_ray.telemetry.ray_meter import RayMeter
 if TYPE_CHECKING:
     from mmrl_ray.serving.agent_engine import AgentEngine
     from mmrl_ray.serving.engine import Engine
+    from mmrl_ray.serving.job_service import RayJobService
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def reward_application(
     return _shell(RewardReplica, REWARD, options).bind(cfg, filesystem, statistics, run.log_format, run.name)
 
 
-def _job_service(cfg: ServeConfig) -> JobService | None:
+def _job_service(cfg: ServeConfig) -> RayJobService | None:
     if cfg.serving.fine_tuning is None:
         return None
     from mmrl_ray.serving.job_service import RayJobService

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from mmrl_ray.serving.openai import Strict
-from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
+from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder
 
 _OWNER = "mmrl_ray"
 _AUTO = "auto"
@@ -187,53 +187,29 @@ class JobCard(BaseModel):
 
 
 class EventCard(BaseModel):
-    """`fine_tuning.job.event`."""
+    """`fine_tuning.job.event`: something that a job has to tell."""
 
     id: str
-    object: Literal["fine_tuning.job.event"]
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
-    level: str
+    level: Literal["info", "warn", "error"]
     message: str
-    type: Literal["message", "metrics"]
-    data: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, event: TuningEvent) -> Self:
-        """As OpenAI writes it."""
-        return cls(
-            id=event.id,
-            object="fine_tuning.job.event",
-            created_at=event.created_at,
-            level=event.level,
-            message=event.message,
-            type="message" if event.data is None else "metrics",
-            data=None if event.data is None else dict(event.data),
-        )
+    type: Literal["message", "metrics"] = "message"
+    data: dict[str, Any] | None = None
+    """Figures of a step."""
 
 
 class CheckpointCard(BaseModel):
-    """`fine_tuning.job.checkpoint`."""
+    """`fine_tuning.job.checkpoint`: a step that a job could go on from."""
 
     id: str
-    object: Literal["fine_tuning.job.checkpoint"]
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
     fine_tuning_job_id: str
     fine_tuned_model_checkpoint: str
+    """Of the run at that step."""
     step_number: int
     metrics: dict[str, float]
-
-    @classmethod
-    def of(cls, job_id: str, checkpoint: TuningCheckpoint) -> Self:
-        """As OpenAI writes it."""
-        return cls(
-            id=checkpoint.id,
-            object="fine_tuning.job.checkpoint",
-            created_at=checkpoint.created_at,
-            fine_tuning_job_id=job_id,
-            fine_tuned_model_checkpoint=checkpoint.name,
-            step_number=checkpoint.step,
-            metrics=dict(checkpoint.metrics),
-        )
 
 
 class FileCard(BaseModel):

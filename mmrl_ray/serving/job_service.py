@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: `JobService` over a Ray cluster's job server and the run folders of its jobs.
+"""Fine-tuning jobs over a Ray cluster's job server and the run folders of its jobs.
 
 It keeps nothing between two calls: the config that a request stands for is made of the request, and what is told of a
 job is read from its run folder.
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pyarrow import fs
 from pydantic import ValidationError
@@ -31,7 +31,8 @@ from mmrl_ray.policy.lora.pool import checkpoint_id
 from mmrl_ray.run_records.rollout_log import rollouts_name
 from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 from mmrl_ray.run_records.step_log import METRICS_FILE
-from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder, TuningStatus
+from mmrl_ray.serving.fine_tuning_types import CheckpointCard, EventCard
+from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder, TuningStatus
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,11 @@ _WORRYING = ("lost", "died", "dead", "damaged", "failed", "replaced", "quarantin
 
 
 class RayJobService:
-    """`JobService` over one Ray's job server. Everything that waits does so in a thread."""
+    """The jobs of one Ray's job server, for the gateway. Everything that waits does so in a thread.
+
+    Raises (every method): `UnknownJobError` no such job; `JobServerError` the cluster's job server is out of reach;
+    `JobError` it refuses.
+    """
 
     def __init__(self, settings: ServingSection) -> None:
         """Looks at the recipes; the job server is looked for when the first request comes.
@@ -73,7 +78,13 @@ class RayJobService:
         self._client: JobsClient | None = None
 
     async def create(self, order: TuningOrder) -> TuningJob:
-        """Begins a job."""
+        """Begins a job.
+
+        Raises:
+            ConfigError: the order does not fit the recipe.
+            DataError: the dataset cannot be read.
+            OverloadedError: too many jobs are under way.
+        """
         return await asyncio.to_thread(self._create, order)
 
     async def get(self, id: str) -> TuningJob:
@@ -88,21 +99,25 @@ class RayJobService:
         """Asks a job to stop; it finishes its step first."""
         return await asyncio.to_thread(self._cancel, id)
 
-    async def events(self, id: str) -> list[TuningEvent]:
+    async def events(self, id: str) -> list[EventCard]:
         """What a job has to tell, the newest first."""
         return await asyncio.to_thread(lambda: _events(self._job(id)))
 
-    async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
+    async def checkpoints(self, id: str) -> list[CheckpointCard]:
         """A job's checkpoints that are there, the newest first."""
 
-        def read() -> list[TuningCheckpoint]:
+        def read() -> list[CheckpointCard]:
             run = open_run(self._job(id).facts.location)
             return [] if run is None else run_checkpoints(run, id)
 
         return await asyncio.to_thread(read)
 
     async def result(self, file_id: str) -> ResultFile:
-        """One of a job's result files."""
+        """One of a job's result files.
+
+        Raises:
+            UnknownFileError: there is no such file.
+        """
         return await asyncio.to_thread(self._result, file_id)
 
     # -- in a thread -----------------------------------------------------------------------------------------------
@@ -206,7 +221,7 @@ def _of_run(job: Job, read: Callable[[Any], T]) -> T | None:
         return None
 
 
-def _events(job: Job) -> list[TuningEvent]:
+def _events(job: Job) -> list[EventCard]:
     """In the order of what they tell of; of one second the later told first."""
     run = open_run(job.facts.location)
     told = [*_first(job), *(run_events(run, job.id, int(job.created)) if run is not None else ()), *_last(job)]
@@ -214,11 +229,11 @@ def _events(job: Job) -> list[TuningEvent]:
     return [event for _, event in reversed(numbered)]
 
 
-def _first(job: Job) -> Iterator[TuningEvent]:
-    yield TuningEvent(f"ftevent-{job.id}-created", int(job.created), "info", f"Created fine-tuning job: {job.id}")
+def _first(job: Job) -> Iterator[EventCard]:
+    yield _event(f"{job.id}-created", int(job.created), "info", f"Created fine-tuning job: {job.id}")
 
 
-def _last(job: Job) -> Iterator[TuningEvent]:
+def _last(job: Job) -> Iterator[EventCard]:
     messages: dict[Status, str] = {
         "succeeded": "The job has successfully completed",
         "failed": f"The job failed: {job.reason}",
@@ -226,7 +241,11 @@ def _last(job: Job) -> Iterator[TuningEvent]:
     }
     if job.status in messages:
         level: Any = "error" if job.status == "failed" else "info"
-        yield TuningEvent(f"ftevent-{job.id}-end", int(job.ended or job.created), level, messages[job.status])
+        yield _event(f"{job.id}-end", int(job.ended or job.created), level, messages[job.status])
+
+
+def _event(place: str, when: int, level: Literal["info", "warn", "error"], message: str) -> EventCard:
+    return EventCard(id=f"ftevent-{place}", created_at=when, level=level, message=message)
 
 
 def compose(allowed: FineTuningSection, root: str, run: str, order: TuningOrder, rows: Callable[[str], int]) -> Config:
@@ -339,36 +358,44 @@ def result_file(run: RunDir, name: str) -> ResultFile | None:
     return None if written is None else ResultFile(name, written, run.read_bytes(name))
 
 
-def run_events(run: RunDir, job_id: str, begun: int) -> Iterator[TuningEvent]:
+def run_events(run: RunDir, job_id: str, begun: int) -> Iterator[EventCard]:
     """One for each step, and one for each thing that happened to the run; `begun` is when where nothing tells."""
     for line in run.read_lines(METRICS_FILE):
         step = int(line["step"]) + 1
         figures = _figures(line)
         shown = ", ".join(f"{name}={value:.4g}" for name, value in figures.items() if name != "step")
         when = _written(run, rollouts_name(step - 1)) or begun
-        yield TuningEvent(f"ftevent-{job_id}-step-{step:06d}", when, "info", f"Step {step}: {shown}", figures)
+        told = _event(f"{job_id}-step-{step:06d}", when, "info", f"Step {step}: {shown}")
+        yield told.model_copy(update={"type": "metrics", "data": figures})
     for number, line in enumerate(run.read_lines(EVENTS_FILE)):
         kind = str(line.get("kind", "event"))
         rest = ", ".join(f"{key}={value}" for key, value in line.items() if key not in ("kind", "time"))
         worrying = any(word in kind for word in _WORRYING)
-        yield TuningEvent(
-            f"ftevent-{job_id}-run-{number:06d}",
+        what = kind.replace("_", " ")
+        yield _event(
+            f"{job_id}-run-{number:06d}",
             int(line.get("time") or begun),
             "warn" if worrying else "info",
-            f"{kind.replace('_', ' ')}: {rest}" if rest else kind.replace("_", " "),
+            f"{what}: {rest}" if rest else what,
         )
 
 
-def run_checkpoints(run: RunDir, job_id: str) -> list[TuningCheckpoint]:
+def run_checkpoints(run: RunDir, job_id: str) -> list[CheckpointCard]:
     """A run's checkpoints that are there, the newest first."""
     lines = {int(line["step"]) + 1: line for line in run.read_lines(METRICS_FILE)}
     found = []
     for step in reversed(checkpoint_steps(run)):
         written = _written(run, f"{checkpoint_name(step)}/{MANIFEST}")
         if written is not None:  # else its writer died before the commit
-            name = checkpoint_id(run.name, step)
-            metrics = _figures(lines.get(step, {"step": step - 1}))
-            found.append(TuningCheckpoint(f"ftckpt-{job_id}-{step:06d}", step, written, name, metrics))
+            checkpoint = CheckpointCard(
+                id=f"ftckpt-{job_id}-{step:06d}",
+                created_at=written,
+                fine_tuning_job_id=job_id,
+                fine_tuned_model_checkpoint=checkpoint_id(run.name, step),
+                step_number=step,
+                metrics=_figures(lines.get(step, {"step": step - 1})),
+            )
+            found.append(checkpoint)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What travels between gateway, policy and reward, and the two services as the gateway sees them.
+"""What travels between gateway, policy, reward and jobs, and the first two services as the gateway sees them.
 
 Frozen, slotted, picklable: each value crosses from one Serve replica to another.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from mmrl_ray.experience.carriers import SamplingParams, Score
 
@@ -214,31 +214,7 @@ class TuningJob:
     trained_tokens: int | None = None
     """Completion tokens that it learnt from; known when it is over."""
     result_files: tuple[str, ...] = ()
-    """Ids of `JobService.result`."""
-
-
-@dataclass(frozen=True, slots=True)
-class TuningEvent:
-    """Something that a job has to tell."""
-
-    id: str
-    created_at: int
-    level: Literal["info", "warn", "error"]
-    message: str
-    data: Mapping[str, Any] | None = None
-    """Figures of a step."""
-
-
-@dataclass(frozen=True, slots=True)
-class TuningCheckpoint:
-    """A step that a job could go on from."""
-
-    id: str
-    step: int
-    created_at: int
-    name: str
-    """Of the run at that step."""
-    metrics: Mapping[str, float]
+    """Ids of `RayJobService.result`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,49 +224,3 @@ class ResultFile:
     name: str
     created_at: int
     data: bytes
-
-
-class JobService(Protocol):
-    """Fine-tuning jobs.
-
-    Raises (every method): `UnknownJobError` no such job; `JobServerError` the cluster's job server is out of reach;
-    `JobError` it refuses.
-    """
-
-    async def create(self, order: TuningOrder) -> TuningJob:
-        """Begins a job.
-
-        Raises:
-            ConfigError: the order does not fit the recipe.
-            DataError: the dataset cannot be read.
-            OverloadedError: too many jobs are under way.
-        """
-        ...
-
-    async def get(self, id: str) -> TuningJob:
-        """One job."""
-        ...
-
-    async def jobs(self) -> list[TuningJob]:
-        """All of them, the newest first."""
-        ...
-
-    async def cancel(self, id: str) -> TuningJob:
-        """Asks a job to stop; it finishes its step first."""
-        ...
-
-    async def events(self, id: str) -> list[TuningEvent]:
-        """What it has to tell, the newest first."""
-        ...
-
-    async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
-        """Those that are there, the newest first."""
-        ...
-
-    async def result(self, file_id: str) -> ResultFile:
-        """One of a job's result files.
-
-        Raises:
-            UnknownFileError: there is no such file.
-        """
-        ...

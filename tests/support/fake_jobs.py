@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from mmrl_ray.config.serving import FineTuningSection, ServingSection
 from mmrl_ray.errors import UnknownFileError, UnknownJobError
-from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningJob, TuningOrder
+from mmrl_ray.serving.fine_tuning_types import CheckpointCard, EventCard
+from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder
 
 RECIPE = {
     "model": {"path": "hub/base", "lora": {"r": 4}},
@@ -29,8 +30,8 @@ class FakeJobs:
 
     error: Exception | None = None
     known: dict[str, TuningJob] = field(default_factory=dict)
-    told: dict[str, list[TuningEvent]] = field(default_factory=dict)
-    kept: dict[str, list[TuningCheckpoint]] = field(default_factory=dict)
+    told: dict[str, list[EventCard]] = field(default_factory=dict)
+    kept: dict[str, list[CheckpointCard]] = field(default_factory=dict)
     files: dict[str, ResultFile] = field(default_factory=dict)
 
     async def create(self, order: TuningOrder) -> TuningJob:
@@ -56,10 +57,10 @@ class FakeJobs:
     async def cancel(self, id: str) -> TuningJob:
         return self.change(id, status="cancelled", finished_at=1_800_000_000)
 
-    async def events(self, id: str) -> list[TuningEvent]:
+    async def events(self, id: str) -> list[EventCard]:
         return self.told.get((await self.get(id)).id, [])
 
-    async def checkpoints(self, id: str) -> list[TuningCheckpoint]:
+    async def checkpoints(self, id: str) -> list[CheckpointCard]:
         return self.kept.get((await self.get(id)).id, [])
 
     async def result(self, file_id: str) -> ResultFile:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
@@ -34,9 +34,12 @@ from mmrl_ray.serving.http_errors import CLIENT_GONE, invalid_body, problem
 from mmrl_ray.serving.images import Turns
 from mmrl_ray.serving.keys import KeyStore
 from mmrl_ray.serving.openai import Sampled
-from mmrl_ray.serving.protocols import JobService, PolicyService, RewardService
+from mmrl_ray.serving.protocols import PolicyService, RewardService
 from mmrl_ray.serving.routes.pictures import Pictures
 from mmrl_ray.telemetry.meter import Meter
+
+if TYPE_CHECKING:
+    from mmrl_ray.serving.job_service import RayJobService  # needs Ray, which a gateway without jobs does not
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -80,7 +83,7 @@ class GatewayDeps:
     """Takes the same measurements as `/metrics`, for a Prometheus that asks Ray."""
     preferences: PreferenceStore | None = None
     """What people think of captions; None where `settings.preferences` is not written."""
-    jobs: JobService | None = None
+    jobs: RayJobService | None = None
     """Fine-tuning jobs; None where `settings.fine_tuning` is not written."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -21,9 +21,7 @@ from mmrl_ray.run_records.control_files import MAX_WORKERS, STATUS_FILE
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.auth import ADMIN, needs
 from mmrl_ray.serving.fine_tuning_types import (
-    CheckpointCard,
     CheckpointPage,
-    EventCard,
     EventPage,
     FileCard,
     FineTuningRequest,
@@ -31,8 +29,11 @@ from mmrl_ray.serving.fine_tuning_types import (
     JobPage,
 )
 from mmrl_ray.serving.http_errors import problem
-from mmrl_ray.serving.protocols import JobService, ResultFile, TuningJob
+from mmrl_ray.serving.protocols import ResultFile, TuningJob
 from mmrl_ray.serving.routes.common import Tools, json_answer, read_json, takes_json
+
+if TYPE_CHECKING:
+    from mmrl_ray.serving.job_service import RayJobService  # needs Ray, which a gateway without jobs does not
 
 _PATH = "/v1/fine_tuning/jobs"
 _SHOWN = 64
@@ -145,7 +146,7 @@ def _add_details(app: FastAPI, tools: Tools) -> None:
         service, _ = _service(tools)
         async with asyncio.timeout(tools.timeout_s):
             page, has_more = _page(await service.events(job_id), after, limit)
-        return json_answer(EventPage(data=[EventCard.of(event) for event in page], has_more=has_more))
+        return json_answer(EventPage(data=list(page), has_more=has_more))
 
     @app.get(
         _PATH + "/{job_id}/checkpoints",
@@ -157,10 +158,10 @@ def _add_details(app: FastAPI, tools: Tools) -> None:
         service, _ = _service(tools)
         async with asyncio.timeout(tools.timeout_s):
             page, has_more = _page(await service.checkpoints(job_id), after, limit)
-        return json_answer(CheckpointPage.of([CheckpointCard.of(job_id, each) for each in page], has_more))
+        return json_answer(CheckpointPage.of(page, has_more))
 
 
-def _service(tools: Tools) -> tuple[JobService, FineTuningSection]:
+def _service(tools: Tools) -> tuple[RayJobService, FineTuningSection]:
     jobs, allowed = tools.deps.jobs, tools.deps.settings.fine_tuning
     if jobs is None or allowed is None:
         message = "fine-tuning is off here: whoever runs this gateway turns it on with serving.fine_tuning"

@@ -142,7 +142,7 @@ def test_a_run_whose_driver_is_killed_goes_on(workplace: Workplace, client: Jobs
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert documented("mmrl jobs logs") in output
     left = RunDir.at(run)
-    assert [checkpoint.step for checkpoint in run_checkpoints(left, "j")] == [STEPS, STEPS - 2]
+    assert [checkpoint.step_number for checkpoint in run_checkpoints(left, "j")] == [STEPS, STEPS - 2]
     assert trained_tokens(left) >= STEPS
     assert [event.data["step"] for event in run_events(left, "j", 0) if event.data] == list(range(1, STEPS + 1))
     listed = [line.split() for line in documented("mmrl jobs list").splitlines()]

@@ -14,9 +14,10 @@ from fastapi.testclient import TestClient
 from mmrl_ray.config.serving import FineTuningSection, ServingSection
 from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, OverloadedError
 from mmrl_ray.serving.app import GatewayDeps, make_app
+from mmrl_ray.serving.fine_tuning_types import CheckpointCard, EventCard
 from mmrl_ray.serving.job_service import compose, recipe_configs, run_name
 from mmrl_ray.serving.keys import KeyStore
-from mmrl_ray.serving.protocols import ResultFile, TuningCheckpoint, TuningEvent, TuningOrder
+from mmrl_ray.serving.protocols import ResultFile, TuningOrder
 from tests.support.fake_jobs import RECIPE, SETTINGS, FakeJobs
 from tests.support.fake_services import FakePolicy, running_gateway
 
@@ -105,10 +106,26 @@ def test_pages_go_on_behind_the_last_item(server: Server) -> None:
 def test_events_and_checkpoints(server: Server) -> None:
     id = server.create().id
     server.fakes.told[id] = [
-        TuningEvent(f"e{number}", 1_700_000_000 + number, "info", f"Step {number}", {"step": number, "train_loss": 0.5})
+        EventCard(
+            id=f"e{number}",
+            created_at=1_700_000_000 + number,
+            level="info",
+            message=f"Step {number}",
+            type="metrics",
+            data={"step": number, "train_loss": 0.5},
+        )
         for number in (3, 2, 1)
     ]
-    server.fakes.kept[id] = [TuningCheckpoint("c", 4, 1_700_000_004, "smol-0:ckpt-step-4", {"train_loss": 0.25})]
+    server.fakes.kept[id] = [
+        CheckpointCard(
+            id="c",
+            created_at=1_700_000_004,
+            fine_tuning_job_id=id,
+            fine_tuned_model_checkpoint="smol-0:ckpt-step-4",
+            step_number=4,
+            metrics={"train_loss": 0.25},
+        )
+    ]
     events = server.jobs.list_events(id, limit=2)
     assert [event.id for event in events.data] == ["e3", "e2"]
     assert [event.id for event in server.jobs.list_events(id, limit=2)] == ["e3", "e2", "e1"]

@@ -47,8 +47,8 @@ def test_events_have_the_figures_of_each_step_and_what_befell_the_run(run: RunDi
 
 def test_checkpoints_are_those_that_were_committed(run: RunDir) -> None:
     newest, oldest = run_checkpoints(run, "ftjob-1")
-    assert (newest.step, oldest.step) == (2, 1)
-    assert newest.name == "smol-1:ckpt-step-2"
+    assert (newest.step_number, oldest.step_number) == (2, 1)
+    assert newest.fine_tuned_model_checkpoint == "smol-1:ckpt-step-2"
     assert newest.created_at == BEGUN + 22
     assert newest.metrics == {"step": 2, "train_loss": 0.25, "reward_mean": 0.1}
 
