@@ -185,10 +185,6 @@ class CiderD:
         total = math.fsum(_similarity(hypothesis, reference) for reference in prepared)
         return 10.0 * total / len(references)
 
-    def score_corpus(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """One score a caption; the corpus score is their mean."""
-        return [self.score(caption, refs) for caption, refs in zip(captions, references, strict=True)]
-
     def _vectors(self, references: tuple[str, ...], ends: bool) -> tuple[_Vector, ...]:
         return tuple(self._vector(reference, ends) for reference in references)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -21,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmrl_ray.config.paths import is_hub_id, nearest_folder
 from mmrl_ray.config.sections import ModelSection
-from mmrl_ray.errors import AdapterError, ModelError
+from mmrl_ray.errors import ModelError
 from mmrl_ray.policy.checkpoint import (
     WEIGHTS_REMEDY,
     model_call,
@@ -52,8 +50,6 @@ disable_progress_bar()  # of loading and saving weights: they would run through 
 
 _CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
 """Inputs that tell each token of a row which pictures it may look at (Mllama, Idefics)."""
-
-_PROCESSOR_FILES = (".json", ".jinja", ".txt", ".model")
 
 
 def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, on_host: bool = False) -> Policy:
@@ -99,29 +95,6 @@ def accelerate(model: nn.Module, device: torch.device) -> Acceleration:
         return Acceleration()
     made: Acceleration = import_module(name).accelerate(model)
     return made
-
-
-def save_policy(policy: Policy, folder: str | Path) -> None:
-    """Saves a policy without adapter as an ordinary Hugging Face folder: safetensors, processor, chat template.
-
-    The processor's own files are copied where the policy came from a folder, so that what this process left out of
-    it (a video processor) is not lost.
-
-    Raises:
-        AdapterError: the policy carries an adapter; merge it first.
-    """
-    if isinstance(policy.model, PeftModel):
-        raise AdapterError("a policy with an adapter is not saved as a model folder; merge the adapter first")
-    folder = Path(folder)
-    policy.hf_model.save_pretrained(folder)
-    source = Path(policy.path)
-    if not source.is_dir():
-        policy.processor.save_pretrained(folder)
-        return
-    for file in source.iterdir():
-        written = file.name in ("config.json", "generation_config.json") or file.name.endswith(".index.json")
-        if file.suffix in _PROCESSOR_FILES and not written:
-            shutil.copyfile(file, folder / file.name)
 
 
 def load_skeleton(cfg: ModelSection) -> Policy:

@@ -144,10 +144,10 @@ class AssignmentTracker:
         self._first.worked()
         return work.since
 
-    def requeue(self, worker: int, reason: str, *, blame: bool = True) -> list[DataFailure]:
-        """The worker is gone: its assignment goes back to the front of the queue under a fresh id.
+    def requeue(self, worker: int, reason: str) -> list[DataFailure]:
+        """The worker is gone: its assignment, counted as having crashed it, goes back to the front of the queue.
 
-        With `blame`, the assignment is counted as having crashed it (see the top of this file).
+        It gets a fresh id.
 
         Returns the groups given up: at most one.
 
@@ -158,11 +158,10 @@ class AssignmentTracker:
         if work is None or work.cancelled:
             return []
         entry = work.entry
-        if blame:
-            entry.crashes += 1
-            entry.last_reason = reason
-            self._look_for_a_common_cause(work, reason)
-        if entry.crashes < CRASHES_BEFORE_SPLIT or not blame:
+        entry.crashes += 1
+        entry.last_reason = reason
+        self._look_for_a_common_cause(work, reason)
+        if entry.crashes < CRASHES_BEFORE_SPLIT:
             self.counts["retried"] += 1
             self._requeue([_Entry(self._again(entry.assignment), entry.crashes, entry.last_reason)])
             return []

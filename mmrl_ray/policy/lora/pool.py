@@ -230,12 +230,6 @@ class AdapterPool:
         with self._lock:
             resident.leases -= 1
 
-    @property
-    def has_idle_retired(self) -> bool:
-        """Whether `sweep` would take something off the model."""
-        with self._lock:
-            return any(resident.leases == 0 for resident in self._retired)
-
     # -- the thread that runs the model ----------------------------------------------------------------------------
 
     def install(self, read: ReadAdapter) -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -24,12 +23,12 @@ from transformers import (
 )
 
 from mmrl_ray.config.sections import LoraSection, ModelSection
-from mmrl_ray.errors import AdapterError, ConfigError, ModelError
+from mmrl_ray.errors import ConfigError, ModelError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy import trial, vision
 from mmrl_ray.policy.checkpoint import is_revision, revision_key_of
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.load import load_policy, load_skeleton, save_policy
+from mmrl_ray.policy.load import load_policy, load_skeleton
 from mmrl_ray.policy.lora.adapter import add_adapter, save_adapter
 from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.parity import compare
@@ -524,31 +523,6 @@ def test_truncated_weights_are_an_error(copied: Copied) -> None:
     for load_any in (load_policy, load_skeleton):
         with pytest.raises(ModelError, match="weights cannot be loaded"):
             load_any(section(folder))
-
-
-@pytest.mark.parametrize("family", ["llava", "smolvlm"])
-def test_a_saved_policy_is_an_ordinary_folder(family: str, load: Load, tmp_path: Path) -> None:
-    policy = load(family)
-    with torch.no_grad():
-        policy.hf_model.get_output_embeddings().weight.mul_(2)
-    save_policy(policy, tmp_path)
-    again = load_policy(section(tmp_path), device="cpu")
-    assert torch.equal(again.hf_model.get_output_embeddings().weight, policy.hf_model.get_output_embeddings().weight)
-    [sample] = make_samples([(64, 64)])
-    [mine], [theirs] = encode_prompts(policy, [sample]), encode_prompts(again, [sample])
-    assert torch.equal(mine.input_ids, theirs.input_ids)
-    assert torch.equal(mine.model_inputs["pixel_values"], theirs.model_inputs["pixel_values"])
-    AutoModelForImageTextToText.from_pretrained(tmp_path)
-
-
-def test_a_policy_with_an_adapter_is_not_saved_as_a_model(load: Load, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    policy = load()
-    policy.model = get_peft_model(policy.hf_model, LoraConfig(target_modules=r".*language_model.*q_proj"))
-    with pytest.raises(AdapterError, match="merge the adapter first"):
-        save_policy(policy, tmp_path / "m")
-    assert not (tmp_path / "m").exists()
 
 
 def test_a_skeleton_has_all_but_the_weights(family_folder: Copied, load: Load) -> None:

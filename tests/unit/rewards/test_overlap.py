@@ -18,7 +18,7 @@ CAPTIONS = ["a red circle", "a blue circle"]
 
 def test_cider_reward_is_the_metric() -> None:
     scores = CiderReward(STATISTICS).score_batch(SAMPLES, CAPTIONS)
-    expected = CiderD(STATISTICS).score_corpus(CAPTIONS, [s.references for s in SAMPLES])
+    expected = [CiderD(STATISTICS).score(text, s.references) for text, s in zip(CAPTIONS, SAMPLES, strict=True)]
     assert [s.total for s in scores] == expected
     assert scores[1].parts == {"cider_d": expected[1]}
     assert scores[1].weights == {"cider_d": 1.0}

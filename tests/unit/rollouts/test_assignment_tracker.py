@@ -83,15 +83,6 @@ def test_a_group_that_was_alone_from_the_beginning_is_given_up_after_two_tries()
     assert tracker.outstanding == 0
 
 
-def test_a_worker_taken_away_on_purpose_is_not_counted_against_its_assignment() -> None:
-    tracker = AssignmentTracker()
-    tracker.submit(assignment(1))
-    for worker in range(5):
-        given(tracker, worker)
-        assert tracker.requeue(worker, "resized", blame=False) == []
-    assert len(given(tracker, 9).groups) == 2
-
-
 def test_cancelled_assignments_do_not_come_back() -> None:
     tracker = AssignmentTracker()
     for number in (1, 2, 3):
