@@ -144,7 +144,7 @@ class ParquetDataset:
             self.columns,
             sample_id=self.sample_id(row, group, offset),
             prompt=prompt,
-            read_file=self._read_file,
+            read_file=self.read_file,
             place=self.where(group, offset),
         )
 
@@ -180,17 +180,9 @@ class ParquetDataset:
             try:
                 value = cell.as_py()
                 if images_length(value, self._file_size) in lengths:
-                    yield images_from_cell(value, self._read_file)
+                    yield images_from_cell(value, self.read_file)
             except ImageError:  # whoever trains on the row will say so
                 continue
-
-    def read_file(self, path: str) -> bytes:
-        """An image that a row names by a path relative to its shard's folder, never outside of it.
-
-        Raises:
-            ImageError: it is missing, too large, or the path is refused.
-        """
-        return self._read_file(path)
 
     def _read(self, group: RowGroup, columns: list[str]) -> pa.Table:
         shard = self.shards[group.shard]
@@ -238,8 +230,12 @@ class ParquetDataset:
         """Whether it lies on this machine's file system."""
         return is_local(self._filesystem)
 
-    def _read_file(self, path: str) -> bytes:
-        """An image that a row names relative to the shard's folder, never outside of it."""
+    def read_file(self, path: str) -> bytes:
+        """An image that a row names by a path relative to its shard's folder, never outside of it.
+
+        Raises:
+            ImageError: it is missing, too large, or the path is refused.
+        """
         self._file_size(path)
         try:
             with self._filesystem.open_input_stream(self._full(path)) as source:

@@ -1,4 +1,4 @@
-"""The Serve deployments: thin shells around plain classes, which are imported where a replica is made.
+"""The Serve deployments: thin shells around plain classes; policy and gateway are imported where a replica is made.
 
 gateway (one ASGI app) ──handle──▶ policy (an engine)
                        └─handle──▶ reward (a hosted reward)
@@ -24,19 +24,12 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.sections import RunSection
 from mmrl_ray.config.serving import GATEWAY, POLICY, REWARD, ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
-from mmrl_ray.experience.carriers import Score
+from mmrl_ray.metrics.text import CorpusStatistics
+from mmrl_ray.rewards.build import NOTHING, build_reward
 from mmrl_ray.serving.engine import export_engine_metrics
 from mmrl_ray.serving.launch import deployment_options
-from mmrl_ray.serving.protocols import (
-    Delta,
-    Generated,
-    GenerateRequest,
-    ModelInfo,
-    RewardItem,
-    Scored,
-    Served,
-)
-from mmrl_ray.serving.reward_service import CaptionBatch
+from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, Served
+from mmrl_ray.serving.reward_service import HostedReward, reward_name, reward_version
 from mmrl_ray.telemetry.logs import LogFormat, start_logging
 from mmrl_ray.telemetry.ray_meter import RayMeter
 
@@ -102,7 +95,7 @@ class PolicyReplica:
             self._engine.close()
 
 
-class RewardReplica:
+class RewardReplica(HostedReward):
     """`HostedReward` on Serve."""
 
     def __init__(
@@ -118,35 +111,21 @@ class RewardReplica:
         `run` is the run that asks, where there is one.
         """
         start_logging(log_format, run=run, role=REWARD)
-        from mmrl_ray.metrics.text import CorpusStatistics
-        from mmrl_ray.rewards.build import NOTHING
-        from mmrl_ray.serving.reward_service import HostedReward
-
         found = NOTHING
         if statistics is not None:
             with filesystem.open_input_stream(statistics) as stream:
                 found = CorpusStatistics.from_json(stream.read().decode())
-        self._reward = HostedReward.build(cfg, found)
-
-    async def score(self, items: tuple[RewardItem, ...]) -> Scored:
-        """One score a caption, in order, with the reward's name and version."""
-        return await self._reward.score(items)
-
-    async def score_batch(self, batch: CaptionBatch) -> list[Score]:
-        """One score a caption, for a run (`HostedReward.score_batch`)."""
-        return await self._reward.score_batch(batch)
-
-    async def describe(self) -> Mapping[str, str]:
-        """The reward's name and version."""
-        return await self._reward.describe()
-
-    async def ready(self) -> bool:
-        """Whether the reward answers."""
-        return await self._reward.ready()
+        super().__init__(
+            build_reward(cfg, found),
+            name=reward_name(cfg),
+            version=reward_version(cfg, found),
+            timeout_s=cfg.timeout_s,
+            longest_s=cfg.longest_s,
+        )
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
-        if not self._reward.healthy:
+        if not self.healthy:
             raise ServingError("the reward ran past its deadline and has answered nothing since")
 
 
