@@ -34,14 +34,14 @@ def work(owner: socket.socket) -> None:
     error or a size, and, where they are wanted, the pixels.
     """
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy would start one a core, each with memory of its own
-    from mmrl_ray.data.images import bands, decode_image
+    from mmrl_ray.data.images import ImageLimits, bands, decode_image
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while (head := receive(owner)) is not None and (data := receive(owner)) is not None:
         asked: dict[str, Any] = json.loads(head)
         try:
             _set_budget(asked["cpu_s"], asked["memory_bytes"])
-            image = decode_image(bytes(data), **asked["limits"])
+            image = decode_image(bytes(data), ImageLimits(**asked["limits"]))
         except ImageError as error:
             _set_budget(0.0, None)
             send(owner, json.dumps({"error": str(error)}).encode())

@@ -12,10 +12,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from PIL import Image
 
-from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, banded, inspect_image
+from mmrl_ray.data.images import DEFAULT_LIMITS, ImageLimits, banded, inspect_image
 from mmrl_ray.errors import ImageError, ProcessError
 from mmrl_ray.processes import ChildProcess, Lost
 
@@ -77,13 +78,7 @@ class DecoderPool:
         self._idle: list[ChildProcess] = []
 
     def decode(
-        self,
-        data: bytes,
-        *,
-        max_bytes: int = MAX_BYTES,
-        max_pixels: int = MAX_PIXELS,
-        max_side: int = MAX_SIDE,
-        decoding: Decoding | None = None,
+        self, data: bytes, limits: ImageLimits = DEFAULT_LIMITS, decoding: Decoding | None = None
     ) -> Image.Image:
         """What `decode_image` gives.
 
@@ -91,27 +86,17 @@ class DecoderPool:
             ImageError: whatever `decode_image` refuses, and what takes more memory or CPU time than it may.
             ProcessError: no process can be started, it was ended from outside, or the decoding was given up.
         """
-        limits = {"max_bytes": max_bytes, "max_pixels": max_pixels, "max_side": max_side}
         with self._process() as process, (decoding or Decoding()).on(process):
             width, height = self._size(process, data, limits, pixels=True)
             pixels = process.more(_TIMEOUT_S)
         if isinstance(pixels, Lost):
             raise ProcessError(pixels.reason)
-        if width * height > max_pixels or len(pixels) != 3 * width * height:
+        if width * height > limits.max_pixels or len(pixels) != 3 * width * height:
             raise ProcessError(f"the decoder's process gave {len(pixels):,} bytes for {width}x{height} pixels")
         return banded((width, height), memoryview(pixels))
 
-    def check(
-        self,
-        data: bytes,
-        *,
-        max_bytes: int = MAX_BYTES,
-        max_pixels: int = MAX_PIXELS,
-        max_side: int = MAX_SIDE,
-        decoding: Decoding | None = None,
-    ) -> None:
+    def check(self, data: bytes, limits: ImageLimits = DEFAULT_LIMITS, decoding: Decoding | None = None) -> None:
         """Decodes as `decode` does, and raises like it; the pixels stay where they are."""
-        limits = {"max_bytes": max_bytes, "max_pixels": max_pixels, "max_side": max_side}
         with self._process() as process, (decoding or Decoding()).on(process):
             self._size(process, data, limits, pixels=False)
 
@@ -122,11 +107,11 @@ class DecoderPool:
         for process in idle:
             process.end()
 
-    def _size(self, process: ChildProcess, data: bytes, limits: dict[str, int], *, pixels: bool) -> tuple[int, int]:
-        count = inspect_image(data, **limits)
+    def _size(self, process: ChildProcess, data: bytes, limits: ImageLimits, *, pixels: bool) -> tuple[int, int]:
+        count = inspect_image(data, limits)
         cpu_s = CPU_S + CPU_S_A_MEGAPIXEL * count / 1e6
         memory = MEMORY_FACTOR * 3 * count + MEMORY_BYTES + 2 * len(data)
-        head = {"limits": limits, "pixels": pixels, "cpu_s": cpu_s, "memory_bytes": memory}
+        head = {"limits": asdict(limits), "pixels": pixels, "cpu_s": cpu_s, "memory_bytes": memory}
         answer = process.ask(json.dumps(head).encode(), data, timeout_s=_TIMEOUT_S)
         if isinstance(answer, Lost):
             if answer.by == signal.SIGPROF:

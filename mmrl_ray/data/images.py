@@ -13,6 +13,7 @@ import hashlib
 import io
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +35,17 @@ MAX_SIDE = 16_384
 MAX_ASPECT = 200
 """Longer to shorter side: beyond it Qwen-VL's processor raises, and no processor keeps anything readable."""
 
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What one picture may be."""
+
+    max_bytes: int = MAX_BYTES
+    max_pixels: int = MAX_PIXELS
+    max_side: int = MAX_SIDE
+
+
+DEFAULT_LIMITS = ImageLimits()
 _EXTENSIONS: dict[ImageFormat, str] = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
 _ORIENTATION_TAG = 0x0112
 _RAW_EXIF = "Raw profile type exif"
@@ -69,13 +81,7 @@ _LOOKS_LIKE = (
 )
 
 
-def decode_image(
-    data: bytes,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_pixels: int = MAX_PIXELS,
-    max_side: int = MAX_SIDE,
-) -> Image.Image:
+def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """The picture as 8-bit RGB, upright, transparency over white; of an animation the first frame.
 
     Accepts PNG, JPEG, WebP and GIF. 16-bit channels are scaled to 8 (not clipped), CMYK and palettes are converted.
@@ -85,10 +91,10 @@ def decode_image(
         ImageError: broken, too large (bytes, pixels, a side, or a strip more than `MAX_ASPECT` times longer than it
             is wide), or of a format that is not on the list.
     """
-    kind, _, exif = _inspected(data, max_bytes, max_pixels, max_side)
+    kind, _, exif = _inspected(data, limits)
     try:
         with _opened(data, kind, exif) as image:
-            _check_size(*image.size, max_pixels=max_pixels, max_side=max_side)
+            _check_size(*image.size, limits)
             image.load()
             rgb = _to_rgb(_upright(image))
     except ImageError:
@@ -104,19 +110,13 @@ def decode_image(
     return rgb
 
 
-def inspect_image(
-    data: bytes,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_pixels: int = MAX_PIXELS,
-    max_side: int = MAX_SIDE,
-) -> int:
+def inspect_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> int:
     """Pixels that the header announces, after everything that `decode_image` refuses before it decodes; microseconds.
 
     Raises:
         ImageError: too large, of a format that is not on the list, or without a header.
     """
-    kind, size, _ = _inspected(data, max_bytes, max_pixels, max_side)
+    kind, size, _ = _inspected(data, limits)
     if size is None:
         raise ImageError(f"broken {kind} image: its header cannot be read")
     return size[0] * size[1]
@@ -152,23 +152,25 @@ def image_hash(images: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
-def _check_size(width: int, height: int, *, max_pixels: int, max_side: int) -> None:
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"image of {width}x{height} pixels is empty")
-    if max(width, height) > max_side:
-        raise ImageError(f"image of {width}x{height} pixels: at most {max_side} a side are accepted; make it smaller")
-    if width * height > max_pixels:
-        raise ImageError(f"image of {width}x{height} pixels: at most {max_pixels:,} are accepted; make it smaller")
+    if max(width, height) > limits.max_side:
+        raise ImageError(
+            f"image of {width}x{height} pixels: at most {limits.max_side} a side are accepted; make it smaller"
+        )
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"image of {width}x{height} pixels: at most {limits.max_pixels:,} are accepted; make it smaller"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(f"image of {width}x{height} pixels: a side may be at most {MAX_ASPECT} times the other")
 
 
-def _inspected(
-    data: bytes, max_bytes: int, max_pixels: int, max_side: int
-) -> tuple[ImageFormat, tuple[int, int] | None, list[int]]:
+def _inspected(data: bytes, limits: ImageLimits) -> tuple[ImageFormat, tuple[int, int] | None, list[int]]:
     """Format, (width, height) and the places of a JPEG's EXIF; raises like `inspect_image`."""
-    if len(data) > max_bytes:
-        raise ImageError(f"image of {len(data):,} bytes: at most {max_bytes:,} are accepted; make it smaller")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"image of {len(data):,} bytes: at most {limits.max_bytes:,} are accepted; make it smaller")
     kind = image_format(data)
     # Pillow allocates a WebP's canvas while opening it, and warns of a large PNG or GIF: ask the header before.
     exif: list[int] = []
@@ -177,7 +179,7 @@ def _inspected(
     else:
         size = _size_from_header(data, kind)
     if size is not None:
-        _check_size(*size, max_pixels=max_pixels, max_side=max_side)
+        _check_size(*size, limits)
     if kind == "PNG":
         check_png(data)
     elif kind == "GIF":

@@ -22,7 +22,7 @@ from typing import TypeVar
 from PIL import Image
 
 from mmrl_ray.data.decoder_pool import DecoderPool, Decoding, background_pool, shared_pool
-from mmrl_ray.data.images import MAX_BYTES, MAX_PIXELS, MAX_SIDE, inspect_image
+from mmrl_ray.data.images import DEFAULT_LIMITS, ImageLimits, inspect_image
 from mmrl_ray.errors import ImageError, OverloadedError, ProcessError
 
 _UNTYPED = ("", "application/octet-stream", "binary/octet-stream")
@@ -40,19 +40,6 @@ _QUICK, _SLOW = 3, 2
 """Decoded at a time of either kind, all but one of them for one caller: another one's never wait for it."""
 _KNOWN = 4096
 """Pictures whose verdict is remembered, 100 bytes each."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What one picture may be; see `decode_image`."""
-
-    max_bytes: int = MAX_BYTES
-    """Of the encoded picture, not of its base64."""
-    max_pixels: int = MAX_PIXELS
-    max_side: int = MAX_SIDE
-
-
-DEFAULT_LIMITS = ImageLimits()
 
 
 def is_data_uri(url: str) -> bool:
@@ -86,7 +73,7 @@ def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
     Raises:
         ImageError: whatever `inspect_image` refuses.
     """
-    inspect_image(data, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
+    inspect_image(data, limits)
     return data
 
 
@@ -116,7 +103,7 @@ class RequestDecoder:
 
     def __init__(self, limits: ImageLimits = DEFAULT_LIMITS, pool: DecoderPool | None = None) -> None:
         """`pool` is by default the one of this process."""
-        self._limits = {"max_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, "max_side": limits.max_side}
+        self._limits = limits
         self._pools = (lambda: pool, lambda: pool) if pool is not None else (shared_pool, background_pool)
         self._threads = ThreadPoolExecutor(_QUICK + _SLOW, thread_name_prefix="decode")
         self._turns = Turns(_QUICK), Turns(_SLOW)
@@ -179,11 +166,11 @@ class RequestDecoder:
             self._known.popitem(last=False)
 
     def _is_slow(self, image: bytes) -> bool:
-        return inspect_image(image, **self._limits) > _QUICK_PIXELS or len(image) > _QUICK_BYTES
+        return inspect_image(image, self._limits) > _QUICK_PIXELS or len(image) > _QUICK_BYTES
 
     async def _run(self, function: Callable[..., _Found], data: bytes) -> _Found:
         decoding = Decoding()
-        work = partial(function, data, decoding=decoding, **self._limits)
+        work = partial(function, data, limits=self._limits, decoding=decoding)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except asyncio.CancelledError:

@@ -30,10 +30,10 @@ import httpx
 
 from mmrl_ray import __version__
 from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.data.images import inspect_image
+from mmrl_ray.data.images import ImageLimits, inspect_image
 from mmrl_ray.errors import ImageError
 from mmrl_ray.serving.http_errors import about, problem
-from mmrl_ray.serving.images import ImageLimits, RequestDecoder, Turns, check_image, decode_data_uri, is_data_uri
+from mmrl_ray.serving.images import RequestDecoder, Turns, check_image, decode_data_uri, is_data_uri
 
 _What = TypeVar("_What", str, bytes)
 _THREADS = 2
@@ -174,8 +174,7 @@ class _File:
 
     @classmethod
     def of(cls, data: bytes, limits: ImageLimits) -> Self:
-        pixels = inspect_image(data, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, max_side=limits.max_side)
-        return cls(data, hashlib.sha256(data).digest(), pixels)
+        return cls(data, hashlib.sha256(data).digest(), inspect_image(data, limits))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 
 from mmrl_ray.data import decoder_pool
 from mmrl_ray.data.decoder_pool import DecoderPool, Decoding
-from mmrl_ray.data.images import decode_image
+from mmrl_ray.data.images import ImageLimits, decode_image
 from mmrl_ray.errors import ImageError, ProcessError
 from tests.corpus.pictures import HEAVY, ODD, many_scans
 from tests.unit.data.pictures import picture
@@ -37,7 +37,7 @@ def test_gives_what_the_decoder_gives(pool: DecoderPool) -> None:
     with pytest.raises(ImageError, match="broken PNG image"):
         pool.decode(picture(1, "PNG", (64, 64))[:70])
     with pytest.raises(ImageError, match="at most 63 are accepted"):
-        pool.check(picture(), max_pixels=63)
+        pool.check(picture(), ImageLimits(max_pixels=63))
 
 
 @pytest.mark.parametrize("name", HEAVY)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from mmrl_ray.data import images
-from mmrl_ray.data.images import decode_image, image_extension, image_format, image_hash
+from mmrl_ray.data.images import ImageLimits, decode_image, image_extension, image_format, image_hash
 from mmrl_ray.errors import ImageError
 from tests.unit.data.pictures import encode, picture, png, png_chunk
 
@@ -59,16 +59,16 @@ def test_refuses_other_formats_by_name(data: bytes, named: str) -> None:
 
 def test_caps_bytes_before_anything_else() -> None:
     with pytest.raises(ImageError, match=r"11 bytes: at most 10"):
-        decode_image(b"\x89PNG\r\n\x1a\nabc", max_bytes=10)
+        decode_image(b"\x89PNG\r\n\x1a\nabc", ImageLimits(max_bytes=10))
 
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_caps_pixels_and_sides(kind: str) -> None:
     with pytest.raises(ImageError, match=r"9x7 pixels: at most 62 are"):
-        decode_image(PLAIN[kind], max_pixels=62)
+        decode_image(PLAIN[kind], ImageLimits(max_pixels=62))
     with pytest.raises(ImageError, match=r"9x7 pixels: at most 8 a side"):
-        decode_image(PLAIN[kind], max_side=8)
-    assert decode_image(PLAIN[kind], max_pixels=63, max_side=9).size == (9, 7)
+        decode_image(PLAIN[kind], ImageLimits(max_side=8))
+    assert decode_image(PLAIN[kind], ImageLimits(max_pixels=63, max_side=9)).size == (9, 7)
 
 
 def test_refuses_long_strips_and_empty_pictures() -> None:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrl_ray.data import images as decoder
+from mmrl_ray.data.images import DEFAULT_LIMITS, ImageLimits
 from mmrl_ray.errors import ImageError
-from mmrl_ray.serving.images import DEFAULT_LIMITS, ImageLimits, check_image, decode_data_uri, is_data_uri
+from mmrl_ray.serving.images import check_image, decode_data_uri, is_data_uri
 from tests.unit.data.pictures import picture
 
 PNG, JPEG = picture(7, "PNG"), picture(7, "JPEG")
