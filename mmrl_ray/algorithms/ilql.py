@@ -86,7 +86,8 @@ class Ilql(Algorithm):
         """Puts fresh Q and V heads on the policy."""
         from mmrl_ray.policy.heads import add_learning_heads
 
-        add_learning_heads(policy, self.settings(IlqlSection), seed)
+        cfg = self.settings(IlqlSection)
+        add_learning_heads(policy, beta=cfg.beta, width=cfg.width, seed=seed)
 
     def objective(self, policy: Policy, seed: int = 0) -> Objective:
         """Over the heads that are on the policy.

@@ -18,33 +18,12 @@ from mmrl_ray.errors import ConfigError, DataError, RunError
 from mmrl_ray.evaluation.captioning import BATCH, target_captions
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
-from mmrl_ray.evaluation.scores import (
-    CaptionScore,
-    Difference,
-    Evaluation,
-    compare,
-    comparison_json,
-    evaluation_blindness,
-    interval_json,
-    score_captions,
-)
+from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness, score_captions
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import to_json
 from mmrl_ray.telemetry.terminal import PlainTable, RunProgress, say
-
-__all__ = [
-    "CaptionScore",
-    "Difference",
-    "Evaluation",
-    "compare",
-    "comparison_json",
-    "evaluate",
-    "interval_json",
-    "measures_table",
-    "score_captions",
-]
 
 
 def evaluate(

@@ -50,8 +50,6 @@ _FOREIGN_STOP = regex.compile(r"(?V1)[\p{P}--[\u0000-\u00ff\u2000-\u206f]]")
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 """No word can look like these: words have no angle brackets."""
 
-Followers = Mapping[str, Mapping[str, int]]
-"""[context][word] = how often the word followed the context, whose words are joined by spaces."""
 logger = logging.getLogger(__name__)
 
 _FORMAT = 2
@@ -138,31 +136,26 @@ def _segments(run: str) -> Iterator[str]:
 class NgramCounts:
     """How often each word followed which context in a set of texts."""
 
-    followers: tuple[Followers, ...]
-    """[n - 1] for contexts of n - 1 words. Texts begin with BEGIN and end with END; for n = 1 the context is ""."""
+    followers: tuple[dict[str, dict[str, int]], ...]
+    """[n - 1][context][word] for contexts of n - 1 words, joined by spaces. Texts begin with BEGIN and end with END;
+    for n = 1 the context is ""."""
+
+    @classmethod
+    def empty(cls, order: int) -> Self:
+        """Of no text yet, for n-grams up to `order`."""
+        return cls(tuple({} for _ in range(order)))
 
     @property
     def order(self) -> int:
         """The longest n-gram counted."""
         return len(self.followers)
 
-
-class NgramCounter:
-    """Counts texts one by one."""
-
-    def __init__(self, order: int) -> None:
-        self._followers: list[dict[str, dict[str, int]]] = [{} for _ in range(order)]
-
     def add(self, tokens: Sequence[str]) -> None:
-        """Counts one text, given as words."""
-        for n, table in enumerate(self._followers, start=1):
+        """Counts one more text, given as words."""
+        for n, table in enumerate(self.followers, start=1):
             for context, word in _ngrams(tokens, n):
                 seen = table.setdefault(context, {})
                 seen[word] = seen.get(word, 0) + 1
-
-    def counts(self) -> NgramCounts:
-        """What was counted so far."""
-        return NgramCounts(tuple(self._followers))
 
 
 @dataclass(frozen=True)
@@ -258,7 +251,7 @@ class CorpusStatistics:
         documents = 0
         tables: tuple[Counter[str], ...] = tuple(Counter() for _ in range(MAX_ORDER))
         ends: tuple[Counter[str], ...] = tuple(Counter() for _ in range(MAX_ORDER))
-        language = NgramCounter(language_order)
+        language = NgramCounts.empty(language_order)
         segmented = False
         for captions in references:
             documents += 1
@@ -281,7 +274,7 @@ class CorpusStatistics:
         return cls(
             documents,
             _kept(tables),
-            language.counts() if language_order else None,
+            language if language_order else None,
             _kept(ends),
             segmenter=segmenter_version() if segmented else None,
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -174,22 +174,17 @@ def values_of(heads: LearningHeads, policy: Policy, batch: LearnerBatch, scores:
     return TokenValues(rows(flat.q), rows(flat.conservative), rows(flat.target_q), rows(flat.v))
 
 
-class HeadSettings(Protocol):
-    """What fresh heads are made by."""
+def add_learning_heads(policy: Policy, *, beta: float, width: int | None, seed: int) -> LearningHeads:
+    """Puts fresh heads on the policy.
 
-    @property
-    def beta(self) -> float:
-        """How much decoding makes of them."""
-
-    @property
-    def width(self) -> int | None:
-        """Width of the layer in between; twice the model's hidden width by default."""
-
-
-def add_learning_heads(policy: Policy, cfg: HeadSettings, seed: int) -> LearningHeads:
-    """Puts fresh heads on the policy."""
-    width = cfg.width or 2 * policy.hidden_size
-    heads = LearningHeads(policy.hidden_size, policy.vocab_size, width, cfg.beta, seed).to(policy.device)
+    Args:
+        policy: without any.
+        beta: how much decoding makes of them.
+        width: of the layer in between; twice the model's hidden width by default.
+        seed: of their weights.
+    """
+    width = width or 2 * policy.hidden_size
+    heads = LearningHeads(policy.hidden_size, policy.vocab_size, width, beta, seed).to(policy.device)
     policy.value_heads[None] = heads
     return heads
 

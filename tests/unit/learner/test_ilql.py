@@ -39,7 +39,7 @@ def section(bc_weight: float = 0.0, **keys: Any) -> LearnerSection:
 def make_valued(folder: Path, cfg: LearnerSection, *, fresh: bool = False) -> tuple[Policy, LearningHeads]:
     """A policy whose heads say something already, unless they are to be `fresh`."""
     policy = make_policy(folder)
-    heads = add_learning_heads(policy, cfg.ilql, seed=0)
+    heads = add_learning_heads(policy, beta=cfg.ilql.beta, width=cfg.ilql.width, seed=0)
     if not fresh:
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrl_ray.errors import DataError
-from mmrl_ray.metrics.text import UNKNOWN, CorpusStatistics, LanguageModel, NgramCounter
+from mmrl_ray.metrics.text import UNKNOWN, CorpusStatistics, LanguageModel, NgramCounts
 
 TEXTS = ["A red circle.", "a red square", "a blue circle"]
 
@@ -45,10 +45,10 @@ def test_a_guess_is_worth_nothing_and_order_counts() -> None:
 )
 def test_sums_to_one_over_all_texts_of_a_length(texts: list[list[str]], order: int, smoothing: float) -> None:
     """Texts of one word at most, and those that go on after it, are all there is."""
-    counter = NgramCounter(3)
+    counts = NgramCounts.empty(3)
     for text in texts:
-        counter.add(text)
-    language = LanguageModel(counter.counts(), order, smoothing)
+        counts.add(text)
+    language = LanguageModel(counts, order, smoothing)
     vocabulary = [*sorted(set(itertools.chain(*texts))), UNKNOWN]
     assert language.vocabulary_size == len(vocabulary) + 1
     ended = [

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 from transformers import AutoModelForImageTextToText
 
-from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError, ConfigError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
@@ -225,7 +224,7 @@ def test_values_that_are_not_there_cannot_be_asked_for(load: Load) -> None:
 def test_they_lie_beside_an_adapter_that_peft_still_loads(load: Load, tmp_path: Path) -> None:
     policy = load()
     add_adapter(policy, LoraSection(r=2), seed=0)
-    heads = add_learning_heads(policy, IlqlSection(beta=7.0, width=3), seed=1)
+    heads = add_learning_heads(policy, beta=7.0, width=3, seed=1)
     assert learning_heads(policy) is heads
     assert heads.width == 3
     with torch.no_grad():
