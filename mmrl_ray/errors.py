@@ -166,3 +166,8 @@ class Interrupted(MMRLError):
 def first_line(error: BaseException) -> str:
     """`Kind: message` of another library's error, of a message of several lines the first, to stand in one of ours."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def said(error: BaseException) -> str:
+    """The first line of such an error's message; its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

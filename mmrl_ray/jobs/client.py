@@ -20,7 +20,7 @@ from ray.dashboard.utils import ray_address_to_api_server_url
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
-from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, UnknownJobError
+from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, UnknownJobError, said
 from mmrl_ray.jobs.records import Job, JobFacts, Status, check_id
 from mmrl_ray.processes import listener
 
@@ -196,14 +196,14 @@ class JobsClient:
                 f"Ray at {self.address} refuses the token: put the cluster's into RAY_AUTH_TOKEN, or the path of a "
                 f"file that holds it into RAY_AUTH_TOKEN_PATH; a cluster that was started without one has to be "
                 "started again, with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN set for ray start on every node "
-                f"({_first_line(error)})"
+                f"({said(error)[:_LONGEST_REASON]})"
             ) from error
         except (requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError) as error:
             raise self._away(error) from error
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise JobError(
                 f"what answers at {self.address} is no job server of Ray: name the address of the dashboard, "
-                f"http://head:8265 by default ({_first_line(error)})"
+                f"http://head:8265 by default ({said(error)[:_LONGEST_REASON]})"
             ) from error
         except RuntimeError as error:
             raise self._refusal(error, id) from error
@@ -212,7 +212,7 @@ class JobsClient:
         """Of an answer that is no success; Ray's client gives its status in words."""
         told = re.match(r"Request failed with status code (\d+): (.*)\.$", str(error), re.DOTALL)
         if told is None:
-            return JobError(f"Ray at {self.address}: {_first_line(error)}")
+            return JobError(f"Ray at {self.address}: {said(error)[:_LONGEST_REASON]}")
         status, reason = int(told[1]), _last_line(told[2])
         if status == 404 and id:
             return self._unknown(id)
@@ -238,7 +238,7 @@ class JobsClient:
     def _away(self, error: BaseException) -> JobServerError:
         return JobServerError(
             f"no job server answers at {self.address}: is the cluster up, and its dashboard's port open from here? "
-            f"({_first_line(error)})"
+            f"({said(error)[:_LONGEST_REASON]})"
         )
 
 
@@ -293,7 +293,8 @@ def own_address() -> str:
         return str(ray_address_to_api_server_url(own_ray()))
     except (ValueError, RuntimeError, ConnectionError) as error:
         raise JobServerError(
-            f"this Ray has no job server ({_first_line(error)}): start it with its dashboard, or name another's address"
+            f"this Ray has no job server ({said(error)[:_LONGEST_REASON]}): start it with its dashboard, or name "
+            "another's address"
         ) from error
 
 
@@ -311,10 +312,6 @@ def _job(details: JobDetails) -> Job | None:
         driver_code=details.driver_exit_code,
         message=details.message or "",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST_REASON]
 
 
 def _last_line(text: str) -> str:

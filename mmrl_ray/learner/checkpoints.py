@@ -17,7 +17,6 @@ import json
 import logging
 import random
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from mmrl_ray.policy.heads import LearningHeads, read_heads_state, save_value_he
 from mmrl_ray.policy.lora.adapter import WEIGHTS_FILE, load_adapter_state, save_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
+from mmrl_ray.run_records.step_log import note_event
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,7 @@ def newest_valid_checkpoint(run: RunDir) -> int | None:
             run.verify_manifest(checkpoint_name(step))
         except CheckpointError as error:
             logger.warning("checkpoint of step %d is damaged, falling back to the one before: %s", step, error)
-            event = {"time": time.time(), "kind": "checkpoint_damaged", "step": step, "reason": str(error)}
-            run.append_line("events.jsonl", event)
+            note_event(run, "checkpoint_damaged", step=step, reason=str(error))
             damaged += run.exists(f"{checkpoint_name(step)}/{MANIFEST}")
         else:
             return step

@@ -49,6 +49,7 @@ from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rollouts.types import Stop
+from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.logs import CONTEXT, start_logging
 from mmrl_ray.telemetry.meter import Meter
@@ -120,9 +121,7 @@ class _Learner:
 
         def find() -> None:
             if not isinstance(self._cfg.learner.workers, int):
-                self._run.append_line(
-                    "events.jsonl", {"time": time.time(), "kind": "learners", "count": self._ranks.size}
-                )
+                note_event(self._run, "learners", count=self._ranks.size)
             found[0] = newest_valid_checkpoint(self._run)
             self._run.delete(LIVE_FOLDER)  # versions beyond that checkpoint are going to be made anew
 
@@ -255,8 +254,7 @@ class _Learner:
         if self._ranks.rank == 0:
             level = logging.INFO if choice.path == wanted else logging.WARNING
             logger.log(level, "learner scores completions by the %s path: %s", choice.path, choice.reason)
-            event = {"time": time.time(), "kind": "learner_path", "path": choice.path, "reason": choice.reason}
-            self._run.append_line("events.jsonl", event)
+            note_event(self._run, "learner_path", path=choice.path, reason=choice.reason)
 
     def _fetch(self, planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
         try:

@@ -41,7 +41,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from mmrl_ray.errors import ConfigError, ConflictError, PreferenceStoreError
+from mmrl_ray.errors import ConfigError, ConflictError, PreferenceStoreError, said
 from mmrl_ray.preferences.schema import Pair, Preference
 
 SCHEMA_VERSION = 1
@@ -142,8 +142,9 @@ def explained(url: URL) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        cause = (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]
-        raise PreferenceStoreError(f"preference store {shown(url)}: {cause}") from error
+        raise PreferenceStoreError(
+            f"preference store {shown(url)}: {said(getattr(error, 'orig', None) or error)}"
+        ) from error
 
 
 def insert_absent(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> set[str]:

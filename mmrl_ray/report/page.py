@@ -26,6 +26,7 @@ from mmrl_ray.report.charts import charts, constants
 from mmrl_ray.report.facts import event_rows, fact_blocks, happened, quarantine_rows
 from mmrl_ray.report.panels import caption_groups, correlation_table, measure_table, state_map
 from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.step_log import EVENTS, METRICS_FILE, QUARANTINE_FILE
 
 REPORT = "report.html"
 
@@ -49,9 +50,9 @@ def render_report(run: RunDir) -> str:
     """
     problems: list[str] = []
     summary = _summary(run, problems)
-    metrics = _lines(run, "metrics.jsonl", problems)
-    events = _lines(run, "events.jsonl", problems)
-    quarantined = _lines(run, "quarantine.jsonl", problems)
+    metrics = _lines(run, METRICS_FILE, problems)
+    events = _lines(run, EVENTS, problems)
+    quarantined = _lines(run, QUARANTINE_FILE, problems)
     before, after = (_evaluation(run, name, problems) for name in ("before", "after"))
     sides = {name: states for name in ("before", "after") if (states := _states(run, name, problems)) is not None}
     table = measure_table(before, after)

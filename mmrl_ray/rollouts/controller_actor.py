@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
-from mmrl_ray.errors import MMRLError, PlacementError, RolloutError
+from mmrl_ray.errors import MMRLError, PlacementError, RolloutError, said
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.group_codec import open_payload
@@ -156,7 +156,7 @@ class ControllerClient:
 
             return [open_payload(payload, once) for payload in payloads]
         except RayError as error:
-            raise RolloutError(f"a group is lost or late: {_first_line(error)}") from error
+            raise RolloutError(f"a group is lost or late: {said(error)}") from error
 
     def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
         """Makes `state` the weights of `version`: returns when the controller has a copy; the caller may die then."""
@@ -245,16 +245,12 @@ def _answer(reference: Any, method: str, timeout_s: float) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, MMRLError):
             raise error.cause from None
-        raise RolloutError(f"the rollout controller failed in {method}: {_first_line(error.cause)}") from error
+        raise RolloutError(f"the rollout controller failed in {method}: {said(error.cause)}") from error
     except GetTimeoutError as error:
         raise RolloutError(f"the rollout controller did not answer {method} in time") from error
     except RayActorError as error:
-        raise RolloutError(f"the rollout controller is gone: {_first_line(error)}") from error
+        raise RolloutError(f"the rollout controller is gone: {said(error)}") from error
 
 
 def _fetch(value: Any) -> Any:
     return ray.get(value, timeout=FETCH_TIMEOUT_S) if isinstance(value, ray.ObjectRef) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -27,14 +27,13 @@ from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, Dat
 from mmrl_ray.rollouts.weights import VersionTable
 from mmrl_ray.run_records.control_files import ScaleAnswer
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.run_records.step_log import QUARANTINE_FILE
+from mmrl_ray.run_records.step_log import EVENTS, QUARANTINE_FILE
 
 if TYPE_CHECKING:
     from mmrl_ray.rollouts.pool import RayWorkerPool  # needs Ray, which the controller does not
 
 logger = logging.getLogger(__name__)
 
-EVENTS_FILE = "events.jsonl"
 POLL_S = 0.01
 """How long a turn waits for workers, or for something to do."""
 
@@ -171,7 +170,7 @@ class RolloutLoop:
         for item in finished:
             self._take_in(item)
         for event in self._events():
-            self._run.append_line(EVENTS_FILE, {"time": time.time(), **event})
+            self._run.append_line(EVENTS, {"time": time.time(), **event})
             self._on_event(event)
         if self.begun and not self.stopping and self.sampler.next_step < self._cfg.learner.steps:
             self.sampler.read_ahead()

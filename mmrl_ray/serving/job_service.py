@@ -30,7 +30,7 @@ from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
 from mmrl_ray.policy.lora.pool import checkpoint_id
 from mmrl_ray.run_records.rollout_log import rollouts_name
 from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
-from mmrl_ray.run_records.step_log import METRICS_FILE
+from mmrl_ray.run_records.step_log import EVENTS, METRICS_FILE
 from mmrl_ray.serving.fine_tuning_types import CheckpointCard, EventCard
 from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder, TuningStatus
 
@@ -48,7 +48,6 @@ _STATUSES: dict[Status, TuningStatus] = {
 }
 
 T = TypeVar("T")
-EVENTS_FILE = "events.jsonl"
 RESULTS = ("summary.json", "report.html", METRICS_FILE)
 """Files of a run that are named as a job's results, where they are there."""
 _FIGURES = {"loss": "train_loss", "reward/mean": "reward_mean", "kl": "kl", "entropy": "entropy", "lr": "lr"}
@@ -367,7 +366,7 @@ def run_events(run: RunDir, job_id: str, begun: int) -> Iterator[EventCard]:
         when = _written(run, rollouts_name(step - 1)) or begun
         told = _event(f"{job_id}-step-{step:06d}", when, "info", f"Step {step}: {shown}")
         yield told.model_copy(update={"type": "metrics", "data": figures})
-    for number, line in enumerate(run.read_lines(EVENTS_FILE)):
+    for number, line in enumerate(run.read_lines(EVENTS)):
         kind = str(line.get("kind", "event"))
         rest = ", ".join(f"{key}={value}" for key, value in line.items() if key not in ("kind", "time"))
         worrying = any(word in kind for word in _WORRYING)

@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from mmrl_ray.config.serving import POLICY, REWARD
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import MMRLError, OverloadedError, RewardError, ServingError
+from mmrl_ray.errors import MMRLError, OverloadedError, RewardError, ServingError, said
 from mmrl_ray.experience.carriers import Score
 from mmrl_ray.rewards.base import check_pairs
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, RewardItem, Scored, Served
@@ -161,8 +161,7 @@ def project_error(error: Exception, who: str) -> MMRLError:
         return OverloadedError(f"the {who} deployment has as many waiting requests as it takes: try again later")
     if replica_lost(cause):
         return OverloadedError(f"a replica of the {who} deployment was lost, another is starting: try again later")
-    first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    return ServingError(f"the {who} deployment failed: {type(cause).__name__}: {first}")
+    return ServingError(f"the {who} deployment failed: {type(cause).__name__}: {said(cause)}")
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import ipaddress
 import json
 import os
 import socket
@@ -30,6 +29,7 @@ from mmrl_ray.jobs.submit import stop_jobs
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.processes import listener
 from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.serving.auth import is_loopback
 from mmrl_ray.serving.haproxy import clear_leftovers, set_flags
 from mmrl_ray.serving.job_service import recipe_configs
 from mmrl_ray.telemetry.terminal import RunProgress, visible
@@ -335,11 +335,7 @@ def _ask(cfg: ServeConfig, url: str) -> str:
 
 def _refuse_insecure(host: str, address: str | None) -> None:
     """Without keys only this machine may ask."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not is_loopback(host):
         raise ConfigError(f"--insecure serves without keys, on a loopback address only: serving.host={host} is none")
     if address is not None:
         raise ConfigError(f"--insecure is for a local Ray: others could reach the gateway on Ray at {address}")

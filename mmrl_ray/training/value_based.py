@@ -34,6 +34,7 @@ from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_records.control_files import StatusWriter
+from mmrl_ray.run_records.rollout_log import rollouts_name
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import QUARANTINE_FILE, StepLog, note_event
 from mmrl_ray.telemetry.terminal import RunProgress
@@ -242,7 +243,7 @@ class ValueBasedRun:
             rows.append(self._row(step, place, each, sample, digest))
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA), sink, compression="zstd")
-        self._run.write_bytes(_rollouts(step), sink.getvalue().to_pybytes())
+        self._run.write_bytes(rollouts_name(step), sink.getvalue().to_pybytes())
 
     def _row(self, step: int, place: int, said: Said, sample: Sample, digest: str) -> dict[str, Any]:
         agent, weights = self._facts.vocabulary, self._cfg.reward.weights
@@ -277,10 +278,6 @@ class ValueBasedRun:
 
 def _nothing() -> None:
     """No round was written yet."""
-
-
-def _rollouts(step: int) -> str:
-    return f"rollouts/step-{step:06d}.parquet"
 
 
 def _earned(said: Sequence[Said]) -> dict[str, float]:
