@@ -99,7 +99,7 @@ def combined_state(states: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def correlations(
-    actions: torch.Tensor, states: Mapping[str, torch.Tensor], *, permutations: int = PERMUTATIONS, seed: int = 0
+    actions: torch.Tensor, states: Mapping[str, torch.Tensor], *, permutations: int = PERMUTATIONS
 ) -> dict[str, Correlation]:
     """|ρ| of each modality and, last, of all of them together; a constant side is nan here, without a warning.
 
@@ -109,10 +109,7 @@ def correlations(
     sides = {**states, COMBINED: combined_state(states)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_CONSTANT, category=RuntimeWarning)
-        return {
-            name: absolute_correlation(actions, state, permutations=permutations, seed=seed)
-            for name, state in sides.items()
-        }
+        return {name: absolute_correlation(actions, state, permutations=permutations) for name, state in sides.items()}
 
 
 def _sides(actions: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
@@ -77,7 +75,6 @@ def target_captions(
     samples: Sequence[Sample],
     *,
     max_new_tokens: int | None = None,
-    batch_size: int = BATCH,
     beta: float | None = None,
     states: list[CaptionState] | None = None,
     progress: ProgressFn | None = None,
@@ -100,7 +97,6 @@ def target_captions(
         target.policy,
         samples,
         max_new_tokens=max_new_tokens or target.max_new_tokens,
-        batch_size=batch_size,
         beta=beta,
         states=states,
         progress=progress,
@@ -117,7 +113,6 @@ def caption_images(
     beta: float | None = None,
     n: int = 1,
     temperature: float | None = None,
-    device: torch.device | str | None = None,
     shown: RunProgress | None = None,
 ) -> list[tuple[str, str]]:
     """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
@@ -130,7 +125,6 @@ def caption_images(
         beta: of decoding with value heads; by default the run's.
         n: captions an image; it comes as often.
         temperature: 0 is greedy; by default 0 for one caption and 1 for more, as of the gateway.
-        device: the first GPU by default where there is one.
         shown: says where it is; of few images only if that takes long.
 
     Raises:
@@ -142,7 +136,7 @@ def caption_images(
     encoded = [read_image(path) for path in images]  # before the model is loaded: a typo answers at once
     busy = nullcontext if shown is None else shown.busy
     with busy("loading the model"):
-        opened = open_target(target, device=device, shown=shown)
+        opened = open_target(target, shown=shown)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
     if temperature is None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from mmrl_ray.analysis.correlation import Correlation
@@ -15,7 +14,7 @@ from mmrl_ray.data import atomic
 from mmrl_ray.data.held_out import overlap_with_data, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
 from mmrl_ray.errors import ConfigError, DataError, RunError
-from mmrl_ray.evaluation.captioning import BATCH, target_captions
+from mmrl_ray.evaluation.captioning import target_captions
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness, score_captions
@@ -34,10 +33,8 @@ def evaluate(
     out: Path | None = None,
     prompt: str | None = None,
     max_new_tokens: int | None = None,
-    batch_size: int = BATCH,
     beta: float | None = None,
     as_json: bool = False,
-    device: torch.device | str | None = None,
 ) -> Evaluation:
     """Captions `data` greedily and scores it; prints tables or JSON, and writes JSON where `out` says.
 
@@ -51,10 +48,8 @@ def evaluate(
         out: a file, or a folder that gets `evaluation-NAME.json`.
         prompt: for rows that bring none; by default the run's.
         max_new_tokens: by default the run's.
-        batch_size: images decoded together.
         beta: of decoding with value heads; by default the run's.
         as_json: prints what `out` would get, in place of the tables.
-        device: the first GPU by default where there is one.
 
     Broken rows are left out and told, up to the run's `data.max_quarantined`; so are pictures that it was trained on.
 
@@ -65,7 +60,7 @@ def evaluate(
     states: list[CaptionState] = []
     with RunProgress() as shown:  # nothing is printed within: on a terminal it would go to standard error
         with shown.busy("loading the model"):
-            opened = open_target(target, device=device, shown=shown)
+            opened = open_target(target, shown=shown)
         beta = opened.beta(beta)
         data = data or opened.eval_data
         if data is None:
@@ -78,7 +73,6 @@ def evaluate(
             opened,
             samples,
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
             beta=beta,
             states=states,
             progress=shown.phase("caption"),

@@ -178,12 +178,7 @@ class Explanation:
 
 
 def explain_image(
-    target: str,
-    image: str | Path,
-    *,
-    caption: str | None = None,
-    prompt: str | None = None,
-    device: torch.device | str | None = None,
+    target: str, image: str | Path, *, caption: str | None = None, prompt: str | None = None
 ) -> Explanation:
     """What a run's policy (or a model) looks at when it says `caption`, or what it says of itself, greedily.
 
@@ -192,14 +187,13 @@ def explain_image(
         image: a PNG, JPEG, WebP or GIF file.
         caption: whose words to explain.
         prompt: what to ask; by default what the run asked.
-        device: the first GPU by default where there is one.
 
     Raises:
         DataError, ImageError: the file is missing or no image, or the caption holds a special token.
         RunError, ModelError: the target cannot be used.
     """
     data = read_image(image)  # before the model is loaded: a typo answers at once
-    opened = open_target(target, device=device)
+    opened = open_target(target)
     policy = opened.policy
     sample = Sample(str(image), (data,), opened.prompt if prompt is None else prompt)
     if caption is None:

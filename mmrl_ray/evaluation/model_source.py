@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers.utils import logging
 
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, FACTS_FILE, Agent
@@ -94,9 +93,7 @@ class PictureAgent:
         return self.agent.captions(image_features(policy, samples, tokens, self.cache, told))
 
 
-def open_target(
-    target: str, *, device: torch.device | str | None = None, shown: RunProgress | None = None
-) -> ModelSource:
+def open_target(target: str, *, shown: RunProgress | None = None) -> ModelSource:
     """Loads a run (its base with its adapter) or a model.
 
     A run folder is one with a `config.yaml`; whatever else is a model folder or a hub id. `shown` tells of a base that
@@ -110,8 +107,8 @@ def open_target(
     refuse_unknown(target)
     _quieten()
     if is_run(target):
-        return _open_run(RunDir.at(target), device, shown)
-    policy = load_policy(ModelSection(path=target), device=device)
+        return _open_run(RunDir.at(target), shown)
+    policy = load_policy(ModelSection(path=target))
     return ModelSource(
         name=Path(target).name,
         policy=policy,
@@ -132,9 +129,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b.*")
 
 
-def _open_run(run: RunDir, device: torch.device | str | None, shown: RunProgress | None) -> ModelSource:
+def _open_run(run: RunDir, shown: RunProgress | None) -> ModelSource:
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
-    policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run, shown)}), device=device)
+    policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run, shown)}))
     agent = None
     if cfg.agent is not None:
         folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)

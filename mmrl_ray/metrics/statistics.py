@@ -137,15 +137,13 @@ def resampled_sums(counts: Counts, *, seed: int = 0, resamples: int = RESAMPLES)
     return np.concatenate(sums)
 
 
-def figure_interval(counts: Counts, figure: Figure, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def figure_interval(counts: Counts, figure: Figure, *, seed: int = 0) -> Interval:
     """`figure` of the whole corpus with its 95 % percentile interval."""
-    values = [figure(sums) for sums in resampled_sums(counts, seed=seed, resamples=resamples)]
+    values = [figure(sums) for sums in resampled_sums(counts, seed=seed)]
     return _interval(figure(counts.sum(axis=0)), values, counts.shape[0])
 
 
-def figure_difference(
-    before: Counts, after: Counts, figure: Figure, *, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
+def figure_difference(before: Counts, after: Counts, figure: Figure, *, seed: int = 0) -> Interval:
     """`figure(after) - figure(before)` with its 95 % interval, paired by sample.
 
     Raises:
@@ -153,8 +151,7 @@ def figure_difference(
     """
     if before.shape != after.shape:
         raise ValueError(f"a paired difference needs equal shapes, got {before.shape} and {after.shape}")
-    first = resampled_sums(before, seed=seed, resamples=resamples)
-    second = resampled_sums(after, seed=seed, resamples=resamples)
+    first, second = (resampled_sums(counts, seed=seed) for counts in (before, after))
     values = [figure(b) - figure(a) for a, b in zip(first, second, strict=True)]
     return _interval(figure(after.sum(axis=0)) - figure(before.sum(axis=0)), values, before.shape[0])
 

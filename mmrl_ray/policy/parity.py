@@ -98,16 +98,6 @@ class Comparison:
     """What no other path mends; empty for a model that may be used."""
 
     @property
-    def max_difference(self) -> float:
-        """Largest |Δ log-prob| of the wanted path to transformers' own, in nats; nan when it was not run."""
-        return self._wanted.to_model
-
-    @property
-    def gradient_difference(self) -> float | None:
-        """Relative distance of the wanted path's gradient to the naive one's; None where nothing trains."""
-        return self._wanted.gradient
-
-    @property
     def largest_gap(self) -> float:
         """Largest gap of what a run uses (sampler, chosen path, the naive path it falls back to) to transformers' own,
         and to each other, causality included, in nats: one figure for a table of models. nan when something could not
@@ -117,7 +107,8 @@ class Comparison:
         return NAN if any(x != x for x in found) else max(found)
 
     @property
-    def _wanted(self) -> PathGap:
+    def wanted_gap(self) -> PathGap:
+        """Of the path that was asked for."""
         return next(gap for gap in self.gaps if gap.path == self.wanted)
 
 
@@ -126,7 +117,6 @@ def choose_path(
     prompts: Sequence[EncodedPrompt],
     *,
     temperature: float = 1.0,
-    tolerance: float | None = None,
     wanted: ScorePath = "shared_prefix",
     engine: GenerationEngine | None = None,
 ) -> Comparison:
@@ -135,7 +125,7 @@ def choose_path(
     Raises:
         ModelError: sampler, learner and transformers' own forward do not agree, and no other path mends it.
     """
-    comparison = compare(policy, prompts, temperature=temperature, tolerance=tolerance, wanted=wanted, engine=engine)
+    comparison = compare(policy, prompts, temperature=temperature, wanted=wanted, engine=engine)
     if (error := disagreement(policy, comparison)) is not None:
         raise error
     return comparison

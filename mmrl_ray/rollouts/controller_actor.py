@@ -124,19 +124,17 @@ class ControllerClient:
 
     # -- learner ---------------------------------------------------------------------------------------------------
 
-    def next_plan(self, step: int, world_size: int, timeout_s: float = PLAN_TIMEOUT_S) -> StepPlan | Stop:
+    def next_plan(self, step: int, world_size: int) -> StepPlan | Stop:
         """The plan of `step`, as soon as there is one.
 
         Raises:
-            RolloutError: there was none within `timeout_s`, or the controller is gone.
+            RolloutError: there was none within `PLAN_TIMEOUT_S`, or the controller is gone.
         """
-        polls = 0
-        while polls * _POLL_S < timeout_s:
+        for _ in range(int(PLAN_TIMEOUT_S / _POLL_S)):
             answer = self.call("next_plan", step, world_size, _POLL_S)
             if not isinstance(answer, Wait):
                 return answer
-            polls += 1
-        raise RolloutError(f"no plan for step {step} within {timeout_s:g} s: {answer.reason}")
+        raise RolloutError(f"no plan for step {step} within {PLAN_TIMEOUT_S:g} s: {answer.reason}")
 
     def groups(self, payloads: Sequence[Any]) -> list[RolloutGroup]:
         """The groups behind `PlannedGroup.payload` or `ScoredGroup.payload`.

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -137,12 +137,10 @@ def living_owner(run: RunDir) -> str | None:
     return told(there) if there is not None and is_alive(there) else None
 
 
-def is_alive(
-    owner: dict[str, Any], *, stale_s: float = STALE_S, process: Callable[[int], str | None] | None = None
-) -> bool:
+def is_alive(owner: dict[str, Any], *, stale_s: float = STALE_S) -> bool:
     """Whether the process that wrote an `owner.json` still lives, as far as can be seen from here."""
     if owner.get("machine") == _machine() and isinstance(owner.get("pid"), int):
-        return (process or process_start)(owner["pid"]) == owner.get("started")
+        return process_start(owner["pid"]) == owner.get("started")
     heard = owner.get("time")
     return isinstance(heard, int | float) and time.time() - heard < stale_s
 

@@ -49,8 +49,6 @@ class LearnerBatch:
     """bool [N, T], True at completion tokens."""
     sample_ids: tuple[str, ...]
     """[K], for messages."""
-    vision_shipped: int
-    """Groups whose vision features came with them."""
     vision_recomputed: int
     """Groups whose vision features were made here (or taken from this process's cache)."""
 
@@ -89,7 +87,6 @@ def collate(
         scales=torch.tensor([p.scales[i] for _, p in groups for i in p.learned]).to(device, torch.float32),
         mask=mask.to(device),
         sample_ids=tuple(planned.sample_id for _, planned in groups),
-        vision_shipped=len(groups) - recomputed,
         vision_recomputed=recomputed,
     )
 

@@ -216,7 +216,7 @@ def test_gradients_of_every_path_are_the_naive_ones(family: str, load: Load) -> 
             assert choice.path == "naive"
             continue
         assert choice.path == wanted, choice.reason
-        assert max(choice.max_difference, choice.gradient_difference or 1.0) <= 1e-5
+        assert max(choice.wanted_gap.to_model, choice.wanted_gap.gradient or 1.0) <= 1e-5
         assert choice.inject_vision
 
 

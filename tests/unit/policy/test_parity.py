@@ -40,8 +40,8 @@ def test_every_family_may_share_the_prefix(family: str, load: Load) -> None:
     assert choice.path == "shared_prefix"
     assert choice.inject_vision
     assert choice.largest_gap <= 1e-5
-    assert choice.gradient_difference is not None
-    assert choice.gradient_difference <= 1e-5
+    assert choice.wanted_gap.gradient is not None
+    assert choice.wanted_gap.gradient <= 1e-5
     assert "agrees" in choice.reason
 
 
@@ -169,8 +169,8 @@ def test_bfloat16_passes_with_its_own_tolerance(load: Load) -> None:
     policy = load("qwen3_vl", dtype="bfloat16")
     choice = choose_path(policy, encode_prompts(policy, make_samples()[:2]))
     assert choice.path == "shared_prefix"
-    assert choice.max_difference <= choice.bound
-    assert choice.gradient_difference is None
+    assert choice.wanted_gap.to_model <= choice.bound
+    assert choice.wanted_gap.gradient is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -193,7 +193,7 @@ def test_a_shifted_position_is_found(dtype: str, load: Load, monkeypatch: pytest
     choice = choose_path(policy, prompts)
     assert choice.path == "naive"
     assert "differs from the model's own forward by" in choice.reason
-    assert choice.max_difference > choice.bound
+    assert choice.wanted_gap.to_model > choice.bound
 
 
 def test_a_gradient_that_stops_at_the_prefix_is_found(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +209,9 @@ def test_a_gradient_that_stops_at_the_prefix_is_found(load: Load, monkeypatch: p
     monkeypatch.setattr(prefix, "select_cache", detached)
     choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]))
     assert choice.path == "naive"
-    assert choice.max_difference <= 1e-5
-    assert choice.gradient_difference is not None
-    assert choice.gradient_difference > 1e-3
+    assert choice.wanted_gap.to_model <= 1e-5
+    assert choice.wanted_gap.gradient is not None
+    assert choice.wanted_gap.gradient > 1e-3
 
 
 def test_gradient_checkpointing_needs_the_naive_path(load: Load) -> None:
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_needs_the_naive_path(load: Load) -> None:
     choice = choose_path(policy, prompts)
     assert choice.path == "naive"
     assert choice.reason == "gradient checkpointing drops the prefix cache"
-    assert math.isnan(choice.max_difference)
+    assert math.isnan(choice.wanted_gap.to_model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,7 +234,7 @@ def test_checkpointed_layers_may_pack_their_rows(family: str, load: Load) -> Non
     assert choice.path == "packed"
     assert choice.inject_vision
     assert choice.reason.startswith("packed row agrees with the model's own forward within 0.0")
-    assert max(choice.max_difference, choice.gradient_difference or 0.0) <= 1e-5
+    assert max(choice.wanted_gap.to_model, choice.wanted_gap.gradient or 0.0) <= 1e-5
 
 
 def test_packed_rows_whose_completions_see_each_other_are_found(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
