@@ -5,21 +5,26 @@ from __future__ import annotations
 import difflib
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from mmrl_ray.config.reward import LearnedPart, RewardSection
 from mmrl_ray.config.schema import Config
-from mmrl_ray.config.sections import ModelSection, RunSection, Section, SftSection
+from mmrl_ray.config.sections import ModelSection, RunSection
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.errors import ConfigError
 
+Whole = TypeVar("Whole", Config, ServeConfig)
+Keys = tuple[str, ...]
+"""The way to a value of a config: its sections' names, then its own."""
 RUN_CONFIG = "config.yaml"
 """What makes a folder a run's."""
 _BUILTIN = "builtin:"
 _SQLITE = "sqlite:///"
 _MEMORY = ":memory:"
+_CODE = ("reward", "code")
+"""It travels with a job, so that nobody else need see it."""
 _ROOT = str(RunSection.model_fields["root"].default)
 
 
@@ -80,60 +85,30 @@ def nearest_folder(path: str) -> str:
     return ""
 
 
+def with_places(cfg: Whole, places: Mapping[Keys, str]) -> Whole:
+    """A copy of `cfg` with other places under the keys that name them."""
+    for keys, place in places.items():
+        cfg = _put(cfg, keys, place)
+    return cfg
+
+
+def _put(holder: Any, keys: Keys, place: str) -> Any:
+    """A copy of `holder`, a section or a mapping, with `place` where the keys lead to."""
+    if not keys:
+        return place
+    if isinstance(holder, Mapping):
+        return {**holder, keys[0]: _put(holder[keys[0]], keys[1:], place)}
+    return holder.model_copy(update={keys[0]: _put(getattr(holder, keys[0]), keys[1:], place)})
+
+
 def with_absolute_paths(cfg: Config) -> Config:
     """The same config, meaning the same files from whichever folder: that of a Ray worker, or of a later resume."""
-    data: dict[str, Any] = {"train": _absolute(cfg.data.train)}
-    if cfg.data.eval is not None:
-        data["eval"] = _absolute(cfg.data.eval)
-    if (preferences := cfg.data.preferences) is not None and (file := sqlite_file(preferences.store)) is not None:
-        data["preferences"] = preferences.model_copy(update={"store": f"{_SQLITE}{_absolute(file)}"})
-    if (rollouts := cfg.data.rollouts) is not None:
-        data["rollouts"] = rollouts.model_copy(update={"run": _absolute(rollouts.run)})
-    sections: dict[str, Section] = {
-        "run": cfg.run.model_copy(update={"root": _absolute(cfg.run.root)}),
-        "model": _absolute_model(cfg.model),
-        "data": cfg.data.model_copy(update=data),
-    }
-    sections["reward"] = _absolute_reward(cfg.reward)
-    if cfg.sft is not None:
-        sections["sft"] = _absolute_cache(cfg.sft)
-    return cfg.model_copy(update=sections)
+    return with_places(cfg, _absolute_all(_places(cfg)))
 
 
 def with_absolute_places(cfg: ServeConfig) -> ServeConfig:
     """`with_absolute_paths` of a config of `mmrl serve`: its replicas work in folders of Ray's."""
-    serving = cfg.serving
-    places: dict[str, Any] = {
-        name: _absolute(place)
-        for name in ("adapters_root", "runs_root")
-        if (place := getattr(serving, name)) is not None
-    }
-    if serving.database is not None and (file := sqlite_file(serving.database)) is not None:
-        places["database"] = f"{_SQLITE}{_absolute(file)}"
-    if (tuning := serving.fine_tuning) is not None:
-        models = {
-            name: recipe.model_copy(
-                update={
-                    "model": _absolute_model(recipe.model),
-                    "reward": _absolute_reward(recipe.reward),
-                    "sft": None if recipe.sft is None else _absolute_cache(recipe.sft),
-                }
-            )
-            for name, recipe in tuning.models.items()
-        }
-        datasets = {name: _absolute(place) for name, place in tuning.datasets.items()}
-        root = None if tuning.root is None else _absolute(tuning.root)
-        places["fine_tuning"] = tuning.model_copy(update={"models": models, "datasets": datasets, "root": root})
-    return cfg.model_copy(
-        update={
-            "model": _absolute_model(cfg.model),
-            "adapters": {name: _absolute(place) for name, place in cfg.adapters.items()},
-            "agent": None if cfg.agent is None else _absolute(cfg.agent),
-            "reward": None if cfg.reward is None else _absolute_reward(cfg.reward),
-            "statistics": None if cfg.statistics is None else _absolute(cfg.statistics),
-            "serving": serving.model_copy(update=places),
-        }
-    )
+    return with_places(cfg, _absolute_all({**_served_places(cfg), **_filled_places(cfg)}))
 
 
 def refuse_missing_places(cfg: ServeConfig) -> None:
@@ -147,19 +122,7 @@ def refuse_missing_places(cfg: ServeConfig) -> None:
     Raises:
         ConfigError: one line a place, with the nearest folder that there is.
     """
-    places = {f"adapters.{name}": place for name, place in cfg.adapters.items()}
-    places |= {key: place for key in ("agent", "statistics") if (place := getattr(cfg, key)) is not None}
-    if not is_hub_id(cfg.model.path) and not cfg.model.path.startswith(_BUILTIN):
-        places["model.path"] = cfg.model.path
-    if cfg.reward is not None:
-        places |= _reward_places("reward", cfg.reward)
-    if (tuning := cfg.serving.fine_tuning) is not None:
-        where = "serving.fine_tuning"
-        places |= {f"{where}.datasets.{name}": place for name, place in tuning.datasets.items()}
-        for name, recipe in tuning.models.items():
-            places |= _reward_places(f"{where}.models.{name}.reward", recipe.reward)
-            if not is_hub_id(recipe.model.path) and not recipe.model.path.startswith(_BUILTIN):
-                places[f"{where}.models.{name}.model.path"] = recipe.model.path
+    places = {".".join(keys): place for keys, place in _served_places(cfg).items()}
     missing = {key: place for key, place in places.items() if "://" not in place and not Path(place).exists()}
     if missing:
         raise ConfigError(
@@ -167,27 +130,61 @@ def refuse_missing_places(cfg: ServeConfig) -> None:
         )
 
 
-def _absolute_model(model: ModelSection) -> ModelSection:
-    """A hub id and a built-in model stay."""
+def _served_places(cfg: ServeConfig) -> dict[Keys, str]:
+    """Places that a server reads, by the keys that name them."""
+    places: dict[Keys, str] = {("adapters", name): place for name, place in cfg.adapters.items()}
+    places |= {(key,): place for key in ("agent", "statistics") if (place := getattr(cfg, key)) is not None}
+    places |= _model_place((), cfg.model)
+    if cfg.reward is not None:
+        places |= _reward_places(("reward",), cfg.reward)
+    if (tuning := cfg.serving.fine_tuning) is not None:
+        where = ("serving", "fine_tuning")
+        places |= {(*where, "datasets", name): place for name, place in tuning.datasets.items()}
+        for name, recipe in tuning.models.items():
+            places |= _reward_places((*where, "models", name, "reward"), recipe.reward)
+            places |= _model_place((*where, "models", name), recipe.model)
+    return places
+
+
+def _filled_places(cfg: ServeConfig) -> dict[Keys, str]:
+    """Places that fill up while a server runs."""
+    serving = cfg.serving
+    places: dict[Keys, str | None] = {
+        ("serving", key): getattr(serving, key) for key in ("adapters_root", "runs_root", "database")
+    }
+    if (tuning := serving.fine_tuning) is not None:
+        where = ("serving", "fine_tuning")
+        places[*where, "root"] = tuning.root
+        places |= {(*where, "models", name, "sft", "cache"): r.sft.cache for name, r in tuning.models.items() if r.sft}
+    return {keys: place for keys, place in places.items() if place is not None}
+
+
+def _places(cfg: Config) -> dict[Keys, str]:
+    """Places of a run, by the keys that name them."""
+    data = cfg.data
+    places: dict[Keys, str] = {("run", "root"): cfg.run.root, ("data", "train"): data.train}
+    if data.eval is not None:
+        places["data", "eval"] = data.eval
+    if data.preferences is not None:
+        places["data", "preferences", "store"] = data.preferences.store
+    if data.rollouts is not None:
+        places["data", "rollouts", "run"] = data.rollouts.run
+    places |= _model_place((), cfg.model)
+    if cfg.sft is not None:
+        places["sft", "cache"] = cfg.sft.cache
+    return places | _reward_places(("reward",), cfg.reward)
+
+
+def _model_place(where: Keys, model: ModelSection) -> dict[Keys, str]:
+    """A hub id and a built-in model are none."""
     is_path = not model.path.startswith(_BUILTIN) and not is_hub_id(model.path)
-    return model.model_copy(update={"path": _absolute(model.path)}) if is_path else model
+    return {(*where, "model", "path"): model.path} if is_path else {}
 
 
-def _absolute_cache(sft: SftSection) -> SftSection:
-    return sft.model_copy(update={"cache": _absolute(sft.cache)})
-
-
-def _absolute_reward(reward: RewardSection) -> RewardSection:
-    learned = {name: part for name, part in reward.parts.items() if isinstance(part, LearnedPart)}
-    parts = {name: part.model_copy(update={"model": _absolute(part.model)}) for name, part in learned.items()}
-    code = _absolute(reward.code or ".") if reward.functions else reward.code
-    return reward.model_copy(update={"parts": {**reward.parts, **parts}, "code": code})
-
-
-def _reward_places(where: str, reward: RewardSection) -> dict[str, str]:
+def _reward_places(where: Keys, reward: RewardSection) -> dict[Keys, str]:
     learned = {name: part.model for name, part in reward.parts.items() if isinstance(part, LearnedPart)}
-    places = {f"{where}.parts.{name}.model": place for name, place in learned.items()}
-    return places | ({f"{where}.code": reward.code} if reward.functions and reward.code is not None else {})
+    places: dict[Keys, str] = {(*where, "parts", name, "model"): place for name, place in learned.items()}
+    return places | ({(*where, "code"): reward.code or "."} if reward.functions else {})
 
 
 def sqlite_file(url: str) -> str | None:
@@ -198,19 +195,8 @@ def sqlite_file(url: str) -> str | None:
 
 def local_paths(cfg: Config) -> dict[str, str]:
     """Paths of a file system, by the keys that name them; not the URIs, nor the ids of a hub."""
-    places = {"run.root": cfg.run.root, "data.train": cfg.data.train}
-    if cfg.data.eval is not None:
-        places["data.eval"] = cfg.data.eval
-    if cfg.data.preferences is not None and (file := sqlite_file(cfg.data.preferences.store)) is not None:
-        places["data.preferences.store"] = file
-    if cfg.data.rollouts is not None:
-        places["data.rollouts.run"] = cfg.data.rollouts.run
-    if not is_hub_id(cfg.model.path) and not cfg.model.path.startswith(_BUILTIN):
-        places["model.path"] = cfg.model.path
-    if cfg.sft is not None:
-        places["sft.cache"] = cfg.sft.cache
-    places |= {k: v for k, v in _reward_places("reward", cfg.reward).items() if k != "reward.code"}  # it travels
-    return {key: place for key, place in places.items() if "://" not in place}
+    places = {keys: sqlite_file(place) or place for keys, place in _places(cfg).items() if keys != _CODE}
+    return {".".join(keys): place for keys, place in places.items() if "://" not in place}
 
 
 def refuse_unseen(cfg: Config, shared: Sequence[str], cluster: str) -> None:
@@ -269,5 +255,11 @@ def _is_below(path: str, folders: Sequence[str]) -> bool:
     return any(place.is_relative_to(posixpath.normpath(folder)) for folder in folders)
 
 
+def _absolute_all(places: Mapping[Keys, str]) -> dict[Keys, str]:
+    return {keys: _absolute(place) for keys, place in places.items()}
+
+
 def _absolute(location: str) -> str:
+    if (file := sqlite_file(location)) is not None:
+        return f"{_SQLITE}{_absolute(file)}"
     return location if "://" in location else str(Path(location).expanduser().absolute())
