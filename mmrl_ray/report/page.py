@@ -6,11 +6,11 @@ Nothing in the page points outside it; captions and every other text of a run ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -20,7 +20,7 @@ from mmrl_ray.algorithms.base import Panel
 from mmrl_ray.algorithms.registry import own_panels
 from mmrl_ray.config.problems import parse_yaml
 from mmrl_ray.errors import MMRLError, RunError
-from mmrl_ray.evaluation.records import States, load_evaluation, load_states
+from mmrl_ray.evaluation.records import load_evaluation, load_states
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness
 from mmrl_ray.report.charts import charts, constants
 from mmrl_ray.report.facts import event_rows, fact_blocks, happened, quarantine_rows
@@ -29,6 +29,7 @@ from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import EVENTS, METRICS_FILE, QUARANTINE_FILE
 
 REPORT = "report.html"
+T = TypeVar("T")
 
 
 def write_report(run: RunDir | str | Path) -> str:
@@ -49,12 +50,12 @@ def render_report(run: RunDir) -> str:
         RunError: a file of the run folder cannot be read at all.
     """
     problems: list[str] = []
-    summary = _summary(run, problems)
-    metrics = _lines(run, METRICS_FILE, problems)
-    events = _lines(run, EVENTS, problems)
-    quarantined = _lines(run, QUARANTINE_FILE, problems)
-    before, after = (_evaluation(run, name, problems) for name in ("before", "after"))
-    sides = {name: states for name in ("before", "after") if (states := _states(run, name, problems)) is not None}
+    summary = _tried(problems, _summary, run) or {}
+    metrics, events, quarantined = (
+        _tried(problems, run.read_lines, name) or [] for name in (METRICS_FILE, EVENTS, QUARANTINE_FILE)
+    )
+    before, after = (_tried(problems, _evaluation, run, name) for name in ("before", "after"))
+    sides = {side: found for side in ("before", "after") if (found := _tried(problems, load_states, run, side))}
     table = measure_table(before, after)
     config = run.read_text("config.yaml") if run.exists("config.yaml") else ""
     event_list, events_left = event_rows(events)
@@ -109,40 +110,23 @@ def _read(name: str) -> str:
     return files("mmrl_ray.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _summary(run: RunDir, problems: list[str]) -> dict[str, Any]:
-    if not run.exists("summary.json"):
-        return {}
+def _tried(problems: list[str], read: Callable[..., T], *args: Any) -> T | None:
+    """What `read` finds; None, with one more problem to tell, where the file is broken."""
     try:
-        summary = run.read_json("summary.json")
+        return read(*args)
     except RunError as error:
         problems.append(str(error))
-        return {}
+        return None
+
+
+def _summary(run: RunDir) -> dict[str, Any]:
+    summary = run.read_json("summary.json") if run.exists("summary.json") else {}
     return summary if isinstance(summary, dict) else {}
 
 
-def _lines(run: RunDir, name: str, problems: list[str]) -> list[dict[str, Any]]:
-    try:
-        return run.read_lines(name)
-    except RunError as error:
-        problems.append(str(error))
-        return []
-
-
-def _evaluation(run: RunDir, name: str, problems: list[str]) -> Evaluation | None:
-    try:
-        evaluation = load_evaluation(run, name)
-    except RunError as error:
-        problems.append(str(error))
-        return None
+def _evaluation(run: RunDir, name: str) -> Evaluation | None:
+    evaluation = load_evaluation(run, name)
     return evaluation if evaluation is not None and evaluation.captions else None
-
-
-def _states(run: RunDir, name: str, problems: list[str]) -> States | None:
-    try:
-        return load_states(run, name)
-    except RunError as error:
-        problems.append(str(error))
-        return None
 
 
 def _lede(table: dict[str, Any], steps: int) -> str:
