@@ -30,19 +30,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=_MARKUP,
 )
-runs_app = typer.Typer(name="runs", help="Runs there are.", no_args_is_help=True, rich_markup_mode=_MARKUP)
-config_app = typer.Typer(name="config", help="Look at configs.", no_args_is_help=True, rich_markup_mode=_MARKUP)
-data_app = typer.Typer(name="data", help="Make datasets.", no_args_is_help=True, rich_markup_mode=_MARKUP)
-import_app = typer.Typer(
-    name="import", help="Bring a dataset in as Parquet shards.", no_args_is_help=True, rich_markup_mode=_MARKUP
-)
-keys_app = typer.Typer(name="keys", help="Who may call the gateway.", no_args_is_help=True, rich_markup_mode=_MARKUP)
-preferences_app = typer.Typer(
-    name="preferences", help="Which of two captions people like better.", no_args_is_help=True, rich_markup_mode=_MARKUP
-)
-reward_app = typer.Typer(name="reward", help="Learned rewards.", no_args_is_help=True, rich_markup_mode=_MARKUP)
-jobs_app = typer.Typer(name="jobs", help="Runs on a cluster.", no_args_is_help=True, rich_markup_mode=_MARKUP)
-deploy_app = typer.Typer(name="deploy", help="Run on Kubernetes.", no_args_is_help=True, rich_markup_mode=_MARKUP)
+
+
+def _group(name: str, about: str, parent: typer.Typer = app) -> typer.Typer:
+    """A group of commands, in the order in which help lists them."""
+    group = typer.Typer(name=name, help=about, no_args_is_help=True, rich_markup_mode=_MARKUP)
+    parent.add_typer(group)
+    return group
+
+
+runs_app = _group("runs", "Runs there are.")
+config_app = _group("config", "Look at configs.")
+data_app = _group("data", "Make datasets.")
+import_app = _group("import", "Bring a dataset in as Parquet shards.", data_app)
+keys_app = _group("keys", "Who may call the gateway.")
+preferences_app = _group("preferences", "Which of two captions people like better.")
+reward_app = _group("reward", "Learned rewards.")
+jobs_app = _group("jobs", "Runs on a cluster.")
+deploy_app = _group("deploy", "Run on Kubernetes.")
 logger = logging.getLogger(__name__)
 
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", show_default=False)]
@@ -63,17 +68,6 @@ Beta = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
-
-
-data_app.add_typer(import_app)
-app.add_typer(runs_app)
-app.add_typer(config_app)
-app.add_typer(data_app)
-app.add_typer(keys_app)
-app.add_typer(preferences_app)
-app.add_typer(reward_app)
-app.add_typer(jobs_app)
-app.add_typer(deploy_app)
 
 
 def _show_version(wanted: bool) -> None:
