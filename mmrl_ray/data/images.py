@@ -144,6 +144,13 @@ def image_extension(data: bytes) -> str:
     return _EXTENSIONS[image_format(data)]
 
 
+def encode_png(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def image_hash(images: Sequence[bytes]) -> str:
     """Hex SHA-256 of one encoded picture (as `sha256sum` prints it), or of the digests of several, in order."""
     digests = [hashlib.sha256(image) for image in images]

@@ -6,7 +6,6 @@ transformers' own forward say what they think of the same completions (`policy/p
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 import warnings
@@ -23,14 +22,14 @@ from rich.text import Text
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config, parse_config
-from mmrl_ray.data.images import decode_image
+from mmrl_ray.data.images import decode_image, encode_png
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, MMRLError
 from mmrl_ray.evaluation.captioning import read_image
 from mmrl_ray.planning.estimate import batch_plan, learner_memory, model_shape, rollout_memory
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.lora.adapter import add_adapter, resolve_targets
-from mmrl_ray.policy.lora.targets import left_out
+from mmrl_ray.policy.lora.adapter import add_adapter
+from mmrl_ray.policy.lora.targets import left_out, resolve_targets
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import Comparison, compare, disagreement
 from mmrl_ray.policy.prompts import check_context, encode_prompts
@@ -225,9 +224,7 @@ def _generated(size: tuple[int, int]) -> bytes:
     """A PNG of three colours that run into each other: no two patches are alike."""
     gradient = Image.linear_gradient("L").resize(size)
     turned = Image.linear_gradient("L").rotate(90).resize(size)
-    buffer = io.BytesIO()
-    Image.merge("RGB", (gradient, turned, Image.radial_gradient("L").resize(size))).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_png(Image.merge("RGB", (gradient, turned, Image.radial_gradient("L").resize(size))))
 
 
 # -- for people --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ What cannot be found out here (a hub that is out of reach, a dataset that is not
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import is_hub_id, sqlite_file
 from mmrl_ray.config.schema import cpu_processes, demands_of, torch_threads
-from mmrl_ray.data.images import image_format
+from mmrl_ray.data.images import encode_png, image_format
 from mmrl_ray.data.samples import Sample, iter_references, told
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
@@ -298,9 +297,8 @@ def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) 
 
 def _stand_in(cfg: Config) -> Sample:
     """A picture of a usual photograph's size, where no sample of the data can be had."""
-    picture = io.BytesIO()
-    Image.new("RGB", (640, 480), (127, 127, 127)).save(picture, "PNG")
-    return Sample(id="stand-in", images=(picture.getvalue(),), prompt=cfg.data.prompt)
+    picture = encode_png(Image.new("RGB", (640, 480), (127, 127, 127)))
+    return Sample(id="stand-in", images=(picture,), prompt=cfg.data.prompt)
 
 
 def _sample_lines(found: DryRun) -> list[str]:

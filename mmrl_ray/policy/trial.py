@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +26,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from mmrl_ray.data.images import encode_png
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
@@ -130,7 +130,8 @@ def _verdict(policy: Policy, prompt: EncodedPrompt, error: Exception) -> ModelEr
 
 
 def _prompt(policy: Policy, settings: Mapping[str, Any]) -> EncodedPrompt:
-    sample = Sample(id="trial", images=(_picture(),), prompt="Describe the image.")
+    picture = encode_png(Image.linear_gradient("L").resize(_SIZE).convert("RGB"))
+    sample = Sample(id="trial", images=(picture,), prompt="Describe the image.")
     try:
         (prompt,) = encode_prompts(replace(policy, processor_settings=dict(settings)), [sample])
     except DataError as error:
@@ -184,13 +185,6 @@ def _core(error: Exception) -> str:
     while isinstance(error, MMRLError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return brief(error)
-
-
-def _picture() -> bytes:
-    """A PNG of a gradient."""
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").resize(_SIZE).convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, some
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.losses.uncertainty import gaussian_nll, preference_nll
-from mmrl_ray.metrics.statistics import bootstrap_mean
+from mmrl_ray.metrics.statistics import RESAMPLES, bootstrap_mean
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.preferences.schema import wilson
 from mmrl_ray.reward_model.data import Judgement, RewardData, read_judgements
@@ -43,7 +43,6 @@ from mmrl_ray.telemetry.terminal import PlainTable, ProgressFn, say
 _SHARES = 1_000_000
 COVERAGES = (0.5, 0.8, 0.95)
 """Of the central intervals whose coverage is counted."""
-_RESAMPLES = 2000
 
 
 def train_reward(
@@ -282,7 +281,7 @@ def _rating_figures(scores: Scores, data: RewardData, rows: list[int], *, sigma_
     captions = torch.tensor([data.rated[row] for row in rows])
     target = torch.tensor([data.ratings[row] for row in rows], dtype=torch.float64)
     mean, sigma = scores.mean[captions].double(), scores.sigma[captions].double()
-    squares = bootstrap_mean((target - mean).square().tolist(), resamples=_RESAMPLES)
+    squares = bootstrap_mean((target - mean).square().tolist(), resamples=RESAMPLES)
     figures: dict[str, Any] = {"count": len(rows), "rmse": math.sqrt(squares.mean)}
     if squares.known:
         figures["rmse_interval"] = [math.sqrt(squares.low), math.sqrt(squares.high)]

@@ -6,7 +6,6 @@ picture and kept in the vision cache under its byte budget. `RewardModelSpec` is
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, Self
 
@@ -17,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from mmrl_ray.config.sections import ModelSection, Section, refuse
-from mmrl_ray.data.images import decode_image, image_hash
+from mmrl_ray.data.images import decode_image, encode_png, image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError, ModelError
 from mmrl_ray.experience.carriers import VisionFeatures
@@ -113,7 +112,7 @@ class PolicyVision:
     def feature_dim(self) -> int:
         """Width of the features."""
         grey = Image.new("RGB", (64, 64), (128, 128, 128))
-        return int(self.inputs([(_png(grey),)], torch.device("cpu"))[0].shape[-1])
+        return int(self.inputs([(encode_png(grey),)], torch.device("cpu"))[0].shape[-1])
 
     def inputs(self, pictures: Sequence[Picture], device: torch.device) -> PictureInputs:
         """[B, L, d], padded with 0; see `VisionSource`."""
@@ -133,12 +132,6 @@ def source_of(spec: RewardModelSpec, budget_bytes: int) -> VisionSource:
     if spec.vision is None:
         return Pixels(spec.image_size, budget_bytes)
     return PolicyVision.load(spec.vision, budget_bytes, spec.vision_key)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 class RewardModelSpec(Section):

@@ -10,7 +10,6 @@ the adapter that it began with, and a new version is put on beside it (`policy/l
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import os
 import time
@@ -22,6 +21,7 @@ from functools import partial
 
 from PIL import Image
 
+from mmrl_ray.data.images import encode_png
 from mmrl_ray.errors import ConfigError, ContextLengthError, DataError, OverloadedError, ServingError, UnknownModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
@@ -336,9 +336,7 @@ _GREEDY = SamplingParams(greedy=True, max_new_tokens=_WARM_UP_TOKENS)
 
 
 def _picture() -> bytes:
-    buffer = io.BytesIO()
-    Image.linear_gradient("L").resize((_WARM_UP_SIDE, _WARM_UP_SIDE)).convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_png(Image.linear_gradient("L").resize((_WARM_UP_SIDE, _WARM_UP_SIDE)).convert("RGB"))
 
 
 @contextmanager

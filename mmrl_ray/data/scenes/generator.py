@@ -11,7 +11,6 @@ Everything follows from the settings; only the bytes of the PNG files depend on 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import random
@@ -23,6 +22,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from mmrl_ray.config.sections import ScenesSection
+from mmrl_ray.data.images import encode_png
 from mmrl_ray.data.row import Sample
 from mmrl_ray.data.scenes.language import (
     COLOURS,
@@ -146,10 +146,9 @@ def _samples(cfg: ScenesSection, split: str) -> Iterator[Sample]:
         # Each picture has a generator of its own, so that a larger data set begins with the smaller one.
         rng = random.Random(f"{_VERSION}/{cfg.seed}/{split}/{index}")
         objects = _objects(rng, rng.randint(1, cfg.max_objects), held_out=split == "eval")
-        buffer = io.BytesIO()
-        draw_scene(objects, cfg.image_size, rng).save(buffer, "PNG")
+        picture = encode_png(draw_scene(objects, cfg.image_size, rng))
         references, metadata = describe(objects)
-        yield Sample(f"{split}-{index:06d}", (buffer.getvalue(),), "", references, metadata)
+        yield Sample(f"{split}-{index:06d}", (picture,), "", references, metadata)
 
 
 def _objects(rng: random.Random, count: int, *, held_out: bool) -> tuple[SceneObject, ...]:

@@ -31,20 +31,6 @@ from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.run_records.run_dir import RunDir
 
-__all__ = [
-    "adapter_parameters",
-    "adapter_state",
-    "add_adapter",
-    "forget_adapters",
-    "load_adapter",
-    "load_adapter_state",
-    "merge_adapter",
-    "read_adapter_config",
-    "reference_policy",
-    "resolve_targets",
-    "save_adapter",
-]
-
 M = TypeVar("M", bound=nn.Module)
 
 WEIGHTS_FILE = "adapter_model.safetensors"

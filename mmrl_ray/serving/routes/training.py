@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -21,7 +21,9 @@ from mmrl_ray.run_records.control_files import MAX_WORKERS, STATUS_FILE
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.auth import ADMIN, needs
 from mmrl_ray.serving.fine_tuning_types import (
+    CheckpointCard,
     CheckpointPage,
+    EventCard,
     EventPage,
     FileCard,
     FineTuningRequest,
@@ -47,14 +49,7 @@ _ANSWER_S = 20.0
 """For a run to say yes or no: it looks for requests every second, every five in an object store."""
 _ID = re.compile(MODEL_ID)
 _RunId = Annotated[str, Path(description="Name of a run's folder.")]
-
-
-class _Named(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=_Named)
+Item = TypeVar("Item", TuningJob, EventCard, CheckpointCard)
 
 
 def add_fine_tuning(app: FastAPI, tools: Tools) -> None:

@@ -12,8 +12,8 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
-from mmrl_ray.policy.lora.adapter import add_adapter, resolve_targets
-from mmrl_ray.policy.lora.targets import left_out, left_out_line
+from mmrl_ray.policy.lora.adapter import add_adapter
+from mmrl_ray.policy.lora.targets import left_out, left_out_line, resolve_targets
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
