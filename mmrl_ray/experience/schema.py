@@ -14,7 +14,6 @@ import pyarrow as pa
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.experience.carriers import (
     Completion,
-    PlannedGroup,
     RewardBreakdown,
     RewardFailure,
     RolloutGroup,
@@ -89,21 +88,15 @@ def decode_records(encoded: bytes) -> pa.Table:
     return pa.ipc.open_stream(encoded).read_all()
 
 
-def group_table(run: str, scored: ScoredGroup, group: RolloutGroup, planned: PlannedGroup | None) -> pa.Table:
-    """`group_rows` as a table."""
-    return pa.Table.from_pylist(group_rows(run, scored, group, planned), schema=ROLLOUT_SCHEMA)
-
-
-def group_rows(
-    run: str, scored: ScoredGroup, group: RolloutGroup, planned: PlannedGroup | None
-) -> list[dict[str, Any]]:
+def group_rows(run: str, scored: ScoredGroup, group: RolloutGroup) -> list[dict[str, Any]]:
     """The rows of one group: G completions, then the greedy baseline if there is one.
+
+    What a step makes of them is null until `run_records.rollout_log.step_table` fills it in.
 
     Args:
         run: the run's name.
         scored: its rewards; a masked group has none, and each completion without one has its reason.
         group: its completions.
-        planned: its advantages, or None for a group that took no part in a step.
     """
     common = {
         "run": run,
@@ -111,33 +104,20 @@ def group_rows(
         "index": scored.key.index,
         "attempt": scored.key.attempt,
         "policy_version": scored.policy_version,
-        "staleness": None if planned is None else planned.staleness,
-        "reward_normalization": None if planned is None else planned.normalization,
         "sample_id": scored.sample_id,
         "image_hash": image_hash(group.sample.images),
         "prompt": group.sample.prompt,
-        "sampling": {
-            "temperature": group.sampling.temperature,
-            "top_k": group.sampling.top_k,
-            "top_p": group.sampling.top_p,
-            "max_new_tokens": group.sampling.max_new_tokens,
-            "seed": group.sampling.seed,
-        },
+        "sampling": {field.name: getattr(group.sampling, field.name) for field in _SAMPLING},
         "worker": scored.worker,
         "timings": [{"phase": phase, "seconds": seconds} for phase, seconds in scored.timings.items()],
     }
     rows = []
     for i, completion in enumerate(group.completions):
         reward = scored.rewards[i] if scored.rewards else RewardFailure(scored.masked or "")
-        learnt = {
-            "advantage": None if planned is None else planned.advantages[i],
-            "learning_reward": None if planned is None else planned.rewards[i],
-        }
-        rows.append({**common, **_completion_row(completion, reward), **learnt, "completion": i})
+        rows.append({**common, **_completion_row(completion, reward), "completion": i})
     if group.greedy is not None:
         unknown = None if scored.masked is None else RewardFailure(scored.masked)
-        row = _completion_row(group.greedy, scored.greedy_reward or unknown)
-        rows.append({**common, **row, "completion": -1, "advantage": None, "learning_reward": None})
+        rows.append({**common, **_completion_row(group.greedy, scored.greedy_reward or unknown), "completion": -1})
     return rows
 
 

@@ -294,7 +294,7 @@ def _with_rows(run: str, groups: Sequence[tuple[ScoredGroup, EncodedGroup]]) -> 
     rows: list[dict[str, Any]] = []
     encoded = []
     for scored, group in groups:
-        own = group_rows(run, scored, scored.payload, None)
+        own = group_rows(run, scored, scored.payload)
         encoded.append(replace(group, rows=(len(rows), len(own))))
         rows += own
     return Parcel(encode_records(rows), tuple(encoded))

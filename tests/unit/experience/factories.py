@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import pyarrow as pa
 import torch
 from PIL import Image
 
@@ -18,6 +19,7 @@ from mmrl_ray.experience.carriers import (
     SamplingParams,
     ScoredGroup,
 )
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_rows
 
 
 def png(colour: str = "red", size: int = 8) -> bytes:
@@ -79,3 +81,7 @@ def rollout_group(lengths: Sequence[int] = (2, 3), *, reference: bool = False, g
         sampling=SamplingParams(seed=7),
         greedy=completion([4, 5], text="greedy words") if greedy else None,
     )
+
+
+def group_table(run: str, scored: ScoredGroup, group: RolloutGroup) -> pa.Table:
+    return pa.Table.from_pylist(group_rows(run, scored, group), schema=ROLLOUT_SCHEMA)

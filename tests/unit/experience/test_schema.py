@@ -12,9 +12,10 @@ from datasets import load_dataset
 
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.experience.carriers import PlannedGroup, ScoredGroup
-from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, group_table
+from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
+from mmrl_ray.run_records.rollout_log import step_table
 
-from .factories import png, rollout_group, scored
+from .factories import group_table, png, rollout_group, scored
 
 
 def wary(group: ScoredGroup) -> ScoredGroup:
@@ -27,8 +28,10 @@ def wary(group: ScoredGroup) -> ScoredGroup:
 def log(tmp_path: Path) -> Path:
     group, result = rollout_group(reference=True, greedy=True), wary(scored(greedy_reward=0.25))
     planned = PlannedGroup(result.key, "s0-0", 0, (-1.0, 1.0), (1.0, 1.0), (2, 3), 5, None, (0.25, 0.75), "group")
-    masked = group_table("r", scored(index=1, masked="reward timed out"), rollout_group(), None)
-    pq.write_table(pa.concat_tables([group_table("r", result, group, planned), masked]), tmp_path / "log.parquet")
+    masked = scored(index=1, masked="reward timed out")
+    rows = pa.concat_tables([group_table("r", result, group), group_table("r", masked, rollout_group())])
+    step = step_table(frozenset((result.key, masked.key)), {result.key: planned}, rows)
+    pq.write_table(step, tmp_path / "log.parquet")
     return tmp_path / "log.parquet"
 
 
@@ -36,6 +39,7 @@ def test_each_completion_is_a_row_and_the_greedy_baseline_is_marked(log: Path) -
     table = pq.read_table(log)
     assert table.schema.equals(ROLLOUT_SCHEMA)
     rows = table.to_pylist()
+    rows = [*rows[1:3], rows[0], *rows[3:]]  # the baseline comes first
     assert [(r["index"], r["completion"]) for r in rows] == [(0, 0), (0, 1), (0, -1), (1, 0), (1, 1)]
     assert [r["advantage"] for r in rows] == [-1.0, 1.0, None, None, None]
     assert [r["reward"] for r in rows] == [0.0, 1.0, 0.25, None, None]
@@ -61,6 +65,6 @@ def test_each_completion_is_a_row_and_the_greedy_baseline_is_marked(log: Path) -
 def test_duckdb_pandas_and_datasets_open_the_log_as_it_is(log: Path, tmp_path: Path) -> None:
     query = f"select max(reward), list_filter(reward_parts, lambda p: p.name = 'b')[1].value from '{log}' group by all"
     assert (1.0, 1.0) in duckdb.sql(query).fetchall()
-    assert pd.read_parquet(log)["caption"].tolist()[2] == "greedy words"
+    assert pd.read_parquet(log)["caption"].tolist()[0] == "greedy words"
     loaded = load_dataset("parquet", data_files=str(log), split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded[1]["token_ids"] == [1, 2, 3]
+    assert loaded[2]["token_ids"] == [1, 2, 3]

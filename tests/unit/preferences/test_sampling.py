@@ -24,10 +24,10 @@ from mmrl_ray.experience.carriers import (
     Score,
     ScoredGroup,
 )
-from mmrl_ray.experience.schema import group_table
 from mmrl_ray.preferences.dataset import sample_pairs
 from mmrl_ray.preferences.schema import Pair, Preference
 from mmrl_ray.run_records.run_dir import RunDir
+from tests.unit.experience.factories import group_table
 from tests.unit.preferences.examples import picture
 
 Said = tuple[str, float, float]
@@ -65,7 +65,7 @@ def run(tmp_path: Path) -> RunDir:
         greedy = Completion(torch.ones(1, dtype=torch.int64), torch.zeros(1), "greedy", "stop")
         group = RolloutGroup(sample, prompt, tuple(completions), 0, SamplingParams(), greedy)
         scored = ScoredGroup(GroupKey(7, index), sample.id, 0, 3, (2,) * len(captions), tuple(breakdowns), HALF)
-        table = group_table("again", scored, group, None)
+        table = group_table("again", scored, group)
         run.write_bytes(f"images/{image_hash(sample.images)}.png", picture(index))
         (tmp_path / "runs" / "again" / "rollouts").mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / "runs" / "again" / "rollouts" / f"step-{index}.parquet")
@@ -138,7 +138,7 @@ def test_neither_noise_nor_a_missing_part_or_reward_makes_a_pair(tmp_path: Path)
     scored = ScoredGroup(GroupKey(7, 0), "s", 0, 3, (2,) * 3, tuple(score for _, score in rows))
     run.write_bytes(f"images/{image_hash(sample.images)}.png", picture(0))
     (tmp_path / "runs" / "noise" / "rollouts").mkdir()
-    pq.write_table(group_table("noise", scored, group, None), tmp_path / "runs" / "noise" / "rollouts" / "s.parquet")
+    pq.write_table(group_table("noise", scored, group), tmp_path / "runs" / "noise" / "rollouts" / "s.parquet")
     (labelled,) = sample_pairs(run, 9, seed=0, by_reward=True)
     assert isinstance(labelled, Preference)
     assert ({labelled.pair.caption_a, labelled.pair.caption_b}, labelled.choice) == ({"x", "y"}, "tie")

@@ -251,7 +251,7 @@ def test_a_completion_whose_reward_fails_is_masked_alone() -> None:
     assert (first.rewards[0], first.failures) == (RewardFailure("no number"), ("no number",))
     assert [getattr(s, "total", None) for s in (first.rewards[1], first.greedy_reward)] == [1.0, 9.0]
     assert (second.failures, second.greedy_reward) == ((), RewardFailure("no number"))
-    rows = {row["completion"]: row for row in group_rows("r", first, first.payload, None)}
+    rows = {row["completion"]: row for row in group_rows("r", first, first.payload)}
     assert {place: row["masked"] for place, row in rows.items()} == {0: "no number", 1: None, -1: None}
     assert [rows[place]["reward"] for place in (0, 1, -1)] == [None, 1.0, 9.0]
 

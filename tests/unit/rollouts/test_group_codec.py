@@ -21,7 +21,7 @@ from mmrl_ray.experience.carriers import (
     ScoredGroup,
     VisionFeatures,
 )
-from mmrl_ray.experience.schema import decode_records, group_table
+from mmrl_ray.experience.schema import decode_records
 from mmrl_ray.rollouts.group_codec import (
     PARCEL_BYTES,
     Parcel,
@@ -31,7 +31,7 @@ from mmrl_ray.rollouts.group_codec import (
     open_payload,
     pack,
 )
-from tests.unit.experience.factories import rollout_group, scored
+from tests.unit.experience.factories import group_table, rollout_group, scored
 
 
 def same(one: object, other: object) -> bool:
@@ -155,7 +155,7 @@ def test_the_log_says_what_the_group_says() -> None:
     groups = several()
     (parcel,), _ = pack("my-run", groups)
     rows = decode_records(parcel.rows).to_pylist()
-    assert rows == [row for g in groups for row in group_table("my-run", g, g.payload, None).to_pylist()]
+    assert rows == [row for g in groups for row in group_table("my-run", g, g.payload).to_pylist()]
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_a_checkpoint_gives_back_what_was_in_the_buffer(in_parcels: bool) -> Non
     assert [s for s, _ in decoded] == [replace(group, payload=None) for group in groups]
     for (_, parcel), original in zip(decoded, groups, strict=True):
         assert same(asdict(open_payload(Parcelled(parcel, 0), lambda v: v)), asdict(original.payload))
-        logged = group_table("r", original, original.payload, None)
+        logged = group_table("r", original, original.payload)
         assert decode_records(parcel.rows).to_pylist() == logged.to_pylist()
 
 
@@ -195,4 +195,4 @@ def test_a_checkpoint_in_the_first_format_is_read() -> None:
         images = found.sample.images  # as Pillow wrote them then
         expected = replace(original.payload, sample=replace(original.payload.sample, images=images))
         assert same(asdict(found), asdict(expected))
-        assert decode_records(parcel.rows).to_pylist() == group_table("r", original, expected, None).to_pylist()
+        assert decode_records(parcel.rows).to_pylist() == group_table("r", original, expected).to_pylist()

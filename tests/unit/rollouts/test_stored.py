@@ -61,7 +61,7 @@ def logged(folder: Path) -> list[tuple[Sample, RolloutGroup]]:
         group = replace(group, completions=(replace(text[0], finish_reason="length"), text[1]))
         parts = [RewardBreakdown(r, {"all": r, "all/x": 2 * r}, {"all": 1.0}, 0.5, 0.1) for r in REWARDS[i]]
         scored = ScoredGroup(GroupKey(4, i, 1), group.sample.id, 0, 3, SIZES[i], tuple(parts))
-        rows = json.loads(json.dumps(group_rows("again", scored, group, None)))
+        rows = json.loads(json.dumps(group_rows("again", scored, group)))
         sample = sample_of(rows, group.sample.images)
         found.append((replace(sample, metadata=json.loads(json.dumps(dict(sample.metadata)))), group))
     return found

@@ -26,7 +26,7 @@ def planned(key: GroupKey, advantages: tuple[float, ...]) -> PlannedGroup:
 def table(*keys: GroupKey, masked: str | None = None, greedy: bool = False) -> bytes:
     made = [replace(scored(masked=masked), key=key) for key in keys]
     group = rollout_group(greedy=greedy)
-    return encode_records([row for each in made for row in group_rows("run", each, group, None)])
+    return encode_records([row for each in made for row in group_rows("run", each, group)])
 
 
 def query(run: RunDir, what: str, step: int = 3) -> list[tuple[Any, ...]]:

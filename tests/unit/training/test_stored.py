@@ -28,12 +28,12 @@ from mmrl_ray.experience.carriers import (
     Score,
     ScoredGroup,
 )
-from mmrl_ray.experience.schema import group_table
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter, add_run_adapter, save_adapter
 from mmrl_ray.rollouts.stored import stored_group
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.training.offline import check_stored, decoding_beta, logged_pictures, stored_data
 from tests.support.tiny_models import load_family
+from tests.unit.experience.factories import group_table
 from tests.unit.preferences.examples import picture
 
 TEXT = """\
@@ -67,7 +67,7 @@ def source(tmp_path: Path) -> RunDir:
             scored = ScoredGroup(
                 GroupKey(step, index), sample.id, 0, 3, (1, 2, 3), () if masked else rewards, rewards[0], masked=masked
             )
-            tables.append(group_table("again", scored, group, None))
+            tables.append(group_table("again", scored, group))
             names = [f"{image_hash([image])}.png" for image in images]
             for name, image in zip(names, images, strict=True):
                 run.write_bytes(f"images/{name}", image)
