@@ -37,6 +37,7 @@ from mmrl_ray.errors import (
     ServingError,
     UnknownImageError,
     UnknownModelError,
+    one_line,
 )
 
 KEY_VARIABLE = "MMRL_API_KEY"
@@ -307,7 +308,7 @@ class Client:
                 f"{self._url}: no answer within {self._timeout_s:g} s ({type(error).__name__})"
             ) from error
         except httpx.TransportError as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise ServingError(f"{self._url}: {reason}; is a gateway running there?") from error
         return answer_of(response, self._url)
 

@@ -171,3 +171,8 @@ def first_line(error: BaseException) -> str:
 def said(error: BaseException) -> str:
     """The first line of such an error's message; its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """The whole of such an error's message, as one line."""
+    return " ".join(str(error).split())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmrl_ray.errors import DataError
+from mmrl_ray.errors import DataError, one_line
 
 KARPATHY_SPLITS = ("train", "restval", "val", "test")
 _CAPTION_KEYS = ("references", "captions", "caption", "text")
@@ -257,5 +257,4 @@ def _load_json(file: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{text} is missing" if isinstance(error, KeyError) else text
+    return f"{one_line(error)} is missing" if isinstance(error, KeyError) else one_line(error)

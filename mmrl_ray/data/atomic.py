@@ -15,7 +15,6 @@ from pathlib import Path
 SCRATCH_PREFIXES = (".tmp-", ".old-")
 """Of names that are half-made or on their way out; a killed writer may leave some."""
 _SCRATCH_FOLDER = re.compile(rf"{re.escape(SCRATCH_PREFIXES[0])}[0-9a-f]{{32}}")
-_HASH_BLOCK = 1 << 20
 
 
 def write_file(target: Path, data: bytes) -> None:
@@ -136,11 +135,8 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _scratch(target: Path, prefix: str) -> Path:

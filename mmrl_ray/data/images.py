@@ -22,7 +22,7 @@ import numpy as np
 from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from mmrl_ray.data.image_structure import check_gif, check_jpeg, check_png, exif_is_light, without_heavy_exif
-from mmrl_ray.errors import ImageError
+from mmrl_ray.errors import ImageError, one_line
 
 ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF"]
 
@@ -105,7 +105,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
         raise ImageError(f"{kind} image that takes more memory than there is for it: make it smaller") from error
     except Exception as error:
         # The boundary: Pillow raises anything from struct.error to KeyError.
-        raise ImageError(f"broken {kind} image: {_one_line(error)}") from error
+        raise ImageError(f"broken {kind} image: {one_line(error) or type(error).__name__}") from error
     rgb.info = {}
     return rgb
 
@@ -305,10 +305,6 @@ def _looks_like(data: bytes) -> str:
     if text and len(text.encode()) >= len(head[:256]) - 3 and all(c.isprintable() or c.isspace() for c in text):
         return "text"
     return "unknown data"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def bands(image: Image.Image) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from pyarrow import fs
 
 from mmrl_ray.data.images import MAX_BYTES
 from mmrl_ray.data.row import Columns, Sample, images_from_cell, images_length, row_id, sample_from_row
-from mmrl_ray.errors import DataError, ImageError
+from mmrl_ray.errors import DataError, ImageError, one_line
 
 _FOOTER_TAIL = 8
 """Bytes at the end of a Parquet file: length of the footer (int32), then "PAR1"."""
@@ -195,8 +195,7 @@ class ParquetDataset:
                 present = [name for name in columns if name in file.schema_arrow.names]
                 return file.read_row_group(group.index, columns=present)
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"row group {group.index} of {shard.path} cannot be read: {reason}") from error
+            raise DataError(f"row group {group.index} of {shard.path} cannot be read: {one_line(error)}") from error
 
     def _open_shard(self, file: fs.FileInfo) -> Shard:
         try:
@@ -207,8 +206,7 @@ class ParquetDataset:
                 footer = source.read(length)
                 metadata = pq.read_metadata(source)
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{file.path} cannot be read as Parquet: {reason}") from error
+            raise DataError(f"{file.path} cannot be read as Parquet: {one_line(error)}") from error
         return Shard(file.base_name, file.path, metadata, hashlib.sha256(footer).hexdigest(), file.size)
 
     def _common_columns(self) -> Columns:
@@ -328,8 +326,7 @@ def locate(location: str | Path) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fs.FileSystem.from_uri(text)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{text} is no location that pyarrow can open: {reason}") from error
+        raise DataError(f"{text} is no location that pyarrow can open: {one_line(error)}") from error
     return filesystem, path.rstrip("/") or "/"
 
 

@@ -24,7 +24,7 @@ from pyarrow import fs
 from mmrl_ray.data.atomic import scratch_folder, sync
 from mmrl_ray.data.row import Sample, sample_schema, table_from_samples
 from mmrl_ray.data.shards import is_local, is_occupied, locate
-from mmrl_ray.errors import DataError
+from mmrl_ray.errors import DataError, one_line
 
 CONTENT_KEY = "mmrl.images_sha256"
 """Footer entry: over all images of the data set up to and including this shard."""
@@ -212,8 +212,7 @@ class ShardWriter:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"cannot write {self.location}: {reason}") from error
+            raise DataError(f"cannot write {self.location}: {one_line(error)}") from error
 
 
 def write_parquet(

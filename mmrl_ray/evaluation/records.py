@@ -23,7 +23,7 @@ from mmrl_ray.analysis.attribution import MODALITIES
 from mmrl_ray.analysis.correlation import Correlation, correlations
 from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import RunError
+from mmrl_ray.errors import RunError, one_line
 from mmrl_ray.evaluation.scores import CaptionScore, Evaluation, paired
 from mmrl_ray.experience.carriers import CaptionState, RewardBreakdown
 from mmrl_ray.metrics.statistics import resolution
@@ -111,8 +111,7 @@ def load_evaluation(run: RunDir, name: str) -> Evaluation | None:
         tokenizer = Tokenizer(metadata.get(_TOKENIZER_KEY.encode(), Tokenizer.WORD_RUNS.encode()).decode())
         return Evaluation(tuple(_caption_score(row) for row in table.to_pylist()), seed, tokenizer)
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{run.full_path(file)} is not an evaluation ({reason}); evaluate again") from error
+        raise RunError(f"{run.full_path(file)} is not an evaluation ({one_line(error)}); evaluate again") from error
 
 
 def highlights(
@@ -307,8 +306,7 @@ def load_states(run: RunDir, name: str) -> States | None:
         if any(vector.ndim != 2 or not bool(torch.isfinite(vector).all()) for vector in vectors.values()):
             raise ValueError("its vectors are not finite numbers of one length")
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{run.full_path(file)} holds no states ({reason}); train again without it") from error
+        raise RunError(f"{run.full_path(file)} holds no states ({one_line(error)}); train again without it") from error
     modalities = {name: vectors[name] for name in MODALITIES}
     places = () if None in columns["sample_place"] else tuple(columns["sample_place"])
     return States(tuple(columns["sample_id"]), vectors["action"], modalities, vectors["hidden"], places)

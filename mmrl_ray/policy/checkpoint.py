@@ -31,7 +31,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data import atomic
-from mmrl_ray.errors import MMRLError, ModelError
+from mmrl_ray.errors import MMRLError, ModelError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def model_call(model: str, failed: str, remedy: str = "") -> Iterator[None]:
 
 def brief(error: BaseException) -> str:
     """What another library says, in one line; with the kind of error where the text alone says little."""
-    text = " ".join(str(error).split()) or "no message"
+    text = one_line(error) or "no message"
     if not isinstance(error, _PLAIN):
         text = f"{type(error).__name__}: {text}"
     return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 1]}…"

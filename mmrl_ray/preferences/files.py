@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmrl_ray.data.images import MAX_BYTES, decode_image, image_extension, image_hash
-from mmrl_ray.errors import ImageError, PreferenceError
+from mmrl_ray.errors import ImageError, PreferenceError, one_line
 from mmrl_ray.preferences.schema import PREFERENCE_SCHEMA, REQUIRED, Pair, Preference
 
 Item = Pair | Preference
@@ -75,7 +75,7 @@ def write_preferences(path: str | Path, items: Iterable[Item]) -> int:
             raise PreferenceError(f"nothing to write to {path}: there are no such preferences")
         os.replace(scratch, path)
     except (OSError, pa.ArrowException) as error:
-        raise PreferenceError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
+        raise PreferenceError(f"{path} cannot be written: {one_line(error)}") from error
     finally:
         scratch.unlink(missing_ok=True)
     return count
@@ -160,7 +160,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | Preference
                     number += 1
                     yield f"{path.name}, row {number}", row
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise PreferenceError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
+        raise PreferenceError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _check_columns(schema: pa.Schema, path: Path) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmrl_ray.data import atomic
-from mmrl_ray.errors import ModelError
+from mmrl_ray.errors import ModelError, one_line
 from mmrl_ray.metrics.text import Tokenizer, words
 from mmrl_ray.reward_model.fusion import build_fusion
 from mmrl_ray.reward_model.vision_source import Picture, PictureInputs, RewardModelSpec, VisionSource
@@ -336,7 +336,7 @@ def save_reward_model(model: RewardModel, folder: str | Path, report: Mapping[st
             _write_json(scratch / REPORT, report)
             atomic.commit_folder(scratch, target)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"the reward model cannot be written to {target}: {_brief(error)}") from error
+        raise ModelError(f"the reward model cannot be written to {target}: {one_line(error)[:300]}") from error
 
 
 def load_reward_model(folder: str | Path) -> RewardModel:
@@ -350,7 +350,9 @@ def load_reward_model(folder: str | Path) -> RewardModel:
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read as safetensors: {_brief(error)}; train or copy it again") from error
+        raise ModelError(
+            f"{file} cannot be read as safetensors: {one_line(error)[:300]}; train or copy it again"
+        ) from error
     with torch.random.fork_rng(devices=[]):
         model = RewardModel(spec)
     wanted = model.state_dict()
@@ -385,7 +387,7 @@ def read_spec(folder: str | Path) -> RewardModelSpec:
     except FileNotFoundError:
         raise ModelError(f"{folder} is no reward model: it has no {SPEC}") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {_brief(error)}") from error
+        raise ModelError(f"{file} cannot be read as JSON: {one_line(error)[:300]}") from error
     version = found.get("format") if isinstance(found, dict) else None
     if version != _FORMAT:
         raise ModelError(
@@ -407,7 +409,3 @@ def refuse_occupied(target: str | Path) -> None:
 
 def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -25,7 +25,7 @@ from decimal import Decimal
 from typing import Any
 
 from mmrl_ray.child import receive, send
-from mmrl_ray.errors import ConfigError, RewardError
+from mmrl_ray.errors import ConfigError, RewardError, one_line
 
 MARK = "[reward "
 """Begins each line that a function prints."""
@@ -170,7 +170,7 @@ def checked_scores(path: str, returned: Any, expected: int) -> list[float | str]
 
 def told(error: BaseException) -> str:
     """Type, message, and file and line of the last call that the exception came through."""
-    message = " ".join(str(error).split()).encode(errors="backslashreplace").decode()  # files cannot hold surrogates
+    message = one_line(error).encode(errors="backslashreplace").decode()  # files cannot hold surrogates
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[: _LONGEST_MESSAGE - 1]}…"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_import(f.filename)]

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import MMRLError, RolloutError, RunError
+from mmrl_ray.errors import MMRLError, RolloutError, RunError, one_line
 from mmrl_ray.experience.carriers import GroupKey, PlannedGroup
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records
 from mmrl_ray.run_records.run_dir import RunDir
@@ -207,8 +207,7 @@ def logged_groups(run: RunDir, columns: Sequence[str]) -> Iterator[list[dict[str
         try:
             table = pq.read_table(io.BytesIO(run.read_bytes(f"{FOLDER}/{name}")), columns=wanted)
         except pa.ArrowException as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"{run.full_path(f'{FOLDER}/{name}')} cannot be read: {reason}") from error
+            raise RunError(f"{run.full_path(f'{FOLDER}/{name}')} cannot be read: {one_line(error)}") from error
         groups: dict[tuple[int, int, int], list[dict[str, Any]]] = defaultdict(list)
         for row in table.to_pylist():
             if row["completion"] >= 0:

@@ -48,6 +48,7 @@ from mmrl_ray.errors import (
     UnknownJobError,
     UnknownModelError,
     UnknownPairError,
+    one_line,
 )
 
 CLIENT_GONE = 499
@@ -198,7 +199,7 @@ def _message(error: Exception) -> str:
         return "the client went away"
     if isinstance(error, TimeoutError):
         return "the answer took too long: ask for less, or try again later"
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def _body(kind: _Kind, message: str) -> dict[str, Any]:

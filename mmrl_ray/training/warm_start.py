@@ -32,7 +32,7 @@ from mmrl_ray.data import atomic
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine, QuarantineRecord, dataset_fingerprint, iter_references, read_split
 from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
-from mmrl_ray.errors import DataError, ModelError, RunError
+from mmrl_ray.errors import DataError, ModelError, RunError, one_line
 from mmrl_ray.evaluation.scores import Blindness, blindness
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.checkpoint import model_call
@@ -374,5 +374,6 @@ def _staging(cache: Path) -> Iterator[Path]:
         with atomic.scratch_folder(cache) as scratch:
             yield scratch
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"the warm start cannot be kept in {cache}: {reason}; make room or set sft.cache") from error
+        raise RunError(
+            f"the warm start cannot be kept in {cache}: {one_line(error)}; make room or set sft.cache"
+        ) from error
