@@ -20,7 +20,6 @@ from mmrl_ray.errors import RewardError, UnknownImageError
 from mmrl_ray.experience.carriers import Score
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn, score_once, score_with_retry
-from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.protocols import RewardItem, Scored
 
 IMAGE_BYTES = 256 * 2**20
@@ -79,17 +78,6 @@ class HostedReward:
         self._images: OrderedDict[str, tuple[bytes, ...]] = OrderedDict()
         self._stuck = False
         self._answered = 0
-
-    @classmethod
-    def build(cls, cfg: RewardSection, statistics: CorpusStatistics) -> Self:
-        """The reward that a config and the statistics of a run's training references describe."""
-        return cls(
-            build_reward(cfg, statistics),
-            name=reward_name(cfg),
-            version=reward_version(cfg, statistics),
-            timeout_s=cfg.timeout_s,
-            longest_s=cfg.longest_s,
-        )
 
     @property
     def healthy(self) -> bool:

@@ -21,7 +21,7 @@ from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Truncat
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.protocols import RewardItem
-from mmrl_ray.serving.reward_service import CaptionBatch, HostedReward, reward_version
+from mmrl_ray.serving.reward_service import CaptionBatch, HostedReward, reward_name, reward_version
 
 REFERENCES = [["a red circle on the left", "a circle"], ["two blue squares", "blue squares above"], ["a green star"]]
 STATISTICS = CorpusStatistics.from_references(REFERENCES)
@@ -43,7 +43,12 @@ class Watched:
 
 
 def hosted(reward: Any, **settings: Any) -> HostedReward:
-    return HostedReward(reward, name="watched", version="v", **{"timeout_s": 20.0, **settings})
+    return HostedReward(reward, **{"name": "watched", "version": "v", "timeout_s": 20.0, **settings})
+
+
+def built(cfg: RewardSection = CFG) -> HostedReward:
+    reward = build_reward(cfg, STATISTICS)
+    return hosted(reward, name=reward_name(cfg), timeout_s=cfg.timeout_s, longest_s=cfg.longest_s)
 
 
 def item(*captions: str, **fields: Any) -> RewardItem:
@@ -53,7 +58,7 @@ def item(*captions: str, **fields: Any) -> RewardItem:
 def test_a_batch_of_items_gets_the_scores_of_the_reward_itself() -> None:
     captions = (("a red circle", "a green square"), ("blue squares",), ("star", "", "a green star"))
     items = tuple(item(*c, references=tuple(r)) for c, r in zip(captions, REFERENCES, strict=True))
-    scored = asyncio.run(HostedReward.build(CFG, STATISTICS).score(items))
+    scored = asyncio.run(built().score(items))
     alone = build_reward(CFG, STATISTICS)
     for got, texts, references in zip(scored.scores, captions, REFERENCES, strict=True):
         sample = Sample("any", (), "", tuple(references))
@@ -66,7 +71,7 @@ def test_captions_that_were_cut_off_are_so_behind_the_deployment() -> None:
     sample = Sample("s", (), "", ("a red circle on the left",))
     captions = ["a red circle", TruncatedCaption("a red circle")]
     batch = pickle.loads(pickle.dumps(CaptionBatch.of([sample] * 2, captions, images=False)))
-    scores = asyncio.run(HostedReward.build(CFG, STATISTICS).score_batch(batch))
+    scores = asyncio.run(built().score_batch(batch))
     assert scores == build_reward(CFG, STATISTICS).score_batch([sample] * 2, captions)
     assert scores[0] != scores[1]
 
@@ -133,7 +138,7 @@ def test_a_function_that_hangs_on_a_caption_costs_neither_the_others_nor_the_rep
     monkeypatch.syspath_prepend(str(tmp_path))
     part = {"kind": "function", "path": "hanging:fn", "state": "text"}
     cfg = RewardSection.model_validate({"parts": {"mine": part}, "weights": {"mine": 1.0}, "timeout_s": 1.0})
-    service = HostedReward.build(cfg, STATISTICS)
+    service = built(cfg)
     before = set(threading.enumerate())
     found = asyncio.run(service.score((item("aa", "a" * 60 + "b", "b"), item("aaa")))).scores
     assert [[getattr(score, "total", None) for score in scores] for scores in found] == [[1.0, None, 0.0], [1.0]]
