@@ -129,7 +129,7 @@ def _job(cfg: Config) -> list[Manifest]:
     }
     data = {_CONFIG_FILE: dump_yaml(inside.model_dump(mode="json", exclude={"deploy"}))}
     return [
-        *_claim(deploy, name),
+        *_claim(deploy),
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(deploy, name, config), "data": data},
         _network_policy(deploy, name, port),
         {"apiVersion": _API, "kind": "RayJob", "metadata": _metadata(deploy, name), "spec": spec},
@@ -142,7 +142,7 @@ def _cluster(cfg: Config) -> list[Manifest]:
     port = (cfg.serving or ServingSection()).port
     spec = cluster_spec(deploy, name, groups_of_run(cfg, waiting=True), port=port)
     return [
-        *_claim(deploy, name),
+        *_claim(deploy),
         _network_policy(deploy, name, port),
         {"apiVersion": _API, "kind": "RayCluster", "metadata": _metadata(deploy, name), "spec": spec},
     ]
@@ -164,7 +164,7 @@ def _service(cfg: ServeConfig) -> list[Manifest]:
         "rayClusterConfig": cluster_spec(deploy, name, groups_of_server(cfg), port=serving.port, env=FAST, serves=True),
     }
     return [
-        *_claim(deploy, name),
+        *_claim(deploy),
         _network_policy(deploy, name, serving.port),
         {"apiVersion": _API, "kind": "RayService", "metadata": _metadata(deploy, name), "spec": spec},
     ]
@@ -179,7 +179,7 @@ def _require_database(serving: ServingSection) -> None:
         )
 
 
-def _claim(deploy: DeploySection, name: str) -> list[Manifest]:
+def _claim(deploy: DeploySection) -> list[Manifest]:
     storage = deploy.storage
     if storage.uri is not None or not storage.create:
         return []

@@ -15,7 +15,6 @@ from transformers.utils import logging
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, FACTS_FILE, Agent
 from mmrl_ray.algorithms.dqn.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
 from mmrl_ray.algorithms.dqn.network import image_features
-from mmrl_ray.config import Config
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_unknown
 from mmrl_ray.config.reward import RewardSection
@@ -152,7 +151,7 @@ def _open_run(run: RunDir, shown: RunProgress | None) -> ModelSource:
         max_new_tokens=cfg.rollout.max_new_tokens,
         reward=cfg.reward.with_opening(opening),
         eval_data=cfg.data.eval,
-        statistics=_statistics(run, cfg),
+        statistics=CorpusStatistics.from_json(run.read_text(STATISTICS)) if run.exists(STATISTICS) else None,
         notes=notes,
         agent=agent,
         trained_on=(cfg.data.train, *(f"{run.location}/{own}" for own in (PAIRS, STORED) if run.exists(own))),
@@ -182,7 +181,3 @@ def _local(run: RunDir, folder: str, names: Sequence[str]) -> Iterator[Path]:
         for name in names:
             (Path(scratch) / name).write_bytes(run.read_bytes(f"{folder}/{name}"))
         yield Path(scratch)
-
-
-def _statistics(run: RunDir, cfg: Config) -> CorpusStatistics | None:
-    return CorpusStatistics.from_json(run.read_text(STATISTICS)) if run.exists(STATISTICS) else None

@@ -66,7 +66,7 @@ def render_report(run: RunDir) -> str:
         stylesheet=Markup(_read("report.css")),  # the package's own file
         lede=_lede(table, len(metrics)),
         state=_state(summary, metrics),
-        chips=list(_chips(summary, metrics, before or after)),
+        chips=list(_chips(metrics, before or after)),
         warnings=list(_warnings(before, after)),
         missing=[*problems, *_missing(run, summary, metrics, before, after)],
         table=table,
@@ -153,7 +153,7 @@ def _state(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, 
     return {"kind": "flat", "text": "not finished" if metrics else "not started"}
 
 
-def _chips(summary: dict[str, Any], metrics: list[dict[str, Any]], evaluation: Evaluation | None) -> Iterator[str]:
+def _chips(metrics: list[dict[str, Any]], evaluation: Evaluation | None) -> Iterator[str]:
     if metrics:
         yield f"{len(metrics)} step{'s' if len(metrics) != 1 else ''}"
     if evaluation is not None:
