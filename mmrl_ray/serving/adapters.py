@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from mmrl_ray.config.paths import RUN_CONFIG
 from mmrl_ray.errors import AdapterError, CheckpointError, ConfigError, MMRLError, OverloadedError, RunError
 from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, LIVE_FOLDER, checkpoint_name, checkpoint_steps, live_versions
 from mmrl_ray.policy.heads import HEADS_FILE
@@ -22,7 +23,6 @@ from mmrl_ray.serving.decode_thread import DecodeThread
 
 logger = logging.getLogger(__name__)
 
-_RUN_CONFIG = "config.yaml"
 _ATTEMPTS = 3
 
 
@@ -156,7 +156,7 @@ def open_source(location: str) -> AdapterSource:
         AdapterError: it is neither.
     """
     local = "://" not in location
-    if not local or (Path(location).expanduser() / _RUN_CONFIG).is_file():
+    if not local or (Path(location).expanduser() / RUN_CONFIG).is_file():
         try:
             return RunSource(RunDir.at(location))
         except RunError as error:
@@ -168,7 +168,7 @@ def open_source(location: str) -> AdapterSource:
 
 
 def _is_source(folder: Path) -> bool:
-    return (folder / _RUN_CONFIG).is_file() or (folder / CONFIG_FILE).is_file()
+    return (folder / RUN_CONFIG).is_file() or (folder / CONFIG_FILE).is_file()
 
 
 class AdapterLeases:

@@ -214,31 +214,21 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     serving = cfg.serving
     torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
     policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
+    common: dict[str, Any] = {
+        "model_id": base_id(cfg),
+        "vision_cache_bytes": serving.policy.vision_cache_mb * _MB,
+        "max_rows": serving.policy.max_rows,
+        "max_queue": serving.policy.max_queue,
+        "timeout_s": serving.request_timeout_s + _LATER_S,
+    }
     if cfg.agent is not None:
-        agent = AgentEngine(
-            policy,
-            RunDir.at(cfg.agent),
-            model_id=base_id(cfg),
-            vision_cache_bytes=serving.policy.vision_cache_mb * _MB,
-            max_rows=serving.policy.max_rows,
-            max_queue=serving.policy.max_queue,
-            timeout_s=serving.request_timeout_s + _LATER_S,
-        )
+        agent = AgentEngine(policy, RunDir.at(cfg.agent), **common)
         agent.start()
         return agent
     policy.acceleration.pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
-    engine = Engine(
-        policy,
-        pool,
-        model_id=base_id(cfg),
-        created=created,
-        vision_cache_bytes=serving.policy.vision_cache_mb * _MB,
-        max_rows=serving.policy.max_rows,
-        max_queue=serving.policy.max_queue,
-        timeout_s=serving.request_timeout_s + _LATER_S,
-    )
+    engine = Engine(policy, pool, created=created, **common)
     engine.start()
     gc.freeze()  # the model and all modules stay: a look at them for rubbish would hold up a step
     return engine
