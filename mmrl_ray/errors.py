@@ -176,3 +176,8 @@ def said(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """The whole of such an error's message, as one line."""
     return " ".join(str(error).split())
+
+
+def last_line(text: str, most: int = 500) -> str:
+    """Of a traceback what was raised, at most so many characters; empty where there is nothing."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")[:most]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -273,6 +271,7 @@ def scale(
 ) -> None:
     """Change how many rollout workers a run in progress has; returns when it has them."""
     from mmrl_ray.jobs.control import RunControl
+    from mmrl_ray.jobs.submit import submitter
     from mmrl_ray.run_records.control_files import MAX_WORKERS
     from mmrl_ray.run_records.run_dir import RunDir
 
@@ -283,12 +282,8 @@ def scale(
         count = int(workers)
     control = RunControl(RunDir.at(run))
     began = time.monotonic()
-    answer = control.request(count, by=_who(), timeout_s=timeout_s)
+    answer = control.request(count, by=submitter(), timeout_s=timeout_s)
     typer.echo(answer.message)
     if count is not None:
         left = max(1.0, timeout_s - (time.monotonic() - began))
         typer.echo(f"{control.wait_in_effect(answer, timeout_s=left)}, {time.monotonic() - began:.1f} s after asking")
-
-
-def _who() -> str:
-    return f"{os.environ.get('USER') or os.getuid()}@{socket.gethostname()}"

@@ -20,7 +20,7 @@ from ray.dashboard.utils import ray_address_to_api_server_url
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
-from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, UnknownJobError, said
+from mmrl_ray.errors import ConfigError, JobError, JobServerError, JobSetupError, UnknownJobError, last_line, said
 from mmrl_ray.jobs.records import Job, JobFacts, Status, check_id
 from mmrl_ray.processes import listener
 
@@ -213,7 +213,7 @@ class JobsClient:
         told = re.match(r"Request failed with status code (\d+): (.*)\.$", str(error), re.DOTALL)
         if told is None:
             return JobError(f"Ray at {self.address}: {said(error)[:_LONGEST_REASON]}")
-        status, reason = int(told[1]), _last_line(told[2])
+        status, reason = int(told[1]), last_line(told[2]) or "it does not say why"
         if status == 404 and id:
             return self._unknown(id)
         if "already exists" in told[2] or "already been used" in told[2]:
@@ -312,9 +312,3 @@ def _job(details: JobDetails) -> Job | None:
         driver_code=details.driver_exit_code,
         message=details.message or "",
     )
-
-
-def _last_line(text: str) -> str:
-    """Of a traceback, what was raised."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:_LONGEST_REASON] if lines else "it does not say why"

@@ -26,7 +26,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus, ServeDeploySchema
 
 from mmrl_ray.config.serving import APP, GATEWAY, POLICY, REWARD, DeploymentSection, ServeConfig
-from mmrl_ray.errors import ConfigError, PlacementError, ServingError
+from mmrl_ray.errors import ConfigError, PlacementError, ServingError, last_line
 
 _CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of the one actor that every Serve has."""
@@ -34,8 +34,6 @@ _MARK = b"mmrl-serve"
 """Key in Ray's own store: the id of the controller of a Serve that this product has started."""
 _POLL_S = 0.1
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-_LONGEST_REASON = 500
-"""Characters."""
 BUILDER = "mmrl_ray.serving.deployments:build"
 
 
@@ -57,7 +55,7 @@ def start_serve(*, host: str | None = None, port: int = 8000) -> bool:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
     except (RuntimeError, TimeoutError) as error:
         taken = "another program listens there; choose another port"
-        reason = taken if _listens(host, port) else _last_line(str(error))
+        reason = taken if _listens(host, port) else last_line(str(error))
         raise ServingError(f"Ray Serve does not start on {host}:{port}: {reason}") from error
     internal_kv._internal_kv_put(_MARK, _controller_id(), namespace=_MARK)
     return True
@@ -94,7 +92,7 @@ def deploy(application: Application, name: str, *, route_prefix: str | None) -> 
         )
     except RayServeException as error:
         raise ServingError(
-            f"application {name} cannot be deployed: {_last_line(str(error))} Stop that one first, or use another Ray"
+            f"application {name} cannot be deployed: {last_line(str(error))} Stop that one first, or use another Ray"
         ) from error
 
 
@@ -169,14 +167,8 @@ def _why(application: ApplicationStatusOverview) -> str:
     """What Serve says about it, on one line: of the first deployment that is not well, or of the whole."""
     for name, deployment in application.deployments.items():
         if deployment.status not in (DeploymentStatus.HEALTHY, DeploymentStatus.UPDATING) or deployment.message:
-            return f"{name}: {_last_line(deployment.message) or deployment.status.value}"
-    return _last_line(application.message) or application.status.value
-
-
-def _last_line(text: str) -> str:
-    """Of a traceback, what was raised."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:_LONGEST_REASON] if lines else ""
+            return f"{name}: {last_line(deployment.message) or deployment.status.value}"
+    return last_line(application.message) or application.status.value
 
 
 def serve_config(cfg: ServeConfig, *, insecure: bool = False) -> dict[str, Any]:
