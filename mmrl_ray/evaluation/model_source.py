@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging as stdlib_logging
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import logging
 
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, FACTS_FILE, Agent
-from mmrl_ray.algorithms.dqn.agent import WEIGHTS_FILE as AGENT_WEIGHTS_FILE
 from mmrl_ray.algorithms.dqn.network import image_features
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_unknown
@@ -23,9 +20,9 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, checkpoint_name, newest_valid_checkpoint
 from mmrl_ray.metrics.text import CorpusStatistics
-from mmrl_ray.policy.heads import HEADS_FILE, add_decoding_heads
+from mmrl_ray.policy.heads import add_decoding_heads
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from mmrl_ray.policy.lora.adapter import CONFIG_FILE, load_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.vision import VisionCache
@@ -134,12 +131,11 @@ def _open_run(run: RunDir, shown: RunProgress | None) -> ModelSource:
     agent = None
     if cfg.agent is not None:
         folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)
-        with _local(run, folder, (FACTS_FILE, AGENT_WEIGHTS_FILE)) as local:
+        with run.local_copy(folder) as local:
             agent = PictureAgent(Agent.load(local), VisionCache(cfg.rollout.vision_cache_mb * 2**20))
     else:
         folder, notes = _newest(run, ADAPTER_FOLDER, CONFIG_FILE)
-        heads = (HEADS_FILE,) if run.exists(f"{folder}/{HEADS_FILE}") else ()
-        with _local(run, folder, (CONFIG_FILE, WEIGHTS_FILE, *heads)) as local:
+        with run.local_copy(folder) as local:
             load_adapter(policy, local)
             add_decoding_heads(policy, local)
     policy.model.requires_grad_(False)
@@ -169,15 +165,3 @@ def _newest(run: RunDir, final: str, file: str) -> tuple[str, tuple[str, ...]]:
             f"{run.location} has no {final} and no checkpoint yet: let it train with --resume, or name a model"
         )
     return checkpoint_name(step), (f"the run is not finished: this is its checkpoint of step {step}",)
-
-
-@contextmanager
-def _local(run: RunDir, folder: str, names: Sequence[str]) -> Iterator[Path]:
-    """The files of those names on this machine."""
-    if run.is_local:
-        yield run.local_path(folder)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in names:
-            (Path(scratch) / name).write_bytes(run.read_bytes(f"{folder}/{name}"))
-        yield Path(scratch)

@@ -10,7 +10,6 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import Comparison, compare, disagreement
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.run_records.run_dir import to_json
-from mmrl_ray.training.warm_start import build_builtin
+from mmrl_ray.training.warm_start import model_folder
 
 _SIZE = (320, 240)
 _SMALLER = (96, 64)
@@ -106,7 +105,8 @@ def check_model(cfg: Config, picture: bytes | None = None, *, prompt: str | None
     """
     found = Checked(facts={"model": cfg.model.path, "agree": False})
     try:
-        with _model_folder(cfg) as path:
+        with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
+            path = model_folder(cfg, Path(scratch))
             _look(cfg, path, picture, cfg.data.prompt if prompt is None else prompt, found)
     except MMRLError as error:
         found.error = error
@@ -208,16 +208,6 @@ def _figures(comparison: Comparison) -> dict[str, Any]:
             for gap in comparison.gaps
         },
     }
-
-
-@contextmanager
-def _model_folder(cfg: Config) -> Iterator[str]:
-    """The model's folder or hub id; a built-in one is made for as long."""
-    if not cfg.model.path.startswith(_BUILTIN):
-        yield cfg.model.path
-        return
-    with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
-        yield str(build_builtin(cfg, Path(scratch)))
 
 
 def _generated(size: tuple[int, int]) -> bytes:

@@ -40,7 +40,6 @@ from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context, encode_prompts
-from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.report.facts import reward_lines
 from mmrl_ray.rewards.base import RewardFailure
@@ -50,7 +49,7 @@ from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.run_owner import living_owner
 from mmrl_ray.telemetry.terminal import say
 from mmrl_ray.training.offline import check_pairs, check_stored
-from mmrl_ray.training.warm_start import build_builtin
+from mmrl_ray.training.warm_start import model_folder
 
 _TEXTS_TRIED = 32
 """References that patterns are tried on."""
@@ -225,7 +224,7 @@ def _look_at_reward(cfg: Config, found: DryRun) -> None:
 
 def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
     try:
-        section = cfg.model.model_copy(update={"path": _model_path(cfg, scratch)})
+        section = cfg.model.model_copy(update={"path": model_folder(cfg, scratch)})
         policy = load_skeleton(section)
         tried = try_quickly(section)
     except DataError as error:
@@ -272,15 +271,6 @@ def _try_formats(cfg: Config, found: DryRun) -> None:
                 f"reward.parts.{name}: pattern {part.pattern!r}{began} matches none of {len(texts)} references, such "
                 f"as {_short(texts[0])!r}: unless captions are meant to be unlike them, this part gives every one 0"
             )
-
-
-def _model_path(cfg: Config, scratch: Path) -> str:
-    """The model's folder or hub id; a built-in one is made in `scratch`."""
-    if not cfg.model.path.startswith("builtin:"):
-        return cfg.model.path
-    if cfg.model.path != BUILTIN_TINY_LLAVA:
-        raise ModelError(f"no built-in model {cfg.model.path!r}; there is {BUILTIN_TINY_LLAVA}")
-    return str(build_builtin(cfg, scratch))
 
 
 def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) -> None:

@@ -251,9 +251,7 @@ def _make(
 ) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
-    path = cfg.model.path
-    if _is_builtin(cfg):
-        path = str(build_builtin(cfg, folder))
+    path = model_folder(cfg, folder)
     if cfg.sft is None:
         return {"seconds": time.monotonic() - started}
     # Weights that train are float32, whatever they are used in later; a frozen base under an adapter need not be.
@@ -280,13 +278,22 @@ def _save(policy: Policy, folder: Path) -> None:
     policy.processor.save_pretrained(folder)
 
 
-def build_builtin(cfg: Config, folder: Path) -> Path:
-    """Makes the built-in model, untrained, in `folder`.
+def model_folder(cfg: Config, scratch: Path) -> str:
+    """The model's folder or hub id as the config has it; a built-in one is made, untrained, in `scratch`.
 
     Raises:
+        ModelError: no such built-in model.
         DataError: its words come from the training references, and those cannot be read.
     """
-    return build_tiny_llava(folder, vocabulary=_vocabulary(cfg), seed=cfg.run.seed, **TINY_LLAVA)
+    if not _is_builtin(cfg):
+        return cfg.model.path
+    _refuse_unknown(cfg.model.path)
+    return str(build_tiny_llava(scratch, vocabulary=_vocabulary(cfg), seed=cfg.run.seed, **TINY_LLAVA))
+
+
+def _refuse_unknown(path: str) -> None:
+    if path != BUILTIN_TINY_LLAVA:
+        raise ModelError(f"no built-in model {path!r}; there is {BUILTIN_TINY_LLAVA}")
 
 
 def _take_over_partial(cache: Path, partial: Path) -> None:
@@ -338,8 +345,7 @@ def _made_from(cfg: Config) -> dict[str, Any]:
 def _model_identity(cfg: Config) -> dict[str, Any]:
     path = cfg.model.path
     if _is_builtin(cfg):
-        if path != BUILTIN_TINY_LLAVA:
-            raise ModelError(f"no built-in model {path!r}; there is {BUILTIN_TINY_LLAVA}")
+        _refuse_unknown(path)
         return {"builtin": path, **TINY_LLAVA}
     folder = Path(path).expanduser()
     if not folder.is_dir():
