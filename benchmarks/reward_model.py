@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from mmrl_ray.config.load import load_reward_model_config
-from mmrl_ray.config.schema import RewardDataSection
+from mmrl_ray.config.load import load_as
+from mmrl_ray.config.schema import RewardDataSection, RewardModelConfig
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.preferences.scene_preferences import label_noise, scene_preferences, write_scene_preferences
@@ -62,7 +62,7 @@ def measure(fusion: str, folder: Path) -> dict[str, Any]:
         f"data.train={data}/train.parquet",
         f"data.eval={data}/eval.parquet",
     ]
-    cfg = load_reward_model_config(CONFIG, overrides)
+    cfg = load_as(RewardModelConfig, CONFIG, overrides)
     began = time.process_time()
     report = train_reward(cfg)
     cpu = time.process_time() - began

@@ -241,9 +241,10 @@ def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config
 @command(reward_app, "train")
 def reward_train(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Train a reward model on preferences and ratings; print its figures on held-out data."""
-    from mmrl_ray.config.load import load_reward_model_config
+    from mmrl_ray.config.load import load_as
+    from mmrl_ray.config.schema import RewardModelConfig
 
-    cfg = load_reward_model_config(config, set_ or ())
+    cfg = load_as(RewardModelConfig, config, set_ or ())
     from mmrl_ray.reward_model.run import print_report, train_reward
     from mmrl_ray.telemetry.terminal import RunProgress
     from mmrl_ray.training.interrupts import StopOnInterrupt

@@ -27,25 +27,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, no YAML, or anything in it wrong; one line a problem, all of them at once, each with
             file and line (or its `--set`), dotted key, value and remedy.
     """
-    return parse_config(_read(Path(path)), str(path), overrides)
+    return load_as(Config, path, overrides)
 
 
-def load_serve_config(path: str | Path, overrides: Sequence[str] = ()) -> ServeConfig:
-    """`load_config` of a config of `mmrl serve`.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    return parse_as(ServeConfig, _read(Path(path)), str(path), overrides)
-
-
-def load_reward_model_config(path: str | Path, overrides: Sequence[str] = ()) -> RewardModelConfig:
-    """`load_config` of a config of `mmrl reward train`.
+def load_as(kind: type[Whole], path: str | Path, overrides: Sequence[str] = ()) -> Whole:
+    """`load_config` of any kind of config file.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    return parse_as(RewardModelConfig, _read(Path(path)), str(path), overrides)
+    return parse_as(kind, _read(Path(path)), str(path), overrides)
 
 
 def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> Config | ServeConfig:

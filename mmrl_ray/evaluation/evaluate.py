@@ -115,10 +115,9 @@ def evaluate(
 
 def measures_table(title: str, evaluation: Evaluation) -> PlainTable:
     """Every measure with its 95 % interval, for a terminal or plain."""
-    table = PlainTable(title=f"{title}: {len(evaluation.captions)} samples", title_justify="left")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
+    columns = ("measure", "value", "95 % interval")
+    heading = f"{title}: {len(evaluation.captions)} samples"
+    table = PlainTable(*columns, right=columns[1:], title=heading, title_justify="left")
     for name, interval in evaluation.measures.items():
         table.add_row(name, f"{interval.mean:.4f}", interval.words(".4f", " … ", ""))
     return table
@@ -126,10 +125,9 @@ def measures_table(title: str, evaluation: Evaluation) -> PlainTable:
 
 def correlation_table(found: Mapping[str, Correlation], samples: int) -> PlainTable:
     """|ρ| of the captions with what they were made of, for a terminal or plain."""
-    table = PlainTable(title=f"captions and their modalities: {samples} samples", title_justify="left")
-    table.add_column("modality")
-    table.add_column("|ρ|", justify="right")
-    table.add_column("by permutation", justify="right")
+    columns = ("modality", "|ρ|", "by permutation")
+    heading = f"captions and their modalities: {samples} samples"
+    table = PlainTable(*columns, right=columns[1:], title=heading, title_justify="left")
     for row in correlation_lines(found):
         table.add_row(*row)
     return table

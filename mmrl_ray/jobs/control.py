@@ -30,6 +30,7 @@ ALIVE = ("starting", "running", "ending")
 _LOCAL_S = 0.2
 _REMOTE_S = 1.0
 _DECISIONS = 5
+_LAYOUT: Mapping[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
 _WALL = ("step", "wait_plan")
 """Phases of the wall's time; others are sums over workers or learners."""
 
@@ -260,9 +261,8 @@ def _scaling(status: Mapping[str, Any]) -> str:
 
 
 def _workers(pool: Mapping[str, Any]) -> PlainTable:
-    table = PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("worker", "state", "for", "version", "at", "groups", "where"):
-        table.add_column(column, justify="right" if column in ("for", "version", "groups") else "left")
+    columns = ("worker", "state", "for", "version", "at", "groups", "where")
+    table = PlainTable(*columns, right=("for", "version", "groups"), **_LAYOUT)
     for name, worker in pool["workers"].items():
         where = f"{worker['node']}, pid {worker['pid']}" if worker["pid"] else ""
         told = (f"{worker['seconds']:.0f} s", _or(worker["version"]), worker["at"] or "", str(worker["groups"]), where)
@@ -274,9 +274,7 @@ def _workers(pool: Mapping[str, Any]) -> PlainTable:
 
 
 def _throughput(rate: Mapping[str, Any]) -> PlainTable:
-    table = PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("phase")
-    table.add_column("seconds a step", justify="right")
+    table = PlainTable("phase", "seconds a step", right=("seconds a step",), **_LAYOUT)
     seconds = rate["seconds"]
     for phase in (*_WALL, *sorted(set(seconds) - set(_WALL), key=lambda name: -seconds[name])):
         if phase in seconds:
@@ -285,9 +283,7 @@ def _throughput(rate: Mapping[str, Any]) -> PlainTable:
 
 
 def _decisions(decisions: list[Mapping[str, Any]]) -> PlainTable:
-    table = PlainTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("when", "workers", "why"):
-        table.add_column(column)
+    table = PlainTable("when", "workers", "why", **_LAYOUT)
     for decision in decisions:
         when = datetime.fromtimestamp(decision["time"]).astimezone()
         change = f"{decision['before']} → {decision['workers']}"

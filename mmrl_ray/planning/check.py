@@ -16,7 +16,6 @@ from typing import Any
 
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mmrl_ray.config import Config
@@ -33,6 +32,7 @@ from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import Comparison, compare, disagreement
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.run_records.run_dir import to_json
+from mmrl_ray.telemetry.terminal import PlainTable
 from mmrl_ray.training.warm_start import model_folder
 
 _SIZE = (320, 240)
@@ -261,11 +261,9 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "memory", f"about {learner} in a learner, {rollout} in a rollout worker, with {run}"
 
 
-def _gaps(facts: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for column in ("to transformers", "to the sampler", "causality", "gradient"):
-        table.add_column(column, justify="right")
+def _gaps(facts: Mapping[str, Any]) -> PlainTable:
+    columns = ("to transformers", "to the sampler", "causality", "gradient")
+    table = PlainTable("", *columns, right=columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_row("sampler", _figure(facts["sampler"]["to_model"]), "", "", "")
     for name, gap in facts["paths"].items():
         table.add_row(name, *(_figure(gap[key]) for key in ("to_model", "to_sampler", "causality", "gradient")))

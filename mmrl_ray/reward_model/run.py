@@ -206,11 +206,7 @@ def _left_out(quarantine: Quarantine) -> dict[str, Any]:
 
 
 def _table(title: str, columns: tuple[str, ...]) -> PlainTable:
-    table = PlainTable(title=f"held-out {title}")
-    table.add_column("part")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+    return PlainTable("part", *columns, right=columns, title=f"held-out {title}")
 
 
 def _interval(row: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -56,8 +56,18 @@ def say(console: Console, text: str, style: str = "") -> None:
 class PlainTable(Table):
     """A table whose title, headers and cells are shown as they are written."""
 
-    def __init__(self, *, title: str | None = None, caption: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *columns: str,
+        right: Collection[str] = (),
+        title: str | None = None,
+        caption: str | None = None,
+        **settings: Any,
+    ) -> None:
+        """Numbers, in the columns named in `right`, are aligned there."""
         super().__init__(**settings)
+        for column in columns:
+            self.add_column(column, justify="right" if column in right else "left")
         self.title = None if title is None else plain(title, "table.title")
         self.caption = None if caption is None else plain(caption, "table.caption")
 

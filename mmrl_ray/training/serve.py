@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.load import dump_config, load_serve_config, parse_as, parse_config
+from mmrl_ray.config.load import dump_config, load_as, parse_as, parse_config
 from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_missing_places, refuse_unknown, with_absolute_places
 from mmrl_ray.config.problems import dump_yaml
 from mmrl_ray.config.sections import ModelSection
@@ -206,7 +206,7 @@ def serving_config(
         *(f"serving.{k}={json.dumps(v)}" for k, v in (("host", host), ("port", port)) if v is not None),
     ]
     if len(targets) == 1 and Path(targets[0]).suffix in (".yaml", ".yml"):
-        cfg = load_serve_config(targets[0], written)
+        cfg = load_as(ServeConfig, targets[0], written)
     else:
         cfg = parse_as(ServeConfig, dump_config(_of_targets(targets, base or base_for_use)), "mmrl serve", written)
     cfg = with_absolute_places(cfg)

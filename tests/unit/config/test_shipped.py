@@ -10,9 +10,8 @@ from rich.console import Console
 
 from mmrl_ray.config.load import (
     dump_config,
+    load_as,
     load_config,
-    load_reward_model_config,
-    load_serve_config,
     parse_as,
     parse_config,
 )
@@ -48,10 +47,10 @@ def test_parses_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_serve_config_parses() -> None:
-    cfg = load_serve_config(SERVE)
+    cfg = load_as(ServeConfig, SERVE)
     assert parse_as(ServeConfig, dump_config(cfg), "again.yaml") == cfg
 
 
 def test_the_config_of_a_reward_model_parses() -> None:
-    cfg = load_reward_model_config(REWARD_MODEL)
+    cfg = load_as(RewardModelConfig, REWARD_MODEL)
     assert parse_as(RewardModelConfig, dump_config(cfg), "again.yaml") == cfg

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from mmrl_ray.config.load import load_reward_model_config
+from mmrl_ray.config.load import load_as
 from mmrl_ray.config.schema import RewardDataSection, RewardModelConfig
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes
@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(place: Path, out: str, *overrides: str) -> RewardModelConfig:
     data = [f"data.train={place}/data/train.parquet", f"data.eval={place}/data/eval.parquet"]
-    return load_reward_model_config(CONFIG, [f"out={place / out}", *data, *overrides])
+    return load_as(RewardModelConfig, CONFIG, [f"out={place / out}", *data, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_held_out_pictures_are_no_training_pictures(place: Path) -> None:
 
 def judge(model: RewardModel, data: RewardData, **training: Any) -> dict[str, Any]:
     settings = {"steps": 150, "lr": 5e-3, "warmup_steps": 0, **training}
-    cfg = load_reward_model_config(CONFIG, [f"training={json.dumps(settings)}"]).training
+    cfg = load_as(RewardModelConfig, CONFIG, [f"training={json.dumps(settings)}"]).training
     source = Pixels(32, 1 << 20)
     losses = train_reward_model(model, source, data, cfg, seed=0)
     assert losses[-1] < losses[0]
@@ -211,7 +211,7 @@ def test_members_are_trained_apart() -> None:
     three = RewardModel(spec(heads=3, ensemble="members"))
     started = [copy.deepcopy(member.state_dict()) for member in three.members]
     told: list[tuple[int, int]] = []
-    cfg = load_reward_model_config(CONFIG, ['training={"steps": 4, "images_per_step": 2}']).training
+    cfg = load_as(RewardModelConfig, CONFIG, ['training={"steps": 4, "images_per_step": 2}']).training
     source = Pixels(32, 1 << 20)
     losses = train_reward_model(three, source, data, cfg, seed=0, progress=lambda at, of, _: told.append((at, of)))
     assert (len(losses), told) == (4, [(1, 12), (12, 12)])
