@@ -43,7 +43,8 @@ class Watched:
 
 
 def hosted(reward: Any, **settings: Any) -> HostedReward:
-    return HostedReward(reward, **{"name": "watched", "version": "v", "timeout_s": 20.0, **settings})
+    settings = {"name": "watched", "version": "v", "timeout_s": 20.0, **settings}
+    return HostedReward(reward, **settings)
 
 
 def built(cfg: RewardSection = CFG) -> HostedReward:
