@@ -16,6 +16,8 @@ FSDP manages the frozen weights of the decoder's layers, nine tenths of a model 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -85,6 +87,17 @@ class Ranks:
         for found in errors:
             if found is not None:
                 raise found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done inside is done on all ranks or has failed on all: an error of the project in it is met by all
+        behind it, as by `raise_first`."""
+        error: MMRLError | None = None
+        try:
+            yield
+        except MMRLError as failed:
+            error = failed
+        self.raise_first(error)
 
 
 def shard_layers(policy: Policy, device: torch.device) -> None:

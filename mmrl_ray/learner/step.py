@@ -229,20 +229,11 @@ class LearnerStep:
 
     def _batch(self, plan: StepPlan, planned: Sequence[PlannedGroup], payloads: Payloads, clock: Clock) -> LearnerBatch:
         """A micro-batch's tensors; in lockstep, an error of one rank is met by all before they gather weights."""
-        batch: LearnerBatch | None = None
-        error: MMRLError | None = None
-        try:
+        with self._ranks.together() if self._in_lockstep else nullcontext():
             with clock.phase("seconds/fetch"):
                 groups = payloads(planned)
             with clock.phase("seconds/forward_backward"), self._within_memory(plan, planned):
                 batch = collate(self.policy, list(zip(groups, planned, strict=True)), self._cache)
-        except MMRLError as failed:
-            error = failed
-        if self._in_lockstep:
-            self._ranks.raise_first(error)
-        if batch is None:
-            assert error is not None
-            raise error
         return batch
 
     def _pad_passes(self, plan: StepPlan, done: int, payloads: Payloads, clock: Clock) -> None:

@@ -43,7 +43,7 @@ from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.heads import published
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_state, add_run_adapter
-from mmrl_ray.policy.parity import Comparison, choose_path
+from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
@@ -127,14 +127,10 @@ class _Learner:
 
         self._on_first(find)
         step = self._ranks.from_first(found[0])
-        error: MMRLError | None = None
-        try:
+        with self._ranks.together():
             if step is not None:
                 checkpoint = load_checkpoint(self._run, step, self._policy)
                 self._learner.restore(checkpoint.learner)
-        except MMRLError as failed:
-            error = failed
-        self._ranks.raise_first(error)
         if step is None:
             # Nothing to publish: version 0 is the adapter as every worker makes it.
             self._on_first(lambda: self._controller.rewind(0))
@@ -236,19 +232,9 @@ class _Learner:
         """
         (group,) = self._fetch(plan.groups[:1])
         wanted: ScorePath = "packed" if self._cfg.learner.wants_packed_rows else "shared_prefix"
-        choice: Comparison | None = None
-        error: MMRLError | None = None
-        try:
-            choice = choose_path(
-                self._policy,
-                encode_prompts(self._policy, [group.sample]),
-                temperature=self._cfg.rollout.temperature,
-                wanted=wanted,
-            )
-        except MMRLError as failed:
-            error = failed
-        self._ranks.raise_first(error)
-        assert choice is not None
+        with self._ranks.together():
+            prompts = encode_prompts(self._policy, [group.sample])
+            choice = choose_path(self._policy, prompts, temperature=self._cfg.rollout.temperature, wanted=wanted)
         self._learner.path = self._ranks.from_first(choice.path)
         self._path_chosen = True
         if self._ranks.rank == 0:
@@ -265,13 +251,9 @@ class _Learner:
 
     def _on_first(self, work: Callable[[], None]) -> None:
         """Rank 0 does it; an error of the project in it is raised on all ranks."""
-        error: MMRLError | None = None
-        if self._ranks.rank == 0:
-            try:
+        with self._ranks.together():
+            if self._ranks.rank == 0:
                 work()
-            except MMRLError as failed:
-                error = failed
-        self._ranks.raise_first(error)
 
 
 def export_learner_metrics(meter: Meter, plan: StepPlan, rank: int, metrics: Mapping[str, Any]) -> None:
