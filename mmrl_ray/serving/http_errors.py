@@ -30,7 +30,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mmrl_ray.config.problems import dotted
 from mmrl_ray.errors import (
     AccessError,
     AdapterError,
@@ -159,7 +158,7 @@ def invalid_body(problems: Sequence[Any]) -> HTTPException:
     code = _CODES.get(first["type"], "invalid_value")
     if first["type"] == _NAMED:
         path, code = (*path, first["ctx"]["param"]), first["ctx"]["code"]
-    param, message = dotted(path) or None, _plain_words(first)
+    param, message = _dotted(path) or None, _plain_words(first)
     return problem(400, f"{param}: {message}" if param else message, code=code, param=param)
 
 
@@ -258,6 +257,10 @@ def _plain_words(found: Any) -> str:
 
 def _same_place(problems: Sequence[Any]) -> bool:
     return len({tuple(item["loc"])[:1] for item in problems}) == 1
+
+
+def _dotted(path: Sequence[int | str]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def _show(value: Any) -> str:
