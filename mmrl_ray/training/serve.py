@@ -19,11 +19,19 @@ from pathlib import Path
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config, load_serve_config, parse_as, parse_config
-from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_missing_places, refuse_unknown, with_absolute_places
+from mmrl_ray.config.paths import (
+    RUN_CONFIG,
+    is_hub_id,
+    is_run,
+    nearest_folder,
+    refuse_missing_places,
+    refuse_unknown,
+    with_absolute_places,
+)
 from mmrl_ray.config.problems import dump_yaml
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.config.serving import APP, ServeConfig, ServingSection
-from mmrl_ray.errors import ConfigError, JobError, ServingError
+from mmrl_ray.errors import ConfigError, JobError, ModelError, ServingError
 from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.submit import stop_jobs
@@ -86,7 +94,7 @@ def serve(
 
             print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
             return
-        _refuse_broken(cfg.model)
+        _refuse_broken(cfg.model, here=address is None)
         if address is None:
             set_flags(insecure=insecure)
         jobs = cfg.serving.fine_tuning is not None
@@ -101,13 +109,24 @@ def _show(line: str) -> None:
     print(visible(line), file=sys.stderr, flush=True)
 
 
-def _refuse_broken(model: ModelSection) -> None:
-    """A model on this machine is looked at before a replica is started for it, and a small one is tried."""
-    if not Path(model.path).expanduser().is_dir():
+def _refuse_broken(model: ModelSection, *, here: bool) -> None:
+    """A model is looked at before a replica is started for it, and a small one of this machine is tried.
+
+    One of the hub is only where the replicas are `here`, too: elsewhere another hub may be asked.
+    """
+    is_folder = Path(model.path).expanduser().is_dir()
+    if not is_folder and not (here and is_hub_id(model.path)):
         return
-    with RunProgress() as shown, shown.busy("loading the model for a trial"):
-        load_skeleton(model)
-        try_quickly(model)
+    with (
+        RunProgress() as shown,
+        shown.busy("loading the model for a trial" if is_folder else f"asking for {model.path}"),
+    ):
+        try:
+            load_skeleton(model)
+        except ModelError as error:
+            raise error if is_folder else ModelError(f"{error}{nearest_folder(model.path)}") from error
+        if is_folder:
+            try_quickly(model)
 
 
 def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:
