@@ -23,7 +23,6 @@ from mmrl_ray.config.paths import (
     RUN_CONFIG,
     is_hub_id,
     is_run,
-    nearest_folder,
     refuse_missing_places,
     refuse_unknown,
     with_absolute_places,
@@ -31,7 +30,7 @@ from mmrl_ray.config.paths import (
 from mmrl_ray.config.problems import dump_yaml
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.config.serving import APP, ServeConfig, ServingSection
-from mmrl_ray.errors import ConfigError, JobError, ModelError, ServingError
+from mmrl_ray.errors import ConfigError, JobError, ServingError
 from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.submit import stop_jobs
@@ -117,14 +116,9 @@ def _refuse_broken(model: ModelSection, *, here: bool) -> None:
     is_folder = Path(model.path).expanduser().is_dir()
     if not is_folder and not (here and is_hub_id(model.path)):
         return
-    with (
-        RunProgress() as shown,
-        shown.busy("loading the model for a trial" if is_folder else f"asking for {model.path}"),
-    ):
-        try:
-            load_skeleton(model)
-        except ModelError as error:
-            raise error if is_folder else ModelError(f"{error}{nearest_folder(model.path)}") from error
+    doing = "loading the model for a trial" if is_folder else f"asking for {model.path}"
+    with RunProgress() as shown, shown.busy(doing):
+        load_skeleton(model)
         if is_folder:
             try_quickly(model)
 
