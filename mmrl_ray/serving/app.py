@@ -101,7 +101,7 @@ class _CrossOrigin(CORSMiddleware):
     """With its refusals as error objects: in plain text they would pass for an answer of a server that stops."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """See `CORSMiddleware`."""
+        """The answer of `CORSMiddleware` to a browser that asks whether it may ask; 400 as JSON where it may not."""
         answer = super().preflight_response(request_headers)
         if answer.status_code < 400:
             return answer
