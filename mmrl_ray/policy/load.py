@@ -226,7 +226,9 @@ def _refuse_adapter(path: str, cfg: ModelSection) -> None:
 
 
 def _load_config(path: str, cfg: ModelSection) -> Any:
-    with model_call(cfg.path, "its config.json cannot be read"):
+    # An id of the hub may be a slip in a folder's name.
+    meant = "" if os.path.isdir(path) else nearest_folder(path).removeprefix("; ")
+    with model_call(cfg.path, "its config.json cannot be read", meant):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or getattr(config, "vision_config", None) is None:
         raise ModelError(

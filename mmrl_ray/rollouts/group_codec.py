@@ -216,7 +216,7 @@ def _decode(parcel: Parcel, place: int) -> RolloutGroup:
         for (name, dtype, shape), buffer in zip(facts["tensors"], encoded.buffers, strict=True)
     }
     rows = decode_records(parcel.rows).slice(*encoded.rows)
-    completions = [_completion(rows, i) for i in range(rows.num_rows)]
+    completions = _completions(rows)
     greedy = completions.pop() if completions and rows["completion"][-1].as_py() == -1 else None
     return _group(facts, encoded.images, tensors, completions, greedy)
 
@@ -260,15 +260,18 @@ def _layers(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(tensors[f"deepstack/{i}"] for i in range(len(_named(tensors, "deepstack/"))))
 
 
-def _completion(rows: pa.Table, row: int) -> Completion:
-    reference = rows["reference_logprobs"][row]
-    return Completion(
-        token_ids=_listed(rows["token_ids"][row]),
-        logprobs=_listed(rows["behaviour_logprobs"][row]),
-        text=rows["caption"][row].as_py(),
-        finish_reason=rows["finish_reason"][row].as_py(),
-        reference_logprobs=_listed(reference) if reference.is_valid else None,
-    )
+def _completions(rows: pa.Table) -> list[Completion]:
+    names = ("token_ids", "behaviour_logprobs", "caption", "finish_reason", "reference_logprobs")
+    return [
+        Completion(
+            token_ids=_listed(tokens),
+            logprobs=_listed(logprobs),
+            text=caption.as_py(),
+            finish_reason=reason.as_py(),
+            reference_logprobs=_listed(reference) if reference.is_valid else None,
+        )
+        for tokens, logprobs, caption, reason, reference in zip(*(rows[name] for name in names), strict=True)
+    ]
 
 
 def _listed(cell: Any) -> torch.Tensor:

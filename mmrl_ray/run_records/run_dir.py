@@ -29,6 +29,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs
 
+from mmrl_ray.config.paths import nearest_folder
 from mmrl_ray.data import atomic
 from mmrl_ray.errors import CheckpointError, RunError
 
@@ -391,7 +392,8 @@ def _taken(run: RunDir) -> RunError:
 
 def _existing(run: RunDir) -> RunDir:
     if not run.exists():
-        raise RunError(f"no run folder at {run.location}: check the name, or start the run without --resume")
+        near = nearest_folder(run.path) if run.is_local else ""
+        raise RunError(f"no run folder at {run.location}{near or ': check the name'}")
     return run
 
 

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -87,13 +88,28 @@ def _cross_origin(origins: Sequence[str]) -> list[Middleware]:
         return []
     return [
         Middleware(
-            CORSMiddleware,
+            _CrossOrigin,
             allow_origins=origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", VERSION_HEADER, "retry-after"],
         )
     ]
+
+
+class _CrossOrigin(CORSMiddleware):
+    """With its refusals as error objects: in plain text they would pass for an answer of a server that stops."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer of `CORSMiddleware` to a browser that asks whether it may ask; 400 as JSON where it may not."""
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        headers = {
+            name: value for name, value in answer.headers.items() if name not in ("content-length", "content-type")
+        }
+        message = "pages of this origin may not ask here in this way: serving.cors_origins lists those that may"
+        return error_response(problem(answer.status_code, message, code="cross_origin_refused", headers=headers))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

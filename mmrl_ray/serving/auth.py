@@ -20,6 +20,7 @@ import base64
 import binascii
 import ipaddress
 import logging
+import os
 import secrets
 import time
 from collections import OrderedDict
@@ -42,6 +43,8 @@ LIVE = "/health/live"
 """The one path that needs no key."""
 BROWSER_PATHS = ("/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/openapi.json")
 """A browser, which sends no bearer token, may show these for a key given as the password of HTTP Basic."""
+ADDRESS = "x-mmrl-address"
+"""Header in which HAProxy tells the client's address; what a client itself sends there it takes away."""
 _LOOK_UPS = 4
 """Keys looked up at a time, in threads of their own: nothing else that is slow may keep callers out."""
 _CALLER = "mmrl.caller"
@@ -103,6 +106,8 @@ class Gate:
         self._limits = limits
         self._max_body_bytes = max_body_bytes
         self._wrong = WrongKeys()
+        # Without HAProxy it would be whatever the client says.
+        self._is_told_addresses = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
         self._threads = ThreadPoolExecutor(_LOOK_UPS, thread_name_prefix="keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,7 +119,7 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = Headers(scope=scope)
-        caller = await self._caller(scope["path"], headers, (scope.get("client") or ("",))[0])
+        caller = await self._caller(scope["path"], headers, self._address(scope, headers))
         scope[_CALLER] = caller
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
@@ -126,6 +131,10 @@ class Gate:
             await self._app(scope, _capped(receive, self._max_body_bytes), send)
         finally:
             self._limits.leave(key_id)
+
+    def _address(self, scope: Scope, headers: Headers) -> str:
+        told = headers.get(ADDRESS) if self._is_told_addresses else None
+        return told or (scope.get("client") or ("",))[0]
 
     async def _caller(self, path: str, headers: Headers, address: str) -> KeyRecord | None:
         if self._keys is None:
@@ -271,7 +280,8 @@ class _Account:
 class WrongKeys:
     """Slows down whoever sends keys that do not work: each costs a look into the database.
 
-    Counted by address. Behind a proxy that is one for all, which is why keys that have worked are not asked of here.
+    Counted by address. Behind a proxy of one's own that is one for all, which is why keys that have worked are not
+    asked of here.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

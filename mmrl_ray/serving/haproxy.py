@@ -43,7 +43,7 @@ import psutil
 from starlette.responses import JSONResponse, Response
 
 from mmrl_ray.processes import process_start
-from mmrl_ray.serving.auth import BROWSER_PATHS, LIVE, no_key
+from mmrl_ray.serving.auth import ADDRESS, BROWSER_PATHS, LIVE, no_key
 from mmrl_ray.serving.http_errors import HARMLESS_ID, closed, error_response, rate_limited, unavailable
 
 FAST = {
@@ -143,6 +143,7 @@ _FAIR = """\
     http-request set-var(txn.mmrl_key) req.hdr(authorization),sha1 if key !live !{{ method OPTIONS }}
     acl known var(txn.mmrl_key),in_table(mmrl_keys)
     http-request sc-inc-gpc0(0) if !key
+    http-request set-header {address} %[src,ipmask(32,64)]
     http-request return status 429 errorfile {folder}/{flood} if flood !live !known
     http-request return status 401 errorfile {folder}/{keyless} if !key !live !browser
     http-response sc-inc-gpc0(0) if {{ var(txn.mmrl_key) -m found }} {{ status 401 429 }} !known
@@ -231,6 +232,7 @@ def write_front(folder: Path, real: str, *, connections: int) -> str:
         strangers=_STRANGERS,
         folder=folder,
         live_path=LIVE,
+        address=ADDRESS,
         id=HARMLESS_ID,
         browser_paths=" ".join(BROWSER_PATHS),
         **files,

@@ -247,6 +247,8 @@ _WORDS = {
 def _plain_words(found: Any) -> str:
     given = found.get("input")
     context = {key: f"{each:g}" if isinstance(each, float) else each for key, each in found.get("ctx", {}).items()}
+    if context.get("expected") in ("True", "False"):  # as Python writes them
+        context["expected"] = context["expected"].lower()
     if found["type"] == "too_long" and context.get("max_length") == 0:
         return _WORDS["none_required"]
     if (words := _WORDS.get(found["type"])) is not None:

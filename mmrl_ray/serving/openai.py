@@ -69,7 +69,7 @@ class Sampled(Strict):
     @field_validator("stop", mode="after")
     @classmethod
     def _stops_fit(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if stop is not None and ((len(stop) > 4 and not isinstance(stop, str)) or not all([stop, *stop])):
+        if stop == "" or (isinstance(stop, list) and (len(stop) > 4 or not all(stop))):
             raise ValueError("send up to 4 texts, none of them empty")
         return stop
 

@@ -159,6 +159,7 @@ class RunProgress:
             nonlocal phase
             if phase is None:
                 phase = self._begin_phase(name)
+                phase.first = (done, phase.began)  # how long that took was not seen
             elif phase not in self._stack:  # something was done in between
                 self._push(phase)
             phase.done, phase.total = done, total

@@ -18,7 +18,14 @@ from pathlib import Path
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config, load_as, parse_as, parse_config
-from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_missing_places, refuse_unknown, with_absolute_places
+from mmrl_ray.config.paths import (
+    RUN_CONFIG,
+    is_hub_id,
+    is_run,
+    refuse_missing_places,
+    refuse_unknown,
+    with_absolute_places,
+)
 from mmrl_ray.config.problems import dump_yaml
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.config.serving import APP, ServeConfig, ServingSection
@@ -86,7 +93,7 @@ def serve(
 
             print(dump_yaml(serve_config(cfg, insecure=insecure)), end="")
             return
-        _refuse_broken(cfg.model)
+        _refuse_broken(cfg.model, here=address is None)
         if address is None:
             set_flags(insecure=insecure)
         jobs = cfg.serving.fine_tuning is not None
@@ -101,13 +108,19 @@ def _show(line: str) -> None:
     print(visible(line), file=sys.stderr, flush=True)
 
 
-def _refuse_broken(model: ModelSection) -> None:
-    """A model on this machine is looked at before a replica is started for it, and a small one is tried."""
-    if not Path(model.path).expanduser().is_dir():
+def _refuse_broken(model: ModelSection, *, here: bool) -> None:
+    """A model is looked at before a replica is started for it, and a small one of this machine is tried.
+
+    One of the hub is only where the replicas are `here`, too: elsewhere another hub may be asked.
+    """
+    is_folder = Path(model.path).expanduser().is_dir()
+    if not is_folder and not (here and is_hub_id(model.path)):
         return
-    with RunProgress() as shown, shown.busy("loading the model for a trial"):
+    doing = "loading the model for a trial" if is_folder else f"asking for {model.path}"
+    with RunProgress() as shown, shown.busy(doing):
         load_skeleton(model)
-        try_quickly(model)
+        if is_folder:
+            try_quickly(model)
 
 
 def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:

@@ -30,14 +30,8 @@ from mmrl_ray.data.samples import QuarantineRecord, Sample, iter_references, rea
 from mmrl_ray.data.scenes.generator import write_scenes
 from mmrl_ray.errors import Interrupted, MMRLError, RunError
 from mmrl_ray.evaluation.model_source import STATISTICS
-from mmrl_ray.evaluation.records import (
-    load_evaluation,
-    load_states,
-    states_json,
-)
-from mmrl_ray.evaluation.scores import (
-    Blindness,
-)
+from mmrl_ray.evaluation.records import load_evaluation, load_states, states_json
+from mmrl_ray.evaluation.scores import Blindness
 from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.text import CorpusStatistics

@@ -92,6 +92,18 @@ def _exceptions() -> list[type[errors.MMRLError]]:
     return [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.MMRLError)]
 
 
+def test_scripts_that_import_from_former_places_get_what_is_in_the_new_ones() -> None:
+    from mmrl_ray.config.model import ModelSection
+    from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
+    from mmrl_ray.policy.prefix import score_completions
+
+    assert {each.__module__ for each in (ModelSection,)} == {"mmrl_ray.config.sections"}
+    homes = {each.__module__ for each in (Decoder, DecodeRequest, decode_groups, score_completions)}
+    assert all(home.startswith(("mmrl_ray.policy.generation.", "mmrl_ray.policy.scoring.")) for home in homes)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("mmrl_ray.policy.nothing")
+
+
 @pytest.mark.parametrize("kind", _exceptions(), ids=lambda c: c.__name__)
 def test_exceptions_pickle_with_their_message(kind: type[errors.MMRLError]) -> None:
     again = pickle.loads(pickle.dumps(kind("learner.lr=-1 must be above 0")))

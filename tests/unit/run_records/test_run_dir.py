@@ -57,6 +57,9 @@ def test_an_existing_folder_is_refused_and_resume_is_named(run: RunDir) -> None:
     assert RunDir.at(run.path, filesystem=filesystem).name == "r1"
     with pytest.raises(RunError, match=r"no run folder at .*r2"):
         RunDir.open(root, "r2", filesystem=filesystem)
+    if run.is_local:
+        with pytest.raises(RunError, match=r"no run folder at .*rr1; did you mean .*/r1\?"):
+            RunDir.open(root, "rr1")
 
 
 def test_files_come_back_as_written_and_no_temporary_stays(run: RunDir, tmp_path: Path) -> None:

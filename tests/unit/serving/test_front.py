@@ -172,9 +172,10 @@ def test_one_address_cannot_take_all_connections(haproxy: Callable[..., str]) ->
 
 
 @pytest.fixture
-def served(haproxy: Any, short: Path) -> Iterator[tuple[str, KeyStore, Counter[str]]]:
+def served(haproxy: Any, short: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, KeyStore, Counter[str]]]:
     """HAProxy before a gateway that asks for keys: its URL, the keys, and how often the gateway was asked what."""
     keys, asked = KeyStore(f"sqlite:///{short}/keys.db"), Counter[str]()
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     app = make_app(GatewayDeps(FakePolicy(), None, keys, ServingSection()))
 
     async def counted(scope: Any, receive: Any, send: Any) -> None:
@@ -228,6 +229,22 @@ def test_an_address_that_floods_is_answered_by_haproxy_and_its_neighbours_by_the
         assert client.head("/health/live").status_code == 200
         assert asked["/health/live"] == before
     assert httpx.get(f"{url}/v1/models", headers=new).status_code == 200, "from elsewhere it is let in"
+
+
+def test_wrong_keys_are_counted_by_the_addresses_that_sent_them(served: tuple[str, KeyStore, Counter[str]]) -> None:
+    """Few enough each for HAProxy, and more together than the gateway takes of one; what they say of theirs is taken
+    away."""
+    url, keys, _ = served
+    statuses = Counter()
+    for number in range(2, 6):
+        with httpx.Client(base_url=url, transport=httpx.HTTPTransport(local_address=f"127.0.0.{number}")) as client:
+            for i in range(60):
+                wrong = {"Authorization": f"Bearer mmrl-{number:020d}{i:023d}", "X-Mmrl-Address": "127.0.0.9"}
+                statuses[client.get("/v1/models", headers=wrong).status_code] += 1
+    assert statuses == {401: 240}
+    with httpx.Client(base_url=url, transport=httpx.HTTPTransport(local_address="127.0.0.9")) as client:
+        new = {"Authorization": f"Bearer {keys.create('new', ['infer'])[0]}"}
+        assert client.get("/v1/models", headers=new).status_code == 200
 
 
 def is_gone(url: str) -> bool:

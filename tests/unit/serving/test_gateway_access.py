@@ -166,6 +166,11 @@ def test_web_pages_of_listed_origins_may_ask(store: KeyStore) -> None:
     assert all(answer.headers["access-control-allow-origin"] == ours["origin"] for answer in answers)
     theirs = gateway.infer.get("/v1/models", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in theirs.headers
+    # In JSON, which the front end in front of the gateway lets through as it is.
+    refused = gateway.stranger.options("/v1/captions", headers={"origin": "https://evil.example", **asks})
+    assert (refused.status_code, refused.headers["content-type"]) == (400, "application/json")
+    assert refused.json()["error"]["code"] == "cross_origin_refused"
+    assert "access-control-allow-origin" not in refused.headers
     off = Gateway(store, ServingSection())
     error_of(off.stranger.options("/v1/captions", headers={**ours, **asks}), 401)
     for origin in ("*", "https://app.example.com/", "app.example.com", "null"):

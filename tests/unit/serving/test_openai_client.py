@@ -136,7 +136,7 @@ def test_parameters_that_change_nothing_are_taken(server: Server) -> None:
     server.ask(
         user="me", metadata={"a": "b"}, store=False, service_tier="auto", frequency_penalty=0, presence_penalty=0.0,
         logit_bias={}, tools=[], tool_choice="none", response_format={"type": "text"}, top_logprobs=0,
-        parallel_tool_calls=True, seed=None, stop=None, n=None, safety_identifier="x", extra_body={"top_k": 5},
+        parallel_tool_calls=True, seed=None, stop=[], n=None, safety_identifier="x", extra_body={"top_k": 5},
     )  # fmt: skip
     assert server.policy.requests[0].sampling.top_k == 5
 
@@ -161,6 +161,8 @@ def test_an_answer_goes_into_the_history_as_it_came(server: Server, as_message: 
         ({"stop": [3]}, "stop[0]: must be a string, not 3"),
         ({"stream": "yes"}, "stream: must be true or false, not 'yes'"),
         ({"response_format": {"type": "json_object"}}, "response_format.type: must be 'text', not 'json_object'"),
+        ({"extra_body": {"skip_special_tokens": False}}, "skip_special_tokens: must be true, not false"),
+        ({"extra_body": {"ignore_eos": True}}, "ignore_eos: must be false, not true"),
         ({"messages": []}, "messages: must have at least 1 items, not 0"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: this parameter is required"),
     ],

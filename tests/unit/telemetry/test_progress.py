@@ -60,6 +60,16 @@ def test_what_was_resumed_counts_from_there() -> None:
     assert clock.told()[-1][1].startswith("warm start 60/100  4 min left")
 
 
+def test_what_begins_with_its_first_step_has_no_pace_before_its_second() -> None:
+    clock = Clock()
+    update = clock.shown.phase("warm start", lazily=True)
+    update(1, 80, {})
+    assert clock.told()[-1][1].rstrip() == "warm start 1/80"
+    clock.pass_by(6)
+    update(3, 80, {})
+    assert clock.told()[-1][1].startswith("warm start 3/80  4 min left")
+
+
 @pytest.mark.parametrize("within", [False, True])
 def test_loading_says_what_it_does(within: bool) -> None:
     clock = Clock()

@@ -86,6 +86,19 @@ def test_a_model_that_cannot_be_used_is_refused_before_anything_is_started(tmp_p
     assert not ray.is_initialized()
 
 
+def test_a_slip_that_reads_like_the_hubs_id_is_told_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(
+        ModelError, match=r"run/mine.*config\.json cannot be read.*; there is no folder run; did you mean runs"
+    ):
+        serve(["run/mine"], port=free_port(), insecure=True)
+    assert not ray.is_initialized()
+
+
 def test_a_ray_of_its_own_has_room_for_jobs(tmp_path: Path) -> None:
     cfg = serving_config(["some/base"])
     tuned = cfg.model_copy(update={"serving": cfg.serving.model_copy(update={"fine_tuning": SETTINGS.fine_tuning})})
