@@ -23,7 +23,7 @@ import torch
 from mmrl_ray.losses.aggregation import LossStats, PolicyLoss, check_tokens, masked_mean, masked_sum
 
 _LARGEST_LOG_RATIO = 20.0
-"""Bounds what `LossStats` sums up."""
+"""Bounds ratios: e^20 is far outside any clip, and far below what float32 holds."""
 
 
 def reward_guided_loss(
@@ -91,7 +91,7 @@ def clipped_loss(
         logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales
     )
     log_ratio = log_theta - log_prox
-    surrogate, clipped = _clip(log_ratio.exp(), advantages[:, None], clip_low, clip_high)
+    surrogate, clipped = _clip(bounded_ratio(log_ratio), advantages[:, None], clip_low, clip_high)
     log_behaviour = log_prox - log_mu
     weights = capped_ratio(log_behaviour, off_policy_cap) * scales[:, None]
     loss = -masked_mean(surrogate * weights, mask, denominator=denominator)
@@ -122,7 +122,7 @@ def gspo_loss(
     )
     lengths = mask.sum(dim=1).clamp(min=1)
     log_sequence = (masked_sum(log_theta.detach() - log_prox, mask, dim=1) / lengths)[:, None]
-    ratio = (log_sequence + (log_theta - log_theta.detach())).exp()
+    ratio = bounded_ratio(log_sequence + (log_theta - log_theta.detach()))
     surrogate, clipped = _clip(ratio, advantages[:, None], clip_low, clip_high)
     log_behaviour = (masked_sum(log_prox - log_mu, mask, dim=1) / lengths)[:, None]
     weights = capped_ratio(log_behaviour, off_policy_cap) * scales[:, None]
@@ -243,6 +243,14 @@ def aligned_logprobs(
     return theta, prox, _valid(behaviour.detach(), mask)
 
 
+def bounded_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp(log_ratio), constant from e^20 on.
+
+    An infinite ratio would make the gradient NaN even where a clip or a gate takes no notice of it: 0 · ∞.
+    """
+    return log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
+
+
 def capped_ratio(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
     """min(exp(log_ratio), cap), which cannot overflow."""
     return log_ratio.clamp(max=math.log(cap)).exp()
@@ -257,12 +265,12 @@ def _clip(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float
 def _stats(
     counted: torch.Tensor, log_ratio: torch.Tensor, log_behaviour: torch.Tensor, clipped: torch.Tensor, cap: float
 ) -> LossStats:
-    # Sums go to the metrics line, which has no room for infinity; the loss itself sees the true ratios.
-    behaviour = log_behaviour.detach().clamp(max=_LARGEST_LOG_RATIO).exp()
+    # Sums go to the metrics line, which has no room for infinity.
+    behaviour = bounded_ratio(log_behaviour.detach())
     return LossStats(
         count=counted.sum().to(behaviour.dtype),
         clipped=(clipped & counted).sum().to(behaviour.dtype),
-        ratio=masked_sum(log_ratio.detach().clamp(max=_LARGEST_LOG_RATIO).exp(), counted),
+        ratio=masked_sum(bounded_ratio(log_ratio.detach()), counted),
         behaviour=masked_sum(behaviour, counted),
         behaviour_squared=masked_sum(behaviour.square(), counted),
         capped=((behaviour > cap) & counted).sum().to(behaviour.dtype),
