@@ -48,6 +48,9 @@ def _one_of(names: tuple[str, ...], value: Any) -> Any:
             found.own_class(value)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+    elif isinstance(value, str) and "." in value:
+        module, _, name = value.rpartition(".")
+        raise ValueError(f"{value!r} is no algorithm's name; a class of your own is module:Class: {module}:{name}?")
     elif value not in names:
         quoted = [f"'{name}'" for name in names]
         raise PydanticCustomError(

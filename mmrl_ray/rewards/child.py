@@ -25,7 +25,7 @@ from decimal import Decimal
 from typing import Any
 
 from mmrl_ray.child import receive, send
-from mmrl_ray.errors import ConfigError, RewardError, one_line
+from mmrl_ray.errors import ConfigError, RewardError, one_line, raised_at
 
 MARK = "[reward "
 """Begins each line that a function prints."""
@@ -173,9 +173,7 @@ def told(error: BaseException) -> str:
     message = one_line(error).encode(errors="backslashreplace").decode()  # files cannot hold surrogates
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[: _LONGEST_MESSAGE - 1]}…"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_import(f.filename)]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {message}{where}"
+    return f"{type(error).__name__}: {message}{raised_at(error, without=_is_import)}"
 
 
 def _is_import(filename: str) -> bool:

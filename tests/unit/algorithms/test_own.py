@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,8 @@ def test_a_resolved_config_names_it_and_reads_back_the_same(cfg: Config) -> None
         ("algorithm=no_such_module:Mine", "algorithm no_such_module:Mine cannot be imported"),
         ("algorithm=reward_weighted:Mine", "reward_weighted has no class 'Mine' that is"),
         ("algorithm=json:JSONDecoder", "json has no class 'JSONDecoder' that is"),
+        ("algorithm=reward_weighted.RewardWeighted", "a class of your own is module:Class: reward_weighted:RewardWeig"),
+        ("algorithm=./reward_weighted.py:RewardWeighted", "write the module as in an import, without `.py`"),
         ("learner.own={temprature: 1.0}", "own.temprature: Extra inputs are not permitted"),
         ("learner.own={temperature: 0.0}", "own.temperature: Input should be greater than 0"),
     ],
@@ -70,6 +73,33 @@ def test_a_resolved_config_names_it_and_reads_back_the_same(cfg: Config) -> None
 def test_what_is_none_is_refused(cfg: Config, override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("config.yaml", [override])
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "expected"),
+    [
+        ("a_script", "import sys\n\nsys.exit()\n", "a_script.py:3)): it is looked"),
+        ("a_script_with_arguments", "import argparse\n\nargparse.ArgumentParser().parse_args()\n", "`if __name__ =="),
+        ("a_slip", "def made():\n    return undefined\n\n\nx = made()\n", "a_slip.py:2)): it is looked"),
+        ("statistics", "class Mine: pass\n", "/statistics.py: choose another name for yours"),
+        (
+            "a_preset",
+            "from mmrl_ray.algorithms.base import Algorithm\n\n\nclass Mine(Algorithm):\n"
+            "    presets = {'mine': {'advantag': 'group'}}\n",
+            "its preset names 'advantag', which is no key of learner",
+        ),
+    ],
+)
+def test_a_module_that_does_not_work_is_told_by_where_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, text: str, expected: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["mmrl", "train"])
+    with pytest.raises(ConfigError) as caught:
+        own_class(f"{module}:Mine")
     assert expected in str(caught.value)
 
 
