@@ -35,10 +35,10 @@ import torch
 
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.reward import Normalization
-from mmrl_ray.errors import LearnerError
+from mmrl_ray.errors import LearnerError, MMRLError, first_line, raised_at
 from mmrl_ray.experience.carriers import PlannedGroup, RewardBreakdown, RewardFailure, ScoredGroup, StepPlan
 from mmrl_ray.losses.advantages import decoupled_rewards, spreads
-from mmrl_ray.losses.aggregation import StepRewards
+from mmrl_ray.losses.aggregation import StepRewards, StepWeights
 
 
 class GroupSize(NamedTuple):
@@ -70,7 +70,7 @@ def build_step_plan(
         normalize: whether parts of the reward are normalised by their group.
 
     Raises:
-        LearnerError: no group of the step can be learned from.
+        LearnerError: no group of the step can be learned from, or the algorithm cannot weigh them.
     """
     why = {group.key: left_out(group, learner, normalize) for group in groups}
     live = [group for group in groups if why[group.key] is None]
@@ -83,7 +83,7 @@ def build_step_plan(
     if learner.advantage == "greedy":
         greedy = torch.tensor([_greedy_reward(g) for g in live], dtype=torch.float64)
     lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
-    found = learner.family.weigh(StepRewards(rewards, counts, seen.magnitude, greedy, lengths, max_new_tokens))
+    found = _weighed(learner, StepRewards(rewards, counts, seen.magnitude, greedy, lengths, max_new_tokens))
     weights, scales, denominator = found.advantages, found.scales, found.denominator
     planned = tuple(
         PlannedGroup(
@@ -108,6 +108,30 @@ def build_step_plan(
         micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
         metrics={**seen.metrics, **found.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
     )
+
+
+def _weighed(learner: LearnerSection, step: StepRewards) -> StepWeights:
+    """What the algorithm makes of the rewards, which may be a user's own."""
+    what = f"weigh of the algorithm {learner.loss}"
+    try:
+        found = learner.family.weigh(step)
+    except MMRLError:
+        raise
+    except Exception as error:
+        raise LearnerError(f"{what} raised {first_line(error)}{raised_at(error)}") from error
+    if not isinstance(found, StepWeights):
+        raise LearnerError(f"{what} returned {type(found).__name__}: return StepWeights")
+    for name, given in (("advantages", found.advantages), ("scales", found.scales)):
+        if given.shape != step.rewards.shape or not bool(given.isfinite().all()):
+            raise LearnerError(
+                f"{what} gave {name} {list(given.shape)}, {int(given.isfinite().sum())} of them finite numbers: give "
+                f"one to each completion, {list(step.rewards.shape)}"
+            )
+    if not (found.scales > 0).any(dim=1).all():
+        raise LearnerError(f"{what} gave scales of 0 to a whole group: to learn nothing from it, make its advantages 0")
+    if not 0 < found.denominator < math.inf:
+        raise LearnerError(f"{what} gave the denominator {found.denominator}: it must be above 0")
+    return found
 
 
 def left_out(group: ScoredGroup, learner: LearnerSection, normalize: Normalization) -> str | None:

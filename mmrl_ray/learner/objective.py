@@ -44,7 +44,7 @@ from torch import nn
 from mmrl_ray.algorithms.base import Objective
 from mmrl_ray.analysis.attribution import caption_importance
 from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.errors import LearnerError, ModelError, NonFiniteError
+from mmrl_ray.errors import LearnerError, MMRLError, ModelError, NonFiniteError, first_line, raised_at
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.losses.aggregation import masked_sum
@@ -105,8 +105,11 @@ def micro_batch_share(
         scores: log-probs under π_θ, with gradient, and entropies.
         proximal: log-probs [N, T] at the start of the step, or None for those of `scores` themselves.
         place: of the micro-batch among this rank's of the step.
+
+    Raises:
+        LearnerError: the objective, which may be a user's own, raised: it would again after a restart.
     """
-    loss, own = objective.share(batch, scores, proximal, denominator, place)
+    loss, own = _share(objective, cfg, batch, scores, proximal, denominator, place)
     main = loss.detach()
     zero = loss.new_zeros(())
     kl_term, kl, kl_tokens = zero, zero, zero
@@ -132,6 +135,25 @@ def micro_batch_share(
     recomputed = zero + batch.vision_recomputed
     head = torch.stack([main, kl_term.detach(), kl, kl_tokens, entropy, tokens, recomputed])
     return Share(loss, torch.cat([head, own.to(head.dtype)]).double())
+
+
+def _share(
+    objective: Objective,
+    cfg: LearnerSection,
+    batch: LearnerBatch,
+    scores: Scores,
+    proximal: torch.Tensor | None,
+    denominator: float,
+    place: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return objective.share(batch, scores, proximal, denominator, place)
+    except (MMRLError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        if cfg.sharding != "none":  # the other ranks wait in a gather, where only a restart of the group reaches them
+            raise
+        raise LearnerError(f"the loss {cfg.loss} raised {first_line(error)}{raised_at(error)}") from error
 
 
 def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mmrl_ray.algorithms.base import Algorithm, Objective
 from mmrl_ray.algorithms.registry import ALGORITHMS, FAMILIES, LOSSES, own_class
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.load import dump_config, load_config, parse_config
 from mmrl_ray.config.schema import Config
-from mmrl_ray.errors import ConfigError
+from mmrl_ray.errors import ConfigError, LearnerError
 from mmrl_ray.jobs.submit import own_code
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.losses.aggregation import StepRewards
+from mmrl_ray.policy.model import Policy
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
 
+DOCS = Path(__file__).parents[3] / "docs"
 EXAMPLE = Path(__file__).parents[3] / "examples" / "own_algorithm"
 
 
@@ -101,6 +106,38 @@ def test_a_module_that_does_not_work_is_told_by_where_it_fails(
     with pytest.raises(ConfigError) as caught:
         own_class(f"{module}:Mine")
     assert expected in str(caught.value)
+
+
+def test_the_one_in_the_docs_cubes_advantages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = re.findall(r"```python\n(.*?)```", (DOCS / "howto" / "algorithm.md").read_text(), re.DOTALL)
+    (tmp_path / "sharper.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rewards = torch.tensor([[0.0, 4.0]], dtype=torch.float64)
+    step = StepRewards(rewards, rewards >= 0, rewards, None, torch.ones_like(rewards), 8)
+    found = own_class("sharper:Sharper")(LearnerSection(steps=1, advantage_std=False)).weigh(step)
+    assert found.advantages.tolist() == [[-8.0, 8.0]]
+
+
+class Divides(Algorithm):
+    """Its loss has a slip."""
+
+    def objective(self, policy: Policy, seed: int = 0) -> Objective:
+        class Share(Objective):
+            def share(self, *given: Any) -> Any:
+                return 1 / 0
+
+        return Share()
+
+
+def test_a_slip_in_its_loss_ends_the_run_at_once_and_is_told_by_its_line(tiny: Path) -> None:
+    """A LearnerError is not tried again; whatever else a learner raises is, `max_failures` times."""
+    learner = LearnerSection(steps=1, loss=f"{__name__}:Divides")
+    policy = make_policy(tiny)
+    with pytest.raises(
+        LearnerError, match=r"Divides raised ZeroDivisionError: division by zero \(.*test_own\.py:\d+\)"
+    ):
+        LearnerStep(policy, learner).run(make_plan(make_groups(policy), learner), payloads)
 
 
 def test_keys_of_ones_own_algorithm_are_read_by_it_alone() -> None:
