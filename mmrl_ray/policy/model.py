@@ -18,6 +18,8 @@ from mmrl_ray.policy.logits import model_logits
 from mmrl_ray.policy.tokens import Turn
 
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+OWN_ATTENTION = "mmrl_"
+"""How the names begin under which attention functions of this project are registered in transformers."""
 
 
 class PlainLinear(nn.Linear):
@@ -96,6 +98,15 @@ class Policy:
     def decoder(self) -> nn.Module:
         """The language model (embeddings and layers, without the head)."""
         return cast(nn.Module, self.hf_model.get_decoder())
+
+    @property
+    def attention(self) -> str:
+        """What attention the language model was loaded with: "sdpa", "eager" or "flash_attention_2".
+
+        It says what masks are like. A function of ours takes those of "sdpa", in whose place it stands.
+        """
+        name = str(self.hf_model.config.get_text_config()._attn_implementation)
+        return "sdpa" if name.startswith(OWN_ATTENTION) else name
 
     @property
     def hidden_size(self) -> int:

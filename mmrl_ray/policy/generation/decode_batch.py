@@ -87,11 +87,7 @@ def keeps_every_key(cache: Cache, new_tokens: int) -> bool:
 
 def takes_4d_mask(policy: Policy) -> bool:
     """Whether the language model's attention reads a mask of its own for every query."""
-    return _attention(policy) in _TAKES_4D_MASK
-
-
-def _attention(policy: Policy) -> str:
-    return policy.hf_model.config.get_text_config()._attn_implementation
+    return policy.attention in _TAKES_4D_MASK
 
 
 class DecodeBatch:
@@ -325,7 +321,7 @@ class DecodeBatch:
         visible = self._visible[:, :, : self._keys]
         if not self.packed:
             return visible[:, 0].long()
-        if _attention(self._policy) == "sdpa":
+        if self._policy.attention == "sdpa":
             return visible[:, None]
         lowest = torch.finfo(self._policy.dtype).min
         hidden = torch.zeros(visible.shape, dtype=self._policy.dtype, device=visible.device)
