@@ -15,6 +15,7 @@ pass instead of being kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -162,9 +163,14 @@ def policy_logits(logits: torch.Tensor, forbidden: Sequence[int], temperature: f
     """
     scaled = logits.float() / temperature
     if forbidden:
-        index = torch.tensor(forbidden, dtype=torch.int64, device=logits.device)
-        scaled = scaled.index_fill(-1, index, float("-inf"))
+        scaled = scaled.index_fill(-1, _on_device(tuple(forbidden), logits.device), float("-inf"))
     return scaled
+
+
+@lru_cache(maxsize=16)
+def _on_device(tokens: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64, copied once: a copy waits for everything that a GPU still has to do."""
+    return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
 def token_logprobs(
