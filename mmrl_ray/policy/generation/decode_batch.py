@@ -298,7 +298,7 @@ class DecodeBatch:
         index = torch.tensor(flat, device=self._positions.device)
         mask = torch.tensor(filled, device=index.device)[:, None]
         self.slots = [self.slots[i] if is_filled else None for i, is_filled in zip(flat, filled, strict=True)]
-        self.sampler = self.sampler.select(index)
+        self.sampler = self.sampler.select(flat)
         self._first = None if self._first is None else self._first[index]
         self._tokens = self._tokens.flatten()[index].view(-1, width)
         self._positions = self._positions.flatten()[index].view(-1, width)
