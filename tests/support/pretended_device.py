@@ -18,6 +18,7 @@ from ordinary memory to the device without `non_blocking=True`. The first two ar
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -53,6 +54,8 @@ _MADE_WHOLE = (
     *("tril_indices", "triu_indices"),
 )
 """Operators that PyTorch would make of an empty tensor that it then resizes."""
+_BELOW = ("empty.memory_format", "empty_strided", "copy_")
+"""What `torch.tensor(data, device=…)` uses, below every `__torch_dispatch__` and every fallback."""
 
 
 class MixedDevices(RuntimeError):
@@ -69,12 +72,27 @@ class Traffic:
     """The host waited until something was copied to the device."""
     operators: Counter[str] = field(default_factory=Counter)
     """On the device, by name: about the number of kernels."""
+    emptied: int = 0
+    """How often the allocator was asked to give back what it kept."""
 
     def table(self) -> str:
         """Reads and writes, most frequent first, for messages."""
         kinds = (("read", self.reads), ("write", self.writes))
         rows = [(count, kind, place) for kind, counter in kinds for place, count in counter.items()]
         return "\n".join(f"{count:6} {kind:5} {place}" for count, kind, place in sorted(rows, reverse=True))
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """What `torch.get_device_module` gives."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """What `torch.autocast` may be asked for."""
+        return [torch.bfloat16, torch.float16]
+
+    def empty_cache(self) -> None:
+        """As the allocator of CUDA's; there is none here."""
+        for traffic in _watching:
+            traffic.emptied += 1
 
 
 _watching: list[Traffic] = []
@@ -89,16 +107,13 @@ def register() -> torch.device:
     """
     torch.autograd.set_multithreading_enabled(False)
     if not _kept:
-        backend_registration._setup_privateuseone_for_python_backend(NAME)
-        # `torch.tensor(data, device=…)` is then made on the CPU and copied by an operator that is seen here.
-        torch._C._set_only_lift_cpu_tensors(True)
+        backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         # `module.to(device)` makes new parameters: the data of one that is on the CPU cannot become a `DeviceTensor`.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         anything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
         anything.fallback(_called, "PrivateUse1")
-        # Python's numbers are read below every `__torch_dispatch__` where they stand in a list of scalars.
         aten.impl("_local_scalar_dense", _read_scalar, "PrivateUse1")
-        for name in _MADE_WHOLE:
+        for name in (*_MADE_WHOLE, *_BELOW):
             aten.impl(name, partial(_called, _operator(name)), "PrivateUse1")
         _kept.extend((anything, aten))
     return torch.device(NAME)
@@ -113,6 +128,13 @@ def watched() -> Iterator[Traffic]:
         yield traffic
     finally:
         _watching.remove(traffic)
+
+
+def device_bytes() -> int:
+    """Of all tensors on the device that somebody still holds, views not counted again."""
+    gc.collect()
+    alive = [each.inner for each in gc.get_objects() if type(each) is DeviceTensor]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
 
 
 class DeviceTensor(torch.Tensor):
@@ -184,7 +206,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     elif func is _aten.copy_.default:
         onto_device = isinstance(args[0], DeviceTensor)
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        _note_copy(isinstance(args[1], DeviceTensor), onto_device, non_blocking)
+        if args[0].numel():  # of nothing, no copy is made
+            _note_copy(isinstance(args[1], DeviceTensor), onto_device, non_blocking)
     elif func in _INDEXED:
         onto_device = isinstance(args[0], DeviceTensor)
         _check_index(func, args, onto_device)
