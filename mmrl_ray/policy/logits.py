@@ -15,7 +15,6 @@ pass instead of being kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -163,14 +162,10 @@ def policy_logits(logits: torch.Tensor, forbidden: Sequence[int], temperature: f
     """
     scaled = logits.float() / temperature
     if forbidden:
-        scaled = scaled.index_fill(-1, _on_device(tuple(forbidden), logits.device), float("-inf"))
+        # Made there directly, the copy would wait for everything that a GPU still has to do.
+        index = torch.tensor(forbidden, dtype=torch.int64).to(logits.device, non_blocking=True)
+        scaled = scaled.index_fill(-1, index, float("-inf"))
     return scaled
-
-
-@lru_cache(maxsize=16)
-def _on_device(tokens: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int64, copied once: a copy waits for everything that a GPU still has to do."""
-    return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
 def token_logprobs(

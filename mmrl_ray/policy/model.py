@@ -109,8 +109,8 @@ class Policy:
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` on the policy's device, without waiting for what a GPU still has to do."""
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()  # from ordinary memory the copy itself would wait
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+            tensor = tensor.pin_memory()  # from ordinary memory the copy itself may wait
         return tensor.to(self.device, non_blocking=True)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -173,6 +174,11 @@ class DeviceTensor(torch.Tensor):
         if not isinstance(value, DeviceTensor) or value.shape != self.shape:
             raise MixedDevices(f"the data of {self!r} cannot become {value!r}")
         self.inner = value.inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied: torch.Tensor = DeviceTensor(self.inner.detach().clone())
+        memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+        return memo[id(self)]
 
     def tolist(self) -> Any:
         """Read in one piece, as on a GPU."""

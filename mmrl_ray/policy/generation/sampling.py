@@ -292,9 +292,10 @@ class RuledGroup:
     def apply(self, logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """float32 [R, V] of those of the group's rows that go on, `tokens` being what each has said: equally many."""
         length = self._prompt_tokens + len(tokens[0])
-        index = torch.tensor(rows, device=logits.device)
+        index = torch.tensor(rows).to(logits.device, non_blocking=True)
         if tokens[0]:
-            self._said[index, length - 1] = torch.tensor([each[-1] for each in tokens], device=logits.device)
+            last = torch.tensor([each[-1] for each in tokens]).to(logits.device, non_blocking=True)
+            self._said[index, length - 1] = last
         changed: torch.Tensor = self._processors(cast(torch.LongTensor, self._said[index, :length]), logits.float())
         return changed
 
