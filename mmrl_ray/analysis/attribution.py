@@ -175,11 +175,10 @@ def forward_rows(
     batch = pad_prompts(policy, prompts)
     targets = nn.utils.rnn.pad_sequence(list(captions), batch_first=True, padding_value=policy.pad_token_id)
     mask = torch.arange(targets.shape[1]) < torch.tensor([caption.numel() for caption in captions])[:, None]
-    targets, mask = targets.to(policy.device), mask.to(policy.device)
     width = batch.input_ids.shape[1]
     with vision_arguments(policy, prompts, features) as vision, _exchanged(policy, exchange):
         output = policy.core(**row_arguments(policy, batch, targets, mask), use_cache=False, **vision)
-    return Rows(output.last_hidden_state[:, width - 1 : -1], targets, mask)
+    return Rows(output.last_hidden_state[:, width - 1 : -1], policy.place(targets), policy.place(mask))
 
 
 @contextmanager

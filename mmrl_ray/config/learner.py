@@ -156,7 +156,8 @@ class RolloutSection(Section):
     worker_deadline_s: float = Field(60.0, gt=0)
     """How long the pool may stay below `min_workers` before the run stops."""
     vision_cache_mb: int = Field(256, ge=0)
-    """Bytes of vision features a process keeps."""
+    """Bytes of vision features a process keeps; none from one assignment or step to the next where learners and workers
+    take turns on a GPU (`resources.placement: shared`)."""
     ship_vision_mb: int = Field(64, ge=0)
     """Vision features of one assignment travel to the learner up to this size; beyond it they are made again."""
 

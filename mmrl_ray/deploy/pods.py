@@ -291,8 +291,7 @@ class WorkerGroup:
 
 def shares_gpus(cfg: Config) -> bool:
     """Whether learners and rollout workers take turns on GPUs."""
-    resources = cfg.resources
-    return resources.placement == "shared" and resources.learner.gpus > 0 and resources.rollout.gpus > 0
+    return cfg.resources.takes_turns
 
 
 def groups_of_run(cfg: Config, *, waiting: bool) -> list[WorkerGroup]:

@@ -285,7 +285,7 @@ class SamplerGap:
     ) -> None:
         """Takes in a micro-batch: [N, T] each, completions in the order of the groups."""
         stale = [group.staleness > 0 for group in planned for _ in group.learned_tokens]
-        rows = torch.tensor(stale, device=mask.device)[:, None]
+        rows = self._policy.place(torch.tensor(stale))[:, None]
         gap = (logprobs.detach() - behaviour).abs().double()
         # No device is waited for here.
         for kind, of in enumerate((mask & ~rows, mask & rows)):
@@ -302,10 +302,10 @@ class SamplerGap:
     def metrics(self) -> dict[str, float]:
         """Figures of the step; those of a kind of groups that it did not have are missing."""
         figures = {}
-        for kind, name in enumerate(_KINDS):
-            total, tokens = self._sums[kind].tolist()
+        read = torch.cat([self._sums, self._largest[:, None]], dim=1).tolist()
+        for name, (total, tokens, largest) in zip(_KINDS, read, strict=True):
             if tokens:
-                figures[f"sampler_gap/{name}max"] = float(self._largest[kind])
+                figures[f"sampler_gap/{name}max"] = largest
                 figures[f"sampler_gap/{name}mean"] = total / tokens
         return figures
 

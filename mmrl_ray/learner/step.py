@@ -224,8 +224,9 @@ class LearnerStep:
                 sums += share.sums
         self._pad_passes(plan, len(batches), payloads, clock)
         with clock.phase("seconds/forward_backward"):
-            for planned, loss in zip(batches, losses, strict=True):
-                check_finite("loss", float(loss), plan.step, planned)
+            # Read in one piece, when everything is queued.
+            for planned, loss in zip(batches, torch.stack(losses).tolist() if losses else [], strict=True):
+                check_finite("loss", loss, plan.step, planned)
 
     def _batch(self, plan: StepPlan, planned: Sequence[PlannedGroup], payloads: Payloads, clock: Clock) -> LearnerBatch:
         """A micro-batch's tensors; in lockstep, an error of one rank is met by all before they gather weights."""

@@ -47,7 +47,7 @@ from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
-from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.rollouts.types import Stop
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry import table
@@ -92,11 +92,11 @@ class _Learner:
             shard_layers(self._policy, device)
         if cfg.learner.gradient_checkpointing:
             checkpoint_layers(self._policy)
-        cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
+        self._cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
         self._in_lockstep = sharded
-        self._importance = ImportanceWatch(self._policy, cache, cfg.learner.importance_every)
+        self._importance = ImportanceWatch(self._policy, self._cache, cfg.learner.importance_every)
         self._learner = LearnerStep(
-            self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks, in_lockstep=sharded, seed=seed
+            self._policy, cfg.learner, vision_cache=self._cache, ranks=self._ranks, in_lockstep=sharded, seed=seed
         )
 
     def run(self) -> LearnerOutcome:
@@ -165,6 +165,8 @@ class _Learner:
         CONTEXT.put(step=plan.step)
         importance = self._measure_importance(plan)
         metrics = self._learner.run(plan, self._fetch)
+        if self._cfg.resources.takes_turns:  # before workers get the new version, and sample
+            give_back(self._policy.device, self._cache)
         export_learner_metrics(self._meter, plan, self._ranks.rank, metrics)
 
         def publish() -> None:

@@ -118,6 +118,12 @@ class Policy:
         """V, the width of the logits."""
         return self.hf_model.config.get_text_config().vocab_size
 
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` on the policy's device, without waiting for what a GPU still has to do."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+            tensor = tensor.pin_memory()  # from ordinary memory the copy itself may wait
+        return tensor.to(self.device, non_blocking=True)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, d] or [B, T, d] → [.., V]: logits in the model's dtype, soft caps, scales and all.
 

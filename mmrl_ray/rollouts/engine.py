@@ -59,14 +59,19 @@ class RolloutEngine:
         worker: str,
         reward_cfg: RewardSection,
         ship_vision_bytes: int,
+        takes_turns: bool = False,
     ) -> None:
-        """Features of an assignment travel with its groups if they are no more than `ship_vision_bytes` altogether."""
+        """Features of an assignment travel with its groups if they are no more than `ship_vision_bytes` altogether.
+
+        With `takes_turns` a learner uses the same device between assignments, and is left what they took of it.
+        """
         self._generator = generator
         self._scorer = scorer
         self._reward = reward
         self._worker = worker
         self._reward_cfg = reward_cfg
         self._ship_vision_bytes = ship_vision_bytes
+        self._takes_turns = takes_turns
         self._version: int | None = None
 
     def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
@@ -79,6 +84,12 @@ class RolloutEngine:
         Raises:
             MMRLError: the weights do not fit the adapter, or the model gives NaN: no sample is to blame.
         """
+        result = self._run(assignment, fetch)
+        if self._takes_turns:  # nothing but the result is left by now, and that lies on the CPU
+            self._generator.give_back()
+        return result
+
+    def _run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
             self._load(assignment.version, fetch)
@@ -221,7 +232,8 @@ class RolloutEngine:
         ships = self._scorer.ships_vision and nbytes <= self._ship_vision_bytes
         for i, group in enumerate(groups):
             payload: RolloutGroup = group.payload
-            payload = replace(payload, prompt=without_pixels(payload.prompt), vision=payload.vision if ships else None)
+            vision = payload.vision.cpu() if ships and payload.vision is not None else None
+            payload = replace(payload, prompt=without_pixels(payload.prompt), vision=vision)
             own = {name: value for name, value in counters.items() if i == 0 or name == "naive_path"}
             yield replace(group, payload=payload, counters={**group.counters, **own})
 

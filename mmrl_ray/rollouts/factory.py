@@ -55,4 +55,5 @@ class PolicyEngineFactory:
             worker=worker,
             reward_cfg=cfg.reward,
             ship_vision_bytes=cfg.rollout.ship_vision_mb * _MB,
+            takes_turns=cfg.resources.takes_turns,
         )

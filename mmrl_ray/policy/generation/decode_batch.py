@@ -197,8 +197,8 @@ class DecodeBatch:
             if row is not None and row.finish_reason is None and row.sampling.value_beta > 0:
                 by_adapter.setdefault(row.adapter, []).append((i, row.sampling.value_beta))
         for adapter, rows in by_adapter.items():
-            index = torch.tensor([i for i, _ in rows], device=logits.device)
-            beta = torch.tensor([[beta] for _, beta in rows], device=logits.device)
+            index = self._policy.place(torch.tensor([i for i, _ in rows]))
+            beta = self._policy.place(torch.tensor([[beta] for _, beta in rows]))
             advantages = self._policy.value_heads[adapter].advantages(hidden[index])
             logits = logits.float().index_add(0, index, beta * advantages)
         return logits
@@ -213,7 +213,7 @@ class DecodeBatch:
         for found in groups.values():
             rules = found[0][1].rules
             if rules is not None:
-                index = torch.tensor([slot for slot, _ in found], device=logits.device)
+                index = self._policy.place(torch.tensor([slot for slot, _ in found]))
                 rows = [row for _, row in found]
                 changed = rules.apply(logits[index], [row.index for row in rows], [row.tokens for row in rows])
                 logits = logits.index_copy(0, index, changed)
@@ -259,7 +259,7 @@ class DecodeBatch:
         kept = fill_holes([b for b, slots in enumerate(by_prompt) if slots])
         width = max(len(slots) for slots in by_prompt)
         self._take([by_prompt[b] for b in kept], width)
-        batch = torch.tensor(kept, device=self._positions.device)
+        batch = self._policy.place(torch.tensor(kept))
         if not self.mergeable:
             self._reorder(batch)
             return
@@ -291,10 +291,9 @@ class DecodeBatch:
         # An empty slot goes on with what some other one has: the numbers are computed and nobody reads them.
         flat = [row[q] if q < len(row) else row[0] for row in slots for q in range(width)]
         filled = [q < len(row) for row in slots for q in range(width)]
-        index = torch.tensor(flat, device=self._positions.device)
-        mask = torch.tensor(filled, device=index.device)[:, None]
+        index, mask = self._policy.place(torch.tensor(flat)), self._policy.place(torch.tensor(filled))[:, None]
         self.slots = [self.slots[i] if is_filled else None for i, is_filled in zip(flat, filled, strict=True)]
-        self.sampler = self.sampler.select(index)
+        self.sampler = self.sampler.select(flat)
         self._first = None if self._first is None else self._first[index]
         self._tokens = self._tokens.flatten()[index].view(-1, width)
         self._positions = self._positions.flatten()[index].view(-1, width)

@@ -9,7 +9,7 @@ import torch
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.decode import Decoder, decode_endlessly, decode_groups
 from mmrl_ray.policy.lora.routing import VersionedPolicy
-from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.policy.vision import VisionCache, give_back
 
 
 class LocalEngine(GenerationEngine):
@@ -23,6 +23,7 @@ class LocalEngine(GenerationEngine):
     def __init__(self, policy: VersionedPolicy, cache: VisionCache, *, max_rows: int) -> None:
         """`max_rows` completions are decoded at the same time; `cache` is shared with the scorer."""
         self._policy = policy
+        self._cache = cache
         # Features that change with every version are not kept.
         kept = None if policy.adapts_vision else cache
         self._decoder = Decoder(policy.policy, vision_cache=kept, max_rows=max_rows)
@@ -34,6 +35,10 @@ class LocalEngine(GenerationEngine):
     def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         with self._policy.merged():
             return decode_groups(self._decoder, requests)
+
+    def give_back(self) -> None:
+        """Vision features, and what keys and values took."""
+        give_back(self._policy.policy.device, self._cache)
 
     def sample_for_comparison(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """Without an end, so that there is a log-prob everywhere, and by a decoder of its own."""
