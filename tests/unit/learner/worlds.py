@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +59,11 @@ def tiny_folder(folder: Path) -> Path:
 
 def make_policy(folder: Path, *, fresh: bool = False, dtype: Literal["float32", "bfloat16"] = "float32") -> Policy:
     """With an adapter that does something already (unless `fresh`), so that every gradient is other than 0."""
+    return copy.deepcopy(_policy(folder, fresh, dtype))
+
+
+@functools.cache
+def _policy(folder: Path, fresh: bool, dtype: Literal["float32", "bfloat16"]) -> Policy:
     policy = load_policy(ModelSection(path=str(folder), dtype=dtype), device="cpu")
     model = add_adapter(policy, LoraSection(r=4, alpha=8.0), seed=0)
     if not fresh:

@@ -202,9 +202,9 @@ def test_values_of_a_small_problem_are_those_of_its_best_continuations() -> None
         target = torch.zeros_like(q)
         states = torch.stack([torch.zeros_like(firsts), 1 + firsts], dim=1)  # [B, T]
         rows = words[None, ..., None].expand(2, -1, -1, 1)
-        optimizer = torch.optim.Adam([q, v], lr=0.02)
-        for step in range(4000):
-            if step == 3000:
+        optimizer = torch.optim.Adam([q, v], lr=0.05)
+        for step in range(1600):
+            if step == 1200:
                 optimizer.param_groups[0]["lr"] = 0.002
             taken = q[:, states, words]
             found = ilql_loss(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,12 +36,17 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load(family_folder: Callable[[str], Path]) -> Callable[..., Policy]:
-    """Loads a fresh policy of the named family (float32, CPU)."""
+    """A fresh policy of the named family (float32, CPU): a copy of one that is loaded once, which takes an eighth."""
+    loaded: dict[str, Policy] = {}
 
     def load_fresh(name: str = "llava", **section: Any) -> Policy:
-        return load_policy(section_of(name, family_folder(name), **section), device="cpu")
+        asked = section_of(name, family_folder(name), **section)
+        key = asked.model_dump_json()
+        if key not in loaded:
+            loaded[key] = load_policy(asked, device="cpu")
+        return copy.deepcopy(loaded[key])
 
     return load_fresh
 

@@ -34,7 +34,7 @@ from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.parity import compare
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
-from tests.support.tiny_models import FAMILIES, make_samples
+from tests.support.tiny_models import FAMILIES, make_samples, section_of
 
 Load = Callable[..., Policy]
 Copied = Callable[[str], Path]
@@ -61,6 +61,12 @@ def edit_json(file: Path, **fields: object) -> None:
 def rewrite_template(folder: Path, old: str, new: str) -> None:
     file = folder / "chat_template.jinja"
     file.write_text(file.read_text().replace(old, new))
+
+
+@pytest.fixture
+def load(family_folder: Callable[[str], Path]) -> Load:
+    """No copy of one that was loaded before, as other files have it."""
+    return lambda name="llava", **fields: load_policy(section_of(name, family_folder(name), **fields), device="cpu")
 
 
 def load_family_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
