@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from fastapi import Depends, Request
+from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -188,14 +188,6 @@ def caller_id(request: Request) -> str | None:
     """The id of the request's key, by which callers get their shares; None where no key is asked for."""
     caller: KeyRecord | None = request.scope[_CALLER]
     return None if caller is None else caller.id
-
-
-INFER = Depends(needs("infer"))
-"""Of routes that ask the policy or the reward."""
-FEEDBACK = Depends(needs("feedback"))
-"""Of routes that take what people think of captions."""
-ADMIN = Depends(needs("admin"))
-"""Of routes that start or end work on the cluster."""
 
 
 def is_loopback(host: str) -> bool:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from mmrl_ray.config.serving import REWARD
 from mmrl_ray.errors import RewardError, UnknownModelError
 from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.serving.auth import INFER, caller_id
+from mmrl_ray.serving.auth import caller_id
 from mmrl_ray.serving.http_errors import TAG, problem, wrong_parameter
 from mmrl_ray.serving.openai import ImagePart, Part, Strict, Usage
 from mmrl_ray.serving.protocols import RewardItem, RewardService, Scored
@@ -112,14 +112,12 @@ class Rewards(BaseModel):
     data: list[PictureRewards]
 
 
-def add_rewards(app: FastAPI, tools: Tools) -> None:
+def add_rewards(router: APIRouter, tools: Tools) -> None:
     """Adds `POST /v1/rewards`."""
 
-    @app.post(
+    @router.post(
         "/v1/rewards",
         response_model=Rewards,
-        tags=["reward"],
-        dependencies=[INFER],
         summary="Score captions of pictures",
         description="A caption that cannot be scored has an `error` of its own, and the answer is 200 all the same, "
         "also where none can be. An error of the request says that nothing was scored.",
@@ -301,17 +299,10 @@ class Scores(BaseModel):
     """All 0: the reward has no tokens of its own."""
 
 
-def add_score(app: FastAPI, tools: Tools) -> None:
+def add_score(router: APIRouter, tools: Tools) -> None:
     """Adds `POST /v1/score`."""
 
-    @app.post(
-        "/v1/score",
-        response_model=Scores,
-        tags=["reward"],
-        dependencies=[INFER],
-        summary="Score captions as vLLM does",
-        **takes_json(ScoreRequest),
-    )
+    @router.post("/v1/score", response_model=Scores, summary="Score captions as vLLM does", **takes_json(ScoreRequest))
     async def score(request: Request) -> Response:
         service = served_reward(tools)
         body = await read_json(request, ScoreRequest, tools.timeout_s)
