@@ -43,6 +43,8 @@ RATING_SCALE = (0.0, 1.0)
 """Of a store that is made without one."""
 LEASE_S = 600.0
 """How long a pair that a rater was handed is kept from others."""
+_SAID = ("choice", "rater", "rating_a", "rating_b", "shown_first")
+"""Fields of a preference that are columns of their own, under the same names."""
 _TAKES = 20
 """Tries to take a pair while other raters take theirs."""
 _CHUNK = 500
@@ -226,27 +228,11 @@ class PreferenceStore:
         return None
 
     def _pair_row(self, pair: Pair) -> dict[str, Any]:
-        return {
-            "id": pair.id,
-            "image_hash": pair.image_hash,
-            "prompt": pair.prompt,
-            "caption_a": pair.caption_a,
-            "caption_b": pair.caption_b,
-            "source": pair.source,
-            "created": self._now(),
-        }
+        return {c.name: getattr(pair, c.name) for c in PAIRS.c if c.name != "created"} | {"created": self._now()}
 
     def _preference_row(self, preference: Preference) -> dict[str, Any]:
-        return {
-            "id": preference.id,
-            "pair_id": preference.pair.id,
-            "rater": preference.rater,
-            "choice": preference.choice,
-            "rating_a": preference.rating_a,
-            "rating_b": preference.rating_b,
-            "shown_first": preference.shown_first,
-            "created": (preference.created or self._now()).astimezone(UTC),
-        }
+        said = {name: getattr(preference, name) for name in ("id", *_SAID)}
+        return {**said, "pair_id": preference.pair.id, "created": (preference.created or self._now()).astimezone(UTC)}
 
     def undo(self, preference_id: str, rater: str) -> str | None:
         """Takes back what `rater` said last, which must be this; its pair is theirs to label again.
@@ -333,15 +319,8 @@ class PreferenceStore:
         columns: list[Any] = [PREFERENCES, *(c for c in PAIRS.c if c.name not in ("id", "created"))]
         query = select(*columns).join(PAIRS, PAIRS.c.id == PREFERENCES.c.pair_id)
         for row in self._rows(query.order_by(PREFERENCES.c.pair_id, PREFERENCES.c.rater), pictures):
-            yield Preference(
-                pair=pair_from(row),
-                choice=row.choice,
-                rater=row.rater,
-                rating_a=row.rating_a,
-                rating_b=row.rating_b,
-                shown_first=row.shown_first,
-                created=utc(row.created),
-            )
+            said = {name: getattr(row, name) for name in _SAID}
+            yield Preference(pair_from(row), **said, created=utc(row.created))
 
     def unlabelled(self, *, pictures: bool = False) -> Iterator[Pair]:
         """Pairs that nobody has labelled, by id; raises as `preferences`."""

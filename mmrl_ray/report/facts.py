@@ -262,6 +262,7 @@ def happened(
 ) -> list[dict[str, str]]:
     """One row for each kind of thing that went wrong or changed; none where nothing did."""
     lost, restarts = _of(events, "worker_lost"), _of(events, "learner_restarted")
+    back = [f"at step {each.get('at_step')}, back to {each.get('step')}" for each in restarts]
     replaced = list(replacements(events))
     failed, lacking = _of(events, "reward_failed"), _of(events, "reward_part_missing")
     blind = _of(events, "captions_blind")
@@ -280,7 +281,11 @@ def happened(
             len(blind),
             _reasons([{"detail": e.get("what")} for e in blind]),
         ),
-        ("learner restarts", len(restarts), "; ".join(_restart(each) for each in restarts[-3:])),
+        (
+            "learner restarts",
+            len(restarts),
+            "; ".join(back[-3:]),
+        ),
         ("ended with an error", len(ended), _reasons(ended)),
         ("resumed", len(_of(events, "run_resumed")), ""),
         ("samples quarantined", len(quarantined), _reasons(quarantined)),
@@ -366,10 +371,6 @@ def _slowest(replaced: Sequence[float | None]) -> str:
     missing = len(replaced) - len(known)
     told = [f"ready within {max(known):.1f} s of the loss"] if known else []
     return ", ".join([*told, *([f"{missing} not ready (yet)"] if missing else [])])
-
-
-def _restart(event: Event) -> str:
-    return f"at step {event.get('at_step')}, back to {event.get('step')}"
 
 
 def _damaged(events: Sequence[Event]) -> tuple[int, str]:

@@ -160,11 +160,6 @@ def take_answer(run: RunDir, request: str) -> ScaleAnswer | None:
     return answer
 
 
-def withdraw(run: RunDir, request: str) -> None:
-    """Takes back a request that nobody answered."""
-    run.delete(request)
-
-
 def _answer_name(request: str) -> str:
     return f"{request.removesuffix('.json')}.answer.json"
 

@@ -41,7 +41,6 @@ __all__ = ["GatewayDeps", "make_app"]
 _SCRIPT, _STYLE = "swagger-ui-bundle.js", "swagger-ui.css"
 _READY_S = 5.0
 """A service that has not said by then that it is ready is not."""
-_OWNER = "mmrl_ray"
 
 
 def make_app(deps: GatewayDeps) -> FastAPI:
@@ -204,7 +203,7 @@ def add_models(router: APIRouter, tools: Tools) -> None:
 
     @router.get("/v1/models", response_model=ModelList, summary="Models and adapters that can be asked for")
     async def models() -> Response:
-        return json_answer(ModelList(object="list", data=[_card(info) for info in await served()]))
+        return json_answer(ModelList(data=[_card(info) for info in await served()]))
 
     @router.get("/v1/models/{model}", response_model=ModelCard, summary="One of them")
     async def model(model: str) -> Response:
@@ -215,15 +214,7 @@ def add_models(router: APIRouter, tools: Tools) -> None:
 
 
 def _card(info: ModelInfo) -> ModelCard:
-    return ModelCard(
-        id=info.id,
-        object="model",
-        created=info.created,
-        owned_by=_OWNER,
-        root=info.root,
-        parent=info.parent,
-        step=info.version,
-    )
+    return ModelCard(id=info.id, created=info.created, root=info.root, parent=info.parent, step=info.version)
 
 
 _ROUTES: tuple[tuple[str, KeyRole, tuple[Callable[[APIRouter, Tools], None], ...]], ...] = (

@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -133,15 +133,7 @@ class KeyStore:
             created=now,
             expires=expires,
         )
-        row = {
-            "id": record.id,
-            "name": name,
-            "roles": ",".join(sorted(roles)),
-            "prefix": record.prefix,
-            "digest": _digest(key).hex(),
-            "created": now,
-            "expires": expires,
-        }
+        row = asdict(record) | {"roles": ",".join(sorted(roles)), "digest": _digest(key).hex()}
         with self._explained(), self._engine.begin() as connection:
             connection.execute(_KEYS.insert().values(row))
         return key, record

@@ -54,10 +54,11 @@ def submit(
         JobError: the cluster does not take the job.
     """
     cfg = with_absolute_paths(cfg)
-    folders = [_absolute_folder(folder) for folder in shared]
+    if wrong := [folder for folder in shared if not folder.startswith("/")]:
+        raise ConfigError(f"--shared-paths {wrong[0]}: write an absolute path, which is the same on every node")
     here = is_this_machine(client)
     if not here:
-        refuse_unseen(cfg, folders, f"the cluster at {client.address}")
+        refuse_unseen(cfg, shared, f"the cluster at {client.address}")
     if "://" not in cfg.run.root and (here or Path(cfg.run.root).exists()):
         RunDir.require_new(cfg.run.root, cfg.run.name)
     if here:
@@ -113,12 +114,6 @@ def _store_of(address: str, chosen: bool) -> str | None:
         raise ConfigError(f"several Rays of this machine take jobs: {named}: name the one to use with --address")
     port = urlsplit(address).port
     return next((store for url, store in servers.items() if urlsplit(url).port == port), None)
-
-
-def _absolute_folder(folder: str) -> str:
-    if not folder.startswith("/"):
-        raise ConfigError(f"--shared-paths {folder}: write an absolute path, which is the same on every node")
-    return folder
 
 
 def _print(text: str) -> None:

@@ -81,13 +81,12 @@ def add_chat(router: APIRouter, tools: Tools) -> None:
         tools.metrics.generated(served.prompt_tokens, written)
         answer = ChatCompletion(
             id=asked.id,
-            object="chat.completion",
             created=int(time.time()),
             model=served.model,
             choices=[
                 ChatChoice(
                     index=choice.index,
-                    message=AnswerMessage(role="assistant", content=choice.text, refusal=None),
+                    message=AnswerMessage(content=choice.text),
                     logprobs=Logprobs.of(choice.tokens) if body.logprobs else None,
                     finish_reason=choice.finish_reason,
                 )
@@ -256,7 +255,7 @@ class Captions(BaseModel):
     """The answer."""
 
     id: str
-    object: Literal["caption"]
+    object: Literal["caption"] = "caption"
     created: int
     model: str
     version: int
@@ -320,7 +319,6 @@ def add_captions(router: APIRouter, tools: Tools) -> None:
         tools.metrics.generated(made.served.prompt_tokens, written)
         answer = Captions(
             id=asked.id,
-            object="caption",
             created=int(time.time()),
             model=made.served.model,
             version=made.served.version,

@@ -74,7 +74,7 @@ class RewardRequest(Strict):
 class CaptionError(BaseModel):
     """Why one caption has no reward."""
 
-    code: Literal["reward_failed"]
+    code: Literal["reward_failed"] = "reward_failed"
     message: str
 
 
@@ -82,14 +82,14 @@ class CaptionReward(BaseModel):
     """What one caption earned, or why nobody knows: then it has an `error`, no total and no parts."""
 
     index: int
-    total: float | None
-    parts: dict[str, float]
-    weights: dict[str, float]
-    sigma: float | None
+    total: float | None = None
+    parts: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    sigma: float | None = None
     """Standard deviation of the total where the reward has a model of its own noise."""
-    missing: dict[str, str]
+    missing: dict[str, str] = {}
     """Parts of weight 0 that could not score the caption, each with its reason."""
-    error: CaptionError | None
+    error: CaptionError | None = None
 
 
 class PictureRewards(BaseModel):
@@ -104,7 +104,7 @@ class PictureRewards(BaseModel):
 class Rewards(BaseModel):
     """All of them, in the order of inputs and captions."""
 
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     reward: str
     """Its parts with their weights."""
     version: str
@@ -190,7 +190,6 @@ def check_texts(tools: Tools, inputs: list[tuple[list[str], list[str], str]]) ->
 def _answer(scored: Scored) -> Rewards:
     pictures = zip(scored.scores, scored.image_hashes, strict=True)
     return Rewards(
-        object="list",
         reward=scored.reward,
         version=scored.version,
         data=[
@@ -206,8 +205,7 @@ def _answer(scored: Scored) -> Rewards:
 
 def _caption(index: int, score: Score) -> CaptionReward:
     if isinstance(score, RewardFailure):
-        error = CaptionError(code="reward_failed", message=score.reason)
-        return CaptionReward(index=index, total=None, parts={}, weights={}, sigma=None, missing={}, error=error)
+        return CaptionReward(index=index, error=CaptionError(message=score.reason))
     return CaptionReward(
         index=index,
         total=score.total,
@@ -215,7 +213,6 @@ def _caption(index: int, score: Score) -> CaptionReward:
         weights=dict(score.weights),
         sigma=score.sigma,
         missing=dict(score.missing),
-        error=None,
     )
 
 
@@ -226,9 +223,7 @@ class MultimodalInput(Strict):
 
 
 def _tag(value: Any) -> str:
-    if isinstance(value, list):
-        return TAG + "list"
-    return TAG + ("text" if isinstance(value, str) else "content")
+    return TAG + ("list" if isinstance(value, list) else "text" if isinstance(value, str) else "content")
 
 
 One = Annotated[
@@ -283,7 +278,7 @@ class ScoreOfPair(BaseModel):
     """One number."""
 
     index: int
-    object: Literal["score"]
+    object: Literal["score"] = "score"
     score: float
 
 
@@ -291,7 +286,7 @@ class Scores(BaseModel):
     """One for each document."""
 
     id: str
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     created: int
     model: str
     data: list[ScoreOfPair]
@@ -326,10 +321,9 @@ def add_score(router: APIRouter, tools: Tools) -> None:
         totals = _totals([score for scores in scored.scores for score in scores])
         answer = Scores(
             id=f"score-{secrets.token_hex(12)}",
-            object="list",
             created=int(time.time()),
             model=scored.reward,
-            data=[ScoreOfPair(index=i, object="score", score=total) for i, total in enumerate(totals)],
+            data=[ScoreOfPair(index=i, score=total) for i, total in enumerate(totals)],
             usage=Usage.of(0, 0),
         )
         return json_answer(answer)

@@ -6,9 +6,8 @@ Of runs there is `GET /v1/runs/{id}` and `PUT /v1/runs/{id}/rollout_workers`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -49,16 +48,16 @@ _ANSWER_S = 20.0
 _ID = re.compile(MODEL_ID)
 _RunId = Annotated[str, Path(description="Name of a run's folder.")]
 Item = TypeVar("Item", TuningJob, EventCard, CheckpointCard)
+Told = TypeVar("Told")
 
 
 def add_fine_tuning(router: APIRouter, tools: Tools) -> None:
     """Adds the routes of `/v1/fine_tuning/jobs`, and of the files that jobs write."""
 
-    @contextlib.asynccontextmanager
-    async def asked() -> AsyncIterator[RayJobService]:
+    async def ask(question: Callable[[RayJobService], Told]) -> Told:
         service, _ = _service(tools)
         async with asyncio.timeout(tools.timeout_s):
-            yield service
+            return await asyncio.to_thread(question, service)
 
     @router.post(_PATH, response_model=JobCard, summary="Train an adapter", **takes_json(FineTuningRequest))
     async def create(request: Request) -> Response:
@@ -69,19 +68,17 @@ def add_fine_tuning(router: APIRouter, tools: Tools) -> None:
         if body.validation_file is not None:
             _on_list("validation_file", body.validation_file, allowed.datasets)
         # To its end, even if the client goes: a job that was begun is not half begun.
-        return json_answer(JobCard.of(await service.create(body.order)))
+        return json_answer(JobCard.of(await asyncio.to_thread(service.create, body.order)))
 
     @router.get(_PATH, response_model=JobPage, summary="Jobs, the newest first")
     async def jobs(request: Request, after: _After = None, limit: _Limit = 20) -> Response:
-        async with asked() as service:
-            found = [job for job in await service.jobs() if _has_notes(job, request)]
+        found = [job for job in await ask(lambda service: service.jobs()) if _has_notes(job, request)]
         page, has_more = _page(found, after, limit)
         return json_answer(JobPage(data=[JobCard.of(job) for job in page], has_more=has_more))
 
     @router.get(_PATH + "/{job_id}", response_model=JobCard, summary="One of them")
     async def job(job_id: str) -> Response:
-        async with asked() as service:
-            return json_answer(JobCard.of(await service.get(job_id)))
+        return json_answer(JobCard.of(await ask(lambda service: service.get(job_id))))
 
     @router.post(
         _PATH + "/{job_id}/cancel",
@@ -90,13 +87,11 @@ def add_fine_tuning(router: APIRouter, tools: Tools) -> None:
         openapi_extra=_EMPTY_BODY,
     )
     async def cancel(job_id: str) -> Response:
-        async with asked() as service:
-            return json_answer(JobCard.of(await service.cancel(job_id)))
+        return json_answer(JobCard.of(await ask(lambda service: service.cancel(job_id))))
 
     @router.post(_PATH + "/{job_id}/{change}", include_in_schema=False)
     async def pause_or_resume(job_id: str, change: Literal["pause", "resume"]) -> Response:
-        async with asked() as service:
-            await service.get(job_id)
+        await ask(lambda service: service.get(job_id))
         message = (
             f"{change} is not supported here: cancel lets a job finish its step and write a checkpoint, and whoever "
             f"runs the cluster goes on from it with: mmrl jobs resume {job_id}"
@@ -105,8 +100,7 @@ def add_fine_tuning(router: APIRouter, tools: Tools) -> None:
 
     @router.get(_PATH + "/{job_id}/events", response_model=EventPage, summary="What a job tells, the newest first")
     async def events(job_id: str, after: _After = None, limit: _Limit = 20) -> Response:
-        async with asked() as service:
-            page, has_more = _page(await service.events(job_id), after, limit)
+        page, has_more = _page(await ask(lambda service: service.events(job_id)), after, limit)
         return json_answer(EventPage(data=list(page), has_more=has_more))
 
     @router.get(
@@ -115,19 +109,16 @@ def add_fine_tuning(router: APIRouter, tools: Tools) -> None:
         summary="Checkpoints that a job has kept, the newest first",
     )
     async def checkpoints(job_id: str, after: _After = None, limit: _Limit = 10) -> Response:
-        async with asked() as service:
-            page, has_more = _page(await service.checkpoints(job_id), after, limit)
+        page, has_more = _page(await ask(lambda service: service.checkpoints(job_id)), after, limit)
         return json_answer(CheckpointPage.of(page, has_more))
 
     @router.get("/v1/files/{file_id}", response_model=FileCard, summary="A result file of a job")
     async def file(file_id: str) -> Response:
-        async with asked() as service:
-            return json_answer(FileCard.of(file_id, await service.result(file_id)))
+        return json_answer(FileCard.of(file_id, await ask(lambda service: service.result(file_id))))
 
     @router.get("/v1/files/{file_id}/content", summary="What it holds")
     async def content(file_id: str) -> Response:
-        async with asked() as service:
-            held = await service.result(file_id)
+        held = await ask(lambda service: service.result(file_id))
         # Never shown as a page of this server: it holds captions and prompts of anybody's.
         headers = {"content-disposition": f'attachment; filename="{held.name}"', "x-content-type-options": "nosniff"}
         return Response(held.data, media_type="application/octet-stream", headers=headers)
