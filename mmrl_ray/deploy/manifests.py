@@ -241,10 +241,6 @@ def cluster_spec(
     """Head and worker groups, with Ray's token, the autoscaler, and the head's state in Redis.
 
     Args:
-        deploy: the section.
-        name: of the deployment.
-        groups: worker groups.
-        port: the gateway's.
         config: ConfigMap that the head mounts.
         env: environment variables of every Ray process, beside those that all have.
         serves: whether requests come to the workers.

@@ -86,11 +86,7 @@ class RunControl:
         self._period_s = _LOCAL_S if run.is_local else _REMOTE_S
 
     def status(self) -> dict[str, Any]:
-        """The run's newest status, with `alive` and `age_s` added: seconds since the run last said something.
-
-        Raises:
-            RunError: there is none.
-        """
+        """The newest status, or a RunError; with `alive`, and `age_s`: seconds since the run last said something."""
         status = read_status(self._run)
         age = max(0.0, self._clock() - status["time"])
         alive = status["state"] in ALIVE and age <= status["next_within_s"]

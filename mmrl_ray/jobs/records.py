@@ -132,11 +132,7 @@ def new_http_id() -> str:
 
 
 def check_id(id: str) -> str:
-    """The id, if it can be that of a job.
-
-    Raises:
-        JobError: it could be none.
-    """
+    """The id, if it can be that of a job; a JobError otherwise."""
     if ID.fullmatch(id) is None:
         raise JobError(f"{id[:64]!r} is no id of a job: it has up to 128 letters, digits, dots, dashes and underscores")
     return id

@@ -68,7 +68,6 @@ def policy_loss(
     """The loss by its name in the config: reward_guided (which knows no clip), clipped, gspo or cispo.
 
     Args:
-        name: the loss.
         logprobs: [B, T] of π_θ, with gradient.
         proximal_logprobs: [B, T] of π_prox, or None for π_θ itself.
         behaviour_logprobs: [B, T] of μ.

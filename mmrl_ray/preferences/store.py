@@ -67,7 +67,10 @@ class Written:
 
 
 class PreferenceStore:
-    """Pairs and what raters say about them, in one database. Use it as a context manager, or call `close`."""
+    """Pairs and what raters say about them, in one database. Use it as a context manager, or call `close`.
+
+    Raises (every method): `PreferenceStoreError` the database cannot be reached.
+    """
 
     def __init__(
         self,
@@ -83,11 +86,9 @@ class PreferenceStore:
             url: SQLAlchemy's; `sqlite:///preferences.db`, `postgresql+psycopg://user@host/name`.
             rating_scale: (lowest, highest) rating; that of the store where it is there already, else 0 to 1.
             must_exist: do not make an SQLite file that is not there.
-            now: for `created`.
 
         Raises:
             ConfigError: no such URL or driver, or the store has another scale or another version.
-            PreferenceStoreError: the database cannot be reached, here or later.
         """
         self._now = now
         self._engine = open_database(url, must_exist=must_exist)
@@ -137,8 +138,8 @@ class PreferenceStore:
 
         Raises:
             ConflictError: a rater has said otherwise before, and `replace` is off.
-            PreferenceError: a picture that neither came along nor is there, a rating off the scale, or the database
-                cannot be reached. Whatever `items` raises is passed on, and nothing is written then either.
+            PreferenceError: a picture that neither came along nor is there, or a rating off the scale. Whatever `items`
+                raises is passed on, and nothing is written then either.
         """
         written = Written()
         rest = iter(items)
@@ -242,7 +243,6 @@ class PreferenceStore:
 
         Raises:
             ConflictError: they have said something since.
-            PreferenceError: the database cannot be reached.
         """
         mine = select(PREFERENCES.c.id, PREFERENCES.c.pair_id).where(PREFERENCES.c.rater == rater)
         with explained(self._engine.url), self._writing.begin() as connection:
@@ -264,7 +264,6 @@ class PreferenceStore:
 
         Raises:
             UnknownPairError: there is none of that id.
-            PreferenceError: the database cannot be reached.
         """
         with explained(self._engine.url), self._engine.begin() as connection:
             row = connection.execute(select(PAIRS).where(PAIRS.c.id == pair_id)).one_or_none()
@@ -276,9 +275,6 @@ class PreferenceStore:
         """With its picture, a pair that `rater` has not labelled: the one that the fewest have; None when all are done.
 
         For `lease_s` the pair is this rater's: asking again gives it again, and others get others as long as there are.
-
-        Raises:
-            PreferenceError: the database cannot be reached.
         """
         mine = select(PREFERENCES.c.pair_id).where(PREFERENCES.c.rater == rater)
         labels = (
@@ -311,11 +307,7 @@ class PreferenceStore:
         return replaced(pair_from(row), image=row.data)
 
     def preferences(self, *, pictures: bool = False) -> Iterator[Preference]:
-        """All of them, by pair and rater; each with its picture if asked for.
-
-        Raises:
-            PreferenceError: the database cannot be reached.
-        """
+        """All of them, by pair and rater; each with its picture if asked for."""
         columns: list[Any] = [PREFERENCES, *(c for c in PAIRS.c if c.name not in ("id", "created"))]
         query = select(*columns).join(PAIRS, PAIRS.c.id == PREFERENCES.c.pair_id)
         for row in self._rows(query.order_by(PREFERENCES.c.pair_id, PREFERENCES.c.rater), pictures):
@@ -323,18 +315,18 @@ class PreferenceStore:
             yield Preference(pair_from(row), **said, created=utc(row.created))
 
     def unlabelled(self, *, pictures: bool = False) -> Iterator[Pair]:
-        """Pairs that nobody has labelled, by id; raises as `preferences`."""
+        """Pairs that nobody has labelled, by id."""
         query = select(PAIRS).outerjoin(PREFERENCES, PREFERENCES.c.pair_id == PAIRS.c.id)
         query = query.where(PREFERENCES.c.id.is_(None)).order_by(PAIRS.c.id)
         return map(pair_from, self._rows(query, pictures))
 
     def count_pairs(self) -> int:
-        """Labelled or not; raises as `preferences`."""
+        """Labelled or not."""
         with explained(self._engine.url), self._engine.begin() as connection:
             return connection.execute(select(func.count()).select_from(PAIRS)).scalar_one()
 
     def count_labelled(self) -> int:
-        """Pairs that somebody has labelled; raises as `preferences`."""
+        """Pairs that somebody has labelled."""
         with explained(self._engine.url), self._engine.begin() as connection:
             return connection.execute(select(func.count(PREFERENCES.c.pair_id.distinct()))).scalar_one()
 

@@ -137,31 +137,17 @@ def _resources(
     flags = [bool(line["shared_prefix"]) for line in metrics if line.get("shared_prefix") is not None]
     if flags:
         share = f" in {sum(flags)} of {len(flags)} steps" if any(flags) and not all(flags) else ""
+        # What checkpointed or sharded layers make of it.
+        packed = ", in the learner as packed rows" if any(line.get("packed_rows") for line in metrics) else ""
         yield (
             "forward path",
-            f"shared prefix{share}{_packed(metrics)}"
-            if any(flags)
-            else "naive (every completion behind its own prompt)",
+            f"shared prefix{share}{packed}" if any(flags) else "naive (every completion behind its own prompt)",
         )
-    reason = _path_reason(summary, events)
-    if reason:
+    if reason := str(_mapping(summary.get("shared_prefix")).get("reason") or path_reason(events)):
         yield "why", reason
     for name in ("device", "devices", "workers", "learner_workers", "rollout_workers"):
         if name in summary:
             yield name.replace("_", " "), text_of(summary[name])
-
-
-def _packed(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """What checkpointed or sharded layers make of it."""
-    return ", in the learner as packed rows" if any(line.get("packed_rows") for line in metrics) else ""
-
-
-def _path_reason(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
-    """From the summary, or from the event that the start-up parity check left."""
-    told = summary.get("shared_prefix")
-    if isinstance(told, Mapping) and told.get("reason"):
-        return str(told["reason"])
-    return path_reason(events)
 
 
 def _counts(metrics: Sequence[Mapping[str, Any]], quarantined: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
@@ -223,7 +209,6 @@ def reward_rows(config: str, metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
 
     Args:
         config: text of the run's config; kinds and modalities are left out where it cannot be read.
-        metrics: the run's lines.
     """
     return list(_rows(_kinds(config), metrics)) if metrics else []
 

@@ -73,7 +73,6 @@ class RolloutEngine:
         """Groups in the order of the assignment, each `payload` its `RolloutGroup`.
 
         Args:
-            assignment: what to sample.
             fetch: gets the weights of `assignment.version`; called only when another version is loaded.
 
         Raises:
@@ -132,11 +131,7 @@ class RolloutEngine:
         return prompts, failures
 
     def _check(self, request: GroupRequest) -> None:
-        """Whether what a sample brings beside its prompt can be used, where it brings anything.
-
-        Raises:
-            MMRLError: it cannot.
-        """
+        """Raises an MMRLError where what a sample brings beside its prompt, if anything, cannot be used."""
 
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not prompts:

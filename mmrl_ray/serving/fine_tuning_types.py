@@ -18,16 +18,12 @@ from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder
 _AUTO = "auto"
 
 
-def _not_auto(value: Any) -> Any:
-    return None if value == _AUTO else value
-
-
 def _no_grader(value: Any) -> None:
     if value is not None:
         raise ValueError("the reward is that of the model's recipe: send no grader")
 
 
-_AUTOMATIC = BeforeValidator(_not_auto)
+_AUTOMATIC = BeforeValidator(lambda value: None if value == _AUTO else value)
 _TEXT = "a number, or `auto` for the recipe's own"
 
 

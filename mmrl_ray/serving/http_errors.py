@@ -159,7 +159,8 @@ def invalid_body(problems: Sequence[Any]) -> HTTPException:
     code = _CODES.get(first["type"], "invalid_value")
     if first["type"] == _NAMED:
         path, code = (*path, first["ctx"]["param"]), first["ctx"]["code"]
-    param, message = _dotted(path) or None, _plain_words(first)
+    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    param, message = dotted or None, _plain_words(first)
     return problem(400, f"{param}: {message}" if param else message, code=code, param=param)
 
 
@@ -256,10 +257,6 @@ def _plain_words(found: Any) -> str:
         length = len(given) if isinstance(given, str | list | dict) else 0
         return words.format(**context, shown=_show(given), length=length)
     return str(found["msg"]).removeprefix("Value error, ")
-
-
-def _dotted(path: Sequence[int | str]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def _show(value: Any) -> str:

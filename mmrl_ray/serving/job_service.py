@@ -224,9 +224,6 @@ def compose(allowed: FineTuningSection, root: str, run: str, order: TuningOrder,
 
     Args:
         allowed: has the order's model and datasets.
-        root: where runs lie.
-        run: its name.
-        order: what the client asked.
         rows: of the dataset at a location.
 
     Raises:
@@ -320,11 +317,7 @@ def results(run: RunDir) -> tuple[str, ...]:
 
 
 def result_file(run: RunDir, name: str) -> ResultFile | None:
-    """One of `results`, whole; None where it is not there.
-
-    Raises:
-        RunError: it cannot be read.
-    """
+    """One of `results`, whole; None where it is not there, a RunError where it cannot be read."""
     written = _written(run, name) if name in RESULTS else None
     return None if written is None else ResultFile(name, written, run.read_bytes(name))
 

@@ -75,7 +75,10 @@ class KeyRecord:
 
 
 class KeyStore:
-    """Keys in a database; safe to use from several threads and processes."""
+    """Keys in a database; safe to use from several threads and processes.
+
+    Raises (every method): `ServingError` the database cannot be reached.
+    """
 
     def __init__(
         self,
@@ -93,7 +96,6 @@ class KeyStore:
 
         Raises:
             ConfigError: no such URL, or its driver is not installed.
-            ServingError: the database cannot be reached.
         """
         self._clock = clock
         self._now = now
@@ -114,7 +116,6 @@ class KeyStore:
 
         Raises:
             ConfigError: no name, no or unknown roles, or an expiry that is past or has no time zone.
-            ServingError: the database cannot be reached.
         """
         now = self._now()
         unknown = sorted(set(roles) - set(get_args(KeyRole)))
@@ -150,11 +151,7 @@ class KeyStore:
             connection.rollback()
 
     def list(self) -> tuple[KeyRecord, ...]:
-        """All keys, revoked ones too, oldest first.
-
-        Raises:
-            ServingError: the database cannot be reached.
-        """
+        """All keys, revoked ones too, oldest first."""
         with self._explained(), self._engine.connect() as connection:
             rows = connection.execute(select(_KEYS).order_by(_KEYS.c.created, _KEYS.c.id)).all()
         return tuple(map(_record, rows))
@@ -164,7 +161,6 @@ class KeyStore:
 
         Raises:
             ConfigError: no key of that id.
-            ServingError: the database cannot be reached.
         """
         mine = _KEYS.c.id == key_id
         with self._explained(), self._engine.begin() as connection:
@@ -187,11 +183,7 @@ class KeyStore:
         return _digest(key) in self._known
 
     def verify(self, key: str) -> KeyRecord | None:
-        """The record of a key that works, or None.
-
-        Raises:
-            ServingError: the database cannot be reached.
-        """
+        """The record of a key that works, or None."""
         if (known := self.cached(key)) is not None:
             return known
         if not _KEY.fullmatch(key):

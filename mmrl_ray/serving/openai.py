@@ -118,15 +118,14 @@ class TextPart(_Part):
     text: str
 
 
-def _as_object(value: Any) -> Any:
-    return {"url": value} if isinstance(value, str) else value
-
-
 class ImagePart(_Part):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str)]
+    image_url: Annotated[
+        ImageUrl,
+        BeforeValidator(lambda v: {"url": v} if isinstance(v, str) else v, json_schema_input_type=ImageUrl | str),
+    ]
     """A URL alone stands for an object with it."""
 
 

@@ -41,11 +41,8 @@ def submit(
     """Checks what can be checked from here, then sends the run; returns the job's id.
 
     Args:
-        client: the cluster's.
         cfg: as it was written; its paths are those of this process.
-        python: the interpreter on the cluster.
         shared: folders that this machine shares with the cluster's nodes, under the same path.
-        id: of the job.
         chosen: whether the user has named the cluster; else there may be only one on this machine.
 
     Raises:
@@ -71,10 +68,7 @@ def resume(client: JobsClient, name: str, *, python: str | None = None, id: str 
     """Goes on with the run of a job, in a new job whose id is returned.
 
     Args:
-        client: the cluster's.
         name: id of the job, or name of its run.
-        python: the interpreter on the cluster.
-        id: of the new job.
 
     Raises:
         UnknownJobError: there is no such job.

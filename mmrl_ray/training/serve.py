@@ -69,7 +69,6 @@ def serve(
         port: in place of `serving.port`.
         insecure: without keys, on a loopback address of a local Ray only.
         print_config: prints the Serve config file instead.
-        overrides: `a.b=value` each.
 
     Raises:
         ConfigError: the targets do not go together, or `insecure` does not go with the rest.
@@ -198,9 +197,7 @@ def serving_config(
     """The config that the targets stand for, with overrides and absolute paths; `host` and `port` come last.
 
     `base` says which model a run began with; by default `base_for_use`, which makes it anew where it is gone.
-
-    Raises:
-        ConfigError: see `serve`.
+    Raises as `serve`.
     """
     written = [
         *overrides,
@@ -278,11 +275,7 @@ def demanded_cpus(cfg: ServeConfig) -> int:
 
 
 def local_cpus(cfg: ServeConfig) -> int:
-    """CPUs of a Ray of this machine's own: those of all replicas, and of as many fine-tuning jobs as there may be.
-
-    Raises:
-        ConfigError: a recipe is wrong.
-    """
+    """CPUs of this machine's own Ray: those of all replicas, and of as many fine-tuning jobs as there may be."""
     tuning = cfg.serving.fine_tuning
     jobs = 0 if tuning is None else tuning.max_active * max(map(demanded_by_run, recipe_configs(tuning)))
     return demanded_cpus(cfg) + jobs
@@ -313,11 +306,7 @@ def greeting(cfg: ServeConfig, *, insecure: bool) -> list[str]:
 
 
 def first_key(database: str | None) -> str | None:
-    """A new key that may do everything, if there is no key that works; None otherwise.
-
-    Raises:
-        ServingError: the database cannot be used.
-    """
+    """A new key that may do everything, if there is no key that works; None otherwise."""
     from mmrl_ray.serving.keys import KeyStore, default_database
 
     with closing(KeyStore(database or default_database())) as store:

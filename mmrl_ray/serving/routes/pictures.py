@@ -85,7 +85,6 @@ class Pictures:
         Args:
             urls: data URIs, or where they are allowed others.
             params: where in the request each one stands.
-            caller: who asks; see `caller_id`.
 
         Raises:
             HTTPException: 400, one is broken, too large, refused or cannot be fetched, or they have too many pixels

@@ -179,11 +179,7 @@ def _shown(pair: Pair, store: PreferenceStore) -> PairAnswer:
 
 
 def _store(tools: Tools) -> PreferenceStore:
-    """The store behind this gateway.
-
-    Raises:
-        HTTPException: 404, there is none.
-    """
+    """The store behind this gateway; 404 where there is none."""
     if tools.deps.preferences is None:
         raise problem(
             404, "no preferences are collected here: serving.preferences is not set", code="preferences_not_served"

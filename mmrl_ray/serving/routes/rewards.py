@@ -142,11 +142,7 @@ def add_rewards(router: APIRouter, tools: Tools) -> None:
 
 
 def served_reward(tools: Tools) -> RewardService:
-    """The reward behind this gateway.
-
-    Raises:
-        HTTPException: 404, there is none.
-    """
+    """The reward behind this gateway; 404 where there is none."""
     if tools.deps.reward is None:
         raise problem(404, "no reward is served here", code="reward_not_served")
     return tools.deps.reward
@@ -174,11 +170,7 @@ async def score_items(tools: Tools, service: RewardService, items: Sequence[Rewa
 
 
 def check_texts(tools: Tools, inputs: list[tuple[list[str], list[str], str]]) -> None:
-    """Counts captions, references and the characters of each.
-
-    Raises:
-        HTTPException: 400, too many or too long.
-    """
+    """Counts captions, references and the characters of each; 400 where they are too many or too long."""
     limits = tools.limits
     at_most("captions", sum(len(captions) for captions, _, _ in inputs), limits.max_captions, "captions")
     for captions, references, prompt in inputs:
