@@ -2,7 +2,7 @@
 
     request ──▶ Envelope: an id, every failure as an error object, counts
             ──▶ Gate: a key, its rate, its requests under way, the size of the body
-            ──▶ routes, each of which says what role it takes
+            ──▶ routes, each with the role that it takes (`app.py`)
 
 The gate refuses whatever it was not told to let through, so that a route that is added later is closed until a key
 opens it; only liveness is open.
