@@ -147,7 +147,7 @@ def figure_difference(before: Counts, after: Counts, figure: Figure, *, seed: in
     return _interval(figure(after.sum(axis=0)) - figure(before.sum(axis=0)), values, before.shape[0])
 
 
-def _interval(value: float, values: npt.ArrayLike, n: int, confidence: float = _CONFIDENCE) -> Interval:
+def _interval(value: float, values: Sequence[float] | Counts, n: int, confidence: float = _CONFIDENCE) -> Interval:
     if n == 1:
         return Interval(float(value), math.nan, math.nan, n)
     tail = (1.0 - confidence) / 2.0

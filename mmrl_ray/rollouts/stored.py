@@ -98,10 +98,10 @@ class StoredEngine(RolloutEngine):
         groups = _brought(stored_group, [request for request, _ in prompts])
         if not groups:
             return super()._decode(prompts, greedy=greedy)
-        features = self._scorer.features([prompt for _, prompt in prompts]) or [None] * len(prompts)
+        features = self._scorer.features([prompt for _, prompt in prompts])
         return [
-            Sampled(request, prompt, GroupOutput(group.completions, None, seen))
-            for (request, prompt), group, seen in zip(prompts, groups, features, strict=True)
+            Sampled(request, prompt, GroupOutput(group.completions, None, None if features is None else features[i]))
+            for i, ((request, prompt), group) in enumerate(zip(prompts, groups, strict=True))
         ]
 
     def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
