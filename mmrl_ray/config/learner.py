@@ -111,17 +111,16 @@ def with_preset(config: Any) -> Any:
 
 
 class WorkersRange(Section):
-    """Workers that come and go with what there is to do: the run begins with `min`."""
+    """Workers that come and go: rollout workers with what there is to do, learners with the room there is for them."""
 
     min: int = Field(..., ge=1)
-    """Rollout workers at least."""
+    """Workers at least: a run begins with so many rollout workers, and waits for room for so many learners."""
     max: int = Field(..., ge=1)
-    """Rollout workers at most."""
+    """Workers at most."""
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min={self.min} is above max={self.max}")
+        refuse({f"min={self.min} is above max={self.max}": self.min > self.max})
         return self
 
 
@@ -199,20 +198,6 @@ class KlSection(Section):
     """k1 enters the reward; k2 and k3 are loss terms (k3's gradient is biased)."""
 
 
-class LearnerRange(Section):
-    """As many learners as there is room for, between the two."""
-
-    min: int = Field(..., ge=1)
-    """Below it the run waits for room."""
-    max: int = Field(..., ge=1)
-    """Above it the run does not grow."""
-
-    @model_validator(mode="after")
-    def _order(self) -> Self:
-        refuse({f"min={self.min} is above max={self.max}": self.min > self.max})
-        return self
-
-
 class _Choices(Section):
     steps: int = Field(..., ge=1)
     """Optimiser steps of the whole run."""
@@ -276,7 +261,7 @@ class LearnerSection(_Sections):
     """Make activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
     importance_every: int = Field(10, ge=0)
     """Steps between two looks at how much of one caption hangs on picture and prompt (`importance/…`); 0: never."""
-    workers: Annotated[int, Field(ge=1)] | LearnerRange = 1
+    workers: Annotated[int, Field(ge=1)] | WorkersRange = 1
     """Learner workers (Ray Train): a number, or `{min, max}` to follow what the cluster has room for."""
     sharding: Literal["none", "fsdp2"] = "none"
     """none: each learner holds the whole base; fsdp2: the frozen layers are split over the learners."""

@@ -135,15 +135,7 @@ def selector(name: str) -> Manifest:
 
 
 def head_pod(deploy: DeploySection, name: str, env: Mapping[str, str], *, config: str | None, port: int) -> Manifest:
-    """The template of the head's pod.
-
-    Args:
-        deploy: the section.
-        name: of the deployment.
-        env: environment variables.
-        config: the ConfigMap with the run's config, if it is to be mounted.
-        port: the gateway's.
-    """
+    """The template of the head's pod; `config` is the ConfigMap with the run's config, if it is to be mounted."""
     head = deploy.head
     ports = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "metrics": METRICS_PORT, "serve": port}
     container = _container("ray-head", deploy, env, ceil(head.cpus), 0, head.memory, ports)
@@ -298,7 +290,6 @@ def groups_of_run(cfg: Config, *, waiting: bool) -> list[WorkerGroup]:
     """The groups of a training run.
 
     Args:
-        cfg: the run's.
         waiting: for a cluster without a job yet, whose groups begin empty.
     """
     deploy, resources = cfg.deploy, cfg.resources

@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -294,17 +295,13 @@ def _figures(groups: Sequence[ScoredGroup], counts: torch.Tensor) -> dict[str, f
         "reward/group_std": _deviations(totals, counts, correction=0).mean().item(),
     }
     for name in dict.fromkeys(name for row in rows for name in row.parts):
-        figures[f"reward/{name}"] = _mean([row.parts[name] for row in rows if name in row.parts])
+        figures[f"reward/{name}"] = fmean([row.parts[name] for row in rows if name in row.parts])
     for name, weight in rows[0].weights.items():
         figures[f"reward_weight/{name}"] = weight
     sigmas = [row.sigma for row in rows if row.sigma is not None]
     if sigmas:
-        figures["reward/sigma"] = _mean(sigmas)
+        figures["reward/sigma"] = fmean(sigmas)
     if rows[0].risk:
         figures["reward/risk"] = rows[0].risk
-        figures["reward/adjusted"] = _mean([row.adjusted for row in rows])
+        figures["reward/adjusted"] = fmean([row.adjusted for row in rows])
     return figures
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -147,11 +147,7 @@ class JobsClient:
         return job
 
     def find(self, name: str) -> Job:
-        """By its id, or by the name of its run: then the newest.
-
-        Raises:
-            UnknownJobError: neither is known.
-        """
+        """By its id, or by the name of its run: then the newest; an UnknownJobError where neither is known."""
         jobs = self.jobs()
         found = next((job for job in jobs if job.id == name), None) or next(
             (job for job in jobs if job.facts.run == name), None
@@ -284,11 +280,7 @@ def own_ray() -> str:
 
 
 def own_address() -> str:
-    """The job server of the Ray that this process has joined.
-
-    Raises:
-        JobServerError: it has none.
-    """
+    """The job server of the Ray that this process has joined; a JobServerError where it has none."""
     try:
         return str(ray_address_to_api_server_url(own_ray()))
     except (ValueError, RuntimeError, ConnectionError) as error:

@@ -82,9 +82,7 @@ def submit_run(
     """Sends a run; `cfg` names places that the cluster sees. Returns the job's id.
 
     Args:
-        server: the cluster's.
         cfg: resolved.
-        python: the interpreter on the cluster.
         id: of the job; by default one with the run's name in it.
         request: of whoever asked over HTTP; see `JobFacts`.
         ray_address: of the cluster's control store, for the run to join; by default what Ray tells its jobs, which on

@@ -121,11 +121,7 @@ def _answer(
 
 
 def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function that `module:function` names, if it can be called with captions, states and `kwargs`.
-
-    Raises:
-        ConfigError: it cannot.
-    """
+    """The function that `module:function` names; a ConfigError where captions, states and `kwargs` do not call it."""
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)

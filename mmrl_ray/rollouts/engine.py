@@ -78,7 +78,6 @@ class RolloutEngine:
         """Groups in the order of the assignment, each `payload` its `RolloutGroup`.
 
         Args:
-            assignment: what to sample.
             fetch: gets the weights of `assignment.version`; called only when another version is loaded.
 
         Raises:
@@ -143,11 +142,7 @@ class RolloutEngine:
         return prompts, failures
 
     def _check(self, request: GroupRequest) -> None:
-        """Whether what a sample brings beside its prompt can be used, where it brings anything.
-
-        Raises:
-            MMRLError: it cannot.
-        """
+        """Raises an MMRLError where what a sample brings beside its prompt, if anything, cannot be used."""
 
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not prompts:
@@ -205,7 +200,11 @@ class RolloutEngine:
             completion_tokens=tuple(c.token_ids.numel() for c in output.completions),
             rewards=() if masked is not None else rewards,
             greedy_reward=None if masked is not None or output.greedy is None else scores[-1],
-            kl1=_kl1(output.completions),
+            kl1=tuple(
+                kl_penalty(c.logprobs, c.reference_logprobs)
+                for c in output.completions
+                if c.reference_logprobs is not None
+            ),
             masked=masked,
             payload=RolloutGroup(
                 sample=request.sample,
@@ -244,11 +243,6 @@ def _all_completions(output: GroupOutput) -> tuple[Completion, ...]:
 
 def _referenced(completions: Sequence[Completion], rows: Sequence[torch.Tensor]) -> tuple[Completion, ...]:
     return tuple(replace(c, reference_logprobs=row) for c, row in zip(completions, rows, strict=True))
-
-
-def _kl1(completions: Sequence[Completion]) -> tuple[float, ...]:
-    """Of each completion; empty without a reference."""
-    return tuple(kl_penalty(c.logprobs, c.reference_logprobs) for c in completions if c.reference_logprobs is not None)
 
 
 @contextmanager

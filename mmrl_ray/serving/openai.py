@@ -118,15 +118,14 @@ class TextPart(_Part):
     text: str
 
 
-def _as_object(value: Any) -> Any:
-    return {"url": value} if isinstance(value, str) else value
-
-
 class ImagePart(_Part):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str)]
+    image_url: Annotated[
+        ImageUrl,
+        BeforeValidator(lambda v: {"url": v} if isinstance(v, str) else v, json_schema_input_type=ImageUrl | str),
+    ]
     """A URL alone stands for an object with it."""
 
 
@@ -280,14 +279,14 @@ class TokenLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[Any]
+    top_logprobs: list[Any] = []
 
 
 class Logprobs(BaseModel):
     """Of the tokens of one choice, or of one chunk of it."""
 
     content: list[TokenLogprob]
-    refusal: None
+    refusal: None = None
 
     @classmethod
     def of(cls, tokens: tuple[TokenInfo, ...]) -> Self:
@@ -298,20 +297,18 @@ class Logprobs(BaseModel):
                     token=token.text,
                     logprob=finite_logprob(token.logprob),
                     bytes=list(token.text.encode("utf-8", "replace") if token.data is None else token.data),
-                    top_logprobs=[],
                 )
                 for token in tokens
-            ],
-            refusal=None,
+            ]
         )
 
 
 class AnswerMessage(BaseModel):
     """What the model said."""
 
-    role: Literal["assistant"]
+    role: Literal["assistant"] = "assistant"
     content: str
-    refusal: None
+    refusal: None = None
 
 
 class ChatChoice(BaseModel):
@@ -327,7 +324,7 @@ class ChatCompletion(BaseModel):
     """The answer, whole."""
 
     id: str
-    object: Literal["chat.completion"]
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
@@ -368,9 +365,9 @@ class ModelCard(BaseModel):
     """One model or adapter."""
 
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     created: int
-    owned_by: str
+    owned_by: str = "mmrl_ray"
     root: str
     """Base model that it runs on."""
     parent: str | None
@@ -382,5 +379,5 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     """All of them, the base first."""
 
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     data: list[ModelCard]
