@@ -136,11 +136,7 @@ class JobsClient:
         return sorted((job for job in found if job is not None), key=lambda job: (-job.created, job.id))
 
     def get(self, id: str) -> Job:
-        """The job of that id.
-
-        Raises:
-            UnknownJobError: there is no such job, or it is not this project's.
-        """
+        """The job of that id; an UnknownJobError where there is none, or it is not this project's."""
         job = _job(self._asked(lambda: self._sdk.get_job_info(check_id(id)), id))
         if job is None:
             raise UnknownJobError(f"job {id} at {self.address} was not submitted by mmrl")
@@ -160,11 +156,7 @@ class JobsClient:
         return found
 
     def stop(self, id: str) -> bool:
-        """Asks the job to stop; False where it was over.
-
-        Raises:
-            UnknownJobError: there is no such job.
-        """
+        """Asks the job to stop; False where it was over, an UnknownJobError where there is none."""
         return bool(self._asked(lambda: self._sdk.stop_job(check_id(id)), id))
 
     def logs(self, id: str) -> str:

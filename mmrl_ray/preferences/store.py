@@ -260,11 +260,7 @@ class PreferenceStore:
     # -- out ---------------------------------------------------------------------------------------------------------
 
     def pair(self, pair_id: str) -> Pair:
-        """One pair, without its picture.
-
-        Raises:
-            UnknownPairError: there is none of that id.
-        """
+        """One pair, without its picture; an UnknownPairError where there is none of that id."""
         with explained(self._engine.url), self._engine.begin() as connection:
             row = connection.execute(select(PAIRS).where(PAIRS.c.id == pair_id)).one_or_none()
         if row is None:

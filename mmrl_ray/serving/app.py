@@ -83,10 +83,10 @@ def make_app(deps: GatewayDeps) -> FastAPI:
             expose_headers=["x-request-id", VERSION_HEADER, "retry-after"],
         )
     for tag, role, parts in _ROUTES:
-        router = APIRouter(tags=[tag], dependencies=[Depends(needs(role))])
+        router = APIRouter(tags=[tag], dependencies=[Depends(needs(role))], responses=ERRORS)
         for add in parts:
             add(router, tools)
-        app.include_router(router)
+        app.router.routes += router.routes  # not by `include_router`, which hides them from whoever looks them over
     add_operations(app, tools)
     bodies: list[type[BaseModel]] = [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, PreferenceRequest]
     document(app, [*bodies, WorkersRequest, FineTuningRequest])

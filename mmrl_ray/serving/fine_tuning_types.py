@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from mmrl_ray.serving.openai import Strict
+from mmrl_ray.serving.openai import Reply, Strict
 from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder
 
 _AUTO = "auto"
@@ -124,7 +124,7 @@ class JobProblem(BaseModel):
     param: str | None
 
 
-class JobCard(BaseModel):
+class JobCard(Reply):
     """`fine_tuning.job`."""
 
     id: str
@@ -146,7 +146,7 @@ class JobCard(BaseModel):
     seed: int
     error: JobProblem | None
     metadata: dict[str, str] | None
-    integrations: list[Any] = []
+    integrations: list[Any]
 
     @classmethod
     def of(cls, job: TuningJob) -> Self:
@@ -174,6 +174,7 @@ class JobCard(BaseModel):
             seed=order.seed,
             error=None if job.error is None else JobProblem(code="job_failed", message=job.error, param=None),
             metadata=None if order.metadata is None else dict(order.metadata),
+            integrations=[],
         )
 
 
@@ -203,7 +204,7 @@ class CheckpointCard(BaseModel):
     metrics: dict[str, float]
 
 
-class FileCard(BaseModel):
+class FileCard(Reply):
     """`file`, of a job's result."""
 
     id: str

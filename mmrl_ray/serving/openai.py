@@ -28,6 +28,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Reply(BaseModel):
+    """What a client is sent: every key is there, those that are always the same as well."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
+
 def _list_tag(value: Any) -> str:
     return TAG + ("list" if isinstance(value, list) else "text")
 
@@ -279,14 +285,14 @@ class TokenLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int]
-    top_logprobs: list[Any] = []
+    top_logprobs: list[Any]
 
 
 class Logprobs(BaseModel):
     """Of the tokens of one choice, or of one chunk of it."""
 
     content: list[TokenLogprob]
-    refusal: None = None
+    refusal: None
 
     @classmethod
     def of(cls, tokens: tuple[TokenInfo, ...]) -> Self:
@@ -297,13 +303,15 @@ class Logprobs(BaseModel):
                     token=token.text,
                     logprob=finite_logprob(token.logprob),
                     bytes=list(token.text.encode("utf-8", "replace") if token.data is None else token.data),
+                    top_logprobs=[],
                 )
                 for token in tokens
-            ]
+            ],
+            refusal=None,
         )
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(Reply):
     """What the model said."""
 
     role: Literal["assistant"] = "assistant"
@@ -320,7 +328,7 @@ class ChatChoice(BaseModel):
     finish_reason: ServedFinishReason
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Reply):
     """The answer, whole."""
 
     id: str
@@ -361,7 +369,7 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
 
 
-class ModelCard(BaseModel):
+class ModelCard(Reply):
     """One model or adapter."""
 
     id: str
@@ -376,7 +384,7 @@ class ModelCard(BaseModel):
     """Training step of its newest version; 0 for a base."""
 
 
-class ModelList(BaseModel):
+class ModelList(Reply):
     """All of them, the base first."""
 
     object: Literal["list"] = "list"

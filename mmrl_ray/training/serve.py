@@ -285,11 +285,7 @@ def local_cpus(cfg: ServeConfig) -> int:
 
 
 def greeting(cfg: ServeConfig, *, insecure: bool) -> list[str]:
-    """Where the gateway is and how to ask it; makes the first key where there is none.
-
-    Raises:
-        ServingError: the key database cannot be used.
-    """
+    """Where the gateway is and how to ask it; makes the first key where there is none."""
     serving = cfg.serving
     host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"

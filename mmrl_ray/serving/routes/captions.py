@@ -37,6 +37,7 @@ from mmrl_ray.serving.openai import (
     ChunkChoice,
     ImagePart,
     Logprobs,
+    Reply,
     Sampled,
     Usage,
     finite_logprob,
@@ -251,7 +252,7 @@ class Caption(BaseModel):
     """Of the whole caption, under the distribution it was drawn from."""
 
 
-class Captions(BaseModel):
+class Captions(Reply):
     """The answer."""
 
     id: str

@@ -19,7 +19,7 @@ from mmrl_ray.errors import RewardError, UnknownModelError
 from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
 from mmrl_ray.serving.auth import caller_id
 from mmrl_ray.serving.http_errors import TAG, problem, wrong_parameter
-from mmrl_ray.serving.openai import ImagePart, Part, Strict, Usage
+from mmrl_ray.serving.openai import ImagePart, Part, Reply, Strict, Usage
 from mmrl_ray.serving.protocols import RewardItem, RewardService, Scored
 from mmrl_ray.serving.routes.common import Tools, at_most, for_client, json_answer, read_json, takes_json
 
@@ -71,7 +71,7 @@ class RewardRequest(Strict):
         return [RewardInput(**given)]
 
 
-class CaptionError(BaseModel):
+class CaptionError(Reply):
     """Why one caption has no reward."""
 
     code: Literal["reward_failed"] = "reward_failed"
@@ -82,14 +82,14 @@ class CaptionReward(BaseModel):
     """What one caption earned, or why nobody knows: then it has an `error`, no total and no parts."""
 
     index: int
-    total: float | None = None
-    parts: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    sigma: float | None = None
+    total: float | None
+    parts: dict[str, float]
+    weights: dict[str, float]
+    sigma: float | None
     """Standard deviation of the total where the reward has a model of its own noise."""
-    missing: dict[str, str] = {}
+    missing: dict[str, str]
     """Parts of weight 0 that could not score the caption, each with its reason."""
-    error: CaptionError | None = None
+    error: CaptionError | None
 
 
 class PictureRewards(BaseModel):
@@ -101,7 +101,7 @@ class PictureRewards(BaseModel):
     rewards: list[CaptionReward]
 
 
-class Rewards(BaseModel):
+class Rewards(Reply):
     """All of them, in the order of inputs and captions."""
 
     object: Literal["list"] = "list"
@@ -197,7 +197,8 @@ def _answer(scored: Scored) -> Rewards:
 
 def _caption(index: int, score: Score) -> CaptionReward:
     if isinstance(score, RewardFailure):
-        return CaptionReward(index=index, error=CaptionError(message=score.reason))
+        error = CaptionError(message=score.reason)
+        return CaptionReward(index=index, total=None, parts={}, weights={}, sigma=None, missing={}, error=error)
     return CaptionReward(
         index=index,
         total=score.total,
@@ -205,6 +206,7 @@ def _caption(index: int, score: Score) -> CaptionReward:
         weights=dict(score.weights),
         sigma=score.sigma,
         missing=dict(score.missing),
+        error=None,
     )
 
 
@@ -266,7 +268,7 @@ class ScoreRequest(Strict):
         raise AssertionError("one pair was sent")
 
 
-class ScoreOfPair(BaseModel):
+class ScoreOfPair(Reply):
     """One number."""
 
     index: int
@@ -274,7 +276,7 @@ class ScoreOfPair(BaseModel):
     score: float
 
 
-class Scores(BaseModel):
+class Scores(Reply):
     """One for each document."""
 
     id: str
