@@ -67,7 +67,7 @@ CPU = torch.device("cpu")
 DEVICE = register()
 TEMPERATURE = 0.7
 LENGTHS = ((3, 1, 6, 4), (2, 8, 5, 1), (4, 4, 7, 2))
-SAMPLING = SamplingParams(temperature=TEMPERATURE, max_new_tokens=10, top_k=20, seed=5)
+SAMPLING = SamplingParams(temperature=TEMPERATURE, max_new_tokens=6, top_k=20, seed=5)
 torch.set_num_threads(1)
 
 Make = Callable[[torch.device], Policy]
@@ -379,7 +379,7 @@ def test_values_are_learnt_and_decoded_by(make: Make) -> None:
         decoder = Decoder(policy, max_rows=16)
         made = decode_groups(decoder, [DecodeRequest(prompt, 2, sampling) for prompt in prompts])
         for prompt in prompts:
-            decoder.admit(prompt, 2, replace(sampling, min_new_tokens=9))
+            decoder.admit(prompt, 2, replace(sampling, min_new_tokens=6))
         traffic = waits_of_a_step(decoder)
         assert traffic.reads.total() <= 2, traffic.table()
         assert traffic.writes.total() == 0, traffic.table()
