@@ -196,7 +196,7 @@ class RowSampler:
             eos: int64, the tokens that end a row.
         """
         logits = logits.float().index_fill(-1, forbidden, -math.inf)
-        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = self.uses.any(axis=0).tolist()
+        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = (bool(each.any()) for each in self.uses.T)
         if has_min_new:
             early = (self.age < self.min_new)[:, None]
             logits[:, eos] = logits[:, eos].masked_fill(early, -math.inf)
