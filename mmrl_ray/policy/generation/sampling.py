@@ -148,6 +148,9 @@ def draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 class RowSampler:
     """The sampling parameters of `R` rows as tensors, and how far each has got."""
 
+    uses: np.ndarray
+    """bool [R, 5]: whether a row has a top-k, a top-p, a shortest length, is greedy, is drawn. A step skips what no row
+    uses; asking the device for it would wait."""
     temperature: torch.Tensor
     """float32 [R]."""
     top_k: torch.Tensor
@@ -162,9 +165,6 @@ class RowSampler:
     """float64 [R, T]."""
     age: torch.Tensor
     """int64 [R], tokens sampled so far."""
-    uses: np.ndarray
-    """bool [R, 5]: whether a row has a top-k, a top-p, a shortest length, is greedy, is drawn. A step skips what no row
-    uses; asking the device for it would wait."""
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams, int, bool] | None], device: torch.device) -> RowSampler:
@@ -196,7 +196,7 @@ class RowSampler:
             eos: int64, the tokens that end a row.
         """
         logits = logits.float().index_fill(-1, forbidden, -math.inf)
-        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = self.uses.any(axis=0).tolist()
+        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = (bool(each.any()) for each in self.uses.T)
         if has_min_new:
             early = (self.age < self.min_new)[:, None]
             logits[:, eos] = logits[:, eos].masked_fill(early, -math.inf)
@@ -218,7 +218,7 @@ class RowSampler:
     def select(self, rows: Sequence[int]) -> RowSampler:
         """The sampler of `rows`, in that order."""
         index = torch.tensor(rows).to(self.age.device, non_blocking=True)
-        return RowSampler(*(value[index] for value in self._tensors()), self.uses[list(rows)])
+        return RowSampler(self.uses[list(rows)], *(value[index] for value in self._tensors()))
 
     def join(self, other: RowSampler) -> RowSampler:
         """The sampler of these rows, then `other`'s."""
@@ -227,7 +227,7 @@ class RowSampler:
             sampler.uniforms = torch.nn.functional.pad(sampler.uniforms, (0, width - sampler.uniforms.shape[1]))
         pairs = zip(self._tensors(), other._tensors(), strict=True)
         uses = np.concatenate([self.uses, other.uses])
-        return RowSampler(*(torch.cat(pair) for pair in pairs), uses)
+        return RowSampler(uses, *(torch.cat(pair) for pair in pairs))
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.temperature, self.top_k, self.top_p, self.min_new, self.greedy, self.uniforms, self.age

@@ -67,7 +67,7 @@ CPU = torch.device("cpu")
 DEVICE = register()
 TEMPERATURE = 0.7
 LENGTHS = ((3, 1, 6, 4), (2, 8, 5, 1), (4, 4, 7, 2))
-SAMPLING = SamplingParams(temperature=TEMPERATURE, max_new_tokens=10, top_k=20, seed=5)
+SAMPLING = SamplingParams(temperature=TEMPERATURE, max_new_tokens=6, top_k=20, seed=5)
 torch.set_num_threads(1)
 
 Make = Callable[[torch.device], Policy]
@@ -333,19 +333,33 @@ def test_a_learner_step(make: Make, path: ScorePath) -> None:
             assert found[1][0][name] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
 
 
+def waits_of_a_learner_step(policy: Policy, path: ScorePath, sizes: Sequence[Sequence[int]], budget: int) -> Traffic:
+    cfg = learner(micro_batch_tokens=budget)
+    plan = make_plan(make_groups(policy, sizes), cfg)
+    assert (len(plan.micro_batches[0]) == 1) == (budget > 1)
+    step = LearnerStep(policy, cfg, path=path)
+    with watched() as traffic:
+        step.run(plan, payloads)
+    return traffic
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_micro_batch_waits_no_more_often_for_more_pictures_and_completions(make: Make, path: ScorePath) -> None:
-    cfg = learner(micro_batch_tokens=1 << 20)
     policy = adapted(make(DEVICE))
-    waits = []
-    for sizes in (((3, 5),) * 3, ((3, 5, 6, 1),) * 6):
-        plan = make_plan(make_groups(policy, sizes), cfg)
-        step = LearnerStep(policy, cfg, path=path)
-        with watched() as traffic:
-            step.run(plan, payloads)
-        waits.append(traffic)
-    assert waits[0].reads == waits[1].reads, f"{waits[0].table()}\n\n{waits[1].table()}"
-    assert waits[0].writes == waits[1].writes, f"{waits[0].table()}\n\n{waits[1].table()}"
+    few = waits_of_a_learner_step(policy, path, ((3, 5),) * 3, 1 << 20)
+    many = waits_of_a_learner_step(policy, path, ((3, 5, 6, 1),) * 6, 1 << 20)
+    assert few.reads == many.reads, f"{few.table()}\n\n{many.table()}"
+    assert few.writes == many.writes, f"{few.table()}\n\n{many.table()}"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_learner_reads_a_step_s_figures_and_transformers_its_masks(make_llava: Make, path: ScorePath) -> None:
+    """Where the tower asks nothing: 5 reads a step (losses, sums, norm, the sampler gap twice), 3 a micro-batch."""
+    policy = adapted(make_llava(DEVICE))
+    for budget, batches in ((1 << 20, 1), (1, 3)):
+        traffic = waits_of_a_learner_step(policy, path, ((3, 5),) * 3, budget)
+        assert traffic.reads.total() <= 5 + 3 * batches, traffic.table()
+        assert traffic.writes.total() == 0, traffic.table()
 
 
 def test_features_that_travel_with_their_group_are_not_waited_for(make_llava: Make) -> None:
@@ -379,7 +393,7 @@ def test_values_are_learnt_and_decoded_by(make: Make) -> None:
         decoder = Decoder(policy, max_rows=16)
         made = decode_groups(decoder, [DecodeRequest(prompt, 2, sampling) for prompt in prompts])
         for prompt in prompts:
-            decoder.admit(prompt, 2, replace(sampling, min_new_tokens=9))
+            decoder.admit(prompt, 2, replace(sampling, min_new_tokens=6))
         traffic = waits_of_a_step(decoder)
         assert traffic.reads.total() <= 2, traffic.table()
         assert traffic.writes.total() == 0, traffic.table()
