@@ -71,36 +71,25 @@ def learner_memory(
     - activations: tokens × what layers keep of one (`ModelShape.kept_of_token`); checkpointed layers keep their input,
       and the rest for one layer only
     - masks (packed rows): groups × (P + G T)², as bools and as numbers
-    - repeated prefix (otherwise): the micro-batch's completions × (P + T) × their keys and values; without a GPU as
-      many heads of them as of queries
+    - repeated prefix (otherwise): the micro-batch's completions × (P + T) × their keys and values
     - logits: of completion tokens, at most one chunk of them
     - vision features: the micro-batch's images × image tokens × h × b
     - value heads: a Q head of w (h + V) weights each way, two that learn with gradients and AdamW's two
       moments, two that follow; and one chunk of Q
     """
-    on_gpu = bool(cfg.resources.learner.gpus)
     rows = plan.micro_batch_groups * cfg.rollout.group_size
-    length = prompt_tokens + cfg.rollout.group_size * cfg.rollout.max_new_tokens
-    packed = cfg.learner.wants_packed_rows
-    kept = shape.kept_of_token()
-    if cfg.learner.gradient_checkpointing:
-        kept = shape.layers * shape.hidden * shape.itemsize + kept // shape.layers
-    activations = plan.micro_batch_tokens * kept
-    # Heads that share keys are queries of one head under a mask: copies of those queries, instead of the keys'.
-    if on_gpu and shape.repeats > 1 and not cfg.learner.gradient_checkpointing:
-        masked = plan.micro_batch_tokens - (0 if packed else plan.micro_batch_groups * prompt_tokens)
-        activations += masked * shape.layers * shape.query_width * shape.itemsize
-    heads = 1 if on_gpu else shape.repeats
-    numbers = shape.repeats * shape.itemsize if on_gpu else _FLOAT32
+    kept = shape.learnt_groups(
+        plan.micro_batch_groups,
+        GroupSize(prompt_tokens, cfg.rollout.group_size, cfg.rollout.max_new_tokens),
+        packed=cfg.learner.wants_packed_rows,
+        checkpointed=cfg.learner.gradient_checkpointing,
+        on_gpu=bool(cfg.resources.learner.gpus),
+    )
     return {
         "process": PROCESS,
         "weights": _learner_weights(cfg, shape),
         "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.max_workers > 1)),
-        "activations": activations,
-        "masks": plan.micro_batch_groups * length**2 * (1 + numbers) if packed else 0,
-        "repeated prefix": 0
-        if packed
-        else rows * (prompt_tokens + cfg.rollout.max_new_tokens) * shape.kv_of_token * heads,
+        **kept,
         "logits": shape.scored_logits(rows * cfg.rollout.max_new_tokens),
         "vision features": plan.micro_batch_groups * image_tokens * shape.hidden * shape.itemsize,
         **_value_heads(cfg, shape, copies=2 * 4 + 2, tokens=rows * cfg.rollout.max_new_tokens),

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmrl_ray.config.sections import LoraSection
+from mmrl_ray.experience.plan import GroupSize
 from mmrl_ray.policy.logits import CHUNK_ELEMENTS
 from mmrl_ray.policy.lora.targets import resolve_targets
 
@@ -31,6 +32,10 @@ _LOGIT_COPIES, _SCORED_COPIES = 5, 3
 where log-probs alone are."""
 _SAMPLED_COPIES = 6
 """And where tokens are drawn, one of them in float64."""
+_USED = 0.85
+"""Of the memory that is free, what a micro-batch is planned for."""
+_MANY = 1 << 20
+"""Groups whose logits make a whole chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,35 @@ class ModelShape:
         """Bytes of one token's keys and values in all layers."""
         return 2 * self.kv_width * self.layers * self.itemsize
 
+    def learnt_groups(
+        self, groups: int, size: GroupSize, *, packed: bool, checkpointed: bool, on_gpu: bool
+    ) -> dict[str, int]:
+        """Bytes that a forward pass over so many groups of one size keeps for its backward pass, by kind.
+
+        Args:
+            groups: of one micro-batch.
+            size: of each.
+            packed: a prompt and its completions are one row.
+            checkpointed: layers keep their inputs alone, and one layer at a time the rest.
+            on_gpu: heads that share keys are queries of one head under a mask, which copies those queries; elsewhere
+                keys and values are repeated for them.
+        """
+        behind = size.completions * size.longest_completion
+        tokens, row = groups * (size.prompt_tokens + behind), size.prompt_tokens + behind
+        kept = self.kept_of_token()
+        if on_gpu and self.repeats > 1:
+            share = 1.0 if packed else behind / row
+            kept += int(share * self.layers * self.query_width * self.itemsize)
+        if checkpointed:
+            kept = self.layers * self.hidden * self.itemsize + kept // self.layers
+        numbers = self.repeats * self.itemsize if on_gpu else _FLOAT32
+        repeated = groups * size.completions * (size.prompt_tokens + size.longest_completion) * self.kv_of_token
+        return {
+            "activations": tokens * kept,
+            "masks": groups * row**2 * (1 + numbers) if packed else 0,
+            "repeated prefix": 0 if packed else repeated * (1 if on_gpu else self.repeats),
+        }
+
     def scored_logits(self, tokens: int, *, learnt: bool = True) -> int:
         """Bytes where log-probs of so many tokens are made, in chunks (`logits.token_logprobs`)."""
         chunk = min(tokens * self.vocabulary, max(CHUNK_ELEMENTS, self.vocabulary))
@@ -91,6 +125,15 @@ class ModelShape:
     def sampled_logits(self, rows: int) -> int:
         """Bytes where so many rows draw their next token."""
         return rows * self.vocabulary * _FLOAT32 * _SAMPLED_COPIES
+
+
+def fitting_tokens(shape: ModelShape, free: int, size: GroupSize, *, packed: bool, checkpointed: bool) -> int:
+    """Tokens of the largest micro-batch of groups of one size that a GPU takes with `free` bytes left beside weights,
+    gradients and optimiser; one group at least."""
+    logits = shape.scored_logits(size.completions * size.longest_completion * _MANY)
+    one = shape.learnt_groups(1, size, packed=packed, checkpointed=checkpointed, on_gpu=True)
+    groups = int(_USED * free - logits) // sum(one.values())
+    return max(1, groups) * (size.prompt_tokens + size.completions * size.longest_completion)
 
 
 def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -> ModelShape:

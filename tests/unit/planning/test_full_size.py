@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from mmrl_ray.config.load import load_config
+from mmrl_ray.experience.plan import GroupSize
+from mmrl_ray.policy.memory import fitting_tokens
 from tests.support.counted import Counted, fake_tensor
-from tests.support.full_size import count, estimates
+from tests.support.full_size import count, estimates, shape_of
 
 CONFIG = "configs/qwen2.5-vl-3b-coco.yaml"
 LAYERS = 36
@@ -30,16 +33,25 @@ def test_what_is_counted_of_two_layers() -> None:
     assert counted.peak_bytes >= counted.live_bytes == 100 * 64 * 4 + 2 * 64 * 256 * 4
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (),
-        ("learner.micro_batch_tokens=16384", "learner.gradient_checkpointing=true", "rollout.groups_per_assignment=4"),
-    ],
-)
-def test_estimate_is_near_what_a_gpu_would_hold(overrides: tuple[str, ...]) -> None:
-    cfg = load_config(CONFIG, overrides)
-    compared = estimates(cfg, LAYERS, count(cfg, LAYERS, "cuda"))
+def test_estimates_are_near_what_a_gpu_would_hold_and_its_free_memory_is_used() -> None:
+    """With the largest micro-batch that 40 GiB are planned for."""
+    free = 40 << 30
+    cfg = load_config(CONFIG)
+    size = GroupSize(404, cfg.rollout.group_size, cfg.rollout.max_new_tokens)
+    budget = fitting_tokens(shape_of(cfg, LAYERS), free, size, packed=False, checkpointed=False)
+    cfg = load_config(CONFIG, (f"learner.micro_batch_tokens={budget}",))
+    found = count(cfg, LAYERS, "cuda")
+    hold_against(estimates(cfg, LAYERS, found))
+    assert 0.7 * free < found["learner"]["peak_bytes"] < free
+
+
+def test_estimates_are_near_with_checkpointed_layers() -> None:
+    overrides = ("learner.micro_batch_tokens=16384", "learner.gradient_checkpointing=true")
+    cfg = load_config(CONFIG, (*overrides, "rollout.groups_per_assignment=4"))
+    hold_against(estimates(cfg, LAYERS, count(cfg, LAYERS, "cuda")))
+
+
+def hold_against(compared: Mapping[str, tuple[int, int]]) -> None:
     assert compared.keys() == {"learner", "rollout"}
     for name, (estimated, counted) in compared.items():
         assert abs(estimated / counted - 1) < 0.15, f"{name}: {estimated / 2**30:.2f} of {counted / 2**30:.2f} GiB"
