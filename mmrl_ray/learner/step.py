@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +134,7 @@ class LearnerStep:
                 f"plan of step {plan.step} is for {len(plan.micro_batches)} learners, and there are {self._ranks.size}"
             )
         batches = [_MicroBatch(g, i) for i, g in enumerate(self._worth_a_pass(plan, self._ranks.rank))]
-        clock = Clock()
+        clock = Clock(self.policy.device)
         metrics: dict[str, float] = {}
         # Stored captions were not sampled from this policy, and after an update it is another one.
         gap = SamplerGap(self.policy, self.cfg) if not self._family.is_offline else None
@@ -148,7 +148,7 @@ class LearnerStep:
             "tokens/completion": float(sum(sum(g.learned_tokens) for g in plan.groups)),
             "shared_prefix": self.path != "naive",
             "packed_rows": self.path == "packed",
-            **clock.seconds,
+            **clock.seconds(),
         }
 
     def state(self) -> LearnerState:
@@ -343,7 +343,7 @@ class LearnerStep:
 
     def _score(self, batch: LearnerBatch) -> Scores:
         # Where the adapter stays as it is, nothing below the objective's own parameters needs a backward pass.
-        with self._autocast(), torch.set_grad_enabled(self._family.trains_adapter):
+        with torch.set_grad_enabled(self._family.trains_adapter):
             return score_completions(
                 self.policy,
                 batch.prompts,
@@ -380,11 +380,6 @@ class LearnerStep:
         if not kl_in_loss(self.cfg) and not self._objective.learns_without_signal:
             mine = [[group for group in batch if group.has_signal] for batch in mine]
         return [part for batch in mine if batch for part in self._parts(batch)]
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.policy.device.type == "cuda" and self.policy.dtype == torch.bfloat16:
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
 
 
 def _size(group: PlannedGroup) -> GroupSize:

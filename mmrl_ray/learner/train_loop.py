@@ -248,7 +248,9 @@ class _Learner:
         self._path_chosen = True
         if self._ranks.rank == 0:
             level = logging.INFO if choice.path == wanted else logging.WARNING
-            logger.log(level, "learner scores completions by the %s path: %s", choice.path, choice.reason)
+            size = self._cfg.rollout.group_size
+            dearer = f", which runs every prompt {size} times instead of once" if choice.path == "naive" else ""
+            logger.log(level, "learner scores completions by the %s path%s: %s", choice.path, dearer, choice.reason)
             note_event(self._run, "learner_path", path=choice.path, reason=choice.reason)
 
     def _choose_budget(self, plan: StepPlan) -> None:

@@ -7,8 +7,6 @@ added for each that is missing.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
-from unittest import mock
 
 import torch
 
@@ -131,12 +129,12 @@ def learner_step(policy: Policy, prompt: EncodedPrompt, features: VisionFeatures
     (sample,) = qwen_3b.samples(1, **PICTURE)
     groups = qwen_3b.groups_of(sample, [prompt] * count, features, size=size, tokens=tokens)
     plan = qwen_3b.plan_of(groups, cfg.learner)
-    with Counted() as forward, autocast():
+    with Counted() as forward:
         completions = [[c.token_ids for c in group.completions] for group in groups]
         scores = score_completions(policy, [prompt] * count, [features] * count, completions, 1.0, path=path)
         kept = forward.live_bytes
     del scores
-    with Counted() as counted, mock.patch.object(LearnerStep, "_autocast", return_value=autocast()):
+    with Counted() as counted:
         learner = LearnerStep(policy, cfg.learner, path=path)
         learner.run(plan, lambda planned: [group.payload for group in planned])
         return {"kernels": counted.kernels, "kept_bytes": kept, "peak_bytes": counted.peak_bytes}
@@ -146,11 +144,6 @@ def groups_of_a_micro_batch(prompt: EncodedPrompt, cfg: Config) -> int:
     """At least one."""
     each = prompt.input_ids.numel() + cfg.rollout.group_size * cfg.rollout.max_new_tokens
     return max(1, cfg.learner.micro_batch_tokens // each)
-
-
-def autocast() -> Any:
-    """The learner's, which asks for a device that is not here."""
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 def reference_scores(
