@@ -35,6 +35,10 @@ Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
+MICRO_BATCH_TOKENS = 16384
+"""Where `learner.micro_batch_tokens` is not set."""
+
+
 def registry() -> ModuleType:
     """`mmrl_ray.algorithms.registry`."""
     return importlib.import_module("mmrl_ray.algorithms.registry")
@@ -255,8 +259,9 @@ class LearnerSection(_Sections):
     """Largest |log(π_learner ÷ π_sampler)| in nats that a token may have which this very version sampled; the mean may
     be a tenth of it. Beyond, sampler and learner do not compute one policy, and the run stops. By default 0.01 in
     float32 and 2 in bfloat16; 0: only measured (`sampler_gap/…`)."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Prompt and completion tokens one forward and backward pass holds at most."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Prompt and completion tokens one forward and backward pass holds at most. By default 16,384, and on a GPU fewer
+    where its free memory says so. A pass that runs out of memory is halved, here and in all later steps."""
     gradient_checkpointing: bool = False
     """Make activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
     importance_every: int = Field(10, ge=0)
@@ -271,6 +276,11 @@ class LearnerSection(_Sections):
     """Steps."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a pass at most, before anybody has looked at a device."""
+        return self.micro_batch_tokens or MICRO_BATCH_TOKENS
 
     @property
     def min_workers(self) -> int:

@@ -106,7 +106,7 @@ def build_step_plan(
         step=step,
         groups=planned,
         denominator=float(denominator),
-        micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
+        micro_batches=split_micro_batches(sizes, learner.token_budget, world_size),
         metrics={**seen.metrics, **found.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
     )
 

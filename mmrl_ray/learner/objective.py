@@ -63,6 +63,8 @@ LARGEST = {torch.float32: 0.01, torch.float16: 0.5, torch.bfloat16: 2.0}
 standard deviation is 6.6, over 72 tokens; a step has up to 10⁵, and tails."""
 MEAN_SHARE = 0.1
 """The mean may be this much of the largest: a fault of every token shows there where rounding hides its size."""
+WARNED_SHARE = 0.5
+"""Of the bound, from which on there is a warning at each step; of the default bound where the gap stops nothing."""
 _KINDS = ("", "stale_")
 
 
@@ -188,21 +190,41 @@ def step_figures(objective: Objective, sums: torch.Tensor, regulariser_values: d
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase: the host's, and on a CUDA GPU those between marks in its queue, which nobody waits for.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(
+    The host is often far ahead of a GPU: by its own clock the backward pass would show up in whatever waits first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = dict.fromkeys(
             ("seconds/fetch", "seconds/forward_backward", "seconds/reduce", "seconds/optimizer"), 0.0
         )
+        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time inside to `name`."""
         start = time.perf_counter()
+        if self._on_gpu:
+            marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._marks.append((name, *marks))
+            marks[0].record()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            if self._on_gpu:
+                marks[1].record()
+            else:
+                self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """So far; waits for the GPU."""
+        for name, begin, end in self._marks:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._marks.clear()
+        return dict(self._seconds)
 
 
 def flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
@@ -317,6 +339,13 @@ class SamplerGap:
         """
         figures = self.metrics()
         largest, mean = figures.get("sampler_gap/max", 0.0), figures.get("sampler_gap/mean", 0.0)
+        warned_at = WARNED_SHARE * (self.bound or LARGEST[self._policy.dtype])
+        if largest > warned_at or mean > MEAN_SHARE * warned_at:
+            logger.warning(
+                "step %d: |log(learner ÷ sampler)| of on-policy tokens is %.3g at most and %.3g on average: above %.3g "
+                "(on average %.3g) is more than rounding explains",
+                *(step, largest, mean, warned_at, MEAN_SHARE * warned_at),
+            )
         if self.bound == 0 or (largest <= self.bound and mean <= MEAN_SHARE * self.bound):
             return
         raise LearnerError(

@@ -16,6 +16,7 @@ Without a mask transformers leaves keys as they are, and its own function is cal
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmrl_ray.policy.model import OWN_ATTENTION, Acceleration
+from mmrl_ray.policy.model import OWN_ATTENTION, Acceleration, Policy
 
 _GROUPED = f"{OWN_ATTENTION}grouped"
 _ALIGNED = 8
@@ -41,7 +42,13 @@ def accelerate(model: PreTrainedModel) -> Acceleration:
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     use_grouped_attention(model)
-    return Acceleration()
+    return Acceleration(forward=autocast)
+
+
+def autocast(policy: Policy) -> AbstractContextManager[Any]:
+    """In bfloat16 the adapter's branch, whose weights are float32, multiplies in bfloat16 as all else does."""
+    is_half = policy.dtype == torch.bfloat16
+    return torch.autocast(policy.device.type, torch.bfloat16) if is_half else nullcontext()
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:

@@ -67,6 +67,9 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
     path = _resolve(cfg.path)
     _refuse_adapter(path, cfg)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # Micro-batches are ragged: freed blocks of one shape would lie about in the way of the next.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)

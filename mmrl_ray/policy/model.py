@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -17,6 +18,8 @@ from mmrl_ray.policy.heads import ValueHeads
 from mmrl_ray.policy.logits import model_logits
 from mmrl_ray.policy.tokens import Turn
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 OWN_ATTENTION = "mmrl_"
 """How the names begin under which attention functions of this project are registered in transformers."""
@@ -38,6 +41,8 @@ def _as_they_are(model: nn.Module) -> None:
 class Acceleration:
     """What makes a model faster on its device, and changes nothing but rounding; by default nothing does."""
 
+    forward: Callable[[Policy], AbstractContextManager[Any]] = _as_ever
+    """Around every forward, of sampler, learner, reference and whoever judges them: they compute one policy."""
     decode_step: Callable[[Policy], AbstractContextManager[None]] = _as_ever
     """Around each forward of the decode loop."""
     pack_weights: Callable[[nn.Module], None] = _as_they_are
@@ -144,3 +149,14 @@ class Policy:
             for name, p in self.core.named_parameters()
             if id(p) not in language
         )
+
+
+def computing(function: Callable[Concatenate[Policy, P], R]) -> Callable[Concatenate[Policy, P], R]:
+    """For what runs a policy's forward: it does so in the policy's own context (`Acceleration.forward`)."""
+
+    @wraps(function)
+    def inside(policy: Policy, *args: P.args, **kwargs: P.kwargs) -> R:
+        with policy.acceleration.forward(policy):
+            return function(policy, *args, **kwargs)
+
+    return inside

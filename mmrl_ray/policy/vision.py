@@ -17,7 +17,7 @@ import torch
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Policy, computing
 from mmrl_ray.policy.prompts import PER_TOKEN
 
 
@@ -207,6 +207,7 @@ def _shape_key(inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
     return tuple((name, tuple(value.shape[1:])) for name, value in sorted(inputs.items()) if name not in PER_TOKEN)
 
 
+@computing
 def _encode_batch(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures]:
     accepted = inspect.signature(policy.core.get_image_features).parameters
     inputs = {name: policy.place(value) for name, value in image_inputs(prompts).items() if name in accepted}

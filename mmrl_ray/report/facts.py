@@ -35,6 +35,7 @@ EVENT_WORDS = {
     "learner_restarted": "learners restarted",
     "learners": "learners together",
     "learner_path": "forward path chosen",
+    "out_of_memory": "micro-batches halved: out of memory",
     "sample_quarantined": "sample quarantined",
     "held_out_left_out": "held-out samples left out",
     "held_out_trained_on": "held-out pictures are trained on",

@@ -76,7 +76,8 @@ class Scorer:
         """
         if self._choice is None:
             self._choice = choose_path(self.policy, prompts[:2], temperature=self._temperature, engine=self._engine)
-            logger.warning("scoring path: %s (%s)", self._choice.path, self._choice.reason)
+            dearer = ", which runs a prompt once for each of its completions" if self._choice.path == "naive" else ""
+            logger.warning("scoring path: %s%s (%s)", self._choice.path, dearer, self._choice.reason)
         return self._choice
 
     def reference_logprobs(

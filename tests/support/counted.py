@@ -16,15 +16,16 @@ takes the mask as numbers and keeps them for the backward pass; without one it i
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any, Self
+from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -34,6 +35,8 @@ _BLOCK = 512
 """Bytes that CUDA's allocator rounds up to."""
 _LARGE = 1 << 20
 """Bytes from which a tensor made beside the model is fake, too."""
+_ALIGNED = 8
+"""Elements of a mask at whose multiples its rows have to begin: PyTorch's `preprocess_mask`."""
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 _CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -92,7 +95,7 @@ class Counted(TorchDispatchMode):
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(_CudaAttention())
+        self._stack.enter_context(_cuda_attention())
         if self._autocast is not None:
             self._stack.enter_context(torch.autocast("cpu", self._autocast))
         super().__enter__()
@@ -172,14 +175,16 @@ def _as_numbers(indices: Any) -> list[Any]:
     return found
 
 
-class _CudaAttention(TorchFunctionMode):
-    """Scaled dot products by the operators that CUDA would choose."""
+def _cuda_attention() -> ExitStack:
+    """Within it scaled dot products are the operators that CUDA would choose, by whatever name a module calls them.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention or not isinstance(args[0], torch.Tensor):
-            return func(*args, **kwargs)
-        return _attend(*args, **kwargs)
+    (A mode would not do: none is on where a backward pass makes layers again.)
+    """
+    stack, own = ExitStack(), nn.functional.scaled_dot_product_attention
+    for module in list(sys.modules.values()):
+        if vars(module).get(own.__name__) is own:
+            stack.enter_context(mock.patch.object(module, own.__name__, _attend))
+    return stack
 
 
 def _attend(
@@ -192,19 +197,19 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
+    if attn_mask is None and query.dtype != torch.float32:  # it takes grouped heads as they are
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    if attn_mask is None and query.dtype != torch.float32:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    bias = None
-    if attn_mask is not None:
-        bias = attn_mask
+    bias = attn_mask
+    if bias is not None:
         if not isinstance(bias, FakeTensor):
             bias = _MODE.from_tensor(bias)
         if bias.dtype == torch.bool:
-            bias = torch.where(bias, 0.0, -torch.inf).to(query.dtype)
-        if missing := -bias.shape[-1] % 16:  # rows of the mask must be aligned
+            bias = torch.where(bias, 0.0, torch.full((), -torch.inf, dtype=query.dtype))
+        if any(stride % _ALIGNED for stride in bias.stride()[:-1]) or bias.stride(-1) != 1:
+            missing = _ALIGNED - bias.shape[-1] % _ALIGNED
             bias = nn.functional.pad(bias, (0, missing))[..., : bias.shape[-1]]
         bias = bias.expand(*query.shape[:2], query.shape[2], key.shape[2])
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))

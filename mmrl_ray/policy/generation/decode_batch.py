@@ -178,7 +178,8 @@ class DecodeBatch:
         positions, axes = self._positions, position_axes(self._policy)
         mask = self._attention_mask()  # of the shape that the policy's own attention takes
         adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
-        with adapters, self._policy.acceleration.decode_step(self._policy):
+        faster = self._policy.acceleration
+        with adapters, faster.forward(self._policy), faster.decode_step(self._policy):
             output = self._policy.core(
                 input_ids=self._tokens,
                 attention_mask=mask,

@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.logits import token_logprobs
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Policy, computing
 from mmrl_ray.policy.scoring.collate import (
     PromptBatch,
     completion_positions,
@@ -96,6 +96,7 @@ def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
     return copied
 
 
+@computing
 def encode_prefix(
     policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[VisionFeatures] | None
 ) -> Prefix:
@@ -119,6 +120,7 @@ def encode_prefix(
     )
 
 
+@computing
 def score_completions(
     policy: Policy,
     prompts: Sequence[EncodedPrompt],
