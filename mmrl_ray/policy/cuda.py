@@ -32,8 +32,10 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -48,10 +50,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.model import OWN_ATTENTION, Acceleration, Captured
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # PyTorch before 2.10
-    varlen_attn = None
+varlen_attn: Any = None
+if find_spec("torch.nn.attention.varlen") is not None:  # PyTorch before 2.10 has none
+    varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def use_grouped_attention(model: PreTrainedModel) -> None:
 def use_attention_within(model: PreTrainedModel) -> None:
     """Lets the layers of a tower that are told where pieces of a row begin attend by `attend_within`, not by "sdpa"."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         told = inspect.signature(module.forward).parameters
         in_pieces = "cu_seqlens" in told and "attention_mask" not in told and hasattr(module, "is_causal")
         if in_pieces and getattr(config, "_attn_implementation", None) == "sdpa":
@@ -142,7 +143,7 @@ def use_fused_norms(model: nn.Module) -> None:
         if kind not in known:
             known[kind] = "RMSNorm" in kind.__name__ and inspect.getsource(kind.forward) == llama
         if known[kind]:
-            module.forward = partial(_fused_norm, module, module.forward)
+            module.forward = partial(_fused_norm, cast(LlamaRMSNorm, module), module.forward)
 
 
 def _fused_norm(
@@ -192,13 +193,14 @@ def attend_grouped(
         dropout_p=kwargs.get("dropout", 0.0),
         scale=scaling,
     )
-    return mixed.reshape(batch, heads, queries, value.shape[-1]).transpose(1, 2).contiguous(), None
+    by_query = mixed.unflatten(2, (repeats, queries)).permute(0, 3, 1, 2, 4)  # [B, Q, H', r, d]
+    return by_query.reshape(batch, queries, heads, value.shape[-1]), None
 
 
 class _Pieces(NamedTuple):
     """`W` pieces of a row of `S` tokens, the longest of `L`."""
 
-    count: int
+    number: int
     longest: int
     places: torch.Tensor | None
     """int64 [W, L], the place in the row of each token, 0 behind the last; None where all have L."""
@@ -224,7 +226,7 @@ class _Pieces(NamedTuple):
     def cut(self, row: torch.Tensor) -> torch.Tensor:
         """[1, H, S, d] → [W, H, L, d]."""
         if self.places is None:
-            return row[0].unflatten(1, (self.count, self.longest)).transpose(0, 1)
+            return row[0].unflatten(1, (self.number, self.longest)).transpose(0, 1)
         return row[0][:, self.places].transpose(0, 1)
 
     def join(self, pieces: torch.Tensor) -> torch.Tensor:
@@ -277,9 +279,8 @@ def attend_within(
     pieces = _pieces.get(cu_seq_lens_q)
     if pieces is None:
         pieces = _pieces[cu_seq_lens_q] = _Pieces.of(cu_seq_lens_q)
-    mixed = scaled_dot_product_attention(
-        *(pieces.cut(each) for each in (query, key, value)), attn_mask=pieces.seen, dropout_p=dropout, scale=scaling
-    )
+    query, key, value = (pieces.cut(each) for each in (query, key, value))
+    mixed = scaled_dot_product_attention(query, key, value, attn_mask=pieces.seen, dropout_p=dropout, scale=scaling)
     return pieces.join(mixed), None
 
 
