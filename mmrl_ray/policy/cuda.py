@@ -80,7 +80,6 @@ class Graphs:
     """Records functions as CUDA graphs. For the thread that runs the model; one at a time is recorded or replayed."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
         self._is_refused = False
 
     def __call__(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> Captured | None:
@@ -91,15 +90,14 @@ class Graphs:
         """
         if self._is_refused or not torch.cuda.is_available():
             return None
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()  # nothing of one graph is read when another runs: they share it
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         keeps_casts = torch.is_autocast_cache_enabled()
         # Weights that autocast has cast before are no part of a graph, and are gone when its context ends.
         torch.set_autocast_cache_enabled(False)
         try:
-            # Other threads of the process may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # Other threads of the process may use the GPU meanwhile. Memory that graphs share would have to be kept
+            # between two assignments; that of its own goes with the graph.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 made = function()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # the context leaves its own in place where ending the graph fails
@@ -116,7 +114,7 @@ class Graphs:
 def use_grouped_attention(model: PreTrainedModel) -> None:
     """Lets the layers of the language model attend by `attend_grouped` where they attend by "sdpa", also in training.
 
-    The vision tower's go on as they are, and so does every other kind of attention.
+    Every other kind of attention stays.
     """
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa":
