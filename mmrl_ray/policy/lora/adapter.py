@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
@@ -253,9 +253,9 @@ def _wrap(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         torch.manual_seed(seed)
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
     model.train(training)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer._cast_input_dtype = partial(_cast_input, layer._cast_input_dtype)  # type: ignore[method-assign]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._cast_input_dtype = partial(_cast_input, layer._cast_input_dtype)
     return model
 
 
