@@ -28,8 +28,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import Demand, demands_of
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, PlacementError
-from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
-from mmrl_ray.learner.train_loop import train_loop
+from mmrl_ray.learner.job import LearnerJob, LearnerOutcome, train_loop
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.rollouts.pool_settings import register
 from mmrl_ray.run_records.run_dir import RunDir

@@ -17,15 +17,14 @@ from types import TracebackType
 from typing import Self
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.evaluation.model_source import STATISTICS
+from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rollouts.pool_settings import demand_of
+from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import note_event
-from mmrl_ray.training.serve import config_of_run, greeting
 
 _LOOK_EVERY_S = 1.0
 _ON_THE_WAY_S = 10.0
@@ -136,7 +135,12 @@ class LivePolicy:
         wanted = cfg.serving is not None and cfg.serving.live_policy
         # Rewards are the run's own affair while it trains.
         self._app = app_name(run, "live")
-        self._cfg = config_of_run(cfg, run, base).model_copy(update={"reward": None}) if wanted else None
+        self._cfg: ServeConfig | None = None
+        if wanted:
+            # Imported here, and below: the server's half of the project, which other runs need not have.
+            from mmrl_ray.training.serve import config_of_run
+
+            self._cfg = config_of_run(cfg, run, base).model_copy(update={"reward": None})
 
     def __enter__(self) -> Self:
         if self._cfg is not None:
@@ -149,7 +153,11 @@ class LivePolicy:
 
     def greeting(self) -> list[str]:
         """Where it is and how to ask it, line by line; see `runs.serve.greeting`."""
-        return greeting(self._cfg, insecure=False) if self._cfg is not None else []
+        if self._cfg is None:
+            return []
+        from mmrl_ray.training.serve import greeting
+
+        return greeting(self._cfg, insecure=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
