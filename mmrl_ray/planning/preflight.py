@@ -18,11 +18,12 @@ from ray._private import state
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.paths import local_paths
-from mmrl_ray.config.schema import Demand, demands_of, label_pairs
+from mmrl_ray.config.schema import Demand, label_pairs
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hashes, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError, RunError
+from mmrl_ray.rollouts.pool_settings import placed_demands
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
 from mmrl_ray.training.offline import logged_pictures, trained_pictures
 
@@ -282,7 +283,7 @@ def check_placement(cfg: Config, address: str) -> PlacementCheck:
             node_local_root_refused(cfg.run.root)
         except RunError as error:
             found.blocking.append(str(error))
-    demands = demands_of(cfg)
+    demands = placed_demands(cfg)
     plan = place(demands, there)
     for node, (name, actors) in zip(there, plan.nodes, strict=True):
         found.lines.append(f"node {name}: {node.cpus:g} CPU, {node.gpus:g} GPU: {', '.join(actors) or 'nothing'}")

@@ -24,6 +24,8 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from ray.util.placement_group import PlacementGroup
+
 import mmrl_ray
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import changed_keys, dump_config
@@ -46,6 +48,7 @@ from mmrl_ray.report.page import write_report
 from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
+from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus
 from mmrl_ray.run_records.checkpoint_names import BASE, STATISTICS, checkpoint_steps
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
 from mmrl_ray.run_records.run_dir import RunDir
@@ -207,7 +210,9 @@ class _Run:
                     self._progress.note(line)
                 held_out = HeldOut(self._cfg, run, samples, hosted.reward, statistics, self._progress)
                 if cfg.agent is None:
-                    self._learn(start, hosted, held_out)
+                    with self._progress.busy("waiting for room on GPUs"):
+                        bundles = stack.enter_context(shared_gpus(start))
+                    self._learn(start, hosted, held_out, bundles)
                 else:
                     self._learn_by_value(start, hosted, held_out)
             status = "finished"
@@ -329,11 +334,12 @@ class _Run:
                 run.write_text(STATISTICS, statistics.to_json())
         return statistics
 
-    def _learn(self, cfg: Config, hosted: RunReward, held_out: HeldOut) -> None:
+    def _learn(self, cfg: Config, hosted: RunReward, held_out: HeldOut, bundles: PlacementGroup | None = None) -> None:
         """Rollout workers and learners, from the evaluation before to the one after; `cfg` is what they start from."""
         run = self._run
         with self._timed("start"):
-            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
+            settings = PoolSettings.of(cfg, bundles)
+            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward), settings=settings)
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
         interrupt = StopOnInterrupt(
@@ -342,7 +348,7 @@ class _Run:
         is_lost = False
         try:
             with interrupt:
-                learner = LearnerGroup(cfg, run, controller)
+                learner = LearnerGroup(cfg, run, controller, bundles)
                 learner.start()
                 with interrupt.at_once():
                     with self._progress.busy("loading the reward"):
