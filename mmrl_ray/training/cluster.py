@@ -47,6 +47,8 @@ _SETTINGS = {
     "GOMP_SPINCOUNT": "1000",
     # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
+    # An actor that asked for no GPU sees none; as Ray comes, it sees those of its whole node.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Counts of events in Ray's own loops, for its developers: a third of what an idle actor takes of a core.
     "RAY_event_stats": "0",
 }

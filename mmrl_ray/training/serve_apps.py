@@ -43,8 +43,12 @@ class RunReward:
         self._close: Callable[[], None] = _nothing
         self._looked = 0.0
         self._unhealthy_since: float | None = None
-        self.reward: RewardFn = build_reward(cfg.reward, statistics)
-        """Picklable. Behind Serve it may be called before `wait`: the call waits for the replica."""
+        device = "cuda" if cfg.resources.rollout.gpus else "cpu"
+        self.reward: RewardFn = build_reward(cfg.reward, statistics, device=device)
+        """For the workers: with a GPU, a learned one shares theirs. Picklable. Behind Serve it may be called before
+        `wait`: the call waits for the replica."""
+        self.own = self.reward if device == "cpu" else build_reward(cfg.reward, statistics, device="cpu")
+        """For this process, which has no GPU."""
         self.tokenizer = statistics.tokenizer
         """Of all words of the run."""
 
@@ -67,7 +71,7 @@ class RunReward:
             launch.deploy(application, app, route_prefix=None)
             self._app = app
             timeout_s = reward.longest_s + _ON_THE_WAY_S
-            self.reward = served = ServeReward(app, timeout_s=timeout_s, images=reward.needs_images)
+            self.reward = self.own = served = ServeReward(app, timeout_s=timeout_s, images=reward.needs_images)
             self._close = served.close
         return self
 

@@ -208,7 +208,7 @@ class _Run:
                     hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
                 for line in live.greeting():
                     self._progress.note(line)
-                held_out = HeldOut(self._cfg, run, samples, hosted.reward, statistics, self._progress)
+                held_out = HeldOut(self._cfg, run, samples, hosted.own, statistics, self._progress)
                 if cfg.agent is None:
                     with self._progress.busy("waiting for room on GPUs"):
                         bundles = stack.enter_context(shared_gpus(start))
