@@ -64,7 +64,8 @@ def test_it_scores_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.Monke
         return load(cfg, device="cpu")
 
     monkeypatch.setattr(vision_source, "load_policy", watched)
-    section_of_reward = RewardSection(parts={"learned": LearnedPart(model=str(tmp_path / "reward"))})
+    parts = {"seen": {"kind": "learned", "model": str(tmp_path / "reward")}}
+    section_of_reward = RewardSection.model_validate({"parts": parts, "weights": {"seen": 1.0}})
     for device in ("cpu", None):
         reward = pickle.loads(pickle.dumps(build_reward(section_of_reward, NOTHING, device=device)))
         reward.score_batch(SAMPLES[:1], CAPTIONS[:1])
