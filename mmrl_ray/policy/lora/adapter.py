@@ -77,13 +77,18 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's weights as PEFT saves them: CPU float32 copies, contiguous, under names without the adapter's own.
 
+    They lie one behind the other in one buffer, which comes from the device by one copy: an adapter of a large model
+    has hundreds of small matrices, and a copy of each waits for the device.
+
     Raises:
         AdapterError: the model has no adapter.
     """
-    return {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in _live_state(model).items()
-    }
+    live = _live_state(model)
+    if not live:
+        return {}
+    there = torch.cat([tensor.detach().reshape(-1) for tensor in live.values()])
+    here = _on_host(there.numel(), there.dtype, there.device).copy_(there).float()
+    return {name: flat.view(live[name].shape) for name, flat in _parts(here, live).items()}
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -100,11 +105,19 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> N
                 f"adapter weight {name} has shape {list(tensor.shape)}, the model's {list(live[name].shape)}; "
                 "it was made with another rank or for another model"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"adapter weight {name} holds NaN or infinity; take an earlier version")
+    if not live:
+        return
+    device, dtype = next((tensor.device, tensor.dtype) for tensor in live.values())
+    here = _on_host(sum(tensor.numel() for tensor in live.values()), dtype, device)
+    parts = _parts(here, live)
+    for name, flat in parts.items():
+        flat.copy_(state[name].reshape(-1))
+    if not bool(torch.isfinite(here).all()):
+        name = next(name for name, flat in parts.items() if not bool(torch.isfinite(flat).all()))
+        raise AdapterError(f"adapter weight {name} holds NaN or infinity; take an earlier version")
+    there = _parts(here.to(device), live)
     with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(state[name])
+        torch._foreach_copy_(list(live.values()), [there[name].view_as(tensor) for name, tensor in live.items()])
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
@@ -258,6 +271,16 @@ def _live_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's own tensors, not copies, under the names PEFT saves them by."""
     peft = _require_adapter(model)
     return get_peft_model_state_dict(peft, adapter_name=peft.active_adapter, save_embedding_layers=False)
+
+
+def _on_host(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[count], for a copy to or from `device`: in memory that it reads by itself where it is a CUDA GPU."""
+    return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _parts(flat: torch.Tensor, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`flat`, cut into as many numbers as each tensor has; no copies."""
+    return dict(zip(live, flat.split([tensor.numel() for tensor in live.values()]), strict=True))
 
 
 def _adapted_names(peft: PeftModel) -> list[str]:

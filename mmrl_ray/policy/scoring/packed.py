@@ -55,7 +55,7 @@ class _Places:
 def unpackable(policy: Policy) -> str | None:
     """Why this model's attention cannot be told who sees whom, or None."""
     config = policy.hf_model.config.get_text_config()
-    attention = config._attn_implementation
+    attention = policy.attention
     if attention not in _MASKED_ATTENTION:
         return f"attn_implementation={attention} takes no mask of its own; set model.attn_implementation: sdpa"
     for i, kind in enumerate(getattr(config, "layer_types", None) or ()):
@@ -212,7 +212,7 @@ def _near(places: _Places, window: int) -> torch.Tensor:
 
 def _as_mask(policy: Policy, visible: torch.Tensor) -> torch.Tensor:
     """[K, 1, R, R] as the attention takes it: eager attention adds it to its scores."""
-    if policy.hf_model.config.get_text_config()._attn_implementation == "sdpa":
+    if policy.attention == "sdpa":
         return visible[:, None]
     mask = torch.zeros(visible.shape, dtype=policy.dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(policy.dtype).min)[:, None]

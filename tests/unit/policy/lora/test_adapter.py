@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
@@ -117,6 +119,33 @@ def test_a_state_is_loaded_in_place(load: Load) -> None:
     load_adapter_state(target.model, adapter_state(source.model))
     assert all(a is b for a, b in zip(parameters, adapter_parameters(target.model), strict=True))
     torch.testing.assert_close(logits(target), logits(source), rtol=0, atol=0)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from or into the storages in `live`, one by one."""
+
+    def __init__(self, live: set[int]) -> None:
+        super().__init__()
+        self.live, self.found = live, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            ends = [t.untyped_storage().data_ptr() for t in (args[0], *args[1:2], out) if isinstance(t, torch.Tensor)]
+            self.found += any(end in self.live for end in ends)
+        return out
+
+
+def test_the_state_travels_as_one_buffer(load: Load) -> None:
+    """However many matrices there are, none is copied by itself from or to the device that the model is on."""
+    policy = load()
+    add_adapter(policy, LORA, seed=0)
+    live = {p.untyped_storage().data_ptr() for p in adapter_parameters(policy.model)}
+    with Copies(live) as copies:
+        state = adapter_state(policy.model)
+        load_adapter_state(policy.model, state)
+    assert copies.found == 0
+    assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == 1
 
 
 @pytest.mark.parametrize(
