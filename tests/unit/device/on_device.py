@@ -348,16 +348,21 @@ def waits_of_a_learner_step(policy: Policy, path: ScorePath, sizes: Sequence[Seq
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_micro_batch_waits_no_more_often_for_more_pictures_and_completions(make: Make, path: ScorePath) -> None:
-    """And for nothing but what transformers asks: the project's own reads are of a step's figures."""
     policy = adapted(make(DEVICE))
     few = waits_of_a_learner_step(policy, path, ((3, 5),) * 3, 1 << 20)
     many = waits_of_a_learner_step(policy, path, ((3, 5, 6, 1),) * 6, 1 << 20)
     assert few.reads == many.reads, f"{few.table()}\n\n{many.table()}"
     assert few.writes == many.writes, f"{few.table()}\n\n{many.table()}"
-    one_by_one = waits_of_a_learner_step(policy, path, ((3, 5),) * 3, 1)
-    for traffic in (few, one_by_one):
-        own = [{p: n for p, n in counts.items() if "called in" not in p} for counts in (traffic.reads, traffic.writes)]
-        assert (sum(own[0].values()), own[1]) == (5, {}), traffic.table()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_learner_reads_a_step_s_figures_and_transformers_its_masks(make_llava: Make, path: ScorePath) -> None:
+    """Where the tower asks nothing: 5 reads a step (losses, sums, norm, the sampler gap twice), 3 a micro-batch."""
+    policy = adapted(make_llava(DEVICE))
+    for budget, batches in ((1 << 20, 1), (1, 3)):
+        traffic = waits_of_a_learner_step(policy, path, ((3, 5),) * 3, budget)
+        assert traffic.reads.total() <= 5 + 3 * batches, traffic.table()
+        assert traffic.writes.total() == 0, traffic.table()
 
 
 def test_features_that_travel_with_their_group_are_not_waited_for(make_llava: Make) -> None:
