@@ -137,7 +137,10 @@ def test_rows_of_several_adapters_share_passes(
 def test_rows_of_several_adapters_compute_what_peft_computes_of_them(load: Load, make_adapter: MakeAdapter) -> None:
     """Bit for bit, by PEFT's own `adapter_names`."""
     policy = load()
-    sources = {"one": FakeSource(make_adapter(1)), "two": FakeSource(make_adapter(2, r=2, targets=["q_proj"]))}
+    sources = {
+        "one": FakeSource(make_adapter(1)),
+        "two": FakeSource(make_adapter(2, r=2, targets=r".*language_model.*q_proj")),
+    }
     pool = make_pool(policy, sources)
     one, two = put_on(pool, "one", "two")
     names = [two, BASE, one, two, BASE]
