@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -37,6 +37,15 @@ def _as_they_are(model: nn.Module) -> None:
     pass
 
 
+class Captured(NamedTuple):
+    """A function as it was recorded."""
+
+    replay: Callable[[], None]
+    """Does it again, on the tensors that it was recorded with, with what they hold then; it asks Python nothing."""
+    made: tuple[torch.Tensor, ...]
+    """What the function returns: a replay puts its numbers there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Acceleration:
     """What makes a model faster on its device, and changes nothing but rounding; by default nothing does."""
@@ -47,6 +56,9 @@ class Acceleration:
     """Around each forward of the decode loop."""
     pack_weights: Callable[[nn.Module], None] = _as_they_are
     """Called where the weights of the base will not change any more, as in serving: they may be laid out anew."""
+    capture: Callable[[Callable[[], tuple[torch.Tensor, ...]]], Captured | None] | None = None
+    """Records what a function does with tensors, instead of doing it; gives None where that cannot be. With it decode
+    steps are computed on tensors that stay in place."""
 
 
 @dataclass(slots=True)
@@ -117,6 +129,15 @@ class Policy:
     def hidden_size(self) -> int:
         """d, the width of the hidden states that the head makes logits of."""
         return self.hf_model.config.get_text_config().hidden_size
+
+    @property
+    def key_bytes(self) -> int:
+        """Of the keys and values that a token leaves in all layers of the language model, where each keeps its own."""
+        text = self.hf_model.config.get_text_config()
+        of_queries = getattr(text, "num_attention_heads", 1)
+        heads = getattr(text, "num_key_value_heads", None) or of_queries
+        width = getattr(text, "head_dim", None) or text.hidden_size // of_queries
+        return int(2 * text.num_hidden_layers * heads * width * self.dtype.itemsize)
 
     @property
     def vocab_size(self) -> int:

@@ -8,13 +8,15 @@ A run's adapter (`add_run_adapter`) begins with the same weights in each of its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -251,7 +253,21 @@ def _wrap(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         torch.manual_seed(seed)
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
     model.train(training)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._cast_input_dtype = partial(_cast_input, layer._cast_input_dtype)
     return model
+
+
+def _cast_input(
+    own: Callable[[torch.Tensor, torch.dtype], torch.Tensor], x: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """PEFT's cast of a branch's input to the adapter's float32, where its product is computed in float32.
+
+    Under autocast it is not: the product casts its input back, to the same numbers, and keeps that copy for the
+    backward pass, one for each of the layers that have one input.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else own(x, dtype)
 
 
 def forget_adapters(base: M) -> M:
