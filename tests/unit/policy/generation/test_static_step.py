@@ -60,10 +60,10 @@ def test_recorded_steps_give_what_steps_give(
     family: str, grouped: bool, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While rows end and are dropped, groups join, and room for keys runs out."""
+    policy = load(family)
     monkeypatch.setattr(decode_batch, "_ROOM_STEPS", 7)
     # Memory as it is found: what a mask hides must not be NaN.
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *shape: t.new_full(shape, float("nan")))
-    policy = load(family)
     expected = decode_groups(Decoder(policy, max_rows=12), requests(policy))
     greedy = [generated(policy, r.prompt, max_new_tokens=r.sampling.max_new_tokens) for r in requests(policy)]
     recorder = recording(policy)
