@@ -255,7 +255,7 @@ def test_a_checkpoints_rules_of_generation_are_obeyed_as_generate_obeys_them(
     policy = load(place)
     asked = policy.hf_model.generation_config
     assert asked.guidance_scale == 1.5
-    with caplog.at_level("INFO"), started(policy, max_rows=9) as engine:
+    with caplog.at_level("INFO", logger="mmrl_ray"), started(policy, max_rows=9) as engine:
         asked.guidance_scale = None  # what is not obeyed is left out of the oracle, too
         expected = [by_transformers(policy, request) for request in requests]
         assert expected != without, "the rules are felt"
