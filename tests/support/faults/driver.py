@@ -1,4 +1,4 @@
-"""`mmrl`, whose runs fail when they are told to: `python -m tests.support.faults.driver train …`."""
+"""`mmrl`, whose runs fail when they are told to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from mmrl_ray.learner import group
 from mmrl_ray.training import train
 from tests.support.faults.inside import FaultyFactory, faulty_train_loop
 
-if __name__ == "__main__":
+
+def main() -> None:
     train.PolicyEngineFactory = FaultyFactory  # type: ignore[assignment, misc]
     group.train_loop = faulty_train_loop
-    cli.main()
+    cli.app()

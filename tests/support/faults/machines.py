@@ -23,6 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmrl_ray.training.cluster import configure_ray, read_token_again
 from tests.support.faults.inside import VARIABLE
+from tests.support.forks import forked_workers
+from tests.support.local_ray import without_idlers
 
 ROOT = Path(__file__).parents[3]
 STORE_BYTES = 80 * 2**20
@@ -46,12 +48,13 @@ class Machines:
         }
         os.environ.update(self.environment)
         read_token_again()
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 2, "labels": HEAD, "object_store_memory": STORE_BYTES, "include_dashboard": False,
-            },
-        )  # fmt: skip
+        with without_idlers(), forked_workers():
+            self.cluster = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 2, "labels": HEAD, "object_store_memory": STORE_BYTES, "include_dashboard": False,
+                },
+            )  # fmt: skip
         self.address: str = self.cluster.address
         # Left there, it would draw in whoever starts a Ray of their own on this machine.
         Path(get_ray_address_file(None)).unlink(missing_ok=True)
@@ -60,7 +63,8 @@ class Machines:
 
     def add_node(self) -> Any:
         """A node that takes one rollout worker."""
-        return self.cluster.add_node(num_cpus=1, labels=ROLLOUTS, object_store_memory=STORE_BYTES)
+        with without_idlers(), forked_workers():
+            return self.cluster.add_node(num_cpus=1, labels=ROLLOUTS, object_store_memory=STORE_BYTES)
 
     @property
     def up(self) -> list[Any]:
