@@ -25,7 +25,7 @@ from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.losses.advantages import advantages
 from mmrl_ray.losses.aggregation import completion_scales
-from mmrl_ray.losses.policy_gradient import clipped_loss
+from mmrl_ray.losses.policy_gradient import policy_loss
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, GroupOutput, decode_groups
 from mmrl_ray.policy.load import load_policy
@@ -105,8 +105,8 @@ def grpo_step(policy: Policy, optimizer: torch.optim.Optimizer, reward: CaptionR
     tokens = [[c.token_ids for c in output.completions] for output in outputs]
     scores = score_completions(policy, prompts, vision_features(policy, prompts), tokens, temperature=1.0)
     behaviour = torch.nn.utils.rnn.pad_sequence([c.logprobs for c in completions], batch_first=True)
-    loss = clipped_loss(
-        scores.logprobs, None, behaviour, advantages("group", rewards).flatten(), scores.mask,
+    loss = policy_loss(
+        "clipped", scores.logprobs, None, behaviour, advantages("group", rewards).flatten(), scores.mask,
         scales=scales.float(), denominator=denominator, off_policy_cap=2.0, clip_low=0.2, clip_high=0.2,
     ).loss  # fmt: skip
     optimizer.zero_grad()

@@ -34,6 +34,10 @@ MMRLError
 └── Interrupted            the user stopped the run
 """
 
+import importlib
+import traceback
+from collections.abc import Callable
+
 
 class MMRLError(Exception):
     """Root of the tree. The message names the thing, the value and the remedy, in one line."""
@@ -176,6 +180,21 @@ def said(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """The whole of such an error's message, as one line."""
     return " ".join(str(error).split())
+
+
+def raised_at(error: BaseException, *, without: Callable[[str], bool] = lambda file: False) -> str:
+    """` (file:line)` of the last call that it came through, files `without` and the machinery of imports left out.
+
+    Empty where nothing is left.
+    """
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != importlib.__file__
+        and not frame.filename.startswith("<frozen importlib")
+        and not without(frame.filename)
+    ]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def last_line(text: str, most: int = 500) -> str:

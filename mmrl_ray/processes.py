@@ -118,7 +118,9 @@ class ChildProcess:
             except subprocess.TimeoutExpired:
                 code = 0
             self.end()
-            return Lost(f"the process of {self._name} ended by itself ({_how(code)})", by=_signal(code))
+            by = _signal(code)
+            how = f"exit status {code}" if by is None else by.name
+            return Lost(f"the process of {self._name} ended by itself ({how})", by=by)
         return answer
 
 
@@ -127,11 +129,6 @@ def _signal(code: int) -> signal.Signals | None:
         return signal.Signals(-code if code < 0 else code - 128)
     except ValueError:
         return None
-
-
-def _how(code: int) -> str:
-    killed_by = _signal(code)
-    return f"exit status {code}" if killed_by is None else killed_by.name
 
 
 def _end(popen: subprocess.Popen[bytes], connection: socket.socket, life: int, owner: int) -> None:

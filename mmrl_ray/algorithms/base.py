@@ -18,6 +18,11 @@ torch nor what needs it: only inside the functions that learn. Shapes: `M` group
 completions of up to `T` tokens in a micro-batch.
 
 Example:
+    from dataclasses import replace
+
+    from mmrl_ray.algorithms.base import Algorithm
+    from mmrl_ray.losses.aggregation import StepRewards, StepWeights
+
     class Sharper(Algorithm):
         '''GRPO whose advantages are cubed.'''
 

@@ -139,7 +139,7 @@ class PpoObjective(Objective):
         import torch
 
         from mmrl_ray.losses.aggregation import masked_mean, masked_sum
-        from mmrl_ray.losses.policy_gradient import aligned_logprobs, capped_ratio
+        from mmrl_ray.losses.policy_gradient import aligned_logprobs, bounded_ratio, capped_ratio
 
         mask, scales, cfg = scores.mask, batch.scales[:, None], self._cfg
         assert scores.hidden is not None
@@ -151,7 +151,7 @@ class PpoObjective(Objective):
         theta, prox, mu = aligned_logprobs(
             scores.logprobs, proximal, batch.behaviour_logprobs, batch.advantages, mask, batch.scales
         )
-        ratio = (theta - prox).exp()
+        ratio = bounded_ratio(theta - prox)
         free = ratio * advantages
         bounded = ratio.clamp(1.0 - self._learner.clip_low, 1.0 + self._learner.clip_high) * advantages
         weights = capped_ratio(prox - mu, self._learner.off_policy_cap) * scales

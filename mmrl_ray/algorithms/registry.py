@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import mmrl_ray
@@ -22,7 +23,7 @@ from mmrl_ray.algorithms.policy_gradient import PolicyGradient
 from mmrl_ray.algorithms.ppo import Ppo
 from mmrl_ray.algorithms.raft import Raft
 from mmrl_ray.algorithms.sapo import Sapo
-from mmrl_ray.errors import ConfigError
+from mmrl_ray.errors import ConfigError, first_line, raised_at
 
 if TYPE_CHECKING:
     from mmrl_ray.config.learner import LearnerSection
@@ -67,8 +68,7 @@ def preset_of(algorithm: str) -> Mapping[str, Any] | None:
         ConfigError: `module:Class` is no algorithm.
     """
     if is_path(algorithm):
-        first: Mapping[str, Any] = next(iter(own_class(algorithm).presets.values()), {})
-        return {**first, "loss": algorithm}
+        return {**_first_preset(own_class(algorithm)), "loss": algorithm}
     return PRESETS.get(algorithm)
 
 
@@ -90,21 +90,51 @@ def own_class(path: str) -> type[Algorithm]:
         ConfigError: it cannot be imported, or is no algorithm.
     """
     module, _, name = path.partition(":")
-    sys.path.extend(folder for folder in _own_folders() if folder not in sys.path)
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ConfigError(f"algorithm {path} is not module:Class: write the module as in an import, without `.py`")
+    folders = _own_folders()
+    sys.path.extend(folder for folder in folders if folder not in sys.path)
     try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
+        loaded = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        script = "; what only a script does belongs below `if __name__ == '__main__':`"
+        where = raised_at(error, without=lambda file: file == __file__)
         raise ConfigError(
-            f"algorithm {path} cannot be imported ({type(error).__name__}: {error}): it is looked for in the working "
-            f"directory, here {os.getcwd()}, and among what is installed"
+            f"algorithm {path} cannot be imported ({first_line(error)}{where}): it is looked for "
+            f"in the working directory, here {os.getcwd()}, and among what is installed"
+            f"{script if isinstance(error, SystemExit) else ''}"
         ) from error
+    found = getattr(loaded, name, None)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ConfigError(
             f"algorithm {path}: {module} has no class {name!r} that is an mmrl_ray.algorithms.base.Algorithm"
+            f"{_told_other(loaded, folders)}"
         )
+    if unknown := sorted(_first_preset(found).keys() - _learner_keys()):
+        raise ConfigError(f"algorithm {path}: its preset names {unknown[0]!r}, which is no key of learner")
     if found.samples == "environment":
         raise ConfigError(f"algorithm {path} learns from an environment, for which a class of your own has no run")
     return found
+
+
+def _first_preset(family: type[Algorithm]) -> Mapping[str, Any]:
+    return next(iter(family.presets.values()), {})
+
+
+def _learner_keys() -> Set[str]:
+    from mmrl_ray.config.learner import LearnerSection
+
+    return LearnerSection.model_fields.keys()
+
+
+def _told_other(loaded: ModuleType, folders: list[str]) -> str:
+    """That a module came from elsewhere than one of that name in the user's folders."""
+    file = getattr(loaded, "__file__", None)
+    for folder in folders:
+        mine = Path(folder, *loaded.__name__.split(".")).with_suffix(".py")
+        if mine.is_file() and not (file and mine.samefile(file)):
+            return f": it is {file or 'built in'}, which comes before {mine}: choose another name for yours"
+    return ""
 
 
 def _own_folders() -> list[str]:

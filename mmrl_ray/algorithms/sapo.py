@@ -70,13 +70,13 @@ class _SoftGate(Objective):
         import torch
 
         from mmrl_ray.losses.aggregation import masked_mean, masked_sum
-        from mmrl_ray.losses.policy_gradient import aligned_logprobs, capped_ratio
+        from mmrl_ray.losses.policy_gradient import aligned_logprobs, bounded_ratio, capped_ratio
 
         mask, advantages = scores.mask, batch.advantages[:, None]
         theta, prox, mu = aligned_logprobs(
             scores.logprobs, proximal, batch.behaviour_logprobs, batch.advantages, mask, batch.scales
         )
-        ratio = (theta - prox).exp()
+        ratio = bounded_ratio(theta - prox)
         gated = soft_gate(ratio, advantages, self._cfg.tau_positive, self._cfg.tau_negative)
         behaviour = capped_ratio(prox - mu, self._cap)
         loss = -masked_mean(gated * advantages * behaviour * batch.scales[:, None], mask, denominator=denominator)

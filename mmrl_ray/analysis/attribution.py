@@ -57,8 +57,6 @@ def caption_states(
     """The state of each caption, in order, on the CPU.
 
     Args:
-        policy: the model.
-        prompts: N of them.
         features: N from `vision_features`, or None to run the vision tower inside.
         captions: N of int64 [T], one token or more each.
 
@@ -159,8 +157,6 @@ def forward_rows(
     """One pass of N rows; `exchange` is called once, with the embeddings that enter the language model.
 
     Args:
-        policy: the model.
-        prompts: N of them.
         features: N from `vision_features`, or None to run the vision tower inside.
         captions: N of int64 [T], one token or more each.
         exchange: see there.
@@ -175,11 +171,10 @@ def forward_rows(
     batch = pad_prompts(policy, prompts)
     targets = nn.utils.rnn.pad_sequence(list(captions), batch_first=True, padding_value=policy.pad_token_id)
     mask = torch.arange(targets.shape[1]) < torch.tensor([caption.numel() for caption in captions])[:, None]
-    targets, mask = targets.to(policy.device), mask.to(policy.device)
     width = batch.input_ids.shape[1]
     with vision_arguments(policy, prompts, features) as vision, _exchanged(policy, exchange):
         output = policy.core(**row_arguments(policy, batch, targets, mask), use_cache=False, **vision)
-    return Rows(output.last_hidden_state[:, width - 1 : -1], targets, mask)
+    return Rows(output.last_hidden_state[:, width - 1 : -1], policy.place(targets), policy.place(mask))
 
 
 @contextmanager
@@ -230,11 +225,7 @@ def token_importance(
 
 
 def modality_importance(loss: torch.Tensor, embeddings: Embeddings) -> dict[str, torch.Tensor]:
-    """I_m, [B] for each modality. Padding that the loss does not see adds nothing.
-
-    Raises:
-        ValueError: as `token_importance`.
-    """
+    """I_m, [B] for each modality; raises as `token_importance`. Padding that the loss does not see adds nothing."""
     return {name: torch.linalg.vector_norm(each, dim=-1) for name, each in token_importance(loss, embeddings).items()}
 
 
@@ -295,7 +286,6 @@ def caption_importance(
     """One forward and backward pass of one prompt with one caption. Parameters get no gradient.
 
     Args:
-        policy: the model.
         prompt: with pixels where `features` is None.
         features: from `vision_features`, or None to run the vision tower inside.
         caption: int64 [T], one token or more.

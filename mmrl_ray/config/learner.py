@@ -35,6 +35,10 @@ Advantage = Literal["none", "batch_mean", "greedy", "leave_one_out", "group"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
+MICRO_BATCH_TOKENS = 16384
+"""Where `learner.micro_batch_tokens` is not set."""
+
+
 def registry() -> ModuleType:
     """`mmrl_ray.algorithms.registry`."""
     return importlib.import_module("mmrl_ray.algorithms.registry")
@@ -48,6 +52,9 @@ def _one_of(names: tuple[str, ...], value: Any) -> Any:
             found.own_class(value)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+    elif isinstance(value, str) and "." in value:
+        module, _, name = value.rpartition(".")
+        raise ValueError(f"{value!r} is no algorithm's name; a class of your own is module:Class: {module}:{name}?")
     elif value not in names:
         quoted = [f"'{name}'" for name in names]
         raise PydanticCustomError(
@@ -108,17 +115,16 @@ def with_preset(config: Any) -> Any:
 
 
 class WorkersRange(Section):
-    """Workers that come and go with what there is to do: the run begins with `min`."""
+    """Workers that come and go: rollout workers with what there is to do, learners with the room there is for them."""
 
     min: int = Field(..., ge=1)
-    """Rollout workers at least."""
+    """Workers at least: a run begins with so many rollout workers, and waits for room for so many learners."""
     max: int = Field(..., ge=1)
-    """Rollout workers at most."""
+    """Workers at most."""
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min={self.min} is above max={self.max}")
+        refuse({f"min={self.min} is above max={self.max}": self.min > self.max})
         return self
 
 
@@ -153,7 +159,8 @@ class RolloutSection(Section):
     worker_deadline_s: float = Field(60.0, gt=0)
     """How long the pool may stay below `min_workers` before the run stops."""
     vision_cache_mb: int = Field(256, ge=0)
-    """Bytes of vision features a process keeps."""
+    """Bytes of vision features a process keeps; none from one assignment or step to the next where learners and workers
+    take turns on a GPU (`resources.placement: shared`)."""
     ship_vision_mb: int = Field(64, ge=0)
     """Vision features of one assignment travel to the learner up to this size; beyond it they are made again."""
 
@@ -193,20 +200,6 @@ class KlSection(Section):
     """0 turns it off, and with it the pass that makes reference log-probs."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """k1 enters the reward; k2 and k3 are loss terms (k3's gradient is biased)."""
-
-
-class LearnerRange(Section):
-    """As many learners as there is room for, between the two."""
-
-    min: int = Field(..., ge=1)
-    """Below it the run waits for room."""
-    max: int = Field(..., ge=1)
-    """Above it the run does not grow."""
-
-    @model_validator(mode="after")
-    def _order(self) -> Self:
-        refuse({f"min={self.min} is above max={self.max}": self.min > self.max})
-        return self
 
 
 class _Choices(Section):
@@ -266,13 +259,14 @@ class LearnerSection(_Sections):
     """Largest |log(π_learner ÷ π_sampler)| in nats that a token may have which this very version sampled; the mean may
     be a tenth of it. Beyond, sampler and learner do not compute one policy, and the run stops. By default 0.01 in
     float32 and 2 in bfloat16; 0: only measured (`sampler_gap/…`)."""
-    micro_batch_tokens: int = Field(16384, ge=1)
-    """Prompt and completion tokens one forward and backward pass holds at most."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Prompt and completion tokens one forward and backward pass holds at most. By default 16,384, and on a GPU fewer
+    where its free memory says so. A pass that runs out of memory is halved, here and in all later steps."""
     gradient_checkpointing: bool = False
     """Make activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
     importance_every: int = Field(10, ge=0)
     """Steps between two looks at how much of one caption hangs on picture and prompt (`importance/…`); 0: never."""
-    workers: Annotated[int, Field(ge=1)] | LearnerRange = 1
+    workers: Annotated[int, Field(ge=1)] | WorkersRange = 1
     """Learner workers (Ray Train): a number, or `{min, max}` to follow what the cluster has room for."""
     sharding: Literal["none", "fsdp2"] = "none"
     """none: each learner holds the whole base; fsdp2: the frozen layers are split over the learners."""
@@ -282,6 +276,11 @@ class LearnerSection(_Sections):
     """Steps."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a pass at most, before anybody has looked at a device."""
+        return self.micro_batch_tokens or MICRO_BATCH_TOKENS
 
     @property
     def min_workers(self) -> int:

@@ -31,20 +31,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_as(kind: type[Whole], path: str | Path, overrides: Sequence[str] = ()) -> Whole:
-    """`load_config` of any kind of config file.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """`load_config` of any kind of config file; raises as it does."""
     return parse_as(kind, _read(Path(path)), str(path), overrides)
 
 
 def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> Config | ServeConfig:
-    """Either of the two, told apart by the sections that only a run has.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """Either of the two, told apart by the sections that only a run has; raises as `load_config`."""
     text = _read(Path(path))
     value = parse_yaml(text, str(path)).value
     only_of_runs = Config.model_fields.keys() - ServeConfig.model_fields.keys()
@@ -54,20 +46,12 @@ def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> Config |
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """`load_config` of text that is already read; `source` is what its errors call the file.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """`load_config` of text that is already read; `source` is what its errors call the file."""
     return parse_as(Config, text, source, overrides)
 
 
 def parse_as(kind: type[Whole], text: str, source: str, overrides: Sequence[str] = ()) -> Whole:
-    """`parse_config` of any kind of config file.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """`parse_config` of any kind of config file."""
     sections = ", ".join(f"`{name}:`" for name, info in kind.model_fields.items() if info.is_required())
     tree = parse_yaml(text, source)
     if tree.value is None:

@@ -221,11 +221,7 @@ def refuse_unseen(cfg: Config, shared: Sequence[str], cluster: str) -> None:
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Refuses paths that are not there, where the job will see the same files as this process.
-
-    Raises:
-        ConfigError: one line a path.
-    """
+    """Refuses (one line a path) what is not there, where the job will see the same files as this process."""
     needed = {key: path for key, path in local_paths(cfg).items() if key not in ("run.root", "sft.cache")}
     if cfg.data.scenes is not None:  # the run makes them
         needed = {key: path for key, path in needed.items() if key not in ("data.train", "data.eval")}

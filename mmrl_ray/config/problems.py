@@ -265,14 +265,14 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+@dataclass
 class _Walk:
     """Constructs values node by node and notes where each key stands."""
 
-    def __init__(self, loader: Any, source: str, tree: Tree) -> None:
-        self.loader = loader
-        self.source = source
-        self.tree = tree
-        self.open: set[int] = set()
+    loader: Any
+    source: str
+    tree: Tree
+    open: set[int] = field(default_factory=set)
 
     def value_of(self, node: yaml.Node, path: KeyPath) -> Any:
         if id(node) in self.open:

@@ -234,6 +234,11 @@ class ResourcesSection(Section):
     object_store_mb: int | None = Field(None, ge=80)
     """Size of a local Ray's object store; ignored on an existing cluster."""
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether learners and rollout workers take turns on GPUs."""
+        return self.placement == "shared" and self.learner.gpus > 0 and self.rollout.gpus > 0
+
     @model_validator(mode="after")
     def _placement_fits(self) -> Self:
         learner, rollout = self.learner.gpus, self.rollout.gpus

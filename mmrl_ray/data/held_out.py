@@ -95,7 +95,7 @@ def overlap_with_data(held_out: Sequence[Sample], location: str, *, read_bytes: 
     """
     dataset = ParquetDataset(location)
     by_hash = _by_hash(held_out)
-    lengths = {_length(sample.images) for sample in held_out}
+    lengths = {sum(map(len, sample.images)) for sample in held_out}
     seen: set[str] = set()
     looked_at = read = 0
     for number in shuffled(len(dataset.groups), "held out"):
@@ -140,7 +140,3 @@ def _overlap(
 ) -> Overlap:
     places = sorted(place for digest in seen for place in by_hash[digest])
     return Overlap(trained_on, len(held_out), tuple(held_out[place].id for place in places), looked_at, rows)
-
-
-def _length(images: Sequence[bytes]) -> int:
-    return sum(len(image) for image in images)

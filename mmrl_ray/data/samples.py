@@ -267,10 +267,9 @@ def iter_samples(path: str | Path, *, prompt: str, quarantine: Quarantine | None
 def read_split(
     path: str | Path, *, prompt: str, limit: int | None = None, quarantine: Quarantine | None = None
 ) -> list[Sample]:
-    """The first `limit` good samples in order (all by default), for evaluation.
+    """The first `limit` good samples in order (all by default), for evaluation; a DataError where no row is good.
 
-    Raises:
-        DataError, QuarantineError: as `iter_samples`, or no row is good.
+    Raises as `iter_samples`, too.
     """
     samples = list(islice(iter_samples(path, prompt=prompt, quarantine=quarantine), limit))
     if not samples:

@@ -99,11 +99,7 @@ class ParquetDataset:
         return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in pairs.items()}
 
     def load(self, group: RowGroup) -> pa.Table:
-        """A row group, from memory if it is still there.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """A row group, from memory if it is still there; a DataError where it cannot be read."""
         key = (group.shard, group.index)
         if key not in self._cache:
             while len(self._cache) >= self._cached_groups:

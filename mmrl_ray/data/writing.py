@@ -14,7 +14,6 @@ import posixpath
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
@@ -120,9 +119,7 @@ class ShardWriter:
                 self._filesystem.create_dir(self._scratch, recursive=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._commit()
@@ -173,7 +170,8 @@ class ShardWriter:
             if is_local(self._filesystem):
                 for old, new in zip(self._shards, final, strict=True):
                     os.rename(os.path.join(self._scratch, old), os.path.join(self._scratch, new))
-                _sync_tree(Path(self._scratch))
+                for path in (*Path(self._scratch).rglob("*"), Path(self._scratch)):
+                    sync(path)
                 # Fails when another process made the folder meanwhile, unless that is empty.
                 os.rename(self._scratch, self._target)
                 sync(Path(self._target).parent)
@@ -252,9 +250,3 @@ def write_parquet(
         for sample in rest:
             writer.write(sample)
     return writer.rows
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)

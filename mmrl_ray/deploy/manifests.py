@@ -128,12 +128,8 @@ def _job(cfg: Config) -> list[Manifest]:
         ),
     }
     data = {_CONFIG_FILE: dump_yaml(inside.model_dump(mode="json", exclude={"deploy"}))}
-    return [
-        *_claim(deploy),
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(deploy, name, config), "data": data},
-        _network_policy(deploy, name, port),
-        {"apiVersion": _API, "kind": "RayJob", "metadata": _metadata(deploy, name), "spec": spec},
-    ]
+    mounted = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(deploy, name, config), "data": data}
+    return _objects(deploy, name, port, "RayJob", spec, mounted)
 
 
 def _cluster(cfg: Config) -> list[Manifest]:
@@ -141,11 +137,7 @@ def _cluster(cfg: Config) -> list[Manifest]:
     name, deploy = _name(cfg.deploy, cfg.run.name), cfg.deploy
     port = (cfg.serving or ServingSection()).port
     spec = cluster_spec(deploy, name, groups_of_run(cfg, waiting=True), port=port)
-    return [
-        *_claim(deploy),
-        _network_policy(deploy, name, port),
-        {"apiVersion": _API, "kind": "RayCluster", "metadata": _metadata(deploy, name), "spec": spec},
-    ]
+    return _objects(deploy, name, port, "RayCluster", spec)
 
 
 def _service(cfg: ServeConfig) -> list[Manifest]:
@@ -163,11 +155,15 @@ def _service(cfg: ServeConfig) -> list[Manifest]:
         "excludeHeadPodFromServeSvc": True,
         "rayClusterConfig": cluster_spec(deploy, name, groups_of_server(cfg), port=serving.port, env=FAST, serves=True),
     }
-    return [
-        *_claim(deploy),
-        _network_policy(deploy, name, serving.port),
-        {"apiVersion": _API, "kind": "RayService", "metadata": _metadata(deploy, name), "spec": spec},
-    ]
+    return _objects(deploy, name, serving.port, "RayService", spec)
+
+
+def _objects(
+    deploy: DeploySection, name: str, port: int, kind: str, spec: Manifest, *mounted: Manifest
+) -> list[Manifest]:
+    """One of Ray's objects, behind what it stands on."""
+    ray = {"apiVersion": _API, "kind": kind, "metadata": _metadata(deploy, name), "spec": spec}
+    return [*_claim(deploy), *mounted, _network_policy(deploy, name, port), ray]
 
 
 def _require_database(serving: ServingSection) -> None:
@@ -245,10 +241,6 @@ def cluster_spec(
     """Head and worker groups, with Ray's token, the autoscaler, and the head's state in Redis.
 
     Args:
-        deploy: the section.
-        name: of the deployment.
-        groups: worker groups.
-        port: the gateway's.
         config: ConfigMap that the head mounts.
         env: environment variables of every Ray process, beside those that all have.
         serves: whether requests come to the workers.

@@ -135,15 +135,7 @@ def selector(name: str) -> Manifest:
 
 
 def head_pod(deploy: DeploySection, name: str, env: Mapping[str, str], *, config: str | None, port: int) -> Manifest:
-    """The template of the head's pod.
-
-    Args:
-        deploy: the section.
-        name: of the deployment.
-        env: environment variables.
-        config: the ConfigMap with the run's config, if it is to be mounted.
-        port: the gateway's.
-    """
+    """The template of the head's pod; `config` is the ConfigMap with the run's config, if it is to be mounted."""
     head = deploy.head
     ports = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "metrics": METRICS_PORT, "serve": port}
     container = _container("ray-head", deploy, env, ceil(head.cpus), 0, head.memory, ports)
@@ -291,15 +283,13 @@ class WorkerGroup:
 
 def shares_gpus(cfg: Config) -> bool:
     """Whether learners and rollout workers take turns on GPUs."""
-    resources = cfg.resources
-    return resources.placement == "shared" and resources.learner.gpus > 0 and resources.rollout.gpus > 0
+    return cfg.resources.takes_turns
 
 
 def groups_of_run(cfg: Config, *, waiting: bool) -> list[WorkerGroup]:
     """The groups of a training run.
 
     Args:
-        cfg: the run's.
         waiting: for a cluster without a job yet, whose groups begin empty.
     """
     deploy, resources = cfg.deploy, cfg.resources

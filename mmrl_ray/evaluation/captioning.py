@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrl_ray.analysis.attribution import caption_states
+from mmrl_ray.data import atomic
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError
+from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError, RunError
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import MAX_STATES
 from mmrl_ray.experience.carriers import CaptionState, SamplingParams
@@ -211,6 +212,14 @@ def caption(
             print(text.strip())
         else:
             print(visible(text.strip() if len(images) == 1 else f"{path}: {text.strip()}"))
+
+
+def write_out(file: Path, content: bytes) -> None:
+    """Writes what a command was asked to leave; a RunError where it cannot."""
+    try:
+        atomic.write_file(file, content)
+    except OSError as error:
+        raise RunError(f"{file} cannot be written: {error.strerror or error}; choose another --out") from error
 
 
 def read_image(path: str | Path) -> bytes:

@@ -10,11 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from mmrl_ray.analysis.correlation import Correlation
-from mmrl_ray.data import atomic
 from mmrl_ray.data.held_out import overlap_with_data, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
-from mmrl_ray.errors import ConfigError, DataError, RunError
-from mmrl_ray.evaluation.captioning import target_captions
+from mmrl_ray.errors import ConfigError, DataError
+from mmrl_ray.evaluation.captioning import target_captions, write_out
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness, score_captions
@@ -95,7 +94,8 @@ def evaluate(
     notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
     notes += seen
     found = States.of(samples[: len(states)], states).correlations if states else {}
-    document = _text(_document(target, data, evaluation, found, [*notes, *filter(None, [unseeing])]))
+    whole = to_json(_document(target, data, evaluation, found, [*notes, *filter(None, [unseeing])]))
+    document = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
     if as_json:
         print(document)
     else:
@@ -108,16 +108,14 @@ def evaluate(
             say(Console(), f"WARNING: {unseeing}", "bold red")
     if out is not None:
         file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
-        _write(file, document)
+        write_out(file, f"{document}\n".encode())
         say(Console(stderr=as_json), f"written to {file}")
     return evaluation
 
 
 def measures_table(title: str, evaluation: Evaluation) -> PlainTable:
     """Every measure with its 95 % interval, for a terminal or plain."""
-    columns = ("measure", "value", "95 % interval")
-    heading = f"{title}: {len(evaluation.captions)} samples"
-    table = PlainTable(*columns, right=columns[1:], title=heading, title_justify="left")
+    table = _table(f"{title}: {len(evaluation.captions)} samples", "measure", "value", "95 % interval")
     for name, interval in evaluation.measures.items():
         table.add_row(name, f"{interval.mean:.4f}", interval.words(".4f", " … ", ""))
     return table
@@ -125,12 +123,14 @@ def measures_table(title: str, evaluation: Evaluation) -> PlainTable:
 
 def correlation_table(found: Mapping[str, Correlation], samples: int) -> PlainTable:
     """|ρ| of the captions with what they were made of, for a terminal or plain."""
-    columns = ("modality", "|ρ|", "by permutation")
-    heading = f"captions and their modalities: {samples} samples"
-    table = PlainTable(*columns, right=columns[1:], title=heading, title_justify="left")
+    table = _table(f"captions and their modalities: {samples} samples", "modality", "|ρ|", "by permutation")
     for row in correlation_lines(found):
         table.add_row(*row)
     return table
+
+
+def _table(title: str, name: str, *figures: str) -> PlainTable:
+    return PlainTable(name, *figures, right=figures, title=title, title_justify="left")
 
 
 def _trained_on(opened: ModelSource, samples: list[Sample], data: str) -> list[str]:
@@ -180,14 +180,3 @@ def _document(
             for score in evaluation.captions
         ],
     }
-
-
-def _text(document: dict[str, Any]) -> str:
-    return json.dumps(to_json(document), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _write(file: Path, document: str) -> None:
-    try:
-        atomic.write_file(file, f"{document}\n".encode())
-    except OSError as error:
-        raise RunError(f"{file} cannot be written: {error.strerror or error}; choose another --out") from error

@@ -24,11 +24,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmrl_ray.analysis.attribution import MODALITIES, Importance, caption_importance
-from mmrl_ray.data import atomic
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import RunError
-from mmrl_ray.evaluation.captioning import read_image, target_captions
+from mmrl_ray.evaluation.captioning import read_image, target_captions, write_out
 from mmrl_ray.evaluation.model_source import open_target
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.model import Policy
@@ -224,10 +222,7 @@ def explain(
         print(f"no heat map: the places of this model's image tokens are not known: {explained.grid}")
         return
     file = out or Path(f"{image.stem}-explained.png")
-    try:
-        atomic.write_file(file, heat_map)
-    except OSError as error:
-        raise RunError(f"{file} cannot be written: {error.strerror or error}; choose another --out") from error
+    write_out(file, heat_map)
     print(f"heat map: {file}")
 
 

@@ -96,11 +96,7 @@ def save_evaluation(run: RunDir, name: str, evaluation: Evaluation, samples: Seq
 
 
 def load_evaluation(run: RunDir, name: str) -> Evaluation | None:
-    """What `save_evaluation` wrote under that name; None when it is not there.
-
-    Raises:
-        RunError: the file cannot be read.
-    """
+    """What `save_evaluation` wrote under that name; None when it is not there, a RunError where it cannot be read."""
     file = f"{FOLDER}/{name}.parquet"
     if not run.exists(file):
         return None
@@ -291,11 +287,7 @@ def save_states(run: RunDir, name: str, states: States) -> None:
 
 
 def load_states(run: RunDir, name: str) -> States | None:
-    """What `save_states` wrote under that name; None when it is not there.
-
-    Raises:
-        RunError: the file cannot be read.
-    """
+    """What `save_states` wrote under that name; None when it is not there, a RunError where it cannot be read."""
     file = f"{STATES_FOLDER}/{name}.parquet"
     if not run.exists(file):
         return None

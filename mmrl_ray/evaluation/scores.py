@@ -200,12 +200,9 @@ def score_captions(
     Args:
         samples: with references.
         captions: one a sample, in order.
-        reward: the run's.
         statistics: of the training references, for CIDEr-D.
         progress: is told how many captions have their reward, of how many.
-        seed: of the bootstrap.
         timeout_s: of the reward, for a batch; see `score_with_retry`.
-        retries: of it.
 
     Raises:
         DataError: no samples, or a sample without references.

@@ -123,6 +123,10 @@ class VisionFeatures:
         """Bytes held by all tensors."""
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deepstack))
 
+    def cpu(self) -> VisionFeatures:
+        """On the CPU."""
+        return VisionFeatures(self.tokens.cpu(), tuple(tensor.cpu() for tensor in self.deepstack))
+
 
 @dataclass(frozen=True, slots=True)
 class CaptionState:

@@ -29,16 +29,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.reward import Normalization
-from mmrl_ray.errors import LearnerError
+from mmrl_ray.errors import LearnerError, MMRLError, first_line, raised_at
 from mmrl_ray.experience.carriers import PlannedGroup, RewardBreakdown, RewardFailure, ScoredGroup, StepPlan
 from mmrl_ray.losses.advantages import decoupled_rewards, spreads
-from mmrl_ray.losses.aggregation import StepRewards
+from mmrl_ray.losses.aggregation import StepRewards, StepWeights
 
 
 class GroupSize(NamedTuple):
@@ -70,7 +71,7 @@ def build_step_plan(
         normalize: whether parts of the reward are normalised by their group.
 
     Raises:
-        LearnerError: no group of the step can be learned from.
+        LearnerError: no group of the step can be learned from, or the algorithm cannot weigh them.
     """
     why = {group.key: left_out(group, learner, normalize) for group in groups}
     live = [group for group in groups if why[group.key] is None]
@@ -83,7 +84,7 @@ def build_step_plan(
     if learner.advantage == "greedy":
         greedy = torch.tensor([_greedy_reward(g) for g in live], dtype=torch.float64)
     lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
-    found = learner.family.weigh(StepRewards(rewards, counts, seen.magnitude, greedy, lengths, max_new_tokens))
+    found = _weighed(learner, StepRewards(rewards, counts, seen.magnitude, greedy, lengths, max_new_tokens))
     weights, scales, denominator = found.advantages, found.scales, found.denominator
     planned = tuple(
         PlannedGroup(
@@ -105,9 +106,33 @@ def build_step_plan(
         step=step,
         groups=planned,
         denominator=float(denominator),
-        micro_batches=split_micro_batches(sizes, learner.micro_batch_tokens, world_size),
+        micro_batches=split_micro_batches(sizes, learner.token_budget, world_size),
         metrics={**seen.metrics, **found.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
     )
+
+
+def _weighed(learner: LearnerSection, step: StepRewards) -> StepWeights:
+    """What the algorithm makes of the rewards, which may be a user's own."""
+    what = f"weigh of the algorithm {learner.loss}"
+    try:
+        found = learner.family.weigh(step)
+    except MMRLError:
+        raise
+    except Exception as error:
+        raise LearnerError(f"{what} raised {first_line(error)}{raised_at(error)}") from error
+    if not isinstance(found, StepWeights):
+        raise LearnerError(f"{what} returned {type(found).__name__}: return StepWeights")
+    for name, given in (("advantages", found.advantages), ("scales", found.scales)):
+        if given.shape != step.rewards.shape or not bool(given.isfinite().all()):
+            raise LearnerError(
+                f"{what} gave {name} {list(given.shape)}, {int(given.isfinite().sum())} of them finite numbers: give "
+                f"one to each completion, {list(step.rewards.shape)}"
+            )
+    if not (found.scales > 0).any(dim=1).all():
+        raise LearnerError(f"{what} gave scales of 0 to a whole group: to learn nothing from it, make its advantages 0")
+    if not 0 < found.denominator < math.inf:
+        raise LearnerError(f"{what} gave the denominator {found.denominator}: it must be above 0")
+    return found
 
 
 def left_out(group: ScoredGroup, learner: LearnerSection, normalize: Normalization) -> str | None:
@@ -270,17 +295,13 @@ def _figures(groups: Sequence[ScoredGroup], counts: torch.Tensor) -> dict[str, f
         "reward/group_std": _deviations(totals, counts, correction=0).mean().item(),
     }
     for name in dict.fromkeys(name for row in rows for name in row.parts):
-        figures[f"reward/{name}"] = _mean([row.parts[name] for row in rows if name in row.parts])
+        figures[f"reward/{name}"] = fmean([row.parts[name] for row in rows if name in row.parts])
     for name, weight in rows[0].weights.items():
         figures[f"reward_weight/{name}"] = weight
     sigmas = [row.sigma for row in rows if row.sigma is not None]
     if sigmas:
-        figures["reward/sigma"] = _mean(sigmas)
+        figures["reward/sigma"] = fmean(sigmas)
     if rows[0].risk:
         figures["reward/risk"] = rows[0].risk
-        figures["reward/adjusted"] = _mean([row.adjusted for row in rows])
+        figures["reward/adjusted"] = fmean([row.adjusted for row in rows])
     return figures
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

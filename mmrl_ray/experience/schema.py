@@ -94,9 +94,7 @@ def group_rows(run: str, scored: ScoredGroup, group: RolloutGroup) -> list[dict[
     What a step makes of them is null until `run_records.rollout_log.step_table` fills it in.
 
     Args:
-        run: the run's name.
         scored: its rewards; a masked group has none, and each completion without one has its reason.
-        group: its completions.
     """
     common = {
         "run": run,

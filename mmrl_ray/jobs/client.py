@@ -136,22 +136,14 @@ class JobsClient:
         return sorted((job for job in found if job is not None), key=lambda job: (-job.created, job.id))
 
     def get(self, id: str) -> Job:
-        """The job of that id.
-
-        Raises:
-            UnknownJobError: there is no such job, or it is not this project's.
-        """
+        """The job of that id; an UnknownJobError where there is none, or it is not this project's."""
         job = _job(self._asked(lambda: self._sdk.get_job_info(check_id(id)), id))
         if job is None:
             raise UnknownJobError(f"job {id} at {self.address} was not submitted by mmrl")
         return job
 
     def find(self, name: str) -> Job:
-        """By its id, or by the name of its run: then the newest.
-
-        Raises:
-            UnknownJobError: neither is known.
-        """
+        """By its id, or by the name of its run: then the newest; an UnknownJobError where neither is known."""
         jobs = self.jobs()
         found = next((job for job in jobs if job.id == name), None) or next(
             (job for job in jobs if job.facts.run == name), None
@@ -164,11 +156,7 @@ class JobsClient:
         return found
 
     def stop(self, id: str) -> bool:
-        """Asks the job to stop; False where it was over.
-
-        Raises:
-            UnknownJobError: there is no such job.
-        """
+        """Asks the job to stop; False where it was over, an UnknownJobError where there is none."""
         return bool(self._asked(lambda: self._sdk.stop_job(check_id(id)), id))
 
     def logs(self, id: str) -> str:
@@ -284,11 +272,7 @@ def own_ray() -> str:
 
 
 def own_address() -> str:
-    """The job server of the Ray that this process has joined.
-
-    Raises:
-        JobServerError: it has none.
-    """
+    """The job server of the Ray that this process has joined; a JobServerError where it has none."""
     try:
         return str(ray_address_to_api_server_url(own_ray()))
     except (ValueError, RuntimeError, ConnectionError) as error:

@@ -15,14 +15,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mmrl_ray.errors import ConfigError, RunError
-from mmrl_ray.run_records.control_files import (
-    ScaleAnswer,
-    ScaleRequest,
-    put_request,
-    read_status,
-    take_answer,
-    withdraw,
-)
+from mmrl_ray.run_records.control_files import ScaleAnswer, ScaleRequest, put_request, read_status, take_answer
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.terminal import PlainTable, plain
 
@@ -93,11 +86,7 @@ class RunControl:
         self._period_s = _LOCAL_S if run.is_local else _REMOTE_S
 
     def status(self) -> dict[str, Any]:
-        """The run's newest status, with `alive` and `age_s` added: seconds since the run last said something.
-
-        Raises:
-            RunError: there is none.
-        """
+        """The newest status, or a RunError; with `alive`, and `age_s`: seconds since the run last said something."""
         status = read_status(self._run)
         age = max(0.0, self._clock() - status["time"])
         alive = status["state"] in ALIVE and age <= status["next_within_s"]
@@ -115,8 +104,11 @@ class RunControl:
         name = put_request(self._run, ScaleRequest(workers=workers, by=by, expires=deadline))
         while (answer := take_answer(self._run, name)) is None:
             if self._clock() >= deadline:
-                withdraw(self._run, name)
-                raise RunError(self._unanswered(timeout_s))
+                self._run.delete(name)
+                is_starting = self.status()["state"] == "starting"
+                why = "it is still starting: try again later" if is_starting else "mmrl status says how it stands"
+                told = f"did not answer within {timeout_s:g} s, and was not changed; {why}"
+                raise RunError(f"{self._run.location} {told}")
             self._sleep(self._period_s)
         if not answer.accepted:
             raise ConfigError(answer.message)
@@ -155,11 +147,6 @@ class RunControl:
         else:
             told = f"the run has died: it last said something {status['age_s']:.0f} s ago"
         raise RunError(f"{self._run.location}: {told}; only a run in progress can be scaled")
-
-    def _unanswered(self, timeout_s: float) -> str:
-        state = self.status()["state"]
-        why = "it is still starting: try again later" if state == "starting" else "mmrl status says how it stands"
-        return f"{self._run.location} did not answer within {timeout_s:g} s, and was not changed; {why}"
 
 
 def what_is_missing(status: Mapping[str, Any]) -> str | None:

@@ -132,11 +132,7 @@ def new_http_id() -> str:
 
 
 def check_id(id: str) -> str:
-    """The id, if it can be that of a job.
-
-    Raises:
-        JobError: it could be none.
-    """
+    """The id, if it can be that of a job; a JobError otherwise."""
     if ID.fullmatch(id) is None:
         raise JobError(f"{id[:64]!r} is no id of a job: it has up to 128 letters, digits, dots, dashes and underscores")
     return id
@@ -160,21 +156,17 @@ def follow(
     return asyncio.run(_Follower(source, id, write, patience_s, pause_s, silent_s).whole())
 
 
+@dataclass(slots=True)
 class _Follower:
-    def __init__(
-        self,
-        source: JobsClient,
-        id: str,
-        write: Callable[[str], object],
-        patience_s: float,
-        pause_s: float,
-        silent_s: float,
-    ) -> None:
-        self._source, self._id, self._write = source, id, write
-        self._patience_s, self._pause_s, self._silent_s = patience_s, pause_s, silent_s
-        self._shown = 0
-        """Characters written so far. Every connection begins the log anew; what it repeats is passed over."""
-        self._heard = time.monotonic()
+    source: JobsClient
+    id: str
+    write: Callable[[str], object]
+    patience_s: float
+    pause_s: float
+    silent_s: float
+    shown: int = 0
+    """Characters written so far. Every connection begins the log anew; what it repeats is passed over."""
+    heard: float = field(default_factory=time.monotonic)
 
     async def whole(self) -> Job:
         """Connects as often as it takes."""
@@ -182,47 +174,47 @@ class _Follower:
             try:
                 job = await self._connection()
                 if job is None:
-                    job = await asyncio.to_thread(self._source.get, self._id)
-                self._heard = time.monotonic()
+                    job = await asyncio.to_thread(self.source.get, self.id)
+                self.heard = time.monotonic()
                 if job.is_over:
-                    self._catch_up(await asyncio.to_thread(self._source.logs, self._id))
+                    self._catch_up(await asyncio.to_thread(self.source.logs, self.id))
                     return job
             except JobServerError as error:
-                if time.monotonic() - self._heard > self._patience_s:
+                if time.monotonic() - self.heard > self.patience_s:
                     raise JobServerError(
-                        f"{error}; given up after {self._patience_s:g} s. The job is not stopped by that: go on with "
-                        f"mmrl jobs logs {self._id} --follow"
+                        f"{error}; given up after {self.patience_s:g} s. The job is not stopped by that: go on with "
+                        f"mmrl jobs logs {self.id} --follow"
                     ) from error
-            await asyncio.sleep(self._pause_s)
+            await asyncio.sleep(self.pause_s)
 
     async def _connection(self) -> Job | None:
         """One connection to its end; the job, where it was found to be over while nothing came."""
         seen = 0
-        async with aclosing(self._source.tail(self._id)) as pieces:  # type: ignore[type-var]
+        async with aclosing(self.source.tail(self.id)) as pieces:  # type: ignore[type-var]
             while True:
                 coming = asyncio.ensure_future(anext(pieces, None))
                 try:
-                    while not (await asyncio.wait({coming}, timeout=self._silent_s))[0]:
-                        job = await asyncio.to_thread(self._source.get, self._id)
-                        self._heard = time.monotonic()
-                        self._catch_up(await asyncio.to_thread(self._source.logs, self._id))
+                    while not (await asyncio.wait({coming}, timeout=self.silent_s))[0]:
+                        job = await asyncio.to_thread(self.source.get, self.id)
+                        self.heard = time.monotonic()
+                        self._catch_up(await asyncio.to_thread(self.source.logs, self.id))
                         if job.is_over:
                             return job
                     piece = coming.result()
                 finally:
                     await _ended(coming)
-                self._heard = time.monotonic()
+                self.heard = time.monotonic()
                 if piece is None:
                     return None
                 seen += len(piece)
-                if seen > self._shown:
-                    self._write(piece[len(piece) - (seen - self._shown) :])
-                    self._shown = seen
+                if seen > self.shown:
+                    self.write(piece[len(piece) - (seen - self.shown) :])
+                    self.shown = seen
 
     def _catch_up(self, whole: str) -> None:
-        if len(whole) > self._shown:
-            self._write(whole[self._shown :])
-            self._shown = len(whole)
+        if len(whole) > self.shown:
+            self.write(whole[self.shown :])
+            self.shown = len(whole)
 
 
 async def _ended(task: asyncio.Future[str | None]) -> None:

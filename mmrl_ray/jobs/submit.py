@@ -4,8 +4,8 @@
 
     config.yaml        the config, resolved; not with a resume, which takes the one of its run folder
     mmrl_ray/          the package as it is installed here
-    reward_code/       of the folder with the user's own reward functions or algorithm, where a config has some: its
-                       Python files
+    reward_code/       of the folders with the user's own reward functions and algorithm, where a config has some:
+                       their Python files
 
 The job works in that folder, so that its driver and its workers run the submitter's code, whatever the cluster's image
 has of it. Everything else (Python, Ray, torch, …) is the cluster's own.
@@ -17,6 +17,7 @@ it is accepted, and how it ended is told by the run's own folder.
 
 from __future__ import annotations
 
+import filecmp
 import getpass
 import os
 import shlex
@@ -81,9 +82,7 @@ def submit_run(
     """Sends a run; `cfg` names places that the cluster sees. Returns the job's id.
 
     Args:
-        server: the cluster's.
         cfg: resolved.
-        python: the interpreter on the cluster.
         id: of the job; by default one with the run's name in it.
         request: of whoever asked over HTTP; see `JobFacts`.
         ray_address: of the cluster's control store, for the run to join; by default what Ray tells its jobs, which on
@@ -108,10 +107,9 @@ def resume_run(server: JobsClient, facts: JobFacts, *, python: str = DEFAULT_PYT
     Raises:
         JobError: a job is still at this run, or Ray does not take it.
     """
-    if facts.code and not Path(facts.code).is_dir():
-        raise JobError(
-            f"job of {facts.run}: its own reward functions are in {facts.code} of {facts.by}: resume it from there"
-        )
+    for folder in facts.code.splitlines():
+        if not Path(folder).is_dir():
+            raise JobError(f"job of {facts.run}: its own modules are in {folder} of {facts.by}: resume it from there")
     again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request, facts.code, facts.config)
     if facts.config:
         return _send(server, again, f"train {CONFIG_FILE} --resume-or-start", facts.config, python, id)
@@ -166,7 +164,7 @@ def packed(
     Args:
         config: text of `config.yaml`.
         source: the package's folder; the one that runs here by default.
-        code: folder of the user's own modules, see `own_code`.
+        code: folders of the user's own modules, see `own_code`.
         max_bytes: more is not sent.
 
     Raises:
@@ -180,8 +178,8 @@ def packed(
                 source, _files_of(source), max_bytes, "keep data, weights and runs out of the package's folder"
             )
             shutil.copytree(source, folder / "mmrl_ray", ignore=_LEFT_OUT)
-            if code:
-                _copy_code(Path(code), folder / SENT_CODE, max_bytes)
+            for own in code.splitlines():
+                _copy_code(Path(own), folder / SENT_CODE, max_bytes)
         except (OSError, shutil.Error) as error:
             raise JobError(f"{source} cannot be packed for the job: {error}") from error
         if config is not None:
@@ -190,16 +188,20 @@ def packed(
 
 
 def own_code(reward: RewardSection, algorithm: str = "") -> str:
-    """The folder that a job needs for the user's modules; empty where they are installed, or there are none.
+    """The folders that a job needs for the user's modules, a line each; empty where those are installed, or none.
 
     Args:
-        reward: with absolute paths.
-        algorithm: of the config; `module:Class` is a module, too.
+        reward: with absolute paths; its functions are looked for in `reward.code`.
+        algorithm: of the config; the module of a `module:Class` is looked for in the working directory.
     """
-    folder = Path(reward.code or ".").absolute()
-    paths = [part.path for part in reward.functions.values()] + ([algorithm] if ":" in algorithm else [])
-    tops = {path.partition(":")[0].partition(".")[0] for path in paths}
-    return str(folder) if any((folder / top).is_dir() or (folder / f"{top}.py").is_file() for top in tops) else ""
+    asked = [(Path(reward.code or "."), part.path) for part in reward.functions.values()]
+    asked += [(Path("."), algorithm)] if ":" in algorithm else []
+    found = []
+    for folder, path in asked:
+        top = folder.absolute() / path.partition(":")[0].partition(".")[0]
+        if top.is_dir() or top.with_suffix(".py").is_file():
+            found.append(str(folder.absolute()))
+    return "\n".join(dict.fromkeys(found))
 
 
 def _copy_code(source: Path, target: Path, max_bytes: int) -> None:
@@ -214,6 +216,8 @@ def _copy_code(source: Path, target: Path, max_bytes: int) -> None:
     for file in files:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
+        if copy.exists() and not filecmp.cmp(file, copy, shallow=False):
+            raise JobError(f"{file} has the name of another file that the job takes along: rename one of them")
         shutil.copyfile(file, copy)
 
 

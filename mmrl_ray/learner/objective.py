@@ -44,7 +44,7 @@ from torch import nn
 from mmrl_ray.algorithms.base import Objective
 from mmrl_ray.analysis.attribution import caption_importance
 from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.errors import LearnerError, ModelError, NonFiniteError
+from mmrl_ray.errors import LearnerError, MMRLError, ModelError, NonFiniteError, first_line, raised_at
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.losses.aggregation import masked_sum
@@ -63,6 +63,8 @@ LARGEST = {torch.float32: 0.01, torch.float16: 0.5, torch.bfloat16: 2.0}
 standard deviation is 6.6, over 72 tokens; a step has up to 10⁵, and tails."""
 MEAN_SHARE = 0.1
 """The mean may be this much of the largest: a fault of every token shows there where rounding hides its size."""
+WARNED_SHARE = 0.5
+"""Of the bound, from which on there is a warning at each step; of the default bound where the gap stops nothing."""
 _KINDS = ("", "stale_")
 
 
@@ -105,8 +107,11 @@ def micro_batch_share(
         scores: log-probs under π_θ, with gradient, and entropies.
         proximal: log-probs [N, T] at the start of the step, or None for those of `scores` themselves.
         place: of the micro-batch among this rank's of the step.
+
+    Raises:
+        LearnerError: the objective, which may be a user's own, raised: it would again after a restart.
     """
-    loss, own = objective.share(batch, scores, proximal, denominator, place)
+    loss, own = _share(objective, cfg, batch, scores, proximal, denominator, place)
     main = loss.detach()
     zero = loss.new_zeros(())
     kl_term, kl, kl_tokens = zero, zero, zero
@@ -132,6 +137,25 @@ def micro_batch_share(
     recomputed = zero + batch.vision_recomputed
     head = torch.stack([main, kl_term.detach(), kl, kl_tokens, entropy, tokens, recomputed])
     return Share(loss, torch.cat([head, own.to(head.dtype)]).double())
+
+
+def _share(
+    objective: Objective,
+    cfg: LearnerSection,
+    batch: LearnerBatch,
+    scores: Scores,
+    proximal: torch.Tensor | None,
+    denominator: float,
+    place: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return objective.share(batch, scores, proximal, denominator, place)
+    except (MMRLError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        if cfg.sharding != "none":  # the other ranks wait in a gather, where only a restart of the group reaches them
+            raise
+        raise LearnerError(f"the loss {cfg.loss} raised {first_line(error)}{raised_at(error)}") from error
 
 
 def regularisers(cfg: LearnerSection, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -166,21 +190,41 @@ def step_figures(objective: Objective, sums: torch.Tensor, regulariser_values: d
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase: the host's, and on a CUDA GPU those between marks in its queue, which nobody waits for.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(
+    The host is often far ahead of a GPU: by its own clock the backward pass would show up in whatever waits first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = dict.fromkeys(
             ("seconds/fetch", "seconds/forward_backward", "seconds/reduce", "seconds/optimizer"), 0.0
         )
+        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time inside to `name`."""
         start = time.perf_counter()
+        if self._on_gpu:
+            marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._marks.append((name, *marks))
+            marks[0].record()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            if self._on_gpu:
+                marks[1].record()
+            else:
+                self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """So far; waits for the GPU."""
+        for name, begin, end in self._marks:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._marks.clear()
+        return dict(self._seconds)
 
 
 def flat_gradient(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
@@ -263,7 +307,7 @@ class SamplerGap:
     ) -> None:
         """Takes in a micro-batch: [N, T] each, completions in the order of the groups."""
         stale = [group.staleness > 0 for group in planned for _ in group.learned_tokens]
-        rows = torch.tensor(stale, device=mask.device)[:, None]
+        rows = self._policy.place(torch.tensor(stale))[:, None]
         gap = (logprobs.detach() - behaviour).abs().double()
         # No device is waited for here.
         for kind, of in enumerate((mask & ~rows, mask & rows)):
@@ -280,10 +324,10 @@ class SamplerGap:
     def metrics(self) -> dict[str, float]:
         """Figures of the step; those of a kind of groups that it did not have are missing."""
         figures = {}
-        for kind, name in enumerate(_KINDS):
-            total, tokens = self._sums[kind].tolist()
+        read = torch.cat([self._sums, self._largest[:, None]], dim=1).tolist()
+        for name, (total, tokens, largest) in zip(_KINDS, read, strict=True):
             if tokens:
-                figures[f"sampler_gap/{name}max"] = float(self._largest[kind])
+                figures[f"sampler_gap/{name}max"] = largest
                 figures[f"sampler_gap/{name}mean"] = total / tokens
         return figures
 
@@ -295,6 +339,13 @@ class SamplerGap:
         """
         figures = self.metrics()
         largest, mean = figures.get("sampler_gap/max", 0.0), figures.get("sampler_gap/mean", 0.0)
+        warned_at = WARNED_SHARE * (self.bound or LARGEST[self._policy.dtype])
+        if largest > warned_at or mean > MEAN_SHARE * warned_at:
+            logger.warning(
+                "step %d: |log(learner ÷ sampler)| of on-policy tokens is %.3g at most and %.3g on average: above %.3g "
+                "(on average %.3g) is more than rounding explains",
+                *(step, largest, mean, warned_at, MEAN_SHARE * warned_at),
+            )
         if self.bound == 0 or (largest <= self.bound and mean <= MEAN_SHARE * self.bound):
             return
         raise LearnerError(

@@ -7,7 +7,7 @@ keeps a part of each decoder layer.
 
 FSDP manages the frozen weights of the decoder's layers, nine tenths of a model and more, and nothing else:
 
-- Adapters stay whole on each learner. They are a few MB, so splitting them would save nothing; and whole ones keep what
+- Adapters stay whole on each learner. They are small, so splitting them would save nothing; and whole ones keep what
   a replicated learner has: one flat gradient buffer summed once a step, plain tensors in the optimiser, checkpoints and
   published weights in the same format. Frozen weights have no gradient, so FSDP has nothing to reduce.
 - Embeddings, head and vision tower stay whole, too: they are called outside the decoder, and how often differs between

@@ -7,20 +7,26 @@
 Every loss share is over the plan's one denominator, so shares add up over micro-batches and ranks, and the ranks need
 not agree on how many backward passes they make: a rank without work adds zeros. Nothing is divided by the world size.
 
+A micro-batch that does not fit the device's memory is halved, which adds up to the same; the smaller budget is
+remembered, and later ones are split by it (`token_budget`).
+
 Where the base is sharded they do have to: each pass gathers the layers' weights from all ranks. A rank with fewer
 micro-batches then makes as many passes as the others, the further ones with a gradient of 0.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan
+from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
 from mmrl_ray.learner.checkpoints import LearnerState, capture_rng, restore_rng
 from mmrl_ray.learner.objective import (
     Clock,
@@ -45,6 +51,16 @@ from mmrl_ray.policy.vision import VisionCache
 Payloads = Callable[[Sequence[PlannedGroup]], Sequence[RolloutGroup]]
 """Fetches the groups behind the payloads of a micro-batch, in order."""
 _OWN = "objective/"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    groups: list[PlannedGroup]
+    place: int
+    """Names it to the objective, through all passes of a step; no other of the step has had it."""
+    proximal: torch.Tensor | None = None
+    """π_prox is π_θ before the first update: the first pass sees it anyway, and later ones remember it."""
 
 
 class LearnerStep:
@@ -86,6 +102,9 @@ class LearnerStep:
         """Optimiser updates so far: finished steps times `passes`."""
         self.path: ScorePath = path
         """Which forward is active."""
+        self._halved = 0
+        self.token_budget: int | None = None
+        """Tokens of a pass at most, where this device takes fewer than the plan has in a micro-batch."""
         self._cache = vision_cache
         self._ranks = ranks if ranks is not None else Ranks()
         self._in_lockstep = in_lockstep
@@ -114,23 +133,22 @@ class LearnerStep:
             raise LearnerError(
                 f"plan of step {plan.step} is for {len(plan.micro_batches)} learners, and there are {self._ranks.size}"
             )
-        batches = self._worth_a_pass(plan, self._ranks.rank)
-        # π_prox is π_θ before the first update: the first pass sees it anyway, and later ones remember it.
-        proximal: list[torch.Tensor | None] = [None] * len(batches)
-        clock = Clock()
+        batches = [_MicroBatch(g, i) for i, g in enumerate(self._worth_a_pass(plan, self._ranks.rank))]
+        clock = Clock(self.policy.device)
         metrics: dict[str, float] = {}
         # Stored captions were not sampled from this policy, and after an update it is another one.
         gap = SamplerGap(self.policy, self.cfg) if not self._family.is_offline else None
         self._objective.begin_step()
+        self._halved = 0
         for i in range(self.cfg.passes):
-            metrics = self._update(plan, batches, proximal, payloads, clock, gap if i == 0 else None)
+            metrics = self._update(plan, batches, payloads, clock, gap if i == 0 else None)
         return {
             **metrics,
             **(gap.metrics() if gap is not None else {}),
             "tokens/completion": float(sum(sum(g.learned_tokens) for g in plan.groups)),
             "shared_prefix": self.path != "naive",
             "packed_rows": self.path == "packed",
-            **clock.seconds,
+            **clock.seconds(),
         }
 
     def state(self) -> LearnerState:
@@ -168,17 +186,17 @@ class LearnerStep:
     def _update(
         self,
         plan: StepPlan,
-        batches: Sequence[Sequence[PlannedGroup]],
-        proximal: list[torch.Tensor | None],
+        batches: list[_MicroBatch],
         payloads: Payloads,
         clock: Clock,
         gap: SamplerGap | None,
     ) -> dict[str, float]:
-        sums = torch.zeros(width(self._objective), dtype=torch.float64, device=self.policy.device)
+        # Of the objective, and how often a micro-batch of this step was halved so far.
+        sums = torch.zeros(width(self._objective) + 1, dtype=torch.float64, device=self.policy.device)
         local: MMRLError | None = None
         self._gradient.zero_()
         try:
-            self._accumulate(plan, batches, proximal, payloads, sums, clock, gap)
+            self._accumulate(plan, batches, payloads, sums, clock, gap)
         except MMRLError as error:
             local = error  # the others wait in the reduction: meet them there first
         with clock.phase("seconds/reduce"):
@@ -199,40 +217,91 @@ class LearnerStep:
             self._scheduler.step()
             self._objective.after_update()
             self.updates += 1
-        return {**step_figures(self._objective, sums.cpu(), values), "grad_norm": norm, "lr": rate}
+        summed = sums.cpu()
+        halved = {"micro_batches/halved": float(summed[-1])} if summed[-1] else {}
+        return {**step_figures(self._objective, summed[:-1], values), **halved, "grad_norm": norm, "lr": rate}
 
     def _accumulate(
         self,
         plan: StepPlan,
-        batches: Sequence[Sequence[PlannedGroup]],
-        proximal: list[torch.Tensor | None],
+        batches: list[_MicroBatch],
         payloads: Payloads,
         sums: torch.Tensor,
         clock: Clock,
         gap: SamplerGap | None,
     ) -> None:
-        """Forward and backward over this rank's micro-batches."""
+        """Forward and backward over this rank's micro-batches, some of which may become several."""
         losses: list[torch.Tensor] = []
-        for i, planned in enumerate(batches):
-            batch = self._batch(plan, planned, payloads, clock)
-            with clock.phase("seconds/forward_backward"), self._within_memory(plan, planned):
-                share, logprobs = self._one(plan, batch, proximal[i], i)
-                proximal[i] = logprobs if proximal[i] is None else proximal[i]
+        while len(losses) < len(batches):
+            share = self._try(plan, batches[len(losses)], payloads, clock, gap)
+            if share is None:
+                self._halve(plan, batches, len(losses))
+            else:
                 losses.append(share.loss.detach())
-                if gap is not None:
-                    gap.add(planned, logprobs, batch.behaviour_logprobs, batch.mask)
-                sums += share.sums
+                sums[:-1] += share.sums
+        sums[-1] = self._halved
         self._pad_passes(plan, len(batches), payloads, clock)
         with clock.phase("seconds/forward_backward"):
-            for planned, loss in zip(batches, losses, strict=True):
-                check_finite("loss", float(loss), plan.step, planned)
+            # Read in one piece, when everything is queued.
+            for batch, loss in zip(batches, torch.stack(losses).tolist() if losses else [], strict=True):
+                check_finite("loss", loss, plan.step, batch.groups)
+
+    def _try(
+        self, plan: StepPlan, batch: _MicroBatch, payloads: Payloads, clock: Clock, gap: SamplerGap | None
+    ) -> Share | None:
+        """One micro-batch; None where it ran out of memory, half of it may fit, and nothing of it is left behind."""
+        # What later passes have to remember of a batch is not divided; it did fit once.
+        if len(batch.groups) == 1 or batch.proximal is not None or self._in_lockstep:
+            with self._within_memory(plan, batch.groups):
+                return self._pass(plan, batch, payloads, clock, gap)
+        before = self._gradient.clone()
+        try:
+            return self._pass(plan, batch, payloads, clock, gap)
+        except torch.OutOfMemoryError:
+            pass  # the handler keeps the frames of the pass alive, and their tensors with them
+        self._gradient.copy_(before)
+        return None
+
+    def _pass(
+        self, plan: StepPlan, batch: _MicroBatch, payloads: Payloads, clock: Clock, gap: SamplerGap | None
+    ) -> Share:
+        made = self._batch(plan, batch.groups, payloads, clock)
+        with clock.phase("seconds/forward_backward"):
+            share, logprobs = self._one(plan, made, batch.proximal, batch.place)
+            batch.proximal = logprobs if batch.proximal is None else batch.proximal
+            if gap is not None:
+                gap.add(batch.groups, logprobs, made.behaviour_logprobs, made.mask)
+        return share
+
+    def _halve(self, plan: StepPlan, batches: list[_MicroBatch], place: int) -> None:
+        """Puts two halves in the place of a micro-batch, and parts in that of later ones that are as large."""
+        groups = batches[place].groups
+        middle = len(groups) // 2
+        halves = [groups[:middle], groups[middle:]]
+        self.token_budget = max(map(_tokens, halves))
+        self._halved += 1
+        logger.warning(
+            "step %d: a micro-batch of %d groups, %d tokens, does not fit the device's memory: from here on at most %d "
+            "tokens make one",
+            *(plan.step, len(groups), _tokens(groups), self.token_budget),
+        )
+        parts = [*halves, *(part for later in batches[place + 1 :] for part in self._parts(later.groups))]
+        unused = 1 + max(batch.place for batch in batches)
+        batches[place:] = [_MicroBatch(part, unused + i) for i, part in enumerate(parts)]
+
+    def _parts(self, groups: list[PlannedGroup]) -> list[list[PlannedGroup]]:
+        """A micro-batch as those that the device takes."""
+        if self.token_budget is None or _tokens(groups) <= self.token_budget:
+            return [groups]
+        (parts,) = split_micro_batches([_size(group) for group in groups], self.token_budget, 1)
+        return [[groups[i] for i in part] for part in parts]
 
     def _batch(self, plan: StepPlan, planned: Sequence[PlannedGroup], payloads: Payloads, clock: Clock) -> LearnerBatch:
         """A micro-batch's tensors; in lockstep, an error of one rank is met by all before they gather weights."""
         with self._ranks.together() if self._in_lockstep else nullcontext():
             with clock.phase("seconds/fetch"):
                 groups = payloads(planned)
-            with clock.phase("seconds/forward_backward"), self._within_memory(plan, planned):
+            with clock.phase("seconds/forward_backward"):
                 batch = collate(self.policy, list(zip(groups, planned, strict=True)), self._cache)
         return batch
 
@@ -243,19 +312,23 @@ class LearnerStep:
         most = max(len(self._worth_a_pass(plan, rank)) for rank in range(self._ranks.size))
         smallest = min(plan.groups, key=lambda group: group.prompt_tokens + sum(group.learned_tokens))
         for _ in range(most - done):
-            batch = self._batch(plan, [smallest], payloads, clock)
-            with clock.phase("seconds/forward_backward"), self._within_memory(plan, [smallest]):
-                logprobs = self._score(batch).logprobs
-                logprobs.backward(torch.zeros_like(logprobs))
+            with self._within_memory(plan, [smallest]):
+                batch = self._batch(plan, [smallest], payloads, clock)
+                with clock.phase("seconds/forward_backward"):
+                    logprobs = self._score(batch).logprobs
+                    logprobs.backward(torch.zeros_like(logprobs))
 
     @contextmanager
     def _within_memory(self, plan: StepPlan, planned: Sequence[PlannedGroup]) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
+            remedy = "set learner.gradient_checkpointing: true, or lower rollout.group_size or the picture's size"
+            if len(planned) > 1:
+                remedy = f"set learner.micro_batch_tokens below {_tokens(planned)}"
             reason = (
-                f"step {plan.step}: a micro-batch of {len(planned)} groups does not fit the device's memory; "
-                f"lower learner.micro_batch_tokens={self.cfg.micro_batch_tokens}"
+                f"step {plan.step}: a micro-batch of {len(planned)} groups, {_tokens(planned)} tokens, does not fit "
+                f"the device's memory; {remedy}"
             )
             if self._in_lockstep:  # the others wait in a gather, where only a restart of the group reaches them
                 raise RuntimeError(reason) from error
@@ -271,7 +344,7 @@ class LearnerStep:
 
     def _score(self, batch: LearnerBatch) -> Scores:
         # Where the adapter stays as it is, nothing below the objective's own parameters needs a backward pass.
-        with self._autocast(), torch.set_grad_enabled(self._family.trains_adapter):
+        with torch.set_grad_enabled(self._family.trains_adapter):
             return score_completions(
                 self.policy,
                 batch.prompts,
@@ -307,9 +380,13 @@ class LearnerStep:
         mine = [[plan.groups[i] for i in batch] for batch in plan.micro_batches[rank]]
         if not kl_in_loss(self.cfg) and not self._objective.learns_without_signal:
             mine = [[group for group in batch if group.has_signal] for batch in mine]
-        return [batch for batch in mine if batch]
+        return [part for batch in mine if batch for part in self._parts(batch)]
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.policy.device.type == "cuda" and self.policy.dtype == torch.bfloat16:
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
+
+def _size(group: PlannedGroup) -> GroupSize:
+    return GroupSize(group.prompt_tokens, len(group.learned), max(group.learned_tokens))
+
+
+def _tokens(groups: Sequence[PlannedGroup]) -> int:
+    """Of one pass, padding included."""
+    return padded_tokens([_size(group) for group in groups])

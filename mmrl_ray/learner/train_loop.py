@@ -27,6 +27,7 @@ import torch
 from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan, derive_seed
+from mmrl_ray.experience.plan import GroupSize
 from mmrl_ray.learner.checkpoints import (
     ADAPTER_FOLDER,
     LIVE_FOLDER,
@@ -43,11 +44,12 @@ from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.heads import published
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_state, add_run_adapter
+from mmrl_ray.policy.memory import fitting_tokens, model_shape
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
-from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.rollouts.types import Stop
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry import table
@@ -85,6 +87,9 @@ class _Learner:
         # One learner has nothing to split.
         sharded = cfg.learner.sharding == "fsdp2" and self._ranks.size > 1
         self._policy = load_policy(cfg.model, device=device, on_host=sharded)
+        # Before the adapter is on it. Without a GPU memory is the whole machine's.
+        chooses = cfg.learner.micro_batch_tokens is None and device.type == "cuda"
+        self._shape = model_shape(self._policy.hf_model, cfg.model.lora, self._policy.dtype) if chooses else None
         add_run_adapter(self._policy, cfg)
         seed = derive_seed(cfg.run.seed, "value_heads")
         cfg.learner.family.prepare(self._policy, seed)
@@ -92,11 +97,11 @@ class _Learner:
             shard_layers(self._policy, device)
         if cfg.learner.gradient_checkpointing:
             checkpoint_layers(self._policy)
-        cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
+        self._cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
         self._in_lockstep = sharded
-        self._importance = ImportanceWatch(self._policy, cache, cfg.learner.importance_every)
+        self._importance = ImportanceWatch(self._policy, self._cache, cfg.learner.importance_every)
         self._learner = LearnerStep(
-            self._policy, cfg.learner, vision_cache=cache, ranks=self._ranks, in_lockstep=sharded, seed=seed
+            self._policy, cfg.learner, vision_cache=self._cache, ranks=self._ranks, in_lockstep=sharded, seed=seed
         )
 
     def run(self) -> LearnerOutcome:
@@ -162,10 +167,16 @@ class _Learner:
     def _take(self, plan: StepPlan) -> None:
         if not self._path_chosen:
             self._choose_path(plan)
+            self._choose_budget(plan)
         CONTEXT.put(step=plan.step)
         importance = self._measure_importance(plan)
         metrics = self._learner.run(plan, self._fetch)
+        if self._cfg.resources.takes_turns:  # before workers get the new version, and sample
+            give_back(self._policy.device, self._cache)
         export_learner_metrics(self._meter, plan, self._ranks.rank, metrics)
+        if halved := metrics.get("micro_batches/halved"):
+            told = {"step": plan.step, "halved": int(halved), "tokens": self._learner.token_budget}
+            self._on_first(lambda: note_event(self._run, "out_of_memory", **told))
 
         def publish() -> None:
             start = time.perf_counter()
@@ -239,8 +250,29 @@ class _Learner:
         self._path_chosen = True
         if self._ranks.rank == 0:
             level = logging.INFO if choice.path == wanted else logging.WARNING
-            logger.log(level, "learner scores completions by the %s path: %s", choice.path, choice.reason)
+            size = self._cfg.rollout.group_size
+            dearer = f", which runs every prompt {size} times instead of once" if choice.path == "naive" else ""
+            logger.log(level, "learner scores completions by the %s path%s: %s", choice.path, dearer, choice.reason)
             note_event(self._run, "learner_path", path=choice.path, reason=choice.reason)
+
+    def _choose_budget(self, plan: StepPlan) -> None:
+        """How many tokens the GPU takes at once, where the config does not say: the same on all ranks."""
+        if self._shape is None:
+            return
+        torch.cuda.empty_cache()
+        moments = 2 * 4 * self._shape.adapter_parameters  # AdamW makes them in the first step
+        free = torch.cuda.mem_get_info()[0] - moments
+        largest = max(plan.groups, key=lambda group: group.prompt_tokens)
+        size = GroupSize(largest.prompt_tokens, len(largest.learned), self._cfg.rollout.max_new_tokens)
+        packed, checkpointed = self._learner.path == "packed", self._cfg.learner.gradient_checkpointing
+        tokens = fitting_tokens(self._shape, free, size, packed=packed, checkpointed=checkpointed)
+        least = -torch.tensor([tokens], device=self._policy.device)
+        self._ranks.max_(least)
+        self._learner.token_budget = min(int(-least), self._cfg.learner.token_budget)
+        if self._ranks.rank == 0:
+            logger.info(
+                "micro-batches hold up to %d tokens: %.1f GiB are free", self._learner.token_budget, free / 2**30
+            )
 
     def _fetch(self, planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
         try:

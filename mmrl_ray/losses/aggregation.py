@@ -83,11 +83,7 @@ def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, *, denominator: float | torch.Tensor) -> torch.Tensor:
-    """`masked_sum(values, mask) / denominator`, a scalar; the denominator is that of the whole step.
-
-    Raises:
-        ValueError: as `masked_sum`, or the denominator is not above 0.
-    """
+    """`masked_sum` over the denominator of the whole step, a scalar; raises as it and as `check_denominator`."""
     return masked_sum(values, mask) / check_denominator(denominator)
 
 

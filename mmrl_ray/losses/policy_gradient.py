@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from mmrl_ray.losses.aggregation import LossStats, PolicyLoss, check_tokens, masked_mean, masked_sum
 
 _LARGEST_LOG_RATIO = 20.0
-"""Bounds what `LossStats` sums up."""
+"""Bounds ratios: e^20 is far outside any clip, and far below what float32 holds."""
 
 
 def reward_guided_loss(
@@ -50,124 +51,6 @@ def reward_guided_loss(
     return -masked_mean(_valid(logprobs, mask) * weights, mask, denominator=denominator)
 
 
-def off_policy_reward_guided_loss(
-    logprobs: torch.Tensor,
-    proximal_logprobs: torch.Tensor | None,
-    behaviour_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    scales: torch.Tensor,
-    denominator: float | torch.Tensor,
-    off_policy_cap: float,
-) -> PolicyLoss:
-    """`reward_guided_loss` with each token's weight multiplied by min(π_θ/μ, c), detached; π_prox plays no part."""
-    log_theta, _, log_mu = aligned_logprobs(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
-    log_ratio = log_theta.detach() - log_mu
-    importance = capped_ratio(log_ratio, off_policy_cap)
-    weights = importance * (advantages * scales)[:, None]
-    loss = reward_guided_loss(logprobs, weights, mask, denominator=denominator)
-    return PolicyLoss(loss, _stats(mask, log_ratio, log_ratio, torch.zeros_like(mask), off_policy_cap))
-
-
-def clipped_loss(
-    logprobs: torch.Tensor,
-    proximal_logprobs: torch.Tensor | None,
-    behaviour_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    scales: torch.Tensor,
-    denominator: float | torch.Tensor,
-    off_policy_cap: float,
-    clip_low: float,
-    clip_high: float,
-) -> PolicyLoss:
-    """−min(r·A, clip(r, 1 − low, 1 + high)·A) a token, r = π_θ/π_prox (PPO, arXiv:1707.06347; clip-higher: DAPO).
-
-    Times min(π_prox/μ, c), detached, as in decoupled PPO (arXiv:2110.00641).
-    """
-    log_theta, log_prox, log_mu = aligned_logprobs(
-        logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales
-    )
-    log_ratio = log_theta - log_prox
-    surrogate, clipped = _clip(log_ratio.exp(), advantages[:, None], clip_low, clip_high)
-    log_behaviour = log_prox - log_mu
-    weights = capped_ratio(log_behaviour, off_policy_cap) * scales[:, None]
-    loss = -masked_mean(surrogate * weights, mask, denominator=denominator)
-    return PolicyLoss(loss, _stats(mask, log_ratio, log_behaviour, clipped, off_policy_cap))
-
-
-def gspo_loss(
-    logprobs: torch.Tensor,
-    proximal_logprobs: torch.Tensor | None,
-    behaviour_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    scales: torch.Tensor,
-    denominator: float | torch.Tensor,
-    off_policy_cap: float,
-    clip_low: float,
-    clip_high: float,
-) -> PolicyLoss:
-    """`clipped_loss` with the whole completion's ratio s = (π_θ(y)/π_prox(y))^(1/|y|) (GSPO, arXiv:2507.18071).
-
-    In the token form of its section 4.3: each token's ratio is sg[s]·π_θ/sg[π_θ], whose value is s. With scales
-    1 ÷ |y| (`sequence_mean`) value and gradient are those of the sequence form s·A; other aggregations stay defined.
-    The importance weight is the completion's too: the capped geometric mean min((π_prox(y)/μ(y))^(1/|y|), c).
-    """
-    log_theta, log_prox, log_mu = aligned_logprobs(
-        logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales
-    )
-    lengths = mask.sum(dim=1).clamp(min=1)
-    log_sequence = (masked_sum(log_theta.detach() - log_prox, mask, dim=1) / lengths)[:, None]
-    ratio = (log_sequence + (log_theta - log_theta.detach())).exp()
-    surrogate, clipped = _clip(ratio, advantages[:, None], clip_low, clip_high)
-    log_behaviour = (masked_sum(log_prox - log_mu, mask, dim=1) / lengths)[:, None]
-    weights = capped_ratio(log_behaviour, off_policy_cap) * scales[:, None]
-    loss = -masked_mean(surrogate * weights, mask, denominator=denominator)
-    counted = mask.any(dim=1, keepdim=True)
-    clipped = (clipped & mask).any(dim=1, keepdim=True)
-    return PolicyLoss(loss, _stats(counted, log_sequence, log_behaviour, clipped, off_policy_cap))
-
-
-def cispo_loss(
-    logprobs: torch.Tensor,
-    proximal_logprobs: torch.Tensor | None,
-    behaviour_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    scales: torch.Tensor,
-    denominator: float | torch.Tensor,
-    off_policy_cap: float,
-    clip_low: float,
-    clip_high: float,
-) -> PolicyLoss:
-    """−sg[clip(r, 1 − low, 1 + high)]·A·log π_θ a token, r = π_θ/π_prox (CISPO: MiniMax-M1, arXiv:2506.13585).
-
-    The weight is clipped, never the token: every token keeps its gradient. Times min(π_prox/μ, c), detached.
-    """
-    log_theta, log_prox, log_mu = aligned_logprobs(
-        logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales
-    )
-    log_ratio = log_theta.detach() - log_prox
-    ratio = log_ratio.exp()
-    kept = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    log_behaviour = log_prox - log_mu
-    weights = kept * capped_ratio(log_behaviour, off_policy_cap) * (advantages * scales)[:, None]
-    loss = reward_guided_loss(logprobs, weights, mask, denominator=denominator)
-    return PolicyLoss(loss, _stats(mask, log_ratio, log_behaviour, kept != ratio, off_policy_cap))
-
-
-_CLIPPED_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
-    "clipped": clipped_loss,
-    "gspo": gspo_loss,
-    "cispo": cispo_loss,
-}
-
-
 def policy_loss(
     name: str,
     logprobs: torch.Tensor,
@@ -185,7 +68,6 @@ def policy_loss(
     """The loss by its name in the config: reward_guided (which knows no clip), clipped, gspo or cispo.
 
     Args:
-        name: the loss.
         logprobs: [B, T] of π_θ, with gradient.
         proximal_logprobs: [B, T] of π_prox, or None for π_θ itself.
         behaviour_logprobs: [B, T] of μ.
@@ -200,21 +82,91 @@ def policy_loss(
     Raises:
         ValueError: an unknown name, shapes that do not fit, or a denominator that is not above 0.
     """
-    if name != "reward_guided" and name not in _CLIPPED_LOSSES:
-        raise ValueError(f"unknown loss {name!r}; choose reward_guided, {', '.join(_CLIPPED_LOSSES)}")
-    clips = {} if name == "reward_guided" else {"clip_low": clip_low, "clip_high": clip_high}
-    function = _CLIPPED_LOSSES.get(name, off_policy_reward_guided_loss)
-    return function(
-        logprobs,
-        proximal_logprobs,
-        behaviour_logprobs,
-        advantages,
-        mask,
-        scales=scales,
-        denominator=denominator,
-        off_policy_cap=off_policy_cap,
-        **clips,
-    )
+    if name not in _LOSSES:
+        raise ValueError(f"unknown loss {name!r}; choose {', '.join(_LOSSES)}")
+    theta, prox, mu = aligned_logprobs(logprobs, proximal_logprobs, behaviour_logprobs, advantages, mask, scales)
+    columns = advantages[:, None], scales[:, None]
+    return _LOSSES[name](_Batch(theta, prox, mu, mask, *columns, denominator, off_policy_cap, clip_low, clip_high))
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What every loss is made of: log-probs [B, T] of π_θ, π_prox and μ as `aligned_logprobs` gives them."""
+
+    theta: torch.Tensor
+    prox: torch.Tensor
+    mu: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    """[B, 1], and so are `scales`."""
+    scales: torch.Tensor
+    denominator: float | torch.Tensor
+    cap: float
+    low: float
+    high: float
+
+
+def _reward_guided(batch: _Batch) -> PolicyLoss:
+    """`reward_guided_loss` with each token's weight multiplied by min(π_θ/μ, c), detached; π_prox plays no part."""
+    log_ratio = batch.theta.detach() - batch.mu
+    weights = capped_ratio(log_ratio, batch.cap) * (batch.advantages * batch.scales)
+    loss = reward_guided_loss(batch.theta, weights, batch.mask, denominator=batch.denominator)
+    return PolicyLoss(loss, _stats(batch.mask, log_ratio, log_ratio, torch.zeros_like(batch.mask), batch.cap))
+
+
+def _clipped(batch: _Batch) -> PolicyLoss:
+    """−min(r·A, clip(r, 1 − low, 1 + high)·A) a token, r = π_θ/π_prox (PPO, arXiv:1707.06347; clip-higher: DAPO).
+
+    Times min(π_prox/μ, c), detached, as in decoupled PPO (arXiv:2110.00641).
+    """
+    log_ratio = batch.theta - batch.prox
+    surrogate, clipped = _clip(bounded_ratio(log_ratio), batch)
+    log_behaviour = batch.prox - batch.mu
+    weights = capped_ratio(log_behaviour, batch.cap) * batch.scales
+    loss = -masked_mean(surrogate * weights, batch.mask, denominator=batch.denominator)
+    return PolicyLoss(loss, _stats(batch.mask, log_ratio, log_behaviour, clipped, batch.cap))
+
+
+def _gspo(batch: _Batch) -> PolicyLoss:
+    """`_clipped` with the whole completion's ratio s = (π_θ(y)/π_prox(y))^(1/|y|) (GSPO, arXiv:2507.18071).
+
+    In the token form of its section 4.3: each token's ratio is sg[s]·π_θ/sg[π_θ], whose value is s. With scales
+    1 ÷ |y| (`sequence_mean`) value and gradient are those of the sequence form s·A; other aggregations stay defined.
+    The importance weight is the completion's too: the capped geometric mean min((π_prox(y)/μ(y))^(1/|y|), c).
+    """
+    mask = batch.mask
+    lengths = mask.sum(dim=1).clamp(min=1)
+    log_sequence = (masked_sum(batch.theta.detach() - batch.prox, mask, dim=1) / lengths)[:, None]
+    ratio = bounded_ratio(log_sequence + (batch.theta - batch.theta.detach()))
+    surrogate, clipped = _clip(ratio, batch)
+    log_behaviour = (masked_sum(batch.prox - batch.mu, mask, dim=1) / lengths)[:, None]
+    weights = capped_ratio(log_behaviour, batch.cap) * batch.scales
+    loss = -masked_mean(surrogate * weights, mask, denominator=batch.denominator)
+    counted = mask.any(dim=1, keepdim=True)
+    clipped = (clipped & mask).any(dim=1, keepdim=True)
+    return PolicyLoss(loss, _stats(counted, log_sequence, log_behaviour, clipped, batch.cap))
+
+
+def _cispo(batch: _Batch) -> PolicyLoss:
+    """−sg[clip(r, 1 − low, 1 + high)]·A·log π_θ a token, r = π_θ/π_prox (CISPO: MiniMax-M1, arXiv:2506.13585).
+
+    The weight is clipped, never the token: every token keeps its gradient. Times min(π_prox/μ, c), detached.
+    """
+    log_ratio = batch.theta.detach() - batch.prox
+    ratio = log_ratio.exp()
+    kept = ratio.clamp(1.0 - batch.low, 1.0 + batch.high)
+    log_behaviour = batch.prox - batch.mu
+    weights = kept * capped_ratio(log_behaviour, batch.cap) * (batch.advantages * batch.scales)
+    loss = reward_guided_loss(batch.theta, weights, batch.mask, denominator=batch.denominator)
+    return PolicyLoss(loss, _stats(batch.mask, log_ratio, log_behaviour, kept != ratio, batch.cap))
+
+
+_LOSSES: dict[str, Callable[[_Batch], PolicyLoss]] = {
+    "reward_guided": _reward_guided,
+    "clipped": _clipped,
+    "gspo": _gspo,
+    "cispo": _cispo,
+}
 
 
 def _valid(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -243,26 +195,34 @@ def aligned_logprobs(
     return theta, prox, _valid(behaviour.detach(), mask)
 
 
+def bounded_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp(log_ratio), constant from e^20 on.
+
+    An infinite ratio would make the gradient NaN even where a clip or a gate takes no notice of it: 0 · ∞.
+    """
+    return log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
+
+
 def capped_ratio(log_ratio: torch.Tensor, cap: float) -> torch.Tensor:
     """min(exp(log_ratio), cap), which cannot overflow."""
     return log_ratio.clamp(max=math.log(cap)).exp()
 
 
-def _clip(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _clip(ratio: torch.Tensor, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The pessimistic surrogate min(r·A, clip(r)·A), and where the clip took the gradient away."""
-    free, bounded = ratio * advantages, ratio.clamp(1.0 - low, 1.0 + high) * advantages
+    free, bounded = ratio * batch.advantages, ratio.clamp(1.0 - batch.low, 1.0 + batch.high) * batch.advantages
     return torch.minimum(free, bounded), bounded.detach() < free.detach()
 
 
 def _stats(
     counted: torch.Tensor, log_ratio: torch.Tensor, log_behaviour: torch.Tensor, clipped: torch.Tensor, cap: float
 ) -> LossStats:
-    # Sums go to the metrics line, which has no room for infinity; the loss itself sees the true ratios.
-    behaviour = log_behaviour.detach().clamp(max=_LARGEST_LOG_RATIO).exp()
+    # Sums go to the metrics line, which has no room for infinity.
+    behaviour = bounded_ratio(log_behaviour.detach())
     return LossStats(
         count=counted.sum().to(behaviour.dtype),
         clipped=(clipped & counted).sum().to(behaviour.dtype),
-        ratio=masked_sum(log_ratio.detach().clamp(max=_LARGEST_LOG_RATIO).exp(), counted),
+        ratio=masked_sum(bounded_ratio(log_ratio.detach()), counted),
         behaviour=masked_sum(behaviour, counted),
         behaviour_squared=masked_sum(behaviour.square(), counted),
         capped=((behaviour > cap) & counted).sum().to(behaviour.dtype),

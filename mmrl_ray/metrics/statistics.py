@@ -71,7 +71,7 @@ def bootstrap_mean(
     *,
     seed: int = 0,
     resamples: int = 10_000,
-    confidence: float = 0.95,
+    confidence: float = _CONFIDENCE,
 ) -> Interval:
     """Percentile interval of the mean of `scores` [N]; the same arguments give the same interval, N = 1 none.
 
@@ -85,26 +85,17 @@ def bootstrap_mean(
         raise ValueError(f"bootstrap got {int((~np.isfinite(values)).sum())} NaN or infinite scores of {values.size}")
     if not 0.0 < confidence < 1.0 or resamples < 1:
         raise ValueError(f"confidence={confidence} must lie in (0, 1) and resamples={resamples} be at least 1")
-    if values.size == 1:
-        return Interval(float(values[0]), math.nan, math.nan, 1)
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // values.size)
     means = [
         values[rng.integers(0, values.size, size=(min(rows, resamples - start), values.size))].mean(axis=1)
         for start in range(0, resamples, rows)
     ]
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
-    return Interval(float(values.mean()), float(low), float(high), int(values.size))
+    return _interval(values.mean(), np.concatenate(means), int(values.size), confidence)
 
 
 def bootstrap_difference(
-    before: Sequence[float],
-    after: Sequence[float],
-    *,
-    seed: int = 0,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
+    before: Sequence[float], after: Sequence[float], *, seed: int = 0, resamples: int = 10_000
 ) -> Interval:
     """Interval of the mean of `after - before`, paired by sample: it excludes what both owe to the samples.
 
@@ -114,7 +105,7 @@ def bootstrap_difference(
     if len(before) != len(after):
         raise ValueError(f"a paired difference needs equal lengths, got {len(before)} and {len(after)}")
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return bootstrap_mean(difference, seed=seed, resamples=resamples, confidence=confidence)
+    return bootstrap_mean(difference, seed=seed, resamples=resamples)
 
 
 def resampled_sums(counts: Counts, *, seed: int = 0, resamples: int = RESAMPLES) -> Counts:
@@ -156,10 +147,10 @@ def figure_difference(before: Counts, after: Counts, figure: Figure, *, seed: in
     return _interval(figure(after.sum(axis=0)) - figure(before.sum(axis=0)), values, before.shape[0])
 
 
-def _interval(value: float, values: Sequence[float], n: int) -> Interval:
+def _interval(value: float, values: Sequence[float] | Counts, n: int, confidence: float = _CONFIDENCE) -> Interval:
     if n == 1:
         return Interval(float(value), math.nan, math.nan, n)
-    tail = (1.0 - _CONFIDENCE) / 2.0
+    tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(values, [tail, 1.0 - tail])
     return Interval(float(value), float(low), float(high), n)
 

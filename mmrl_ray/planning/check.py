@@ -24,10 +24,11 @@ from mmrl_ray.data.images import decode_image, encode_png
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, MMRLError
 from mmrl_ray.evaluation.captioning import read_image
-from mmrl_ray.planning.estimate import batch_plan, learner_memory, model_shape, rollout_memory
+from mmrl_ray.planning.estimate import batch_plan, learner_memory, rollout_memory
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.lora.targets import left_out, resolve_targets
+from mmrl_ray.policy.memory import model_shape
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import Comparison, compare, disagreement
 from mmrl_ray.policy.prompts import check_context, encode_prompts

@@ -28,7 +28,13 @@ from mmrl_ray.data.samples import Sample, iter_references, told
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
-from mmrl_ray.planning.estimate import BatchPlan, ModelShape, batch_plan, learner_memory, model_shape, rollout_memory
+from mmrl_ray.planning.estimate import (
+    BatchPlan,
+    batch_plan,
+    learner_memory,
+    rollout_memory,
+    warm_start_memory,
+)
 from mmrl_ray.planning.preflight import (
     check_references,
     evaluation_split,
@@ -38,6 +44,7 @@ from mmrl_ray.planning.preflight import (
 )
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
+from mmrl_ray.policy.memory import ModelShape, model_shape
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.policy.tokens import answer_opening
@@ -327,7 +334,7 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
         f"assignments {plan.assignments} a step, up to {cfg.rollout.groups_per_assignment} groups each",
         f"prompt      {found.prompt_tokens} tokens, {found.image_tokens} of them image tokens",
         f"micro-batches {batches} over {cfg.learner.max_workers} learner worker(s) a step, at most "
-        f"{plan.micro_batch_groups} groups, {plan.micro_batch_tokens:,} of {cfg.learner.micro_batch_tokens:,} tokens",
+        f"{plan.micro_batch_groups} groups, {plan.micro_batch_tokens:,} of {cfg.learner.token_budget:,} tokens",
         f"tokens      {plan.step_tokens:,} a step at most; {plan.naive_tokens:,} if prompts were not shared",
     ]
 
@@ -388,34 +395,38 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
         return [*lines, "the rest is unknown without a prompt"]
     learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)
     rollout = rollout_memory(cfg, shape, found.prompt_tokens, found.image_tokens, images=found.rows)
+    lines += _one_worker("learner worker", learner) + _one_worker("rollout worker", rollout)
+    warm: Mapping[str, int] = {}
     if cfg.sft is not None:
-        found.unchecked.append("the memory of the supervised warm start")
-    lines += _one_worker("learner", learner) + _one_worker("rollout", rollout)
+        warm = warm_start_memory(cfg, shape, found.prompt_tokens, found.image_tokens)
+        lines += _one_worker("warm start", warm)
+        if cfg.sft.train_vision:
+            found.unchecked.append("what the vision tower keeps in memory while it trains, in the warm start")
     if address is not None or os.environ.get("RAY_ADDRESS"):
         return lines
-    return [*lines, *_capacity_lines(cfg, sum(learner.values()), sum(rollout.values()))]
+    return [*lines, *_capacity_lines(cfg, *(sum(parts.values()) for parts in (learner, rollout, warm)))]
 
 
 def _one_worker(name: str, parts: Mapping[str, int]) -> list[str]:
     rows = [f"  {part:<26} {_size(value):>10}" for part, value in parts.items()]
-    return [f"one {name} worker, about {_size(sum(parts.values()))}:", *rows]
+    return [f"one {name}, about {_size(sum(parts.values()))}:", *rows]
 
 
-def _capacity_lines(cfg: Config, learner: int, rollout: int) -> Sequence[str]:
+def _capacity_lines(cfg: Config, learner: int, rollout: int, warm: int) -> Sequence[str]:
     """Compares with this machine, which the workers would run on."""
     if cfg.resources.learner.gpus or cfg.resources.rollout.gpus:
         if not torch.cuda.is_available():
             return []
         there = torch.cuda.get_device_properties(0).total_memory
         shared = cfg.resources.placement == "shared"
-        needed = learner + rollout if shared else max(learner, rollout)
+        needed = max(learner + rollout if shared else max(learner, rollout), warm)
         what = "one GPU"
     else:
-        needed = cfg.learner.max_workers * learner + cfg.rollout.most_workers * rollout
+        needed = max(cfg.learner.max_workers * learner + cfg.rollout.most_workers * rollout, warm)
         there = psutil.virtual_memory().total
         what = "this machine"
     verdict = "fits" if needed < 0.9 * there else "may not fit"
-    return [f"{what}: about {_size(needed)} of {_size(there)}, beside libraries and Ray: {verdict}"]
+    return [f"{what}: about {_size(needed)} of {_size(there)}, beside Ray: {verdict}"]
 
 
 def _size(count: float) -> str:

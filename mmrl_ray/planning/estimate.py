@@ -1,8 +1,8 @@
 """What a run will need, from a model's shape alone: token batches and bytes by kind, with the formula of each.
 
-The formulas are for planning, within some tens of percent; what allocators and libraries add on top is not in them.
-b bytes a number of the base, L layers, h hidden width, I width inside an MLP, k = key-value heads × head width,
-V vocabulary, P prompt tokens, T completion tokens, G completions a group, r rank of the adapter.
+The formulas of a pass are `policy/memory.py`'s; held against what fake tensors count at full size they are within 15 %.
+What allocators add by fragmentation is not in them.
+P prompt tokens, T completion tokens, G completions a group, b bytes a number of the base, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,79 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
-
-import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
-from mmrl_ray.policy.logits import CHUNK_ELEMENTS
-from mmrl_ray.policy.lora.targets import resolve_targets
+from mmrl_ray.policy.memory import ModelShape
 
 _FLOAT32 = 4
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes that memory depends on."""
-
-    parameters: int
-    weight_bytes: int
-    layer_bytes: int
-    """Of `weight_bytes`, the decoder's layers: what sharding splits."""
-    adapter_parameters: int
-    adapted_layers: int
-    adapted_parameters: int
-    """Of the base, under the adapter."""
-    itemsize: int
-    """b."""
-    layers: int
-    hidden: int
-    intermediate: int
-    kv_width: int
-    """k."""
-    vocabulary: int
-
-
-def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -> ModelShape:
-    """Reads the sizes off a model without weights (on the meta device).
-
-    Raises:
-        AdapterError: the LoRA targets do not fit the model.
-    """
-    text = model.config.get_text_config()
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    targets = resolve_targets(model, lora)
-    linears = [model.get_submodule(name) for name in targets]
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelShape(
-        parameters=parameters,
-        weight_bytes=parameters * dtype.itemsize,
-        layer_bytes=_layer_parameters(model) * dtype.itemsize,
-        adapter_parameters=sum(lora.r * (m.in_features + m.out_features) for m in linears if isinstance(m, nn.Linear)),
-        adapted_layers=len(targets),
-        adapted_parameters=sum(m.weight.numel() for m in linears if isinstance(m, nn.Linear)),
-        itemsize=dtype.itemsize,
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=_mlp_width(text),
-        kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_width,
-        vocabulary=text.vocab_size,
-    )
-
-
-def _layer_parameters(model: PreTrainedModel) -> int:
-    layers = getattr(model.get_decoder(), "layers", None)
-    return sum(p.numel() for p in layers.parameters()) if isinstance(layers, nn.ModuleList) else 0
-
-
-def _mlp_width(text: Any) -> int:
-    """I; models without the usual key, and those with one width a layer, are taken at 4 h and at the widest."""
-    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return max(width) if isinstance(width, list | tuple) else int(width)
+_MAX_ROWS = 256
+"""Rows that a worker decodes at once, unless one group has more."""
+PROCESS = 600 << 20
+"""Of a process beside its tensors: Python and libraries in host memory, or CUDA's context on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +46,7 @@ def batch_plan(cfg: Config, prompt_tokens: int) -> BatchPlan:
     """The split that a step of equally long prompts and longest completions gets."""
     groups, size = cfg.learner.groups_per_step, cfg.rollout.group_size
     sizes = [GroupSize(prompt_tokens, size, cfg.rollout.max_new_tokens)] * groups
-    split = split_micro_batches(sizes, cfg.learner.micro_batch_tokens, cfg.learner.max_workers)
+    split = split_micro_batches(sizes, cfg.learner.token_budget, cfg.learner.max_workers)
     batches = [batch for rank in split for batch in rank]
     return BatchPlan(
         groups=groups,
@@ -128,32 +65,32 @@ def learner_memory(
 ) -> Mapping[str, int]:
     """Bytes of one learner worker at its peak, by kind.
 
+    - process: `PROCESS`
     - weights: parameters × b; of sharded layers only the part of one of the fewest learners, and two layers whole
     - adapter, gradients, AdamW: adapter parameters × 4 × (1 + 1 + 2), and once more for the reduction's flat buffer
-    - activations: tokens × L × (8 h + 4 I) × b, and (6 h + I) × 4 where b < 4: PEFT's float32 copies of its inputs
-      checkpointed layers keep tokens × L × h × b, and the rest for one layer only
-    - packed rows (checkpointed or sharded layers): their masks, the micro-batch's groups × (P + G T)²
-    - repeated prefix (otherwise): the micro-batch's completions × (P + T) × 2 k × L × b
-    - logits: completion tokens × V × 4 × 2 (logits, gradient), at most one chunk of them
+    - activations: tokens × what layers keep of one (`ModelShape.kept_of_token`); checkpointed layers keep their input,
+      and the rest for one layer only
+    - masks (packed rows): groups × (P + G T)², as bools and as numbers
+    - repeated prefix (otherwise): the micro-batch's completions × (P + T) × their keys and values
+    - logits: of completion tokens, at most one chunk of them
     - vision features: the micro-batch's images × image tokens × h × b
     - value heads: a Q head of w (h + V) weights each way, two that learn with gradients and AdamW's two
       moments, two that follow; and one chunk of Q
     """
     rows = plan.micro_batch_groups * cfg.rollout.group_size
-    copies = (6 * shape.hidden + shape.intermediate) * _FLOAT32 if shape.itemsize < _FLOAT32 else 0
-    a_token = (8 * shape.hidden + 4 * shape.intermediate) * shape.itemsize + copies
-    length = prompt_tokens + cfg.rollout.group_size * cfg.rollout.max_new_tokens
-    packed = cfg.learner.wants_packed_rows
-    kept = shape.layers * a_token
-    if cfg.learner.gradient_checkpointing:
-        kept = shape.layers * shape.hidden * shape.itemsize + a_token
+    kept = shape.learnt_groups(
+        plan.micro_batch_groups,
+        GroupSize(prompt_tokens, cfg.rollout.group_size, cfg.rollout.max_new_tokens),
+        packed=cfg.learner.wants_packed_rows,
+        checkpointed=cfg.learner.gradient_checkpointing,
+        on_gpu=bool(cfg.resources.learner.gpus),
+    )
     return {
+        "process": PROCESS,
         "weights": _learner_weights(cfg, shape),
         "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.max_workers > 1)),
-        "activations": plan.micro_batch_tokens * kept,
-        "packed rows": plan.micro_batch_groups * length**2 if packed else 0,
-        "repeated prefix": 0 if packed else rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
-        "logits": _logit_bytes(shape, rows * cfg.rollout.max_new_tokens),
+        **kept,
+        "logits": shape.scored_logits(rows * cfg.rollout.max_new_tokens),
         "vision features": plan.micro_batch_groups * image_tokens * shape.hidden * shape.itemsize,
         **_value_heads(cfg, shape, copies=2 * 4 + 2, tokens=rows * cfg.rollout.max_new_tokens),
     }
@@ -164,7 +101,7 @@ def _value_heads(cfg: Config, shape: ModelShape, *, copies: int, tokens: int) ->
     if (width := cfg.learner.family.value_width(shape.hidden)) is None:
         return {}
     head = width * (shape.hidden + shape.vocabulary) * _FLOAT32
-    return {"value heads": copies * head + _logit_bytes(shape, tokens)}
+    return {"value heads": copies * head + shape.scored_logits(tokens)}
 
 
 def _learner_weights(cfg: Config, shape: ModelShape) -> int:
@@ -178,36 +115,85 @@ def _learner_weights(cfg: Config, shape: ModelShape) -> int:
 def rollout_memory(
     cfg: Config, shape: ModelShape, prompt_tokens: int, image_tokens: int, *, images: int | None = None
 ) -> Mapping[str, int]:
-    """Bytes of one rollout worker at its peak, by kind.
+    """Bytes of one rollout worker at its peak, by kind: while it samples, or while the reference scores.
 
+    - process: `PROCESS`
     - weights: parameters × b
-    - adapter: adapter parameters × 4, and in float32 the adapted weights once more, with the adapter merged in
-    - key-value cache: groups an assignment × G × (P + T) × 2 k × L × b
-    - logits: a row each × V × 4 × 2 while decoding; where the reference scores, one chunk of completion tokens
-    - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset
+    - adapter: adapter parameters × 4, and the adapted weights once more, with the adapter merged in (in 16 bits on a
+      GPU alone)
+    - keys and values: sampling, groups an assignment × (P + G T); scoring, once more groups × G × (P + T)
+    - activations or logits, which do not live at once: those of the tokens of one pass through one layer; or, sampling,
+      those of every row's next token, and scoring, at most one chunk of completion tokens
+    - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset (the tower's
+      own pass is over before the rest begins)
     - value heads: two Q heads, and their Q of a token each row
     """
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
-    rows = groups * cfg.rollout.group_size
-    has_reference = cfg.learner.family.needs_reference
-    scored = rows * (cfg.rollout.max_new_tokens if has_reference else 1)
+    size, tokens = cfg.rollout.group_size, cfg.rollout.max_new_tokens
+    rows = groups * size
+    decoded = min(rows, max(_MAX_ROWS, size))
+    prompts = groups * prompt_tokens
+    sampling = {
+        "keys and values": decoded // size * (prompt_tokens + size * tokens) * shape.kv_of_token,
+        "activations or logits": max(prompts * shape.passing_of_token, shape.sampled_logits(decoded)),
+    }
+    repeated = rows * (prompt_tokens + tokens) * shape.kv_of_token
+    scoring = {
+        "keys and values": prompts * shape.kv_of_token + repeated,
+        "activations or logits": max(
+            max(prompts, rows * tokens) * shape.passing_of_token, shape.scored_logits(rows * tokens, learnt=False)
+        ),
+    }
+    busiest = sampling
+    if cfg.learner.family.needs_reference and sum(scoring.values()) > sum(sampling.values()):
+        busiest = scoring
     one = image_tokens * shape.hidden * shape.itemsize
     budget = cfg.rollout.vision_cache_mb * 2**20
-    merged = shape.adapted_parameters if shape.itemsize == _FLOAT32 else 0
+    merges = shape.itemsize == _FLOAT32 or bool(cfg.resources.rollout.gpus)
     return {
+        "process": PROCESS,
         "weights": shape.weight_bytes,
-        "adapter": (shape.adapter_parameters + merged) * _FLOAT32,
-        "key-value cache": rows * (prompt_tokens + cfg.rollout.max_new_tokens) * _kv_bytes(shape),
-        "logits": _logit_bytes(shape, scored),
+        "adapter": shape.adapter_parameters * _FLOAT32 + (shape.adapted_parameters * shape.itemsize if merges else 0),
+        **busiest,
         "vision features": groups * one + (budget if images is None else min(budget, images * one)),
         **_value_heads(cfg, shape, copies=2, tokens=rows),
     }
 
 
-def _kv_bytes(shape: ModelShape) -> int:
-    """Of one token in all layers, keys and values."""
-    return 2 * shape.kv_width * shape.layers * shape.itemsize
+def warm_start_memory(cfg: Config, shape: ModelShape, prompt_tokens: int, image_tokens: int) -> Mapping[str, int]:
+    """Bytes of the supervised warm start at its peak, by kind; captions are taken at `rollout.max_new_tokens`.
 
+    - process: `PROCESS`
+    - weights: of a full one in float32, and on a GPU a second time what trains, as bfloat16 for the products
+    - gradients, AdamW: 4 × (1 + 2) of each number that trains, which an adapter's come on top of
+    - activations, repeated prefix, logits: as a learner's
+    - vision features: those of the step, and the cache up to its budget
 
-def _logit_bytes(shape: ModelShape, tokens: int) -> int:
-    return min(tokens * shape.vocabulary, max(CHUNK_ELEMENTS, shape.vocabulary)) * _FLOAT32 * 2
+    What the vision tower keeps where it trains, too (`sft.train_vision`), is not among them.
+    """
+    sft = cfg.sft
+    if sft is None:
+        return {}
+    full, on_gpu = sft.mode == "full", bool(cfg.resources.learner.gpus)
+    images = ceil(sft.batch_size / sft.captions_per_image)
+    sizes = [GroupSize(prompt_tokens, sft.captions_per_image, cfg.rollout.max_new_tokens)] * images
+    (batches,) = split_micro_batches(sizes, cfg.learner.token_budget, 1)
+    largest = max(batches, key=len)
+    tokens = padded_tokens([sizes[i] for i in largest])
+    rows = len(largest) * sft.captions_per_image
+    trained = shape.adapter_parameters
+    if full:
+        trained = shape.parameters if sft.train_vision else shape.language_parameters
+    weights = shape.parameters * _FLOAT32 + (trained * 2 if on_gpu else 0) if full else shape.weight_bytes
+    b = 2 if on_gpu else (_FLOAT32 if full else shape.itemsize)
+    keys = shape.kv_of_token // shape.itemsize * b * (1 if on_gpu else shape.repeats)
+    one = image_tokens * shape.hidden * shape.itemsize
+    return {
+        "process": PROCESS,
+        "weights": weights,
+        "gradients, AdamW": trained * _FLOAT32 * (3 if full else 4),
+        "activations": tokens * shape.kept_of_token(b),
+        "repeated prefix": rows * (prompt_tokens + cfg.rollout.max_new_tokens) * keys,
+        "logits": shape.scored_logits(rows * cfg.rollout.max_new_tokens),
+        "vision features": len(largest) * one + cfg.rollout.vision_cache_mb * 2**20,
+    }

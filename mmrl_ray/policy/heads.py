@@ -165,7 +165,7 @@ def learning_heads(policy: Policy) -> LearningHeads:
 def values_of(heads: LearningHeads, policy: Policy, batch: LearnerBatch, scores: Scores) -> TokenValues:
     """Values of a micro-batch's tokens, [2, N, T] and [N, T]; 0 where nothing stands."""
     assert scores.hidden is not None
-    tokens = torch.cat([tokens for group in batch.completions for tokens in group]).to(scores.hidden.device)
+    tokens = policy.place(torch.cat([tokens for group in batch.completions for tokens in group]))
     flat = heads.values(scores.hidden, tokens, policy.image_token_ids)
 
     def rows(values: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,9 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
     path = _resolve(cfg.path)
     _refuse_adapter(path, cfg)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # Micro-batches are ragged: freed blocks of one shape would lie about in the way of the next.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)
@@ -75,7 +78,7 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
     acceleration = accelerate(model, device)
-    policy = _assemble(model, processor, config, cfg, path, device, dtype)
+    policy = assemble(model, processor, config, cfg, path, device, dtype)
     policy.acceleration = acceleration
     if on_host:
         try_prompt(policy)
@@ -116,12 +119,12 @@ def load_skeleton(cfg: ModelSection) -> Policy:
     else:
         with model_call(cfg.path, "its model cannot be made"), torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
-    policy = _assemble(model, processor, config, cfg, path, torch.device("meta"), dtype)
+    policy = assemble(model, processor, config, cfg, path, torch.device("meta"), dtype)
     try_prompt(policy)
     return policy
 
 
-def _assemble(
+def assemble(
     model: PreTrainedModel,
     processor: Any,
     config: Any,
@@ -130,6 +133,11 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Policy:
+    """The policy of a model that is made already, frozen and on `device`; `path` names it in messages.
+
+    Raises:
+        ModelError: its parts do not fit together.
+    """
     crossing = [name for name in _CROSS_ATTENTION if name in inspect.signature(model.forward).parameters]
     if crossing:
         raise ModelError(

@@ -162,7 +162,8 @@ def policy_logits(logits: torch.Tensor, forbidden: Sequence[int], temperature: f
     """
     scaled = logits.float() / temperature
     if forbidden:
-        index = torch.tensor(forbidden, dtype=torch.int64, device=logits.device)
+        # Made there directly, the copy would wait for everything that a GPU still has to do.
+        index = torch.tensor(forbidden, dtype=torch.int64).to(logits.device, non_blocking=True)
         scaled = scaled.index_fill(-1, index, float("-inf"))
     return scaled
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -17,7 +18,11 @@ from mmrl_ray.policy.heads import ValueHeads
 from mmrl_ray.policy.logits import model_logits
 from mmrl_ray.policy.tokens import Turn
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _ADAPTED = re.compile(r"\.(lora_\w+|modules_to_save)\.")
+OWN_ATTENTION = "mmrl_"
+"""How the names begin under which attention functions of this project are registered in transformers."""
 
 
 class PlainLinear(nn.Linear):
@@ -32,14 +37,28 @@ def _as_they_are(model: nn.Module) -> None:
     pass
 
 
+class Captured(NamedTuple):
+    """A function as it was recorded."""
+
+    replay: Callable[[], None]
+    """Does it again, on the tensors that it was recorded with, with what they hold then; it asks Python nothing."""
+    made: tuple[torch.Tensor, ...]
+    """What the function returns: a replay puts its numbers there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Acceleration:
     """What makes a model faster on its device, and changes nothing but rounding; by default nothing does."""
 
+    forward: Callable[[Policy], AbstractContextManager[Any]] = _as_ever
+    """Around every forward, of sampler, learner, reference and whoever judges them: they compute one policy."""
     decode_step: Callable[[Policy], AbstractContextManager[None]] = _as_ever
     """Around each forward of the decode loop."""
     pack_weights: Callable[[nn.Module], None] = _as_they_are
     """Called where the weights of the base will not change any more, as in serving: they may be laid out anew."""
+    capture: Callable[[Callable[[], tuple[torch.Tensor, ...]]], Captured | None] | None = None
+    """Records what a function does with tensors, instead of doing it; gives None where that cannot be. With it decode
+    steps are computed on tensors that stay in place."""
 
 
 @dataclass(slots=True)
@@ -98,14 +117,38 @@ class Policy:
         return cast(nn.Module, self.hf_model.get_decoder())
 
     @property
+    def attention(self) -> str:
+        """What attention the language model was loaded with: "sdpa", "eager" or "flash_attention_2".
+
+        It says what masks are like. A function of ours takes those of "sdpa", in whose place it stands.
+        """
+        name = str(self.hf_model.config.get_text_config()._attn_implementation)
+        return "sdpa" if name.startswith(OWN_ATTENTION) else name
+
+    @property
     def hidden_size(self) -> int:
         """d, the width of the hidden states that the head makes logits of."""
         return self.hf_model.config.get_text_config().hidden_size
 
     @property
+    def key_bytes(self) -> int:
+        """Of the keys and values that a token leaves in all layers of the language model, where each keeps its own."""
+        text = self.hf_model.config.get_text_config()
+        of_queries = getattr(text, "num_attention_heads", 1)
+        heads = getattr(text, "num_key_value_heads", None) or of_queries
+        width = getattr(text, "head_dim", None) or text.hidden_size // of_queries
+        return int(2 * text.num_hidden_layers * heads * width * self.dtype.itemsize)
+
+    @property
     def vocab_size(self) -> int:
         """V, the width of the logits."""
         return self.hf_model.config.get_text_config().vocab_size
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` on the policy's device, without waiting for what a GPU still has to do."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+            tensor = tensor.pin_memory()  # from ordinary memory the copy itself may wait
+        return tensor.to(self.device, non_blocking=True)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, d] or [B, T, d] → [.., V]: logits in the model's dtype, soft caps, scales and all.
@@ -127,3 +170,14 @@ class Policy:
             for name, p in self.core.named_parameters()
             if id(p) not in language
         )
+
+
+def computing(function: Callable[Concatenate[Policy, P], R]) -> Callable[Concatenate[Policy, P], R]:
+    """For what runs a policy's forward: it does so in the policy's own context (`Acceleration.forward`)."""
+
+    @wraps(function)
+    def inside(policy: Policy, *args: P.args, **kwargs: P.kwargs) -> R:
+        with policy.acceleration.forward(policy):
+            return function(policy, *args, **kwargs)
+
+    return inside

@@ -32,7 +32,7 @@ from mmrl_ray.errors import ConfigError, DataError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Policy, computing
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.tokens import refuse_unknown_token
@@ -188,6 +188,7 @@ def _core(error: Exception) -> str:
 
 
 @torch.no_grad()
+@computing
 def generated_logprobs(policy: Policy, prompt: EncodedPrompt, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs, float32 [N, T], of completions int64 [N, T] of one prompt; its pixels are needed.
 

@@ -17,7 +17,7 @@ import torch
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Policy, computing
 from mmrl_ray.policy.prompts import PER_TOKEN
 
 
@@ -56,9 +56,21 @@ class VisionCache:
         self.nbytes += features.nbytes
 
     def clear(self) -> None:
-        """Drops every entry (the sampler's memory goes back before learning on a shared GPU)."""
+        """Drops every entry."""
         self._entries.clear()
         self.nbytes = 0
+
+
+def give_back(device: torch.device, cache: VisionCache) -> None:
+    """Frees what a process keeps on a device between two phases: vision features, and the allocator's free blocks.
+
+    Another process on the same GPU has its turn, and cannot get at them: the peaks of sampling (its keys and values)
+    and of learning (activations) would lie side by side.
+    """
+    cache.clear()
+    allocator = torch.get_device_module(device)
+    if hasattr(allocator, "empty_cache"):  # the CPU's keeps nothing
+        allocator.empty_cache()
 
 
 def vision_features(
@@ -127,9 +139,9 @@ def injected(policy: Policy, features: Sequence[VisionFeatures]) -> Iterator[dic
     Yields the arguments that the forward needs for that: a placeholder for the pixels.
     """
     device, dtype = policy.device, policy.dtype
-    tokens = _Pooled([f.tokens.to(device, dtype) for f in features])
+    tokens = _Pooled([policy.place(f.tokens).to(dtype) for f in features])
     layers = zip(*(f.deepstack for f in features), strict=True)
-    deepstack = [_Pooled([t.to(device, dtype) for t in layer]) for layer in layers]
+    deepstack = [_Pooled([policy.place(t).to(dtype) for t in layer]) for layer in layers]
     core = policy.core
     output = _TowerOutput(tokens, deepstack)
     core.get_image_features = lambda *args, **kwargs: output
@@ -195,9 +207,10 @@ def _shape_key(inputs: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
     return tuple((name, tuple(value.shape[1:])) for name, value in sorted(inputs.items()) if name not in PER_TOKEN)
 
 
+@computing
 def _encode_batch(policy: Policy, prompts: Sequence[EncodedPrompt]) -> list[VisionFeatures]:
     accepted = inspect.signature(policy.core.get_image_features).parameters
-    inputs = {name: value.to(policy.device) for name, value in image_inputs(prompts).items() if name in accepted}
+    inputs = {name: policy.place(value) for name, value in image_inputs(prompts).items() if name in accepted}
     if "pixel_values" not in inputs:
         raise ModelError("a prompt without pixels has no vision features: they were neither shipped nor kept")
     inputs["pixel_values"] = inputs["pixel_values"].to(policy.dtype)

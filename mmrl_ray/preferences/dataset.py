@@ -93,7 +93,8 @@ def write_split(preferences: Iterable[Preference], train: str, held_out: str, *,
 
 def is_held_out(image_hash: str, share: float) -> bool:
     """Whether a picture is among the `share` of all whose pairs are kept from training; by the picture alone."""
-    return _fraction(image_hash) < share
+    digest = hashlib.blake2b(image_hash.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < share
 
 
 def labelled(preferences: Iterable[Preference]) -> Iterator[tuple[Pair, LabelledPair]]:
@@ -135,11 +136,6 @@ def _is_pair(value: Any, kind: type) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(each, kind) for each in value)
 
 
-def _fraction(image_hash: str) -> float:
-    """Evenly over [0, 1), by the picture alone."""
-    return int.from_bytes(hashlib.blake2b(image_hash.encode(), digest_size=8).digest(), "big") / 2**64
-
-
 @dataclass(frozen=True, slots=True)
 class _Caption:
     text: str
@@ -163,8 +159,6 @@ def sample_pairs(
     Args:
         run: a run with a rollout log.
         count: pairs wanted; a log of few groups gives fewer.
-        seed: of whatever is drawn.
-        strategy: see the top of this file.
         by_reward: label each by the run's own reward, as the rater `reward:RUN`; equal rewards are a tie.
 
     Raises:

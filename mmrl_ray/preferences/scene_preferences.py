@@ -83,11 +83,7 @@ def label_noise(metadata: Mapping[str, Any]) -> float:
 
 
 def faulty_caption(metadata: Mapping[str, Any], fault: str, rng: random.Random) -> str:
-    """A caption of a scene with one fault of `FAULTS`, in one of the wordings of a true one.
-
-    Raises:
-        ValueError: an unknown fault.
-    """
+    """A caption of a scene with one fault of `FAULTS`, in one of the wordings of a true one."""
     objects = [SceneObject(**each) for each in metadata["objects"]]
     if fault == "missing":
         return rng.choice(metadata["partial"])

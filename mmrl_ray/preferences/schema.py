@@ -137,7 +137,8 @@ class Preference:
             raise wrong(f"created {self.created} has no time zone")
         for name in ("rating_a", "rating_b"):
             rating = getattr(self, name)
-            if rating is not None and not (_is_number(rating) and math.isfinite(rating)):
+            is_number = isinstance(rating, int | float) and not isinstance(rating, bool) and math.isfinite(rating)
+            if rating is not None and not is_number:
                 raise wrong(f"{name} is {rating!r:.40}: write a finite number, or leave it out")
 
     @property
@@ -193,10 +194,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in text  # PostgreSQL's texts hold none
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ RATING_SCALE = (0.0, 1.0)
 """Of a store that is made without one."""
 LEASE_S = 600.0
 """How long a pair that a rater was handed is kept from others."""
+_SAID = ("choice", "rater", "rating_a", "rating_b", "shown_first")
+"""Fields of a preference that are columns of their own, under the same names."""
 _TAKES = 20
 """Tries to take a pair while other raters take theirs."""
 _CHUNK = 500
@@ -65,7 +67,10 @@ class Written:
 
 
 class PreferenceStore:
-    """Pairs and what raters say about them, in one database. Use it as a context manager, or call `close`."""
+    """Pairs and what raters say about them, in one database. Use it as a context manager, or call `close`.
+
+    Raises (every method): `PreferenceStoreError` the database cannot be reached.
+    """
 
     def __init__(
         self,
@@ -81,11 +86,9 @@ class PreferenceStore:
             url: SQLAlchemy's; `sqlite:///preferences.db`, `postgresql+psycopg://user@host/name`.
             rating_scale: (lowest, highest) rating; that of the store where it is there already, else 0 to 1.
             must_exist: do not make an SQLite file that is not there.
-            now: for `created`.
 
         Raises:
             ConfigError: no such URL or driver, or the store has another scale or another version.
-            PreferenceStoreError: the database cannot be reached, here or later.
         """
         self._now = now
         self._engine = open_database(url, must_exist=must_exist)
@@ -135,8 +138,8 @@ class PreferenceStore:
 
         Raises:
             ConflictError: a rater has said otherwise before, and `replace` is off.
-            PreferenceError: a picture that neither came along nor is there, a rating off the scale, or the database
-                cannot be reached. Whatever `items` raises is passed on, and nothing is written then either.
+            PreferenceError: a picture that neither came along nor is there, or a rating off the scale. Whatever `items`
+                raises is passed on, and nothing is written then either.
         """
         written = Written()
         rest = iter(items)
@@ -226,27 +229,11 @@ class PreferenceStore:
         return None
 
     def _pair_row(self, pair: Pair) -> dict[str, Any]:
-        return {
-            "id": pair.id,
-            "image_hash": pair.image_hash,
-            "prompt": pair.prompt,
-            "caption_a": pair.caption_a,
-            "caption_b": pair.caption_b,
-            "source": pair.source,
-            "created": self._now(),
-        }
+        return {c.name: getattr(pair, c.name) for c in PAIRS.c if c.name != "created"} | {"created": self._now()}
 
     def _preference_row(self, preference: Preference) -> dict[str, Any]:
-        return {
-            "id": preference.id,
-            "pair_id": preference.pair.id,
-            "rater": preference.rater,
-            "choice": preference.choice,
-            "rating_a": preference.rating_a,
-            "rating_b": preference.rating_b,
-            "shown_first": preference.shown_first,
-            "created": (preference.created or self._now()).astimezone(UTC),
-        }
+        said = {name: getattr(preference, name) for name in ("id", *_SAID)}
+        return {**said, "pair_id": preference.pair.id, "created": (preference.created or self._now()).astimezone(UTC)}
 
     def undo(self, preference_id: str, rater: str) -> str | None:
         """Takes back what `rater` said last, which must be this; its pair is theirs to label again.
@@ -256,7 +243,6 @@ class PreferenceStore:
 
         Raises:
             ConflictError: they have said something since.
-            PreferenceError: the database cannot be reached.
         """
         mine = select(PREFERENCES.c.id, PREFERENCES.c.pair_id).where(PREFERENCES.c.rater == rater)
         with explained(self._engine.url), self._writing.begin() as connection:
@@ -274,12 +260,7 @@ class PreferenceStore:
     # -- out ---------------------------------------------------------------------------------------------------------
 
     def pair(self, pair_id: str) -> Pair:
-        """One pair, without its picture.
-
-        Raises:
-            UnknownPairError: there is none of that id.
-            PreferenceError: the database cannot be reached.
-        """
+        """One pair, without its picture; an UnknownPairError where there is none of that id."""
         with explained(self._engine.url), self._engine.begin() as connection:
             row = connection.execute(select(PAIRS).where(PAIRS.c.id == pair_id)).one_or_none()
         if row is None:
@@ -290,9 +271,6 @@ class PreferenceStore:
         """With its picture, a pair that `rater` has not labelled: the one that the fewest have; None when all are done.
 
         For `lease_s` the pair is this rater's: asking again gives it again, and others get others as long as there are.
-
-        Raises:
-            PreferenceError: the database cannot be reached.
         """
         mine = select(PREFERENCES.c.pair_id).where(PREFERENCES.c.rater == rater)
         labels = (
@@ -325,37 +303,26 @@ class PreferenceStore:
         return replaced(pair_from(row), image=row.data)
 
     def preferences(self, *, pictures: bool = False) -> Iterator[Preference]:
-        """All of them, by pair and rater; each with its picture if asked for.
-
-        Raises:
-            PreferenceError: the database cannot be reached.
-        """
+        """All of them, by pair and rater; each with its picture if asked for."""
         columns: list[Any] = [PREFERENCES, *(c for c in PAIRS.c if c.name not in ("id", "created"))]
         query = select(*columns).join(PAIRS, PAIRS.c.id == PREFERENCES.c.pair_id)
         for row in self._rows(query.order_by(PREFERENCES.c.pair_id, PREFERENCES.c.rater), pictures):
-            yield Preference(
-                pair=pair_from(row),
-                choice=row.choice,
-                rater=row.rater,
-                rating_a=row.rating_a,
-                rating_b=row.rating_b,
-                shown_first=row.shown_first,
-                created=utc(row.created),
-            )
+            said = {name: getattr(row, name) for name in _SAID}
+            yield Preference(pair_from(row), **said, created=utc(row.created))
 
     def unlabelled(self, *, pictures: bool = False) -> Iterator[Pair]:
-        """Pairs that nobody has labelled, by id; raises as `preferences`."""
+        """Pairs that nobody has labelled, by id."""
         query = select(PAIRS).outerjoin(PREFERENCES, PREFERENCES.c.pair_id == PAIRS.c.id)
         query = query.where(PREFERENCES.c.id.is_(None)).order_by(PAIRS.c.id)
         return map(pair_from, self._rows(query, pictures))
 
     def count_pairs(self) -> int:
-        """Labelled or not; raises as `preferences`."""
+        """Labelled or not."""
         with explained(self._engine.url), self._engine.begin() as connection:
             return connection.execute(select(func.count()).select_from(PAIRS)).scalar_one()
 
     def count_labelled(self) -> int:
-        """Pairs that somebody has labelled; raises as `preferences`."""
+        """Pairs that somebody has labelled."""
         with explained(self._engine.url), self._engine.begin() as connection:
             return connection.execute(select(func.count(PREFERENCES.c.pair_id.distinct()))).scalar_one()
 

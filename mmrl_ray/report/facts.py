@@ -35,6 +35,7 @@ EVENT_WORDS = {
     "learner_restarted": "learners restarted",
     "learners": "learners together",
     "learner_path": "forward path chosen",
+    "out_of_memory": "micro-batches halved: out of memory",
     "sample_quarantined": "sample quarantined",
     "held_out_left_out": "held-out samples left out",
     "held_out_trained_on": "held-out pictures are trained on",
@@ -137,31 +138,17 @@ def _resources(
     flags = [bool(line["shared_prefix"]) for line in metrics if line.get("shared_prefix") is not None]
     if flags:
         share = f" in {sum(flags)} of {len(flags)} steps" if any(flags) and not all(flags) else ""
+        # What checkpointed or sharded layers make of it.
+        packed = ", in the learner as packed rows" if any(line.get("packed_rows") for line in metrics) else ""
         yield (
             "forward path",
-            f"shared prefix{share}{_packed(metrics)}"
-            if any(flags)
-            else "naive (every completion behind its own prompt)",
+            f"shared prefix{share}{packed}" if any(flags) else "naive (every completion behind its own prompt)",
         )
-    reason = _path_reason(summary, events)
-    if reason:
+    if reason := str(_mapping(summary.get("shared_prefix")).get("reason") or path_reason(events)):
         yield "why", reason
     for name in ("device", "devices", "workers", "learner_workers", "rollout_workers"):
         if name in summary:
             yield name.replace("_", " "), text_of(summary[name])
-
-
-def _packed(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """What checkpointed or sharded layers make of it."""
-    return ", in the learner as packed rows" if any(line.get("packed_rows") for line in metrics) else ""
-
-
-def _path_reason(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
-    """From the summary, or from the event that the start-up parity check left."""
-    told = summary.get("shared_prefix")
-    if isinstance(told, Mapping) and told.get("reason"):
-        return str(told["reason"])
-    return path_reason(events)
 
 
 def _counts(metrics: Sequence[Mapping[str, Any]], quarantined: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
@@ -223,7 +210,6 @@ def reward_rows(config: str, metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
 
     Args:
         config: text of the run's config; kinds and modalities are left out where it cannot be read.
-        metrics: the run's lines.
     """
     return list(_rows(_kinds(config), metrics)) if metrics else []
 
@@ -262,6 +248,7 @@ def happened(
 ) -> list[dict[str, str]]:
     """One row for each kind of thing that went wrong or changed; none where nothing did."""
     lost, restarts = _of(events, "worker_lost"), _of(events, "learner_restarted")
+    back = [f"at step {each.get('at_step')}, back to {each.get('step')}" for each in restarts]
     replaced = list(replacements(events))
     failed, lacking = _of(events, "reward_failed"), _of(events, "reward_part_missing")
     blind = _of(events, "captions_blind")
@@ -280,7 +267,11 @@ def happened(
             len(blind),
             _reasons([{"detail": e.get("what")} for e in blind]),
         ),
-        ("learner restarts", len(restarts), "; ".join(_restart(each) for each in restarts[-3:])),
+        (
+            "learner restarts",
+            len(restarts),
+            "; ".join(back[-3:]),
+        ),
         ("ended with an error", len(ended), _reasons(ended)),
         ("resumed", len(_of(events, "run_resumed")), ""),
         ("samples quarantined", len(quarantined), _reasons(quarantined)),
@@ -366,10 +357,6 @@ def _slowest(replaced: Sequence[float | None]) -> str:
     missing = len(replaced) - len(known)
     told = [f"ready within {max(known):.1f} s of the loss"] if known else []
     return ", ".join([*told, *([f"{missing} not ready (yet)"] if missing else [])])
-
-
-def _restart(event: Event) -> str:
-    return f"at step {event.get('at_step')}, back to {event.get('step')}"
 
 
 def _damaged(events: Sequence[Event]) -> tuple[int, str]:

@@ -125,7 +125,7 @@ def _explanation(before: Evaluation | None, after: Evaluation | None) -> str:
 
 
 def _row(name: str, before: Interval | None, after: Interval | None, difference: Difference | None) -> dict[str, Any]:
-    label, note = _LABELS.get(name, (_part_label(name), "reward part" if name.startswith("reward/") else ""))
+    label, note = _LABELS.get(name, (name.removeprefix("reward/"), "reward part" if name.startswith("reward/") else ""))
     row = {
         "name": name,
         "label": label,
@@ -145,10 +145,6 @@ def _row(name: str, before: Interval | None, after: Interval | None, difference:
     if difference is not None:
         row |= _verdict(name, difference)
     return row
-
-
-def _part_label(name: str) -> str:
-    return name.removeprefix("reward/")
 
 
 def _verdict(name: str, difference: Difference) -> dict[str, str]:

@@ -203,10 +203,6 @@ class Alignment(nn.Module):
         """Mean −log of the chances that a liked caption is given to its own picture, and is it that its picture takes.
 
         Args:
-            image: [B, L, d].
-            image_mask: bool [B, L].
-            text: [n, T, d].
-            text_mask: bool [n, T].
             of: int64 [n], each caption's picture.
             liked: bool [n]; one at least. A picture chooses among the one and those of its own that are not liked.
         """

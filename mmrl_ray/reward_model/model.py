@@ -373,11 +373,7 @@ def load_reward_model(folder: str | Path) -> RewardModel:
 
 
 def read_spec(folder: str | Path) -> RewardModelSpec:
-    """What a reward's folder says of itself, without its weights.
-
-    Raises:
-        ModelError: as `load_reward_model`.
-    """
+    """What a reward's folder says of itself, without its weights; raises as `load_reward_model`."""
     folder = Path(folder).expanduser()
     file = folder / SPEC
     if not folder.is_dir():

@@ -41,6 +41,8 @@ from mmrl_ray.reward_model.vision_source import Pixels, PolicyVision, RewardMode
 from mmrl_ray.telemetry.terminal import PlainTable, ProgressFn, say
 
 _SHARES = 1_000_000
+_OF_NET = ("fusion", "vision", "image_size", "width", "layers", "heads", "ensemble", "prior", "max_words")
+"""What a reward's spec says in the words of `RewardNetSection`."""
 COVERAGES = (0.5, 0.8, 0.95)
 """Of the central intervals whose coverage is counted."""
 
@@ -176,17 +178,9 @@ def _spec(cfg: RewardModelConfig, data: RewardData, source: VisionSource) -> Rew
     }
     policy = source if isinstance(source, PolicyVision) else None
     return RewardModelSpec(
-        fusion=net.fusion,
-        vision=net.vision,
+        **{name: getattr(net, name) for name in _OF_NET},
         vision_key=policy.policy.revision_key if policy else None,
         feature_dim=policy.feature_dim if policy else None,
-        image_size=net.image_size,
-        width=net.width,
-        layers=net.layers,
-        heads=net.heads,
-        ensemble=net.ensemble,
-        prior=net.prior,
-        max_words=net.max_words,
         vocabulary=data.vocabulary(net.vocabulary),
         tokenizer=Tokenizer.UNICODE,
         center=center,

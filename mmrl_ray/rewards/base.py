@@ -173,11 +173,7 @@ def _short(scores: Sequence[Score]) -> list[Score]:
 
 
 def check_pairs(samples: Sequence[Sample], captions: Sequence[str]) -> None:
-    """Refuse batches whose samples and captions do not pair up.
-
-    Raises:
-        RewardError: the lengths differ.
-    """
+    """Refuses, with a RewardError, batches whose samples and captions do not pair up."""
     if len(samples) != len(captions):
         raise RewardError(
             f"a reward got {len(samples)} samples for {len(captions)} captions; pass one sample a caption"
@@ -185,11 +181,7 @@ def check_pairs(samples: Sequence[Sample], captions: Sequence[str]) -> None:
 
 
 def check_references(references: Sequence[str], reward: str) -> None:
-    """Refuse missing references, and a bare string, whose characters would pass for references.
-
-    Raises:
-        RewardError: either.
-    """
+    """Refuses, with a RewardError, missing references, and a bare string, whose characters would pass for some."""
     if isinstance(references, str) or not references:
         raise RewardError(f"{reward} needs a list of at least one reference, got {references!r}")
 

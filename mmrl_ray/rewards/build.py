@@ -48,22 +48,14 @@ def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
 
 
 def check_reward(cfg: RewardSection) -> None:
-    """Makes what needs no statistics of the data, to find out before a run begins whether it can be made.
-
-    Raises:
-        ConfigError: as `build_reward`.
-    """
+    """Makes what needs no statistics of the data, to find out before a run whether it can; raises as `build_reward`."""
     ready = {name: part for name, part in cfg.parts.items() if not part.needs_statistics}
     parts = {name: _named(name, part, NOTHING, cfg) for name, part in ready.items()}
     _refuse_untrained_sigma(cfg, parts)
 
 
 def try_functions(cfg: RewardSection, sample: Sample, caption: str) -> dict[str, Score]:
-    """What each function of the user's has for one caption of a sample, by the name of its part.
-
-    Raises:
-        ConfigError: one cannot be made.
-    """
+    """What each function of the user's has for one caption of a sample, by its part; raises as `build_reward`."""
     found: dict[str, Score] = {}
     for name, part in cfg.functions.items():
         made = _named(name, part, NOTHING, cfg)
@@ -105,17 +97,15 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics, cfg: RewardSecti
         case LengthPart():
             return LengthReward(part.min_words, part.max_words, statistics.tokenizer)
         case FluencyPart():
-            return FluencyReward(_language_model(part, statistics))
+            if (counts := statistics.language) is None:
+                raise ConfigError(
+                    "the statistics hold no n-grams of the training references: use those of a run with them"
+                )
+            return FluencyReward(LanguageModel(counts, part.order, part.smoothing, statistics.tokenizer))
         case LearnedPart():
             return LearnedReward(part.model)
         case FunctionPart():
             return FunctionReward(part.path, part.state, part.kwargs, cfg.timeout_s, cfg.code)
-
-
-def _language_model(part: FluencyPart, statistics: CorpusStatistics) -> LanguageModel:
-    if statistics.language is None:
-        raise ConfigError("the statistics hold no n-grams of the training references: use those of a run that has it")
-    return LanguageModel(statistics.language, part.order, part.smoothing, statistics.tokenizer)
 
 
 def _refuse_untrained_sigma(cfg: RewardSection, parts: Mapping[str, RewardFn]) -> None:

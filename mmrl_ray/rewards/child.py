@@ -25,7 +25,7 @@ from decimal import Decimal
 from typing import Any
 
 from mmrl_ray.child import receive, send
-from mmrl_ray.errors import ConfigError, RewardError, one_line
+from mmrl_ray.errors import ConfigError, RewardError, one_line, raised_at
 
 MARK = "[reward "
 """Begins each line that a function prints."""
@@ -121,11 +121,7 @@ def _answer(
 
 
 def load_function(path: str, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function that `module:function` names, if it can be called with captions, states and `kwargs`.
-
-    Raises:
-        ConfigError: it cannot.
-    """
+    """The function that `module:function` names; a ConfigError where captions, states and `kwargs` do not call it."""
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -173,9 +169,7 @@ def told(error: BaseException) -> str:
     message = one_line(error).encode(errors="backslashreplace").decode()  # files cannot hold surrogates
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[: _LONGEST_MESSAGE - 1]}…"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_import(f.filename)]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {message}{where}"
+    return f"{type(error).__name__}: {message}{raised_at(error, without=_is_import)}"
 
 
 def _is_import(filename: str) -> bool:

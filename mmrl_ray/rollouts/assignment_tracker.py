@@ -160,7 +160,10 @@ class AssignmentTracker:
         entry = work.entry
         entry.crashes += 1
         entry.last_reason = reason
-        self._look_for_a_common_cause(work, reason)
+        # Tries that were under way at the last loss that counted may have ended with it, by the node they shared say.
+        if work.number >= self._counts_from:
+            self._counts_from = self._given
+            self._first.failed((group.sample.key for group in entry.assignment.groups), reason)
         if entry.crashes < CRASHES_BEFORE_SPLIT:
             self.counts["retried"] += 1
             self._requeue([_Entry(self._again(entry.assignment), entry.crashes, entry.last_reason)])
@@ -200,12 +203,6 @@ class AssignmentTracker:
         """When a worker was given what it has."""
         work = self._at_work.get(worker)
         return None if work is None else work.since
-
-    def _look_for_a_common_cause(self, work: _AtWork, reason: str) -> None:
-        # Tries that were under way at the last loss that counted may have ended with it, by the node they shared say.
-        if work.number >= self._counts_from:
-            self._counts_from = self._given
-            self._first.failed((group.sample.key for group in work.entry.assignment.groups), reason)
 
     def _append(self, entry: _Entry) -> None:
         if entry.assignment.kind != "eval":

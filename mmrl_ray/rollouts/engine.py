@@ -59,26 +59,36 @@ class RolloutEngine:
         worker: str,
         reward_cfg: RewardSection,
         ship_vision_bytes: int,
+        takes_turns: bool = False,
     ) -> None:
-        """Features of an assignment travel with its groups if they are no more than `ship_vision_bytes` altogether."""
+        """Features of an assignment travel with its groups if they are no more than `ship_vision_bytes` altogether.
+
+        With `takes_turns` a learner uses the same device between assignments, and is left what they took of it.
+        """
         self._generator = generator
         self._scorer = scorer
         self._reward = reward
         self._worker = worker
         self._reward_cfg = reward_cfg
         self._ship_vision_bytes = ship_vision_bytes
+        self._takes_turns = takes_turns
         self._version: int | None = None
 
     def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         """Groups in the order of the assignment, each `payload` its `RolloutGroup`.
 
         Args:
-            assignment: what to sample.
             fetch: gets the weights of `assignment.version`; called only when another version is loaded.
 
         Raises:
             MMRLError: the weights do not fit the adapter, or the model gives NaN: no sample is to blame.
         """
+        result = self._run(assignment, fetch)
+        if self._takes_turns:  # nothing but the result is left by now, and that lies on the CPU
+            self._generator.give_back()
+        return result
+
+    def _run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
             self._load(assignment.version, fetch)
@@ -132,11 +142,7 @@ class RolloutEngine:
         return prompts, failures
 
     def _check(self, request: GroupRequest) -> None:
-        """Whether what a sample brings beside its prompt can be used, where it brings anything.
-
-        Raises:
-            MMRLError: it cannot.
-        """
+        """Raises an MMRLError where what a sample brings beside its prompt, if anything, cannot be used."""
 
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
         if not prompts:
@@ -194,7 +200,11 @@ class RolloutEngine:
             completion_tokens=tuple(c.token_ids.numel() for c in output.completions),
             rewards=() if masked is not None else rewards,
             greedy_reward=None if masked is not None or output.greedy is None else scores[-1],
-            kl1=_kl1(output.completions),
+            kl1=tuple(
+                kl_penalty(c.logprobs, c.reference_logprobs)
+                for c in output.completions
+                if c.reference_logprobs is not None
+            ),
             masked=masked,
             payload=RolloutGroup(
                 sample=request.sample,
@@ -221,7 +231,8 @@ class RolloutEngine:
         ships = self._scorer.ships_vision and nbytes <= self._ship_vision_bytes
         for i, group in enumerate(groups):
             payload: RolloutGroup = group.payload
-            payload = replace(payload, prompt=without_pixels(payload.prompt), vision=payload.vision if ships else None)
+            vision = payload.vision.cpu() if ships and payload.vision is not None else None
+            payload = replace(payload, prompt=without_pixels(payload.prompt), vision=vision)
             own = {name: value for name, value in counters.items() if i == 0 or name == "naive_path"}
             yield replace(group, payload=payload, counters={**group.counters, **own})
 
@@ -232,11 +243,6 @@ def _all_completions(output: GroupOutput) -> tuple[Completion, ...]:
 
 def _referenced(completions: Sequence[Completion], rows: Sequence[torch.Tensor]) -> tuple[Completion, ...]:
     return tuple(replace(c, reference_logprobs=row) for c, row in zip(completions, rows, strict=True))
-
-
-def _kl1(completions: Sequence[Completion]) -> tuple[float, ...]:
-    """Of each completion; empty without a reference."""
-    return tuple(kl_penalty(c.logprobs, c.reference_logprobs) for c in completions if c.reference_logprobs is not None)
 
 
 @contextmanager

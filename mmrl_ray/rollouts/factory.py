@@ -9,7 +9,7 @@ import torch
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import torch_threads
-from mmrl_ray.policy.generation.local import LocalEngine
+from mmrl_ray.policy.generation.local import DecodeLimits, LocalEngine
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_run_adapter
 from mmrl_ray.policy.lora.routing import VersionedPolicy
@@ -20,7 +20,6 @@ from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.stored import PairEngine, StoredEngine
 
 _MB = 2**20
-_MAX_ROWS = 256
 _ENGINES: dict[str, type[RolloutEngine]] = {"rollouts": RolloutEngine, "pairs": PairEngine, "stored": StoredEngine}
 """By where an algorithm's samples come from."""
 
@@ -46,7 +45,9 @@ class PolicyEngineFactory:
         add_run_adapter(policy, cfg)
         versions, cache = VersionedPolicy(policy), VisionCache(cfg.rollout.vision_cache_mb * _MB)
         greedy = cfg.learner.advantage == "greedy"
-        generator = LocalEngine(versions, cache, max_rows=max(_MAX_ROWS, cfg.rollout.group_size + greedy))
+        limits = DecodeLimits.of(policy, cfg.rollout.max_new_tokens)
+        rows = max(limits.max_rows, cfg.rollout.group_size + greedy)
+        generator = LocalEngine(versions, cache, max_rows=rows, prefill_tokens=limits.prefill_tokens)
         generator.require(greedy_extra=greedy)
         return _ENGINES[cfg.learner.family.samples](
             generator,
@@ -55,4 +56,5 @@ class PolicyEngineFactory:
             worker=worker,
             reward_cfg=cfg.reward,
             ship_vision_bytes=cfg.rollout.ship_vision_mb * _MB,
+            takes_turns=cfg.resources.takes_turns,
         )

@@ -25,6 +25,9 @@ from mmrl_ray.policy.vision import VisionCache, vision_features
 
 logger = logging.getLogger(__name__)
 
+_MOST_KEYS_BYTES = 4 << 30
+"""Of keys and values at a time while completions are scored: enough for some hundred of a 3 B model."""
+
 
 class Scorer:
     """Scores with a loaded policy. One thread at a time."""
@@ -76,7 +79,8 @@ class Scorer:
         """
         if self._choice is None:
             self._choice = choose_path(self.policy, prompts[:2], temperature=self._temperature, engine=self._engine)
-            logger.warning("scoring path: %s (%s)", self._choice.path, self._choice.reason)
+            dearer = ", which runs a prompt once for each of its completions" if self._choice.path == "naive" else ""
+            logger.warning("scoring path: %s%s (%s)", self._choice.path, dearer, self._choice.reason)
         return self._choice
 
     def reference_logprobs(
@@ -166,9 +170,29 @@ class Scorer:
     ) -> list[list[torch.Tensor]]:
         """float32 [T] of each completion of each group, under the policy as it stands."""
         path = self.check_path(prompts).path
-        scores = score_completions(self.policy, prompts, features, completions, temperature, path=path)
-        rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
-        return [[_valid(*next(rows)) for _ in group] for group in completions]
+        found: list[list[torch.Tensor]] = []
+        for part in _parts(prompts, completions, self.policy.key_bytes):
+            of_part = None if features is None else features[part]
+            scores = score_completions(self.policy, prompts[part], of_part, completions[part], temperature, path=path)
+            rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
+            found += [[_valid(*next(rows)) for _ in group] for group in completions[part]]
+        return found
+
+
+def _parts(
+    prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[torch.Tensor]], key_bytes: int
+) -> list[slice]:
+    """Groups that are scored together: each completion has its own copy of the prompt's keys and values meanwhile, and
+    those of a part are `_MOST_KEYS_BYTES` at most, a single group's apart."""
+    parts: list[slice] = []
+    rows, longest, start = 0, 0, 0
+    for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        tokens = prompt.input_ids.numel() + max((c.numel() - 1 for c in group), default=0)  # the last predicts nothing
+        if i > start and (rows + len(group)) * max(longest, tokens) * key_bytes > _MOST_KEYS_BYTES:
+            parts.append(slice(start, i))
+            rows, longest, start = 0, 0, i
+        rows, longest = rows + len(group), max(longest, tokens)
+    return [*parts, slice(start, len(prompts))]
 
 
 def _features_of(outputs: Sequence[GroupOutput]) -> list[VisionFeatures] | None:

@@ -13,9 +13,9 @@ once for both captions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import DataError
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RewardBreakdown, RewardFailure, Score
 from mmrl_ray.policy.generation.base import GroupOutput
-from mmrl_ray.preferences.dataset import LabelledPair, pair_of
+from mmrl_ray.preferences.dataset import pair_of
 from mmrl_ray.rollouts.engine import RolloutEngine, Sampled
 from mmrl_ray.rollouts.types import GroupRequest
 
@@ -33,6 +33,7 @@ COLUMNS = (
 )
 """Of the rollout log, what `sample_of` needs beside a row's place and reward."""
 _KEY = "mmrl_rollouts"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +95,18 @@ class StoredEngine(RolloutEngine):
                 )
 
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
-        if not _are_stored([request for request, _ in prompts]):
+        groups = _brought(stored_group, [request for request, _ in prompts])
+        if not groups:
             return super()._decode(prompts, greedy=greedy)
         features = self._scorer.features([prompt for _, prompt in prompts])
         return [
-            Sampled(
-                request,
-                prompt,
-                GroupOutput(_stored(request).completions, None, None if features is None else features[i]),
-            )
-            for i, (request, prompt) in enumerate(prompts)
+            Sampled(request, prompt, GroupOutput(group.completions, None, None if features is None else features[i]))
+            for i, ((request, prompt), group) in enumerate(zip(prompts, groups, strict=True))
         ]
 
     def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
-        if not _are_stored([each.request for each in sampled]):
-            return super()._score(sampled)
-        return [[*_stored(each.request).rewards] for each in sampled]
+        groups = _brought(stored_group, [each.request for each in sampled])
+        return [[*group.rewards] for group in groups] or super()._score(sampled)
 
 
 def _completion(row: Mapping[str, Any]) -> Completion:
@@ -128,15 +125,9 @@ def _reward(row: Mapping[str, Any]) -> Score:
     return RewardBreakdown(float(row["reward"]), parts, weights, row["reward_sigma"], row["reward_risk"] or 0.0)
 
 
-def _are_stored(requests: Sequence[GroupRequest]) -> bool:
-    """An assignment is of stored groups throughout, or of none."""
-    return bool(requests) and stored_group(requests[0].sample) is not None
-
-
-def _stored(request: GroupRequest) -> StoredGroup:
-    group = stored_group(request.sample)
-    assert group is not None
-    return group
+def _brought(find: Callable[[Sample], Found | None], requests: Sequence[GroupRequest]) -> list[Found]:
+    """What the samples of an assignment bring along: all of them do, or none does."""
+    return [found for request in requests if (found := find(request.sample)) is not None]
 
 
 class PairEngine(RolloutEngine):
@@ -154,32 +145,20 @@ class PairEngine(RolloutEngine):
                 )
 
     def _decode(self, prompts: Sequence[tuple[GroupRequest, EncodedPrompt]], *, greedy: bool) -> list[Sampled]:
-        if not _are_pairs([request for request, _ in prompts]):
+        pairs = _brought(pair_of, [request for request, _ in prompts])
+        if not pairs:
             return super()._decode(prompts, greedy=greedy)
         first = prompts[0][0]
         outputs = self._scorer.score_captions(
             [prompt for _, prompt in prompts],
-            [_pair(request).captions for request, _ in prompts],
+            [pair.captions for pair in pairs],
             first.sampling.temperature,
             under_policy=first.key.step < 0,  # an evaluation: what the policy makes of the captions is what is asked
         )
         return [Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
 
     def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
-        if not _are_pairs([each.request for each in sampled]):
-            return super()._score(sampled)
+        pairs = _brought(pair_of, [each.request for each in sampled])
         return [
-            [RewardBreakdown(p, {"preferred": p}, {"preferred": 1.0}) for p in _pair(each.request).preferred]
-            for each in sampled
-        ]
-
-
-def _are_pairs(requests: Sequence[GroupRequest]) -> bool:
-    """An assignment is of pairs throughout, or of none."""
-    return bool(requests) and pair_of(requests[0].sample) is not None
-
-
-def _pair(request: GroupRequest) -> LabelledPair:
-    pair = pair_of(request.sample)
-    assert pair is not None
-    return pair
+            [RewardBreakdown(p, {"preferred": p}, {"preferred": 1.0}) for p in pair.preferred] for pair in pairs
+        ] or super()._score(sampled)

@@ -1,20 +1,26 @@
 """Adapter weights by version: from the learner through the controller to whichever worker samples next.
 
-A version travels as one array of safetensors bytes, a single copy each way. The controller puts it into the object
-store itself, because an object dies with the process that put it there and versions must outlive a learner group that
-restarts: so a few MB a step pass through the controller, the one exception to bulk data going around it.
+A version travels as one array of safetensors bytes: a header, and all weights one behind the other, as they are in one
+buffer before and after (`adapter_state`). The controller puts it into the object store itself, because an object dies
+with the process that put it there and versions must outlive a learner group that restarts: so the adapter's bytes, 120
+MB at r = 16 of a model of 3 B parameters, pass through the controller once a step, the one exception to bulk data going
+around it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from mmrl_ray.errors import RolloutError
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+"""By the name that safetensors gives them: what adapters and value heads are made of, and numbers beside them."""
 
 
 def encode_state(state: Mapping[str, torch.Tensor]) -> np.ndarray:
@@ -23,8 +29,16 @@ def encode_state(state: Mapping[str, torch.Tensor]) -> np.ndarray:
 
 
 def decode_state(encoded: np.ndarray) -> dict[str, torch.Tensor]:
-    """What `encode_state` was given."""
-    return load(encoded.tobytes())
+    """What `encode_state` was given, by one copy: the tensors are views of one buffer."""
+    start = 8 + int.from_bytes(encoded[:8].tobytes(), "little")
+    header = json.loads(encoded[8:start].tobytes())
+    header.pop("__metadata__", None)
+    buffer = torch.empty(encoded.size - start, dtype=torch.uint8)
+    buffer.numpy()[:] = encoded[start:]
+    return {
+        name: buffer[slice(*entry["data_offsets"])].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+        for name, entry in header.items()
+    }
 
 
 class VersionTable:

@@ -72,7 +72,6 @@ def write_status(run: RunDir, state: str, next_within_s: float, facts: Mapping[s
     """Replaces the run's status.
 
     Args:
-        run: the run's folder.
         state: `starting`, `running` or `ending`; `finished`, `interrupted` or `failed` when nothing comes after it.
         next_within_s: a run whose status was not written again by then has died.
         facts: JSON-able.
@@ -126,11 +125,7 @@ def pending_requests(run: RunDir) -> list[str]:
 
 
 def read_request(run: RunDir, name: str) -> ScaleRequest:
-    """A request.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """A request; a ConfigError where it is none."""
     try:
         raw = run.read_bytes(name)
         if len(raw) > _REQUEST_BYTES:
@@ -158,11 +153,6 @@ def take_answer(run: RunDir, request: str) -> ScaleAnswer | None:
     answer = ScaleAnswer.model_validate_json(run.read_bytes(name))
     run.delete(name)
     return answer
-
-
-def withdraw(run: RunDir, request: str) -> None:
-    """Takes back a request that nobody answered."""
-    run.delete(request)
 
 
 def _answer_name(request: str) -> str:

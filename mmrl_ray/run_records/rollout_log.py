@@ -193,7 +193,6 @@ def logged_groups(run: RunDir, columns: Sequence[str]) -> Iterator[list[dict[str
     `reward` is None in the row of a completion that has none.
 
     Args:
-        run: a run with a rollout log.
         columns: of `ROLLOUT_SCHEMA`, beside those that name a row's place.
 
     Raises:
@@ -226,11 +225,7 @@ class LoggedPictures:
         self._read: dict[str, tuple[bytes, ...]] = {}
 
     def __getitem__(self, digest: str) -> tuple[bytes, ...]:
-        """The sample's pictures.
-
-        Raises:
-            RunError: they are not there.
-        """
+        """The sample's pictures; a RunError where they are not there."""
         if digest not in self._read:
             name = self._names.get(digest)
             if name is None:

@@ -54,11 +54,7 @@ class RunDir:
 
     @classmethod
     def create(cls, root: str | Path, name: str, *, filesystem: fs.FileSystem | None = None) -> RunDir:
-        """A new folder `name` under `root`.
-
-        Raises:
-            RunError: it exists already, or cannot be made.
-        """
+        """A new folder `name` under `root`; a RunError where there is one, or none can be made."""
         run = _resolve(str(root), name, filesystem)
         with _explained(run.location):
             if not run.is_local:
@@ -75,31 +71,19 @@ class RunDir:
 
     @classmethod
     def require_new(cls, root: str | Path, name: str, *, filesystem: fs.FileSystem | None = None) -> None:
-        """Refuses early what `create` would refuse once there is something to put into the folder.
-
-        Raises:
-            RunError: the folder exists already.
-        """
+        """Refuses early, with a RunError, what `create` would refuse once there is something to put into the folder."""
         run = _resolve(str(root), name, filesystem)
         if run.exists():
             raise _taken(run)
 
     @classmethod
     def open(cls, root: str | Path, name: str, *, filesystem: fs.FileSystem | None = None) -> RunDir:
-        """The existing folder `name` under `root`.
-
-        Raises:
-            RunError: there is no such folder.
-        """
+        """The existing folder `name` under `root`; a RunError where there is none."""
         return _existing(_resolve(str(root), name, filesystem))
 
     @classmethod
     def at(cls, location: str | Path, *, filesystem: fs.FileSystem | None = None) -> RunDir:
-        """The existing run folder at a path or URI.
-
-        Raises:
-            RunError: there is no such folder.
-        """
+        """The existing run folder at a path or URI; a RunError where there is none."""
         return _existing(_resolve(str(location), "", filesystem))
 
     # -- where things are ------------------------------------------------------------------------------------------
@@ -158,11 +142,7 @@ class RunDir:
         self.write_text(name, json.dumps(to_json(value), indent=2, allow_nan=False) + "\n")
 
     def read_bytes(self, name: str) -> bytes:
-        """The whole file.
-
-        Raises:
-            RunError: it is missing or cannot be read.
-        """
+        """The whole file."""
         with _explained(self.full_path(name)), self.filesystem.open_input_stream(self.full_path(name)) as stream:
             return stream.read()
 
@@ -171,11 +151,7 @@ class RunDir:
         return self.read_bytes(name).decode()
 
     def read_json(self, name: str) -> Any:
-        """`read_bytes`, as JSON.
-
-        Raises:
-            RunError: it is missing or is not JSON.
-        """
+        """`read_bytes`, as JSON; a RunError where it is none."""
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:

@@ -39,7 +39,6 @@ def rollout_metrics(
     """What the groups of a step say about it.
 
     Args:
-        plan: the step's plan.
         groups: those that resolved its places, masked ones included.
         timings: of the assignments they came from.
     """
@@ -154,9 +153,5 @@ class StepLog:
 
 
 def note_event(run: RunDir, kind: str, **more: Any) -> None:
-    """A line of `events.jsonl`.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """A line of `events.jsonl`; a RunError where it cannot be written."""
     run.append_line(EVENTS, {"time": time.time(), "kind": kind, **more})

@@ -141,7 +141,9 @@ class AdapterFolders:
         for folder in self._folders:
             for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
                 # A link may lead anywhere; what is served lies where the operator said.
-                if ID_PATTERN.fullmatch(entry.name) is None or entry.is_symlink() or not _is_source(entry):
+                if ID_PATTERN.fullmatch(entry.name) is None or entry.is_symlink():
+                    continue
+                if not any((entry / file).is_file() for file in (RUN_CONFIG, CONFIG_FILE)):
                     continue
                 if entry not in self._found:
                     self._found[entry] = open_source(str(entry))
@@ -165,10 +167,6 @@ def open_source(location: str) -> AdapterSource:
     if not folder.is_dir():
         raise AdapterError(f"adapter folder {location!r} does not exist; name a run or a folder in the PEFT layout")
     return FolderSource(folder)
-
-
-def _is_source(folder: Path) -> bool:
-    return (folder / RUN_CONFIG).is_file() or (folder / CONFIG_FILE).is_file()
 
 
 class AdapterLeases:

@@ -45,14 +45,8 @@ class AgentEngine:
     ) -> None:
         """Reads the run's agent, the final one or that of its newest checkpoint; nothing runs before `start`.
 
-        Args:
-            policy: its vision tower is used.
-            run: the value-based run.
-            model_id: what the agent is asked for by.
-            vision_cache_bytes: how much of vision features is kept.
-            max_rows: completions of one request at most.
-            max_queue: requests that may wait; one more is refused at once.
-            timeout_s: a request that takes longer ends with an error.
+        Args as those of `Engine`, but `max_rows` bounds the completions of one request; of `policy` it uses the vision
+        tower.
 
         Raises:
             RunError: the run has no agent yet.

@@ -7,10 +7,10 @@ limits and counts, so that any number of replicas may stand side by side.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable
 from importlib import resources
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import JSONResponse
@@ -23,9 +23,10 @@ from starlette.responses import Response
 
 from mmrl_ray import __version__
 from mmrl_ray.errors import ConfigError, UnknownModelError
-from mmrl_ray.serving.auth import INFER, LIVE, Envelope, Gate, GatewayMetrics, KeyLimits, is_loopback
+from mmrl_ray.serving.auth import LIVE, Envelope, Gate, GatewayMetrics, KeyLimits, is_loopback, needs
 from mmrl_ray.serving.fine_tuning_types import FineTuningRequest
 from mmrl_ray.serving.http_errors import error_response, problem
+from mmrl_ray.serving.keys import KeyRole
 from mmrl_ray.serving.openai import ChatRequest, ModelCard, ModelList
 from mmrl_ray.serving.protocols import ModelInfo
 from mmrl_ray.serving.routes.captions import CaptionRequest, add_captions, add_chat
@@ -40,7 +41,6 @@ __all__ = ["GatewayDeps", "make_app"]
 _SCRIPT, _STYLE = "swagger-ui-bundle.js", "swagger-ui.css"
 _READY_S = 5.0
 """A service that has not said by then that it is ready is not."""
-_OWNER = "mmrl_ray"
 
 
 def make_app(deps: GatewayDeps) -> FastAPI:
@@ -71,30 +71,26 @@ def make_app(deps: GatewayDeps) -> FastAPI:
         openapi_url=None,  # served by a route of its own, behind the gate like any other
         redirect_slashes=False,
         responses=ERRORS,
-        middleware=[*_cross_origin(settings.cors_origins), Middleware(Envelope, metrics=metrics), gate],
+        middleware=[Middleware(Envelope, metrics=metrics), gate],
         exception_handlers={HTTPException: _refused, RequestValidationError: _refused},
     )
-    parts = (add_chat, add_captions, add_models, add_rewards, add_score)
-    for add in (*parts, add_preferences, add_runs, add_fine_tuning, add_operations):
-        add(app, tools)
-    bodies: list[type[BaseModel]] = [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, PreferenceRequest]
-    document(app, [*bodies, WorkersRequest, FineTuningRequest])
-    return app
-
-
-def _cross_origin(origins: Sequence[str]) -> list[Middleware]:
-    """For web pages of these origins, around everything: they ask for leave without a key, and read errors, too."""
-    if not origins:
-        return []
-    return [
-        Middleware(
+    if settings.cors_origins:  # around everything: their pages ask for leave without a key, and read errors, too
+        app.add_middleware(
             _CrossOrigin,
-            allow_origins=origins,
+            allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", VERSION_HEADER, "retry-after"],
         )
-    ]
+    for tag, role, parts in _ROUTES:
+        router = APIRouter(tags=[tag], dependencies=[Depends(needs(role))], responses=ERRORS)
+        for add in parts:
+            add(router, tools)
+        app.router.routes += router.routes  # not by `include_router`, which hides them from whoever looks them over
+    add_operations(app, tools)
+    bodies: list[type[BaseModel]] = [ChatRequest, CaptionRequest, RewardRequest, ScoreRequest, PreferenceRequest]
+    document(app, [*bodies, WorkersRequest, FineTuningRequest])
+    return app
 
 
 class _CrossOrigin(CORSMiddleware):
@@ -198,26 +194,18 @@ async def _within_deadline(check: Awaitable[bool]) -> bool:
         return False
 
 
-def add_models(app: FastAPI, tools: Tools) -> None:
+def add_models(router: APIRouter, tools: Tools) -> None:
     """Both routes."""
 
     async def served() -> list[ModelInfo]:
         async with asyncio.timeout(tools.timeout_s):
             return await tools.deps.policy.models()
 
-    @app.get(
-        "/v1/models",
-        response_model=ModelList,
-        tags=["policy"],
-        dependencies=[INFER],
-        summary="Models and adapters that can be asked for",
-    )
+    @router.get("/v1/models", response_model=ModelList, summary="Models and adapters that can be asked for")
     async def models() -> Response:
-        return json_answer(ModelList(object="list", data=[_card(info) for info in await served()]))
+        return json_answer(ModelList(data=[_card(info) for info in await served()]))
 
-    @app.get(
-        "/v1/models/{model}", response_model=ModelCard, tags=["policy"], dependencies=[INFER], summary="One of them"
-    )
+    @router.get("/v1/models/{model}", response_model=ModelCard, summary="One of them")
     async def model(model: str) -> Response:
         for info in await served():
             if info.id == model:
@@ -226,12 +214,14 @@ def add_models(app: FastAPI, tools: Tools) -> None:
 
 
 def _card(info: ModelInfo) -> ModelCard:
-    return ModelCard(
-        id=info.id,
-        object="model",
-        created=info.created,
-        owned_by=_OWNER,
-        root=info.root,
-        parent=info.parent,
-        step=info.version,
-    )
+    return ModelCard(id=info.id, created=info.created, root=info.root, parent=info.parent, step=info.version)
+
+
+_ROUTES: tuple[tuple[str, KeyRole, tuple[Callable[[APIRouter, Tools], None], ...]], ...] = (
+    ("policy", "infer", (add_chat, add_captions, add_models)),
+    ("reward", "infer", (add_rewards, add_score)),
+    ("preferences", "feedback", (add_preferences,)),
+    ("runs", "admin", (add_runs,)),
+    ("fine-tuning", "admin", (add_fine_tuning,)),
+)
+"""What is served, by the tag it has in the documentation, and the role that a key needs for it."""

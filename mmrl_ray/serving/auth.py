@@ -2,7 +2,7 @@
 
     request ──▶ Envelope: an id, every failure as an error object, counts
             ──▶ Gate: a key, its rate, its requests under way, the size of the body
-            ──▶ routes, each of which says what role it takes
+            ──▶ routes, each with the role that it takes (`app.py`)
 
 The gate refuses whatever it was not told to let through, so that a route that is added later is closed until a key
 opens it; only liveness is open.
@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from fastapi import Depends, Request
+from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -188,14 +188,6 @@ def caller_id(request: Request) -> str | None:
     """The id of the request's key, by which callers get their shares; None where no key is asked for."""
     caller: KeyRecord | None = request.scope[_CALLER]
     return None if caller is None else caller.id
-
-
-INFER = Depends(needs("infer"))
-"""Of routes that ask the policy or the reward."""
-FEEDBACK = Depends(needs("feedback"))
-"""Of routes that take what people think of captions."""
-ADMIN = Depends(needs("admin"))
-"""Of routes that start or end work on the cluster."""
 
 
 def is_loopback(host: str) -> bool:

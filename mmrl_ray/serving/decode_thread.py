@@ -126,11 +126,7 @@ class DecodeThread:
         return future
 
     def submit(self, ticket: Ticket) -> None:
-        """Lets `ticket` start at the next step that has rows for it.
-
-        Raises:
-            ServingError: the thread has ended.
-        """
+        """Lets `ticket` start at the next step that has rows for it; a ServingError where the thread has ended."""
         if not self._post(lambda: self._admit(ticket)):
             raise _closed()
 

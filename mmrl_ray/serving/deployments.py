@@ -36,7 +36,6 @@ from mmrl_ray.telemetry.ray_meter import RayMeter
 if TYPE_CHECKING:
     from mmrl_ray.serving.agent_engine import AgentEngine
     from mmrl_ray.serving.engine import Engine
-    from mmrl_ray.serving.job_service import RayJobService
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +143,11 @@ class GatewayReplica:
 
         cfg = self._cfg
         start_logging(cfg.log_format, run=None, role=GATEWAY)
+        jobs = None
+        if cfg.serving.fine_tuning is not None:
+            from mmrl_ray.serving.job_service import RayJobService
+
+            jobs = RayJobService(cfg.serving)
         deps = GatewayDeps(
             policy=ServePolicy(self._policy),
             reward=ServedReward(self._reward) if self._reward is not None else None,
@@ -153,7 +157,7 @@ class GatewayReplica:
             default_model=next(iter(cfg.adapters), None),
             insecure=self._insecure,
             preferences=None if (url := cfg.serving.preferences) is None else PreferenceStore(url),
-            jobs=_job_service(cfg),
+            jobs=jobs,
             meter=RayMeter(),
         )
         app = make_app(deps)
@@ -185,14 +189,6 @@ def reward_application(
 ) -> Application:
     """The reward alone, without an HTTP front: what a training run asks."""
     return _shell(RewardReplica, REWARD, options).bind(cfg, filesystem, statistics, run.log_format, run.name)
-
-
-def _job_service(cfg: ServeConfig) -> RayJobService | None:
-    if cfg.serving.fine_tuning is None:
-        return None
-    from mmrl_ray.serving.job_service import RayJobService
-
-    return RayJobService(cfg.serving)
 
 
 def _shell(replica: type, name: str, options: Mapping[str, Any]) -> Any:

@@ -12,15 +12,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from mmrl_ray.serving.openai import Strict
+from mmrl_ray.serving.openai import Reply, Strict
 from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder
 
-_OWNER = "mmrl_ray"
 _AUTO = "auto"
-
-
-def _not_auto(value: Any) -> Any:
-    return None if value == _AUTO else value
 
 
 def _no_grader(value: Any) -> None:
@@ -28,7 +23,7 @@ def _no_grader(value: Any) -> None:
         raise ValueError("the reward is that of the model's recipe: send no grader")
 
 
-_AUTOMATIC = BeforeValidator(_not_auto)
+_AUTOMATIC = BeforeValidator(lambda value: None if value == _AUTO else value)
 _TEXT = "a number, or `auto` for the recipe's own"
 
 
@@ -129,19 +124,19 @@ class JobProblem(BaseModel):
     param: str | None
 
 
-class JobCard(BaseModel):
+class JobCard(Reply):
     """`fine_tuning.job`."""
 
     id: str
-    object: Literal["fine_tuning.job"]
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
     finished_at: int | None
-    estimated_finish: None
+    estimated_finish: None = None
     status: str
     model: str
     fine_tuned_model: str | None
     """Id of the adapter, once the job has succeeded."""
-    organization_id: str
+    organization_id: str = "mmrl_ray"
     training_file: str
     validation_file: str | None
     result_files: list[str]
@@ -165,14 +160,11 @@ class JobCard(BaseModel):
         }
         return cls(
             id=job.id,
-            object="fine_tuning.job",
             created_at=job.created_at,
             finished_at=job.finished_at,
-            estimated_finish=None,
             status=job.status,
             model=order.model,
             fine_tuned_model=job.run if job.status == "succeeded" else None,
-            organization_id=_OWNER,
             training_file=order.training_file,
             validation_file=order.validation_file,
             result_files=list(job.result_files),
@@ -212,29 +204,21 @@ class CheckpointCard(BaseModel):
     metrics: dict[str, float]
 
 
-class FileCard(BaseModel):
+class FileCard(Reply):
     """`file`, of a job's result."""
 
     id: str
-    object: Literal["file"]
+    object: Literal["file"] = "file"
     bytes: int
     created_at: int
     filename: str
-    purpose: Literal["fine-tune-results"]
-    status: Literal["processed"]
+    purpose: Literal["fine-tune-results"] = "fine-tune-results"
+    status: Literal["processed"] = "processed"
 
     @classmethod
     def of(cls, id: str, file: ResultFile) -> Self:
         """As OpenAI writes it."""
-        return cls(
-            id=id,
-            object="file",
-            bytes=len(file.data),
-            created_at=file.created_at,
-            filename=file.name,
-            purpose="fine-tune-results",
-            status="processed",
-        )
+        return cls(id=id, bytes=len(file.data), created_at=file.created_at, filename=file.name)
 
 
 class _Page(BaseModel):

@@ -153,12 +153,14 @@ def closed() -> HTTPException:
 def invalid_body(problems: Sequence[Any]) -> HTTPException:
     """400 from pydantic's errors, of which the first is told in full."""
     # Of a union whose branches all refuse, the branch that got furthest tells best.
-    first = max(problems, key=lambda item: len(item["loc"])) if _same_place(problems) else problems[0]
+    one_place = len({tuple(item["loc"])[:1] for item in problems}) == 1
+    first = max(problems, key=lambda item: len(item["loc"])) if one_place else problems[0]
     path = tuple(part for part in first["loc"] if not str(part).startswith(TAG))
     code = _CODES.get(first["type"], "invalid_value")
     if first["type"] == _NAMED:
         path, code = (*path, first["ctx"]["param"]), first["ctx"]["code"]
-    param, message = _dotted(path) or None, _plain_words(first)
+    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    param, message = dotted or None, _plain_words(first)
     return problem(400, f"{param}: {message}" if param else message, code=code, param=param)
 
 
@@ -257,14 +259,6 @@ def _plain_words(found: Any) -> str:
     return str(found["msg"]).removeprefix("Value error, ")
 
 
-def _same_place(problems: Sequence[Any]) -> bool:
-    return len({tuple(item["loc"])[:1] for item in problems}) == 1
-
-
-def _dotted(path: Sequence[int | str]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-
-
 def _show(value: Any) -> str:
     """A value that was sent, cut short; never a picture."""
     if isinstance(value, dict | list):
@@ -304,20 +298,17 @@ class Front:
                 headers[_ID] = request_id
                 if message["status"] >= 400 and not headers.get("content-type", "").startswith("application/json"):
                     replaced = True
-                    await answered(message["status"])
+                    await answer(TimeoutError() if message["status"] in (408, 504) else unavailable())
                     return
             if not replaced:
                 await send(message)
 
-        async def answered(status: int) -> None:
-            error = TimeoutError() if status in (408, 504) else unavailable()
+        async def answer(error: Exception) -> None:
             response = error_response(error)
             response.headers[_ID] = request_id
             await response(scope, receive, send)
 
         if scope["path"] == ROUTES:
-            response = error_response(closed())
-            response.headers[_ID] = request_id
-            await response(scope, receive, send)
+            await answer(closed())
             return
         await self._app(scope, receive, send_once)

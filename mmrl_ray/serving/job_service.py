@@ -6,7 +6,6 @@ job is read from its run folder.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import re
@@ -56,7 +55,7 @@ _WORRYING = ("lost", "died", "dead", "damaged", "failed", "replaced", "quarantin
 
 
 class RayJobService:
-    """The jobs of one Ray's job server, for the gateway. Everything that waits does so in a thread.
+    """The jobs of one Ray's job server, for the gateway, which calls it in threads: all of it waits for others.
 
     Raises (every method): `UnknownJobError` no such job; `JobServerError` the cluster's job server is out of reach;
     `JobError` it refuses.
@@ -76,7 +75,7 @@ class RayJobService:
         self._root = str(allowed.root or root)
         self._client: JobsClient | None = None
 
-    async def create(self, order: TuningOrder) -> TuningJob:
+    def create(self, order: TuningOrder) -> TuningJob:
         """Begins a job.
 
         Raises:
@@ -84,50 +83,6 @@ class RayJobService:
             DataError: the dataset cannot be read.
             OverloadedError: too many jobs are under way.
         """
-        return await asyncio.to_thread(self._create, order)
-
-    async def get(self, id: str) -> TuningJob:
-        """One job."""
-        return await asyncio.to_thread(lambda: _told(self._job(id)))
-
-    async def jobs(self) -> list[TuningJob]:
-        """All of them, the newest first."""
-        return await asyncio.to_thread(lambda: [_told(job) for job in self._jobs()])
-
-    async def cancel(self, id: str) -> TuningJob:
-        """Asks a job to stop; it finishes its step first."""
-        return await asyncio.to_thread(self._cancel, id)
-
-    async def events(self, id: str) -> list[EventCard]:
-        """What a job has to tell, the newest first."""
-        return await asyncio.to_thread(lambda: _events(self._job(id)))
-
-    async def checkpoints(self, id: str) -> list[CheckpointCard]:
-        """A job's checkpoints that are there, the newest first."""
-
-        def read() -> list[CheckpointCard]:
-            run = open_run(self._job(id).facts.location)
-            return [] if run is None else run_checkpoints(run, id)
-
-        return await asyncio.to_thread(read)
-
-    async def result(self, file_id: str) -> ResultFile:
-        """One of a job's result files.
-
-        Raises:
-            UnknownFileError: there is no such file.
-        """
-        return await asyncio.to_thread(self._result, file_id)
-
-    # -- in a thread -----------------------------------------------------------------------------------------------
-
-    @property
-    def _server(self) -> JobsClient:
-        if self._client is None:
-            self._client = JobsClient(self._allowed.address or own_address())
-        return self._client
-
-    def _create(self, order: TuningOrder) -> TuningJob:
         active = sum(not job.is_over for job in self._jobs())
         if active >= self._allowed.max_active:
             raise OverloadedError(f"{active} jobs are under way, the most there may be: wait for one, or cancel it")
@@ -144,7 +99,41 @@ class RayJobService:
             logger.warning("job %s will be forgotten if this server is killed: %s", id, error)
         return _told(job)
 
-    def _result(self, file_id: str) -> ResultFile:
+    def get(self, id: str) -> TuningJob:
+        """One job."""
+        return _told(self._job(id))
+
+    def jobs(self) -> list[TuningJob]:
+        """All of them, the newest first."""
+        return [_told(job) for job in self._jobs()]
+
+    def cancel(self, id: str) -> TuningJob:
+        """Asks a job to stop; it finishes its step first."""
+        job = self._job(id)
+        if not job.is_over:
+            self._server.stop(id)
+        return _told(self._server.get(id))
+
+    def events(self, id: str) -> list[EventCard]:
+        """What a job has to tell, the newest first; of one second the later told first."""
+        job = self._job(id)
+        run = open_run(job.facts.location)
+        created = _event(f"{id}-created", int(job.created), "info", f"Created fine-tuning job: {id}")
+        told = [created, *(run_events(run, id, int(job.created)) if run is not None else ()), *_last(job)]
+        numbered = sorted(enumerate(told), key=lambda item: (item[1].created_at, item[0]))
+        return [event for _, event in reversed(numbered)]
+
+    def checkpoints(self, id: str) -> list[CheckpointCard]:
+        """A job's checkpoints that are there, the newest first."""
+        run = open_run(self._job(id).facts.location)
+        return [] if run is None else run_checkpoints(run, id)
+
+    def result(self, file_id: str) -> ResultFile:
+        """One of a job's result files.
+
+        Raises:
+            UnknownFileError: there is no such file.
+        """
         found: ResultFile | None = None
         if (parts := _FILE_ID.fullmatch(file_id)) is not None:
             for id in (HTTP_PREFIX + parts[1], parts[1]):  # of a resumed job the user may have chosen the id
@@ -156,11 +145,11 @@ class RayJobService:
             raise UnknownFileError(f"there is no file {file_id[:64]!r}: a job names its own as result_files")
         return found
 
-    def _cancel(self, id: str) -> TuningJob:
-        job = self._job(id)
-        if not job.is_over:
-            self._server.stop(id)
-        return _told(self._server.get(id))
+    @property
+    def _server(self) -> JobsClient:
+        if self._client is None:
+            self._client = JobsClient(self._allowed.address or own_address())
+        return self._client
 
     def _jobs(self) -> list[Job]:
         """Those that were asked for over HTTP."""
@@ -186,11 +175,6 @@ def _rows(location: str) -> int:
     return ParquetDataset(location).rows
 
 
-def _order(job: Job) -> TuningOrder:
-    request: dict[str, Any] = dict(job.facts.request)
-    return TuningOrder(**request)
-
-
 def _told(job: Job) -> TuningJob:
     tokens: int | None = None
     files: tuple[str, ...] = ()
@@ -200,7 +184,7 @@ def _told(job: Job) -> TuningJob:
         files = tuple(f"file-{mark}-{name}" for name in _of_run(job, results) or ())
     return TuningJob(
         id=job.id,
-        order=_order(job),
+        order=TuningOrder(**job.facts.request),
         run=job.facts.run,
         status=_STATUSES[job.status],
         created_at=int(job.created),
@@ -218,18 +202,6 @@ def _of_run(job: Job, read: Callable[[Any], T]) -> T | None:
         return None if run is None else read(run)
     except RunError:
         return None
-
-
-def _events(job: Job) -> list[EventCard]:
-    """In the order of what they tell of; of one second the later told first."""
-    run = open_run(job.facts.location)
-    told = [*_first(job), *(run_events(run, job.id, int(job.created)) if run is not None else ()), *_last(job)]
-    numbered = sorted(enumerate(told), key=lambda item: (item[1].created_at, item[0]))
-    return [event for _, event in reversed(numbered)]
-
-
-def _first(job: Job) -> Iterator[EventCard]:
-    yield _event(f"{job.id}-created", int(job.created), "info", f"Created fine-tuning job: {job.id}")
 
 
 def _last(job: Job) -> Iterator[EventCard]:
@@ -252,9 +224,6 @@ def compose(allowed: FineTuningSection, root: str, run: str, order: TuningOrder,
 
     Args:
         allowed: has the order's model and datasets.
-        root: where runs lie.
-        run: its name.
-        order: what the client asked.
         rows: of the dataset at a location.
 
     Raises:
@@ -348,11 +317,7 @@ def results(run: RunDir) -> tuple[str, ...]:
 
 
 def result_file(run: RunDir, name: str) -> ResultFile | None:
-    """One of `results`, whole; None where it is not there.
-
-    Raises:
-        RunError: it cannot be read.
-    """
+    """One of `results`, whole; None where it is not there, a RunError where it cannot be read."""
     written = _written(run, name) if name in RESULTS else None
     return None if written is None else ResultFile(name, written, run.read_bytes(name))
 

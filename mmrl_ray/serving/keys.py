@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -75,7 +75,10 @@ class KeyRecord:
 
 
 class KeyStore:
-    """Keys in a database; safe to use from several threads and processes."""
+    """Keys in a database; safe to use from several threads and processes.
+
+    Raises (every method): `ServingError` the database cannot be reached.
+    """
 
     def __init__(
         self,
@@ -93,7 +96,6 @@ class KeyStore:
 
         Raises:
             ConfigError: no such URL, or its driver is not installed.
-            ServingError: the database cannot be reached.
         """
         self._clock = clock
         self._now = now
@@ -114,7 +116,6 @@ class KeyStore:
 
         Raises:
             ConfigError: no name, no or unknown roles, or an expiry that is past or has no time zone.
-            ServingError: the database cannot be reached.
         """
         now = self._now()
         unknown = sorted(set(roles) - set(get_args(KeyRole)))
@@ -133,15 +134,7 @@ class KeyStore:
             created=now,
             expires=expires,
         )
-        row = {
-            "id": record.id,
-            "name": name,
-            "roles": ",".join(sorted(roles)),
-            "prefix": record.prefix,
-            "digest": _digest(key).hex(),
-            "created": now,
-            "expires": expires,
-        }
+        row = asdict(record) | {"roles": ",".join(sorted(roles)), "digest": _digest(key).hex()}
         with self._explained(), self._engine.begin() as connection:
             connection.execute(_KEYS.insert().values(row))
         return key, record
@@ -158,11 +151,7 @@ class KeyStore:
             connection.rollback()
 
     def list(self) -> tuple[KeyRecord, ...]:
-        """All keys, revoked ones too, oldest first.
-
-        Raises:
-            ServingError: the database cannot be reached.
-        """
+        """All keys, revoked ones too, oldest first."""
         with self._explained(), self._engine.connect() as connection:
             rows = connection.execute(select(_KEYS).order_by(_KEYS.c.created, _KEYS.c.id)).all()
         return tuple(map(_record, rows))
@@ -172,7 +161,6 @@ class KeyStore:
 
         Raises:
             ConfigError: no key of that id.
-            ServingError: the database cannot be reached.
         """
         mine = _KEYS.c.id == key_id
         with self._explained(), self._engine.begin() as connection:
@@ -195,11 +183,7 @@ class KeyStore:
         return _digest(key) in self._known
 
     def verify(self, key: str) -> KeyRecord | None:
-        """The record of a key that works, or None.
-
-        Raises:
-            ServingError: the database cannot be reached.
-        """
+        """The record of a key that works, or None."""
         if (known := self.cached(key)) is not None:
             return known
         if not _KEY.fullmatch(key):

@@ -97,11 +97,7 @@ def deploy(application: Application, name: str, *, route_prefix: str | None) -> 
 
 
 def refuse_taken(name: str) -> None:
-    """Refuses a name that an application of this Ray has.
-
-    Raises:
-        ServingError: it has one.
-    """
+    """Refuses, with a ServingError, a name that an application of this Ray has."""
     if name in serve.status().applications:
         raise ServingError(f"this Ray serves an application {name} already: stop it first, or serve on another Ray")
 

@@ -28,6 +28,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Reply(BaseModel):
+    """What a client is sent: every key is there, those that are always the same as well."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
+
 def _list_tag(value: Any) -> str:
     return TAG + ("list" if isinstance(value, list) else "text")
 
@@ -118,15 +124,14 @@ class TextPart(_Part):
     text: str
 
 
-def _as_object(value: Any) -> Any:
-    return {"url": value} if isinstance(value, str) else value
-
-
 class ImagePart(_Part):
     """A picture."""
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str)]
+    image_url: Annotated[
+        ImageUrl,
+        BeforeValidator(lambda v: {"url": v} if isinstance(v, str) else v, json_schema_input_type=ImageUrl | str),
+    ]
     """A URL alone stands for an object with it."""
 
 
@@ -306,12 +311,12 @@ class Logprobs(BaseModel):
         )
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(Reply):
     """What the model said."""
 
-    role: Literal["assistant"]
+    role: Literal["assistant"] = "assistant"
     content: str
-    refusal: None
+    refusal: None = None
 
 
 class ChatChoice(BaseModel):
@@ -323,11 +328,11 @@ class ChatChoice(BaseModel):
     finish_reason: ServedFinishReason
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Reply):
     """The answer, whole."""
 
     id: str
-    object: Literal["chat.completion"]
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
@@ -364,13 +369,13 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
 
 
-class ModelCard(BaseModel):
+class ModelCard(Reply):
     """One model or adapter."""
 
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     created: int
-    owned_by: str
+    owned_by: str = "mmrl_ray"
     root: str
     """Base model that it runs on."""
     parent: str | None
@@ -379,8 +384,8 @@ class ModelCard(BaseModel):
     """Training step of its newest version; 0 for a base."""
 
 
-class ModelList(BaseModel):
+class ModelList(Reply):
     """All of them, the base first."""
 
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     data: list[ModelCard]

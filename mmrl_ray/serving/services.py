@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -113,17 +114,15 @@ async def _call(who: str, remote: Callable[..., Any], *arguments: Any, streamed:
     for attempt in range(ATTEMPTS):
         response = remote(*arguments)
         try:
-            return await (_only_item(response) if streamed else response)
+            if not streamed:
+                return await response
+            # Read to its end, or Serve would count the call as under way for ever.
+            [item] = [item async for item in response]
+            return item
         except (asyncio.CancelledError, Exception) as error:  # noqa: BLE001 - becomes the project's own
             response.cancel()
             await _wait_or_raise(_not_ours(error, who), who, attempt)
     raise AssertionError("the last attempt returns or raises")
-
-
-async def _only_item(response: AsyncIterator[Any]) -> Any:
-    """Of a stream; it is read to its end, or Serve would count the call as under way for ever."""
-    [item] = [item async for item in response]
-    return item
 
 
 def _not_ours(error: BaseException, who: str) -> Exception:
@@ -183,7 +182,7 @@ class ServeReward:
         self._method: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._app, self._timeout_s, self._images)
+        return partial(ServeReward, timeout_s=self._timeout_s, images=self._images), (self._app,)
 
     def score_batch(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
         """One score a caption (`RewardFn`), from the deployment."""
@@ -220,10 +219,6 @@ class ServeReward:
         except TimeoutError:
             response.cancel()
             raise
-
-
-def _remake(app: str, timeout_s: float, images: bool) -> ServeReward:
-    return ServeReward(app, timeout_s=timeout_s, images=images)
 
 
 def _reward_error(error: Exception, timeout_s: float) -> MMRLError:

@@ -112,11 +112,8 @@ def start_logging(
     """Has this process write its log lines to standard error in that format, from now on.
 
     Args:
-        log_format: text or json.
         run: what the process works for; None for one that serves several.
         role: what it is: driver, controller, learner, worker-3, …
-        worker: of a rollout worker, its name.
-        rank: of a learner.
         level: of the project's own loggers; others show from WARNING on.
         stream: in place of standard error.
     """

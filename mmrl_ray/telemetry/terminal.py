@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
@@ -123,9 +122,7 @@ class RunProgress:
             self._ticker.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ended.set()
         while self._stack:
             self._close(self._stack[-1])
@@ -134,19 +131,18 @@ class RunProgress:
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
-        self._last_line = self._clock()
-        if self._as_log:
-            logger.info(text)
-            return
-        say(self.console, f"[{self._clock() - self._start:6.1f}s] {text}")
+        self._say(logging.INFO, text)
 
     def warn(self, text: str) -> None:
         """A line that stays and is not overlooked."""
+        self._say(logging.WARNING, text, "WARNING: ", "bold red")
+
+    def _say(self, level: int, text: str, mark: str = "", style: str = "") -> None:
         self._last_line = self._clock()
         if self._as_log:
-            logger.warning(text)
-            return
-        say(self.console, f"[{self._clock() - self._start:6.1f}s] WARNING: {text}", "bold red")
+            logger.log(level, text)
+        else:
+            say(self.console, f"[{self._clock() - self._start:6.1f}s] {mark}{text}", style)
 
     def phase(self, name: str, *, lazily: bool = False) -> ProgressFn:
         """Begins a phase; the function it returns takes (done, total, figures), with a total of 0 where none is known.

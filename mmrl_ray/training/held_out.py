@@ -109,11 +109,8 @@ def warn_if_blind(run: RunDir, progress: RunProgress, what: str, found: Blindnes
 
 def evaluation_json(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
     """`eval` of the summary: each side, and their paired differences where there are both."""
-    found: dict[str, Any] = {}
-    if before is not None:
-        found["before"] = before.to_json()
-    if after is not None:
-        found["after"] = after.to_json()
+    sides = {"before": before, "after": after}
+    found: dict[str, Any] = {name: side.to_json() for name, side in sides.items() if side is not None}
     if before is not None and after is not None and (both := in_common(before, after)) is not None:
         found["difference"] = comparison_json(compare(*both))
     return found

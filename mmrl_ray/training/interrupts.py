@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 from mmrl_ray.errors import MMRLError
@@ -73,9 +73,7 @@ class StopOnInterrupt:
             self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._before:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
             sys.unraisablehook = self._hook

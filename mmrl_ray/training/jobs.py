@@ -41,11 +41,8 @@ def submit(
     """Checks what can be checked from here, then sends the run; returns the job's id.
 
     Args:
-        client: the cluster's.
         cfg: as it was written; its paths are those of this process.
-        python: the interpreter on the cluster.
         shared: folders that this machine shares with the cluster's nodes, under the same path.
-        id: of the job.
         chosen: whether the user has named the cluster; else there may be only one on this machine.
 
     Raises:
@@ -54,10 +51,11 @@ def submit(
         JobError: the cluster does not take the job.
     """
     cfg = with_absolute_paths(cfg)
-    folders = [_absolute_folder(folder) for folder in shared]
+    if wrong := [folder for folder in shared if not folder.startswith("/")]:
+        raise ConfigError(f"--shared-paths {wrong[0]}: write an absolute path, which is the same on every node")
     here = is_this_machine(client)
     if not here:
-        refuse_unseen(cfg, folders, f"the cluster at {client.address}")
+        refuse_unseen(cfg, shared, f"the cluster at {client.address}")
     if "://" not in cfg.run.root and (here or Path(cfg.run.root).exists()):
         RunDir.require_new(cfg.run.root, cfg.run.name)
     if here:
@@ -70,10 +68,7 @@ def resume(client: JobsClient, name: str, *, python: str | None = None, id: str 
     """Goes on with the run of a job, in a new job whose id is returned.
 
     Args:
-        client: the cluster's.
         name: id of the job, or name of its run.
-        python: the interpreter on the cluster.
-        id: of the new job.
 
     Raises:
         UnknownJobError: there is no such job.
@@ -113,12 +108,6 @@ def _store_of(address: str, chosen: bool) -> str | None:
         raise ConfigError(f"several Rays of this machine take jobs: {named}: name the one to use with --address")
     port = urlsplit(address).port
     return next((store for url, store in servers.items() if urlsplit(url).port == port), None)
-
-
-def _absolute_folder(folder: str) -> str:
-    if not folder.startswith("/"):
-        raise ConfigError(f"--shared-paths {folder}: write an absolute path, which is the same on every node")
-    return folder
 
 
 def _print(text: str) -> None:

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -68,7 +69,6 @@ def serve(
         port: in place of `serving.port`.
         insecure: without keys, on a loopback address of a local Ray only.
         print_config: prints the Serve config file instead.
-        overrides: `a.b=value` each.
 
     Raises:
         ConfigError: the targets do not go together, or `insecure` does not go with the rest.
@@ -82,9 +82,8 @@ def serve(
         if address is None and not print_config:  # the replicas will be on this machine
             clear_leftovers()
             # Before a base that is gone would be made anew, which takes its time.
-            _refuse_unusable(
-                serving_config(targets, overrides, host=host, port=port, base=_as_written), insecure=insecure
-            )
+            asked = serving_config(targets, overrides, host=host, port=port, base=lambda cfg, run: cfg.model.path)
+            _refuse_unusable(asked, insecure=insecure)
         cfg = serving_config(targets, overrides, host=host, port=port)
         if insecure:
             _refuse_insecure(cfg.serving.host, address)
@@ -129,12 +128,11 @@ def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:
         _refuse_insecure(cfg.serving.host, None)
     refuse_missing_places(cfg)
     _refuse_taken(cfg.serving.host, cfg.serving.port)
-    if not insecure:
-        _try_keys(cfg.serving.database)
+    if not insecure:  # a database that takes no key now would take none when the model is loaded
+        from mmrl_ray.serving.keys import KeyStore, default_database
 
-
-def _as_written(cfg: Config, run: RunDir) -> str:
-    return cfg.model.path
+        with closing(KeyStore(cfg.serving.database or default_database())) as store:
+            store.try_writing()
 
 
 def _refuse_taken(host: str, port: int) -> None:
@@ -149,17 +147,6 @@ def _refuse_taken(host: str, port: int) -> None:
         who = f" ({found})" if taken and (found := listener(port)) is not None else ""
         why = f"another program listens there{who}; end it, or choose another --port" if taken else error.strerror
         raise ServingError(f"the gateway cannot listen on {host}:{port}: {why}") from error
-
-
-def _try_keys(database: str | None) -> None:
-    """A database that takes no key now would take none when the model is loaded."""
-    from mmrl_ray.serving.keys import KeyStore, default_database
-
-    store = KeyStore(database or default_database())
-    try:
-        store.try_writing()
-    finally:
-        store.close()
 
 
 def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
@@ -210,9 +197,7 @@ def serving_config(
     """The config that the targets stand for, with overrides and absolute paths; `host` and `port` come last.
 
     `base` says which model a run began with; by default `base_for_use`, which makes it anew where it is gone.
-
-    Raises:
-        ConfigError: see `serve`.
+    Raises as `serve`.
     """
     written = [
         *overrides,
@@ -290,11 +275,7 @@ def demanded_cpus(cfg: ServeConfig) -> int:
 
 
 def local_cpus(cfg: ServeConfig) -> int:
-    """CPUs of a Ray of this machine's own: those of all replicas, and of as many fine-tuning jobs as there may be.
-
-    Raises:
-        ConfigError: a recipe is wrong.
-    """
+    """CPUs of this machine's own Ray: those of all replicas, and of as many fine-tuning jobs as there may be."""
     tuning = cfg.serving.fine_tuning
     jobs = 0 if tuning is None else tuning.max_active * max(map(demanded_by_run, recipe_configs(tuning)))
     return demanded_cpus(cfg) + jobs
@@ -304,11 +285,7 @@ def local_cpus(cfg: ServeConfig) -> int:
 
 
 def greeting(cfg: ServeConfig, *, insecure: bool) -> list[str]:
-    """Where the gateway is and how to ask it; makes the first key where there is none.
-
-    Raises:
-        ServingError: the key database cannot be used.
-    """
+    """Where the gateway is and how to ask it; makes the first key where there is none."""
     serving = cfg.serving
     host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
@@ -325,20 +302,12 @@ def greeting(cfg: ServeConfig, *, insecure: bool) -> list[str]:
 
 
 def first_key(database: str | None) -> str | None:
-    """A new key that may do everything, if there is no key that works; None otherwise.
-
-    Raises:
-        ServingError: the database cannot be used.
-    """
+    """A new key that may do everything, if there is no key that works; None otherwise."""
     from mmrl_ray.serving.keys import KeyStore, default_database
 
-    store = KeyStore(database or default_database())
-    now = datetime.now(UTC)
-    try:
-        works = any(record.works_at(now) for record in store.list())
+    with closing(KeyStore(database or default_database())) as store:
+        works = any(record.works_at(datetime.now(UTC)) for record in store.list())
         return None if works else store.create("first", ["admin"])[0]
-    finally:
-        store.close()
 
 
 def _ask(cfg: ServeConfig, url: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from mmrl_ray.config import Config
@@ -105,9 +104,7 @@ class RunReward:
             note_event(self._run, "reward_replica_ready", seconds=now - self._unhealthy_since)
             self._unhealthy_since = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._app is not None:
             from mmrl_ray.serving import launch
 
@@ -151,9 +148,7 @@ class LivePolicy:
         """Where it is and how to ask it, line by line; see `runs.serve.greeting`."""
         return greeting(self._cfg, insecure=False) if self._cfg is not None else []
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._cfg is not None:
             from mmrl_ray.serving import launch
 

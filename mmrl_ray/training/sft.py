@@ -135,7 +135,7 @@ def train_supervised(
             path = path or choose_path(policy, [prompt for prompt, _ in batch[:2]]).path
             lr = optimizer.param_groups[0]["lr"]
             optimizer.zero_grad(set_to_none=True)
-            loss = _backward(policy, batch, cache, path, cfg.learner.micro_batch_tokens, tell)
+            loss = _backward(policy, batch, cache, path, cfg.learner.token_budget, tell)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, sft.max_grad_norm))
             _refuse_non_finite(len(losses), {"loss": loss, "gradient norm": norm}, samples)
             optimizer.step()

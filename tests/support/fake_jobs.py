@@ -34,7 +34,7 @@ class FakeJobs:
     kept: dict[str, list[CheckpointCard]] = field(default_factory=dict)
     files: dict[str, ResultFile] = field(default_factory=dict)
 
-    async def create(self, order: TuningOrder) -> TuningJob:
+    def create(self, order: TuningOrder) -> TuningJob:
         if self.error is not None:
             raise self.error
         number = len(self.known)
@@ -42,28 +42,28 @@ class FakeJobs:
         self.known[job.id] = job
         return job
 
-    async def get(self, id: str) -> TuningJob:
+    def get(self, id: str) -> TuningJob:
         if self.error is not None:
             raise self.error
         if id not in self.known:
             raise UnknownJobError(f"there is no fine-tuning job {id!r}")
         return self.known[id]
 
-    async def jobs(self) -> list[TuningJob]:
+    def jobs(self) -> list[TuningJob]:
         if self.error is not None:
             raise self.error
         return list(reversed(self.known.values()))
 
-    async def cancel(self, id: str) -> TuningJob:
+    def cancel(self, id: str) -> TuningJob:
         return self.change(id, status="cancelled", finished_at=1_800_000_000)
 
-    async def events(self, id: str) -> list[EventCard]:
-        return self.told.get((await self.get(id)).id, [])
+    def events(self, id: str) -> list[EventCard]:
+        return self.told.get(self.get(id).id, [])
 
-    async def checkpoints(self, id: str) -> list[CheckpointCard]:
-        return self.kept.get((await self.get(id)).id, [])
+    def checkpoints(self, id: str) -> list[CheckpointCard]:
+        return self.kept.get(self.get(id).id, [])
 
-    async def result(self, file_id: str) -> ResultFile:
+    def result(self, file_id: str) -> ResultFile:
         if file_id not in self.files:
             raise UnknownFileError(f"there is no file {file_id!r}")
         return self.files[file_id]

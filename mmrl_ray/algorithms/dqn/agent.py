@@ -263,11 +263,7 @@ def load_value_checkpoint(run: RunDir, step: int) -> ValueState:
 
 
 def save_agent_folder(run: RunDir, agent: Agent, step: int) -> None:
-    """Commits the final agent.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Commits the final agent; a RunError where it cannot be written."""
     with run.staging_folder() as folder:
         agent.save(folder)
         run.commit_folder(AGENT_FOLDER, folder, facts={"step": step})

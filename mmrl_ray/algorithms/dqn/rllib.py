@@ -254,11 +254,7 @@ def module_settings(cfg: Config) -> dict[str, Any]:
     """`model_config` of `FusedQModule`."""
     agent = _section(cfg)
     return {
-        "fusion": agent.fusion,
-        "width": agent.width,
-        "dueling": agent.dueling,
-        "double_q": agent.double_q,
-        "exploration": agent.exploration.model_dump(),
+        **agent.model_dump(include={"fusion", "width", "dueling", "double_q", "exploration"}),
         "total_updates": cfg.learner.steps,
     }
 
@@ -371,7 +367,6 @@ def episodes_from_tensors(
     Args:
         tensors: as `episodes_to_tensors` makes them.
         images: [N, L, d], the environment's.
-        vocabulary: the environment's.
     """
     found, start = [], 0
     rows = zip(*(tensors[name].tolist() for name in ("index", "length", "ended")), strict=True)

@@ -76,7 +76,6 @@ class ValueTrainer:
         """Starts the env runners; with a `state`, from there.
 
         Args:
-            cfg: the run's, with a `value_based` section.
             arguments: of `algorithm.environment_arguments`.
             state: of a checkpoint.
 

@@ -121,6 +121,12 @@ class GenerationEngine(ABC):
     def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """`generate`, for requests that ask for nothing but what the engine can do."""
 
+    def give_back(self) -> None:  # noqa: B027 - an engine may keep nothing
+        """Frees what is kept for later calls in the memory of a device that another process is going to use.
+
+        By default there is nothing.
+        """
+
     def sample_for_comparison(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """A few completions for the comparison at start: by default those that `generate` gives.
 

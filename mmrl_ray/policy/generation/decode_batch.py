@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mmrl_ray.experience.carriers import Completion, FinishReason, SamplingParams
-from mmrl_ray.policy.generation.kv_cache import KVLayer, fill_holes
+from mmrl_ray.policy.generation.kv_cache import KVLayer, StaticStep, fill_holes
 from mmrl_ray.policy.generation.sampling import RowSampler, RuledGroup
 from mmrl_ray.policy.lora.routing import RowAdapters
 from mmrl_ray.policy.model import Policy
@@ -87,11 +87,7 @@ def keeps_every_key(cache: Cache, new_tokens: int) -> bool:
 
 def takes_4d_mask(policy: Policy) -> bool:
     """Whether the language model's attention reads a mask of its own for every query."""
-    return _attention(policy) in _TAKES_4D_MASK
-
-
-def _attention(policy: Policy) -> str:
-    return policy.hf_model.config.get_text_config()._attn_implementation
+    return policy.attention in _TAKES_4D_MASK
 
 
 class DecodeBatch:
@@ -139,6 +135,7 @@ class DecodeBatch:
         self._own = torch.eye(self.width, dtype=torch.bool, device=index.device)
         self._positions = prefix.next_position[index][:, None].repeat(1, self.width)
         self._tokens = torch.zeros_like(self._positions)
+        self._step: StaticStep | None = None
         self.sampler = RowSampler.of(
             [None if row is None else (row.sampling, row.index, row.greedy) for row in self.slots], index.device
         )
@@ -168,7 +165,8 @@ class DecodeBatch:
         counts = [sum(live[start : start + self.width]) for start in range(0, len(live), self.width)]
         left = sum(count > 0 for count in counts) * max(counts)
         # One slot a batch row: the last ones take the places of those that have finished, and the rest stays in place.
-        return left < len(live) if self.mergeable and self.width == 1 else left <= _COMPACT_TO * len(live)
+        cheap = self.mergeable and self.width == 1 and self._step is None
+        return left < len(live) if cheap else left <= _COMPACT_TO * len(live)
 
     def logits(self) -> torch.Tensor:
         """[S, V] of every slot's next token: the prefix's, and then one forward pass over the tokens put in.
@@ -178,11 +176,23 @@ class DecodeBatch:
         if self._first is not None:
             first, self._first = self._first, None
             return first
-        self._add_own_keys()
+        if self._is_static:
+            made = self._static_step()
+        else:
+            self._end_static()
+            self._add_own_keys()
+            made = self._forward(self._visible[:, :, : self._keys])
+            self._positions = self._positions + 1
+        logits, hidden = (each.flatten(0, 1) for each in made)
+        return self._with_values(logits, hidden)
+
+    def _forward(self, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, Q, V] of the slots' next tokens and what they are made of, [B, Q, d]."""
         positions, axes = self._positions, position_axes(self._policy)
-        mask = self._attention_mask()  # of the shape that the policy's own attention takes
+        mask = self._attention_mask(visible)  # of the shape that the policy's own attention takes
         adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
-        with adapters, self._policy.acceleration.decode_step(self._policy):
+        faster = self._policy.acceleration
+        with adapters, faster.forward(self._policy), faster.decode_step(self._policy):
             output = self._policy.core(
                 input_ids=self._tokens,
                 attention_mask=mask,
@@ -190,9 +200,47 @@ class DecodeBatch:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-            logits = self._policy.logits(output.last_hidden_state)
-        self._positions = positions + 1
-        return self._with_values(logits.flatten(0, 1), output.last_hidden_state.flatten(0, 1))
+            return self._policy.logits(output.last_hidden_state), output.last_hidden_state
+
+    @property
+    def _is_static(self) -> bool:
+        """Whether steps are computed on tensors that stay in place: what they read is then the same at each.
+
+        Where PEFT tells rows of several adapters apart it asks Python lists; a cache that is no `KVLayer` grows by
+        itself; an ordinary 2-D mask is made into another, by its length, within the model.
+        """
+        return self._policy.acceleration.capture is not None and self.packed and len(set(self._names)) == 1
+
+    def _static_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._step is not None and self._step.is_full:
+            self._end_static()
+        if self._step is None:
+            capture = self._policy.acceleration.capture
+            assert capture is not None
+            self._tokens, self._positions = self._tokens.clone(), self._positions.clone()
+            self._step = StaticStep(
+                self._layers,
+                self._visible[:, :, : self._keys],
+                self._forward_in_place,
+                capture,
+                steps=max(row.sampling.max_new_tokens - len(row.tokens) for row in self.slots if row is not None),
+                most_steps=_ROOM_STEPS,
+            )
+            self._visible = self._step.visible
+        logits, hidden = self._step.run()
+        self._keys += self.width
+        return logits, hidden
+
+    def _forward_in_place(self, visible: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = self._forward(visible)
+        self._positions.add_(1)
+        return made
+
+    def _end_static(self) -> None:
+        """Before rows come or go: tensors are made anew then."""
+        if self._step is not None:
+            self._step.end()
+            self._step = None
 
     def _with_values(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Adds β(Q − V) to the logits [S, V] of the slots that are decoded by values; all others stay as they are."""
@@ -201,8 +249,8 @@ class DecodeBatch:
             if row is not None and row.finish_reason is None and row.sampling.value_beta > 0:
                 by_adapter.setdefault(row.adapter, []).append((i, row.sampling.value_beta))
         for adapter, rows in by_adapter.items():
-            index = torch.tensor([i for i, _ in rows], device=logits.device)
-            beta = torch.tensor([[beta] for _, beta in rows], device=logits.device)
+            index = self._policy.place(torch.tensor([i for i, _ in rows]))
+            beta = self._policy.place(torch.tensor([[beta] for _, beta in rows]))
             advantages = self._policy.value_heads[adapter].advantages(hidden[index])
             logits = logits.float().index_add(0, index, beta * advantages)
         return logits
@@ -217,7 +265,7 @@ class DecodeBatch:
         for found in groups.values():
             rules = found[0][1].rules
             if rules is not None:
-                index = torch.tensor([slot for slot, _ in found], device=logits.device)
+                index = self._policy.place(torch.tensor([slot for slot, _ in found]))
                 rows = [row for _, row in found]
                 changed = rules.apply(logits[index], [row.index for row in rows], [row.tokens for row in rows])
                 logits = logits.index_copy(0, index, changed)
@@ -225,7 +273,10 @@ class DecodeBatch:
 
     def put(self, tokens: torch.Tensor) -> None:
         """Takes the token, int64 [S], that each slot goes on with."""
-        self._tokens = tokens.view(-1, self.width)
+        if self._step is not None:
+            self._tokens.copy_(tokens.view(-1, self.width))
+        else:
+            self._tokens = tokens.view(-1, self.width)
 
     def accepts(self, other: DecodeBatch) -> bool:
         """Whether `other` can be taken in, at the price of at most as many empty slots again."""
@@ -242,6 +293,7 @@ class DecodeBatch:
         """Takes in the rows of `other`, after both have put a token; keys are padded on the left to the longer."""
         width, keys = max(self.width, other.width), max(self._keys, other._keys)
         for decode_batch in (self, other):
+            decode_batch._end_static()
             decode_batch._widen(width)
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             mine.join(theirs, most_rows=self._max_rows // width)
@@ -256,6 +308,7 @@ class DecodeBatch:
 
     def compact(self) -> None:
         """Drops finished rows, and the keys that only they could see; at least one row must go on."""
+        self._end_static()
         live = self.live
         by_prompt = [
             [i for i in range(start, start + self.width) if live[i]] for start in range(0, len(live), self.width)
@@ -263,7 +316,7 @@ class DecodeBatch:
         kept = fill_holes([b for b, slots in enumerate(by_prompt) if slots])
         width = max(len(slots) for slots in by_prompt)
         self._take([by_prompt[b] for b in kept], width)
-        batch = torch.tensor(kept, device=self._positions.device)
+        batch = self._policy.place(torch.tensor(kept))
         if not self.mergeable:
             self._reorder(batch)
             return
@@ -295,10 +348,9 @@ class DecodeBatch:
         # An empty slot goes on with what some other one has: the numbers are computed and nobody reads them.
         flat = [row[q] if q < len(row) else row[0] for row in slots for q in range(width)]
         filled = [q < len(row) for row in slots for q in range(width)]
-        index = torch.tensor(flat, device=self._positions.device)
-        mask = torch.tensor(filled, device=index.device)[:, None]
+        index, mask = self._policy.place(torch.tensor(flat)), self._policy.place(torch.tensor(filled))[:, None]
         self.slots = [self.slots[i] if is_filled else None for i, is_filled in zip(flat, filled, strict=True)]
-        self.sampler = self.sampler.select(index)
+        self.sampler = self.sampler.select(flat)
         self._first = None if self._first is None else self._first[index]
         self._tokens = self._tokens.flatten()[index].view(-1, width)
         self._positions = self._positions.flatten()[index].view(-1, width)
@@ -321,11 +373,10 @@ class DecodeBatch:
         self._visible[:, :, self._keys : end] = self._own
         self._keys = end
 
-    def _attention_mask(self) -> torch.Tensor:
-        visible = self._visible[:, :, : self._keys]
+    def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
         if not self.packed:
             return visible[:, 0].long()
-        if _attention(self._policy) == "sdpa":
+        if self._policy.attention == "sdpa":
             return visible[:, None]
         lowest = torch.finfo(self._policy.dtype).min
         hidden = torch.zeros(visible.shape, dtype=self._policy.dtype, device=visible.device)

@@ -9,15 +9,25 @@ A step writes its own keys at `hi` instead of copying all of them; a row that jo
 its last key at `hi`; a row that leaves is overwritten by the last one; keys at the left that nobody sees any more are
 left behind by moving `lo`. What is in use holds numbers everywhere, also where a mask hides them: zeros or what was
 left over, never memory as it was found, which might be NaN.
+
+A step that is recorded (`StaticStep`) is done again and again by a device that asks Python nothing: which keys there
+are is data then, not shape. For as many steps as there is room for, attention goes over `W` keys, those in use and the
+room behind them, and the mask says how many of them count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
+
+from mmrl_ray.policy.model import Captured
+
+_WORTH_STEPS = 4
+"""With fewer steps to come recording one costs more than it saves: it takes the time of about two."""
 
 
 class KVLayer(DynamicLayer):
@@ -37,12 +47,18 @@ class KVLayer(DynamicLayer):
         self._room = room
         self._rows, self._lo, self._hi = keys.shape[0], 0, keys.shape[2]
         self._all_keys, self._all_values = keys, values
+        self._place: torch.Tensor | None = None
+        self._still: tuple[torch.Tensor, torch.Tensor] = (keys, values)
         self._look()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends one step's keys and values; returns all of them."""
+        """Appends one step's keys and values; returns all of them, or what `hold_still` says."""
+        if self._place is not None:
+            for held, new in zip(self._still, (key_states, value_states), strict=True):
+                held.index_copy_(2, self._place, new.to(held.dtype))
+            return self._still
         end = self._hi + key_states.shape[2]
         if end > self._all_keys.shape[2]:
             self._move(self.keys, self.values, rows=self._all_keys.shape[0])
@@ -52,6 +68,34 @@ class KVLayer(DynamicLayer):
         self._hi = end
         self._look()
         return self.keys, self.values
+
+    def room(self, keys: int) -> int:
+        """For how many keys there is place behind those in use, after making it for at least `keys`."""
+        if self._hi + keys > self._all_keys.shape[2]:
+            self._room = max(self._room, keys)
+            self._move(self.keys, self.values, rows=self._all_keys.shape[0])
+        return self._all_keys.shape[2] - self._hi
+
+    def hold_still(self, place: torch.Tensor, width: int) -> None:
+        """From now on a step's keys and values go to `place`, int64 [Q], and `update` returns `width` of them: those in
+        use, and behind them those of later steps, 0 until they come. `advance` says when they have."""
+        end = self._lo + width
+        for all_ in (self._all_keys, self._all_values):
+            all_[: self._rows, :, self._hi : end] = 0
+        self._place = place
+        self._still = (
+            self._all_keys[: self._rows, :, self._lo : end],
+            self._all_values[: self._rows, :, self._lo : end],
+        )
+
+    def advance(self, keys: int) -> None:
+        """So many keys were written by a step while the layer held still."""
+        self._hi += keys
+        self._look()
+
+    def let_go(self) -> None:
+        """A step's keys are appended again."""
+        self._place, self._still = None, (self.keys, self.values)
 
     def join(self, other: KVLayer, *, most_rows: int) -> None:
         """Takes in the rows of `other`; K is the longer of the two then, and the shorter ones have it on their right.
@@ -104,6 +148,80 @@ class KVLayer(DynamicLayer):
     def _look(self) -> None:
         self.keys = self._all_keys[: self._rows, :, self._lo : self._hi]
         self.values = self._all_values[: self._rows, :, self._lo : self._hi]
+
+
+class StaticStep:
+    """Steps of a batch on tensors that stay in place: the first as it comes, then one recorded, then that one again.
+
+    `B` batch rows, `Q` slots a batch row, `W` keys.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[KVLayer],
+        visible: torch.Tensor,
+        forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+        capture: Callable[[Callable[[], tuple[torch.Tensor, ...]]], Captured | None],
+        *,
+        steps: int,
+        most_steps: int,
+    ) -> None:
+        """Makes room for the `steps` to come, but for no more than `most_steps` at a time.
+
+        Args:
+            layers: they hold still until `end`.
+            visible: bool [B, Q, K], the keys in use that each slot sees.
+            forward: one step under the mask [B, Q, W], for tokens and positions that it knows, which it moves on.
+            capture: see `Acceleration`.
+            steps: that the longest row may still take.
+            most_steps: see above.
+        """
+        rows, self._width, keys = visible.shape
+        rooms = [layer.room(self._width * min(steps, most_steps)) for layer in layers]
+        self.visible = pad(visible, (0, min(rooms)))
+        """bool [B, Q, W]."""
+        self._layers, self._forward, self._capture = layers, forward, capture
+        self._steps, self._left = steps, min(rooms) // self._width
+        device = visible.device
+        self._own = torch.eye(self._width, dtype=torch.bool, device=device).expand(rows, -1, -1)
+        self._place = torch.arange(keys, keys + self._width, device=device)
+        for layer in layers:
+            layer.hold_still(self._place, self.visible.shape[2])
+        self._ran = False
+        self._captured: Captured | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another step."""
+        return self._left == 0
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """What `forward` returns; good until the next step."""
+        # A first one goes by itself: libraries set themselves up in it, which cannot be recorded.
+        if self._captured is None and self._ran and min(self._left, self._steps) >= _WORTH_STEPS:
+            self._captured = self._capture(self._compute)
+        if self._captured is None:
+            made = self._compute()
+        else:
+            self._captured.replay()
+            made = self._captured.made
+        self._ran = True
+        self._steps, self._left = self._steps - 1, self._left - 1
+        for layer in self._layers:
+            layer.advance(self._width)
+        return made
+
+    def end(self) -> None:
+        """The layers grow again; nothing recorded is used any more."""
+        self._captured = None
+        for layer in self._layers:
+            layer.let_go()
+
+    def _compute(self) -> tuple[torch.Tensor, ...]:
+        self.visible.index_copy_(2, self._place, self._own)
+        made = self._forward(self.visible)
+        self._place.add_(self._width)
+        return made
 
 
 def fill_holes(kept: Sequence[int]) -> list[int]:

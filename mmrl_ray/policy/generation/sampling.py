@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -148,6 +148,9 @@ def draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 class RowSampler:
     """The sampling parameters of `R` rows as tensors, and how far each has got."""
 
+    uses: np.ndarray
+    """bool [R, 5]: whether a row has a top-k, a top-p, a shortest length, is greedy, is drawn. A step skips what no row
+    uses; asking the device for it would wait."""
     temperature: torch.Tensor
     """float32 [R]."""
     top_k: torch.Tensor
@@ -162,11 +165,6 @@ class RowSampler:
     """float64 [R, T]."""
     age: torch.Tensor
     """int64 [R], tokens sampled so far."""
-    has_top_k: bool = field(init=False, default=False)
-    has_top_p: bool = field(init=False, default=False)
-    has_min_new: bool = field(init=False, default=False)
-    has_greedy: bool = field(init=False, default=False)
-    has_drawn: bool = field(init=False, default=False)
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams, int, bool] | None], device: torch.device) -> RowSampler:
@@ -176,7 +174,7 @@ class RowSampler:
         for i, row in enumerate(rows):
             if row is not None and not row[2]:
                 table[i, : row[0].max_new_tokens] = uniforms(row[0].seed, row[1], row[0].max_new_tokens)
-        made = cls(
+        return cls(
             temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             top_k=torch.tensor([p.top_k for p in params], device=device),
             top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
@@ -184,8 +182,8 @@ class RowSampler:
             greedy=torch.tensor([row is not None and row[2] for row in rows], device=device),
             uniforms=torch.from_numpy(table).to(device),
             age=torch.zeros(len(rows), dtype=torch.int64, device=device),
+            uses=np.array([_uses(p, row is not None and row[2]) for p, row in zip(params, rows, strict=True)]),
         )
-        return made._noted()
 
     def sample(
         self, logits: torch.Tensor, forbidden: torch.Tensor, eos: torch.Tensor
@@ -198,27 +196,29 @@ class RowSampler:
             eos: int64, the tokens that end a row.
         """
         logits = logits.float().index_fill(-1, forbidden, -math.inf)
-        if self.has_min_new:
+        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = (bool(each.any()) for each in self.uses.T)
+        if has_min_new:
             early = (self.age < self.min_new)[:, None]
             logits[:, eos] = logits[:, eos].masked_fill(early, -math.inf)
         logprobs = behaviour_logprobs(
             logits,
             self.temperature,
-            top_k=self.top_k if self.has_top_k else None,
-            top_p=self.top_p if self.has_top_p else None,
+            top_k=self.top_k if has_top_k else None,
+            top_p=self.top_p if has_top_p else None,
         )
         # Of the logits, not the log-probs: a temperature or a normaliser can round two of them to one value.
-        tokens = logits.argmax(dim=-1) if self.has_greedy else None
-        if tokens is None or self.has_drawn:
+        tokens = logits.argmax(dim=-1) if has_greedy else None
+        if tokens is None or has_drawn:
             at = self.age.clamp(max=self.uniforms.shape[1] - 1)[:, None]
             drawn = draw(logprobs, self.uniforms.gather(1, at).squeeze(1))
             tokens = drawn if tokens is None else torch.where(self.greedy, tokens, drawn)
         self.age += 1
         return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
-    def select(self, rows: torch.Tensor) -> RowSampler:
-        """The sampler of `rows` int64 [R'], in that order."""
-        return RowSampler(*(value[rows] for value in self._tensors()))._noted()
+    def select(self, rows: Sequence[int]) -> RowSampler:
+        """The sampler of `rows`, in that order."""
+        index = torch.tensor(rows).to(self.age.device, non_blocking=True)
+        return RowSampler(self.uses[list(rows)], *(value[index] for value in self._tensors()))
 
     def join(self, other: RowSampler) -> RowSampler:
         """The sampler of these rows, then `other`'s."""
@@ -226,19 +226,16 @@ class RowSampler:
         for sampler in (self, other):
             sampler.uniforms = torch.nn.functional.pad(sampler.uniforms, (0, width - sampler.uniforms.shape[1]))
         pairs = zip(self._tensors(), other._tensors(), strict=True)
-        return RowSampler(*(torch.cat(pair) for pair in pairs))._noted()
+        uses = np.concatenate([self.uses, other.uses])
+        return RowSampler(uses, *(torch.cat(pair) for pair in pairs))
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.temperature, self.top_k, self.top_p, self.min_new, self.greedy, self.uniforms, self.age
 
-    def _noted(self) -> RowSampler:
-        """Notes once which features any row uses: a step then skips the others without asking the device."""
-        self.has_top_k = bool((self.top_k > 0).any())
-        self.has_top_p = bool((self.top_p < 1).any())
-        self.has_min_new = bool((self.min_new > 0).any())
-        self.has_greedy = bool(self.greedy.any())
-        self.has_drawn = not bool(self.greedy.all())
-        return self
+
+def _uses(sampling: SamplingParams, greedy: bool) -> tuple[bool, ...]:
+    """A row of `RowSampler.uses`."""
+    return sampling.top_k > 0, sampling.top_p < 1, bool(sampling.min_new_tokens), greedy, not greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,9 +292,10 @@ class RuledGroup:
     def apply(self, logits: torch.Tensor, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """float32 [R, V] of those of the group's rows that go on, `tokens` being what each has said: equally many."""
         length = self._prompt_tokens + len(tokens[0])
-        index = torch.tensor(rows, device=logits.device)
+        index = torch.tensor(rows).to(logits.device, non_blocking=True)
         if tokens[0]:
-            self._said[index, length - 1] = torch.tensor([each[-1] for each in tokens], device=logits.device)
+            last = torch.tensor([each[-1] for each in tokens]).to(logits.device, non_blocking=True)
+            self._said[index, length - 1] = last
         changed: torch.Tensor = self._processors(cast(torch.LongTensor, self._said[index, :length]), logits.float())
         return changed
 

@@ -8,13 +8,15 @@ A run's adapter (`add_run_adapter`) begins with the same weights in each of its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -77,13 +79,18 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's weights as PEFT saves them: CPU float32 copies, contiguous, under names without the adapter's own.
 
+    They lie one behind the other in one buffer, which comes from the device by one copy: an adapter of a large model
+    has hundreds of small matrices, and a copy of each waits for the device.
+
     Raises:
         AdapterError: the model has no adapter.
     """
-    return {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in _live_state(model).items()
-    }
+    live = _live_state(model)
+    if not live:
+        return {}
+    there = torch.cat([tensor.detach().reshape(-1) for tensor in live.values()])
+    here = _on_host(there.numel(), there.dtype, there.device).copy_(there).float()
+    return {name: flat.view(live[name].shape) for name, flat in _parts(here, live).items()}
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -100,11 +107,19 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> N
                 f"adapter weight {name} has shape {list(tensor.shape)}, the model's {list(live[name].shape)}; "
                 "it was made with another rank or for another model"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"adapter weight {name} holds NaN or infinity; take an earlier version")
+    if not live:
+        return
+    device, dtype = next((tensor.device, tensor.dtype) for tensor in live.values())
+    here = _on_host(sum(tensor.numel() for tensor in live.values()), dtype, device)
+    parts = _parts(here, live)
+    for name, flat in parts.items():
+        flat.copy_(state[name].reshape(-1))
+    if not bool(torch.isfinite(here).all()):
+        name = next(name for name, flat in parts.items() if not bool(torch.isfinite(flat).all()))
+        raise AdapterError(f"adapter weight {name} holds NaN or infinity; take an earlier version")
+    there = _parts(here.to(device), live)
     with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(state[name])
+        torch._foreach_copy_(list(live.values()), [there[name].view_as(tensor) for name, tensor in live.items()])
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
@@ -238,7 +253,21 @@ def _wrap(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         torch.manual_seed(seed)
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
     model.train(training)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._cast_input_dtype = partial(_cast_input, layer._cast_input_dtype)
     return model
+
+
+def _cast_input(
+    own: Callable[[torch.Tensor, torch.dtype], torch.Tensor], x: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """PEFT's cast of a branch's input to the adapter's float32, where its product is computed in float32.
+
+    Under autocast it is not: the product casts its input back, to the same numbers, and keeps that copy for the
+    backward pass, one for each of the layers that have one input.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else own(x, dtype)
 
 
 def forget_adapters(base: M) -> M:
@@ -258,6 +287,16 @@ def _live_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's own tensors, not copies, under the names PEFT saves them by."""
     peft = _require_adapter(model)
     return get_peft_model_state_dict(peft, adapter_name=peft.active_adapter, save_embedding_layers=False)
+
+
+def _on_host(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[count], for a copy to or from `device`: in memory that it reads by itself where it is a CUDA GPU."""
+    return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _parts(flat: torch.Tensor, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`flat`, cut into as many numbers as each tensor has; no copies."""
+    return dict(zip(live, flat.split([tensor.numel() for tensor in live.values()]), strict=True))
 
 
 def _adapted_names(peft: PeftModel) -> list[str]:

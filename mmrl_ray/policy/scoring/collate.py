@@ -75,17 +75,16 @@ def collate(
     flat = [completion for completions in kept for completion in completions]
     lengths = torch.tensor([completion.token_ids.numel() for completion in flat])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    device = policy.device
     return LearnerBatch(
         prompts=prompts,
         features=features,
         completions=[[c.token_ids for c in completions] for completions in kept],
         temperature=temperatures.pop(),
-        behaviour_logprobs=_padded(flat, lambda c: c.logprobs).to(device),
-        reference_logprobs=_reference(flat, device),
-        advantages=torch.tensor([p.advantages[i] for _, p in groups for i in p.learned]).to(device, torch.float32),
-        scales=torch.tensor([p.scales[i] for _, p in groups for i in p.learned]).to(device, torch.float32),
-        mask=mask.to(device),
+        behaviour_logprobs=policy.place(_padded(flat, lambda c: c.logprobs)),
+        reference_logprobs=_reference(policy, flat),
+        advantages=policy.place(torch.tensor([p.advantages[i] for _, p in groups for i in p.learned]).float()),
+        scales=policy.place(torch.tensor([p.scales[i] for _, p in groups for i in p.learned]).float()),
+        mask=policy.place(mask),
         sample_ids=tuple(planned.sample_id for _, planned in groups),
         vision_recomputed=recomputed,
     )
@@ -121,13 +120,13 @@ def prompts_and_features(
     return prompts, [shipped[i] if i in shipped else made[i] for i in range(len(payloads))], len(missing)
 
 
-def _reference(flat: Sequence[Completion], device: torch.device) -> torch.Tensor | None:
+def _reference(policy: Policy, flat: Sequence[Completion]) -> torch.Tensor | None:
     have = sum(completion.reference_logprobs is not None for completion in flat)
     if have == 0:
         return None
     if have < len(flat):
         raise ValueError(f"{have} of {len(flat)} completions of a micro-batch carry reference log-probs")
-    return _padded(flat, lambda c: c.reference_logprobs).to(device)
+    return policy.place(_padded(flat, lambda c: c.reference_logprobs))
 
 
 def _padded(flat: Sequence[Completion], of: Callable[[Completion], torch.Tensor | None]) -> torch.Tensor:
@@ -138,7 +137,7 @@ def _padded(flat: Sequence[Completion], of: Callable[[Completion], torch.Tensor 
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
-    """K prompts on the policy's device, left-padded to P tokens."""
+    """K prompts, left-padded to P tokens."""
 
     input_ids: torch.Tensor
     """int64 [K, P]."""
@@ -161,14 +160,26 @@ class PromptBatch:
             for name, value in self.per_token.items()
         }
 
+    def on(self, policy: Policy) -> PromptBatch:
+        """On the policy's device."""
+        return PromptBatch(
+            input_ids=policy.place(self.input_ids),
+            attention_mask=policy.place(self.attention_mask),
+            position_ids=policy.place(self.position_ids),
+            next_position=policy.place(self.next_position),
+            per_token={name: policy.place(value) for name, value in self.per_token.items()},
+            generated={name: policy.place(value) for name, value in self.generated.items()},
+        )
+
 
 def pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
-    """Tokens, mask, positions and per-token inputs of K prompts."""
+    """Tokens, mask, positions and per-token inputs of K prompts, on the CPU: where things stand is found out there, so
+    that a GPU is never asked."""
     width = max(prompt.input_ids.numel() for prompt in prompts)
-    input_ids = _left_padded([p.input_ids for p in prompts], width, policy.pad_token_id).to(policy.device)
-    attention_mask = _left_padded([torch.ones_like(p.input_ids) for p in prompts], width, 0).to(policy.device)
+    input_ids = _left_padded([p.input_ids for p in prompts], width, policy.pad_token_id)
+    attention_mask = _left_padded([torch.ones_like(p.input_ids) for p in prompts], width, 0)
     per_token = {
-        name: _left_padded([p.model_inputs[name] for p in prompts], width, 0).to(policy.device)
+        name: _left_padded([p.model_inputs[name] for p in prompts], width, 0)
         for name in PER_TOKEN
         if name in prompts[0].model_inputs
     }
@@ -188,22 +199,23 @@ def pad_prompts(policy: Policy, prompts: Sequence[EncodedPrompt]) -> PromptBatch
 def row_arguments(
     policy: Policy, batch: PromptBatch, targets: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a forward without a cache over rows of a prompt and one completion behind it.
+    """Arguments of a forward without a cache over rows of a prompt and one completion behind it, on its device.
 
     Args:
         policy: the model.
-        batch: K prompts.
+        batch: K prompts, on the CPU as the other two.
         targets: int64 [K, T], each prompt's completion.
         mask: bool [K, T], True at completion tokens.
     """
     length = targets.shape[1]
     positions = completion_positions(policy, batch.next_position, length)
-    return {
+    arguments = {
         "input_ids": torch.cat([batch.input_ids, targets], dim=1),
         "attention_mask": torch.cat([batch.attention_mask, mask.long()], dim=1),
         "position_ids": torch.cat([batch.position_ids, positions], dim=-1),
         **batch.per_token_with(length),
     }
+    return {name: policy.place(value) for name, value in arguments.items()}
 
 
 def _of_a_generated_token(
@@ -239,7 +251,7 @@ def vision_arguments(
             yield arguments
         return
     accepted = accepted_arguments(policy)
-    inputs = {name: value.to(policy.device) for name, value in image_inputs(prompts).items() if name in accepted}
+    inputs = {name: policy.place(value) for name, value in image_inputs(prompts).items() if name in accepted}
     yield {name: value.to(policy.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
@@ -267,16 +279,16 @@ def prompt_positions(
         attention_mask: int64 [K, P] of the padded batch, 1 where a token is real.
 
     Returns:
-        position ids [K, P] or [A, K, P], and the next position [K], on the mask's device.
+        position ids [K, P] or [A, K, P], and the next position [K], on the CPU as the mask.
     """
     if position_axes(policy) is None:
         return (attention_mask.cumsum(dim=-1) - 1).clamp_min(0), attention_mask.sum(dim=-1)
-    width, device = attention_mask.shape[1], attention_mask.device
+    width = attention_mask.shape[1]
     # One by one: HunYuan-VL numbers pictures on through a batch. A batch may hold a prompt several times.
     made = {id(prompt): _laid_out(policy, prompt) for prompt in prompts}
     rows = [made[id(prompt)][0] for prompt in prompts]
     positions = torch.stack([nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows], dim=1)
-    return positions.to(device), torch.tensor([made[id(prompt)][1] for prompt in prompts], device=device)
+    return positions, torch.tensor([made[id(prompt)][1] for prompt in prompts])
 
 
 def completion_positions(policy: Policy, start: torch.Tensor, length: int) -> torch.Tensor:

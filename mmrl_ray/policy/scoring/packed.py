@@ -47,11 +47,15 @@ class _Places:
     order: torch.Tensor
     """int64: the token's index in the row that its completion would make alone behind the prompt."""
 
+    def on(self, policy: Policy) -> _Places:
+        """On the policy's device."""
+        return _Places(policy.place(self.segment), policy.place(self.order))
+
 
 def unpackable(policy: Policy) -> str | None:
     """Why this model's attention cannot be told who sees whom, or None."""
     config = policy.hf_model.config.get_text_config()
-    attention = config._attn_implementation
+    attention = policy.attention
     if attention not in _MASKED_ATTENTION:
         return f"attn_implementation={attention} takes no mask of its own; set model.attn_implementation: sdpa"
     for i, kind in enumerate(getattr(config, "layer_types", None) or ()):
@@ -74,7 +78,7 @@ def packed_rows(
         policy: the model.
         prompts: K of them.
         features: K of them, or None to run the vision tower inside.
-        index: int64 [N], the prompt of each completion, ascending.
+        index: int64 [N] on the CPU, as the other two; the prompt of each completion, ascending.
         targets: int64 [N, T].
         mask: bool [N, T], True at completion tokens.
 
@@ -92,19 +96,24 @@ def packed_rows(
     length = packed.shape[1]
     tokens = _pack(targets[:, :-1], inside, packed, policy.pad_token_id)
     positions = _pack(completion_positions(policy, batch.next_position[index], inside.shape[1]), inside, packed, 0)
+    places = _places(batch, index, inside, packed)
+    on_device = batch.on(policy)
     with vision_arguments(policy, prompts, features) as vision:
         output = policy.core(
-            input_ids=torch.cat([batch.input_ids, tokens], dim=1),
-            attention_mask=_attention(policy, batch, _places(batch, index, inside, packed), width + inside.shape[1]),
-            position_ids=torch.cat([batch.position_ids, positions], dim=-1),
+            input_ids=policy.place(torch.cat([batch.input_ids, tokens], dim=1)),
+            attention_mask=_attention(policy, on_device, places.on(policy), width + inside.shape[1]),
+            position_ids=policy.place(torch.cat([batch.position_ids, positions], dim=-1)),
             use_cache=False,
-            **batch.per_token_with(length),
+            **on_device.per_token_with(length),
             **vision,
         )
     hidden = output.last_hidden_state
     rows = hidden.new_zeros(*targets.shape, hidden.shape[-1])
-    rows[:, 0] = hidden[:, width - 1][index]
-    rows[:, 1:][inside] = hidden[:, width:][packed]
+    rows[:, 0] = hidden[:, width - 1][policy.place(index)]
+    # One order for both (`_packed_columns`). Places instead of the masks: those would wait for a GPU to count them.
+    to_row, to_column = map(policy.place, inside.nonzero(as_tuple=True))
+    group, column = map(policy.place, packed.nonzero(as_tuple=True))
+    rows[:, 1:][to_row, to_column] = hidden[:, width:][group, column]
     return rows
 
 
@@ -113,8 +122,8 @@ def _packed_columns(index: torch.Tensor, inside: torch.Tensor, groups: int) -> t
 
     Row-major, its True entries are those of `inside`: one order for both, so that masked copies go either way.
     """
-    lengths = torch.zeros(groups, dtype=torch.int64, device=index.device).index_add_(0, index, inside.sum(dim=1))
-    return torch.arange(int(lengths.max()), device=index.device) < lengths[:, None]
+    lengths = torch.zeros(groups, dtype=torch.int64).index_add_(0, index, inside.sum(dim=1))
+    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def _pack(values: torch.Tensor, inside: torch.Tensor, packed: torch.Tensor, padding: int) -> torch.Tensor:
@@ -126,9 +135,9 @@ def _pack(values: torch.Tensor, inside: torch.Tensor, packed: torch.Tensor, padd
 
 def _places(batch: PromptBatch, index: torch.Tensor, inside: torch.Tensor, packed: torch.Tensor) -> _Places:
     groups, width = batch.input_ids.shape
-    numbers = torch.arange(1, len(index) + 1, device=index.device)[:, None].expand(inside.shape)
-    steps = torch.arange(width, width + inside.shape[1], device=index.device).expand(inside.shape)
-    prompt_order = torch.arange(width, device=index.device).expand(groups, width)
+    numbers = torch.arange(1, len(index) + 1)[:, None].expand(inside.shape)
+    steps = torch.arange(width, width + inside.shape[1]).expand(inside.shape)
+    prompt_order = torch.arange(width).expand(groups, width)
     return _Places(
         segment=torch.cat([batch.attention_mask - 1, _pack(numbers, inside, packed, -1)], dim=1),
         order=torch.cat([prompt_order, _pack(steps, inside, packed, width)], dim=1),
@@ -203,7 +212,7 @@ def _near(places: _Places, window: int) -> torch.Tensor:
 
 def _as_mask(policy: Policy, visible: torch.Tensor) -> torch.Tensor:
     """[K, 1, R, R] as the attention takes it: eager attention adds it to its scores."""
-    if policy.hf_model.config.get_text_config()._attn_implementation == "sdpa":
+    if policy.attention == "sdpa":
         return visible[:, None]
     mask = torch.zeros(visible.shape, dtype=policy.dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(policy.dtype).min)[:, None]

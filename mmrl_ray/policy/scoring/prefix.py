@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.logits import token_logprobs
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Policy, computing
 from mmrl_ray.policy.scoring.collate import (
     PromptBatch,
     completion_positions,
@@ -96,6 +96,7 @@ def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
     return copied
 
 
+@computing
 def encode_prefix(
     policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[VisionFeatures] | None
 ) -> Prefix:
@@ -107,7 +108,7 @@ def encode_prefix(
         features: what `vision_features` made of them; None runs the vision tower inside the forward, on the pixels (so
             do any where `policy.inject_vision` is False).
     """
-    batch = pad_prompts(policy, prompts)
+    batch = pad_prompts(policy, prompts).on(policy)
     output = _forward_prompts(policy, prompts, features, batch)
     hidden = output.last_hidden_state[:, -1]
     return Prefix(
@@ -119,6 +120,7 @@ def encode_prefix(
     )
 
 
+@computing
 def score_completions(
     policy: Policy,
     prompts: Sequence[EncodedPrompt],
@@ -152,8 +154,10 @@ def score_completions(
         raise ValueError(f"{len(prompts)} prompts, {given} features and {len(completions)} groups of completions")
     if sum(counts) == 0:
         raise ValueError(f"no completion to score in {len(completions)} groups")
-    index = torch.repeat_interleave(torch.tensor(counts)).to(policy.device)
+    index = torch.repeat_interleave(torch.tensor(counts))
     targets, mask = _pad_completions(policy, [c for group in completions for c in group])
+    # All places are found on the CPU: a mask as an index would wait for a GPU to count it.
+    row, column = map(policy.place, mask.nonzero(as_tuple=True))
     if path == "shared_prefix":
         rows = _shared_rows(policy, prompts, features, index, targets, mask)
     elif path == "packed":
@@ -162,20 +166,24 @@ def score_completions(
         rows = _naive_rows(policy, prompts, features, index, targets, mask, hidden=hidden)
     else:
         raise ValueError(f"path={path!r} is none of 'shared_prefix', 'packed' and 'naive'")
-    chosen_from = rows[mask]
+    chosen_from = rows[row, column]
     logprobs, entropies = token_logprobs(
         chosen_from,
-        targets[mask],
+        policy.place(targets[mask]),
         head=nn.Identity() if path == "naive" and not hidden else policy.logits,
         forbidden=policy.image_token_ids,
         temperature=temperature,
         entropy=entropy,
         vocab_size=policy.vocab_size,
     )
+
+    def unpacked(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(mask.shape).index_put((row, column), values)
+
     return Scores(
-        _unpack(logprobs, mask),
-        mask,
-        None if entropies is None else _unpack(entropies, mask),
+        unpacked(logprobs),
+        policy.place(mask),
+        None if entropies is None else unpacked(entropies),
         chosen_from if hidden else None,
     )
 
@@ -188,18 +196,19 @@ def _shared_rows(
     targets: torch.Tensor,
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Hidden states [N, T, d] that predict `targets`."""
+    """Hidden states [N, T, d] that predict `targets`; `index`, `targets` and `mask` are on the CPU."""
     batch = pad_prompts(policy, prompts)
-    output = _forward_prompts(policy, prompts, features, batch)
-    first = output.last_hidden_state[:, -1][index][:, None]
+    output = _forward_prompts(policy, prompts, features, batch.on(policy))
+    prompt_of = policy.place(index)
+    first = output.last_hidden_state[:, -1][prompt_of][:, None]
     length = targets.shape[1] - 1
     if length == 0:
         return first
     suffix = policy.core(
-        input_ids=targets[:, :-1],
-        attention_mask=torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1),
-        position_ids=completion_positions(policy, batch.next_position[index], length),
-        past_key_values=select_cache(output.past_key_values, index),
+        input_ids=policy.place(targets[:, :-1]),
+        attention_mask=policy.place(torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1)),
+        position_ids=policy.place(completion_positions(policy, batch.next_position[index], length)),
+        past_key_values=select_cache(output.past_key_values, prompt_of),
         use_cache=True,
     )
     return torch.cat([first, suffix.last_hidden_state], dim=1)
@@ -222,10 +231,10 @@ def _naive_rows(
     picks = index.tolist()
     prompts = [prompts[i] for i in picks]
     features = None if features is None else [features[i] for i in picks]
-    batch = pad_prompts(policy, prompts)
     length = targets.shape[1]
+    rows = row_arguments(policy, pad_prompts(policy, prompts), targets, mask)
     with vision_arguments(policy, prompts, features) as vision:
-        arguments = {**row_arguments(policy, batch, targets, mask), "use_cache": False, **vision}
+        arguments = {**rows, "use_cache": False, **vision}
         if hidden:
             return policy.core(**arguments).last_hidden_state[:, -length - 1 : -1]
         # Some models (VideoLLaMA 3) make logits of every token whatever they are told.
@@ -294,12 +303,8 @@ def _at_last_position(module: nn.Module) -> Iterator[None]:
 
 
 def _pad_completions(policy: Policy, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded targets int64 [N, T] and their mask bool [N, T]."""
+    """Right-padded targets int64 [N, T] and their mask bool [N, T], on the CPU."""
     padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=policy.pad_token_id)
     lengths = torch.tensor([row.numel() for row in rows])
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return padded.to(policy.device), mask.to(policy.device)
-
-
-def _unpack(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return padded, mask

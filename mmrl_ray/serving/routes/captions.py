@@ -18,14 +18,14 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal, cast
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.errors import ServingError
-from mmrl_ray.serving.auth import INFER, caller_id
+from mmrl_ray.serving.auth import caller_id
 from mmrl_ray.serving.http_errors import CLIENT_GONE, about, error_body, is_expected
 from mmrl_ray.serving.openai import (
     AnswerMessage,
@@ -37,6 +37,7 @@ from mmrl_ray.serving.openai import (
     ChunkChoice,
     ImagePart,
     Logprobs,
+    Reply,
     Sampled,
     Usage,
     finite_logprob,
@@ -57,14 +58,12 @@ from mmrl_ray.serving.routes.common import (
 _OPENAI_TEMPERATURE = 1.0
 
 
-def add_chat(app: FastAPI, tools: Tools) -> None:
+def add_chat(router: APIRouter, tools: Tools) -> None:
     """Adds `POST /v1/chat/completions`."""
 
-    @app.post(
+    @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        tags=["policy"],
-        dependencies=[INFER],
         summary="Complete a conversation with images",
         **takes_json(ChatRequest),
     )
@@ -83,13 +82,12 @@ def add_chat(app: FastAPI, tools: Tools) -> None:
         tools.metrics.generated(served.prompt_tokens, written)
         answer = ChatCompletion(
             id=asked.id,
-            object="chat.completion",
             created=int(time.time()),
             model=served.model,
             choices=[
                 ChatChoice(
                     index=choice.index,
-                    message=AnswerMessage(role="assistant", content=choice.text, refusal=None),
+                    message=AnswerMessage(content=choice.text),
                     logprobs=Logprobs.of(choice.tokens) if body.logprobs else None,
                     finish_reason=choice.finish_reason,
                 )
@@ -254,11 +252,11 @@ class Caption(BaseModel):
     """Of the whole caption, under the distribution it was drawn from."""
 
 
-class Captions(BaseModel):
+class Captions(Reply):
     """The answer."""
 
     id: str
-    object: Literal["caption"]
+    object: Literal["caption"] = "caption"
     created: int
     model: str
     version: int
@@ -289,16 +287,11 @@ _FORM: dict[str, Any] = {
 }
 
 
-def add_captions(app: FastAPI, tools: Tools) -> None:
+def add_captions(router: APIRouter, tools: Tools) -> None:
     """Adds `POST /v1/captions`."""
 
-    @app.post(
-        "/v1/captions",
-        response_model=Captions,
-        tags=["policy"],
-        dependencies=[INFER],
-        summary="Caption a picture",
-        **takes_json(CaptionRequest, _FORM),
+    @router.post(
+        "/v1/captions", response_model=Captions, summary="Caption a picture", **takes_json(CaptionRequest, _FORM)
     )
     async def captions(request: Request) -> Response:
         fields, upload = await _read(tools, request)
@@ -327,7 +320,6 @@ def add_captions(app: FastAPI, tools: Tools) -> None:
         tools.metrics.generated(made.served.prompt_tokens, written)
         answer = Captions(
             id=asked.id,
-            object="caption",
             created=int(time.time()),
             model=made.served.model,
             version=made.served.version,

@@ -121,11 +121,7 @@ class Tools:
 
 
 def at_most(param: str, value: int, limit: int, what: str = "") -> None:
-    """Refuses what is above a limit.
-
-    Raises:
-        HTTPException: 400.
-    """
+    """Refuses, with 400, what is above a limit."""
     if value > limit:
         given = f"{value:,}" if value < 10**15 else "too large a number"
         raise problem(

@@ -29,7 +29,7 @@ from urllib.parse import urljoin
 import httpx
 
 from mmrl_ray import __version__
-from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.config.serving import RemoteImagesSection, ServingSection
 from mmrl_ray.data.images import ImageLimits, inspect_image
 from mmrl_ray.errors import ImageError
 from mmrl_ray.serving.http_errors import about, problem
@@ -72,16 +72,8 @@ class Pictures:
     """Turns what clients send into encoded files."""
 
     def __init__(self, settings: ServingSection) -> None:
-        remote = settings.remote_images
         self.limits = ImageLimits(max_bytes=int(settings.limits.max_image_mb * 2**20))
-        self._remote = RemoteImagePolicy(
-            enabled=remote.enabled,
-            allowed_domains=tuple(remote.allowed_domains),
-            max_bytes=int(remote.max_mb * 2**20),
-            timeout_s=remote.timeout_s,
-            max_redirects=remote.max_redirects,
-            allow_http=remote.allow_http,
-        )
+        self._remote = settings.remote_images
         self._max_pixels = int(settings.limits.max_megapixels * 1e6)
         self._decoder = RequestDecoder(self.limits)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
@@ -93,7 +85,6 @@ class Pictures:
         Args:
             urls: data URIs, or where they are allowed others.
             params: where in the request each one stands.
-            caller: who asks; see `caller_id`.
 
         Raises:
             HTTPException: 400, one is broken, too large, refused or cannot be fetched, or they have too many pixels
@@ -177,25 +168,9 @@ class _File:
         return cls(data, hashlib.sha256(data).digest(), inspect_image(data, limits))
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteImagePolicy:
-    """What may be fetched; by default nothing."""
-
-    enabled: bool = False
-    allowed_domains: tuple[str, ...] = ()
-    """`images.example.com`, or `*.example.com` for every name below it; an address may stand here, too."""
-    max_bytes: int = 10 * 1024 * 1024
-    timeout_s: float = 5.0
-    """For everything: names, redirects, every byte."""
-    max_redirects: int = 3
-    allow_http: bool = False
-    allowed_ports: tuple[int, ...] = ()
-    """Beside the scheme's own."""
-
-
 async def fetch_image(
     url: str,
-    policy: RemoteImagePolicy,
+    policy: RemoteImagesSection,
     *,
     resolve: Resolve | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
@@ -220,7 +195,7 @@ async def fetch_image(
         raise ImageError(f"the image takes longer than {policy.timeout_s:g} s: send the picture itself") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ImageError(f"the image cannot be fetched: {type(error).__name__}; send the picture itself") from error
-    return await asyncio.to_thread(check_image, data, ImageLimits(max_bytes=policy.max_bytes))
+    return await asyncio.to_thread(check_image, data, ImageLimits(max_bytes=_max_bytes(policy)))
 
 
 def is_public(address: str) -> bool:
@@ -246,13 +221,12 @@ class _Target:
     target: str
     is_address: bool
 
-    @property
-    def host_header(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+def _max_bytes(policy: RemoteImagesSection) -> int:
+    return int(policy.max_mb * 2**20)
 
 
-async def _follow(sender: httpx.AsyncBaseTransport, url: str, policy: RemoteImagePolicy, resolve: Resolve) -> bytes:
+async def _follow(sender: httpx.AsyncBaseTransport, url: str, policy: RemoteImagesSection, resolve: Resolve) -> bytes:
     for _ in range(policy.max_redirects + 1):
         target = _checked(url, policy)
         addresses = await _public_addresses(target, resolve)
@@ -261,13 +235,13 @@ async def _follow(sender: httpx.AsyncBaseTransport, url: str, policy: RemoteImag
             if response.status_code in _REDIRECTS and "location" in response.headers:
                 url = _joined(url, response.headers["location"])
                 continue
-            return await _read(response, policy.max_bytes)
+            return await _read(response, _max_bytes(policy))
         finally:
             await response.aclose()
     raise ImageError(f"image URL that redirects more than {policy.max_redirects} times: give the last one")
 
 
-def _checked(url: str, policy: RemoteImagePolicy) -> _Target:
+def _checked(url: str, policy: RemoteImagesSection) -> _Target:
     match = _URL.fullmatch(_plain(url).partition("#")[0])
     if match is None:
         raise ImageError("image URL that is not plain https://host/path: no user name, backslash or escaped host")
@@ -275,7 +249,7 @@ def _checked(url: str, policy: RemoteImagePolicy) -> _Target:
     if scheme not in _PORTS or (scheme == "http" and not policy.allow_http):
         raise ImageError(f"image URL with {scheme}://: use https:// or send the picture itself")
     port = int(match["port"] or _PORTS[scheme])
-    if port != _PORTS[scheme] and port not in policy.allowed_ports:
+    if port != _PORTS[scheme]:
         raise ImageError(f"image URL with port {port}: it is not allowed here")
     is_address = ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]) is not None
     if not any(_allows(entry, host) for entry in policy.allowed_domains):
@@ -326,7 +300,7 @@ async def _send(
 ) -> httpx.Response:
     """The answer, its body unread, of the first address that takes a connection."""
     headers = {
-        "host": target.host_header,
+        "host": f"[{target.host}]" if ":" in target.host else target.host,
         "accept": "image/png, image/jpeg, image/webp, image/gif",
         "accept-encoding": "identity",
         "user-agent": f"mmrl_ray/{__version__}",

@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable
 from typing import Annotated, Literal, Self, TypeVar
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field, model_validator
 
 from mmrl_ray.data.images import image_format, image_hash
 from mmrl_ray.errors import PreferenceStoreError
 from mmrl_ray.preferences.schema import Choice, Pair, Preference, blinded
 from mmrl_ray.preferences.store import PreferenceStore
-from mmrl_ray.serving.auth import FEEDBACK, caller_id, caller_name
+from mmrl_ray.serving.auth import caller_id, caller_name
 from mmrl_ray.serving.http_errors import problem
 from mmrl_ray.serving.openai import Strict
 from mmrl_ray.serving.routes.common import Tools, at_most, for_client, json_answer, read_json, takes_json
@@ -103,15 +103,13 @@ class PairAnswer(BaseModel):
     """Lowest and highest rating."""
 
 
-def add_preferences(app: FastAPI, tools: Tools) -> None:
+def add_preferences(router: APIRouter, tools: Tools) -> None:
     """Adds the routes of `/v1/preferences`."""
 
-    @app.get(
+    @router.get(
         f"{_PATH}/next",
         response_model=PairAnswer,
         responses={204: {"description": "This rater has labelled every pair."}},
-        tags=["preferences"],
-        dependencies=[FEEDBACK],
         summary="A pair that this rater has not labelled",
     )
     async def next_pair(request: Request, user: _User = None) -> Response:
@@ -122,11 +120,9 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
             return Response(status_code=204)
         return json_answer(_shown(blinded(pair, rater), store))
 
-    @app.post(
+    @router.post(
         _PATH,
         response_model=PreferenceAnswer,
-        tags=["preferences"],
-        dependencies=[FEEDBACK],
         summary="Say which of two captions is better",
         **takes_json(PreferenceRequest),
     )
@@ -141,11 +137,9 @@ def add_preferences(app: FastAPI, tools: Tools) -> None:
             (images,) = await tools.pictures.decoded(urls, ["image"], caller_id(request))
         return json_answer(await _in_thread(tools, lambda: _write(store, body, rater, images[0] if images else None)))
 
-    @app.delete(
+    @router.delete(
         f"{_PATH}/{{id}}",
         response_model=UndoneAnswer,
-        tags=["preferences"],
-        dependencies=[FEEDBACK],
         summary="Take back what this rater said last",
         description="`id` is the one that the last `POST` answered, so that a request that comes twice undoes once.",
     )
@@ -185,11 +179,7 @@ def _shown(pair: Pair, store: PreferenceStore) -> PairAnswer:
 
 
 def _store(tools: Tools) -> PreferenceStore:
-    """The store behind this gateway.
-
-    Raises:
-        HTTPException: 404, there is none.
-    """
+    """The store behind this gateway; 404 where there is none."""
     if tools.deps.preferences is None:
         raise problem(
             404, "no preferences are collected here: serving.preferences is not set", code="preferences_not_served"

@@ -11,15 +11,15 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from mmrl_ray.config.serving import REWARD
 from mmrl_ray.errors import RewardError, UnknownModelError
 from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
-from mmrl_ray.serving.auth import INFER, caller_id
+from mmrl_ray.serving.auth import caller_id
 from mmrl_ray.serving.http_errors import TAG, problem, wrong_parameter
-from mmrl_ray.serving.openai import ImagePart, Part, Strict, Usage
+from mmrl_ray.serving.openai import ImagePart, Part, Reply, Strict, Usage
 from mmrl_ray.serving.protocols import RewardItem, RewardService, Scored
 from mmrl_ray.serving.routes.common import Tools, at_most, for_client, json_answer, read_json, takes_json
 
@@ -71,10 +71,10 @@ class RewardRequest(Strict):
         return [RewardInput(**given)]
 
 
-class CaptionError(BaseModel):
+class CaptionError(Reply):
     """Why one caption has no reward."""
 
-    code: Literal["reward_failed"]
+    code: Literal["reward_failed"] = "reward_failed"
     message: str
 
 
@@ -101,10 +101,10 @@ class PictureRewards(BaseModel):
     rewards: list[CaptionReward]
 
 
-class Rewards(BaseModel):
+class Rewards(Reply):
     """All of them, in the order of inputs and captions."""
 
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     reward: str
     """Its parts with their weights."""
     version: str
@@ -112,14 +112,12 @@ class Rewards(BaseModel):
     data: list[PictureRewards]
 
 
-def add_rewards(app: FastAPI, tools: Tools) -> None:
+def add_rewards(router: APIRouter, tools: Tools) -> None:
     """Adds `POST /v1/rewards`."""
 
-    @app.post(
+    @router.post(
         "/v1/rewards",
         response_model=Rewards,
-        tags=["reward"],
-        dependencies=[INFER],
         summary="Score captions of pictures",
         description="A caption that cannot be scored has an `error` of its own, and the answer is 200 all the same, "
         "also where none can be. An error of the request says that nothing was scored.",
@@ -144,11 +142,7 @@ def add_rewards(app: FastAPI, tools: Tools) -> None:
 
 
 def served_reward(tools: Tools) -> RewardService:
-    """The reward behind this gateway.
-
-    Raises:
-        HTTPException: 404, there is none.
-    """
+    """The reward behind this gateway; 404 where there is none."""
     if tools.deps.reward is None:
         raise problem(404, "no reward is served here", code="reward_not_served")
     return tools.deps.reward
@@ -176,11 +170,7 @@ async def score_items(tools: Tools, service: RewardService, items: Sequence[Rewa
 
 
 def check_texts(tools: Tools, inputs: list[tuple[list[str], list[str], str]]) -> None:
-    """Counts captions, references and the characters of each.
-
-    Raises:
-        HTTPException: 400, too many or too long.
-    """
+    """Counts captions, references and the characters of each; 400 where they are too many or too long."""
     limits = tools.limits
     at_most("captions", sum(len(captions) for captions, _, _ in inputs), limits.max_captions, "captions")
     for captions, references, prompt in inputs:
@@ -192,7 +182,6 @@ def check_texts(tools: Tools, inputs: list[tuple[list[str], list[str], str]]) ->
 def _answer(scored: Scored) -> Rewards:
     pictures = zip(scored.scores, scored.image_hashes, strict=True)
     return Rewards(
-        object="list",
         reward=scored.reward,
         version=scored.version,
         data=[
@@ -208,7 +197,7 @@ def _answer(scored: Scored) -> Rewards:
 
 def _caption(index: int, score: Score) -> CaptionReward:
     if isinstance(score, RewardFailure):
-        error = CaptionError(code="reward_failed", message=score.reason)
+        error = CaptionError(message=score.reason)
         return CaptionReward(index=index, total=None, parts={}, weights={}, sigma=None, missing={}, error=error)
     return CaptionReward(
         index=index,
@@ -228,9 +217,7 @@ class MultimodalInput(Strict):
 
 
 def _tag(value: Any) -> str:
-    if isinstance(value, list):
-        return TAG + "list"
-    return TAG + ("text" if isinstance(value, str) else "content")
+    return TAG + ("list" if isinstance(value, list) else "text" if isinstance(value, str) else "content")
 
 
 One = Annotated[
@@ -281,19 +268,19 @@ class ScoreRequest(Strict):
         raise AssertionError("one pair was sent")
 
 
-class ScoreOfPair(BaseModel):
+class ScoreOfPair(Reply):
     """One number."""
 
     index: int
-    object: Literal["score"]
+    object: Literal["score"] = "score"
     score: float
 
 
-class Scores(BaseModel):
+class Scores(Reply):
     """One for each document."""
 
     id: str
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     created: int
     model: str
     data: list[ScoreOfPair]
@@ -301,17 +288,10 @@ class Scores(BaseModel):
     """All 0: the reward has no tokens of its own."""
 
 
-def add_score(app: FastAPI, tools: Tools) -> None:
+def add_score(router: APIRouter, tools: Tools) -> None:
     """Adds `POST /v1/score`."""
 
-    @app.post(
-        "/v1/score",
-        response_model=Scores,
-        tags=["reward"],
-        dependencies=[INFER],
-        summary="Score captions as vLLM does",
-        **takes_json(ScoreRequest),
-    )
+    @router.post("/v1/score", response_model=Scores, summary="Score captions as vLLM does", **takes_json(ScoreRequest))
     async def score(request: Request) -> Response:
         service = served_reward(tools)
         body = await read_json(request, ScoreRequest, tools.timeout_s)
@@ -335,10 +315,9 @@ def add_score(app: FastAPI, tools: Tools) -> None:
         totals = _totals([score for scores in scored.scores for score in scores])
         answer = Scores(
             id=f"score-{secrets.token_hex(12)}",
-            object="list",
             created=int(time.time()),
             model=scored.reward,
-            data=[ScoreOfPair(index=i, object="score", score=total) for i, total in enumerate(totals)],
+            data=[ScoreOfPair(index=i, score=total) for i, total in enumerate(totals)],
             usage=Usage.of(0, 0),
         )
         return json_answer(answer)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import Depends, FastAPI, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +19,6 @@ from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.jobs.control import RunControl
 from mmrl_ray.run_records.control_files import MAX_WORKERS, STATUS_FILE
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.serving.auth import ADMIN, needs
 from mmrl_ray.serving.fine_tuning_types import (
     CheckpointCard,
     CheckpointPage,
@@ -31,7 +30,7 @@ from mmrl_ray.serving.fine_tuning_types import (
     JobPage,
 )
 from mmrl_ray.serving.http_errors import problem
-from mmrl_ray.serving.protocols import ResultFile, TuningJob
+from mmrl_ray.serving.protocols import TuningJob
 from mmrl_ray.serving.routes.common import Tools, json_answer, read_json, takes_json
 
 if TYPE_CHECKING:
@@ -44,25 +43,23 @@ _Limit = Annotated[int, Query(ge=1, le=100, description="Items of one page at mo
 _EMPTY_BODY: dict[str, Any] = {
     "requestBody": {"required": False, "content": {"application/json": {"schema": {"type": "object"}}}}
 }
-_ADMIN = Depends(needs("admin"))
 _ANSWER_S = 20.0
 """For a run to say yes or no: it looks for requests every second, every five in an object store."""
 _ID = re.compile(MODEL_ID)
 _RunId = Annotated[str, Path(description="Name of a run's folder.")]
 Item = TypeVar("Item", TuningJob, EventCard, CheckpointCard)
+Told = TypeVar("Told")
 
 
-def add_fine_tuning(app: FastAPI, tools: Tools) -> None:
-    """Adds the routes of `/v1/fine_tuning/jobs`."""
-    _add_jobs(app, tools)
-    _add_details(app, tools)
-    _add_files(app, tools)
+def add_fine_tuning(router: APIRouter, tools: Tools) -> None:
+    """Adds the routes of `/v1/fine_tuning/jobs`, and of the files that jobs write."""
 
+    async def ask(question: Callable[[RayJobService], Told]) -> Told:
+        service, _ = _service(tools)
+        async with asyncio.timeout(tools.timeout_s):
+            return await asyncio.to_thread(question, service)
 
-def _add_jobs(app: FastAPI, tools: Tools) -> None:
-    options: dict[str, Any] = {"tags": ["fine-tuning"], "dependencies": [ADMIN]}
-
-    @app.post(_PATH, response_model=JobCard, summary="Train an adapter", **options, **takes_json(FineTuningRequest))
+    @router.post(_PATH, response_model=JobCard, summary="Train an adapter", **takes_json(FineTuningRequest))
     async def create(request: Request) -> Response:
         service, allowed = _service(tools)
         body = await read_json(request, FineTuningRequest, tools.timeout_s)
@@ -71,89 +68,60 @@ def _add_jobs(app: FastAPI, tools: Tools) -> None:
         if body.validation_file is not None:
             _on_list("validation_file", body.validation_file, allowed.datasets)
         # To its end, even if the client goes: a job that was begun is not half begun.
-        return json_answer(JobCard.of(await service.create(body.order)))
+        return json_answer(JobCard.of(await asyncio.to_thread(service.create, body.order)))
 
-    @app.get(_PATH, response_model=JobPage, summary="Jobs, the newest first", **options)
+    @router.get(_PATH, response_model=JobPage, summary="Jobs, the newest first")
     async def jobs(request: Request, after: _After = None, limit: _Limit = 20) -> Response:
-        service, _ = _service(tools)
-        async with asyncio.timeout(tools.timeout_s):
-            found = [job for job in await service.jobs() if _has_notes(job, request)]
+        found = [job for job in await ask(lambda service: service.jobs()) if _has_notes(job, request)]
         page, has_more = _page(found, after, limit)
         return json_answer(JobPage(data=[JobCard.of(job) for job in page], has_more=has_more))
 
-    @app.get(_PATH + "/{job_id}", response_model=JobCard, summary="One of them", **options)
+    @router.get(_PATH + "/{job_id}", response_model=JobCard, summary="One of them")
     async def job(job_id: str) -> Response:
-        service, _ = _service(tools)
-        async with asyncio.timeout(tools.timeout_s):
-            return json_answer(JobCard.of(await service.get(job_id)))
+        return json_answer(JobCard.of(await ask(lambda service: service.get(job_id))))
 
-    @app.post(
+    @router.post(
         _PATH + "/{job_id}/cancel",
         response_model=JobCard,
         summary="Let a job finish its step and end",
         openapi_extra=_EMPTY_BODY,
-        **options,
     )
     async def cancel(job_id: str) -> Response:
-        service, _ = _service(tools)
-        async with asyncio.timeout(tools.timeout_s):
-            return json_answer(JobCard.of(await service.cancel(job_id)))
+        return json_answer(JobCard.of(await ask(lambda service: service.cancel(job_id))))
 
-    @app.post(_PATH + "/{job_id}/{change}", include_in_schema=False, dependencies=options["dependencies"])
+    @router.post(_PATH + "/{job_id}/{change}", include_in_schema=False)
     async def pause_or_resume(job_id: str, change: Literal["pause", "resume"]) -> Response:
-        service, _ = _service(tools)
-        async with asyncio.timeout(tools.timeout_s):
-            await service.get(job_id)
+        await ask(lambda service: service.get(job_id))
         message = (
             f"{change} is not supported here: cancel lets a job finish its step and write a checkpoint, and whoever "
             f"runs the cluster goes on from it with: mmrl jobs resume {job_id}"
         )
         raise problem(400, message, code="not_supported")
 
-
-def _add_files(app: FastAPI, tools: Tools) -> None:
-    options: dict[str, Any] = {"tags": ["fine-tuning"], "dependencies": [ADMIN]}
-
-    async def found(file_id: str) -> ResultFile:
-        service, _ = _service(tools)
-        async with asyncio.timeout(tools.timeout_s):
-            return await service.result(file_id)
-
-    @app.get("/v1/files/{file_id}", response_model=FileCard, summary="A result file of a job", **options)
-    async def file(file_id: str) -> Response:
-        return json_answer(FileCard.of(file_id, await found(file_id)))
-
-    @app.get("/v1/files/{file_id}/content", summary="What it holds", **options)
-    async def content(file_id: str) -> Response:
-        held = await found(file_id)
-        # Never shown as a page of this server: it holds captions and prompts of anybody's.
-        headers = {"content-disposition": f'attachment; filename="{held.name}"', "x-content-type-options": "nosniff"}
-        return Response(held.data, media_type="application/octet-stream", headers=headers)
-
-
-def _add_details(app: FastAPI, tools: Tools) -> None:
-    options: dict[str, Any] = {"tags": ["fine-tuning"], "dependencies": [ADMIN]}
-
-    @app.get(
-        _PATH + "/{job_id}/events", response_model=EventPage, summary="What a job tells, the newest first", **options
-    )
+    @router.get(_PATH + "/{job_id}/events", response_model=EventPage, summary="What a job tells, the newest first")
     async def events(job_id: str, after: _After = None, limit: _Limit = 20) -> Response:
-        service, _ = _service(tools)
-        async with asyncio.timeout(tools.timeout_s):
-            page, has_more = _page(await service.events(job_id), after, limit)
+        page, has_more = _page(await ask(lambda service: service.events(job_id)), after, limit)
         return json_answer(EventPage(data=list(page), has_more=has_more))
 
-    @app.get(
+    @router.get(
         _PATH + "/{job_id}/checkpoints",
         response_model=CheckpointPage,
         summary="Checkpoints that a job has kept, the newest first",
-        **options,
     )
     async def checkpoints(job_id: str, after: _After = None, limit: _Limit = 10) -> Response:
-        service, _ = _service(tools)
-        async with asyncio.timeout(tools.timeout_s):
-            page, has_more = _page(await service.checkpoints(job_id), after, limit)
+        page, has_more = _page(await ask(lambda service: service.checkpoints(job_id)), after, limit)
         return json_answer(CheckpointPage.of(page, has_more))
+
+    @router.get("/v1/files/{file_id}", response_model=FileCard, summary="A result file of a job")
+    async def file(file_id: str) -> Response:
+        return json_answer(FileCard.of(file_id, await ask(lambda service: service.result(file_id))))
+
+    @router.get("/v1/files/{file_id}/content", summary="What it holds")
+    async def content(file_id: str) -> Response:
+        held = await ask(lambda service: service.result(file_id))
+        # Never shown as a page of this server: it holds captions and prompts of anybody's.
+        headers = {"content-disposition": f'attachment; filename="{held.name}"', "x-content-type-options": "nosniff"}
+        return Response(held.data, media_type="application/octet-stream", headers=headers)
 
 
 def _service(tools: Tools) -> tuple[RayJobService, FineTuningSection]:
@@ -222,7 +190,7 @@ class RunStatus(BaseModel):
     """Seconds since the run last said something."""
 
 
-def add_runs(app: FastAPI, tools: Tools) -> None:
+def add_runs(router: APIRouter, tools: Tools) -> None:
     """Adds both routes of `/v1/runs`."""
 
     def at(id: str) -> RunDir:
@@ -240,9 +208,7 @@ def add_runs(app: FastAPI, tools: Tools) -> None:
             raise _unknown(id)
         return run
 
-    @app.get(
-        "/v1/runs/{id}", response_model=RunStatus, tags=["runs"], dependencies=[_ADMIN], summary="How a run stands"
-    )
+    @router.get("/v1/runs/{id}", response_model=RunStatus, summary="How a run stands")
     async def run(id: _RunId) -> Response:
         def look() -> dict[str, Any]:
             try:
@@ -253,11 +219,9 @@ def add_runs(app: FastAPI, tools: Tools) -> None:
         async with asyncio.timeout(tools.timeout_s):
             return JSONResponse(await asyncio.to_thread(look))
 
-    @app.put(
+    @router.put(
         "/v1/runs/{id}/rollout_workers",
         response_model=WorkersAnswer,
-        tags=["runs"],
-        dependencies=[_ADMIN],
         summary="Scale a run in progress",
         **takes_json(WorkersRequest),
     )

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import pickle
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mmrl_ray.algorithms.base import Algorithm, Objective
 from mmrl_ray.algorithms.registry import ALGORITHMS, FAMILIES, LOSSES, own_class
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.load import dump_config, load_config, parse_config
 from mmrl_ray.config.schema import Config
-from mmrl_ray.errors import ConfigError
+from mmrl_ray.errors import ConfigError, LearnerError
 from mmrl_ray.jobs.submit import own_code
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.losses.aggregation import StepRewards
+from mmrl_ray.policy.model import Policy
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
 
+DOCS = Path(__file__).parents[3] / "docs"
 EXAMPLE = Path(__file__).parents[3] / "examples" / "own_algorithm"
 
 
@@ -63,6 +69,8 @@ def test_a_resolved_config_names_it_and_reads_back_the_same(cfg: Config) -> None
         ("algorithm=no_such_module:Mine", "algorithm no_such_module:Mine cannot be imported"),
         ("algorithm=reward_weighted:Mine", "reward_weighted has no class 'Mine' that is"),
         ("algorithm=json:JSONDecoder", "json has no class 'JSONDecoder' that is"),
+        ("algorithm=reward_weighted.RewardWeighted", "a class of your own is module:Class: reward_weighted:RewardWeig"),
+        ("algorithm=./reward_weighted.py:RewardWeighted", "write the module as in an import, without `.py`"),
         ("learner.own={temprature: 1.0}", "own.temprature: Extra inputs are not permitted"),
         ("learner.own={temperature: 0.0}", "own.temperature: Input should be greater than 0"),
     ],
@@ -71,6 +79,65 @@ def test_what_is_none_is_refused(cfg: Config, override: str, expected: str) -> N
     with pytest.raises(ConfigError) as caught:
         load_config("config.yaml", [override])
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "expected"),
+    [
+        ("a_script", "import sys\n\nsys.exit()\n", "a_script.py:3)): it is looked"),
+        ("a_script_with_arguments", "import argparse\n\nargparse.ArgumentParser().parse_args()\n", "`if __name__ =="),
+        ("a_slip", "def made():\n    return undefined\n\n\nx = made()\n", "a_slip.py:2)): it is looked"),
+        ("statistics", "class Mine: pass\n", "/statistics.py: choose another name for yours"),
+        (
+            "a_preset",
+            "from mmrl_ray.algorithms.base import Algorithm\n\n\nclass Mine(Algorithm):\n"
+            "    presets = {'mine': {'advantag': 'group'}}\n",
+            "its preset names 'advantag', which is no key of learner",
+        ),
+    ],
+)
+def test_a_module_that_does_not_work_is_told_by_where_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, text: str, expected: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["mmrl", "train"])
+    with pytest.raises(ConfigError) as caught:
+        own_class(f"{module}:Mine")
+    assert expected in str(caught.value)
+
+
+def test_the_one_in_the_docs_cubes_advantages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = re.findall(r"```python\n(.*?)```", (DOCS / "howto" / "algorithm.md").read_text(), re.DOTALL)
+    (tmp_path / "sharper.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rewards = torch.tensor([[0.0, 4.0]], dtype=torch.float64)
+    step = StepRewards(rewards, rewards >= 0, rewards, None, torch.ones_like(rewards), 8)
+    found = own_class("sharper:Sharper")(LearnerSection(steps=1, advantage_std=False)).weigh(step)
+    assert found.advantages.tolist() == [[-8.0, 8.0]]
+
+
+class Divides(Algorithm):
+    """Its loss has a slip."""
+
+    def objective(self, policy: Policy, seed: int = 0) -> Objective:
+        class Share(Objective):
+            def share(self, *given: Any) -> Any:
+                return 1 / 0
+
+        return Share()
+
+
+def test_a_slip_in_its_loss_ends_the_run_at_once_and_is_told_by_its_line(tiny: Path) -> None:
+    """A LearnerError is not tried again; whatever else a learner raises is, `max_failures` times."""
+    learner = LearnerSection(steps=1, loss=f"{__name__}:Divides")
+    policy = make_policy(tiny)
+    with pytest.raises(
+        LearnerError, match=r"Divides raised ZeroDivisionError: division by zero \(.*test_own\.py:\d+\)"
+    ):
+        LearnerStep(policy, learner).run(make_plan(make_groups(policy), learner), payloads)
 
 
 def test_keys_of_ones_own_algorithm_are_read_by_it_alone() -> None:

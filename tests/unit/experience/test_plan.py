@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmrl_ray.algorithms.base import Algorithm
 from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import LearnerError
 from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, RewardFailure
 from mmrl_ray.experience.plan import GroupSize, build_step_plan, padded_tokens, split_micro_batches
+from mmrl_ray.losses.aggregation import StepRewards, StepWeights
 
 from .factories import scored
 
@@ -129,6 +132,54 @@ class TestCompletionsWithoutReward:
         assert plan.metrics["reward/std"] == pytest.approx(np.std([0, 1, 0, 1, 5]))
         assert plan.metrics["reward/group_std"] == pytest.approx((0.5 + np.std([0, 1, 5])) / 2)
         assert plan.metrics["reward/with_kl"] == pytest.approx(mean)
+
+
+class Slips(Algorithm):
+    def weigh(self, step: StepRewards) -> StepWeights:
+        return {}["advantages"]  # type: ignore[no-any-return]
+
+
+class Forgets(Algorithm):
+    def weigh(self, step: StepRewards) -> StepWeights:
+        super().weigh(step)
+        return None  # type: ignore[return-value]
+
+
+class Column(Algorithm):
+    def weigh(self, step: StepRewards) -> StepWeights:
+        return replace(super().weigh(step), advantages=step.rewards[:, :1])
+
+
+class ZeroByZero(Algorithm):
+    def weigh(self, step: StepRewards) -> StepWeights:
+        return replace(super().weigh(step), advantages=step.rewards / step.rewards)
+
+
+class Nothing(Algorithm):
+    def weigh(self, step: StepRewards) -> StepWeights:
+        return replace(super().weigh(step), scales=torch.zeros_like(step.rewards))
+
+
+class NoDenominator(Algorithm):
+    def weigh(self, step: StepRewards) -> StepWeights:
+        return replace(super().weigh(step), denominator=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Slips", r"raised KeyError: 'advantages' \(.*test_plan\.py:\d+\)"),
+        ("Forgets", "returned NoneType: return StepWeights"),
+        ("Column", r"gave advantages \[2, 1\], 2 of them finite numbers: give one to each completion, \[2, 2\]"),
+        ("ZeroByZero", r"gave advantages \[2, 2\], 2 of them finite numbers"),
+        ("Nothing", "gave scales of 0 to a whole group"),
+        ("NoDenominator", "gave the denominator 0.0"),
+    ],
+)
+def test_what_an_algorithm_of_ones_own_does_wrong_is_told_with_its_name(name: str, expected: str) -> None:
+    cfg = LearnerSection(steps=1, loss=f"{__name__}:{name}", advantage="group")
+    with pytest.raises(LearnerError, match=rf"weigh of the algorithm {__name__}:{name} {expected}"):
+        build_step_plan(0, [scored(index=0), scored(index=1)], learner=cfg, max_new_tokens=8, world_size=1)
 
 
 def test_rewards_that_differ_by_rounding_give_no_advantage() -> None:

@@ -222,12 +222,36 @@ def test_own_reward_functions_travel_and_a_resume_brings_them_again(cfg: Config,
 
     resume_run(cluster, facts)
     assert {name for name in cluster.files if name.startswith(prefix)} == set(sent)
-    with pytest.raises(JobError, match=rf"reward functions are in {tmp_path}/gone of you: resume it from there"):
+    with pytest.raises(JobError, match=rf"own modules are in {tmp_path}/gone of you: resume it from there"):
         resume_run(cluster, replace(facts, code=f"{tmp_path}/gone", by="you"))
 
     installed = {**settings, "parts": {"own": {**part, "path": "some_library:named"}}}
     submit_run(cluster, cfg.model_copy(update={"reward": RewardSection.model_validate(installed)}))
     assert not any(name.startswith(prefix) for name in cluster.files)
+
+
+def test_an_algorithm_travels_from_the_working_directory_and_functions_from_their_folder(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "paid.py").write_text("def fn(captions, states): return [1.0] * len(captions)\n")
+    (tmp_path / "my_loss.py").write_text(
+        "from mmrl_ray.algorithms.base import Algorithm\nclass Mine(Algorithm): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    part = {"kind": "function", "path": "paid:fn", "state": "text"}
+    reward = {"parts": {"own": part}, "weights": {"own": 1.0}, "code": str(tmp_path / "rewards")}
+    own = cfg.model_copy(update={"algorithm": "my_loss:Mine", "reward": RewardSection.model_validate(reward)})
+    cluster = Cluster()
+    submit_run(cluster, own)
+    assert {"reward_code/paid.py", "reward_code/my_loss.py"} <= cluster.files.keys()
+    resume_run(cluster, cluster.sent[-1][2])
+    assert {"reward_code/paid.py", "reward_code/my_loss.py"} <= cluster.files.keys()
+
+    (tmp_path / "paid.py").write_text("another = True\n")
+    with pytest.raises(JobError, match=r"paid\.py has the name of another file that the job takes along"):
+        submit_run(cluster, own)
 
 
 def test_facts_go_through_rays_metadata() -> None:

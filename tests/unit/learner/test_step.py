@@ -430,6 +430,50 @@ def test_the_plan_must_be_for_as_many_ranks(tiny: Path) -> None:
         LearnerStep(policy, section()).run(make_plan(make_groups(policy), section(), world_size=2), payloads)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_micro_batch_that_does_not_fit_is_halved(tiny: Path, passes: int) -> None:
+    """Memory runs out late in the backward pass, when most of the gradient has been added to already."""
+    cfg = section(passes=passes, kl=KlSection(weight=0.1), adapter_l2=0.01, loss="ppo", advantage="none")
+    whole, halved = make_policy(tiny), make_policy(tiny)
+    groups = make_groups(whole)
+    expected = LearnerStep(whole, cfg).run(make_plan(groups, cfg), payloads)
+    taken: list[int] = []
+
+    def fetch(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
+        taken.append(len(planned))
+        return payloads(planned)
+
+    def run_out(gradient: torch.Tensor) -> None:
+        if taken[-1] > 1:
+            raise torch.OutOfMemoryError("planted")
+
+    next(p for p in halved.model.parameters() if p.requires_grad).register_hook(run_out)
+    learner = LearnerStep(halved, cfg)
+    metrics = learner.run(make_plan(groups, cfg), fetch)
+    assert taken == [3, 1, 2, 1, 1] + [1, 1, 1] * (passes - 1)
+    assert_close(weights(halved), weights(whole))
+    assert metrics["micro_batches/halved"] == 2
+    same = {name for name in expected if not name.startswith("seconds/")}
+    assert {n: metrics[n] for n in same} == pytest.approx({n: expected[n] for n in same}, rel=1e-4, abs=1e-6)
+    taken.clear()
+    learner.run(make_plan(groups, cfg, step=1), fetch)
+    assert taken == [1, 1, 1] * passes  # it remembers
+
+
+def test_one_group_that_does_not_fit_ends_the_step(tiny: Path) -> None:
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    before = weights(policy)
+
+    def run_out(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    next(p for p in policy.model.parameters() if p.requires_grad).register_hook(run_out)
+    with pytest.raises(LearnerError, match=r"step 0: a micro-batch of 1 groups, \d+ tokens, does not fit"):
+        LearnerStep(policy, section()).run(make_plan(groups, section()), payloads)
+    assert torch.equal(weights(policy), before)
+
+
 def test_a_bfloat16_base_learns_in_float32(tiny: Path) -> None:
     policy = make_policy(tiny)
     groups = make_groups(policy)

@@ -1,7 +1,10 @@
 """Policy-gradient losses: the formulas in float64 NumPy, literal values, gradients, and sums over micro-batches."""
 
+import itertools
 import math
 from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.losses.aggregation import LossStats, PolicyLoss, completion_scales
 from mmrl_ray.losses.policy_gradient import policy_loss, reward_guided_loss
 
@@ -299,6 +303,27 @@ def test_extreme_behaviour_ratios_stay_finite(name: str) -> None:
     (gradient,) = torch.autograd.grad(got.loss, theta)
     assert torch.isfinite(gradient).all()
     assert all(math.isfinite(v) for v in got.stats.metrics().values())
+
+
+@pytest.mark.parametrize("loss", ["clipped", "gspo", "sapo", "ppo"])
+def test_a_ratio_that_float32_cannot_hold_leaves_the_others_their_gradient(loss: str) -> None:
+    """e^100 of a token that the clip or the gate has done with: 0 · ∞ in the backward pass would be NaN."""
+    policy: Any = SimpleNamespace(hidden_size=1, device=torch.device("cpu"))
+    cfg = LearnerSection(steps=1, loss=loss, advantage="none")
+    for advantage, first in itertools.product((1.0, 0.0, -1.0), (-1.0, -101.0)):
+        theta = torch.tensor([[-1.0], [-1.0]], requires_grad=True)
+        proximal = torch.tensor([[first], [-1.0]])
+        mask = torch.ones(2, 1, dtype=torch.bool)
+        batch: Any = SimpleNamespace(
+            advantages=torch.tensor([advantage, 1.0]), scales=torch.ones(2), behaviour_logprobs=proximal
+        )
+        scores: Any = SimpleNamespace(logprobs=theta, mask=mask, hidden=torch.zeros(2, 1))
+        share, sums = cfg.family.objective(policy).share(batch, scores, proximal, 2.0, place=0)
+        share.backward()
+        assert theta.grad is not None
+        assert theta.grad[1].item() == pytest.approx(-0.5)
+        assert theta.grad[0].item() == pytest.approx(0.0 if first < -1.0 else -advantage / 2)
+        assert bool(sums.isfinite().all())
 
 
 def test_no_gradient_to_anything_but_the_policy() -> None:

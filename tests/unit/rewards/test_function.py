@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.load import parse_config
@@ -21,7 +23,7 @@ from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RewardError
-from mmrl_ray.experience.carriers import RewardFailure
+from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rewards import function
 from mmrl_ray.rewards.base import RewardFn, score_with_retry
@@ -361,3 +363,15 @@ def test_one_answer_in_four_that_fails_masks_one_caption(algorithm: str, expecte
     assert plan.denominator == 2 * (2 + 3 + 4)
     figures = ("masked", "masked_captions", "reward/masked", "reward_missing/beside", "reward/mean")
     assert [plan.metrics[name] for name in figures] == [0, 2, 0.25, 6, pytest.approx(1 / 3)]
+
+
+def test_the_function_in_the_docs_is_the_part_in_the_docs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "howto" / "reward.md").read_text()
+    (written,) = [text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "colours" in text]
+    (text,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_rewards").mkdir()
+    (tmp_path / "my_rewards" / "colours.py").write_text(text)
+    part = RewardSection.model_validate(yaml.safe_load(written)["reward"]).functions["named"]
+    made = FunctionReward(part.path, part.state, part.kwargs, code=str(tmp_path))
+    scores = made.score_batch(SAMPLES, ["a red square and a blue circle", "a circle"])
+    assert [score.total for score in scores if isinstance(score, RewardBreakdown)] == [2.0, 0.0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.config.sections import LoraSection
@@ -20,6 +21,7 @@ from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.text import RougeReward
+from mmrl_ray.rollouts import scorer as scorer_module
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
@@ -200,3 +202,33 @@ def test_a_sampler_that_differs_from_the_model_is_the_models_error_at_once(
         ModelError, match=rf"model '{model_folder}' \(llava\) does not pass .*: the sampler differs from"
     ):
         engine.run(assignment(), lambda: None)
+
+
+def test_scoring_in_parts_holds_fewer_keys_and_gives_the_same(
+    engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, layers = trained(engine), 2
+    held: list[int] = []
+    update = DynamicLayer.update
+
+    def noted(layer: DynamicLayer, *args: Any) -> Any:
+        made = update(layer, *args)
+        if made[0].shape[2] > args[0].shape[2]:  # completions behind their prompts
+            held.append(layers * sum(each.nbytes for each in made))
+        return made
+
+    engine.run(assignment(), lambda: None)  # the comparison at start
+    monkeypatch.setattr(DynamicLayer, "update", noted)
+    whole = engine.run(assignment(version=1, count=5), lambda: weights)
+    for groups in (2, 1):
+        budget = max(held) * groups // 5
+        monkeypatch.setattr(scorer_module, "_MOST_KEYS_BYTES", budget)
+        held.clear()
+        parts = engine.run(assignment(version=1, count=5), lambda: weights)
+        assert 0.9 * budget <= max(held) <= budget
+        for a, b in zip(whole.groups, parts.groups, strict=True):
+            for one, other in zip(a.payload.completions, b.payload.completions, strict=True):
+                assert one.reference_logprobs is not None
+                assert other.reference_logprobs is not None
+                torch.testing.assert_close(one.reference_logprobs, other.reference_logprobs, rtol=1e-5, atol=1e-6)
+        held[:] = [5 * max(held) // groups]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.rollouts.weights import VersionTable, decode_state, encode_state
@@ -18,6 +19,20 @@ def test_weights_come_back_bit_for_bit() -> None:
     decoded = decode_state(encoded)
     assert decoded.keys() == {"a", "b"}
     assert all(torch.equal(decoded[name], tensor) for name, tensor in state(0.1).items())
+
+
+def test_what_came_lies_in_one_buffer_and_is_safetensors() -> None:
+    """One copy puts it where the device reads it; other programs read what travels."""
+    sent = {**state(0.1), "half": torch.tensor([0.5, 2.0, 3.0], dtype=torch.bfloat16), "version": torch.tensor(4)}
+    encoded = encode_state(sent)
+    encoded.flags.writeable = False  # as out of the object store
+    decoded = decode_state(encoded)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in decoded.values()}) == 1
+    read = load(encoded.tobytes())
+    assert read.keys() == decoded.keys() == sent.keys()
+    for name, tensor in read.items():
+        assert decoded[name].dtype == tensor.dtype
+        assert torch.equal(decoded[name], tensor)
 
 
 def test_versions_are_held_while_somebody_may_ask() -> None:

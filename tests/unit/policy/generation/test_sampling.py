@@ -166,7 +166,7 @@ def test_rows_draw_the_same_in_any_order_and_company() -> None:
     whole = sampler(*params)
     expected = [whole.sample(logits, NOTHING, NOTHING) for logits in steps]
     order = torch.tensor([2, 0, 3])
-    some = sampler(*params).select(order)
+    some = sampler(*params).select(order.tolist())
     first = RowSampler.of([(params[1], 1, False)], CPU)
     joined = some.join(first)
     for logits, (tokens, logprobs) in zip(steps, expected, strict=True):

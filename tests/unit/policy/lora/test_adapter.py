@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
@@ -91,6 +96,45 @@ def test_adapter_weights_are_float32_on_a_bfloat16_base(load: Load) -> None:
         assert bool(logits(policy).isfinite().all())
 
 
+def test_under_autocast_a_branch_keeps_no_copies_of_its_input(load: Load) -> None:
+    """What PEFT casts to float32 is cast back: the same numbers, and one tensor kept for all layers that have it."""
+    policy = load(dtype="bfloat16")
+    add_adapter(policy, LORA, seed=0)
+    train_a_little(policy)
+    layers = [layer for layer in policy.model.modules() if isinstance(layer, LoraLayer)]
+    found = []
+    for cast in (BaseTunerLayer._cast_input_dtype, None):
+        if cast is not None:
+            ours = [layer._cast_input_dtype for layer in layers]
+            for layer in layers:
+                layer._cast_input_dtype = partial(cast, layer)  # type: ignore[method-assign]
+        else:
+            for layer, own in zip(layers, ours, strict=True):
+                layer._cast_input_dtype = own  # type: ignore[method-assign]
+        kept: dict[int, torch.Tensor] = {}
+
+        def note(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        prompt = encode_prompts(policy, make_samples()[:1])[0]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            out = policy.model(
+                input_ids=prompt.input_ids[None],
+                pixel_values=prompt.model_inputs["pixel_values"].to(policy.dtype),
+            ).logits
+        gradients = torch.autograd.grad(out.float().square().mean(), adapter_parameters(policy.model))
+        found.append((out.detach(), gradients, sum(t.untyped_storage().nbytes() for t in kept.values())))
+    (peft, peft_gradients, before), (mine, my_gradients, after) = found
+    assert torch.equal(mine, peft)
+    for got, wanted in zip(my_gradients, peft_gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=1e-3 * float(wanted.abs().max()))
+    # Of seven layers in a block, three share an input and two another: three copies fewer, of as many hidden states.
+    hidden = 2 * prompt.input_ids.numel() * policy.hidden_size
+    blocks = policy.hf_model.config.get_text_config().num_hidden_layers
+    assert before - after >= 3 * blocks * hidden
+
+
 def test_the_state_is_a_copy_under_the_names_that_peft_saves(load: Load, tmp_path: Path) -> None:
     policy = load(dtype="bfloat16")
     add_adapter(policy, LORA, seed=0)
@@ -117,6 +161,33 @@ def test_a_state_is_loaded_in_place(load: Load) -> None:
     load_adapter_state(target.model, adapter_state(source.model))
     assert all(a is b for a, b in zip(parameters, adapter_parameters(target.model), strict=True))
     torch.testing.assert_close(logits(target), logits(source), rtol=0, atol=0)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from or into the storages in `live`, one by one."""
+
+    def __init__(self, live: set[int]) -> None:
+        super().__init__()
+        self.live, self.found = live, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            ends = [t.untyped_storage().data_ptr() for t in (args[0], *args[1:2], out) if isinstance(t, torch.Tensor)]
+            self.found += any(end in self.live for end in ends)
+        return out
+
+
+def test_the_state_travels_as_one_buffer(load: Load) -> None:
+    """However many matrices there are, none is copied by itself from or to the device that the model is on."""
+    policy = load()
+    add_adapter(policy, LORA, seed=0)
+    live = {p.untyped_storage().data_ptr() for p in adapter_parameters(policy.model)}
+    with Copies(live) as copies:
+        state = adapter_state(policy.model)
+        load_adapter_state(policy.model, state)
+    assert copies.found == 0
+    assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.lora.adapter import add_adapter, reference_policy
-from mmrl_ray.policy.lora.routing import MergedAdapter
+from mmrl_ray.policy.lora.routing import MergedAdapter, VersionedPolicy
 from mmrl_ray.policy.model import Policy
 from tests.unit.policy.lora.test_adapter import logits, train_a_little
 
@@ -59,10 +60,51 @@ def test_an_error_inside_leaves_the_base_in_place(load: Load) -> None:
         torch.testing.assert_close(logits(policy), base, rtol=0, atol=0)
 
 
-def test_16_bits_and_bare_models_are_refused(load: Load) -> None:
-    with pytest.raises(AdapterError, match="no adapter"):
-        MergedAdapter(load().hf_model)
+def test_in_16_bits_it_keeps_of_the_adapter_what_its_branch_keeps(load: Load) -> None:
+    """Both round to the base's dtype once, and neither is further from the policy in float64; the base comes back."""
+    policy, exact = load(dtype="bfloat16"), load(dtype="bfloat16")
+    for each in (policy, exact):
+        add_adapter(each, LORA, seed=0)
+        train_a_little(each)
+    exact.model.double()
+    exact.dtype = torch.float64
+    wanted = logits(exact)
+    with reference_policy(exact.model):
+        effect = (wanted - logits(exact)).norm()
+    weights = {name: p.clone() for name, p in policy.hf_model.named_parameters()}
+    branch = (logits(policy).double() - wanted).norm()
+    with MergedAdapter(policy.model).active():
+        merged = (logits(policy).double() - wanted).norm()
+    assert merged <= 1.3 * branch
+    assert merged < 0.1 * effect, "the adapter is felt"
+    assert all(torch.equal(p, weights[name]) for name, p in policy.hf_model.named_parameters())
+
+
+def test_in_16_bits_a_device_that_waits_for_launches_merges_and_a_cpu_does_not(load: Load) -> None:
     policy = load(dtype="bfloat16")
     add_adapter(policy, LORA, seed=0)
-    with pytest.raises(AdapterError, match="bfloat16"):
+    products: list[torch.Tensor] = []
+    for layer in policy.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A["default"].register_forward_hook(lambda *args: products.append(args[2]))  # type: ignore[operator]
+    on_cpu = VersionedPolicy(policy)
+    with on_cpu.merged():
+        logits(policy)
+    assert products
+    policy.device = torch.device("meta")  # it is asked of what kind it is; the tensors stay where they are
+    elsewhere = VersionedPolicy(policy)
+    policy.device = torch.device("cpu")
+    products.clear()
+    with elsewhere.merged():
+        logits(policy)
+    assert not products
+
+
+def test_bare_models_and_other_dtypes_are_refused(load: Load) -> None:
+    with pytest.raises(AdapterError, match="no adapter"):
+        MergedAdapter(load().hf_model)
+    policy = load()
+    add_adapter(policy, LORA, seed=0)
+    policy.model.double()
+    with pytest.raises(AdapterError, match="float64"):
         MergedAdapter(policy.model)

@@ -134,6 +134,27 @@ def test_rows_of_several_adapters_share_passes(
             torch.testing.assert_close(made.logprobs, logprobs, rtol=0, atol=1e-4)
 
 
+def test_rows_of_several_adapters_compute_what_peft_computes_of_them(load: Load, make_adapter: MakeAdapter) -> None:
+    """Bit for bit, by PEFT's own `adapter_names`."""
+    policy = load()
+    sources = {
+        "one": FakeSource(make_adapter(1)),
+        "two": FakeSource(make_adapter(2, r=2, targets=r".*language_model.*q_proj")),
+    }
+    pool = make_pool(policy, sources)
+    one, two = put_on(pool, "one", "two")
+    names = [two, BASE, one, two, BASE]
+    ids = torch.arange(35).reshape(5, 7) % policy.placeholder_id  # no picture
+    with torch.no_grad():
+        expected = policy.model(input_ids=ids, adapter_names=names).logits
+        with pool.rows.on(names):
+            found = policy.model(input_ids=ids).logits
+        with pool.rows.on([one]):
+            alone = policy.model(input_ids=ids).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, alone)
+
+
 def test_rows_join_and_leave_whatever_adapter_they_use(load: Load, make_adapter: MakeAdapter) -> None:
     one, two = make_adapter(1), make_adapter(2)
     expected = {key: alone(load(), adapter, 0)[0] for key, adapter in (("one", one), ("two", two), (BASE, None))}

@@ -1,0 +1,182 @@
+"""What a model's passes keep in memory, from its shape alone: bytes a token, of a decoder as Llama's and Qwen's are.
+
+b bytes a number, L layers, h hidden width, q = query heads × head width, k = key-value heads × head width, I width
+inside an MLP, V vocabulary. What a layer keeps of a token for the backward pass:
+
+    two norms         2 h in float32                       what they normalise
+    attention         (2 q + 2 k) b                        queries, keys, values, result
+    MLP               3 I b                                gate, its activation, up
+    adapted layers    inputs b, a copy each, in 16 bits    PEFT casts the input for A, and autocast casts it back
+                      2 h + I in float32                   no copies: layers share their inputs
+
+Held against what fake tensors count at full size (`benchmarks/full_size.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmrl_ray.config.sections import LoraSection
+from mmrl_ray.experience.plan import GroupSize
+from mmrl_ray.policy.logits import CHUNK_ELEMENTS
+from mmrl_ray.policy.lora.targets import resolve_targets
+
+_FLOAT32 = 4
+_LOGIT_COPIES, _SCORED_COPIES = 5, 3
+"""Float32 copies of a chunk of logits that live at once: where log-probs, entropies and gradients are made of it, and
+where log-probs alone are."""
+_SAMPLED_COPIES = 6
+"""And where tokens are drawn, one of them in float64."""
+_USED = 0.85
+"""Of the memory that is free, what a micro-batch is planned for."""
+_MANY = 1 << 20
+"""Groups whose logits make a whole chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes that memory depends on."""
+
+    parameters: int
+    weight_bytes: int
+    layer_bytes: int
+    """Of `weight_bytes`, the decoder's layers: what sharding splits."""
+    language_parameters: int
+    """The decoder and the head: what a full warm start trains."""
+    adapter_parameters: int
+    adapted_layers: int
+    adapted_parameters: int
+    """Of the base, under the adapter."""
+    adapted_inputs: int
+    """Numbers that all adapted layers together take in of a token."""
+    itemsize: int
+    """b."""
+    layers: int
+    hidden: int
+    intermediate: int
+    query_width: int
+    """q."""
+    kv_width: int
+    """k."""
+    vocabulary: int
+
+    @property
+    def repeats(self) -> int:
+        """Heads of queries that share one of keys."""
+        return max(1, self.query_width // self.kv_width)
+
+    def kept_of_token(self, itemsize: int | None = None) -> int:
+        """Bytes of one token in all layers that the backward pass wants; `itemsize` is b by default."""
+        b = itemsize or self.itemsize
+        layer = 2 * self.hidden * _FLOAT32 + (2 * self.query_width + 2 * self.kv_width + 3 * self.intermediate) * b
+        shared = self.layers * (2 * self.hidden + self.intermediate)
+        inputs = self.adapted_inputs if b < _FLOAT32 else min(shared, self.adapted_inputs)
+        return self.layers * layer + inputs * b
+
+    @property
+    def passing_of_token(self) -> int:
+        """Bytes of one token inside the one layer that computes, where nothing is kept."""
+        return (3 * self.intermediate + 6 * self.hidden) * self.itemsize
+
+    @property
+    def kv_of_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * self.kv_width * self.layers * self.itemsize
+
+    def learnt_groups(
+        self, groups: int, size: GroupSize, *, packed: bool, checkpointed: bool, on_gpu: bool
+    ) -> dict[str, int]:
+        """Bytes that a forward pass over so many groups of one size keeps for its backward pass, by kind.
+
+        Args:
+            groups: of one micro-batch.
+            size: of each.
+            packed: a prompt and its completions are one row.
+            checkpointed: layers keep their inputs alone, and one layer at a time the rest.
+            on_gpu: heads that share keys are queries of one head under a mask, which copies those queries; elsewhere
+                keys and values are repeated for them.
+        """
+        behind = size.completions * size.longest_completion
+        tokens, row = groups * (size.prompt_tokens + behind), size.prompt_tokens + behind
+        kept = self.kept_of_token()
+        if on_gpu and self.repeats > 1:
+            share = 1.0 if packed else behind / row
+            kept += int(share * self.layers * self.query_width * self.itemsize)
+        if checkpointed:
+            kept = self.layers * self.hidden * self.itemsize + kept // self.layers
+        numbers = self.repeats * self.itemsize if on_gpu else _FLOAT32
+        repeated = groups * size.completions * (size.prompt_tokens + size.longest_completion) * self.kv_of_token
+        return {
+            "activations": tokens * kept,
+            "masks": groups * row**2 * (1 + numbers) if packed else 0,
+            "repeated prefix": 0 if packed else repeated * (1 if on_gpu else self.repeats),
+        }
+
+    def scored_logits(self, tokens: int, *, learnt: bool = True) -> int:
+        """Bytes where log-probs of so many tokens are made, in chunks (`logits.token_logprobs`)."""
+        chunk = min(tokens * self.vocabulary, max(CHUNK_ELEMENTS, self.vocabulary))
+        return chunk * _FLOAT32 * (_LOGIT_COPIES if learnt else _SCORED_COPIES)
+
+    def sampled_logits(self, rows: int) -> int:
+        """Bytes where so many rows draw their next token."""
+        return rows * self.vocabulary * _FLOAT32 * _SAMPLED_COPIES
+
+
+def fitting_tokens(shape: ModelShape, free: int, size: GroupSize, *, packed: bool, checkpointed: bool) -> int:
+    """Tokens of the largest micro-batch of groups of one size that a GPU takes with `free` bytes left beside weights,
+    gradients and optimiser; one group at least."""
+    logits = shape.scored_logits(size.completions * size.longest_completion * _MANY)
+    one = shape.learnt_groups(1, size, packed=packed, checkpointed=checkpointed, on_gpu=True)
+    groups = int(_USED * free - logits) // sum(one.values())
+    return max(1, groups) * (size.prompt_tokens + size.completions * size.longest_completion)
+
+
+def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -> ModelShape:
+    """Reads the sizes off a model, which may be without weights (on the meta device), before an adapter is on it.
+
+    Raises:
+        AdapterError: the LoRA targets do not fit the model.
+    """
+    text = model.config.get_text_config()
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    targets = resolve_targets(model, lora)
+    linears = [m for m in (model.get_submodule(name) for name in targets) if isinstance(m, nn.Linear)]
+    parameters = sum(p.numel() for p in model.parameters())
+    language = {id(p): p.numel() for part in (model.get_decoder(), model.get_output_embeddings()) for p in _of(part)}
+    return ModelShape(
+        parameters=parameters,
+        weight_bytes=parameters * dtype.itemsize,
+        layer_bytes=_layer_parameters(model) * dtype.itemsize,
+        language_parameters=sum(language.values()),
+        adapter_parameters=sum(lora.r * (m.in_features + m.out_features) for m in linears),
+        adapted_layers=len(targets),
+        adapted_parameters=sum(m.weight.numel() for m in linears),
+        adapted_inputs=sum(m.in_features for m in linears),
+        itemsize=dtype.itemsize,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=_mlp_width(text),
+        query_width=text.num_attention_heads * head_width,
+        kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_width,
+        vocabulary=text.vocab_size,
+    )
+
+
+def _of(module: Any) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def _layer_parameters(model: PreTrainedModel) -> int:
+    layers = getattr(model.get_decoder(), "layers", None)
+    return sum(p.numel() for p in layers.parameters()) if isinstance(layers, nn.ModuleList) else 0
+
+
+def _mlp_width(text: Any) -> int:
+    """I; models without the usual key, and those with one width a layer, are taken at 4 h and at the widest."""
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return max(width) if isinstance(width, list | tuple) else int(width)
