@@ -19,12 +19,13 @@ from typing import Any
 from mmrl_ray.algorithms.dqn.network import image_features
 from mmrl_ray.config.load import load_config
 from mmrl_ray.data.samples import read_split
-from mmrl_ray.evaluation.model_source import STATISTICS, open_target
+from mmrl_ray.evaluation.model_source import open_target
 from mmrl_ray.evaluation.records import load_evaluation
 from mmrl_ray.metrics.statistics import Interval, bootstrap_mean
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.reward_model.fusion import FUSIONS
 from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.training.train import SUMMARY, train
 

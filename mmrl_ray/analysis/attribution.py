@@ -30,16 +30,13 @@ import torch
 from torch import nn
 
 from mmrl_ray.errors import ModelError
-from mmrl_ray.experience.carriers import CaptionState, EncodedPrompt, VisionFeatures
+from mmrl_ray.experience.carriers import IMAGE, MODALITIES, CaptionState, EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.logits import token_logprobs
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import pad_prompts, row_arguments, vision_arguments
 
 BATCH = 16
 """Rows that go through the model together."""
-IMAGE, TEXT = "image", "text"
-MODALITIES = (IMAGE, TEXT)
-"""What a caption is an answer to: the picture's tokens, and those of the prompt around them."""
 
 Exchange = Callable[[torch.Tensor], torch.Tensor]
 """Sees the input embeddings [N, R, d] and gives those to go on with."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,8 @@ def fit_pca(x: torch.Tensor, components: int) -> PCAResult:
         raise ValueError(f"x of shape {list(x.shape)} has 1 to {min(x.shape)} components, not {components}")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"a PCA needs finite numbers; x of shape {list(x.shape)} holds NaN or infinity")
+    from sklearn.decomposition import PCA  # a second, which who analyses nothing need not pay
+
     rows = x.detach().to("cpu", torch.float64)
     with np.errstate(invalid="ignore"):  # shares of no variance are nan
         fit = PCA(n_components=components, svd_solver="full").fit(rows.numpy())

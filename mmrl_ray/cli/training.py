@@ -125,16 +125,15 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
     from mmrl_ray.data.samples import told
     from mmrl_ray.telemetry.terminal import RunProgress
     from mmrl_ray.training.interrupts import StopOnInterrupt
-    from mmrl_ray.training.warm_start import warm_start, warm_start_blindness, warm_start_left_out
+    from mmrl_ray.training.model_process import warm_start_apart
 
     with RunProgress() as shown, StopOnInterrupt(say=shown.note):
-        with shown.busy("loading what the warm start begins with"):
-            folder = warm_start(cfg, progress=shown.phase("warm start", lazily=True), say=shown.note)
-        if left_out := warm_start_left_out(folder):
-            shown.note(f"warm start: {told(left_out)}")
-        if (found := warm_start_blindness(folder)) is not None:
-            shown.warn(found.told("warm start"))
-    typer.echo(folder)
+        made = warm_start_apart(cfg, shown)
+        if made.left_out:
+            shown.note(f"warm start: {told(made.left_out)}")
+        if made.blindness is not None:
+            shown.warn(made.blindness.told("warm start"))
+    typer.echo(made.path)
 
 
 @command(app, "evaluate")

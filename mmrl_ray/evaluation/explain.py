@@ -23,12 +23,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmrl_ray.analysis.attribution import MODALITIES, Importance, caption_importance
+from mmrl_ray.analysis.attribution import Importance, caption_importance
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.evaluation.captioning import read_image, target_captions, write_out
 from mmrl_ray.evaluation.model_source import open_target
-from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.experience.carriers import MODALITIES, EncodedPrompt
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
 from mmrl_ray.policy.vision import vision_features

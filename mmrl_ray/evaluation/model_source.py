@@ -18,20 +18,20 @@ from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.sections import DataSection, ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, RunError
-from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, checkpoint_name, newest_valid_checkpoint
+from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.heads import add_decoding_heads
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.lora.adapter import CONFIG_FILE, load_adapter
+from mmrl_ray.policy.lora.adapter import load_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.run_records.checkpoint_names import ADAPTER_FOLDER, CONFIG_FILE, STATISTICS, checkpoint_name
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training.offline import PAIRS, STORED
 from mmrl_ray.training.warm_start import base_for_use
 
-STATISTICS = "reward/statistics.json"
 _MODEL_TOKENS = 64
 
 

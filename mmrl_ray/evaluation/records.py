@@ -19,13 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmrl_ray.analysis.attribution import MODALITIES
 from mmrl_ray.analysis.correlation import Correlation, correlations
 from mmrl_ray.data.images import image_extension, image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RunError, one_line
 from mmrl_ray.evaluation.scores import CaptionScore, Evaluation, paired
-from mmrl_ray.experience.carriers import CaptionState, RewardBreakdown
+from mmrl_ray.experience.carriers import MODALITIES, CaptionState, RewardBreakdown
 from mmrl_ray.metrics.statistics import resolution
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.run_records.run_dir import RunDir

@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # a process that only passes carriers on (a gateway, a reward
     import torch
 
 FinishReason = Literal["stop", "length", "cancelled"]
+IMAGE, TEXT = "image", "text"
+MODALITIES = (IMAGE, TEXT)
+"""What a caption is an answer to: the picture's tokens, and those of the prompt around them."""
 
 
 @dataclass(frozen=True, slots=True)

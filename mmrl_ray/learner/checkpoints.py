@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,20 +29,22 @@ from safetensors.torch import save as dump_tensors
 
 from mmrl_ray.errors import CheckpointError, RunError
 from mmrl_ray.policy.heads import LearningHeads, read_heads_state, save_value_heads
-from mmrl_ray.policy.lora.adapter import WEIGHTS_FILE, load_adapter_state, save_adapter
+from mmrl_ray.policy.lora.adapter import load_adapter_state, save_adapter
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.checkpoint_names import (
+    FOLDER,
+    LIVE_FOLDER,
+    WEIGHTS_FILE,
+    checkpoint_name,
+    checkpoint_steps,
+    steps_in,
+)
 from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 from mmrl_ray.run_records.step_log import note_event
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
-ADAPTER_FOLDER = "adapter"
-"""Of a run that took all its steps."""
-LIVE_FOLDER = "live"
-"""Adapters of the versions that were published last, where the policy is served while it trains."""
 _LIVE_KEPT = 3
-_NAME = re.compile(r"step-(\d{6,})")
 _FORMAT = 1
 
 
@@ -91,20 +92,6 @@ class Checkpoint:
     learner: LearnerState
     controller: Mapping[str, Any]
     """As it was given to `save_checkpoint`."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Its folder's name in the run."""
-    return f"{FOLDER}/step-{step:06d}"
-
-
-def checkpoint_steps(run: RunDir) -> list[int]:
-    """Steps that have a checkpoint folder, ascending, valid or not."""
-    return _steps_in(run, FOLDER)
-
-
-def _steps_in(run: RunDir, folder: str) -> list[int]:
-    return sorted(int(match[1]) for name in run.list(folder) if (match := _NAME.fullmatch(name)))
 
 
 def save_checkpoint(
@@ -233,7 +220,7 @@ def save_live_version(run: RunDir, policy: Policy, step: int) -> None:
 
 def live_versions(run: RunDir) -> list[int]:
     """Steps of the versions in `live/`, ascending."""
-    return _steps_in(run, LIVE_FOLDER)
+    return steps_in(run, LIVE_FOLDER)
 
 
 def _write_adapter(policy: Policy, folder: Path, target: str, *, whole: bool) -> None:

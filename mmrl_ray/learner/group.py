@@ -23,13 +23,20 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+    PlacementGroupHandle,
+)
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import Demand, demands_of
 from mmrl_ray.errors import ConfigError, LearnerError, MMRLError, PlacementError
-from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
-from mmrl_ray.learner.train_loop import train_loop
+from mmrl_ray.learner.job import LearnerJob, LearnerOutcome, train_loop
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.rollouts.pool_settings import register
 from mmrl_ray.run_records.run_dir import RunDir
@@ -60,16 +67,48 @@ class _Trainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         node = ray._private.worker._global_node  # None or a node that was here before
         own = node is not None and node.head
-        unused = {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if own else [])}
+        is_lent = any(isinstance(callback, _InBundles) for callback in self.run_config.callbacks or ())
+        unused = {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if own or is_lent else [])}
         made: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # new in Ray Train's second API
         return [callback for callback in made if type(callback).__name__ not in unused]
+
+
+class _Lent(DefaultPlacementGroupHandle):
+    """Of bundles that are not Ray Train's to give back: a group that is started again finds them."""
+
+    def shutdown(self) -> None:
+        """They stay."""
+
+
+class _InBundles(ControllerCallback):
+    """Has Ray Train put its workers into bundles that are there, in place of some of its own.
+
+    It has no setting for that. One that makes its groups otherwise places them itself, as if nothing were shared.
+    """
+
+    def __init__(self, bundles: PlacementGroup) -> None:
+        self._bundles = bundles
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """In Ray Train's controller, before it makes a group."""
+        bundles = self._bundles
+
+        class InBundles(WorkerGroup):
+            def _create_placement_group(self, *args: Any, **kwargs: Any) -> PlacementGroupHandle:
+                return _Lent(bundles)
+
+        TrainController.worker_group_cls = InBundles
 
 
 class LearnerGroup:
     """Start it, wait for it, take its outcome."""
 
-    def __init__(self, cfg: Config, run: RunDir, controller: ControllerClient) -> None:
+    def __init__(
+        self, cfg: Config, run: RunDir, controller: ControllerClient, bundles: PlacementGroup | None = None
+    ) -> None:
         """`cfg.model.path` is the folder (or hub id) that reinforcement learning starts from.
+
+        With `bundles`, of `shared_gpus`, each learner goes into one of them.
 
         Raises:
             ConfigError: two learners could land on one GPU.
@@ -82,6 +121,7 @@ class LearnerGroup:
             )
         self._cfg = cfg
         self._run = run
+        self._bundles = bundles
         # Ray Train changes its workers' directory: a relative path would mean something else there.
         path = Path(cfg.model.path).expanduser()
         if path.exists():
@@ -167,6 +207,7 @@ class LearnerGroup:
                 name=_TRAIN_FOLDER,
                 storage_path=self._run.full_path(),
                 storage_filesystem=self._run.filesystem,
+                callbacks=[_InBundles(self._bundles)] if self._bundles is not None else [],  # type: ignore[list-item]  # new there, too
                 # Not to be placed in time is final; a group that died is started again.
                 failure_config=FailureConfig(
                     max_failures=learner.max_failures,

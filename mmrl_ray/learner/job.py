@@ -1,11 +1,13 @@
 """What a learner group is given and gives back.
 
-Apart from the loop that uses it, since Ray Train's own controller unpickles both: it need not import transformers.
+Apart from the loop that uses it, since driver and Ray Train's own controller have both: they need not import
+transformers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import MMRLError
@@ -21,6 +23,13 @@ class LearnerJob:
     """`model.path` is the folder (or hub id) that reinforcement learning starts from, as every node sees it."""
     run: RunDir
     controller: ControllerClient
+
+
+def train_loop(arguments: dict[str, Any]) -> LearnerOutcome:
+    """What each learner runs: see there."""
+    from mmrl_ray.learner.train_loop import train_loop as run
+
+    return run(arguments)
 
 
 @dataclass(frozen=True)

@@ -207,14 +207,14 @@ class Clock:
         """Adds the time inside to `name`."""
         start = time.perf_counter()
         if self._on_gpu:
-            marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._marks.append((name, *marks))
-            marks[0].record()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._marks.append((name, begin, end))
+            begin.record()
         try:
             yield
         finally:
             if self._on_gpu:
-                marks[1].record()
+                end.record()
             else:
                 self._seconds[name] += time.perf_counter() - start
 

@@ -18,16 +18,12 @@ from ray._private import state
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.paths import local_paths
-from mmrl_ray.config.schema import Demand, demands_of, label_pairs
+from mmrl_ray.config.schema import Demand, label_pairs
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hashes, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError, RunError
-from mmrl_ray.policy.load import load_skeleton, try_quickly
-from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
-from mmrl_ray.policy.prompts import check_context, encode_prompts
-from mmrl_ray.policy.tokens import answer_opening
-from mmrl_ray.rewards.build import check_reward
+from mmrl_ray.rollouts.pool_settings import placed_demands
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
 from mmrl_ray.training.offline import logged_pictures, trained_pictures
 
@@ -131,20 +127,12 @@ def with_opening(cfg: Config, model: ModelSection) -> Config:
     """
     if not cfg.reward.needs_opening:
         return cfg
+    from mmrl_ray.policy.load import load_skeleton
+    from mmrl_ray.policy.tokens import answer_opening
+
     # The captions of a value-based run come from no template.
     opening = "" if cfg.agent is not None else answer_opening(load_skeleton(model).processor)
     return cfg.model_copy(update={"reward": cfg.reward.with_opening(opening)})
-
-
-def check_run(cfg: Config) -> list[str]:
-    """Reward and model, before anything is started; returns what `check_model` does.
-
-    Raises:
-        ConfigError: a reward part cannot be made, or the reward's risk has no trained sigma.
-        MMRLError: as `check_model`.
-    """
-    check_reward(cfg.reward)
-    return check_model(cfg)
 
 
 def check_model(cfg: Config) -> list[str]:
@@ -160,6 +148,11 @@ def check_model(cfg: Config) -> list[str]:
         ContextLengthError: prompt and longest completion do not fit the model.
         DataError: the training split cannot be used.
     """
+    # Imported here, as below: drivers have other things checked here, and this where the model's half is.
+    from mmrl_ray.policy.load import load_skeleton, try_quickly
+    from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
+    from mmrl_ray.policy.prompts import check_context, encode_prompts
+
     policy = load_skeleton(cfg.model)
     left_out = left_out_line(policy.hf_model, resolve_targets(policy.hf_model, cfg.model.lora))
     for prompt in encode_prompts(policy, [first_sample(cfg)]):
@@ -290,7 +283,7 @@ def check_placement(cfg: Config, address: str) -> PlacementCheck:
             node_local_root_refused(cfg.run.root)
         except RunError as error:
             found.blocking.append(str(error))
-    demands = demands_of(cfg)
+    demands = placed_demands(cfg)
     plan = place(demands, there)
     for node, (name, actors) in zip(there, plan.nodes, strict=True):
         found.lines.append(f"node {name}: {node.cpus:g} CPU, {node.gpus:g} GPU: {', '.join(actors) or 'nothing'}")

@@ -86,18 +86,21 @@ class PolicyVision:
         self._cache = VisionCache(budget_bytes)
 
     @classmethod
-    def load(cls, cfg: ModelSection, budget_bytes: int, key: str | None = None) -> PolicyVision:
+    def load(
+        cls, cfg: ModelSection, budget_bytes: int, key: str | None = None, device: str | None = None
+    ) -> PolicyVision:
         """The tower of a checkpoint; its language model is not kept.
 
         Args:
             cfg: the checkpoint.
             budget_bytes: for features.
             key: of the weights that are wanted; any by default.
+            device: where it goes; as `load_policy` by default.
 
         Raises:
             ModelError: it cannot be loaded, or is not the one that `key` names.
         """
-        policy = load_policy(cfg)
+        policy = load_policy(cfg, device=device)
         if key is not None and not is_revision(key, policy.revision_key, policy.path, policy.processor_settings):
             raise ModelError(
                 f"the reward was trained on the vision features of another {cfg.path} (key {key}, this one has "
@@ -123,15 +126,15 @@ class PolicyVision:
         return padded.to(device), (torch.arange(padded.shape[1])[None] < lengths[:, None]).to(device)
 
 
-def source_of(spec: RewardModelSpec, budget_bytes: int) -> VisionSource:
-    """What the image encoder of a trained reward looks at.
+def source_of(spec: RewardModelSpec, budget_bytes: int, device: str | None = None) -> VisionSource:
+    """What the image encoder of a trained reward looks at; a policy's tower on `device`, as `load_policy` by default.
 
     Raises:
         ModelError: the policy whose features it takes cannot be loaded, or is another one now.
     """
     if spec.vision is None:
         return Pixels(spec.image_size, budget_bytes)
-    return PolicyVision.load(spec.vision, budget_bytes, spec.vision_key)
+    return PolicyVision.load(spec.vision, budget_bytes, spec.vision_key, device)
 
 
 class RewardModelSpec(Section):

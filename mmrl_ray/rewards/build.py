@@ -31,8 +31,10 @@ NOTHING = CorpusStatistics(1, ({},) * MAX_ORDER, ends=({},) * MAX_ORDER)
 """Statistics for parts that need none."""
 
 
-def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
+def build_reward(cfg: RewardSection, statistics: CorpusStatistics, *, device: str | None = None) -> RewardFn:
     """The composed reward; always a `MultimodalReward`, so that breakdowns look alike however many parts there are.
+
+    Learned parts score on `device`; by default on the first GPU of the process that scores, or else its CPU.
 
     Picklable: it is made once by the driver and sent to the workers. All parts make their words with the tokeniser that
     the statistics were counted with. Ends of captions count only where the statistics have ends: a run that began
@@ -41,7 +43,7 @@ def build_reward(cfg: RewardSection, statistics: CorpusStatistics) -> RewardFn:
     Raises:
         ConfigError: a part, which it names, cannot be made; or `risk` has no trained sigma to work with.
     """
-    parts = {name: _named(name, part, statistics, cfg) for name, part in cfg.parts.items()}
+    parts = {name: _named(name, part, statistics, cfg, device) for name, part in cfg.parts.items()}
     _refuse_untrained_sigma(cfg, parts)
     modalities = {name: part.modality for name, part in cfg.parts.items()}
     return MultimodalReward(parts, cfg.weights, modalities=modalities, risk=cfg.risk)
@@ -66,14 +68,16 @@ def try_functions(cfg: RewardSection, sample: Sample, caption: str) -> dict[str,
     return found
 
 
-def _named(name: str, part: RewardPart, statistics: CorpusStatistics, cfg: RewardSection) -> RewardFn:
+def _named(
+    name: str, part: RewardPart, statistics: CorpusStatistics, cfg: RewardSection, device: str | None = None
+) -> RewardFn:
     try:
-        return _build_part(part, statistics, cfg)
+        return _build_part(part, statistics, cfg, device)
     except (ConfigError, DataError, ModelError) as error:
         raise ConfigError(f"reward.parts.{name}: {error}") from error
 
 
-def _build_part(part: RewardPart, statistics: CorpusStatistics, cfg: RewardSection) -> RewardFn:
+def _build_part(part: RewardPart, statistics: CorpusStatistics, cfg: RewardSection, device: str | None) -> RewardFn:
     match part:
         case CaptionPart():
             return CaptionReward(
@@ -103,7 +107,7 @@ def _build_part(part: RewardPart, statistics: CorpusStatistics, cfg: RewardSecti
                 )
             return FluencyReward(LanguageModel(counts, part.order, part.smoothing, statistics.tokenizer))
         case LearnedPart():
-            return LearnedReward(part.model)
+            return LearnedReward(part.model, device)
         case FunctionPart():
             return FunctionReward(part.path, part.state, part.kwargs, cfg.timeout_s, cfg.code)
 

@@ -27,9 +27,14 @@ _CACHE_BYTES = 256 << 20
 class LearnedReward:
     """A folder of `mmrl reward train` as a `RewardFn`. Pickles as its path; the weights load where it first scores."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises ModelError where there is no reward model at `path`."""
+    def __init__(self, path: str | Path, device: str | None = None) -> None:
+        """It scores on `device`; by default on the first GPU of the process that scores, or else its CPU.
+
+        Raises:
+            ModelError: there is no reward model at `path`.
+        """
         self.path = str(Path(path).expanduser().absolute())
+        self.device = device
         self.has_sigma = _sigma_trained(Path(self.path))
         """Whether σ was trained: only then it says anything, and only then breakdowns have one."""
         self._loaded: tuple[RewardModel, VisionSource] | None = None
@@ -68,14 +73,15 @@ class LearnedReward:
             from mmrl_ray.reward_model.vision_source import source_of
 
             model = load_reward_model(self.path)
-            self._loaded = model, source_of(model.spec, _CACHE_BYTES)
+            source = source_of(model.spec, _CACHE_BYTES, self.device)
+            self._loaded = model if self.device is None else model.to(self.device), source
         return self._loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "has_sigma": self.has_sigma}
+        return {"path": self.path, "has_sigma": self.has_sigma, "device": self.device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self.has_sigma = state["path"], state["has_sigma"]
+        self.path, self.has_sigma, self.device = state["path"], state["has_sigma"], state["device"]
         self._loaded, self._lock = None, threading.Lock()
 
 

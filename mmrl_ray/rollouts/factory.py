@@ -1,27 +1,22 @@
-"""From a run's config to the engine of one worker; picklable, and called in the worker's own process."""
+"""From a run's config to the engine of one worker; picklable, and called in the worker's own process.
+
+Who makes one needs nothing of the model: that is imported where the engine is built.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import torch_threads
-from mmrl_ray.policy.generation.local import DecodeLimits, LocalEngine
-from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.lora.adapter import add_run_adapter
-from mmrl_ray.policy.lora.routing import VersionedPolicy
-from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.rewards.base import RewardFn
-from mmrl_ray.rollouts.engine import RolloutEngine
-from mmrl_ray.rollouts.scorer import Scorer
-from mmrl_ray.rollouts.stored import PairEngine, StoredEngine
+
+if TYPE_CHECKING:
+    from mmrl_ray.rollouts.engine import RolloutEngine
 
 _MB = 2**20
-_ENGINES: dict[str, type[RolloutEngine]] = {"rollouts": RolloutEngine, "pairs": PairEngine, "stored": StoredEngine}
-"""By where an algorithm's samples come from."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,19 @@ class PolicyEngineFactory:
         Raises:
             MMRLError: model or adapter cannot be used, or the run asks for what its generation engine cannot do.
         """
+        import torch
+
+        from mmrl_ray.policy.generation.local import DecodeLimits, LocalEngine
+        from mmrl_ray.policy.load import load_policy
+        from mmrl_ray.policy.lora.adapter import add_run_adapter
+        from mmrl_ray.policy.lora.routing import VersionedPolicy
+        from mmrl_ray.policy.vision import VisionCache
+        from mmrl_ray.rollouts.engine import RolloutEngine
+        from mmrl_ray.rollouts.scorer import Scorer
+        from mmrl_ray.rollouts.stored import PairEngine, StoredEngine
+
+        # By where an algorithm's samples come from.
+        engines = {"rollouts": RolloutEngine, "pairs": PairEngine, "stored": StoredEngine}
         cfg = self.cfg
         torch.set_num_threads(torch_threads(cfg, cfg.resources.rollout, os.cpu_count() or 1))
         policy = load_policy(cfg.model, device="cuda" if cfg.resources.rollout.gpus else "cpu")
@@ -49,7 +57,7 @@ class PolicyEngineFactory:
         rows = max(limits.max_rows, cfg.rollout.group_size + greedy)
         generator = LocalEngine(versions, cache, max_rows=rows, prefill_tokens=limits.prefill_tokens)
         generator.require(greedy_extra=greedy)
-        return _ENGINES[cfg.learner.family.samples](
+        return engines[cfg.learner.family.samples](
             generator,
             Scorer(versions, cache, temperature=cfg.rollout.temperature, engine=generator),
             self.reward,

@@ -174,10 +174,11 @@ class RayWorkerPool:
 
     def _create(self) -> None:
         number, name = self._made, f"worker-{self._made}"
-        actor = ray.remote(RolloutWorker).options(max_restarts=0, **self._settings.actor_options)
+        bundle = self._settings.free_bundle([worker.bundle for worker in self._workers.values()])
+        actor = ray.remote(RolloutWorker).options(max_restarts=0, **self._settings.options_in(bundle))
         handle = actor.remote(name, self._run, self._factory, self._settings.log_format)
         first = number < self._settings.workers and not self._quorum.complete
-        worker = PoolWorker(number, name, handle, "placing", self._clock(), first)
+        worker = PoolWorker(number, name, handle, "placing", self._clock(), first, bundle)
         self._workers[number] = worker
         self._made += 1
         worker.ask("ping")
@@ -334,6 +335,8 @@ class PoolWorker:
     """When it entered `state`, or last had nothing more to do."""
     first: bool
     """One of those the run began with."""
+    bundle: int | None = None
+    """Of the GPU that it shares with a learner."""
     place: Started | None = None
     call: WorkerCall | None = None
     """The one under way."""

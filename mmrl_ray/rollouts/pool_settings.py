@@ -4,22 +4,29 @@ There is one wish for nodes in the whole cluster, and Ray Train's coordinator wr
 everybody has registered with it: each group of learners is, by Ray Train itself. A wish written beside it would be gone
 a moment later, and the learners' with it before that. So the run's other actors are registered there, under a name of
 the run, for some minutes at a time.
+
+Where learners and rollout workers share GPUs, a placement group holds one bundle a GPU, with room for one learner and
+the workers beside it. Actors that ask for fractions one by one could take what a learner needs: two workers of 0.49 go
+to one GPU, and two learners of 0.51 find room on the other for one of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import Demand, demands_of
-from mmrl_ray.errors import RolloutError
+from mmrl_ray.errors import PlacementError, RolloutError
 from mmrl_ray.telemetry.logs import LogFormat
 
 _LOOK_EVERY_S = 2.0
@@ -28,6 +35,84 @@ _REGISTERED_FOR_S = 180.0
 _ANSWER_S = 5.0
 _COORDINATOR = "AutoscalingCoordinator"
 """Its name and its namespace."""
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class SharedGpu:
+    """One learner and the rollout workers beside it, on one GPU."""
+
+    workers: int
+    cpus: float
+    """Of all of them together, as `gpus`."""
+    gpus: float
+
+
+def shared_gpus_of(cfg: Config) -> tuple[SharedGpu, ...]:
+    """One for each learner of a run whose learners and rollout workers share GPUs; none of any other.
+
+    The workers that the run begins with are dealt out evenly, as many as fit beside a learner; what is left of them has
+    a place of its own. Learners whose number is a range are placed by Ray Train, wherever there is room.
+    """
+    learner, rollout, count = cfg.resources.learner, cfg.resources.rollout, cfg.learner.workers
+    is_shared = cfg.resources.placement == "shared" and learner.gpus > 0 and rollout.gpus > 0
+    if not is_shared or not isinstance(count, int) or cfg.agent is not None:
+        return ()
+    if learner.node_labels != rollout.node_labels:
+        return ()
+    fitting, left, found = int((1 - learner.gpus + _ROUNDING) / rollout.gpus), cfg.rollout.first_workers, []
+    for place in range(count):
+        workers = min(fitting, math.ceil(left / (count - place)))
+        left -= workers
+        cpus, gpus = learner.cpus + workers * rollout.cpus, round(learner.gpus + workers * rollout.gpus, 4)
+        found.append(SharedGpu(workers, cpus, gpus))
+    return tuple(found)
+
+
+def placed_demands(cfg: Config) -> list[Demand]:
+    """`demands_of`, as it is placed: who shares a GPU is one."""
+    demands, shared = demands_of(cfg), shared_gpus_of(cfg)
+    found = []
+    for gpu in dict.fromkeys(shared):
+        keys = ("learner.workers", "resources.learner and resources.rollout")
+        kind = f"learner with {gpu.workers} rollout" if gpu.workers else "learner"
+        found.append(Demand(kind, shared.count(gpu), gpu.cpus, gpu.gpus, *keys, cfg.resources.learner.node_labels))
+    beside = sum(gpu.workers for gpu in shared)
+    for demand in demands:
+        if demand.kind == "rollout" and demand.count > beside:
+            found.append(replace(demand, count=demand.count - beside))
+        elif demand.kind != "rollout" and not (shared and demand.kind == "learner"):
+            found.append(demand)
+    return found
+
+
+@contextlib.contextmanager
+def shared_gpus(cfg: Config) -> Iterator[PlacementGroup | None]:
+    """The bundles of `shared_gpus_of`, placed, while the block lasts; None where there are none.
+
+    Raises:
+        PlacementError: there was no room for them within `resources.placement_timeout_s`.
+    """
+    gpus, labels = shared_gpus_of(cfg), dict(cfg.resources.learner.node_labels)
+    if not gpus:
+        yield None
+        return
+    bundles = [{name: amount for name, amount in (("CPU", g.cpus), ("GPU", g.gpus)) if amount} for g in gpus]
+    group = placement_group(bundles, bundle_label_selector=[labels] * len(gpus) if labels else None)
+    try:
+        limit = cfg.resources.placement_timeout_s
+        deadline = time.monotonic() + limit
+        while not group.wait(min(1.0, limit)):
+            if time.monotonic() >= deadline:
+                total = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+                raise PlacementError(
+                    f"{len(gpus)} learners with their rollout workers on a GPU each were not placed within {limit:g} "
+                    f"s: one asks for {demand_of(gpus[0].cpus, gpus[0].gpus, labels)}, the cluster has {total} in all; "
+                    "lower learner.workers, resources.learner or resources.rollout, or add nodes"
+                )
+        yield group
+    finally:
+        remove_placement_group(group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +146,10 @@ class PoolSettings:
     """Of the workers' log lines."""
     model: str = ""
     """Path of the run's model, for the error of workers that it ends."""
+    bundles: PlacementGroup | None = None
+    """One for each GPU that is shared with a learner."""
+    in_bundles: tuple[int, ...] = ()
+    """How many workers each has room for; others go wherever there is some."""
 
     @property
     def demand(self) -> str:
@@ -72,6 +161,19 @@ class PoolSettings:
         """The same as options of a Ray actor."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "label_selector": dict(self.node_labels) or None}
 
+    def options_in(self, bundle: int | None) -> dict[str, Any]:
+        """`actor_options` in a bundle of that number, or anywhere."""
+        if bundle is None or self.bundles is None:
+            return self.actor_options
+        place = PlacementGroupSchedulingStrategy(self.bundles, placement_group_bundle_index=bundle)
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": place}
+
+    def free_bundle(self, taken: Sequence[int | None]) -> int | None:
+        """The bundle for one more worker beside those in `taken`: the emptiest that has room, if there is one."""
+        used = [taken.count(bundle) for bundle in range(len(self.in_bundles))]
+        open_ = [bundle for bundle, most in enumerate(self.in_bundles) if used[bundle] < most]
+        return min(open_, key=used.__getitem__, default=None)
+
     def demands(self, workers: int) -> list[Demand]:
         """What the run's actors ask for with so many workers, without its learners, who ask for themselves.
 
@@ -82,9 +184,11 @@ class PoolSettings:
         return [Demand("rollout", count, self.cpus, self.gpus, *keys, self.node_labels), *self.beside]
 
     @classmethod
-    def of(cls, cfg: Config) -> PoolSettings:
-        """A run's settings."""
+    def of(cls, cfg: Config, bundles: PlacementGroup | None = None) -> PoolSettings:
+        """A run's settings, with what `shared_gpus` gave."""
         return cls(
+            bundles=bundles,
+            in_bundles=tuple(gpu.workers for gpu in shared_gpus_of(cfg)) if bundles is not None else (),
             workers=cfg.rollout.first_workers,
             min_workers=cfg.rollout.min_workers,
             cpus=cfg.resources.rollout.cpus,

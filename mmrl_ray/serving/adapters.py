@@ -14,10 +14,17 @@ from pyarrow import fs
 
 from mmrl_ray.config.paths import RUN_CONFIG
 from mmrl_ray.errors import AdapterError, CheckpointError, ConfigError, MMRLError, OverloadedError, RunError
-from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER, LIVE_FOLDER, checkpoint_name, checkpoint_steps, live_versions
+from mmrl_ray.learner.checkpoints import live_versions
 from mmrl_ray.policy.heads import HEADS_FILE
-from mmrl_ray.policy.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mmrl_ray.policy.lora.pool import ID_PATTERN, AdapterPool, AdapterSource, AdapterVersion, Resident
+from mmrl_ray.run_records.checkpoint_names import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    LIVE_FOLDER,
+    WEIGHTS_FILE,
+    checkpoint_name,
+    checkpoint_steps,
+)
 from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 from mmrl_ray.serving.decode_thread import DecodeThread
 

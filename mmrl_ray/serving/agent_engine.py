@@ -19,11 +19,12 @@ from PIL import Image
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, Agent, Saying
 from mmrl_ray.algorithms.dqn.network import prompt_features
 from mmrl_ray.errors import ConfigError, MMRLError, OverloadedError, RunError, ServingError, UnknownModelError
-from mmrl_ray.learner.checkpoints import checkpoint_name, newest_valid_checkpoint
+from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
 from mmrl_ray.policy.generation.sampling import check_sampling
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_conversation
 from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.run_records.checkpoint_names import checkpoint_name
 from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 from mmrl_ray.serving.images import RequestDecoder, Turns
 from mmrl_ray.serving.protocols import Choice, Delta, Generated, GenerateRequest, ModelInfo, Served, TokenInfo

@@ -16,6 +16,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from pyarrow import fs
 from ray import serve
 from ray.serve import Application
@@ -115,7 +116,7 @@ class RewardReplica(HostedReward):
             with filesystem.open_input_stream(statistics) as stream:
                 found = CorpusStatistics.from_json(stream.read().decode())
         super().__init__(
-            build_reward(cfg, found),
+            build_reward(cfg, found, device="cuda" if ray.get_gpu_ids() else "cpu"),
             name=reward_name(cfg),
             version=reward_version(cfg, found),
             timeout_s=cfg.timeout_s,

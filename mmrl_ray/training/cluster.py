@@ -47,6 +47,8 @@ _SETTINGS = {
     "GOMP_SPINCOUNT": "1000",
     # Where Ray has ended, a call that comes late (Serve's routers poll on threads of their own) starts no new one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
+    # An actor that asked for no GPU sees none; as Ray comes, it sees those of its whole node.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Counts of events in Ray's own loops, for its developers: a third of what an idle actor takes of a core.
     "RAY_event_stats": "0",
 }
@@ -335,11 +337,36 @@ def node_local_root_refused(root: str) -> None:
     Raises:
         RunError: Ray has nodes on several machines and `root` is a path on this one.
     """
+    _refuse_node_local("run.root", root, "such as s3://bucket/runs or a network mount")
+
+
+def refuse_node_local(cfg: Config) -> None:
+    """Refuses places of a run that other nodes of a joined cluster would not see.
+
+    Raises:
+        RunError: as `node_local_root_refused`, or of the cache, where workers read a warm start from there.
+    """
+    node_local_root_refused(cfg.run.root)
+    if "://" in cfg.run.root:  # one on a file system keeps its base, and all nodes find it there
+        node_local_cache_refused(cfg)
+
+
+def node_local_cache_refused(cfg: Config) -> None:
+    """Refuses an `sft.cache` that is not the same on all nodes, where there is to be a warm start.
+
+    Raises:
+        RunError: Ray has nodes on several machines and it is a path on one.
+    """
+    if cfg.sft is not None:
+        _refuse_node_local("sft.cache", cfg.sft.cache, "such as a network mount")
+
+
+def _refuse_node_local(key: str, place: str, remedy: str) -> None:
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node.get("Alive")}
-    if len(machines) > 1 and "://" not in root and not _is_network_mount(Path(root)):
+    if len(machines) > 1 and "://" not in place and not _is_network_mount(Path(place).expanduser()):
         raise RunError(
-            f"run.root={root} is a path on this node, but the cluster has nodes on {len(machines)} machines: "
-            "use a location that all of them see, such as s3://bucket/runs or a network mount"
+            f"{key}={place} is a path on this node, but the cluster has nodes on {len(machines)} machines: "
+            f"use a location that all of them see, {remedy}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -26,13 +27,26 @@ _AGAIN_S = 0.01
 
 _AGAIN = "Ctrl-C again stops at once"
 
+_ELSEWHERE: dict[int, list[StopOnInterrupt]] = {}
+"""By thread, of those that are not the main one: the blocks that it is in, the innermost last."""
+
+
+def interrupt(thread: int) -> None:
+    """Does to a thread of this process, which is not the main one, what a signal does to that: see `StopOnInterrupt`.
+
+    Python raises there at the thread's next step in Python.
+    """
+    inside = _ELSEWHERE.get(thread)
+    if not inside or inside[-1].hear():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
+
 
 class StopOnInterrupt:
     """While inside, SIGINT, SIGTERM and SIGHUP call `stop` once instead of raising; the next raises KeyboardInterrupt.
 
     SIGINT is heard even where the process was started with it ignored or blocked, as in the background of a script:
     it is what `mmrl jobs stop` sends. SIGHUP stays ignored where it was: that is what `nohup` asks for. Signals belong
-    to the main thread; on any other this does nothing.
+    to the main thread; on any other it is `interrupt` that is heard.
 
     A KeyboardInterrupt that is raised where Python drops exceptions (a `__del__` or a callback that happened to run) is
     raised again a moment later; one that a library drops itself is raised at the next `check`. Work that cannot be
@@ -71,12 +85,18 @@ class StopOnInterrupt:
                 self._before[number] = signal.signal(number, self._handle)
             self._hook, sys.unraisablehook = sys.unraisablehook, self._look_at_dropped
             self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+        else:
+            _ELSEWHERE.setdefault(threading.get_ident(), []).append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._before:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
             sys.unraisablehook = self._hook
+        elif (inside := _ELSEWHERE.get(threading.get_ident())) is not None:
+            inside.remove(self)
+            if not inside:
+                del _ELSEWHERE[threading.get_ident()]
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
@@ -104,17 +124,20 @@ class StopOnInterrupt:
         if self._dropped:
             self._dropped = False
             raise KeyboardInterrupt
-        now = time.monotonic()
-        if self.asked and now - self._heard < SAME_S:
+        if self.asked and time.monotonic() - self._heard < SAME_S:
             return
-        again, self.asked, self._heard = self.asked, True, now
-        if again:
+        if self.hear():
             raise KeyboardInterrupt
+
+    def hear(self) -> bool:
+        """Takes in that the user wants it to stop; returns whether KeyboardInterrupt is to be raised in the block."""
+        again, self.asked, self._heard = self.asked, True, time.monotonic()
+        if again:
+            return True
         # On a thread: what it calls may wait for the very thread that the signal has interrupted.
         is_raised = self._stop is None or self._at_once
         threading.Thread(target=self._ask, args=(is_raised,), name="stop", daemon=True).start()
-        if is_raised:
-            raise KeyboardInterrupt
+        return is_raised
 
     def _ask(self, is_raised: bool) -> None:
         if is_raised:

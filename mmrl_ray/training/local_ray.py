@@ -8,8 +8,6 @@ to its logs every few seconds. Millions of files take minutes to delete, so nobo
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import logging
 import os
@@ -95,17 +93,6 @@ def _last_written(session: Path) -> float:
     if logs.is_dir():
         looked_at += logs.iterdir()
     return max(path.lstat().st_mtime for path in looked_at)
-
-
-def give_back_memory() -> None:
-    """Hands what the allocator keeps of freed tensors back to the system, where it is glibc's; elsewhere nothing.
-
-    Training in a process that lives on, such as the warm start in the driver, would count for the whole run.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class PeakMemory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.sections import PreferencesSection, RolloutsSection
@@ -18,15 +18,15 @@ from mmrl_ray.data.writing import ShardWriter
 from mmrl_ray.errors import ConfigError, PreferenceError, RunError
 from mmrl_ray.evaluation.scores import interval_json
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams
-from mmrl_ray.learner.checkpoints import ADAPTER_FOLDER
 from mmrl_ray.metrics.statistics import RESAMPLES, bootstrap_difference, bootstrap_mean
-from mmrl_ray.policy.lora.adapter import CONFIG_FILE, STARTING_ADAPTER
 from mmrl_ray.preferences.dataset import is_held_out, pair_of, write_split
-from mmrl_ray.preferences.store import PreferenceStore
 from mmrl_ray.rollouts.controller_actor import ControllerClient
-from mmrl_ray.rollouts.stored import COLUMNS, sample_of
+from mmrl_ray.run_records.checkpoint_names import ADAPTER_FOLDER, CONFIG_FILE, STARTING_ADAPTER
 from mmrl_ray.run_records.rollout_log import LoggedPictures, logged_groups
 from mmrl_ray.run_records.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from mmrl_ray.preferences.store import PreferenceStore
 
 PAIRS, HELD_OUT = "preferences/train", "preferences/held_out"
 _FILE = "eval/preferences_{name}.json"
@@ -42,11 +42,18 @@ def check_pairs(cfg: Config) -> int:
     """
     if (wanted := cfg.data.preferences) is None:
         return 0
-    with PreferenceStore(wanted.store, must_exist=True) as store:
+    with _store(wanted) as store:
         pairs = store.count_labelled()
     if not pairs:
         raise PreferenceError(f"data.preferences.store={wanted.store}: nobody has labelled a pair yet")
     return pairs
+
+
+def _store(wanted: PreferencesSection) -> PreferenceStore:
+    # Imported here: SQLAlchemy takes half a second, which other runs need not pay.
+    from mmrl_ray.preferences.store import PreferenceStore
+
+    return PreferenceStore(wanted.store, must_exist=True)
 
 
 def trained_pictures(wanted: PreferencesSection) -> Iterator[str]:
@@ -55,7 +62,7 @@ def trained_pictures(wanted: PreferencesSection) -> Iterator[str]:
     Raises:
         PreferenceError: the store cannot be read.
     """
-    with PreferenceStore(wanted.store, must_exist=True) as store:
+    with _store(wanted) as store:
         for each in store.preferences():
             if not is_held_out(each.pair.image_hash, wanted.held_out):
                 yield each.pair.image_hash
@@ -76,7 +83,7 @@ def pair_data(cfg: Config, run: RunDir) -> tuple[Config, list[Sample]]:
     train, held_out = f"{run.location}/{PAIRS}", f"{run.location}/{HELD_OUT}"
     if not run.exists(PAIRS):
         run.delete(HELD_OUT)  # of a driver that was killed in between
-        with PreferenceStore(wanted.store, must_exist=True) as store:
+        with _store(wanted) as store:
             write_split(store.preferences(pictures=True), train, held_out, share=wanted.held_out)
     pairs = []
     if run.exists(HELD_OUT):
@@ -224,6 +231,9 @@ def decoding_beta(cfg: Config) -> float:
 
 
 def _samples(source: RunDir, wanted: RolloutsSection) -> Iterator[Sample]:
+    # Imported here: with the engine's half of the project, of which other runs' drivers need nothing.
+    from mmrl_ray.rollouts.stored import COLUMNS, sample_of
+
     pictures = LoggedPictures(source)
     for rows in _groups(source, wanted, COLUMNS):
         yield sample_of(rows, pictures[rows[0]["image_hash"]])

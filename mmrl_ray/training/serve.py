@@ -31,11 +31,11 @@ from mmrl_ray.config.problems import dump_yaml
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.config.serving import APP, ServeConfig, ServingSection
 from mmrl_ray.errors import ConfigError, JobError, ServingError
-from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.submit import stop_jobs
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.processes import listener
+from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.auth import is_loopback
 from mmrl_ray.serving.haproxy import clear_leftovers, set_flags

@@ -16,15 +16,14 @@ from collections.abc import Callable
 from typing import Self
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.serving import ServingSection
-from mmrl_ray.evaluation.model_source import STATISTICS
+from mmrl_ray.config.serving import ServeConfig, ServingSection
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rollouts.pool_settings import demand_of
+from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import note_event
-from mmrl_ray.training.serve import config_of_run, greeting
 
 _LOOK_EVERY_S = 1.0
 _ON_THE_WAY_S = 10.0
@@ -43,8 +42,12 @@ class RunReward:
         self._close: Callable[[], None] = _nothing
         self._looked = 0.0
         self._unhealthy_since: float | None = None
-        self.reward: RewardFn = build_reward(cfg.reward, statistics)
-        """Picklable. Behind Serve it may be called before `wait`: the call waits for the replica."""
+        device = "cuda" if cfg.resources.rollout.gpus else "cpu"
+        self.reward: RewardFn = build_reward(cfg.reward, statistics, device=device)
+        """For the workers: with a GPU, a learned one shares theirs. Picklable. Behind Serve it may be called before
+        `wait`: the call waits for the replica."""
+        self.own = self.reward if device == "cpu" else build_reward(cfg.reward, statistics, device="cpu")
+        """For this process, which has no GPU."""
         self.tokenizer = statistics.tokenizer
         """Of all words of the run."""
 
@@ -67,7 +70,7 @@ class RunReward:
             launch.deploy(application, app, route_prefix=None)
             self._app = app
             timeout_s = reward.longest_s + _ON_THE_WAY_S
-            self.reward = served = ServeReward(app, timeout_s=timeout_s, images=reward.needs_images)
+            self.reward = self.own = served = ServeReward(app, timeout_s=timeout_s, images=reward.needs_images)
             self._close = served.close
         return self
 
@@ -133,7 +136,12 @@ class LivePolicy:
         wanted = cfg.serving is not None and cfg.serving.live_policy
         # Rewards are the run's own affair while it trains.
         self._app = app_name(run, "live")
-        self._cfg = config_of_run(cfg, run, base).model_copy(update={"reward": None}) if wanted else None
+        self._cfg: ServeConfig | None = None
+        if wanted:
+            # Imported here, and below: the server's half of the project, which other runs need not have.
+            from mmrl_ray.training.serve import config_of_run
+
+            self._cfg = config_of_run(cfg, run, base).model_copy(update={"reward": None})
 
     def __enter__(self) -> Self:
         if self._cfg is not None:
@@ -146,7 +154,11 @@ class LivePolicy:
 
     def greeting(self) -> list[str]:
         """Where it is and how to ask it, line by line; see `runs.serve.greeting`."""
-        return greeting(self._cfg, insecure=False) if self._cfg is not None else []
+        if self._cfg is None:
+            return []
+        from mmrl_ray.training.serve import greeting
+
+        return greeting(self._cfg, insecure=False)
 
     def __exit__(self, *exception: object) -> None:
         if self._cfg is not None:

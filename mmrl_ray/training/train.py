@@ -1,9 +1,11 @@
 """`mmrl train`: a config in, a finished run folder out.
 
-    run folder, owned ──▶ scenes, warm start, checks ──▶ Ray ──▶ controller + rollout workers
-                                                                  │  evaluate (before) ‖ learner group starts
-                                                                  ▼
-                     report ◀── summary ◀── evaluate (after) ◀── steps, checkpoints ──▶ adapter/
+    run folder, owned ──▶ scenes ──▶ Ray ──▶ warm start, checks ──▶ controller + rollout workers
+                                                                     │  evaluate (before) ‖ learner group starts
+                                                                     ▼
+                        report ◀── summary ◀── evaluate (after) ◀── steps, checkpoints ──▶ adapter/
+
+No model is ever in this process: it is light, and needs no GPU.
 
 The folder is there from the first moment, so that whatever stops the run, `--resume` finds it; where a check of a new
 run fails it is taken away again. Whatever happens after the checks, summary and report say it.
@@ -22,6 +24,8 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from ray.util.placement_group import PlacementGroup
+
 import mmrl_ray
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import changed_keys, dump_config
@@ -29,24 +33,23 @@ from mmrl_ray.config.paths import RUN_CONFIG, with_absolute_paths
 from mmrl_ray.data.samples import QuarantineRecord, Sample, iter_references, reasons_of, told
 from mmrl_ray.data.scenes.generator import write_scenes
 from mmrl_ray.errors import Interrupted, MMRLError, RunError
-from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.evaluation.records import load_evaluation, load_states, states_json
 from mmrl_ray.evaluation.scores import Blindness
-from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.planning.preflight import (
     check_references,
-    check_run,
     evaluation_split,
     held_out_quarantine,
     refuse_moved,
     trained_on,
-    with_opening,
 )
 from mmrl_ray.report.page import write_report
+from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
+from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus
+from mmrl_ray.run_records.checkpoint_names import BASE, STATISTICS, checkpoint_steps
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
@@ -54,12 +57,12 @@ from mmrl_ray.run_records.step_log import EVENTS, note_event
 from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training import offline
-from mmrl_ray.training.cluster import node_local_root_refused, ray_session
+from mmrl_ray.training.cluster import ray_session, refuse_node_local
 from mmrl_ray.training.held_out import HeldOut, evaluation_json, warn_if_blind
 from mmrl_ray.training.interrupts import StopOnInterrupt
-from mmrl_ray.training.local_ray import PeakMemory, give_back_memory, scrape_targets
+from mmrl_ray.training.local_ray import PeakMemory, scrape_targets
+from mmrl_ray.training.model_process import ModelProcess, base_of, look_at
 from mmrl_ray.training.serve_apps import LivePolicy, RunReward
-from mmrl_ray.training.warm_start import BASE, base_of_run, keep_base, warm_start_blindness, warm_start_left_out
 
 SUMMARY = "summary.json"
 _DOES = {
@@ -125,6 +128,8 @@ class _Run:
         self._run: RunDir
         """Opened or made by `whole`, which everything else is below."""
         self._owner: RunOwner
+        self._process: ModelProcess
+        """Open until the last that needs the whole model has had it."""
 
     def whole(self, *, resume: bool, address: str | None, debug: bool) -> str:
         """All phases; see the top of this file."""
@@ -165,40 +170,37 @@ class _Run:
         again = run.exists(EVENTS)
         if not run.exists(RUN_CONFIG):
             run.write_text(RUN_CONFIG, dump_config(self._cfg))
-        try:
-            start, unseeing, samples = self._prepare(again)
-        except KeyboardInterrupt:
-            self._keep = True
-            conclude_status(run, "interrupted")
-            raise Interrupted(
-                f"stopped before the first step; go on with: mmrl train --resume {run.location}"
-            ) from None
-        except Exception:
-            if self._keep:
-                conclude_status(run, "failed: it could not start")
-            raise
+        with ExitStack() as session:
+            try:
+                start, unseeing, samples = self._prepare(again, session, address=address, debug=debug)
+            except KeyboardInterrupt:
+                self._keep = True
+                conclude_status(run, "interrupted")
+                raise Interrupted(
+                    f"stopped before the first step; go on with: mmrl train --resume {run.location}"
+                ) from None
+            except Exception:
+                if self._keep:
+                    conclude_status(run, "failed: it could not start")
+                raise
+            opened = session.pop_all()
         self._keep = True
         cfg = self._cfg
         status = "failed"
         try:
-            write_status(run, "starting", STARTING_S)
-            note_event(run, "run_resumed" if again else "run_started")
-            if self._owner.taken_over is not None:
-                note_event(run, "run_taken_over", owner=self._owner.taken_over)
-            for kind, told_of in self._findings if not again else ():
-                note_event(run, kind, **told_of)
-            self._keep_config(again)
-            if not again:
-                warn_if_blind(run, self._progress, "warm start", unseeing)
-            statistics = self._statistics()
-            with self._timed("stored"):
-                start, self._pairs = offline.pair_data(offline.stored_data(start, run), run)
-            with ExitStack() as stack:
-                with self._progress.busy("starting Ray"):
-                    say = self._progress.note
-                    session = ray_session(cfg, address=address, debug=debug, show=say, say=say)
-                    stack.enter_context(session)
-                node_local_root_refused(cfg.run.root)
+            with opened as stack:
+                write_status(run, "starting", STARTING_S)
+                note_event(run, "run_resumed" if again else "run_started")
+                if self._owner.taken_over is not None:
+                    note_event(run, "run_taken_over", owner=self._owner.taken_over)
+                for kind, told_of in self._findings if not again else ():
+                    note_event(run, kind, **told_of)
+                self._keep_config(again)
+                if not again:
+                    warn_if_blind(run, self._progress, "warm start", unseeing)
+                statistics = self._statistics()
+                with self._timed("stored"):
+                    start, self._pairs = offline.pair_data(offline.stored_data(start, run), run)
                 stack.enter_context(scrape_targets(run))
                 joined = bool(address or os.environ.get("RAY_ADDRESS"))
                 with self._timed("serve"):
@@ -206,9 +208,11 @@ class _Run:
                     hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
                 for line in live.greeting():
                     self._progress.note(line)
-                held_out = HeldOut(self._cfg, run, samples, hosted.reward, statistics, self._progress)
+                held_out = HeldOut(self._cfg, run, samples, hosted.own, statistics, self._progress)
                 if cfg.agent is None:
-                    self._learn(start, hosted, held_out)
+                    with self._progress.busy("waiting for room on GPUs"):
+                        bundles = stack.enter_context(shared_gpus(start))
+                    self._learn(start, hosted, held_out, bundles)
                 else:
                     self._learn_by_value(start, hosted, held_out)
             status = "finished"
@@ -226,8 +230,13 @@ class _Run:
             with StopOnInterrupt(lambda: self._progress.note("writing the report; a second signal stops at once")):
                 self._conclude(status)
 
-    def _prepare(self, again: bool) -> tuple[Config, Blindness | None, list[Sample]]:
-        """Data, warm start and checks: the config to start from, what the warm start does not see, what is held out."""
+    def _prepare(
+        self, again: bool, session: ExitStack, *, address: str | None, debug: bool
+    ) -> tuple[Config, Blindness | None, list[Sample]]:
+        """Data, warm start and checks: the config to start from, what the warm start does not see, what is held out.
+
+        A Ray is started on the way, which `session` ends.
+        """
         cfg, run = self._cfg, self._run
         write_status(run, "starting", STARTING_S)
         with self._timed("data"):
@@ -240,22 +249,27 @@ class _Run:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             check_references(cfg)
             samples = self._held_out(again)
-        with self._timed("warm_start"):
+        with self._progress.busy("starting Ray"):
             say = self._progress.note
-            made = base_of_run(cfg, run, progress=self._warm_start_progress(), say=say, owned=True)
-            path, size = keep_base(cfg, run, made)
-            if size:
-                self._facts["base_bytes"] = size
-            model = cfg.model.model_copy(update={"path": path})
-            self._tell_left_out("warm_start", warm_start_left_out(model.path))
-        start = cfg.model_copy(update={"model": model})
+            session.enter_context(ray_session(cfg, address=address, debug=debug, show=say, say=say))
+        refuse_node_local(cfg)
+        with self._timed("warm_start"):
+            self._process = session.enter_context(ModelProcess(cfg, say))
+            base = self._process.call(base_of, cfg, run, progress=self._warm_start_progress(), say=say)
+            if base.kept_bytes:
+                self._facts["base_bytes"] = base.kept_bytes
+            self._tell_left_out("warm_start", base.left_out)
+        start = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": base.path})})
         with self._timed("checks"):
-            for line in check_run(start):
+            check_reward(start.reward)
+            looked = self._process.call(look_at, start)
+            for line in looked.lines:
                 self._progress.note(line)
-            give_back_memory()
-            self._cfg = with_opening(cfg, start.model)
-            start = start.model_copy(update={"reward": self._cfg.reward})
-        return start, warm_start_blindness(model.path), samples
+            start = looked.cfg
+            self._cfg = cfg.model_copy(update={"reward": start.reward})
+        if cfg.agent is None:
+            self._process.close()
+        return start, base.blindness, samples
 
     def _warm_start_progress(self) -> ProgressFn:
         """Shown, and told to whoever looks at the run's status."""
@@ -320,11 +334,12 @@ class _Run:
                 run.write_text(STATISTICS, statistics.to_json())
         return statistics
 
-    def _learn(self, cfg: Config, hosted: RunReward, held_out: HeldOut) -> None:
+    def _learn(self, cfg: Config, hosted: RunReward, held_out: HeldOut, bundles: PlacementGroup | None = None) -> None:
         """Rollout workers and learners, from the evaluation before to the one after; `cfg` is what they start from."""
         run = self._run
         with self._timed("start"):
-            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward))
+            settings = PoolSettings.of(cfg, bundles)
+            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward), settings=settings)
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
         interrupt = StopOnInterrupt(
@@ -333,7 +348,7 @@ class _Run:
         is_lost = False
         try:
             with interrupt:
-                learner = LearnerGroup(cfg, run, controller)
+                learner = LearnerGroup(cfg, run, controller, bundles)
                 learner.start()
                 with interrupt.at_once():
                     with self._progress.busy("loading the reward"):
@@ -383,7 +398,7 @@ class _Run:
             held_out.score(name, held_out.samples, captions)
 
         with self._timed("start"):
-            learning = ValueBasedRun(cfg, self._run, hosted, held_out.samples, self._progress)
+            learning = ValueBasedRun(cfg, self._run, hosted, held_out.samples, self._progress, self._process)
         with closing(learning), self._timed("learning"):
             learning.learn(evaluate)
 

@@ -21,7 +21,7 @@ from mmrl_ray.algorithms.dqn.agent import (
     save_agent_folder,
     save_value_checkpoint,
 )
-from mmrl_ray.algorithms.dqn.network import FeatureScale, Vocabulary, image_features
+from mmrl_ray.algorithms.dqn.network import FeatureScale, Vocabulary
 from mmrl_ray.algorithms.dqn.rllib import environment_arguments
 from mmrl_ray.algorithms.dqn.trainer import Said, ValueStatus, ValueTrainer
 from mmrl_ray.config import Config
@@ -31,14 +31,13 @@ from mmrl_ray.errors import DataError, Interrupted
 from mmrl_ray.evaluation.records import load_evaluation
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
 from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
-from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.run_records.control_files import StatusWriter
 from mmrl_ray.run_records.rollout_log import rollouts_name
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import QUARANTINE_FILE, StepLog, note_event
 from mmrl_ray.telemetry.terminal import RunProgress
 from mmrl_ray.training.interrupts import StopOnInterrupt
+from mmrl_ray.training.model_process import ModelProcess, features_of
 from mmrl_ray.training.serve_apps import RunReward
 
 _DESK_CLOSES_S = 10.0
@@ -50,9 +49,17 @@ class ValueBasedRun:
     """Needs a Ray. `learn` takes all steps that are left."""
 
     def __init__(
-        self, cfg: Config, run: RunDir, hosted: RunReward, held_out: Sequence[Sample], progress: RunProgress
+        self,
+        cfg: Config,
+        run: RunDir,
+        hosted: RunReward,
+        held_out: Sequence[Sample],
+        progress: RunProgress,
+        process: ModelProcess,
     ) -> None:
-        """Makes every picture's features, and starts the env runners, from the newest checkpoint if there is one.
+        """Has every picture's features made in `process`, which then ends, and starts the env runners.
+
+        They go on from the newest checkpoint if there is one.
 
         Raises:
             DataError, ModelError: a split or the vision tower cannot be used.
@@ -69,7 +76,10 @@ class ValueBasedRun:
         bare = next((sample.id for sample in self._samples if not sample.references), None)
         if bare is not None:
             raise DataError(f"{cfg.data.train}: sample {bare!r} has no references to be paid by; leave it out")
-        images, self._held_out = self._features(held_out)
+        try:
+            images, self._held_out = self._features(held_out, process)
+        finally:
+            process.close()
         scale = FeatureScale.of(images)
         vocabulary = Vocabulary.of(agent, iter_references(cfg.data.train), hosted.tokenizer)
         self._facts = AgentFacts.of(agent, vocabulary, scale, images.shape[1:])
@@ -217,16 +227,11 @@ class ValueBasedRun:
             told = {"sample": record.sample_id, "where": record.where, "detail": record.reason}
             self._note({"kind": "sample_quarantined", **told})
 
-    def _features(self, held_out: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-        """Of the training pictures and of the held-out ones; the model goes again."""
-        cfg = self._cfg
-        assert cfg.agent is not None
-        policy = load_policy(cfg.model)
-        policy.model.requires_grad_(False)
-        cache = VisionCache(cfg.rollout.vision_cache_mb * 2**20)
+    def _features(self, held_out: Sequence[Sample], process: ModelProcess) -> tuple[np.ndarray, np.ndarray]:
+        """Of the training pictures and of the held-out ones."""
         shown = self._progress.phase("vision features")
         both = [*self._samples, *held_out]
-        images = image_features(policy, both, cfg.agent.image_tokens, cache, lambda done, total: shown(done, total, {}))
+        images = process.call(features_of, self._cfg, both, progress=lambda done, total: shown(done, total, {}))
         return images[: len(self._samples)], images[len(self._samples) :]
 
     def _write_rollouts(self, step: int, said: Sequence[Said]) -> None:

@@ -41,14 +41,13 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
+from mmrl_ray.run_records.checkpoint_names import BASE
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training.sft import train_supervised
 
 logger = logging.getLogger(__name__)
 
-BASE = "base"
-"""Folder of a run that keeps its base model, where a warm start made it."""
 FACTS = "warm_start.json"
 """In the folder: what it was made from, its first and last loss, the rows that it left out, seconds."""
 

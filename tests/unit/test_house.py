@@ -67,6 +67,7 @@ def test_import_contracts_hold() -> None:
         ("mmrl_ray.data.samples", ("torch", "ray", "transformers")),
         ("mmrl_ray.run_records.run_dir", ("torch", "ray", "transformers")),
         ("mmrl_ray.jobs.control, mmrl_ray.jobs.control", ("torch", "ray", "transformers")),
+        ("mmrl_ray.training.train", ("transformers", "peft", "sklearn", "sqlalchemy")),
         ("mmrl_ray.learner.step, mmrl_ray.policy.generation.decode", ("ray",)),
     ],
 )

@@ -31,14 +31,10 @@ from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.checkpoint_names import CONFIG_FILE, STARTING_ADAPTER, WEIGHTS_FILE
 from mmrl_ray.run_records.run_dir import RunDir
 
 M = TypeVar("M", bound=nn.Module)
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-STARTING_ADAPTER = f"adapter/{WEIGHTS_FILE}"
-"""In the folder that `data.rollouts.run` names."""
 
 
 def add_adapter(policy: Policy | PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ConfigError, LearnerError, NonFiniteError, PlacementError
 from mmrl_ray.experience.carriers import RolloutGroup, derive_seed
-from mmrl_ray.learner.checkpoints import checkpoint_steps
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.learner.job import LearnerOutcome
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.checkpoint_names import checkpoint_steps
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.integration.learner.fake_controller import start
 from tests.unit.learner.worlds import make_groups, make_plan, payloads, tiny_folder

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from mmrl_ray.config.load import dump_config, parse_config
-from mmrl_ray.evaluation.model_source import STATISTICS
 from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.learner.checkpoints import save_adapter_folder, save_live_version
 from mmrl_ray.metrics.text import CorpusStatistics
@@ -25,6 +24,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tiny import build_tiny_llava
+from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.integration.rollouts.conftest import local_ray
 from tests.support.programs import Program

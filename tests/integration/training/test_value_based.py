@@ -20,10 +20,11 @@ from mmrl_ray.algorithms.dqn.network import image_features
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.data.samples import read_split
 from mmrl_ray.evaluation.captioning import caption_images
-from mmrl_ray.evaluation.model_source import STATISTICS, open_target
+from mmrl_ray.evaluation.model_source import open_target
 from mmrl_ray.jobs.control import RunControl
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 
 from .conftest import Workplace, wait_for

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from mmrl_ray.config.load import dump_config, parse_config
 from mmrl_ray.run_records.run_owner import _machine
+from mmrl_ray.training.model_process import Base
 from tests.support.tiny_models import build_family
 from tests.unit.cli.program import Patch, mmrl
 
@@ -83,7 +84,8 @@ def test_a_dry_run_of_what_would_stop_fails(config: Path, tmp_path: Path) -> Non
 
 
 def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
-    patched("mmrl_ray.training.warm_start.warm_start", return_value="/cache/abc")
+    made = Base("/cache/abc", 0, (), None)
+    patched("mmrl_ray.training.model_process.warm_start_apart", return_value=made)
     assert mmrl("sft", config).stdout == "/cache/abc\n"
 
 

@@ -140,6 +140,20 @@ def test_every_program_and_extra_that_is_used_is_there(path: Path) -> None:
             assert package[0] == "torchvision" or f"\n{package[0]}==" in constraints
 
 
+def test_torch_for_gpus_is_the_pinned_version_where_that_is_built_for_cuda() -> None:
+    """An index of PyTorch's own may lack the pinned version: PyPI's wheel of it is the one for CUDA."""
+    (gpu,) = (path for path in FILES if path.suffix == ".gpu")
+    installs = [rest for name, rest in instructions(gpu) if name == "RUN" and "pip install" in rest]
+    assert len(installs) == 2
+    for command in installs:
+        assert "pip install -c constraints.txt" in command
+        assert not re.search(r"index|torch==|\+cu", command)
+    assert "CUDA used to build PyTorch: [0-9]" in installs[0], "the build ends where the wheel is none for CUDA"
+    pinned = re.search(r"^torch==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned
+    assert f"{pinned[1]} is {pinned[1]}+cu" in gpu.read_text(), "look up PyPI's wheel of the new version"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_the_health_check_asks_the_one_open_route(path: Path) -> None:
     from mmrl_ray.config.serving import ServingSection

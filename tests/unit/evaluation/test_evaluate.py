@@ -21,7 +21,7 @@ from mmrl_ray.errors import ConfigError, DataError, ImageError, RunError
 from mmrl_ray.evaluation.captioning import caption, caption_images, caption_samples
 from mmrl_ray.evaluation.evaluate import evaluate
 from mmrl_ray.evaluation.explain import explain, explain_image
-from mmrl_ray.evaluation.model_source import STATISTICS, open_target
+from mmrl_ray.evaluation.model_source import open_target
 from mmrl_ray.evaluation.scores import score_captions
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.learner.checkpoints import LearnerState, save_checkpoint
@@ -31,6 +31,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter, save_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.rewards.build import build_reward
+from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.training import warm_start as warm_start_module
 from mmrl_ray.training.warm_start import warm_start

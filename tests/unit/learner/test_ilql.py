@@ -17,12 +17,13 @@ from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import AdapterError, CheckpointError
 from mmrl_ray.experience.carriers import RolloutGroup
-from mmrl_ray.learner.checkpoints import checkpoint_name, load_checkpoint, save_adapter_folder, save_checkpoint
+from mmrl_ray.learner.checkpoints import load_checkpoint, save_adapter_folder, save_checkpoint
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.heads import HEADS_FILE, LearningHeads, add_learning_heads, learning_heads
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.prefix import ScorePath
+from mmrl_ray.run_records.checkpoint_names import checkpoint_name
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import TEMPERATURE, make_groups, make_plan, make_policy, make_rewards, payloads, weights

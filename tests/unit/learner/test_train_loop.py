@@ -13,13 +13,13 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.errors import MMRLError, ModelError, RolloutError, RunError
 from mmrl_ray.experience.carriers import RolloutGroup, StepPlan, derive_seed
-from mmrl_ray.learner.checkpoints import checkpoint_name, checkpoint_steps
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.train_loop import _Learner
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.scoring import prefix
 from mmrl_ray.rollouts.types import Stop
+from mmrl_ray.run_records.checkpoint_names import checkpoint_name, checkpoint_steps
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.unit.learner.worlds import make_groups, make_plan
 

@@ -14,7 +14,7 @@ from mmrl_ray.config.sections import ActorResources
 from mmrl_ray.config.serving import DeploymentSection
 from mmrl_ray.learner.group import scaling_config
 from mmrl_ray.planning.preflight import Node, place, unplaced_lines
-from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.rollouts.pool_settings import PoolSettings, placed_demands, shared_gpus_of
 from mmrl_ray.serving.launch import options_of
 
 
@@ -59,6 +59,41 @@ def test_demands_of_a_run_that_has_grown() -> None:
     grow = config(rollout={"workers": {"min": 1, "max": 4}}, learner={"steps": 1, "workers": {"min": 2, "max": 3}})
     assert [(d.kind, d.count) for d in demands_of(grow)] == [("learner", 2), ("rollout", 1)]
     assert [(d.kind, d.count) for d in demands_of(grow, at_most=True)] == [("learner", 3), ("rollout", 4)]
+
+
+def shared(learners: int, workers: int, learner: float, rollout: float, **sections: Any) -> Config:
+    resources = {"learner": {"cpus": 2, "gpus": learner}, "rollout": {"cpus": 1, "gpus": rollout}}
+    asked = {"steps": 10, "workers": learners}
+    return config(learner=asked, rollout={"workers": workers}, resources=resources, **sections)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "workers", "beside", "gpus"),
+    [
+        (shared(2, 2, 0.51, 0.49), [1, 1], 0, 2),
+        (shared(4, 4, 0.51, 0.49), [1, 1, 1, 1], 0, 4),
+        (shared(2, 3, 0.6, 0.2), [2, 1], 0, 2),
+        (shared(2, 1, 0.6, 0.4), [1, 0], 0, 2),  # whoever is added later finds the other GPU's rest
+        (shared(2, 5, 0.6, 0.2), [2, 2], 1, 3),
+    ],
+)
+def test_a_learner_and_the_workers_beside_it_are_placed_as_one(
+    cfg: Config, workers: list[int], beside: int, gpus: int
+) -> None:
+    assert [gpu.workers for gpu in shared_gpus_of(cfg)] == workers
+    demands = placed_demands(cfg)
+    assert sum(d.gpus * d.count for d in demands) == pytest.approx(sum(d.gpus * d.count for d in demands_of(cfg)))
+    assert sum(d.cpus * d.count for d in demands) == sum(d.cpus * d.count for d in demands_of(cfg))
+    assert sum(d.count for d in demands if d.kind == "rollout") == beside
+    assert place(demands, [Node("a", 64, gpus)]).missing == ()
+    assert place(demands, [Node("a", 64, gpus - 1)]).missing != ()
+
+
+def test_who_shares_no_gpu_is_placed_alone() -> None:
+    split = config(resources={"placement": "split", "learner": {"gpus": 1}, "rollout": {"gpus": 1}})
+    for cfg in (config(), split):
+        assert shared_gpus_of(cfg) == ()
+        assert placed_demands(cfg) == demands_of(cfg)
 
 
 def test_a_reward_of_words_asks_for_nothing() -> None:

@@ -8,19 +8,24 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mmrl_ray.config.reward import LearnedPart, RewardSection
+from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ModelError, RewardError
 from mmrl_ray.metrics.text import CorpusStatistics
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.reward_model import vision_source
 from mmrl_ray.reward_model.model import SPEC, save_reward_model
 from mmrl_ray.reward_model.vision_source import Pixels
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward
 from mmrl_ray.rewards.learned import LearnedReward
+from tests.support.tiny_models import build_family
 from tests.unit.reward_model.test_model import CAPTIONS, PICTURES, model
 
 SAMPLES = [Sample(f"s{i}", picture, "") for i, picture in enumerate(PICTURES)]
@@ -43,6 +48,28 @@ def test_mean_and_sigma(folder: Path) -> None:
         assert got.sigma == pytest.approx(expected.sigma[i].item(), rel=1e-6)
         assert dict(got.weights) == {"mean": 1.0}
     assert reward.score_batch([], []) == []
+
+
+def test_it_scores_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the tower that it looks through, and also when it was sent to another process."""
+    section = ModelSection(path=str(build_family("qwen2_5_vl", tmp_path / "policy")), dtype="float32")
+    source = vision_source.PolicyVision.load(section, 1 << 20)
+    scorer = model(vision=section, vision_key=source.policy.revision_key, feature_dim=source.feature_dim)
+    save_reward_model(scorer, tmp_path / "reward", {})
+    asked: list[Any] = []
+    load = vision_source.load_policy
+
+    def watched(cfg: ModelSection, *, device: Any = None) -> Policy:
+        asked.append(device)
+        return load(cfg, device="cpu")
+
+    monkeypatch.setattr(vision_source, "load_policy", watched)
+    parts = {"seen": {"kind": "learned", "model": str(tmp_path / "reward")}}
+    section_of_reward = RewardSection.model_validate({"parts": parts, "weights": {"seen": 1.0}})
+    for device in ("cpu", None):
+        reward = pickle.loads(pickle.dumps(build_reward(section_of_reward, NOTHING, device=device)))
+        reward.score_batch(SAMPLES[:1], CAPTIONS[:1])
+    assert asked == ["cpu", None]
 
 
 def test_no_sigma_where_it_was_not_trained(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import torch
 from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.config.serving import RemoteImagesSection, ServingSection
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.lora.adapter import CONFIG_FILE, WEIGHTS_FILE, add_adapter, save_adapter
+from mmrl_ray.policy.lora.adapter import add_adapter, save_adapter
 from mmrl_ray.policy.lora.pool import AdapterPool
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.checkpoint_names import CONFIG_FILE, WEIGHTS_FILE
 from mmrl_ray.serving.adapters import AdapterFolders
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.engine import Engine

@@ -21,10 +21,11 @@ from mmrl_ray.learner.checkpoints import LearnerState, save_adapter_folder, save
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.heads import HEADS_FILE, LearningHeads, save_value_heads
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.lora.adapter import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
+from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter, save_adapter
 from mmrl_ray.policy.lora.pool import AdapterPool
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_conversation
+from mmrl_ray.run_records.checkpoint_names import WEIGHTS_FILE
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.adapters import AdapterFolders, RunSource, open_source
 from mmrl_ray.serving.engine import Engine

@@ -18,19 +18,13 @@ from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError, OverloadedError, UnknownModelError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, Failure, decode_groups
-from mmrl_ray.policy.lora.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapter_parameters,
-    add_adapter,
-    load_adapter,
-    save_adapter,
-)
+from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter, load_adapter, save_adapter
 from mmrl_ray.policy.lora.pool import AdapterPool, AdapterVersion
 from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.run_records.checkpoint_names import CONFIG_FILE, WEIGHTS_FILE
 from tests.support.tiny_models import FAMILIES, build_family, make_samples
 
 Load = Callable[..., Policy]
