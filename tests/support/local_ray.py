@@ -21,10 +21,10 @@ def without_idlers(*, logs: bool = False) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def local_ray(cpus: int, *, logs: bool = False, **environment: str) -> Iterator[str]:
+def local_ray(cpus: int, *, gpus: int = 0, logs: bool = False, **environment: str) -> Iterator[str]:
     """Its address; this process has joined it, and has the environment of before when it has ended.
 
-    With `logs` it brings what workers print to drivers that ask for it.
+    `gpus` are only said to be there. With `logs` it brings what workers print to drivers that ask for it.
     """
     before = dict(os.environ)
     cluster.configure_ray()
@@ -35,6 +35,7 @@ def local_ray(cpus: int, *, logs: bool = False, **environment: str) -> Iterator[
             context = ray.init(
                 "local",
                 num_cpus=cpus,
+                num_gpus=gpus,
                 include_dashboard=False,
                 object_store_memory=STORE_BYTES,
                 log_to_driver=False,

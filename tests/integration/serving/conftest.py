@@ -1,4 +1,4 @@
-"""A run made by hand, and one `mmrl serve` of it for the whole module, in a process of its own."""
+"""A run made by hand, and one `mmrl serve` of it for the whole module, in a process of its own as a user starts it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.run_records.checkpoint_names import STATISTICS
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.integration.rollouts.conftest import local_ray
-from tests.support.programs import Program
 
 __all__ = ["local_ray"]
 
@@ -98,7 +98,7 @@ learner: {{steps: 9}}
 class Server:
     """`mmrl serve`, and what it told."""
 
-    process: Program
+    process: subprocess.Popen[str]
     url: str
     key: str
     made: ServedRun
@@ -137,11 +137,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(arguments: list[str], folder: Path) -> Program:
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "XDG_DATA_HOME": str(folder / "data"), "COLUMNS": "200"}
     for name in [n for n in environment if n.startswith("RAY_")]:
         del environment[name]
-    return Program(arguments, environment, folder)
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmrl_ray.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=folder,
+    )
 
 
 @pytest.fixture(scope="module")

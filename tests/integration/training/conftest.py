@@ -49,11 +49,12 @@ class Workplace:
     def start(self, *arguments: str | Path, cwd: Path | None = None) -> Program:
         return Program([*map(str, arguments)], self.environment, cwd or self.folder)
 
-    def begin(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        """As a user does: in a fresh interpreter, which has what this process gives on."""
+    def begin(self, *arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+        """As a user does: in a fresh interpreter, which has what this process gives on. For what signals are sent."""
         command = [sys.executable, "-m", "mmrl_ray.cli", *map(str, arguments)]
         pipe, both = subprocess.PIPE, subprocess.STDOUT
-        return subprocess.Popen(command, stdout=pipe, stderr=both, text=True, env=self.environment, cwd=self.folder)
+        folder = cwd or self.folder
+        return subprocess.Popen(command, stdout=pipe, stderr=both, text=True, env=self.environment, cwd=folder)
 
     def mmrl(self, *arguments: str | Path, code: int = 0, cwd: Path | None = None) -> str:
         process = self.start(*arguments, cwd=cwd)

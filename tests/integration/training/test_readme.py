@@ -118,14 +118,14 @@ class Served:
     workplace: Workplace
     place: Path
     port: int
-    process: Program | None = None
+    process: subprocess.Popen[str] | None = None
 
     def start(self, arguments: list[str]) -> None:
         """Returns when it has printed its URL; later commands have its key."""
         environment = {name: value for name, value in self.workplace.environment.items() if name != "RAY_ADDRESS"}
         key = self.workplace.call("keys", "create", "test", cwd=self.place).split()
         alone = replace(self.workplace, environment=environment)
-        self.process = alone.start(*arguments, "--port", str(self.port), cwd=self.place)
+        self.process = alone.begin(*arguments, "--port", str(self.port), cwd=self.place)
         assert self.process.stdout is not None
         output = ""
         while "curl" not in output:

@@ -179,7 +179,8 @@ def test_stopped_twice_and_killed_it_ends_where_the_straight_run_does(workplace:
     """By Ctrl-C in its first evaluation, by Ctrl-C in a step, and by SIGKILL: then from the checkpoint before the
     newest, which is damaged."""
     run = workplace.runs / "stopped"
-    process = workplace.start("train", workplace.config("stopped", learner={"checkpoint_every": 1}))
+    process = workplace.begin("train", workplace.config("stopped", learner={"checkpoint_every": 1}))
+    assert process.stdout is not None
     said = ""
     while not said.endswith("evaluate (before)\n"):
         line = process.stdout.readline()

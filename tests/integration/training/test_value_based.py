@@ -79,7 +79,7 @@ def config(workplace: Workplace) -> Path:
 
 def test_a_run_survives_and_learns_to_see(workplace: Workplace) -> None:
     run = workplace.runs / "valued"
-    process = workplace.start("train", config(workplace))
+    process = workplace.begin("train", config(workplace))
     wait_for(lambda: len(lines(run, "metrics.jsonl")) >= 2, process, "two rounds")
     control = RunControl(RunDir.at(run))
     (worker,) = control.status()["pool"]["workers"].values()
