@@ -4,7 +4,7 @@
     raylet ──▶ forked_worker.py ────┴─ socket ─▶ python -m tests.support.forks ──fork──▶ mmrl, ray::RolloutWorker, …
 
 A fork differs from a fresh interpreter in what is imported already, and in nothing that is tested. Runs, servers and
-jobs on a Ray of their own have workers as users have them, and some tests start `mmrl` as users do.
+jobs on a Ray of their own have workers as users have them, and programs that get signals are started as users do.
 """
 
 from __future__ import annotations
@@ -133,10 +133,10 @@ def serve(path: str, life: int) -> None:
                 _reap(running)
             if listener in ready:
                 connection, _ = listener.accept()
-                size, outputs, _, _ = socket.recv_fds(connection, 4, 2)
-                request = b""
-                while len(request) < int.from_bytes(size):
-                    request += connection.recv(_READ)
+                request, outputs = _received(connection)
+                if request is None:
+                    connection.close()
+                    continue
                 pid = os.fork()
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
@@ -149,6 +149,21 @@ def serve(path: str, life: int) -> None:
                 running[pid] = connection
                 with suppress(OSError):
                     connection.sendall(b"%d\n" % pid)
+
+
+def _received(connection: socket.socket) -> tuple[bytes | None, list[int]]:
+    """No request where whoever asks was killed meanwhile."""
+    outputs: list[int] = []
+    with suppress(OSError):
+        size, outputs, _, _ = socket.recv_fds(connection, 4, 2)
+        request = b""
+        while len(outputs) == 2 and (more := connection.recv(_READ)):
+            request += more
+            if len(request) == int.from_bytes(size):
+                return request, outputs
+    for output in outputs:
+        os.close(output)
+    return None, []
 
 
 def _reap(running: dict[int, socket.socket]) -> None:

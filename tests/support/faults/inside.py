@@ -6,8 +6,8 @@
                     gives NaN for it, or returns too few scores whenever that sample is in the batch
     disk_full       as long as the file is there, the learners' disk has no room for a checkpoint
 
-All but the last are taken by whoever comes first, and leave NAME.taken. `driver.py` is `mmrl` with
-these in place.
+All but the last are taken by whoever comes first, and leave NAME.taken. `python -m tests.support.faults.driver` is
+`mmrl` with these in place.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ class FaultyRun:
     def __init__(self, machines: Machines, config: Path, folder: Path, chance: Random, *, pause_s: float) -> None:
         """`folder` is the run's. An assignment takes `pause_s` longer than it would."""
         self.machines, self.config, self.folder = machines, config, folder
-        self.driver: Program | None = None
+        self.driver: Program | subprocess.Popen[bytes] | None = None
         self.chance = chance
         self._log = config.with_suffix(".log")
         self._drivers = 0
@@ -69,8 +70,12 @@ class FaultyRun:
         self._drivers += 1
         with self._log.with_suffix(f".{self._drivers}.log").open("wb") as log:
             environment = {**os.environ, "RAY_ADDRESS": self.machines.address, "COLUMNS": "200"}
-            command = ["train", *map(str, arguments)]
-            self.driver = Program(command, environment, Path.cwd(), log=log, main="tests.support.faults.driver:main")
+            train, main = ["train", *map(str, arguments)], "tests.support.faults.driver"
+            if self.machines.forked:
+                self.driver = Program(train, environment, Path.cwd(), log=log, main=f"{main}:main")
+            else:
+                command = [sys.executable, "-m", main, *train]
+                self.driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def begin(self) -> None:
         """Starts it, until it has finished a step with all its workers."""
