@@ -21,8 +21,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mmrl_ray.run_records.checkpoint_names import checkpoint_steps  # noqa: E402
-from mmrl_ray.run_records.run_dir import RunDir  # noqa: E402
+from mmrl_ray.run_records.run_dir import RunDir, checkpoint_steps  # noqa: E402
 
 STEPS, EVERY, GROUPS, SIZE = 24, 2, 4, 4
 HUB_MODEL = "acme/tiny"

@@ -21,8 +21,7 @@ from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.training.cluster import ray_session
 from mmrl_ray.training.serve_apps import RunReward
 

@@ -25,8 +25,7 @@ from mmrl_ray.metrics.statistics import Interval, bootstrap_mean
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.reward_model.fusion import FUSIONS
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.training.train import SUMMARY, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "value_based.yaml"

@@ -26,8 +26,7 @@ from mmrl_ray.policy.lora.adapter import load_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.run_records.checkpoint_names import ADAPTER_FOLDER, CONFIG_FILE, STATISTICS, checkpoint_name
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, CONFIG_FILE, STATISTICS, RunDir, checkpoint_name
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training.offline import PAIRS, STORED
 from mmrl_ray.training.warm_start import base_for_use

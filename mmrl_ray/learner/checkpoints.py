@@ -31,15 +31,16 @@ from mmrl_ray.errors import CheckpointError, RunError
 from mmrl_ray.policy.heads import LearningHeads, read_heads_state, save_value_heads
 from mmrl_ray.policy.lora.adapter import load_adapter_state, save_adapter
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.run_records.checkpoint_names import (
-    FOLDER,
+from mmrl_ray.run_records.run_dir import (
+    CHECKPOINTS,
     LIVE_FOLDER,
+    MANIFEST,
     WEIGHTS_FILE,
+    RunDir,
     checkpoint_name,
     checkpoint_steps,
     steps_in,
 )
-from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 from mmrl_ray.run_records.step_log import note_event
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def newest_valid_checkpoint(run: RunDir) -> int | None:
             return step
     if damaged:
         raise CheckpointError(
-            f"{run.full_path(FOLDER)}: none of the {damaged} checkpoints is valid; "
+            f"{run.full_path(CHECKPOINTS)}: none of the {damaged} checkpoints is valid; "
             "restore one from a backup, or remove them all to start this run over"
         )
     return None

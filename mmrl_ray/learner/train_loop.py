@@ -49,7 +49,7 @@ from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
 from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.rollouts.types import Stop
-from mmrl_ray.run_records.checkpoint_names import ADAPTER_FOLDER, LIVE_FOLDER
+from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LIVE_FOLDER
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.logs import CONTEXT, start_logging

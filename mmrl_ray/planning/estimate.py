@@ -133,9 +133,10 @@ def rollout_memory(
     rows = groups * size
     decoded = min(rows, max(_MAX_ROWS, size))
     prompts = groups * prompt_tokens
+    started = decoded // size * prompt_tokens
     sampling = {
         "keys and values": decoded // size * (prompt_tokens + size * tokens) * shape.kv_of_token,
-        "activations or logits": max(prompts * shape.passing_of_token, shape.sampled_logits(decoded)),
+        "activations or logits": max(started * shape.passing_of_token, shape.sampled_logits(decoded)),
     }
     repeated = rows * (prompt_tokens + tokens) * shape.kv_of_token
     scoring = {

@@ -3,11 +3,10 @@
 b bytes a number, L layers, h hidden width, q = query heads × head width, k = key-value heads × head width, I width
 inside an MLP, V vocabulary. What a layer keeps of a token for the backward pass:
 
-    two norms         2 h in float32                       what they normalise
-    attention         (2 q + 2 k) b                        queries, keys, values, result
-    MLP               3 I b                                gate, its activation, up
-    adapted layers    inputs b, a copy each, in 16 bits    PEFT casts the input for A, and autocast casts it back
-                      2 h + I in float32                   no copies: layers share their inputs
+    two norms         2 h b                what they normalise
+    attention         (2 q + 2 k) b        queries, keys, values, result
+    MLP               3 I b                gate, its activation, up
+    adapted layers    (2 h + I) b          their inputs, which layers share
 
 Held against what fake tensors count at full size (`benchmarks/full_size.py`).
 """
@@ -73,10 +72,9 @@ class ModelShape:
     def kept_of_token(self, itemsize: int | None = None) -> int:
         """Bytes of one token in all layers that the backward pass wants; `itemsize` is b by default."""
         b = itemsize or self.itemsize
-        layer = 2 * self.hidden * _FLOAT32 + (2 * self.query_width + 2 * self.kv_width + 3 * self.intermediate) * b
-        shared = self.layers * (2 * self.hidden + self.intermediate)
-        inputs = self.adapted_inputs if b < _FLOAT32 else min(shared, self.adapted_inputs)
-        return self.layers * layer + inputs * b
+        layer = 2 * self.hidden + 2 * self.query_width + 2 * self.kv_width + 3 * self.intermediate
+        inputs = min(self.layers * (2 * self.hidden + self.intermediate), self.adapted_inputs)
+        return (self.layers * layer + inputs) * b
 
     @property
     def passing_of_token(self) -> int:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -34,6 +35,20 @@ from mmrl_ray.data import atomic
 from mmrl_ray.errors import CheckpointError, RunError
 
 MANIFEST = "manifest.json"
+BASE = "base"
+"""Folder of a run that keeps its base model, where a warm start made it."""
+CHECKPOINTS = "checkpoints"
+ADAPTER_FOLDER = "adapter"
+"""Of a run that took all its steps."""
+LIVE_FOLDER = "live"
+"""Adapters of the versions that were published last, where the policy is served while it trains."""
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+STARTING_ADAPTER = f"{ADAPTER_FOLDER}/{WEIGHTS_FILE}"
+"""In the folder that `data.rollouts.run` names."""
+STATISTICS = "reward/statistics.json"
+"""Of the training references."""
+_OF_A_STEP = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -392,3 +407,18 @@ def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"a file lies where a folder is needed ({error.strerror}); choose another run.root"
     return f"{error.strerror or error}; check the storage behind run.root"
+
+
+def checkpoint_name(step: int) -> str:
+    """Its folder's name in the run."""
+    return f"{CHECKPOINTS}/step-{step:06d}"
+
+
+def checkpoint_steps(run: RunDir) -> list[int]:
+    """Steps that have a checkpoint folder, ascending, valid or not."""
+    return steps_in(run, CHECKPOINTS)
+
+
+def steps_in(run: RunDir, folder: str) -> list[int]:
+    """Steps of which a folder of the run has something, ascending."""
+    return sorted(int(match[1]) for name in run.list(folder) if (match := _OF_A_STEP.fullmatch(name)))

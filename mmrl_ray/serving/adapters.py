@@ -17,15 +17,16 @@ from mmrl_ray.errors import AdapterError, CheckpointError, ConfigError, MMRLErro
 from mmrl_ray.learner.checkpoints import live_versions
 from mmrl_ray.policy.heads import HEADS_FILE
 from mmrl_ray.policy.lora.pool import ID_PATTERN, AdapterPool, AdapterSource, AdapterVersion, Resident
-from mmrl_ray.run_records.checkpoint_names import (
+from mmrl_ray.run_records.run_dir import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
     LIVE_FOLDER,
+    MANIFEST,
     WEIGHTS_FILE,
+    RunDir,
     checkpoint_name,
     checkpoint_steps,
 )
-from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 from mmrl_ray.serving.decode_thread import DecodeThread
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,7 @@ from mmrl_ray.policy.generation.sampling import check_sampling
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_conversation
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.run_records.checkpoint_names import checkpoint_name
-from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
+from mmrl_ray.run_records.run_dir import MANIFEST, RunDir, checkpoint_name
 from mmrl_ray.serving.images import RequestDecoder, Turns
 from mmrl_ray.serving.protocols import Choice, Delta, Generated, GenerateRequest, ModelInfo, Served, TokenInfo
 

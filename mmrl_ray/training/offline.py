@@ -21,9 +21,8 @@ from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams
 from mmrl_ray.metrics.statistics import RESAMPLES, bootstrap_difference, bootstrap_mean
 from mmrl_ray.preferences.dataset import is_held_out, pair_of, write_split
 from mmrl_ray.rollouts.controller_actor import ControllerClient
-from mmrl_ray.run_records.checkpoint_names import ADAPTER_FOLDER, CONFIG_FILE, STARTING_ADAPTER
 from mmrl_ray.run_records.rollout_log import LoggedPictures, logged_groups
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, CONFIG_FILE, STARTING_ADAPTER, RunDir
 
 if TYPE_CHECKING:
     from mmrl_ray.preferences.store import PreferenceStore

@@ -35,8 +35,7 @@ from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.submit import stop_jobs
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.processes import listener
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.serving.auth import is_loopback
 from mmrl_ray.serving.haproxy import clear_leftovers, set_flags
 from mmrl_ray.serving.job_service import recipe_configs

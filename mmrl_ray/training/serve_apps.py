@@ -21,8 +21,7 @@ from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rollouts.pool_settings import demand_of
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.run_records.step_log import note_event
 
 _LOOK_EVERY_S = 1.0

@@ -49,9 +49,8 @@ from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus
-from mmrl_ray.run_records.checkpoint_names import BASE, STATISTICS, checkpoint_steps
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import BASE, STATISTICS, RunDir, checkpoint_steps
 from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
 from mmrl_ray.run_records.step_log import EVENTS, note_event
 from mmrl_ray.telemetry.logs import start_logging

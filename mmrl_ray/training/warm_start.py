@@ -41,8 +41,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
-from mmrl_ray.run_records.checkpoint_names import BASE
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import BASE, RunDir
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training.sft import train_supervised
 

@@ -10,7 +10,8 @@ fake tensor is 0.
     counted.kernels, counted.peak_bytes
 
 Attention is counted as CUDA runs it: `scaled_dot_product_attention` with a mask is the memory-efficient kernel, which
-takes the mask as numbers and keeps them for the backward pass; without one it is the flash kernel.
+takes the mask as numbers and keeps them for the backward pass; without one it is the flash kernel. So are norms, which
+PyTorch computes in one kernel there.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Counted(TorchDispatchMode):
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(_cuda_attention())
+        self._stack.enter_context(_cuda_kernels())
         if self._autocast is not None:
             self._stack.enter_context(torch.autocast("cpu", self._autocast))
         super().__enter__()
@@ -175,16 +176,24 @@ def _as_numbers(indices: Any) -> list[Any]:
     return found
 
 
-def _cuda_attention() -> ExitStack:
-    """Within it scaled dot products are the operators that CUDA would choose, by whatever name a module calls them.
+def _cuda_kernels() -> ExitStack:
+    """Within it scaled dot products and norms are the operators that CUDA has, by whatever name a module calls them.
 
     (A mode would not do: none is on where a backward pass makes layers again.)
     """
-    stack, own = ExitStack(), nn.functional.scaled_dot_product_attention
-    for module in list(sys.modules.values()):
-        if vars(module).get(own.__name__) is own:
-            stack.enter_context(mock.patch.object(module, own.__name__, _attend))
+    stack = ExitStack()
+    for own, instead in ((nn.functional.scaled_dot_product_attention, _attend), (nn.functional.rms_norm, _normalize)):
+        for module in list(sys.modules.values()):
+            if vars(module).get(own.__name__) is own:
+                stack.enter_context(mock.patch.object(module, own.__name__, instead))
     return stack
+
+
+def _normalize(
+    input: torch.Tensor, normalized_shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    # CUDA's fused kernel is taken apart on other devices; this one launches and keeps as much.
+    return torch.native_layer_norm(input, list(normalized_shape), weight, None, eps or 1e-6)[0]
 
 
 def _attend(

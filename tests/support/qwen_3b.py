@@ -168,13 +168,13 @@ def groups_of(
     ]
 
 
-def plan_of(groups: Sequence[RolloutGroup], learner: LearnerSection) -> StepPlan:
-    """A step of these groups for one learner, a version late, so that nothing is held against the sampler."""
+def plan_of(groups: Sequence[RolloutGroup], learner: LearnerSection, *, policy_version: int = 0) -> StepPlan:
+    """Step 1 of these groups for one learner; of version 1 they are on-policy, and held against the sampler."""
     scored = [
         ScoredGroup(
             key=GroupKey(1, i),
             sample_id=group.sample.id,
-            policy_version=0,
+            policy_version=policy_version,
             prompt_tokens=group.prompt.input_ids.numel(),
             completion_tokens=tuple(c.token_ids.numel() for c in group.completions),
             rewards=tuple(

@@ -31,8 +31,7 @@ from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.policy.checkpoint import brief
 from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.run_records.checkpoint_names import CONFIG_FILE, STARTING_ADAPTER, WEIGHTS_FILE
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import CONFIG_FILE, STARTING_ADAPTER, WEIGHTS_FILE, RunDir
 
 M = TypeVar("M", bound=nn.Module)
 

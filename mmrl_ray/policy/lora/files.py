@@ -27,7 +27,7 @@ from mmrl_ray.policy.heads import ValueHeads, decoding_heads, read_heads_state
 from mmrl_ray.policy.lora.adapter import read_adapter_config
 from mmrl_ray.policy.lora.targets import check_tensor_names, head_name, layers_of_config
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.run_records.checkpoint_names import CONFIG_FILE, WEIGHTS_FILE
+from mmrl_ray.run_records.run_dir import CONFIG_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 

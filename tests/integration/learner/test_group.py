@@ -20,8 +20,7 @@ from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.run_records.checkpoint_names import checkpoint_steps
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir, checkpoint_steps
 from tests.integration.learner.fake_controller import start
 from tests.unit.learner.worlds import make_groups, make_plan, payloads, tiny_folder
 

@@ -25,8 +25,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tiny import build_tiny_llava
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from tests.integration.rollouts.conftest import local_ray
 
 __all__ = ["local_ray"]

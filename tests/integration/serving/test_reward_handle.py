@@ -19,8 +19,7 @@ from mmrl_ray.errors import RewardError
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFailure, score_with_retry
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.training.serve_apps import RunReward, app_name
 from tests.integration.serving.conftest import REFERENCES, replica_pids, wait_for
 

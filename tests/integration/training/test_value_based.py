@@ -24,8 +24,7 @@ from mmrl_ray.evaluation.model_source import open_target
 from mmrl_ray.jobs.control import RunControl
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 
 from .conftest import Workplace, wait_for
 

@@ -33,6 +33,7 @@ from mmrl_ray.experience.carriers import (
 from mmrl_ray.learner.job import LearnerJob
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.learner.train_loop import _Learner
+from mmrl_ray.policy import cuda
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.decode import Decoder, decode_groups
 from mmrl_ray.policy.generation.local import LocalEngine
@@ -92,7 +93,9 @@ def load(folder: Callable[[str], Path]) -> Callable[[str, torch.device], Policy]
 
     def copied(family: str, device: torch.device) -> Policy:
         if (family, device) not in loaded:
-            loaded[family, device] = load_policy(section_of(family, folder(family)), device=device)
+            policy = loaded[family, device] = load_policy(section_of(family, folder(family)), device=device)
+            if device == DEVICE:  # nothing can be recorded here: steps that could be are computed
+                policy.acceleration = cuda.accelerate(policy.hf_model)
         policy = loaded[family, device]
         return replace(policy, model=deepcopy(policy.model), value_heads={})
 

@@ -31,8 +31,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter, save_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.rewards.build import build_reward
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.training import warm_start as warm_start_module
 from mmrl_ray.training.warm_start import warm_start
 from tests.support.tiny_models import build_family

@@ -23,8 +23,7 @@ from mmrl_ray.learner.checkpoints import load_checkpoint, newest_valid_checkpoin
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.load import accelerate
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.run_records.checkpoint_names import checkpoint_name, checkpoint_steps
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name, checkpoint_steps
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
 
 CFG = LearnerSection(steps=6, lr=1e-2, warmup_steps=1)

@@ -23,8 +23,7 @@ from mmrl_ray.policy.heads import HEADS_FILE, LearningHeads, add_learning_heads,
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.prefix import ScorePath
-from mmrl_ray.run_records.checkpoint_names import checkpoint_name
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name
 from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import TEMPERATURE, make_groups, make_plan, make_policy, make_rewards, payloads, weights
 

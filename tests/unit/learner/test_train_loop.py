@@ -19,8 +19,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.scoring import prefix
 from mmrl_ray.rollouts.types import Stop
-from mmrl_ray.run_records.checkpoint_names import checkpoint_name, checkpoint_steps
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name, checkpoint_steps
 from tests.unit.learner.worlds import make_groups, make_plan
 
 

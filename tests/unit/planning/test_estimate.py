@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText, SmolVLMConfig
 
 from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config import Config
-from mmrl_ray.config.sections import LoraSection, ModelSection, RolloutsSection
-from mmrl_ray.planning.estimate import batch_plan, learner_memory, rollout_memory
+from mmrl_ray.config.sections import LoraSection, ModelSection, RolloutsSection, SftSection
+from mmrl_ray.planning.estimate import batch_plan, learner_memory, rollout_memory, warm_start_memory
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter
 from mmrl_ray.policy.memory import model_shape
@@ -194,3 +194,20 @@ def test_value_heads_count_with_what_their_optimiser_keeps(policy: Policy) -> No
     parts = rollout_memory(cfg, shape, 50, 16)
     assert parts["value heads"] == 2 * head + 6 * 4 * 150_000 * 4 * 5  # rows, and copies of what is made of their Q
     assert "value heads" not in learner_memory(base, shape, plan, 50, 16)
+
+
+def test_a_warm_start_keeps_a_gradient_and_two_moments_of_all_that_trains(policy: Policy) -> None:
+    plain = load_policy(ModelSection(path=policy.path, dtype="float32"), device="cpu")
+    shape = model_shape(plain.hf_model, LoraSection(r=4), torch.float32)
+    language = {id(p): p.numel() for part in (plain.decoder, plain.hf_model.lm_head) for p in part.parameters()}
+    cfg = config({"micro_batch_tokens": 200}, vision_cache_mb=1)
+    full = cfg.model_copy(update={"sft": SftSection(steps=20, batch_size=6, captions_per_image=2)})
+    parts = warm_start_memory(full, shape, 70, 64)
+    assert parts["weights"] == 4 * shape.parameters
+    assert parts["gradients, AdamW"] == 12 * sum(language.values()) < 12 * shape.parameters
+    # An image with its two captions is 70 + 2 * 16 = 102 tokens: one makes a micro-batch of at most 200.
+    assert parts["activations"] == 102 * 4 * (4 * (2 * 128 + 4 * 128 + 3 * 384) + 4 * (2 * 128 + 384))
+    assert parts["vision features"] == 64 * 128 * 4 + 2**20
+    lora = cfg.model_copy(update={"sft": SftSection(steps=20, batch_size=6, captions_per_image=2, mode="lora")})
+    assert warm_start_memory(lora, shape, 70, 64)["gradients, AdamW"] == 16 * shape.adapter_parameters
+    assert warm_start_memory(cfg, shape, 70, 64) == {}

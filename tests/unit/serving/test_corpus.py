@@ -19,7 +19,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter, save_adapter
 from mmrl_ray.policy.lora.pool import AdapterPool
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.run_records.checkpoint_names import CONFIG_FILE, WEIGHTS_FILE
+from mmrl_ray.run_records.run_dir import CONFIG_FILE, WEIGHTS_FILE
 from mmrl_ray.serving.adapters import AdapterFolders
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.engine import Engine

@@ -25,8 +25,7 @@ from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter, save_a
 from mmrl_ray.policy.lora.pool import AdapterPool
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_conversation
-from mmrl_ray.run_records.checkpoint_names import WEIGHTS_FILE
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import WEIGHTS_FILE, RunDir
 from mmrl_ray.serving.adapters import AdapterFolders, RunSource, open_source
 from mmrl_ray.serving.engine import Engine
 from mmrl_ray.serving.protocols import Generated, GenerateRequest, Turn

@@ -12,8 +12,7 @@ import ray
 
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.errors import ConfigError, ModelError, ServingError
-from mmrl_ray.run_records.checkpoint_names import STATISTICS
-from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.serving.keys import KeyStore
 from mmrl_ray.training.serve import first_key, greeting, local_cpus, serve, serving_config
 from tests.support.fake_jobs import SETTINGS

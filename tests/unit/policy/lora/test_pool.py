@@ -24,7 +24,7 @@ from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.run_records.checkpoint_names import CONFIG_FILE, WEIGHTS_FILE
+from mmrl_ray.run_records.run_dir import CONFIG_FILE, WEIGHTS_FILE
 from tests.support.tiny_models import FAMILIES, build_family, make_samples
 
 Load = Callable[..., Policy]
