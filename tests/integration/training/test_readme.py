@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[3]
 
 ELSEWHERE = ("mmrl submit ", "mmrl jobs ")
 """Need a job server: tests/integration/jobs runs them."""
+ON_RAY = ("sft",)
+"""Join a Ray, as this process has."""
 
 
 def pages() -> list[Path]:
@@ -223,7 +225,8 @@ def test_every_mmrl_command_of_readme_and_docs_runs(workplace: Workplace, place:
             code = 1 if arguments[0] == "scale" else 0
             here = [a.replace(":8000", f":{server.port}") for a in arguments]
             began = time.monotonic()
-            output = server.workplace.call(*here, code=code, cwd=place)
+            run = server.workplace.mmrl if arguments[0] in ON_RAY else server.workplace.call
+            output = run(*here, code=code, cwd=place)
             print(f"{time.monotonic() - began:6.1f} s  {command}")
             assert ("the run is finished; only a run in progress" in output) == (code == 1), output
             assert "Traceback" not in output, command
