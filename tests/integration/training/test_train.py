@@ -153,8 +153,7 @@ def test_scaled_from_one_to_three_to_one_nothing_changes_but_the_time(workplace:
 @contextlib.contextmanager
 def held_learners() -> Iterator[None]:
     """Within it the learners stand still: whatever the machine is at, the run is not over before the block is."""
-    learners = [p for p in psutil.Process().children(recursive=True) if is_learner(p)]
-    assert learners, "no learner runs"
+    learners = learners_running()
     for process in learners:
         process.suspend()
     try:
@@ -162,6 +161,12 @@ def held_learners() -> Iterator[None]:
     finally:
         for process in learners:
             process.resume()
+
+
+def learners_running() -> list[psutil.Process]:
+    learners = [p for p in psutil.Process().children(recursive=True) if is_learner(p)]
+    assert learners, "no learner runs"
+    return learners
 
 
 def is_learner(process: psutil.Process) -> bool:
@@ -198,8 +203,10 @@ def test_stopped_twice_and_killed_it_ends_where_the_straight_run_does(workplace:
 
     process = workplace.start("train", "--resume", run)
     wait_for(lambda: (run / "checkpoints" / f"step-{done + 1:06d}").exists(), process, "a checkpoint more")
+    learners = learners_running()
     process.kill()
     process.communicate(timeout=DEADLINE_S)
+    assert psutil.wait_procs(learners, timeout=DEADLINE_S)[1] == [], "a checkpoint may come until they are gone"
     assert not (run / "adapter").exists()
     newest = max((run / "checkpoints").iterdir())
     state = newest / "state.safetensors"
