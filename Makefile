@@ -23,14 +23,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Unit tests use little more than one core each: two processes of one thread. Tests that start clusters mostly wait: two.
-# Alone come those with faults, whose deadlines are real ones, those of jobs, since a job of Ray looks for its cluster
-# among all on the machine, and the quickstart, which has the machine to itself as it would for a user.
-ALONE := tests/integration/faults tests/integration/jobs tests/integration/test_quickstart.py
+# Two processes of one thread each. Those of the integration tests take whole files, the longest first (the order is in
+# tests/integration/conftest.py).
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder
 
 # Strict: a reference to nothing, or a warning, fails. The pages are in docs/_build/html.
 docs: setup $(VENV)/.docs-installed

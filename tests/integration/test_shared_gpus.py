@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.rollouts.pool import RayWorkerPool
 from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.training.cluster import configure_ray, read_token_again
+from tests.support.local_ray import local_ray
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -60,22 +59,8 @@ def noting_loop(arguments: dict[str, Any]) -> LearnerOutcome:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def gpus(request: pytest.FixtureRequest) -> Iterator[int]:
-    with pytest.MonkeyPatch.context() as patch:
-        configure_ray()
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        read_token_again()
-        ray.init(
-            "local",
-            num_cpus=2 * request.param,
-            num_gpus=request.param,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            log_to_driver=False,
-        )
-        try:
-            yield request.param
-        finally:
-            ray.shutdown()
+    with local_ray(cpus=2 * request.param, gpus=request.param):
+        yield request.param
 
 
 def config(learners: int, **learner: Any) -> Config:

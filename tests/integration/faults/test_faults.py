@@ -76,7 +76,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     config = folder / "faulted.yaml"
     config.write_text(yaml.safe_dump(settings))
     told = Story(config, folder / "runs" / "faulted")
-    with machines(folder) as up, closing(FaultyRun(up, config, told.folder, Random(0), pause_s=0.2)) as run:
+    with (
+        machines(folder, forked=True) as up,
+        closing(FaultyRun(up, config, told.folder, Random(0), pause_s=0.2)) as run,
+    ):
         run.begin()
         for fault in SURVIVED:
             try:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
-from ray._raylet import AuthenticationTokenLoader, Config
+from typer.testing import CliRunner
 
+from mmrl_ray.cli import app
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
 from mmrl_ray.policy.tiny import build_tiny_llava
-from mmrl_ray.training.cluster import configure_ray
+from tests.support.local_ray import local_ray
+from tests.support.programs import Program
 
 DEADLINE_S = 240.0
 
@@ -45,16 +46,15 @@ class Workplace:
         path.write_text(yaml.safe_dump(merged))
         return path
 
-    def start(self, *arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+    def start(self, *arguments: str | Path, cwd: Path | None = None) -> Program:
+        return Program([*map(str, arguments)], self.environment, cwd or self.folder)
+
+    def begin(self, *arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+        """As a user does: in a fresh interpreter, which has what this process gives on. For what signals are sent."""
         command = [sys.executable, "-m", "mmrl_ray.cli", *map(str, arguments)]
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=self.environment,
-            cwd=cwd or self.folder,
-        )
+        pipe, both = subprocess.PIPE, subprocess.STDOUT
+        folder = cwd or self.folder
+        return subprocess.Popen(command, stdout=pipe, stderr=both, text=True, env=self.environment, cwd=folder)
 
     def mmrl(self, *arguments: str | Path, code: int = 0, cwd: Path | None = None) -> str:
         process = self.start(*arguments, cwd=cwd)
@@ -62,8 +62,15 @@ class Workplace:
         assert process.returncode == code, output
         return output
 
+    def call(self, *arguments: str | Path, code: int = 0, cwd: Path | None = None) -> str:
+        """What the program printed, in this process: for commands that start no Ray."""
+        with chdir(cwd or self.folder):
+            result = CliRunner().invoke(app, [*map(str, arguments)], env=self.environment)
+        assert result.exit_code == code, f"{result.output}\n{result.exc_info}"
+        return result.output
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+
+def wait_for(condition: Callable[[], bool], process: Program | subprocess.Popen[str], what: str) -> None:
     """Until `condition` holds; fails when the process ends before, or the deadline passes."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
@@ -113,17 +120,6 @@ def prepare(folder: Path) -> dict[str, Any]:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     folder = tmp_path_factory.mktemp("workplace")
     settings = prepare(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        configure_ray()
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Ray reads both when it is imported, which was long ago, and a module before may have had another token.
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-        context = ray.init(
-            "local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
-        )
-        try:
-            environment = {**os.environ, "RAY_ADDRESS": context.address_info["gcs_address"], "COLUMNS": "200"}
-            yield Workplace(folder, environment, settings)
-        finally:
-            ray.shutdown()
+    with local_ray(cpus=4, logs=True) as address:
+        environment = {**os.environ, "RAY_ADDRESS": address, "COLUMNS": "200"}
+        yield Workplace(folder, environment, settings)

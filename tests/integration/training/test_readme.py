@@ -11,16 +11,15 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from mmrl_ray.cli import app
 from mmrl_ray.data.samples import read_split
+from tests.support.programs import Program
 
 from .conftest import DEADLINE_S, Workplace
 
@@ -29,6 +28,8 @@ ROOT = Path(__file__).parents[3]
 
 ELSEWHERE = ("mmrl submit ", "mmrl jobs ")
 """Need a job server: tests/integration/jobs runs them."""
+ON_RAY = ("sft",)
+"""Join a Ray, as this process has."""
 
 
 def pages() -> list[Path]:
@@ -124,9 +125,9 @@ class Served:
     def start(self, arguments: list[str]) -> None:
         """Returns when it has printed its URL; later commands have its key."""
         environment = {name: value for name, value in self.workplace.environment.items() if name != "RAY_ADDRESS"}
-        key = call(self.workplace, ["keys", "create", "test"], self.place, 0).split()
+        key = self.workplace.call("keys", "create", "test", cwd=self.place).split()
         alone = replace(self.workplace, environment=environment)
-        self.process = alone.start(*arguments, "--port", str(self.port), cwd=self.place)
+        self.process = alone.begin(*arguments, "--port", str(self.port), cwd=self.place)
         assert self.process.stdout is not None
         output = ""
         while "curl" not in output:
@@ -137,21 +138,13 @@ class Served:
         self.workplace = replace(self.workplace, environment={**self.workplace.environment, "MMRL_API_KEY": found})
 
 
-def call(workplace: Workplace, arguments: list[str], place: Path, code: int) -> str:
-    """What the program printed, in this process: thirty of their own would import for minutes."""
-    with chdir(place):
-        result = CliRunner().invoke(app, arguments, env=workplace.environment)
-    assert result.exit_code == code, f"{result.output}\n{result.exc_info}"
-    return result.output
-
-
 @dataclass
 class Trainings:
     """Runs that go on, each in a process of its own, until a command asks for theirs."""
 
     workplace: Workplace
     place: Path
-    begun: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    begun: dict[str, Program] = field(default_factory=dict)
     """By the command."""
 
     def start(self, command: str) -> None:
@@ -232,7 +225,8 @@ def test_every_mmrl_command_of_readme_and_docs_runs(workplace: Workplace, place:
             code = 1 if arguments[0] == "scale" else 0
             here = [a.replace(":8000", f":{server.port}") for a in arguments]
             began = time.monotonic()
-            output = call(server.workplace, here, place, code)
+            run = server.workplace.mmrl if arguments[0] in ON_RAY else server.workplace.call
+            output = run(*here, code=code, cwd=place)
             print(f"{time.monotonic() - began:6.1f} s  {command}")
             assert ("the run is finished; only a run in progress" in output) == (code == 1), output
             assert "Traceback" not in output, command

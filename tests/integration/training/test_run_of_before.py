@@ -14,9 +14,6 @@ from typing import Any
 
 import duckdb
 import pytest
-from typer.testing import CliRunner
-
-from mmrl_ray.cli import app
 
 from .conftest import Workplace
 
@@ -32,13 +29,6 @@ def run(tmp_path: Path) -> Path:
     return config.parent
 
 
-def mmrl(*arguments: str | Path) -> str:
-    """In this process: one of its own would import for seconds."""
-    result = CliRunner().invoke(app, [*map(str, arguments)])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -47,12 +37,12 @@ def test_it_is_reported_evaluated_served_and_resumed(workplace: Workplace, run: 
     done = len(lines(run))
     straight = json.loads((BEFORE / "straight.json").read_text())
     (run / "report.html").unlink(missing_ok=True)
-    mmrl("report", run)
+    workplace.call("report", run)
     assert "caption" in (run / "report.html").read_text()
     out = run.parent / "evaluation.json"
-    mmrl("evaluate", run, "--data", run.parents[1] / "eval", "--out", out)
+    workplace.call("evaluate", run, "--data", run.parents[1] / "eval", "--out", out)
     assert json.loads(out.read_text())["measures"].keys() == straight["before"].keys()
-    assert str(run) in mmrl("serve", run, "--print-config")
+    assert str(run) in workplace.call("serve", run, "--print-config")
 
     # What had been sampled ahead is in the checkpoint, in the form of that version: it is not sampled again.
     workplace.mmrl("train", "--resume", run)

@@ -120,28 +120,6 @@ def test_every_checkpoint_loads_into_its_base_with_peft(workplace: Workplace, st
     assert any(value.abs().sum() > 0 for name, value in final.items() if "lora_B" in name), "it has learnt something"
 
 
-def test_killed_and_resumed_it_ends_where_the_straight_run_does(workplace: Workplace, straight: Path) -> None:
-    """From the checkpoint before the newest, which is damaged."""
-    run = workplace.runs / "killed"
-    process = workplace.start("train", workplace.config("killed", learner={"checkpoint_every": 1}))
-    wait_for(lambda: (run / "checkpoints" / "step-000002").exists(), process, "two checkpoints")
-    process.kill()
-    process.communicate(timeout=DEADLINE_S)
-    assert not (run / "adapter").exists()
-    newest = max((run / "checkpoints").iterdir())
-    state = newest / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:100])
-    workplace.mmrl("train", "--resume", run)
-    assert_same_adapter(run, straight)
-    assert [line["step"] for line in metrics(run)] == list(range(6))
-    same = ("reward/mean", "loss", "grad_norm", "lr", "entropy")
-    for a, b in zip(metrics(run), metrics(straight), strict=True):
-        assert {k: a[k] for k in same} == {k: b[k] for k in same}
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    damaged = [event["step"] for event in events if event.get("kind") == "checkpoint_damaged"]
-    assert damaged == [int(newest.name.removeprefix("step-"))]
-
-
 def test_scaled_from_one_to_three_to_one_nothing_changes_but_the_time(workplace: Workplace, straight: Path) -> None:
     """The judge is the run that nobody scaled."""
     run = workplace.runs / "scaled"
@@ -149,8 +127,8 @@ def test_scaled_from_one_to_three_to_one_nothing_changes_but_the_time(workplace:
     process = workplace.start("train", workplace.config("scaled", resources={"rollout": share, "learner": share}))
     wait_for(lambda: len(metrics(run)) >= 1, process, "a step")
     with held_learners():
-        assert "3 rollout workers are ready" in workplace.mmrl("scale", run, "--rollout-workers", "3")
-        shown = workplace.mmrl("status", run)
+        assert "3 rollout workers are ready" in workplace.call("scale", run, "--rollout-workers", "3")
+        shown = workplace.call("status", run)
         assert all(f"worker-{i}" in shown for i in range(3)), shown
     wait_for(lambda: len(metrics(run)) >= 3, process, "two more steps")
     with held_learners():
@@ -169,14 +147,13 @@ def test_scaled_from_one_to_three_to_one_nothing_changes_but_the_time(workplace:
     assert counts == [(1, 0)] * (6 * 4 * 3)
     assert len(duckdb.sql(f"select distinct worker from {log}").fetchall()) >= 2
     assert status(run)["state"] == "finished"
-    assert "the run is finished" in workplace.mmrl("scale", run, "--rollout-workers", "2", code=1)
+    assert "the run is finished" in workplace.call("scale", run, "--rollout-workers", "2", code=1)
 
 
 @contextlib.contextmanager
 def held_learners() -> Iterator[None]:
     """Within it the learners stand still: whatever the machine is at, the run is not over before the block is."""
-    learners = [p for p in psutil.Process().children(recursive=True) if is_learner(p)]
-    assert learners, "no learner runs"
+    learners = learners_running()
     for process in learners:
         process.suspend()
     try:
@@ -184,6 +161,12 @@ def held_learners() -> Iterator[None]:
     finally:
         for process in learners:
             process.resume()
+
+
+def learners_running() -> list[psutil.Process]:
+    learners = [p for p in psutil.Process().children(recursive=True) if is_learner(p)]
+    assert learners, "no learner runs"
+    return learners
 
 
 def is_learner(process: psutil.Process) -> bool:
@@ -197,9 +180,11 @@ def status(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, straight: Path) -> None:
+def test_stopped_twice_and_killed_it_ends_where_the_straight_run_does(workplace: Workplace, straight: Path) -> None:
+    """By Ctrl-C in its first evaluation, by Ctrl-C in a step, and by SIGKILL: then from the checkpoint before the
+    newest, which is damaged."""
     run = workplace.runs / "stopped"
-    process = workplace.start("train", workplace.config("stopped"))
+    process = workplace.begin("train", workplace.config("stopped", learner={"checkpoint_every": 1}))
     assert process.stdout is not None
     said = ""
     while not said.endswith("evaluate (before)\n"):
@@ -213,10 +198,36 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     assert f"stopped at once; go on with: mmrl train --resume {run}" in output
     assert "Traceback" not in output
     assert not (run / "eval" / "before.parquet").exists()
+
+    done = stopped_in_a_step(workplace, run)
+
+    process = workplace.start("train", "--resume", run)
+    wait_for(lambda: (run / "checkpoints" / f"step-{done + 1:06d}").exists(), process, "a checkpoint more")
+    learners = learners_running()
+    process.kill()
+    process.communicate(timeout=DEADLINE_S)
+    assert psutil.wait_procs(learners, timeout=DEADLINE_S)[1] == [], "a checkpoint may come until they are gone"
+    assert not (run / "adapter").exists()
+    newest = max((run / "checkpoints").iterdir())
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    workplace.mmrl("train", "--resume", run)
+    assert_same_adapter(run, straight)
+    assert [line["step"] for line in metrics(run)] == list(range(6))
+    same = ("reward/mean", "loss", "grad_norm", "lr", "entropy")
+    for a, b in zip(metrics(run), metrics(straight), strict=True):
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    damaged = [event["step"] for event in events if event.get("kind") == "checkpoint_damaged"]
+    assert damaged == [int(newest.name.removeprefix("step-"))]
+
+
+def stopped_in_a_step(workplace: Workplace, run: Path) -> int:
+    """Resumed as a user does it, in the background of a script, on a Ray of its own, and stopped: the steps done."""
     own_ray = {name: value for name, value in workplace.environment.items() if name != "RAY_ADDRESS"}
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process = replace(workplace, environment=own_ray).start("train", "--resume", run)
+        process = replace(workplace, environment=own_ray).begin("train", "--resume", run)
     finally:
         signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(metrics(run)) >= 1, process, "a step")
@@ -225,7 +236,7 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     done = len(metrics(run))
-    assert done < 6
+    assert done < 5
     assert "stopping: finishing step " in output
     assert "then a checkpoint; Ctrl-C again stops at once" in output
     assert f"stopped after {done} steps" in output
@@ -237,8 +248,7 @@ def test_ctrl_c_finishes_the_step_and_a_resume_goes_on(workplace: Workplace, str
     assert not [command for command in running if any(name in command for name in idlers)]
     parts = ("RayTrainWorker", "RolloutWorker", "ControllerActor")
     assert [part for part in parts if any(part in command for command in running)] == [*parts], sorted(running)
-    workplace.mmrl("train", "--resume", run)
-    assert_same_adapter(run, straight)
+    return done
 
 
 def command_of(process: psutil.Process) -> str:
@@ -306,19 +316,19 @@ def torn_data(workplace: Workplace) -> dict[str, Any]:
 
 def test_evaluate_and_caption_take_the_run(workplace: Workplace, straight: Path) -> None:
     out = workplace.folder / "evaluation.json"
-    text = workplace.mmrl("evaluate", straight, "--data", workplace.folder / "eval", "--out", out)
+    text = workplace.call("evaluate", straight, "--data", workplace.folder / "eval", "--out", out)
     assert "cider_d" in text.lower() or "cider" in text.lower()
     after = json.loads((straight / "summary.json").read_text())["eval"]["after"]["measures"]
     found = json.loads(out.read_text())
     assert found["measures"]["reward"]["value"] == pytest.approx(after["reward"]["value"]), "the same greedy captions"
     image = next((straight / "images").iterdir())
-    caption = workplace.mmrl("caption", "--run", straight, image)
+    caption = workplace.call("caption", "--run", straight, image)
     assert caption.strip()
 
 
 def test_an_existing_folder_needs_resume(workplace: Workplace, straight: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
-    output = workplace.mmrl("train", workplace.config("straight"), code=1)
+    output = workplace.call("train", workplace.config("straight"), code=1)
     assert "exists already" in output
     assert "--resume" in output
     assert before == {p: p.stat().st_mtime_ns for p in straight.rglob("*")}

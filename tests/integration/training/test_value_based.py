@@ -26,9 +26,9 @@ from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 
-from .conftest import Workplace, wait_for
+from .conftest import DEADLINE_S, Workplace, wait_for
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 MORE_THAN_ENOUGH = 8000
 """Optimiser steps of the run that is stopped: it must not end while a busy machine starts a worker."""
@@ -78,17 +78,17 @@ def config(workplace: Workplace) -> Path:
 
 def test_a_run_survives_and_learns_to_see(workplace: Workplace) -> None:
     run = workplace.runs / "valued"
-    process = workplace.start("train", config(workplace))
+    process = workplace.begin("train", config(workplace))
     wait_for(lambda: len(lines(run, "metrics.jsonl")) >= 2, process, "two rounds")
     control = RunControl(RunDir.at(run))
     (worker,) = control.status()["pool"]["workers"].values()
     os.kill(worker["pid"], signal.SIGKILL)
     wait_for(lambda: any(e["kind"] == "worker_lost" for e in lines(run, "events.jsonl")), process, "a lost worker")
     # Not by the command line: rounds go on while a program starts.
-    answer = control.request(2, by="test", timeout_s=120)
-    assert "2 rollout workers are ready" in control.wait_in_effect(answer, timeout_s=120)
+    answer = control.request(2, by="test", timeout_s=DEADLINE_S)
+    assert "2 rollout workers are ready" in control.wait_in_effect(answer, timeout_s=DEADLINE_S)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     kept = json.loads((run / "checkpoints" / max(os.listdir(run / "checkpoints")) / "state.json").read_text())
     assert 0 < kept["step"] < MORE_THAN_ENOUGH

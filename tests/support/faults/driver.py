@@ -7,7 +7,17 @@ from mmrl_ray.learner import group
 from mmrl_ray.training import train
 from tests.support.faults.inside import FaultyFactory, faulty_train_loop
 
-if __name__ == "__main__":
+
+def prepared() -> None:
     train.PolicyEngineFactory = FaultyFactory  # type: ignore[assignment, misc]
     group.train_loop = faulty_train_loop
+
+
+def main() -> None:
+    prepared()
+    cli.app()
+
+
+if __name__ == "__main__":
+    prepared()
     cli.main()

@@ -23,6 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmrl_ray.training.cluster import configure_ray, read_token_again
 from tests.support.faults.inside import VARIABLE
+from tests.support.forks import forked_workers
+from tests.support.local_ray import without_idlers
 
 ROOT = Path(__file__).parents[3]
 STORE_BYTES = 80 * 2**20
@@ -33,7 +35,8 @@ HEAD, ROLLOUTS = {"part": "head"}, {"part": "rollouts"}
 class Machines:
     """The cluster. Its token and where faults are told are in the environment while it is up."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, *, forked: bool) -> None:
+        self.forked = forked
         self.faults = folder / "faults"
         self.faults.mkdir(parents=True)
         configure_ray()
@@ -46,12 +49,13 @@ class Machines:
         }
         os.environ.update(self.environment)
         read_token_again()
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 2, "labels": HEAD, "object_store_memory": STORE_BYTES, "include_dashboard": False,
-            },
-        )  # fmt: skip
+        with self._forking():
+            self.cluster = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 2, "labels": HEAD, "object_store_memory": STORE_BYTES, "include_dashboard": False,
+                },
+            )  # fmt: skip
         self.address: str = self.cluster.address
         # Left there, it would draw in whoever starts a Ray of their own on this machine.
         Path(get_ray_address_file(None)).unlink(missing_ok=True)
@@ -60,7 +64,16 @@ class Machines:
 
     def add_node(self) -> Any:
         """A node that takes one rollout worker."""
-        return self.cluster.add_node(num_cpus=1, labels=ROLLOUTS, object_store_memory=STORE_BYTES)
+        with self._forking():
+            return self.cluster.add_node(num_cpus=1, labels=ROLLOUTS, object_store_memory=STORE_BYTES)
+
+    @contextlib.contextmanager
+    def _forking(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.forked:
+                stack.enter_context(without_idlers())
+                stack.enter_context(forked_workers())
+            yield
 
     @property
     def up(self) -> list[Any]:
@@ -83,10 +96,13 @@ class Machines:
 
 
 @contextlib.contextmanager
-def machines(folder: Path, nodes: int = 2) -> Iterator[Machines]:
-    """A cluster for as long as the block lasts; the environment is then as it was."""
+def machines(folder: Path, nodes: int = 2, *, forked: bool = False) -> Iterator[Machines]:
+    """A cluster for as long as the block lasts; the environment is then as it was.
+
+    Its workers, and a run's drivers, are `forked`, or as users have them, which is what takes a run its time.
+    """
     before = dict(os.environ)
-    up = Machines(folder, nodes)
+    up = Machines(folder, nodes, forked=forked)
     try:
         yield up
     finally:

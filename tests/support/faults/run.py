@@ -19,6 +19,7 @@ from mmrl_ray.run_records.control_files import read_status
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.support.faults.inside import PAUSE
 from tests.support.faults.machines import Machines, full_store
+from tests.support.programs import Program
 
 STOPS_WITHIN_S = 60.0
 """A run that cannot go on ends, and says why, within so long."""
@@ -36,7 +37,7 @@ class FaultyRun:
     def __init__(self, machines: Machines, config: Path, folder: Path, chance: Random, *, pause_s: float) -> None:
         """`folder` is the run's. An assignment takes `pause_s` longer than it would."""
         self.machines, self.config, self.folder = machines, config, folder
-        self.driver: subprocess.Popen[bytes] | None = None
+        self.driver: Program | subprocess.Popen[bytes] | None = None
         self.chance = chance
         self._log = config.with_suffix(".log")
         self._drivers = 0
@@ -68,9 +69,13 @@ class FaultyRun:
         """A driver: `mmrl train` with these arguments."""
         self._drivers += 1
         with self._log.with_suffix(f".{self._drivers}.log").open("wb") as log:
-            command = [sys.executable, "-m", "tests.support.faults.driver", "train", *map(str, arguments)]
             environment = {**os.environ, "RAY_ADDRESS": self.machines.address, "COLUMNS": "200"}
-            self.driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            train, main = ["train", *map(str, arguments)], "tests.support.faults.driver"
+            if self.machines.forked:
+                self.driver = Program(train, environment, Path.cwd(), log=log, main=f"{main}:main")
+            else:
+                command = [sys.executable, "-m", main, *train]
+                self.driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def begin(self) -> None:
         """Starts it, until it has finished a step with all its workers."""
