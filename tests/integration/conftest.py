@@ -17,7 +17,6 @@ LONGEST = [
     "rollouts/test_rollouts_on_ray.py",
     "training/test_value_based.py",
     "serving/test_serve.py",
-    "jobs/test_jobs.py",
 ]
 
 
