@@ -39,6 +39,8 @@ from tests.unit.cli.program import mmrl
 pytestmark = pytest.mark.timeout(600)
 STEPS = 8
 SECONDS = 120.0
+AFTER_RAY = "sleep 1"
+"""Ray writes a last line of its own into a job's log when the job has begun, over what that has said by then."""
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +182,7 @@ def jobs_end_as_their_commands_do(workplace: Workplace, client: JobsClient) -> N
     told = call("submit", workplace.config("careful"), "--id", "careful", "--python", careful, "--no-wait")
     assert told == "careful\n"
 
-    asks = script(workplace.folder / "asks", 'echo "$@"; ls; exit 7')
+    asks = script(workplace.folder / "asks", f'{AFTER_RAY}; echo "$@"; ls; exit 7')
     output = call("submit", config, "--id", "seven", "--python", asks, code=7)
     # With an address where there are more Rays on this machine than that of the job server.
     assert re.search(r"-m mmrl_ray\.cli train config\.yaml( --address \S+)?\nconfig\.yaml\nmmrl_ray\n", output), output
@@ -215,7 +217,7 @@ def jobs_over_http(workplace: Workplace, client: JobsClient) -> None:
     """The gateway's job service at the Ray that it has joined; the interpreter is a script."""
     asks = script(
         workplace.folder / "trains",
-        "echo $*; grep -A9 ^learner: config.yaml; grep path: config.yaml; echo up; sleep 60",
+        f"{AFTER_RAY}; echo $*; grep -A9 ^learner: config.yaml; grep path: config.yaml; echo up; sleep 60",
     )
     recipe = {name: workplace.settings[name] for name in ("model", "algorithm", "rollout", "learner", "resources")}
     tuning = {
