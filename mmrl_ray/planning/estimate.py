@@ -13,11 +13,10 @@ from math import ceil
 
 from mmrl_ray.config import Config
 from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
+from mmrl_ray.policy.generation.local import DecodeLimits
 from mmrl_ray.policy.memory import ModelShape
 
 _FLOAT32 = 4
-_MAX_ROWS = 256
-"""Rows that a worker decodes at once, unless one group has more."""
 PROCESS = 600 << 20
 """Of a process beside its tensors: Python and libraries in host memory, or CUDA's context on a GPU."""
 
@@ -131,7 +130,7 @@ def rollout_memory(
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
     size, tokens = cfg.rollout.group_size, cfg.rollout.max_new_tokens
     rows = groups * size
-    decoded = min(rows, max(_MAX_ROWS, size))
+    decoded = min(rows, max(DecodeLimits().max_rows, size))
     prompts = groups * prompt_tokens
     started = decoded // size * prompt_tokens
     sampling = {
