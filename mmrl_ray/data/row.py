@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -21,7 +22,22 @@ from mmrl_ray.errors import DataError, ImageError
 _IMAGE_COLUMNS = ("image", "images")
 _REFERENCE_COLUMNS = ("references", "captions", "caption", "text")
 
+T = TypeVar("T")
 
+
+def pickled_by_fields(cls: type[T]) -> type[T]:
+    """Has a frozen, slotted dataclass pickled as a call of itself with its fields.
+
+    What `dataclasses` gives such a class asks for the fields at every object: two to three times the time, which was a
+    sixth of what the rollout controller did.
+    """
+    names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # of a dataclass
+    values = attrgetter(*names) if len(names) > 1 else lambda carrier: (getattr(carrier, names[0]),)
+    cls.__reduce__ = lambda self: (cls, values(self))  # type: ignore[assignment,method-assign]
+    return cls
+
+
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One dataset row: a picture (or several), what is asked of it, and what people wrote about it.

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmrl_ray.config.reward import Normalization
+from mmrl_ray.data.row import pickled_by_fields
 from mmrl_ray.data.samples import Sample
 
 if TYPE_CHECKING:  # a process that only passes carriers on (a gateway, a reward) needs no 200 MB of torch
@@ -29,6 +30,7 @@ MODALITIES = (IMAGE, TEXT)
 """What a caption is an answer to: the picture's tokens, and those of the prompt around them."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How completions of one prompt are drawn.
@@ -64,6 +66,7 @@ class TruncatedCaption(str):
     __slots__ = ()
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled caption.
@@ -89,6 +92,7 @@ class Completion:
         return self.text if self.finish_reason == "stop" else TruncatedCaption(self.text)
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
     """One prompt after chat template and processor: all that the model needs but the vision features.
@@ -107,6 +111,7 @@ class EncodedPrompt:
     """Content hash of the images, processor settings and model revision: the key of the vision cache."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
     """What the frozen vision tower and projector made of one sample's images.
@@ -131,6 +136,7 @@ class VisionFeatures:
         return VisionFeatures(self.tokens.cpu(), tuple(tensor.cpu() for tensor in self.deepstack))
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class CaptionState:
     """What a caption and its sample look like from inside the policy; means over tokens, float32 [d] each."""
@@ -143,6 +149,7 @@ class CaptionState:
     """Of the last hidden states that the caption's tokens were chosen from."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
     """The G completions of one sample, and what the learner needs to score them again.
@@ -169,6 +176,7 @@ class RolloutGroup:
     """Of the first completion, where an evaluation asked for it."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class GroupKey:
     """Names one group of a run: the step it was composed for, its place in it, and which try this is.
@@ -183,6 +191,7 @@ class GroupKey:
     attempt: int = 0
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class RewardBreakdown:
     """What one caption earned, and from what.
@@ -218,6 +227,7 @@ class RewardBreakdown:
         return sum(abs(weight * self.parts.get(name, 0.0)) for name, weight in self.weights.items())
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class RewardFailure:
     """Why a caption has no reward; it is masked and counted, never scored 0.
@@ -235,6 +245,7 @@ Score = RewardBreakdown | RewardFailure
 """What one caption earned, or why nobody knows."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """A group's rewards and sizes, light enough for the controller; the group itself is behind `payload`.
@@ -276,6 +287,7 @@ class ScoredGroup:
         return tuple(score.reason for score in self.rewards if not isinstance(score, RewardBreakdown))
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class PlannedGroup:
     """One group of a step with its learning weights.
@@ -319,6 +331,7 @@ class PlannedGroup:
         return tuple(self.completion_tokens[i] for i in self.learned)
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one optimiser step consumes.

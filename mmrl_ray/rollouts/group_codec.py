@@ -26,6 +26,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load
 
+from mmrl_ray.data.row import pickled_by_fields
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import (
@@ -60,6 +61,7 @@ _CHECKPOINT_SCHEMA = pa.schema(
 )
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class EncodedGroup:
     """One group of a parcel."""
@@ -77,6 +79,7 @@ class EncodedGroup:
         return len(self.facts) + sum(map(len, self.images)) + sum(map(len, self.buffers))
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Parcel:
     """Groups in one object."""
@@ -86,6 +89,7 @@ class Parcel:
     groups: tuple[EncodedGroup, ...]
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Parcelled:
     """Where one group lies: a `ScoredGroup.payload`."""

@@ -16,6 +16,7 @@ value does: rows that lay on the worker's node until their step was written woul
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -399,6 +400,7 @@ class RolloutWorker:
         """
         start_logging(self._log_format, run=self._run, role=self.name, worker=self.name)
         self._engine = self._factory(self.name)
+        gc.freeze()  # the model and all modules stay: a look at them for rubbish would hold up a step
         logger.info("the engine is built")
         return Started(os.getpid(), socket.gethostname())
 

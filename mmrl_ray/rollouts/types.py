@@ -15,10 +15,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from mmrl_ray.data.row import pickled_by_fields
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class GroupRequest:
     """One group to sample."""
@@ -33,6 +35,7 @@ class GroupRequest:
     """Also the state of the first completion (`analysis/attribution.py`)."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """A fixed list of groups that one worker decodes together; composed by the step, not by who takes it."""
@@ -56,6 +59,7 @@ class Assignment:
         return f"{places} of {f'step {first.step}' if self.kind == 'train' else 'an evaluation'}"
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class DataFailure:
     """A sample that cannot be used: no retry, quarantined with its reason."""
@@ -65,6 +69,7 @@ class DataFailure:
     reason: str
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class AssignmentResult:
     """What a worker hands back: light; the groups themselves are behind `ScoredGroup.payload`."""
@@ -78,6 +83,7 @@ class AssignmentResult:
     """Seconds by phase for the whole assignment: load, encode, sample, reference, reward, states."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Wait:
     """No plan yet: ask again."""
@@ -87,6 +93,7 @@ class Wait:
     """Of what is waited for, so much is there."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Stop:
     """No plan for this step or any later one."""
@@ -96,6 +103,7 @@ class Stop:
     """The run ended by an error, which `failure()` of the controller returns; False when it is done or was stopped."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Generated:
     """What an evaluation on the pool gave, in the order of the samples asked for."""
@@ -107,6 +115,7 @@ class Generated:
     """Policy version that wrote the captions."""
 
 
+@pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Collected:
     """One finished assignment."""
