@@ -33,7 +33,7 @@ def pickled_by_fields(cls: type[T]) -> type[T]:
     """
     names = [each.name for each in fields(cls)]  # type: ignore[arg-type]  # of a dataclass
     values = attrgetter(*names) if len(names) > 1 else lambda carrier: (getattr(carrier, names[0]),)
-    cls.__reduce__ = lambda self: (cls, values(self))  # type: ignore[assignment,method-assign]
+    cls.__reduce__ = lambda self: (cls, values(self))  # type: ignore[method-assign]
     return cls
 
 
