@@ -25,12 +25,13 @@ from ray._raylet import AuthenticationTokenLoader, Config
 
 from mmrl_ray.config.serving import ServingSection
 from mmrl_ray.jobs.client import JobsClient
+from mmrl_ray.processes import free_port
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.job_service import RayJobService, run_checkpoints, run_events, trained_tokens
 from mmrl_ray.training.cluster import configure_ray, free_agent_port
 from mmrl_ray.training.jobs import resume
-from tests.integration.serving.conftest import free_port, wait_for
+from tests.integration.serving.conftest import wait_for
 from tests.integration.training.conftest import Workplace, prepare
 from tests.integration.training.test_readme import ELSEWHERE, commands
 from tests.support.fake_services import FakePolicy, running_gateway

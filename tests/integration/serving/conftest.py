@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +24,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tiny import build_tiny_llava
+from mmrl_ray.processes import free_port
 from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from tests.integration.rollouts.conftest import local_ray
 
@@ -130,15 +128,6 @@ def replica_pids(driver: int, deployment: str) -> list[int]:
         if re.match(rf"ray::ServeReplica:[^:]+:{deployment}\b", name):
             found.append(child.pid)
     return found
-
-
-def free_port() -> int:
-    """None that the system gives to who asks for any: by the time a server has started, that could be another's."""
-    while True:
-        port = 20_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:

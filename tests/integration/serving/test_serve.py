@@ -26,10 +26,11 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.processes import free_port
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.haproxy import clear_leftovers
 from mmrl_ray.serving.launch import check_serve_config
-from tests.integration.serving.conftest import PROMPT, REFERENCES, START_S, Server, free_port, start, wait_for
+from tests.integration.serving.conftest import PROMPT, REFERENCES, START_S, Server, start, wait_for
 from tests.support.prometheus import exported
 from tests.unit.data.pictures import picture
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from mmrl_ray.data.samples import read_split
-from tests.integration.serving.conftest import free_port
+from mmrl_ray.processes import free_port
 from tests.support.programs import Program
 
 from .conftest import DEADLINE_S, Workplace
