@@ -23,13 +23,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes of one thread each. Those of the integration tests take whole files, the longest first (the order is in
-# tests/integration/conftest.py). Jobs come alone: a job of Ray looks for its cluster among all on the machine.
-ALONE := tests/integration/jobs
+# Two processes of one thread each, which take whole files, the longest first (the order is in tests/conftest.py).
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration --ignore=$(ALONE) -n 2 --dist loadfile --no-loadscope-reorder
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration $(PARALLEL)
 
 # Strict: a reference to nothing, or a warning, fails. The pages are in docs/_build/html.
 docs: setup $(VENV)/.docs-installed

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from mmrl_ray.child import receive, send
 from mmrl_ray.errors import ProcessError
 
 _END_TIMEOUT_S = 5.0
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from mmrl_ray.child import main; main(sys.argv[2], *map(int, sys.argv[3:]))"
@@ -166,6 +168,25 @@ def listener(port: int) -> str | None:
                 name = " ".join(process.cmdline()[:3])[:80] or process.name()
                 return f"process {process.pid} on {socket.gethostname()}: {name}"
     return None
+
+
+def free_port() -> int:
+    """A port that nobody has, and that the system gives to nobody who asks for any.
+
+    One of those that it gives could be another process's connection by the time a server has started, which takes
+    seconds. They begin at 32,768, unless Linux is told otherwise; Ray Serve's replicas take those from 30,000.
+    """
+    first, end = 20_000, 30_000
+    with suppress(OSError, ValueError):
+        end = min(end, int(_GIVEN_PORTS.read_text().split()[0]))
+    for _ in range(100 if end > first else 0):
+        port = first + secrets.randbelow(end - first)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    with socket.socket() as probe:  # the next best
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def leave(code: int) -> NoReturn:

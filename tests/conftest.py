@@ -2,6 +2,7 @@
 
 import atexit
 import os
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,30 @@ from mmrl_ray.processes import leave
 # when the hub's library is imported, so it comes before any test's imports.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+HERE = Path(__file__).parent
+# Files that take longest come first: two processes that share the files (`make test`) then end at about the same time.
+LONGEST = [
+    "unit/device/test_device.py",
+    "unit/reward_model/test_fit.py",
+    # What has real deadlines is begun with, beside the quickstart, which never takes more than two cores.
+    "integration/faults/test_faults.py",
+    "integration/test_quickstart.py",
+    "integration/training/test_train.py",
+    "integration/training/test_readme.py",
+    "integration/jobs/test_jobs.py",
+    "integration/learner/test_group.py",
+    "integration/rollouts/test_rollouts_on_ray.py",
+    "integration/training/test_value_based.py",
+    "integration/serving/test_serve.py",
+]
+
 _SESSIONS: list[pytest.Session] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All unit tests, then all integration tests; of both the longest files first."""
+    order = {HERE / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (HERE / "unit" not in item.path.parents, order.get(item.path, len(order))))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

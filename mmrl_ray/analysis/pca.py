@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
@@ -34,7 +33,7 @@ class PCAResult:
 
 
 def fit_pca(x: torch.Tensor, components: int) -> PCAResult:
-    """The `components` directions of largest variance of x [N, D], by scikit-learn's full SVD in float64.
+    """The `components` directions of largest variance of x [N, D], by a full SVD in float64.
 
     The results are in x's dtype and on its device.
 
@@ -47,15 +46,14 @@ def fit_pca(x: torch.Tensor, components: int) -> PCAResult:
         raise ValueError(f"x of shape {list(x.shape)} has 1 to {min(x.shape)} components, not {components}")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"a PCA needs finite numbers; x of shape {list(x.shape)} holds NaN or infinity")
-    from sklearn.decomposition import PCA  # a second, which who analyses nothing need not pay
-
     rows = x.detach().to("cpu", torch.float64)
-    with np.errstate(invalid="ignore"):  # shares of no variance are nan
-        fit = PCA(n_components=components, svd_solver="full").fit(rows.numpy())
-    directions = torch.from_numpy(fit.components_.T.copy())
+    mean = rows.mean(dim=0)
+    _, singular, found = torch.linalg.svd(rows - mean, full_matrices=False)
+    variance = singular.square()
+    directions = found[:components].T
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     return PCAResult(
-        mean=torch.from_numpy(fit.mean_.copy()).to(x),
+        mean=mean.to(x),
         directions=(directions * torch.where(largest < 0, -1.0, 1.0)).to(x),
-        explained_variance_ratio=torch.from_numpy(fit.explained_variance_ratio_.copy()).to(x),
+        explained_variance_ratio=(variance / variance.sum())[:components].to(x),  # of no variance nan
     )

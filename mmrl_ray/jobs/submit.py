@@ -94,15 +94,21 @@ def submit_run(
     location = run_location(cfg.run.root, cfg.run.name)
     code, text = own_code(cfg.reward, cfg.algorithm), dump_config(cfg)
     facts = JobFacts(cfg.run.name, location, submitter(), "train", request or {}, code, text)
-    command = f"train {CONFIG_FILE}" + (f" --address {shlex.quote(ray_address)}" if ray_address else "")
-    return _send(server, facts, command, text, python, id)
+    return _send(server, facts, f"train {CONFIG_FILE}{_joining(ray_address)}", text, python, id)
 
 
-def resume_run(server: JobsClient, facts: JobFacts, *, python: str = DEFAULT_PYTHON, id: str | None = None) -> str:
+def resume_run(
+    server: JobsClient,
+    facts: JobFacts,
+    *,
+    python: str = DEFAULT_PYTHON,
+    id: str | None = None,
+    ray_address: str | None = None,
+) -> str:
     """Sends a job that goes on with the run of another one from its newest checkpoint; returns the new job's id.
 
     The config goes along, for the case that the other was stopped before there was a run folder. What was asked for
-    over HTTP is known there again, as a job of its own.
+    over HTTP is known there again, as a job of its own. `ray_address` as for `submit_run`.
 
     Raises:
         JobError: a job is still at this run, or Ray does not take it.
@@ -111,9 +117,14 @@ def resume_run(server: JobsClient, facts: JobFacts, *, python: str = DEFAULT_PYT
         if not Path(folder).is_dir():
             raise JobError(f"job of {facts.run}: its own modules are in {folder} of {facts.by}: resume it from there")
     again = JobFacts(facts.run, facts.location, submitter(), "resume", facts.request, facts.code, facts.config)
+    joining = _joining(ray_address)
     if facts.config:
-        return _send(server, again, f"train {CONFIG_FILE} --resume-or-start", facts.config, python, id)
-    return _send(server, again, f"train --resume {shlex.quote(facts.location)}", None, python, id)
+        return _send(server, again, f"train {CONFIG_FILE} --resume-or-start{joining}", facts.config, python, id)
+    return _send(server, again, f"train --resume {shlex.quote(facts.location)}{joining}", None, python, id)
+
+
+def _joining(ray_address: str | None) -> str:
+    return f" --address {shlex.quote(ray_address)}" if ray_address else ""
 
 
 def python_for(server: JobsClient, named: str | None) -> str:

@@ -414,6 +414,11 @@ def checkpoint_name(step: int) -> str:
     return f"{CHECKPOINTS}/step-{step:06d}"
 
 
+def checkpoint_id(id: str, step: int) -> str:
+    """What the checkpoint of a step is called where it is served and the run's adapter is called `id`."""
+    return f"{id}:ckpt-step-{step}"
+
+
 def checkpoint_steps(run: RunDir) -> list[int]:
     """Steps that have a checkpoint folder, ascending, valid or not."""
     return steps_in(run, CHECKPOINTS)

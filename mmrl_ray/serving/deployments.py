@@ -27,7 +27,6 @@ from mmrl_ray.config.serving import GATEWAY, POLICY, REWARD, ServeConfig
 from mmrl_ray.errors import MMRLError, ServingError
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import NOTHING, build_reward
-from mmrl_ray.serving.engine import export_engine_metrics
 from mmrl_ray.serving.launch import deployment_options
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, ModelInfo, Served
 from mmrl_ray.serving.reward_service import HostedReward, reward_name, reward_version
@@ -53,6 +52,8 @@ class PolicyReplica:
     async def __init__(self, cfg: ServeConfig, created: int) -> None:  # type: ignore[misc]  # Serve awaits it
         start_logging(cfg.log_format, run=None, role=POLICY)
         self._engine = await asyncio.to_thread(_start_engine, cfg, created)
+        from mmrl_ray.serving.engine import export_engine_metrics  # which has torch and transformers
+
         self._meter = RayMeter(model=base_id(cfg))
         export_engine_metrics(self._meter, self._engine.stats)
         self._refreshing = asyncio.create_task(self._refresh_every(cfg.serving.refresh_s))

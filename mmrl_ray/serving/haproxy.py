@@ -31,7 +31,6 @@ import os
 import resource
 import shlex
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ from pathlib import Path
 import psutil
 from starlette.responses import JSONResponse, Response
 
-from mmrl_ray.processes import process_start
+from mmrl_ray.processes import free_port, process_start
 from mmrl_ray.serving.auth import ADDRESS, BROWSER_PATHS, LIVE, no_key
 from mmrl_ray.serving.http_errors import HARMLESS_ID, closed, error_response, rate_limited, unavailable
 
@@ -188,9 +187,9 @@ def _haproxy_places(folder: Path, connections: int) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
         # These two listen on every interface and tell counts, no more. The second is bound even with metrics off.
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
     }
 
 
@@ -203,12 +202,6 @@ def _max_connections() -> int:
     if files == resource.RLIM_INFINITY:
         return _MOST_CONNECTIONS
     return max(_LEAST_CONNECTIONS, min(_MOST_CONNECTIONS, (files - _OTHER_FILES) * 2 // 5))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def write_front(folder: Path, real: str, *, connections: int) -> str:

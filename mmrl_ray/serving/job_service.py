@@ -25,9 +25,8 @@ from mmrl_ray.errors import ConfigError, OverloadedError, RunError, UnknownFileE
 from mmrl_ray.jobs.client import JobsClient, own_address, own_ray
 from mmrl_ray.jobs.records import HTTP_PREFIX, ID, Job, Status, new_http_id
 from mmrl_ray.jobs.submit import note_job, python_for, remembered, submit_run
-from mmrl_ray.policy.lora.pool import checkpoint_id
 from mmrl_ray.run_records.rollout_log import rollouts_name
-from mmrl_ray.run_records.run_dir import MANIFEST, RunDir, checkpoint_name, checkpoint_steps
+from mmrl_ray.run_records.run_dir import MANIFEST, RunDir, checkpoint_id, checkpoint_name, checkpoint_steps
 from mmrl_ray.run_records.step_log import EVENTS, METRICS_FILE
 from mmrl_ray.serving.fine_tuning_types import CheckpointCard, EventCard
 from mmrl_ray.serving.protocols import ResultFile, TuningJob, TuningOrder, TuningStatus

@@ -60,7 +60,7 @@ def submit(
         RunDir.require_new(cfg.run.root, cfg.run.name)
     if here:
         refuse_missing(cfg)
-    store = _store_of(client.address, chosen) if here else None
+    store = _store_of(client.address, chosen=chosen) if here else None
     return submit_run(client, cfg, python=python_for(client, python), id=id, ray_address=store)
 
 
@@ -74,7 +74,9 @@ def resume(client: JobsClient, name: str, *, python: str | None = None, id: str 
         UnknownJobError: there is no such job.
         JobError: a job is still at that run.
     """
-    return resume_run(client, client.find(name).facts, python=python_for(client, python), id=id)
+    facts = client.find(name).facts
+    store = _store_of(client.address) if is_this_machine(client) else None
+    return resume_run(client, facts, python=python_for(client, python), id=id, ray_address=store)
 
 
 def show_to_end(client: JobsClient, id: str) -> Job:
@@ -93,16 +95,13 @@ def outcome(job: Job) -> str | None:
     return None
 
 
-def _store_of(address: str, chosen: bool) -> str | None:
-    """The control store for a run to join, where Ray would have to choose among several of this machine.
+def _store_of(address: str, *, chosen: bool = True) -> str | None:
+    """The control store for a run to join: Ray would have it join any that is on this machine when it begins.
 
     Raises:
         ConfigError: there are several, and the user has named none.
     """
-    rays = local_rays()
-    if len(rays) < 2:
-        return None
-    servers = {each.url: each.store for each in rays if each.url is not None}
+    servers = {each.url: each.store for each in local_rays() if each.url is not None}
     if not chosen and len(servers) > 1:
         named = " and ".join(servers)
         raise ConfigError(f"several Rays of this machine take jobs: {named}: name the one to use with --address")

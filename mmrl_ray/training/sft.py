@@ -31,7 +31,7 @@ from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import add_adapter, merge_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
-from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
+from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts, image_key
 from mmrl_ray.policy.scoring.prefix import ScorePath, score_completions
 from mmrl_ray.policy.vision import VisionCache, vision_features
 from mmrl_ray.rollouts.assignment_tracker import FirstErrors
@@ -47,6 +47,8 @@ _SAVING_SHARE = 20.0
 _TELL_S = 5.0
 _BETAS = (0.9, 0.95)
 """A short memory of squared gradients: a warm start is a few hundred steps, whose gradients shrink all the time."""
+_KEPT_PROMPTS = 256 << 20
+"""Bytes of prompts that need not be made anew in the next epoch: those of a small data set, whose steps are short."""
 _SHOWN = 3
 
 Pair = tuple[EncodedPrompt, list[torch.Tensor]]
@@ -234,6 +236,8 @@ class _Batches:
         self._first = FirstErrors(policy.path)
         self._rng = random.Random(seed)
         self._drawn = 0
+        self._prompts: dict[tuple[str, str], EncodedPrompt] = {}
+        self._room = _KEPT_PROMPTS
 
     def __iter__(self) -> Iterator[tuple[list[Sample], list[Pair]]]:
         while self._drawn < self._sft.steps:
@@ -257,7 +261,7 @@ class _Batches:
         self._first.worked()  # a whole step has
 
     def _next(self) -> tuple[list[Sample], list[Pair]]:
-        taken = _take(self._policy, self._stream, self._sft, self._first)
+        taken = _take(self._prompt, self._stream, self._sft, self._first)
         pairs: list[Pair] = []
         for sample, prompt in taken:
             texts = [draw_target(sample, self._sft, self._rng) for _ in range(self._sft.captions_per_image)]
@@ -265,6 +269,18 @@ class _Batches:
             check_context(self._policy, prompt, max(caption.numel() for caption in captions))
             pairs.append((prompt, captions))
         return [sample for sample, _ in taken], pairs
+
+    def _prompt(self, sample: Sample) -> EncodedPrompt:
+        """As `encode_prompts`, once for pictures and text that come again while there is room."""
+        key = (image_key(self._policy, sample.images), sample.prompt)
+        found = self._prompts.get(key)
+        if found is None:
+            (found,) = encode_prompts(self._policy, [sample])
+            nbytes = sum(each.nbytes for each in (found.input_ids, *found.model_inputs.values()))
+            if nbytes <= self._room:
+                self._room -= nbytes
+                self._prompts[key] = found
+        return found
 
 
 class _Saver:
@@ -308,7 +324,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _take(
-    policy: Policy, stream: SampleStream, sft: SftSection, first: FirstErrors
+    prompt_of: Callable[[Sample], EncodedPrompt], stream: SampleStream, sft: SftSection, first: FirstErrors
 ) -> list[tuple[Sample, EncodedPrompt]]:
     """A step's samples: the next that can be encoded and have a target; others are quarantined, as in rollouts."""
     count = sft.batch_size // sft.captions_per_image
@@ -317,7 +333,7 @@ def _take(
         for sample in stream.take(count - len(taken)):
             try:
                 usable_targets(sample, sft)
-                taken += [(sample, prompt) for prompt in encode_prompts(policy, [sample])]
+                taken.append((sample, prompt_of(sample)))
             except (DataError, ModelError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 first.failed([sample.key], reason)

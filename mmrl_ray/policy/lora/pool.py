@@ -33,12 +33,7 @@ logger = logging.getLogger(__name__)
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(rf"({ID_PATTERN.pattern}):ckpt-step-(\d{{1,9}})")
-"""The id of one checkpoint of a run, as `checkpoint_id` writes it."""
-
-
-def checkpoint_id(id: str, step: int) -> str:
-    """What the checkpoint of a step is called where the run's adapter is called `id`."""
-    return f"{id}:ckpt-step-{step}"
+"""The id of one checkpoint of a run, as `run_dir.checkpoint_id` writes it."""
 
 
 @dataclass(frozen=True, slots=True)

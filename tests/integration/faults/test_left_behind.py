@@ -13,10 +13,11 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from mmrl_ray.config import Config
 from mmrl_ray.errors import ServingError
+from mmrl_ray.processes import free_port
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.serving import launch
 from mmrl_ray.training.serve_apps import LivePolicy
-from tests.integration.serving.conftest import free_port, wait_for
+from tests.integration.serving.conftest import wait_for
 
 LEAVES_NOTHING = """
 import sys

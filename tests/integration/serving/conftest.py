@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tiny import build_tiny_llava
+from mmrl_ray.processes import free_port
 from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from tests.integration.rollouts.conftest import local_ray
 
@@ -128,12 +128,6 @@ def replica_pids(driver: int, deployment: str) -> list[int]:
         if re.match(rf"ray::ServeReplica:[^:]+:{deployment}\b", name):
             found.append(child.pid)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:

@@ -26,11 +26,13 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.processes import free_port
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.serving.haproxy import clear_leftovers
 from mmrl_ray.serving.launch import check_serve_config
-from tests.integration.serving.conftest import PROMPT, REFERENCES, START_S, Server, free_port, start, wait_for
+from tests.integration.serving.conftest import PROMPT, REFERENCES, START_S, Server, start, wait_for
 from tests.support.prometheus import exported
+from tests.unit.cli.program import mmrl
 from tests.unit.data.pictures import picture
 
 torch.set_num_threads(1)
@@ -190,10 +192,9 @@ _PRINTED: dict[str, Any] = {}
 
 def _printed(server: Server) -> dict[str, Any]:
     if not _PRINTED:
-        process = start(["serve", server.made.run.location, "--print-config"], server.made.run.local_path())
-        output, _ = process.communicate(timeout=START_S)
-        assert process.returncode == 0, output
-        _PRINTED.update(yaml.safe_load(output[output.index("proxy_location") :]))
+        done = mmrl("serve", server.made.run.location, "--print-config")
+        assert done.exit_code == 0, done.output
+        _PRINTED.update(yaml.safe_load(done.output[done.output.index("proxy_location") :]))
     return _PRINTED
 
 

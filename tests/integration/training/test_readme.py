@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pytest
 import yaml
 
 from mmrl_ray.data.samples import read_split
+from mmrl_ray.processes import free_port
 from tests.support.programs import Program
 
 from .conftest import DEADLINE_S, Workplace
@@ -172,11 +172,8 @@ class Trainings:
 
 @contextmanager
 def served(workplace: Workplace, place: Path) -> Iterator[Served]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {**workplace.environment, "HOME": str(place / "home")}
-    server = Served(replace(workplace, environment=environment), place, port)
+    server = Served(replace(workplace, environment=environment), place, free_port())
     try:
         yield server
     finally:

@@ -27,7 +27,7 @@ from mmrl_ray.jobs import client as jobs_client
 from mmrl_ray.jobs.client import JobsClient, local_rays
 from mmrl_ray.jobs.records import Job, JobFacts, check_id, new_id
 from mmrl_ray.jobs.submit import packed, python_for, resume_run, submit_run
-from mmrl_ray.training.jobs import submit
+from mmrl_ray.training.jobs import resume, submit
 
 HERE = socket.gethostname()
 
@@ -47,6 +47,9 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         return self.known
+
+    def find(self, name: str) -> Job:
+        return next(job for job in self.known if name in (job.id, job.facts.run))
 
     def submit(self, id: str, entrypoint: str, folder: Path, facts: JobFacts, environment: Mapping[str, str]) -> None:
         self.sent.append((id, entrypoint, facts, environment))
@@ -146,6 +149,14 @@ def test_of_two_rays_of_a_machine_one_is_named(cfg: Config, tmp_path: Path) -> N
     assert [each.url for each in local_rays() if each.store == "10.0.0.7:7267"] == [None]
     submit(here, cfg)
     assert here.sent[-1][1].endswith("train config.yaml --address 10.0.0.7:7266"), "what Ray would join is its guess"
+    sent = here.sent[-1][2]
+    for facts, command in (
+        (sent, "train config.yaml --resume-or-start"),
+        (replace(sent, config=""), f"train --resume {tmp_path}/far"),
+    ):
+        here.known = [Job("it", "stopped", facts, 0.0)]
+        resume(here, "far")
+        assert here.sent[-1][1].endswith(f"{command} --address 10.0.0.7:7266")
 
 
 def test_a_port_that_another_has_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from ray.serve.config import HTTPOptions
 from starlette.responses import PlainTextResponse, Response
 
 from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.processes import free_port
 from mmrl_ray.serving.app import GatewayDeps, make_app
 from mmrl_ray.serving.haproxy import FAST, clear_leftovers, own_folder, write_front
 from mmrl_ray.serving.keys import KeyStore
@@ -284,6 +285,17 @@ def test_names_of_sockets_fit_wherever_temporary_files_are(short: Path, monkeypa
             listener.bind(f"{folder}/metrics.sock.12345.tmp")
     finally:
         shutil.rmtree(folder)
+
+
+def test_ports_of_a_server_are_none_that_the_system_gives_away() -> None:
+    """By the time HAProxy listens, a connection of any process could have one of those."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first, last = map(int, given.read_text().split()) if given.exists() else (49_152, 65_535)
+    with socket.socket() as held:
+        held.bind(("", free_port()))
+        found = {free_port() for _ in range(10)}
+    assert len(found) > 1
+    assert not [port for port in found if first <= port <= last]
 
 
 def test_rays_list_of_applications_is_closed() -> None:

@@ -224,7 +224,14 @@ def test_full_without_train_vision_leaves_the_tower_and_uses_the_cache(
         encoded.append(cache.misses - misses)
         return result
 
+    made: list[str] = []
+
+    def listed(policy: Policy, samples: Any) -> Any:
+        made.extend(sample.id for sample in samples)
+        return encode_prompts(policy, samples)
+
     monkeypatch.setattr(sft_module, "vision_features", counted)
+    monkeypatch.setattr(sft_module, "encode_prompts", listed)
     before = load_file(Path(start) / "model.safetensors")
     after = load_file(Path(warm_start(cfg)) / "model.safetensors")
     frozen = [name for name in before if "vision_tower" in name or "projector" in name]
@@ -232,6 +239,12 @@ def test_full_without_train_vision_leaves_the_tower_and_uses_the_cache(
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     assert not torch.equal(before["language_model.model.norm.weight"], after["language_model.model.norm.weight"])
     assert sum(encoded) == 12  # images of the split, in two epochs of three steps
+    assert len(made) == len(set(made)) == 12, "nor is a prompt made again"
+    monkeypatch.setattr(sft_module, "_KEPT_PROMPTS", 0)
+    anew = cfg.model_copy(update={"sft": cfg.sft.model_copy(update={"cache": str(tmp_path / "anew")})})
+    without = load_file(Path(warm_start(anew)) / "model.safetensors")
+    assert len(made) == 12 + 24, "without room"
+    assert all(torch.equal(after[name], without[name]) for name in after)
 
 
 def test_targets_follow_the_weights_and_what_a_row_has() -> None:
