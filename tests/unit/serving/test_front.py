@@ -97,10 +97,10 @@ def haproxy(short: Path) -> Iterator[Callable[[], str]]:
     """Starts HAProxy on what Ray writes for one gateway replica, by default a dead one; its URL."""
     folder = short / "mmrl-haproxy-one"
     folder.mkdir()
-    ports = []
-    for _ in range(4):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            ports.append(free.getsockname()[1])
+    ports: list[int] = []
+    while len(ports) < 4:
+        if (port := free_port()) not in ports:
+            ports.append(port)
     config = HAProxyConfig(
         socket_path=str(folder / "admin.sock"), server_state_base=str(folder),
         server_state_file=str(folder / "state"), metrics_port=ports[1], stats_port=ports[2], metrics_enabled=False,
