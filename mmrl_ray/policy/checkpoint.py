@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -117,7 +118,7 @@ def skeleton_of_files(folder: Path, cfg: ModelSection, config: Any, dtype: torch
     return cast(PreTrainedModel, model)
 
 
-def split_while_read(model_class: Any, split: Callable[[nn.Module], None]) -> Any:
+def split_while_read(model_class: Any, split: Callable[[nn.Module], None], cfg: ModelSection) -> Any:
     """A `model_class` whose `from_pretrained` splits the decoder's layers, and reads of them what `split` leaves here.
 
     A layer is split on the meta device, and of its tensors the slices of this process alone are read: all others it
@@ -128,9 +129,11 @@ def split_while_read(model_class: Any, split: Callable[[nn.Module], None]) -> An
     Args:
         model_class: of transformers.
         split: makes the frozen parameters of a layer, on the meta device or not, `DTensor`s in place (`fully_shard`).
+        cfg: for messages.
 
     Returns:
-        a class for loading alone; a model of it says so: give it `model_class` back.
+        a class for loading alone; a model of it says so: give it `model_class` back. Its `from_pretrained` raises
+        ModelError where a tensor of a layer is missing or has another shape.
     """
     read: Callable[..., Any] = model_class._load_pretrained_model
 
@@ -148,6 +151,8 @@ def split_while_read(model_class: Any, split: Callable[[nn.Module], None]) -> An
                 for name, place in places.items()
                 if name not in later and (shape := sources[name].get_shape()) != [*place.shape]
             }
+            if whole:  # by way of host memory: on a GPU room is made for all of such layers before they are split
+                how = replace(how, device_map=None)
             for index, layer in enumerate(layers):
                 if index not in whole:
                     split(layer.requires_grad_(False))
@@ -161,7 +166,9 @@ def split_while_read(model_class: Any, split: Callable[[nn.Module], None]) -> An
                 found.unexpected_keys |= also.unexpected_keys
                 found.mismatched_keys |= also.mismatched_keys
                 found.conversion_errors.update(also.conversion_errors)
-            found.mismatched_keys |= unfit
+        # Not left to transformers: it would draw what is missing, and drawing a part waits for all other processes.
+        missing = found.missing_keys & {prefix + name for name, _ in layers.named_parameters()}
+        refuse_unfit({"missing_keys": missing, "mismatched_keys": unfit}, cfg)
         return found, offloaded
 
     own = {"_load_pretrained_model": staticmethod(read_in_parts), "__module__": model_class.__module__}

@@ -287,9 +287,9 @@ def _load_model(
 ) -> PreTrainedModel:
     # Tensor by tensor to an accelerator: in another dtype than the files' all would lie in host memory first, once for
     # each process of the node.
-    direct = {} if split is not None or device.type == "cpu" else {"device_map": {"": device}}
+    direct = {} if device.type == "cpu" else {"device_map": {"": device}}
     model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)] if split is not None else None
-    loads: Any = AutoModelForImageTextToText if split is None else split_while_read(model_class, split)
+    loads: Any = AutoModelForImageTextToText if split is None else split_while_read(model_class, split, cfg)
     with model_call(cfg.path, "its weights cannot be loaded", WEIGHTS_REMEDY):
         try:
             loaded: Any = loads.from_pretrained(

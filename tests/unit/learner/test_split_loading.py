@@ -240,7 +240,7 @@ def learn(folder: Path, *, split: bool) -> tuple[torch.Tensor, torch.Tensor, dic
     shard_layers(policy, CPU, learner_mesh(CPU))
     cfg = LearnerSection(steps=4, groups_per_step=3, lr=1e-2, micro_batch_tokens=1, passes=2)
     learner = LearnerStep(policy, cfg, path="packed", ranks=Ranks(), in_lockstep=True)
-    metrics = learner.run(make_plan(groups, cfg, world_size=2), payloads)
+    metrics = learner.run(make_plan(groups, cfg, world_size=Ranks().size), payloads)
     return gradient(policy), weights(policy), {n: v for n, v in metrics.items() if not n.startswith("seconds/")}
 
 
