@@ -161,10 +161,10 @@ def split_while_read(model_class: Any, split: Callable[[nn.Module], None], cfg: 
                 also, _ = read(model, {n: sources[n] for n, its in later.items() if its == index}, None, how, expected)
                 split(layers[index].requires_grad_(False))
                 for parameter in layers[index].parameters():
-                    parameter._is_hf_initialized = True  # or transformers would draw it anew
+                    cast(Any, parameter)._is_hf_initialized = True  # or transformers would draw it anew
                 found.missing_keys &= also.missing_keys
                 found.unexpected_keys |= also.unexpected_keys
-                found.mismatched_keys |= also.mismatched_keys
+                unfit |= also.mismatched_keys
                 found.conversion_errors.update(also.conversion_errors)
         # Not left to transformers: it would draw what is missing, and drawing a part waits for all other processes.
         missing = found.missing_keys & {prefix + name for name, _ in layers.named_parameters()}
