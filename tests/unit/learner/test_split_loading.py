@@ -267,7 +267,13 @@ def start_learner(folders: Sequence[Path], run: RunDir) -> None:
             "learner": {"steps": 1, "workers": 2, "sharding": "fsdp2"},
         }
     )
-    _Learner(LearnerJob(cfg, run, cast(Any, None)), CPU)
+    before = torch.get_rng_state()
+    try:
+        _Learner(LearnerJob(cfg, run, cast(Any, None)), CPU)
+    except ModelError:
+        # On GPUs drawing a part is a collective, which a rank that misses nothing would not join.
+        assert torch.equal(torch.get_rng_state(), before), "what is missing was drawn"
+        raise
 
 
 def break_file(folder: Path, damage: str) -> str:
