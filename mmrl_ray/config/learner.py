@@ -269,7 +269,8 @@ class LearnerSection(_Sections):
     workers: Annotated[int, Field(ge=1)] | WorkersRange = 1
     """Learner workers (Ray Train): a number, or `{min, max}` to follow what the cluster has room for."""
     sharding: Literal["none", "fsdp2"] = "none"
-    """none: each learner holds the whole base; fsdp2: the frozen layers are split over the learners."""
+    """none: each learner holds the whole base; fsdp2: the frozen layers are split over the learners, and each reads its
+    part alone."""
     max_failures: int = Field(3, ge=0)
     """Restarts of the learner group from the newest valid checkpoint."""
     checkpoint_every: int = Field(20, ge=1)

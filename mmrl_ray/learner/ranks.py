@@ -23,11 +23,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mmrl_ray.errors import ConfigError, MMRLError
+from mmrl_ray.errors import MMRLError
+from mmrl_ray.policy.checkpoint import decoder_layers
 from mmrl_ray.policy.model import Policy
 
 T = TypeVar("T")
@@ -100,29 +101,37 @@ class Ranks:
         self.raise_first(error)
 
 
-def shard_layers(policy: Policy, device: torch.device) -> None:
+def split_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
+    """Splits the frozen weights of one layer over `mesh`; it may be on the meta device. No rank waits for another."""
+    adapters = {p for p in layer.parameters() if p.requires_grad}
+    fully_shard(layer, mesh=mesh, ignored_params=adapters)
+
+
+def learner_mesh(device: torch.device) -> DeviceMesh:
+    """All learners in a row. A collective."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def shard_layers(policy: Policy, device: torch.device, mesh: DeviceMesh | None = None) -> None:
     """Splits the decoder's layers over the process group and puts the rest of the policy on `device`.
 
-    The policy's weights may still be in host memory: they go to the device layer by layer. From here on every learner
-    must make the same number of forward and backward passes.
+    Layers that were split while they were read are left as they are. From here on every learner must make the same
+    number of forward and backward passes.
 
     Args:
         policy: with its adapter on.
-        device: this learner's; the mesh is of its kind.
+        device: this learner's.
+        mesh: what layers are split over, of the device's kind; made here by default.
 
     Raises:
         ConfigError: the model's decoder has no list of layers.
     """
     decoder = policy.decoder
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(
-            f"{policy.path}: {type(decoder).__name__} has no list of layers to split; set learner.sharding: none"
-        )
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    layers = decoder_layers(decoder, policy.path)
+    mesh = mesh or learner_mesh(device)
     for layer in layers:
-        adapters = {p for p in layer.parameters() if p.requires_grad}
-        fully_shard(layer, mesh=mesh, ignored_params=adapters)
+        if not isinstance(layer, FSDPModule):
+            split_layer(layer, mesh)
     # The decoder is the root that the layers share, so that a layer is gathered while the one before computes.
     whole = {p for p in policy.model.parameters() if not isinstance(p, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=whole)

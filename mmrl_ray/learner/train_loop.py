@@ -18,6 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -37,7 +38,7 @@ from mmrl_ray.learner.checkpoints import (
 )
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
 from mmrl_ray.learner.objective import ImportanceWatch
-from mmrl_ray.learner.ranks import Ranks, shard_layers
+from mmrl_ray.learner.ranks import Ranks, learner_mesh, shard_layers, split_layer
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.heads import published
 from mmrl_ray.policy.load import load_policy
@@ -67,7 +68,11 @@ def train_loop(arguments: dict[str, Any]) -> LearnerOutcome:
     torch.set_num_threads(torch_threads(job.cfg, job.cfg.resources.learner, os.cpu_count() or 1))
     run, rank = job.cfg.run, Ranks().rank
     start_logging(run.log_format, run=run.name, role=f"learner-{rank}", rank=rank)
-    return _Learner(job, ray.train.torch.get_device(), RayMeter(run=run.name, rank=str(rank))).run()
+    try:
+        learner = _Learner(job, ray.train.torch.get_device(), RayMeter(run=run.name, rank=str(rank)))
+    except MMRLError as error:
+        return LearnerOutcome(0, finished=False, reason=str(error), error=error)
+    return learner.run()
 
 
 class _Learner:
@@ -85,15 +90,18 @@ class _Learner:
         self._serves_live = cfg.serving is not None and cfg.serving.live_policy
         # One learner has nothing to split.
         sharded = cfg.learner.sharding == "fsdp2" and self._ranks.size > 1
-        self._policy = load_policy(cfg.model, device=device, on_host=sharded)
-        # Before the adapter is on it. Without a GPU memory is the whole machine's.
-        chooses = cfg.learner.micro_batch_tokens is None and device.type == "cuda"
-        self._shape = model_shape(self._policy.hf_model, cfg.model.lora, self._policy.dtype) if chooses else None
-        add_run_adapter(self._policy, cfg)
+        mesh = learner_mesh(device) if sharded else None
         seed = derive_seed(cfg.run.seed, "value_heads")
-        cfg.learner.family.prepare(self._policy, seed)
-        if sharded:
-            shard_layers(self._policy, device)
+        with self._ranks.together():  # a file may be missing on one node alone
+            split = partial(split_layer, mesh=mesh) if mesh is not None else None
+            self._policy = load_policy(cfg.model, device=device, split=split)
+            # Before the adapter is on it. Without a GPU memory is the whole machine's.
+            chooses = cfg.learner.micro_batch_tokens is None and device.type == "cuda"
+            self._shape = model_shape(self._policy.hf_model, cfg.model.lora, self._policy.dtype) if chooses else None
+            add_run_adapter(self._policy, cfg)
+            cfg.learner.family.prepare(self._policy, seed)
+            if mesh is not None:
+                shard_layers(self._policy, device, mesh)
         if cfg.learner.gradient_checkpointing:
             checkpoint_layers(self._policy)
         self._cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)

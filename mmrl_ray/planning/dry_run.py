@@ -32,6 +32,7 @@ from mmrl_ray.planning.estimate import (
     BatchPlan,
     batch_plan,
     learner_memory,
+    loading_memory,
     rollout_memory,
     warm_start_memory,
 )
@@ -395,7 +396,8 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
         return [*lines, "the rest is unknown without a prompt"]
     learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)
     rollout = rollout_memory(cfg, shape, found.prompt_tokens, found.image_tokens, images=found.rows)
-    lines += _one_worker("learner worker", learner) + _one_worker("rollout worker", rollout)
+    lines += [*_one_worker("learner worker", learner), _loading_line(cfg, shape)]
+    lines += _one_worker("rollout worker", rollout)
     warm: Mapping[str, int] = {}
     if cfg.sft is not None:
         warm = warm_start_memory(cfg, shape, found.prompt_tokens, found.image_tokens)
@@ -405,6 +407,12 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
     if address is not None or os.environ.get("RAY_ADDRESS"):
         return lines
     return [*lines, *_capacity_lines(cfg, *(sum(parts.values()) for parts in (learner, rollout, warm)))]
+
+
+def _loading_line(cfg: Config, shape: ModelShape) -> str:
+    each, most = loading_memory(cfg, shape), cfg.learner.max_workers
+    together = f", {_size(most * each)} for {most} on one node" if most > 1 else ""
+    return f"while it loads, up to {_size(each)} of its node's memory{together}"
 
 
 def _one_worker(name: str, parts: Mapping[str, int]) -> list[str]:

@@ -104,11 +104,35 @@ def _value_heads(cfg: Config, shape: ModelShape, *, copies: int, tokens: int) ->
 
 
 def _learner_weights(cfg: Config, shape: ModelShape) -> int:
-    parts = cfg.learner.min_workers if cfg.learner.sharding == "fsdp2" else 1
+    parts = _parts(cfg)
     if parts == 1:
         return shape.weight_bytes
     gathered = min(2, shape.layers) * shape.layer_bytes // shape.layers
     return shape.weight_bytes - shape.layer_bytes + shape.layer_bytes // parts + gathered
+
+
+def loading_memory(cfg: Config, shape: ModelShape) -> int:
+    """Bytes of a node's own memory that each learner on it takes, at most, while it loads the base.
+
+    - sharded: its part of the layers (of one of the fewest learners), all that is not split, and one layer whole, which
+      a converted one is for a moment
+    - on a GPU otherwise: embeddings and head, the largest tensors; weights go there one by one
+    - on CPUs otherwise: all weights
+
+    In the dtype of the files what is read are the files' own pages, which all processes of a node share and which are
+    given back when memory is short: then it is less.
+    """
+    parts = _parts(cfg)
+    if parts > 1:
+        layer = shape.layer_bytes // max(1, shape.layers)
+        return PROCESS + shape.weight_bytes - shape.layer_bytes + shape.layer_bytes // parts + layer
+    if cfg.resources.learner.gpus:
+        return PROCESS + min(shape.weight_bytes, 2 * shape.vocabulary * shape.hidden * shape.itemsize)
+    return PROCESS + shape.weight_bytes
+
+
+def _parts(cfg: Config) -> int:
+    return cfg.learner.min_workers if cfg.learner.sharding == "fsdp2" else 1
 
 
 def rollout_memory(

@@ -16,22 +16,25 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, core_model_loading
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data import atomic
-from mmrl_ray.errors import MMRLError, ModelError, one_line
+from mmrl_ray.errors import ConfigError, MMRLError, ModelError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +116,109 @@ def skeleton_of_files(folder: Path, cfg: ModelSection, config: Any, dtype: torch
         )
     refuse_unfit(info, cfg)
     return cast(PreTrainedModel, model)
+
+
+def split_while_read(model_class: Any, split: Callable[[nn.Module], None], cfg: ModelSection) -> Any:
+    """A `model_class` whose `from_pretrained` splits the decoder's layers, and reads of them what `split` leaves here.
+
+    A layer is split on the meta device, and of its tensors the slices of this process alone are read: all others it
+    never sees. Where a checkpoint's tensors are not a layer's own (experts one by one, to be stacked; fused or turned
+    ones), a slice of them is no slice of what they become: such a layer is read whole, converted, and then split, one
+    at a time. Names, ties, dtypes and buffers are transformers' affair as ever.
+
+    Args:
+        model_class: of transformers.
+        split: makes the frozen parameters of a layer, on the meta device or not, `DTensor`s in place (`fully_shard`).
+        cfg: for messages.
+
+    Returns:
+        a class for loading alone; a model of it says so: give it `model_class` back. Its `from_pretrained` raises
+        ModelError where a tensor of a layer is missing or has another shape.
+    """
+    read: Callable[..., Any] = model_class._load_pretrained_model
+
+    def read_in_parts(model: Any, _: Any, files: Sequence[str], how: Any, expected: Any = None) -> Any:
+        layers, prefix = _decoder_layers(model)
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            sources = {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
+            places = _places(model, sources, how.weight_mapping or [], prefix)
+            whole = {place.layer for place in places.values() if place.is_converted}
+            later = {name: place.layer for name, place in places.items() if place.layer in whole}
+            # A slice of a tensor of another shape may look like the right one.
+            unfit = {
+                (place.target, tuple(shape), tuple(place.shape))
+                for name, place in places.items()
+                if name not in later and (shape := sources[name].get_shape()) != [*place.shape]
+            }
+            if whole:  # by way of host memory: on a GPU room is made for all of such layers before they are split
+                how = replace(how, device_map=None)
+            for index, layer in enumerate(layers):
+                if index not in whole:
+                    split(layer.requires_grad_(False))
+            found, offloaded = read(model, {n: s for n, s in sources.items() if n not in later}, None, how, expected)
+            for index in sorted(whole):
+                also, _ = read(model, {n: sources[n] for n, its in later.items() if its == index}, None, how, expected)
+                split(layers[index].requires_grad_(False))
+                for parameter in layers[index].parameters():
+                    cast(Any, parameter)._is_hf_initialized = True  # or transformers would draw it anew
+                found.missing_keys &= also.missing_keys
+                found.unexpected_keys |= also.unexpected_keys
+                unfit |= also.mismatched_keys
+                found.conversion_errors.update(also.conversion_errors)
+        # Not left to transformers: it would draw what is missing, and drawing a part waits for all other processes.
+        missing = found.missing_keys & {prefix + name for name, _ in layers.named_parameters()}
+        refuse_unfit({"missing_keys": missing, "mismatched_keys": unfit}, cfg)
+        return found, offloaded
+
+    own = {"_load_pretrained_model": staticmethod(read_in_parts), "__module__": model_class.__module__}
+    return type(model_class.__name__, (model_class,), own)
+
+
+def _decoder_layers(model: Any) -> tuple[nn.ModuleList, str]:
+    """The layers of a model's decoder, and what the names of their parameters begin with."""
+    layers = decoder_layers(model.get_decoder(), model.name_or_path)
+    return layers, next(f"{name}." for name, module in model.named_modules() if module is layers)
+
+
+def decoder_layers(decoder: nn.Module, path: str) -> nn.ModuleList:
+    """The layers that a decoder's weights are split by.
+
+    Raises:
+        ConfigError: it has no list of them.
+    """
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(
+            f"{path}: {type(decoder).__name__} has no list of layers to split; set learner.sharding: none"
+        )
+    return layers
+
+
+class _Place(NamedTuple):
+    """Where a tensor of a file goes in a decoder's layer."""
+
+    layer: int
+    target: str
+    shape: torch.Size
+    is_converted: bool
+
+
+def _places(model: Any, names: Iterable[str], mapping: list[Any], prefix: str) -> dict[str, _Place]:
+    """Of each tensor that goes into a layer; found out as transformers does."""
+    mapping = deepcopy(mapping)  # they note what they were used for
+    renamings = [step for step in mapping if isinstance(step, core_model_loading.WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, core_model_loading.WeightConverter)]
+    there, begins = model.state_dict(), model.base_model_prefix
+    found: dict[str, _Place] = {}
+    for name in sorted(names, key=core_model_loading.dot_natural_key):
+        target, pattern = core_model_loading.rename_source_key(name, renamings, converters, begins, there)
+        if target not in there and name in there:
+            target, pattern = core_model_loading.rename_source_key(name, [], [], begins, there)
+        if target in there and target.startswith(prefix):
+            index = int(target.removeprefix(prefix).split(".")[0])
+            found[name] = _Place(index, target, there[target].shape, pattern is not None)
+    return found
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,13 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmrl_ray.config.paths import is_hub_id, nearest_folder
 from mmrl_ray.config.sections import ModelSection
-from mmrl_ray.errors import ModelError
+from mmrl_ray.errors import ConfigError, ModelError
 from mmrl_ray.policy.checkpoint import (
     WEIGHTS_REMEDY,
     model_call,
     refuse_unfit,
     revision_key_of,
     skeleton_of_files,
+    split_while_read,
     weight_files,
 )
 from mmrl_ray.policy.logits import takes_bare_head
@@ -52,17 +54,24 @@ _CROSS_ATTENTION = ("cross_attention_mask", "image_attention_mask")
 """Inputs that tell each token of a row which pictures it may look at (Mllama, Idefics)."""
 
 
-def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, on_host: bool = False) -> Policy:
+def load_policy(
+    cfg: ModelSection,
+    *,
+    device: torch.device | str | None = None,
+    split: Callable[[nn.Module], None] | None = None,
+) -> Policy:
     """Loads model and processor, freezes every weight and switches dropout off; then tries it (`trial.try_policy`).
 
-    `device` is the first GPU by default where there is one, else the CPU. With `on_host` the weights wait in host
-    memory for whoever puts them there in parts, and no forward is tried.
+    `device` is the first GPU by default where there is one, else the CPU. With `split` the decoder's layers are given
+    to it while they are read (`checkpoint.split_while_read`), and no forward is tried, for which all would have to be
+    there.
 
     Raises:
         ModelError: the folder is missing, the checkpoint has no vision tower, no processor, no chat template or no
             image token, its weights are not (complete) safetensors, its parts do not fit together, its pictures are no
             tokens of the prompt, or its logits cannot be made of hidden states.
-        ConfigError: `model.processor` has a key or a value that the processor does not take.
+        ConfigError: `model.processor` has a key or a value that the processor does not take; or a model that is to be
+            split is quantised, or its decoder has no list of layers.
     """
     path = _resolve(cfg.path)
     _refuse_adapter(path, cfg)
@@ -71,16 +80,20 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
         # Micro-batches are ragged: freed blocks of one shape would lie about in the way of the next.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     config = _load_config(path, cfg)
+    if split is not None and getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model {cfg.path!r} is quantised, and such layers cannot be split over learners: set learner.sharding: "
+            "none, or take the checkpoint that it was made from"
+        )
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)
-    model = _load_model(path, cfg, config, dtype)
-    if not on_host:
-        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
+    model = _load_model(path, cfg, config, dtype, device, split)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
     acceleration = accelerate(model, device)
     policy = assemble(model, processor, config, cfg, path, device, dtype)
     policy.acceleration = acceleration
-    if on_host:
+    if split is not None:
         try_prompt(policy)
     else:
         try_policy(policy)
@@ -264,10 +277,22 @@ def _load_processor(path: str, cfg: ModelSection, config: Any) -> Any:
     return processor
 
 
-def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(
+    path: str,
+    cfg: ModelSection,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    split: Callable[[nn.Module], None] | None,
+) -> PreTrainedModel:
+    # Tensor by tensor to an accelerator: in another dtype than the files' all would lie in host memory first, once for
+    # each process of the node.
+    direct = {} if device.type == "cpu" else {"device_map": {"": device}}
+    model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)] if split is not None else None
+    loads: Any = AutoModelForImageTextToText if split is None else split_while_read(model_class, split, cfg)
     with model_call(cfg.path, "its weights cannot be loaded", WEIGHTS_REMEDY):
         try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = loads.from_pretrained(
                 path,
                 revision=cfg.revision,
                 dtype=dtype,
@@ -275,6 +300,7 @@ def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **direct,
             )
         except RuntimeError:
             if os.path.isdir(path):
@@ -282,6 +308,8 @@ def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -
             raise
     model, info = loaded
     refuse_unfit(info, cfg)
+    if model_class is not None:
+        model.__class__ = model_class
     return cast(PreTrainedModel, model)
 
 

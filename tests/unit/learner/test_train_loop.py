@@ -14,7 +14,7 @@ from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.errors import MMRLError, ModelError, RolloutError, RunError
 from mmrl_ray.experience.carriers import RolloutGroup, StepPlan, derive_seed
 from mmrl_ray.learner.job import LearnerJob, LearnerOutcome
-from mmrl_ray.learner.train_loop import _Learner
+from mmrl_ray.learner.train_loop import _Learner, train_loop
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.scoring import prefix
@@ -208,6 +208,16 @@ def test_lost_groups_are_raised_for_ray_train_to_start_over(world: Any) -> None:
     controller.lost = True
     with pytest.raises(RuntimeError, match="step 0: a group is lost or late"):
         live(cfg, controller, run)
+
+
+def test_a_base_that_cannot_be_loaded_is_told_and_not_tried_again(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, controller, run = world
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
+    gone = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": "./gone"})})
+    outcome = train_loop({"job": LearnerJob(gone, run, controller)})  # type: ignore[arg-type]
+    assert (outcome.step, outcome.finished) == (0, False)
+    assert isinstance(outcome.error, ModelError)
+    assert controller.calls == []
 
 
 @pytest.mark.parametrize(

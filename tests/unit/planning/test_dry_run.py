@@ -73,6 +73,7 @@ def test_tells_everything_of_a_run_whose_data_will_be_generated(tmp_path: Path) 
         "is not there yet: the run will generate the scenes",
         "1 × caption      caption, on the references",
         "one learner worker, about",
+        "while it loads, up to 60",  # MiB: of a process, nearly all
     ):
         assert line in text
     assert f"reference   {found.sample.references[0]}" in text

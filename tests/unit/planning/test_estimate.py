@@ -13,7 +13,14 @@ from transformers import AutoModelForImageTextToText, SmolVLMConfig
 from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config import Config
 from mmrl_ray.config.sections import LoraSection, ModelSection, RolloutsSection, SftSection
-from mmrl_ray.planning.estimate import batch_plan, learner_memory, rollout_memory, warm_start_memory
+from mmrl_ray.planning.estimate import (
+    PROCESS,
+    batch_plan,
+    learner_memory,
+    loading_memory,
+    rollout_memory,
+    warm_start_memory,
+)
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter
 from mmrl_ray.policy.memory import model_shape
@@ -176,8 +183,20 @@ def test_sharding_leaves_a_learner_its_part_of_the_layers(policy: Policy) -> Non
         cfg = config({"sharding": "fsdp2", "workers": workers})
         weights = learner_memory(cfg, shape, batch_plan(cfg, 50), 50, 16)["weights"]
         assert weights == rest + layers // parts + 2 * layers // shape.layers
+        assert loading_memory(cfg, shape) == PROCESS + rest + layers // parts + layers // shape.layers
     cfg = config({"sharding": "fsdp2", "workers": 1})
     assert learner_memory(cfg, shape, batch_plan(cfg, 50), 50, 16)["weights"] == shape.weight_bytes
+    assert loading_memory(cfg, shape) == PROCESS + shape.weight_bytes
+
+
+def test_whole_bases_go_to_gpus_tensor_by_tensor(policy: Policy) -> None:
+    plain = load_policy(ModelSection(path=policy.path, dtype="float32"), device="cpu")
+    shape = model_shape(plain.hf_model, LoraSection(r=4), torch.float32)
+    cfg = config({"workers": 4})
+    share = cfg.resources.learner.model_copy(update={"gpus": 1.0})
+    cfg = cfg.model_copy(update={"resources": cfg.resources.model_copy(update={"learner": share})})
+    text = plain.hf_model.get_input_embeddings().weight, plain.hf_model.get_output_embeddings().weight
+    assert loading_memory(cfg, shape) == PROCESS + sum(weight.nbytes for weight in text)
 
 
 def test_value_heads_count_with_what_their_optimiser_keeps(policy: Policy) -> None:
