@@ -35,6 +35,20 @@ _USED = 0.85
 """Of the memory that is free, what a micro-batch is planned for."""
 _MANY = 1 << 20
 """Groups whose logits make a whole chunk."""
+_RAN_OUT = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What CUDA and its libraries say where they take memory past PyTorch's allocator."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that nobody has taken yet; None on a CPU, whose memory is the whole machine's."""
+    module = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether a device had too little memory for what was asked of it: less may still do."""
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _RAN_OUT)
+    return told or isinstance(error, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
