@@ -41,6 +41,7 @@ from mmrl_ray.policy.tokens import (
     reserved_texts,
 )
 from mmrl_ray.policy.trial import try_policy, try_prompt
+from mmrl_ray.processes import GROWING_SEGMENTS, allocator_settings
 
 QUICK_BYTES = 1 << 30
 """Weights up to this size are loaded for a trial before anything else is started."""
@@ -68,8 +69,7 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
     _refuse_adapter(path, cfg)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        # Micro-batches are ragged: freed blocks of one shape would lie about in the way of the next.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        _let_segments_grow()
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
     dtype = _dtype(cfg.dtype, device)
@@ -85,6 +85,17 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
     else:
         try_policy(policy)
     return policy
+
+
+def _let_segments_grow() -> None:
+    """On a Ray that was there before, too: its processes do not have our environment, and Ray Train has begun with the
+    GPU of a learner already, so that PyTorch may not look there again."""
+    settings = allocator_settings()
+    if settings:
+        os.environ.update(settings)
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # None before PyTorch 2.9
+        if change is not None:
+            change(GROWING_SEGMENTS)
 
 
 def accelerate(model: nn.Module, device: torch.device) -> Acceleration:
