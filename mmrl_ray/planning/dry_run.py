@@ -52,6 +52,7 @@ from mmrl_ray.report.facts import reward_lines
 from mmrl_ray.rewards.base import RewardFailure
 from mmrl_ray.rewards.build import check_reward, try_functions
 from mmrl_ray.rewards.text import FormatReward
+from mmrl_ray.rollouts.pool_settings import shared_gpus_of
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.run_owner import living_owner
 from mmrl_ray.telemetry.terminal import say
@@ -345,6 +346,11 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     cpus, gpus = sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands)
     lines.append(_threads_line(cfg, address))
     lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
+    try:
+        shared_gpus_of(cfg)
+    except ConfigError as error:
+        found.blocking.append(str(error))
+        return lines
     if address is not None:
         from mmrl_ray.planning.preflight import check_placement
 

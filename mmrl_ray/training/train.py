@@ -48,7 +48,7 @@ from mmrl_ray.report.page import write_report
 from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
-from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus
+from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus, shared_gpus_of
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
 from mmrl_ray.run_records.run_dir import BASE, STATISTICS, RunDir, checkpoint_steps
 from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
@@ -237,6 +237,7 @@ class _Run:
         A Ray is started on the way, which `session` ends.
         """
         cfg, run = self._cfg, self._run
+        shared_gpus_of(cfg)  # refuses what cannot be placed, before anything takes its time
         write_status(run, "starting", STARTING_S)
         with self._timed("data"):
             if self._is_resumed:
