@@ -36,10 +36,11 @@ class PolicyEngineFactory:
         """
         import torch
 
-        from mmrl_ray.policy.generation.local import DecodeLimits, LocalEngine
+        from mmrl_ray.policy.generation.local import LocalEngine
         from mmrl_ray.policy.load import load_policy
         from mmrl_ray.policy.lora.adapter import add_run_adapter
         from mmrl_ray.policy.lora.routing import VersionedPolicy
+        from mmrl_ray.policy.memory import DecodeLimits
         from mmrl_ray.policy.vision import VisionCache
         from mmrl_ray.rollouts.engine import RolloutEngine
         from mmrl_ray.rollouts.scorer import Scorer

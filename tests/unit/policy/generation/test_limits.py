@@ -9,7 +9,7 @@ import torch
 
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.generation.local import DecodeLimits
+from mmrl_ray.policy.memory import DecodeLimits
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from tests.support.tiny_models import FAMILIES, make_samples
