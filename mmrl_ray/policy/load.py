@@ -72,7 +72,7 @@ def load_policy(cfg: ModelSection, *, device: torch.device | str | None = None, 
         _let_segments_grow()
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
-    dtype = _dtype(cfg.dtype, device)
+    dtype = dtype_of(cfg.dtype, device)
     model = _load_model(path, cfg, config, dtype)
     if not on_host:
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
@@ -124,7 +124,7 @@ def load_skeleton(cfg: ModelSection) -> Policy:
     _refuse_adapter(path, cfg)
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
-    dtype = _dtype(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype_of(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if os.path.isdir(path):
         model = skeleton_of_files(Path(path), cfg, config, dtype)
     else:
@@ -296,7 +296,8 @@ def _load_model(path: str, cfg: ModelSection, config: Any, dtype: torch.dtype) -
     return cast(PreTrainedModel, model)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` means on a device."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

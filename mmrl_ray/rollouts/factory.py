@@ -58,6 +58,10 @@ class PolicyEngineFactory:
         rows = max(limits.max_rows, cfg.rollout.group_size + greedy)
         generator = LocalEngine(versions, cache, max_rows=rows, prefill_tokens=limits.prefill_tokens)
         generator.require(greedy_extra=greedy)
+        if cfg.reward.host == "inline" and any(part.kind == "learned" for part in cfg.reward.parts.values()):
+            from mmrl_ray.reward_model.vision_source import share_tower
+
+            share_tower(policy)
         return engines[cfg.learner.family.samples](
             generator,
             Scorer(versions, cache, temperature=cfg.rollout.temperature, engine=generator),
