@@ -74,9 +74,8 @@ _DOES = {
 }
 """What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
-_LOST_S, _LOST_LEARNER_S = 5.0, 15.0
-"""For what a signal has reached, too, to end. A learner group that is only starting takes longer on a busy machine, and
-while its thread calls Ray, Ray ends this process with an exit code of its own."""
+_LOST_S = 5.0
+"""For a controller that a signal has reached, too, to end."""
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl"}
@@ -388,7 +387,7 @@ class _Run:
                     controller.close(**({"timeout_s": _LOST_S} if is_lost else {}))
             finally:
                 if learner is not None:
-                    learner.close(**({"timeout_s": _LOST_LEARNER_S} if is_lost else {}))
+                    learner.close()
 
     def _learn_by_value(self, cfg: Config, hosted: RunReward, held_out: HeldOut) -> None:
         # Imported here: RLlib takes seconds, which other runs need not pay.
