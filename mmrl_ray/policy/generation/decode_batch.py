@@ -224,13 +224,12 @@ class DecodeBatch:
             self._step = StaticStep(
                 self._layers,
                 self._visible[:, :, : self._keys],
-                self._forward_in_place,
                 capture,
                 steps=max(row.sampling.max_new_tokens - len(row.tokens) for row in self.slots if row is not None),
                 most_steps=_ROOM_STEPS,
             )
             self._visible = self._step.visible
-        logits, hidden = self._step.run()
+        logits, hidden = self._step.run(self._forward_in_place)
         self._keys += self.width
         return logits, hidden
 

@@ -113,6 +113,27 @@ def test_a_recorded_step_makes_no_tensor_of_keys(load: Load) -> None:
     assert all(len(decoder.take(handle).completions[0].token_ids) == TOKENS for handle in handles)
 
 
+def test_a_batch_that_is_done_is_gone_with_its_keys_at_once(load: Load) -> None:
+    """And not when the garbage collector comes by: until then no memory of a device could be given back."""
+    policy = load()
+    recorder = recording(policy)
+    decoder = Decoder(dataclasses.replace(policy, eos_token_ids=()))
+    gc.collect()
+    gc.disable()
+    try:
+        for prompt in encode_prompts(policy, make_samples()):
+            decoder.admit(prompt, 3, SamplingParams(max_new_tokens=TOKENS, seed=1))
+        for _ in range(4):
+            decoder.step()
+        held = [weakref.ref(batch) for batch in decoder._batches]
+        held += [weakref.ref(layer.keys) for batch in decoder._batches for layer in batch._layers]
+        decoder.drain()
+        assert [each() for each in held] == [None] * len(held)
+    finally:
+        gc.enable()
+    assert recorder.replays > 0
+
+
 def test_what_cannot_be_recorded_goes_step_by_step(load: Load) -> None:
     policy = load()
     expected = decode_groups(Decoder(policy), requests(policy))
