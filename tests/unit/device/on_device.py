@@ -484,8 +484,8 @@ def test_a_learner_takes_at_once_what_there_is_memory_for(
     assert f"up to {16384 if free > 1 << 20 else largest} tokens" in told
 
 
-def test_a_worker_leaves_the_device_to_the_learner(make_llava: Make) -> None:
-    """All but its weights, whether or not its results are still held."""
+def test_a_worker_leaves_the_device_to_the_learner(make_llava: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but its weights, whether or not its results are still held, and also where it ran out of memory."""
     requests = tuple(
         GroupRequest(GroupKey(0, i), sample, SAMPLING, 3) for i, sample in enumerate(make_samples([(64, 64)] * 4))
     )
@@ -503,6 +503,14 @@ def test_a_worker_leaves_the_device_to_the_learner(make_llava: Make) -> None:
     with watched() as traffic:
         result = in_turn.run(assignment, as_made)
     assert [group.payload.vision.tokens.device for group in result.groups] == [CPU] * 4
+    assert (len(cache), device_bytes(), traffic.emptied) == (0, nothing_kept, 1)
+
+    def run_out(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(scorer, "reference_logprobs", run_out)  # when features and keys have been made
+    with watched() as traffic, pytest.raises(torch.OutOfMemoryError):
+        in_turn.run(assignment, as_made)
     assert (len(cache), device_bytes(), traffic.emptied) == (0, nothing_kept, 1)
 
 
