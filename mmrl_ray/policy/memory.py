@@ -16,6 +16,7 @@ Held against what fake tensors count at full size (`benchmarks/full_size.py`).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -56,6 +57,16 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that nobody has taken yet; None on a CPU, whose memory is the whole machine's."""
     module = torch.get_device_module(device)
     return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None
+
+
+def trim_heap() -> None:
+    """Gives the system back what the C library keeps of freed tensors in host memory, where it can (glibc).
+
+    Worth it after work of other sizes than what comes next: some milliseconds, and the pages are asked for again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def ran_out(error: BaseException) -> bool:
