@@ -33,10 +33,22 @@ from mmrl_ray.errors import ProcessError
 Answer = TypeVar("Answer")
 _END_TIMEOUT_S = 5.0
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+GROWING_SEGMENTS = "expandable_segments:True"
+"""PyTorch's allocator on a GPU then grows what it has, and gives its end back: micro-batches are ragged, and freed
+blocks of one shape would lie about in the way of the next."""
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""PyTorch from 2.10 on prefers the first; up to 2.9 it heeds the second alone, and so do libraries that look."""
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from mmrl_ray.child import main; main(sys.argv[2], *map(int, sys.argv[3:]))"
 )
+
+
+def allocator_settings() -> dict[str, str]:
+    """Environment variables for processes that use a GPU; none where the user has set one of PyTorch's himself."""
+    if any(os.environ.get(name) for name in (*_ALLOCATOR, "PYTORCH_HIP_ALLOC_CONF")):
+        return {}
+    return dict.fromkeys(_ALLOCATOR, GROWING_SEGMENTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,8 +49,9 @@ _COLLECTIVE_TIMEOUT_S = 1800
 """Ranks wait for each other no longer than this: the longest forward and backward pass of one rank, and then some."""
 _LOOK_S = 2.0
 """How often the room for a range of learners is looked at."""
-_END_S = 20.0
-"""A learner sees at its next call that the controller is gone, and Ray Train at its next look that the learner is."""
+_END_S, _TELL_S = 90.0, 10.0
+"""A learner sees at its next call that the controller is gone, and Ray Train at its next look that the learner is; a
+group that is only starting ends when it has started. On a busy machine each of it takes its time."""
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 _PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 Bundle = Mapping[str, float]
@@ -159,10 +160,19 @@ class LearnerGroup:
 
         Ray ends a process of which a thread still calls it, without a word.
         """
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+        if self._thread.ident is None:
+            return
+        deadline = time.monotonic() + timeout_s
+        self._thread.join(min(_TELL_S, timeout_s))
+        if self._thread.is_alive() and timeout_s > _TELL_S:
+            logger.warning("waiting for the learner group to end, at most %g s", timeout_s)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            logger.warning("the learner group did not end within %g s", timeout_s)
+            logger.warning(
+                "the learner group did not end within %g s: this program may end by a signal, in place of its exit "
+                "code, while Ray ends; what the run has written is whole",
+                timeout_s,
+            )
 
     def _look_for_room(self) -> None:
         if self._room is None or not self._thread.is_alive():

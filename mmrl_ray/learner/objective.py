@@ -44,11 +44,12 @@ from torch import nn
 from mmrl_ray.algorithms.base import Objective
 from mmrl_ray.analysis.attribution import caption_importance
 from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.errors import LearnerError, MMRLError, ModelError, NonFiniteError, first_line, raised_at
+from mmrl_ray.errors import LearnerError, MMRLError, ModelError, NonFiniteError, first_line, raised_at, said
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.losses.aggregation import masked_sum
 from mmrl_ray.losses.regularizers import adapter_l2, kl_loss, kl_per_token, l2_to_pretrained
+from mmrl_ray.policy.memory import ran_out
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import LearnerBatch, prompts_and_features
 from mmrl_ray.policy.scoring.prefix import Scores
@@ -150,9 +151,11 @@ def _share(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         return objective.share(batch, scores, proximal, denominator, place)
-    except (MMRLError, torch.OutOfMemoryError, torch.AcceleratorError):
+    except (MMRLError, torch.AcceleratorError):
         raise
     except Exception as error:
+        if ran_out(error):
+            raise
         if cfg.sharding != "none":  # the other ranks wait in a gather, where only a restart of the group reaches them
             raise
         raise LearnerError(f"the loss {cfg.loss} raised {first_line(error)}{raised_at(error)}") from error
@@ -256,8 +259,9 @@ def check_finite(metric: str, value: float, step: int, groups: Sequence[PlannedG
 class ImportanceWatch:
     """Measures every so many steps; where the model's modalities cannot be told it says so once, and stays quiet."""
 
-    def __init__(self, policy: Policy, cache: VisionCache, every: int) -> None:
-        """`every` is in steps; 0 never."""
+    def __init__(self, policy: Policy, cache: VisionCache, every: int, *, alone: bool = True) -> None:
+        """`every` is in steps; 0 never. `alone`: no other rank waits in a pass of this one, which may then fail."""
+        self._alone = alone
         self._policy = policy
         self._cache = cache
         self._every = every
@@ -270,15 +274,16 @@ class ImportanceWatch:
         """The figures of the first completion of a group. No parameter gets a gradient, no random number is drawn."""
         began = time.perf_counter()
         group = fetch()
-        with torch.no_grad():
-            (prompt,), (features,), _ = prompts_and_features(self._policy, [group], self._cache)
-        temperature = group.sampling.temperature
         try:
+            with torch.no_grad():
+                (prompt,), (features,), _ = prompts_and_features(self._policy, [group], self._cache)
             found = caption_importance(
-                self._policy, prompt, features, group.completions[0].token_ids, temperature=temperature
+                self._policy, prompt, features, group.completions[0].token_ids, temperature=group.sampling.temperature
             )
-        except ModelError as error:
-            logger.warning("the importance of modalities is not measured: %s", error)
+        except (ModelError, RuntimeError) as error:
+            if not (isinstance(error, ModelError) or (ran_out(error) and self._alone)):
+                raise
+            logger.warning("the importance of modalities is not measured: %s", said(error))
             self._every = 0
             return {}
         shares = {f"importance/{name}": value for name, value in found.share.items()}

@@ -67,10 +67,15 @@ class Ranks:
         """Whether it is true on some rank."""
         if not self._together:
             return flag
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        count = torch.tensor([float(flag)], device=device)
+        count = torch.tensor([float(flag)], device=self._device)
         self.sum_(count)
         return count.item() > 0
+
+    def least(self, value: int) -> int:
+        """The smallest over all ranks."""
+        negative = torch.tensor([-value], device=self._device)
+        self.max_(negative)
+        return -int(negative)
 
     def from_first(self, value: T | None) -> T:
         """What rank 0 gave; the others' values do not matter."""
@@ -78,6 +83,11 @@ class Ranks:
         if self._together:
             dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[return-value]
+
+    @property
+    def _device(self) -> str:
+        """Of tensors that the process group takes."""
+        return "cuda" if self._together and dist.get_backend() == "nccl" else "cpu"
 
     def raise_first(self, error: MMRLError | None) -> None:
         """Raises, on every rank, the error of the lowest rank that has one."""

@@ -7,8 +7,9 @@
 Every loss share is over the plan's one denominator, so shares add up over micro-batches and ranks, and the ranks need
 not agree on how many backward passes they make: a rank without work adds zeros. Nothing is divided by the world size.
 
-A micro-batch that does not fit the device's memory is halved, which adds up to the same; the smaller budget is
-remembered, and later ones are split by it (`token_budget`).
+A micro-batch that does not fit the device's memory is halved, which adds up to the same; the others wait for that rank
+where gradients are summed. The smaller budget is remembered, and later micro-batches of all ranks are split by it
+(`token_budget`): what was too much for one soon is for the next, and all are as slow as the slowest.
 
 Where the base is sharded they do have to: each pass gathers the layers' weights from all ranks. A rank with fewer
 micro-batches then makes as many passes as the others, the further ones with a gradient of 0.
@@ -43,6 +44,7 @@ from mmrl_ray.learner.objective import (
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import adapter_parameters
+from mmrl_ray.policy.memory import ran_out
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import LearnerBatch, collate
 from mmrl_ray.policy.scoring.prefix import ScorePath, Scores, score_completions
@@ -51,6 +53,8 @@ from mmrl_ray.policy.vision import VisionCache
 Payloads = Callable[[Sequence[PlannedGroup]], Sequence[RolloutGroup]]
 """Fetches the groups behind the payloads of a micro-batch, in order."""
 _OWN = "objective/"
+_NO_BUDGET = 1 << 62
+"""Tokens."""
 logger = logging.getLogger(__name__)
 
 
@@ -142,6 +146,8 @@ class LearnerStep:
         self._halved = 0
         for i in range(self.cfg.passes):
             metrics = self._update(plan, batches, payloads, clock, gap if i == 0 else None)
+        if metrics.get("micro_batches/halved"):
+            self.token_budget = self._ranks.least(_NO_BUDGET if self.token_budget is None else self.token_budget)
         return {
             **metrics,
             **(gap.metrics() if gap is not None else {}),
@@ -250,15 +256,17 @@ class LearnerStep:
         self, plan: StepPlan, batch: _MicroBatch, payloads: Payloads, clock: Clock, gap: SamplerGap | None
     ) -> Share | None:
         """One micro-batch; None where it ran out of memory, half of it may fit, and nothing of it is left behind."""
-        # What later passes have to remember of a batch is not divided; it did fit once.
-        if len(batch.groups) == 1 or batch.proximal is not None or self._in_lockstep:
-            with self._within_memory(plan, batch.groups):
+        with self._within_memory(plan, batch.groups):
+            # What later passes have to remember of a batch is not divided; it did fit once.
+            if len(batch.groups) == 1 or batch.proximal is not None or self._in_lockstep:
                 return self._pass(plan, batch, payloads, clock, gap)
-        before = self._gradient.clone()
+            before = self._gradient.clone()
         try:
             return self._pass(plan, batch, payloads, clock, gap)
-        except torch.OutOfMemoryError:
-            pass  # the handler keeps the frames of the pass alive, and their tensors with them
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        # Not in the handler, which keeps the frames of the pass alive, and their tensors with them.
         self._gradient.copy_(before)
         return None
 
@@ -322,7 +330,9 @@ class LearnerStep:
     def _within_memory(self, plan: StepPlan, planned: Sequence[PlannedGroup]) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             remedy = "set learner.gradient_checkpointing: true, or lower rollout.group_size or the picture's size"
             if len(planned) > 1:
                 remedy = f"set learner.micro_batch_tokens below {_tokens(planned)}"

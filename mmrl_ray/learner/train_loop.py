@@ -43,7 +43,7 @@ from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.heads import published
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_state, add_run_adapter
-from mmrl_ray.policy.memory import fitting_tokens, model_shape
+from mmrl_ray.policy.memory import fitting_tokens, free_memory, model_shape
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.packed import checkpoint_layers
@@ -95,8 +95,8 @@ class _Learner:
         with self._ranks.together():  # a file may be missing on one node alone
             split = partial(split_layer, mesh=mesh) if mesh is not None else None
             self._policy = load_policy(cfg.model, device=device, split=split)
-            # Before the adapter is on it. Without a GPU memory is the whole machine's.
-            chooses = cfg.learner.micro_batch_tokens is None and device.type == "cuda"
+            # Before the adapter is on it.
+            chooses = cfg.learner.micro_batch_tokens is None and free_memory(device) is not None
             self._shape = model_shape(self._policy.hf_model, cfg.model.lora, self._policy.dtype) if chooses else None
             add_run_adapter(self._policy, cfg)
             cfg.learner.family.prepare(self._policy, seed)
@@ -106,7 +106,7 @@ class _Learner:
             checkpoint_layers(self._policy)
         self._cache = VisionCache(0 if self._policy.vision_trainable else cfg.rollout.vision_cache_mb * _MB)
         self._in_lockstep = sharded
-        self._importance = ImportanceWatch(self._policy, self._cache, cfg.learner.importance_every)
+        self._importance = ImportanceWatch(self._policy, self._cache, cfg.learner.importance_every, alone=not sharded)
         self._learner = LearnerStep(
             self._policy, cfg.learner, vision_cache=self._cache, ranks=self._ranks, in_lockstep=sharded, seed=seed
         )
@@ -266,16 +266,14 @@ class _Learner:
         """How many tokens the GPU takes at once, where the config does not say: the same on all ranks."""
         if self._shape is None:
             return
-        torch.cuda.empty_cache()
+        give_back(self._policy.device, self._cache)
         moments = 2 * 4 * self._shape.adapter_parameters  # AdamW makes them in the first step
-        free = torch.cuda.mem_get_info()[0] - moments
+        free = (free_memory(self._policy.device) or 0) - moments
         largest = max(plan.groups, key=lambda group: group.prompt_tokens)
         size = GroupSize(largest.prompt_tokens, len(largest.learned), self._cfg.rollout.max_new_tokens)
         packed, checkpointed = self._learner.path == "packed", self._cfg.learner.gradient_checkpointing
         tokens = fitting_tokens(self._shape, free, size, packed=packed, checkpointed=checkpointed)
-        least = -torch.tensor([tokens], device=self._policy.device)
-        self._ranks.max_(least)
-        self._learner.token_budget = min(int(-least), self._cfg.learner.token_budget)
+        self._learner.token_budget = self._ranks.least(min(tokens, self._cfg.learner.token_budget))
         if self._ranks.rank == 0:
             logger.info(
                 "micro-batches hold up to %d tokens: %.1f GiB are free", self._learner.token_budget, free / 2**30

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
 from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
 from mmrl_ray.planning.estimate import (
+    KEPT,
     BatchPlan,
     batch_plan,
     learner_memory,
@@ -48,12 +50,13 @@ from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.memory import ModelShape, model_shape
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.policy.prompts import check_context, encode_prompts
+from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.report.facts import reward_lines
 from mmrl_ray.rewards.base import RewardFailure
 from mmrl_ray.rewards.build import check_reward, try_functions
 from mmrl_ray.rewards.text import FormatReward
+from mmrl_ray.rollouts.pool_settings import SharedGpu, shared_gpus_of
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.run_owner import living_owner
 from mmrl_ray.telemetry.terminal import say
@@ -78,6 +81,8 @@ class DryRun:
     """Weights that the adapter does not sit on."""
     prompt_tokens: int | None = None
     image_tokens: int = 0
+    caption_tokens: int | None = None
+    """Of the longest of some references."""
     blocking: list[str] = field(default_factory=list)
     """What would stop the run as things are."""
     unchecked: list[str] = field(default_factory=list)
@@ -260,13 +265,7 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
 def _try_formats(cfg: Config, found: DryRun) -> None:
     """Tries patterns on what captions are meant to be like: where none matches, sampled ones hardly will."""
     parts = {name: part for name, part in cfg.reward.with_opening(found.opening).parts.items() if part.kind == "format"}
-    if not parts:
-        return
-    try:
-        cells = islice(iter_references(cfg.data.train), _TEXTS_TRIED)
-        texts = [text for references in cells for text in references[:1]]
-    except DataError:
-        texts = list(found.sample.references[:1]) if found.sample is not None else []
+    texts = _some_references(cfg, found) if parts else []
     for name, part in parts.items():
         try:
             reward = FormatReward(part.pattern, prefix=part.prefix or "")
@@ -282,6 +281,15 @@ def _try_formats(cfg: Config, found: DryRun) -> None:
             )
 
 
+def _some_references(cfg: Config, found: DryRun) -> list[str]:
+    """One each of the first rows, or of the one sample that there is."""
+    try:
+        cells = islice(iter_references(cfg.data.train), _TEXTS_TRIED)
+        return [text for references in cells for text in references[:1]]
+    except DataError:
+        return list(found.sample.references[:1]) if found.sample is not None else []
+
+
 def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) -> None:
     if cfg.reward.needs_opening and cfg.agent is None:
         found.opening = answer_opening(policy.processor)
@@ -292,6 +300,10 @@ def _measure_prompt(cfg: Config, policy: Policy, sample: Sample, found: DryRun) 
         check_context(policy, prompt, cfg.rollout.max_new_tokens)
     except (DataError, ModelError) as error:
         found.blocking.append(f"sample {sample.id}: {error}")
+    if cfg.sft is not None:
+        with suppress(DataError):  # the warm start leaves such a row out
+            lengths = [encode_caption(policy, text).numel() for text in _some_references(cfg, found)]
+            found.caption_tokens = max(lengths, default=None)
 
 
 def _stand_in(cfg: Config) -> Sample:
@@ -347,6 +359,11 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     cpus, gpus = sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands)
     lines.append(_threads_line(cfg, address))
     lines.append(f"placement   {cfg.resources.placement}; asked for together: {cpus:g} CPU, {gpus:g} GPU")
+    try:
+        shared_gpus_of(cfg)
+    except ConfigError as error:
+        found.blocking.append(str(error))
+        return lines
     if address is not None:
         from mmrl_ray.planning.preflight import check_placement
 
@@ -396,20 +413,23 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
     if plan is None or found.prompt_tokens is None:
         return [*lines, "the rest is unknown without a prompt"]
     learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)
-    rollout = rollout_memory(cfg, shape, found.prompt_tokens, found.image_tokens, images=found.rows)
+    is_here = address is None and not os.environ.get("RAY_ADDRESS")
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if is_here and torch.cuda.is_available() else None
+    rollout = rollout_memory(
+        cfg, shape, found.prompt_tokens, found.image_tokens, images=found.rows, gpu_bytes=gpu_bytes
+    )
     lines += [*_one_worker("learner worker", learner), _loading_line(cfg, shape)]
     lines += _one_worker("rollout worker", rollout)
     if cfg.resources.rollout.gpus:
         lines += [f"  {part:<26} {_size(value):>10} of host memory" for part, value in picture_memory(cfg).items()]
     warm: Mapping[str, int] = {}
     if cfg.sft is not None:
-        warm = warm_start_memory(cfg, shape, found.prompt_tokens, found.image_tokens)
+        lengths = {"images": found.rows, "caption_tokens": found.caption_tokens}
+        warm = warm_start_memory(cfg, shape, found.prompt_tokens, found.image_tokens, **lengths)
         lines += _one_worker("warm start", warm)
         if cfg.sft.train_vision:
             found.unchecked.append("what the vision tower keeps in memory while it trains, in the warm start")
-    if address is not None or os.environ.get("RAY_ADDRESS"):
-        return lines
-    return [*lines, *_capacity_lines(cfg, *(sum(parts.values()) for parts in (learner, rollout, warm)))]
+    return [*lines, *(_capacity_lines(cfg, learner, rollout, warm, gpu_bytes) if is_here else ())]
 
 
 def _loading_line(cfg: Config, shape: ModelShape) -> str:
@@ -423,21 +443,39 @@ def _one_worker(name: str, parts: Mapping[str, int]) -> list[str]:
     return [f"one {name}, about {_size(sum(parts.values()))}:", *rows]
 
 
-def _capacity_lines(cfg: Config, learner: int, rollout: int, warm: int) -> Sequence[str]:
+def _capacity_lines(
+    cfg: Config,
+    learner: Mapping[str, int],
+    rollout: Mapping[str, int],
+    warm: Mapping[str, int],
+    gpu_bytes: int | None,
+) -> Sequence[str]:
     """Compares with this machine, which the workers would run on."""
+    learns, samples = (sum(parts.values()) for parts in (learner, rollout))
     if cfg.resources.learner.gpus or cfg.resources.rollout.gpus:
-        if not torch.cuda.is_available():
+        if gpu_bytes is None:
             return []
-        there = torch.cuda.get_device_properties(0).total_memory
-        shared = cfg.resources.placement == "shared"
-        needed = max(learner + rollout if shared else max(learner, rollout), warm)
-        what = "one GPU"
+        needed, there, what = max(learns, samples), gpu_bytes, "one GPU"
+        if cfg.resources.placement == "shared":
+            workers = max((gpu.workers for gpu in _shared(cfg)), default=1)
+            # In turns, each beside what the others keep.
+            rest, beside = ({k: v for k, v in parts.items() if k in KEPT} for parts in (learner, rollout))
+            needed = max(learns + workers * sum(beside.values()), workers * samples + sum(rest.values()))
+            if cfg.rollout.max_staleness:
+                needed = learns + workers * samples
     else:
-        needed = max(cfg.learner.max_workers * learner + cfg.rollout.most_workers * rollout, warm)
-        there = psutil.virtual_memory().total
-        what = "this machine"
+        needed = cfg.learner.max_workers * learns + cfg.rollout.most_workers * samples
+        there, what = psutil.virtual_memory().total, "this machine"
+    needed = max(needed, sum(warm.values()))
     verdict = "fits" if needed < 0.9 * there else "may not fit"
     return [f"{what}: about {_size(needed)} of {_size(there)}, beside Ray: {verdict}"]
+
+
+def _shared(cfg: Config) -> Sequence[SharedGpu]:
+    try:
+        return shared_gpus_of(cfg)
+    except ConfigError:  # which is among what blocks
+        return ()
 
 
 def _size(count: float) -> str:

@@ -1,7 +1,7 @@
 """What a run will need, from a model's shape alone: token batches and bytes by kind, with the formula of each.
 
 The formulas of a pass are `policy/memory.py`'s; held against what fake tensors count at full size they are within 15 %.
-What allocators add by fragmentation is not in them.
+On a GPU what its allocator adds by fragmentation is not in them; on a CPU it is.
 P prompt tokens, T completion tokens, G completions a group, b bytes a number of the base, L layers, V vocabulary.
 """
 
@@ -13,8 +13,7 @@ from math import ceil
 
 from mmrl_ray.config import Config
 from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
-from mmrl_ray.policy.generation.local import DecodeLimits
-from mmrl_ray.policy.memory import ModelShape
+from mmrl_ray.policy.memory import DecodeLimits, ModelShape, scored_parts
 
 _FLOAT32 = 4
 PROCESS = 600 << 20
@@ -22,6 +21,11 @@ PROCESS = 600 << 20
 PICTURE_PROCESS = 400 << 20
 """Of a process that makes pictures ready (`resources.rollout.picture_processes`), in host memory: torch, transformers
 and one picture at work."""
+KEPT = frozenset({"process", "weights", "adapter", "adapter, gradients, AdamW", "value heads"})
+"""Kinds that a process has on a GPU also while another has its turn there."""
+_FRAGMENTS = 0.4
+"""Of what a backward pass wants, in host memory: the C library keeps freed tensors of less than 32 MB in its heap, and
+others fit in between or do not. At 140 M parameters 0.2 to 0.6 were measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +82,31 @@ def learner_memory(
     - vision features: the micro-batch's images × image tokens × h × b
     - value heads: a Q head of w (h + V) weights each way, two that learn with gradients and AdamW's two
       moments, two that follow; and one chunk of Q
+    - fragments: in host memory, `_FRAGMENTS` of activations, masks, repeated prefix and logits
     """
+    on_gpu = bool(cfg.resources.learner.gpus)
     rows = plan.micro_batch_groups * cfg.rollout.group_size
     kept = shape.learnt_groups(
         plan.micro_batch_groups,
         GroupSize(prompt_tokens, cfg.rollout.group_size, cfg.rollout.max_new_tokens),
         packed=cfg.learner.wants_packed_rows,
         checkpointed=cfg.learner.gradient_checkpointing,
-        on_gpu=bool(cfg.resources.learner.gpus),
+        on_gpu=on_gpu,
     )
+    kept["logits"] = shape.scored_logits(rows * cfg.rollout.max_new_tokens)
     return {
         "process": PROCESS,
         "weights": _learner_weights(cfg, shape),
         "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.max_workers > 1)),
         **kept,
-        "logits": shape.scored_logits(rows * cfg.rollout.max_new_tokens),
         "vision features": plan.micro_batch_groups * image_tokens * shape.hidden * shape.itemsize,
         **_value_heads(cfg, shape, copies=2 * 4 + 2, tokens=rows * cfg.rollout.max_new_tokens),
+        **_fragments(kept, on_gpu),
     }
+
+
+def _fragments(kept: Mapping[str, int], on_gpu: bool) -> dict[str, int]:
+    return {} if on_gpu else {"fragments": int(_FRAGMENTS * sum(kept.values()))}
 
 
 def _value_heads(cfg: Config, shape: ModelShape, *, copies: int, tokens: int) -> dict[str, int]:
@@ -139,7 +150,13 @@ def _parts(cfg: Config) -> int:
 
 
 def rollout_memory(
-    cfg: Config, shape: ModelShape, prompt_tokens: int, image_tokens: int, *, images: int | None = None
+    cfg: Config,
+    shape: ModelShape,
+    prompt_tokens: int,
+    image_tokens: int,
+    *,
+    images: int | None = None,
+    gpu_bytes: int | None = None,
 ) -> Mapping[str, int]:
     """Bytes of one rollout worker at its peak, by kind: while it samples, or while the reference scores.
 
@@ -147,46 +164,65 @@ def rollout_memory(
     - weights: parameters × b
     - adapter: adapter parameters × 4, and the adapted weights once more, with the adapter merged in (in 16 bits on a
       GPU alone)
-    - keys and values: sampling, groups an assignment × (P + G T); scoring, once more groups × G × (P + T)
+    - keys and values: sampling, of as many groups as the decode loop takes at a time, × (P + G T); scoring, of as many
+      as are scored together, and there once more groups × G × (P + T)
     - activations or logits, which do not live at once: those of the tokens of one pass through one layer; or, sampling,
       those of every row's next token, and scoring, at most one chunk of completion tokens
     - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset (the tower's
       own pass is over before the rest begins)
     - value heads: two Q heads, and their Q of a token each row
     - picture processes: `PICTURE_PROCESS` each, where the rest is in host memory, too
+
+    On a GPU the decode loop takes what its memory is enough for, `gpu_bytes` in all; where they are not known it is the
+    most that it takes on any.
     """
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
-    size, tokens = cfg.rollout.group_size, cfg.rollout.max_new_tokens
-    rows = groups * size
-    decoded = min(rows, max(DecodeLimits().max_rows, size))
-    prompts = groups * prompt_tokens
-    started = decoded // size * prompt_tokens
-    sampling = {
-        "keys and values": decoded // size * (prompt_tokens + size * tokens) * shape.kv_of_token,
-        "activations or logits": max(started * shape.passing_of_token, shape.sampled_logits(decoded)),
+    size, tokens, on_gpu = cfg.rollout.group_size, cfg.rollout.max_new_tokens, bool(cfg.resources.rollout.gpus)
+    merges = shape.itemsize == _FLOAT32 or on_gpu
+    held = {
+        "process": PROCESS,
+        "weights": shape.weight_bytes,
+        "adapter": shape.adapter_parameters * _FLOAT32 + (shape.adapted_parameters * shape.itemsize if merges else 0),
     }
+    limits = DecodeLimits()
+    if on_gpu:
+        free = None if gpu_bytes is None else max(0, gpu_bytes - sum(held.values()))
+        limits = DecodeLimits.on_gpu(shape, free, tokens)
+    drawn = size + (cfg.learner.advantage == "greedy")
+    started = min(groups, max(limits.max_rows // drawn, 1))
+    prefilled = min(started * prompt_tokens, max(limits.prefill_tokens, prompt_tokens))
+    sampling = {
+        "keys and values": started * (prompt_tokens + drawn * tokens) * shape.kv_of_token,
+        "activations or logits": max(prefilled * shape.passing_of_token, shape.sampled_logits(started * drawn)),
+    }
+    parts = scored_parts([(size, prompt_tokens + tokens - 1)] * groups, shape.kv_of_token)
+    together = max(part.stop - part.start for part in parts)
+    rows = together * size
     repeated = rows * (prompt_tokens + tokens) * shape.kv_of_token
     scoring = {
-        "keys and values": prompts * shape.kv_of_token + repeated,
+        "keys and values": together * prompt_tokens * shape.kv_of_token + repeated,
         "activations or logits": max(
-            max(prompts, rows * tokens) * shape.passing_of_token, shape.scored_logits(rows * tokens, learnt=False)
+            max(together * prompt_tokens, rows * tokens) * shape.passing_of_token,
+            shape.scored_logits(rows * tokens, learnt=False),
         ),
     }
     busiest = sampling
     if cfg.learner.family.needs_reference and sum(scoring.values()) > sum(sampling.values()):
         busiest = scoring
     one = image_tokens * shape.hidden * shape.itemsize
-    budget = cfg.rollout.vision_cache_mb * 2**20
-    merges = shape.itemsize == _FLOAT32 or bool(cfg.resources.rollout.gpus)
     return {
-        "process": PROCESS,
-        "weights": shape.weight_bytes,
-        "adapter": shape.adapter_parameters * _FLOAT32 + (shape.adapted_parameters * shape.itemsize if merges else 0),
+        **held,
         **busiest,
-        "vision features": groups * one + (budget if images is None else min(budget, images * one)),
-        **_value_heads(cfg, shape, copies=2, tokens=rows),
+        "vision features": groups * one + _cached(cfg, one, images),
+        **_value_heads(cfg, shape, copies=2, tokens=groups * size),
         **({} if cfg.resources.rollout.gpus else picture_memory(cfg)),
     }
+
+
+def _cached(cfg: Config, one: int, images: int | None) -> int:
+    """Bytes of the vision cache: its budget, or all `images` of the dataset, of `one` each."""
+    budget = cfg.rollout.vision_cache_mb * 2**20
+    return budget if images is None else min(budget, images * one)
 
 
 def picture_memory(cfg: Config) -> dict[str, int]:
@@ -198,14 +234,24 @@ def picture_memory(cfg: Config) -> dict[str, int]:
     return {"picture processes": processes * PICTURE_PROCESS} if processes else {}
 
 
-def warm_start_memory(cfg: Config, shape: ModelShape, prompt_tokens: int, image_tokens: int) -> Mapping[str, int]:
-    """Bytes of the supervised warm start at its peak, by kind; captions are taken at `rollout.max_new_tokens`.
+def warm_start_memory(
+    cfg: Config,
+    shape: ModelShape,
+    prompt_tokens: int,
+    image_tokens: int,
+    *,
+    images: int | None = None,
+    caption_tokens: int | None = None,
+) -> Mapping[str, int]:
+    """Bytes of the supervised warm start at its peak, by kind; captions are taken at `caption_tokens`, or else at
+    `rollout.max_new_tokens`.
 
     - process: `PROCESS`
     - weights: of a full one in float32, and on a GPU a second time what trains, as bfloat16 for the products
     - gradients, AdamW: 4 × (1 + 2) of each number that trains, which an adapter's come on top of
     - activations, repeated prefix, logits: as a learner's
-    - vision features: those of the step, and the cache up to its budget
+    - vision features: those of the step, and the cache up to its budget or to all `images` of the dataset
+    - fragments: as a learner's
 
     What the vision tower keeps where it trains, too (`sft.train_vision`), is not among them.
     """
@@ -213,8 +259,9 @@ def warm_start_memory(cfg: Config, shape: ModelShape, prompt_tokens: int, image_
     if sft is None:
         return {}
     full, on_gpu = sft.mode == "full", bool(cfg.resources.learner.gpus)
-    images = ceil(sft.batch_size / sft.captions_per_image)
-    sizes = [GroupSize(prompt_tokens, sft.captions_per_image, cfg.rollout.max_new_tokens)] * images
+    longest = caption_tokens or cfg.rollout.max_new_tokens
+    pictures = ceil(sft.batch_size / sft.captions_per_image)
+    sizes = [GroupSize(prompt_tokens, sft.captions_per_image, longest)] * pictures
     (batches,) = split_micro_batches(sizes, cfg.learner.token_budget, 1)
     largest = max(batches, key=len)
     tokens = padded_tokens([sizes[i] for i in largest])
@@ -226,12 +273,16 @@ def warm_start_memory(cfg: Config, shape: ModelShape, prompt_tokens: int, image_
     b = 2 if on_gpu else (_FLOAT32 if full else shape.itemsize)
     keys = shape.kv_of_token // shape.itemsize * b * (1 if on_gpu else shape.repeats)
     one = image_tokens * shape.hidden * shape.itemsize
+    kept = {
+        "activations": tokens * shape.kept_of_token(b),
+        "repeated prefix": rows * (prompt_tokens + longest) * keys,
+        "logits": shape.scored_logits(rows * longest),
+    }
     return {
         "process": PROCESS,
         "weights": weights,
         "gradients, AdamW": trained * _FLOAT32 * (3 if full else 4),
-        "activations": tokens * shape.kept_of_token(b),
-        "repeated prefix": rows * (prompt_tokens + cfg.rollout.max_new_tokens) * keys,
-        "logits": shape.scored_logits(rows * cfg.rollout.max_new_tokens),
-        "vision features": len(largest) * one + cfg.rollout.vision_cache_mb * 2**20,
+        **kept,
+        "vision features": len(largest) * one + _cached(cfg, one, images),
+        **_fragments(kept, on_gpu),
     }

@@ -43,6 +43,7 @@ from mmrl_ray.policy.tokens import (
     reserved_texts,
 )
 from mmrl_ray.policy.trial import try_policy, try_prompt
+from mmrl_ray.processes import GROWING_SEGMENTS, allocator_settings
 
 QUICK_BYTES = 1 << 30
 """Weights up to this size are loaded for a trial before anything else is started."""
@@ -77,8 +78,7 @@ def load_policy(
     _refuse_adapter(path, cfg)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        # Micro-batches are ragged: freed blocks of one shape would lie about in the way of the next.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        _let_segments_grow()
     config = _load_config(path, cfg)
     if split is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
@@ -86,7 +86,7 @@ def load_policy(
             "none, or take the checkpoint that it was made from"
         )
     processor = _load_processor(path, cfg, config)
-    dtype = _dtype(cfg.dtype, device)
+    dtype = dtype_of(cfg.dtype, device)
     model = _load_model(path, cfg, config, dtype, device, split)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
@@ -98,6 +98,17 @@ def load_policy(
     else:
         try_policy(policy)
     return policy
+
+
+def _let_segments_grow() -> None:
+    """On a Ray that was there before, too: its processes do not have our environment, and Ray Train has begun with the
+    GPU of a learner already, so that PyTorch may not look there again."""
+    settings = allocator_settings()
+    if settings:
+        os.environ.update(settings)
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # None before PyTorch 2.9
+        if change is not None:
+            change(GROWING_SEGMENTS)
 
 
 def accelerate(model: nn.Module, device: torch.device) -> Acceleration:
@@ -126,7 +137,7 @@ def load_skeleton(cfg: ModelSection) -> Policy:
     _refuse_adapter(path, cfg)
     config = _load_config(path, cfg)
     processor = _load_processor(path, cfg, config)
-    dtype = _dtype(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype_of(cfg.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if os.path.isdir(path):
         model = skeleton_of_files(Path(path), cfg, config, dtype)
     else:
@@ -314,7 +325,8 @@ def _load_model(
     return cast(PreTrainedModel, model)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` means on a device."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

@@ -1,5 +1,8 @@
 """What a model's passes keep in memory, from its shape alone: bytes a token, of a decoder as Llama's and Qwen's are.
 
+And what is made of it: how many tokens a learner takes at once, how many rows a decode loop, how many groups the
+reference scores together. The processes ask for that where they run, and the dry run's estimate asks the same.
+
 b bytes a number, L layers, h hidden width, q = query heads × head width, k = key-value heads × head width, I width
 inside an MLP, V vocabulary. What a layer keeps of a token for the backward pass:
 
@@ -13,8 +16,10 @@ Held against what fake tensors count at full size (`benchmarks/full_size.py`).
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +29,7 @@ from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.experience.plan import GroupSize
 from mmrl_ray.policy.logits import CHUNK_ELEMENTS
 from mmrl_ray.policy.lora.targets import resolve_targets
+from mmrl_ray.policy.model import Policy
 
 _FLOAT32 = 4
 _LOGIT_COPIES, _SCORED_COPIES = 5, 3
@@ -35,6 +41,38 @@ _USED = 0.85
 """Of the memory that is free, what a micro-batch is planned for."""
 _MANY = 1 << 20
 """Groups whose logits make a whole chunk."""
+MOST_KEYS_BYTES = 4 << 30
+"""Of keys and values at a time while completions are scored: enough for some hundred of a 3 B model."""
+_SHARE = 0.4
+"""Of a GPU's free memory, for rows and for one pass of prompts each: pictures, scoring and gaps take the rest."""
+_PROMPT_TOKENS = 1024
+"""Assumed of a prompt, the pictures' tokens among them; where several rows share one they need less."""
+_LOGIT_BYTES = 24
+"""Of a row and word of the vocabulary, from the head's product to the sums that a token is drawn by, in float64."""
+_RAN_OUT = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What CUDA and its libraries say where they take memory past PyTorch's allocator."""
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that nobody has taken yet; None on a CPU, whose memory is the whole machine's."""
+    module = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[0]) if hasattr(module, "mem_get_info") else None
+
+
+def trim_heap() -> None:
+    """Gives the system back what the C library keeps of freed tensors in host memory, where it can (glibc).
+
+    Worth it after work of other sizes than what comes next: some milliseconds, and the pages are asked for again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether a device had too little memory for what was asked of it: less may still do."""
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _RAN_OUT)
+    return told or isinstance(error, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +161,67 @@ class ModelShape:
     def sampled_logits(self, rows: int) -> int:
         """Bytes where so many rows draw their next token."""
         return rows * self.vocabulary * _FLOAT32 * _SAMPLED_COPIES
+
+
+class DecodeLimits(NamedTuple):
+    """How much a decode loop takes on at a time."""
+
+    max_rows: int = 256
+    """Completions."""
+    prefill_tokens: int = 32768
+    """Prompt tokens of one pass."""
+
+    @classmethod
+    def of(cls, policy: Policy, new_tokens: int) -> DecodeLimits:
+        """What a GPU has memory for now, with the policy on it; fixed numbers on a CPU.
+
+        `new_tokens` is what a completion may have.
+        """
+        free = free_memory(policy.device)
+        return cls() if free is None else cls.within(policy, int(_SHARE * free), new_tokens)
+
+    @classmethod
+    def within(cls, policy: Policy, budget: int, new_tokens: int) -> DecodeLimits:
+        """What `budget` bytes are enough for."""
+        inner, itemsize = _mlp_width(policy.hf_model.config.get_text_config()), policy.dtype.itemsize
+        widths = policy.key_bytes, policy.hidden_size, inner, policy.vocab_size
+        return cls._fitting(budget, new_tokens, *widths, itemsize)
+
+    @classmethod
+    def on_gpu(cls, shape: ModelShape, free: int | None, new_tokens: int) -> DecodeLimits:
+        """`of` a model of that shape where `free` bytes are; the most of any GPU where that is not known."""
+        budget = 1 << 62 if free is None else int(_SHARE * free)
+        widths = shape.kv_of_token, shape.hidden, shape.intermediate, shape.vocabulary
+        return cls._fitting(budget, new_tokens, *widths, shape.itemsize)
+
+    @classmethod
+    def _fitting(
+        cls, budget: int, new_tokens: int, keys: int, hidden: int, inner: int, vocabulary: int, itemsize: int
+    ) -> DecodeLimits:
+        """More rows than by default, and no longer passes, which gain nothing."""
+        row = (_PROMPT_TOKENS + new_tokens) * keys + _LOGIT_BYTES * vocabulary
+        # Beside its keys a token has some hidden states and three of the MLP's width in use.
+        token = keys + itemsize * (8 * hidden + 3 * inner)
+        most = cls()
+        return cls(max(1, min(4 * most.max_rows, budget // row)), max(1, min(most.prefill_tokens, budget // token)))
+
+
+def scored_parts(sizes: Sequence[tuple[int, int]], key_bytes: int) -> list[slice]:
+    """Groups that are scored together: each completion has its own copy of the prompt's keys and values meanwhile, and
+    those of a part are `MOST_KEYS_BYTES` at most, a single group's apart.
+
+    Args:
+        sizes: of each group, its completions and the tokens of the longest with its prompt.
+        key_bytes: of a token.
+    """
+    parts: list[slice] = []
+    rows, longest, start = 0, 0, 0
+    for i, (completions, tokens) in enumerate(sizes):
+        if i > start and (rows + completions) * max(longest, tokens) * key_bytes > MOST_KEYS_BYTES:
+            parts.append(slice(start, i))
+            rows, longest, start = 0, 0, i
+        rows, longest = rows + completions, max(longest, tokens)
+    return [*parts, slice(start, len(sizes))]
 
 
 def fitting_tokens(shape: ModelShape, free: int, size: GroupSize, *, packed: bool, checkpointed: bool) -> int:

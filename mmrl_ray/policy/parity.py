@@ -37,6 +37,7 @@ from mmrl_ray.errors import ModelError, first_line
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.policy.generation.base import DecodeRequest, GenerationEngine
 from mmrl_ray.policy.generation.decode import decode_endlessly
+from mmrl_ray.policy.memory import trim_heap
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.packed import is_checkpointing, unpackable
 from mmrl_ray.policy.scoring.prefix import ScorePath, encode_prefix, score_completions
@@ -126,6 +127,8 @@ def choose_path(
         ModelError: sampler, learner and transformers' own forward do not agree, and no other path mends it.
     """
     comparison = compare(policy, prompts, temperature=temperature, wanted=wanted, engine=engine)
+    if policy.device.type == "cpu":  # 0.9 GB at 140 M parameters, which a process would have from here on
+        trim_heap()
     if (error := disagreement(policy, comparison)) is not None:
         raise error
     return comparison

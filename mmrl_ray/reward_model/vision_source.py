@@ -6,7 +6,9 @@ picture and kept in the vision cache under its byte budget. `RewardModelSpec` is
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -22,7 +24,7 @@ from mmrl_ray.errors import DataError, ModelError
 from mmrl_ray.experience.carriers import VisionFeatures
 from mmrl_ray.metrics.text import Tokenizer
 from mmrl_ray.policy.checkpoint import is_revision
-from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.load import dtype_of, load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache, vision_features
@@ -34,6 +36,41 @@ PictureInputs = tuple[torch.Tensor, torch.Tensor]
 
 _ANY_PROMPT = "."
 """Vision features do not depend on it."""
+
+
+_shared: list[Policy] = []
+"""Of this process, what `share_tower` made."""
+
+
+def share_tower(policy: Policy) -> None:
+    """Has rewards that score in this process look through the tower of `policy`, where it is the one that they were
+    trained on, in its dtype and on its device: then its weights are there once.
+
+    They get modules and a processor of their own, since another thread may be in the policy's.
+    """
+    model, decoder = policy.hf_model, policy.decoder
+    memo: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    if isinstance(layers := getattr(decoder, "layers", None), nn.ModuleList):
+        memo[id(layers)] = nn.ModuleList()
+    processor = copy.deepcopy(policy.processor)
+    made = replace(
+        policy,
+        model=copy.deepcopy(model, memo),
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        value_heads={},
+        inject_vision=True,
+    )
+    _shared[:] = [] if policy.vision_trainable else [made]
+
+
+def _shared_for(cfg: ModelSection, key: str | None, device: str | None) -> Policy | None:
+    for policy in _shared:
+        there = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        same = cfg.attn_implementation == policy.attention and dtype_of(cfg.dtype, there) == policy.dtype
+        if same and there.type == policy.device.type and key == policy.revision_key:
+            return policy
+    return None
 
 
 class VisionSource(Protocol):
@@ -89,7 +126,7 @@ class PolicyVision:
     def load(
         cls, cfg: ModelSection, budget_bytes: int, key: str | None = None, device: str | None = None
     ) -> PolicyVision:
-        """The tower of a checkpoint; its language model is not kept.
+        """The tower of a checkpoint, or that of `share_tower`; its language model is not kept.
 
         Args:
             cfg: the checkpoint.
@@ -100,6 +137,8 @@ class PolicyVision:
         Raises:
             ModelError: it cannot be loaded, or is not the one that `key` names.
         """
+        if (shared := _shared_for(cfg, key, device)) is not None:
+            return cls(shared, budget_bytes)
         policy = load_policy(cfg, device=device)
         if key is not None and not is_revision(key, policy.revision_key, policy.path, policy.processor_settings):
             raise ModelError(

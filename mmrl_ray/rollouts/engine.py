@@ -86,10 +86,11 @@ class RolloutEngine:
         Raises:
             MMRLError: the weights do not fit the adapter, or the model gives NaN: no sample is to blame.
         """
-        result = self._run(assignment, fetch)
-        if self._takes_turns:  # nothing but the result is left by now, and that lies on the CPU
-            self._generator.give_back()
-        return result
+        try:
+            return self._run(assignment, fetch)
+        finally:
+            if self._takes_turns:  # nothing but the result is left by now, and that lies on the CPU
+                self._generator.give_back()
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         """These may come next: their prompts are made meanwhile, where processes do that."""

@@ -36,10 +36,11 @@ class PolicyEngineFactory:
         """
         import torch
 
-        from mmrl_ray.policy.generation.local import DecodeLimits, LocalEngine
+        from mmrl_ray.policy.generation.local import LocalEngine
         from mmrl_ray.policy.load import load_policy
         from mmrl_ray.policy.lora.adapter import add_run_adapter
         from mmrl_ray.policy.lora.routing import VersionedPolicy
+        from mmrl_ray.policy.memory import DecodeLimits
         from mmrl_ray.policy.prompt_pool import PromptPool
         from mmrl_ray.policy.vision import VisionCache
         from mmrl_ray.rollouts.engine import RolloutEngine
@@ -59,6 +60,10 @@ class PolicyEngineFactory:
         rows = max(limits.max_rows, cfg.rollout.group_size + greedy)
         generator = LocalEngine(versions, cache, max_rows=rows, prefill_tokens=limits.prefill_tokens)
         generator.require(greedy_extra=greedy)
+        if cfg.reward.host == "inline" and any(part.kind == "learned" for part in cfg.reward.parts.values()):
+            from mmrl_ray.reward_model.vision_source import share_tower
+
+            share_tower(policy)
         return engines[cfg.learner.family.samples](
             generator,
             Scorer(versions, cache, temperature=cfg.rollout.temperature, engine=generator, prompts=prompts),

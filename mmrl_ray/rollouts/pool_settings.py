@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import Demand, demands_of
-from mmrl_ray.errors import PlacementError, RolloutError
+from mmrl_ray.errors import ConfigError, PlacementError, RolloutError
 from mmrl_ray.telemetry.logs import LogFormat
 
 _LOOK_EVERY_S = 2.0
@@ -52,12 +52,21 @@ def shared_gpus_of(cfg: Config) -> tuple[SharedGpu, ...]:
     """One for each learner of a run whose learners and rollout workers share GPUs; none of any other.
 
     The workers that the run begins with are dealt out evenly, as many as fit beside a learner; what is left of them has
-    a place of its own. Learners whose number is a range are placed by Ray Train, wherever there is room.
+    a place of its own.
+
+    Raises:
+        ConfigError: learners whose number is a range are to share.
     """
     learner, rollout, count = cfg.resources.learner, cfg.resources.rollout, cfg.learner.workers
-    is_shared = cfg.resources.placement == "shared" and learner.gpus > 0 and rollout.gpus > 0
-    if not is_shared or not isinstance(count, int) or cfg.agent is not None:
+    if not cfg.resources.takes_turns or cfg.agent is not None:
         return ()
+    if not isinstance(count, int):
+        raise ConfigError(
+            f"learner.workers={{min: {count.min}, max: {count.max}}} on shared GPUs: which of them are kept for a "
+            "learner is settled when a run starts, and Ray Train looks for room for a range again and again, where "
+            "rollout workers may have taken it; write learner.workers as one number, or resources.placement: split "
+            "with whole GPUs"
+        )
     if learner.node_labels != rollout.node_labels:
         return ()
     fitting, left, found = int((1 - learner.gpus + _ROUNDING) / rollout.gpus), cfg.rollout.first_workers, []
@@ -70,7 +79,7 @@ def shared_gpus_of(cfg: Config) -> tuple[SharedGpu, ...]:
 
 
 def placed_demands(cfg: Config) -> list[Demand]:
-    """`demands_of`, as it is placed: who shares a GPU is one."""
+    """`demands_of`, as it is placed: who shares a GPU is one; raises as `shared_gpus_of`."""
     demands, shared = demands_of(cfg), shared_gpus_of(cfg)
     found = []
     for gpu in dict.fromkeys(shared):
@@ -91,6 +100,7 @@ def shared_gpus(cfg: Config) -> Iterator[PlacementGroup | None]:
     """The bundles of `shared_gpus_of`, placed, while the block lasts; None where there are none.
 
     Raises:
+        ConfigError: as `shared_gpus_of`.
         PlacementError: there was no room for them within `resources.placement_timeout_s`.
     """
     gpus, labels = shared_gpus_of(cfg), dict(cfg.resources.learner.node_labels)

@@ -18,6 +18,7 @@ from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt
 from mmrl_ray.policy.generation.base import GenerationEngine, GroupOutput
 from mmrl_ray.policy.lora.adapter import reference_policy
 from mmrl_ray.policy.lora.routing import VersionedPolicy
+from mmrl_ray.policy.memory import scored_parts
 from mmrl_ray.policy.parity import Comparison, choose_path
 from mmrl_ray.policy.prompt_pool import PromptPool
 from mmrl_ray.policy.prompts import check_context, encode_caption
@@ -25,9 +26,6 @@ from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 logger = logging.getLogger(__name__)
-
-_MOST_KEYS_BYTES = 4 << 30
-"""Of keys and values at a time while completions are scored: enough for some hundred of a 3 B model."""
 
 
 class Scorer:
@@ -179,7 +177,7 @@ class Scorer:
         """float32 [T] of each completion of each group, under the policy as it stands."""
         path = self.check_path(prompts).path
         found: list[list[torch.Tensor]] = []
-        for part in _parts(prompts, completions, self.policy.key_bytes):
+        for part in scored_parts(_sizes(prompts, completions), self.policy.key_bytes):
             of_part = None if features is None else features[part]
             scores = score_completions(self.policy, prompts[part], of_part, completions[part], temperature, path=path)
             rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
@@ -187,20 +185,12 @@ class Scorer:
         return found
 
 
-def _parts(
-    prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[torch.Tensor]], key_bytes: int
-) -> list[slice]:
-    """Groups that are scored together: each completion has its own copy of the prompt's keys and values meanwhile, and
-    those of a part are `_MOST_KEYS_BYTES` at most, a single group's apart."""
-    parts: list[slice] = []
-    rows, longest, start = 0, 0, 0
-    for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        tokens = prompt.input_ids.numel() + max((c.numel() - 1 for c in group), default=0)  # the last predicts nothing
-        if i > start and (rows + len(group)) * max(longest, tokens) * key_bytes > _MOST_KEYS_BYTES:
-            parts.append(slice(start, i))
-            rows, longest, start = 0, 0, i
-        rows, longest = rows + len(group), max(longest, tokens)
-    return [*parts, slice(start, len(prompts))]
+def _sizes(prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[torch.Tensor]]) -> list[tuple[int, int]]:
+    """Of each group, as `scored_parts` wants them: the last token of a completion predicts nothing."""
+    longest = [max((c.numel() - 1 for c in group), default=0) for group in completions]
+    return [
+        (len(group), p.input_ids.numel() + most) for p, group, most in zip(prompts, completions, longest, strict=True)
+    ]
 
 
 def _features_of(outputs: Sequence[GroupOutput]) -> list[VisionFeatures] | None:

@@ -25,6 +25,7 @@ from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 from mmrl_ray.config import Config
 from mmrl_ray.config.schema import demands_of
 from mmrl_ray.errors import RaySessionError, RunError
+from mmrl_ray.processes import allocator_settings
 from mmrl_ray.rewards.child import MARK
 from mmrl_ray.rollouts.pool_settings import end_coordinator, find_coordinator
 from mmrl_ray.training.interrupts import StopOnInterrupt
@@ -85,6 +86,7 @@ def configure_ray() -> None:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ.update(allocator_settings())
     # Ray read this one when it was imported.
     auto_init_hook.enable_auto_connect = os.environ["RAY_ENABLE_AUTO_CONNECT"] != "0"
 

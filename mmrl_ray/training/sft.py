@@ -7,6 +7,7 @@ reinforcement learning, the image and its prompt once for all its captions.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pickle
@@ -26,9 +27,10 @@ from mmrl_ray.data import atomic
 from mmrl_ray.data.samples import QuarantineRecord, Sample, SampleStream
 from mmrl_ray.errors import DataError, ModelError, NonFiniteError, RunError
 from mmrl_ray.experience.carriers import EncodedPrompt, derive_seed
-from mmrl_ray.experience.plan import GroupSize, split_micro_batches
+from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import add_adapter, merge_adapter
+from mmrl_ray.policy.memory import ran_out
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts, image_key
@@ -37,6 +39,8 @@ from mmrl_ray.policy.vision import VisionCache, vision_features
 from mmrl_ray.rollouts.assignment_tracker import FirstErrors
 from mmrl_ray.telemetry.terminal import ProgressFn
 from mmrl_ray.training.interrupts import StopOnInterrupt
+
+logger = logging.getLogger(__name__)
 
 REPORT_EVERY = 10
 """Steps between two calls of the progress function, where they are not long ones."""
@@ -97,6 +101,7 @@ def train_supervised(
     batches = _Batches(policy, cfg, sft, seed, leave_out)
     losses: list[float] = []
     path: ScorePath | None = None
+    budget = cfg.learner.token_budget
     if checkpoint is not None and checkpoint.is_file():
         saved = _load(checkpoint)
         with torch.no_grad():
@@ -136,8 +141,7 @@ def train_supervised(
         for samples, batch in batches:
             path = path or choose_path(policy, [prompt for prompt, _ in batch[:2]]).path
             lr = optimizer.param_groups[0]["lr"]
-            optimizer.zero_grad(set_to_none=True)
-            loss = _backward(policy, batch, cache, path, cfg.learner.token_budget, tell)
+            loss, budget = _step(policy, batch, cache, path, budget, tell, len(losses))
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, sft.max_grad_norm))
             _refuse_non_finite(len(losses), {"loss": loss, "gradient norm": norm}, samples)
             optimizer.step()
@@ -343,6 +347,55 @@ def _take(
     return taken
 
 
+def _step(
+    policy: Policy,
+    batch: Sequence[Pair],
+    cache: VisionCache,
+    path: ScorePath,
+    budget: int,
+    tell: Callable[[int], None],
+    step: int,
+) -> tuple[float, int]:
+    """Leaves the gradient of the step's mean loss; returns that loss, and the tokens that a micro-batch may have.
+
+    Where one does not fit the device's memory the step is begun anew with half as many: its parts add up to the same.
+
+    Raises:
+        RunError: a single image with its captions does not fit.
+    """
+    while True:
+        policy.model.zero_grad(set_to_none=True)
+        try:
+            return _backward(policy, batch, cache, path, budget, tell), budget
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        # Not in the handler, which keeps the frames of the pass alive, and their tensors with them.
+        largest = max(_micro_batches(batch, budget), key=len)
+        if len(largest) == 1:
+            raise RunError(
+                f"warm start step {step}: one image with {len(batch[largest[0]][1])} captions does not fit the "
+                "device's memory: lower sft.captions_per_image or the picture's size (model.processor), or set "
+                "sft.mode: lora"
+            )
+        sizes = _sizes(batch)
+        half = largest[: len(largest) // 2]
+        budget = padded_tokens([sizes[i] for i in half])
+        logger.warning(
+            "warm start step %d: %d images at once do not fit the device's memory: from here on at most %d tokens",
+            *(step, len(largest), budget),
+        )
+
+
+def _sizes(batch: Sequence[Pair]) -> list[GroupSize]:
+    return [GroupSize(p.input_ids.numel(), len(c), max(t.numel() for t in c)) for p, c in batch]
+
+
+def _micro_batches(batch: Sequence[Pair], budget: int) -> Sequence[Sequence[int]]:
+    (micro_batches,) = split_micro_batches(_sizes(batch), budget, 1)
+    return micro_batches
+
+
 def _backward(
     policy: Policy,
     batch: Sequence[Pair],
@@ -353,11 +406,9 @@ def _backward(
 ) -> float:
     """Adds the gradient of the step's mean loss, micro-batch by micro-batch; returns that loss."""
     tokens = sum(caption.numel() for _, captions in batch for caption in captions)
-    sizes = [GroupSize(p.input_ids.numel(), len(c), max(t.numel() for t in c)) for p, c in batch]
-    (micro_batches,) = split_micro_batches(sizes, token_budget, 1)
     total = 0.0
     came = 0
-    for indices in micro_batches:
+    for indices in _micro_batches(batch, token_budget):
         tell(came)
         prompts = [batch[i][0] for i in indices]
         completions = [batch[i][1] for i in indices]

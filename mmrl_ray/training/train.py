@@ -48,7 +48,7 @@ from mmrl_ray.report.page import write_report
 from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
-from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus
+from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus, shared_gpus_of
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
 from mmrl_ray.run_records.run_dir import BASE, STATISTICS, RunDir, checkpoint_steps
 from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
@@ -74,9 +74,8 @@ _DOES = {
 }
 """What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
-_LOST_S, _LOST_LEARNER_S = 5.0, 15.0
-"""For what a signal has reached, too, to end. A learner group that is only starting takes longer on a busy machine, and
-while its thread calls Ray, Ray ends this process with an exit code of its own."""
+_LOST_S = 5.0
+"""For a controller that a signal has reached, too, to end."""
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl"}
@@ -237,6 +236,7 @@ class _Run:
         A Ray is started on the way, which `session` ends.
         """
         cfg, run = self._cfg, self._run
+        shared_gpus_of(cfg)  # refuses what cannot be placed, before anything takes its time
         write_status(run, "starting", STARTING_S)
         with self._timed("data"):
             if self._is_resumed:
@@ -387,7 +387,7 @@ class _Run:
                     controller.close(**({"timeout_s": _LOST_S} if is_lost else {}))
             finally:
                 if learner is not None:
-                    learner.close(**({"timeout_s": _LOST_LEARNER_S} if is_lost else {}))
+                    learner.close()
 
     def _learn_by_value(self, cfg: Config, hosted: RunReward, held_out: HeldOut) -> None:
         # Imported here: RLlib takes seconds, which other runs need not pay.

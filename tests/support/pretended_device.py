@@ -90,6 +90,13 @@ class _Module(backend_registration._DummyBackendModule):
         """What `torch.autocast` may be asked for."""
         return [torch.bfloat16, torch.float16]
 
+    free = 1 << 40
+    """Bytes that it says to have left."""
+
+    def mem_get_info(self, device: object = None) -> tuple[int, int]:
+        """Free bytes and all, as of CUDA's."""
+        return self.free, 1 << 40
+
     def empty_cache(self) -> None:
         """As the allocator of CUDA's; there is none here."""
         for traffic in _watching:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -39,6 +38,7 @@ from mmrl_ray.policy.load import accelerate, assemble
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tiny import words_of
 from mmrl_ray.policy.tokens import NoVideo, stills_only
+from tests.support.word_tokenizer import special_tokens, word_tokenizer
 
 PROMPT = "describe the image in one sentence ."
 _NAMED = {
@@ -47,7 +47,6 @@ _NAMED = {
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
-_SPECIAL = ["<pad>", "<unk>", "</s>", *_NAMED.values()]
 _TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for p in m['content'] %}{% if p['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
@@ -86,7 +85,7 @@ def config(sizes: dict[str, dict[str, Any]] | None = None) -> Qwen2_5_VLConfig:
     """Of the 3 B checkpoint, with `sizes` ("text", "vision") over its own."""
     sizes = sizes or {}
     text = {**_TEXT_3B, **sizes.get("text", {})}
-    ids = {token: i for i, token in enumerate(_SPECIAL)}
+    ids = {token: i for i, token in enumerate(special_tokens(_NAMED))}
     return Qwen2_5_VLConfig(
         text_config={**text, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None, "tie_word_embeddings": True},
         vision_config={**_VISION_3B, **sizes.get("vision", {}), "out_hidden_size": text["hidden_size"]},
@@ -98,17 +97,7 @@ def config(sizes: dict[str, dict[str, Any]] | None = None) -> Qwen2_5_VLConfig:
 def processor(max_tokens: int = 512) -> Any:
     """At most `max_tokens` a picture, each of 28 × 28 pixels, as configs/qwen2.5-vl-3b-coco.yaml has it."""
     words = words_of(["user assistant a picture of one red cat dog on the left :", PROMPT])
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*_SPECIAL, *words])}, unk_token="<unk>"))
-    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="</s>",
-        extra_special_tokens=_NAMED,
-        clean_up_tokenization_spaces=True,
-    )
+    tokenizer = word_tokenizer(words, _NAMED)
     size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * max_tokens}
     images = Qwen2VLImageProcessorPil(size=size, patch_size=14)
     return stills_only(Qwen2_5_VLProcessor)(images, tokenizer, NoVideo(), chat_template=_TEMPLATE)
@@ -158,7 +147,7 @@ def groups_of(
     sampling = SamplingParams(max_new_tokens=tokens)
 
     def completion() -> Completion:
-        ids = torch.randint(len(_SPECIAL), 100, (tokens,), generator=generator)
+        ids = torch.randint(len(special_tokens(_NAMED)), 100, (tokens,), generator=generator)
         logprobs = torch.full((tokens,), -4.0)
         return Completion(ids, logprobs, "", "length", logprobs)
 

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from mmrl_ray.experience.carriers import Completion, FinishReason, SamplingParams
 from mmrl_ray.policy.generation.kv_cache import KVLayer, StaticStep, fill_holes
 from mmrl_ray.policy.generation.sampling import RowSampler, RuledGroup
-from mmrl_ray.policy.lora.routing import RowAdapters
+from mmrl_ray.policy.lora.routing import RowAdapters, Rows
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import position_axes
 from mmrl_ray.policy.scoring.prefix import Prefix
@@ -136,6 +136,8 @@ class DecodeBatch:
         self._positions = prefix.next_position[index][:, None].repeat(1, self.width)
         self._tokens = torch.zeros_like(self._positions)
         self._step: StaticStep | None = None
+        self._rows: Rows | None = None
+        """Of each adapter, while steps are recorded: a replay reads these very tensors."""
         self.sampler = RowSampler.of(
             [None if row is None else (row.sampling, row.index, row.greedy) for row in self.slots], index.device
         )
@@ -190,7 +192,7 @@ class DecodeBatch:
         """Logits [B, Q, V] of the slots' next tokens and what they are made of, [B, Q, d]."""
         positions, axes = self._positions, position_axes(self._policy)
         mask = self._attention_mask(visible)  # of the shape that the policy's own attention takes
-        adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names)
+        adapters = nullcontext() if self._adapters is None else self._adapters.on(self._names, self._rows)
         faster = self._policy.acceleration
         with adapters, faster.forward(self._policy), faster.decode_step(self._policy):
             output = self._policy.core(
@@ -206,10 +208,10 @@ class DecodeBatch:
     def _is_static(self) -> bool:
         """Whether steps are computed on tensors that stay in place: what they read is then the same at each.
 
-        Where PEFT tells rows of several adapters apart it asks Python lists; a cache that is no `KVLayer` grows by
-        itself; an ordinary 2-D mask is made into another, by its length, within the model.
+        A cache that is no `KVLayer` grows by itself; an ordinary 2-D mask is made into another, by its length, within
+        the model.
         """
-        return self._policy.acceleration.capture is not None and self.packed and len(set(self._names)) == 1
+        return self._policy.acceleration.capture is not None and self.packed
 
     def _static_step(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._step is not None and self._step.is_full:
@@ -218,16 +220,16 @@ class DecodeBatch:
             capture = self._policy.acceleration.capture
             assert capture is not None
             self._tokens, self._positions = self._tokens.clone(), self._positions.clone()
+            self._rows = None if self._adapters is None else self._adapters.rows_of(self._names)
             self._step = StaticStep(
                 self._layers,
                 self._visible[:, :, : self._keys],
-                self._forward_in_place,
                 capture,
                 steps=max(row.sampling.max_new_tokens - len(row.tokens) for row in self.slots if row is not None),
                 most_steps=_ROOM_STEPS,
             )
             self._visible = self._step.visible
-        logits, hidden = self._step.run()
+        logits, hidden = self._step.run(self._forward_in_place)
         self._keys += self.width
         return logits, hidden
 
@@ -240,7 +242,7 @@ class DecodeBatch:
         """Before rows come or go: tensors are made anew then."""
         if self._step is not None:
             self._step.end()
-            self._step = None
+            self._step = self._rows = None
 
     def _with_values(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Adds β(Q − V) to the logits [S, V] of the slots that are decoded by values; all others stay as they are."""

@@ -18,6 +18,7 @@ room behind them, and the mask says how many of them count.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +161,6 @@ class StaticStep:
         self,
         layers: Sequence[KVLayer],
         visible: torch.Tensor,
-        forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
         capture: Callable[[Callable[[], tuple[torch.Tensor, ...]]], Captured | None],
         *,
         steps: int,
@@ -171,7 +171,6 @@ class StaticStep:
         Args:
             layers: they hold still until `end`.
             visible: bool [B, Q, K], the keys in use that each slot sees.
-            forward: one step under the mask [B, Q, W], for tokens and positions that it knows, which it moves on.
             capture: see `Acceleration`.
             steps: that the longest row may still take.
             most_steps: see above.
@@ -180,7 +179,7 @@ class StaticStep:
         rooms = [layer.room(self._width * min(steps, most_steps)) for layer in layers]
         self.visible = pad(visible, (0, min(rooms)))
         """bool [B, Q, W]."""
-        self._layers, self._forward, self._capture = layers, forward, capture
+        self._layers, self._capture = layers, capture
         self._steps, self._left = steps, min(rooms) // self._width
         device = visible.device
         self._own = torch.eye(self._width, dtype=torch.bool, device=device).expand(rows, -1, -1)
@@ -195,13 +194,17 @@ class StaticStep:
         """Whether there is no room for another step."""
         return self._left == 0
 
-    def run(self) -> tuple[torch.Tensor, ...]:
-        """What `forward` returns; good until the next step."""
+    def run(self, forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """What `forward` returns; good until the next step.
+
+        It makes one step under the mask [B, Q, W], for tokens and positions that it knows, which it moves on. It is not
+        kept: whose method it is could not go before the garbage collector came by, nor its keys and what was recorded.
+        """
         # A first one goes by itself: libraries set themselves up in it, which cannot be recorded.
         if self._captured is None and self._ran and min(self._left, self._steps) >= _WORTH_STEPS:
-            self._captured = self._capture(self._compute)
+            self._captured = self._capture(partial(self._compute, forward))
         if self._captured is None:
-            made = self._compute()
+            made = self._compute(forward)
         else:
             self._captured.replay()
             made = self._captured.made
@@ -217,9 +220,9 @@ class StaticStep:
         for layer in self._layers:
             layer.let_go()
 
-    def _compute(self) -> tuple[torch.Tensor, ...]:
+    def _compute(self, forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         self.visible.index_copy_(2, self._place, self._own)
-        made = self._forward(self.visible)
+        made = forward(self.visible)
         self._place.add_(self._width)
         return made
 

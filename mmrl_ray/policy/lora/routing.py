@@ -31,6 +31,8 @@ from mmrl_ray.policy.heads import decoding_heads, split_heads
 from mmrl_ray.policy.lora.adapter import adapter_state, load_adapter_state, reference_policy
 from mmrl_ray.policy.model import Policy
 
+Rows = list[tuple[str, torch.Tensor]]
+"""Of each adapter of a batch but the base, the rows that go through it: int64, on the device."""
 BASE = "__base__"
 """PEFT's name for a row without adapter."""
 _MOST_OF_FREE_MEMORY = 0.3
@@ -46,8 +48,8 @@ class RowAdapters:
         self._policy = policy
         self._layers: list[Any] = []
         self._active: str | None = None
-        self._rows: dict[tuple[str, ...], list[tuple[str, torch.Tensor]]] = {}
-        """By the adapters of a batch's rows, the rows of each: int64, on the device."""
+        self._rows: dict[tuple[str, ...], Rows] = {}
+        """By the adapters of a batch's rows."""
         self.adapts_vision = False
         """Whether vision features depend on the adapter."""
         self.refresh()
@@ -61,10 +63,11 @@ class RowAdapters:
         self.adapts_vision = self._policy.vision_trainable
 
     @contextmanager
-    def on(self, names: Sequence[str | None]) -> Iterator[None]:
+    def on(self, names: Sequence[str | None], rows: Rows | None = None) -> Iterator[None]:
         """Within it, row i of a batch of `len(names)` goes through the adapter `names[i]`, a PEFT name or `BASE`.
 
-        None in every place leaves the model as it is.
+        None in every place leaves the model as it is. `rows` is what `rows_of` gave for the names; who has it and keeps
+        it may record the pass.
 
         Raises:
             ValueError: some of `names` are None and some are not.
@@ -79,7 +82,7 @@ class RowAdapters:
             yield
         else:
             self._activate(BASE)
-            hook = partial(_add_branches, self._rows_of(tuple(map(str, names))))
+            hook = partial(_add_branches, self.rows_of(names) if rows is None else rows)
             handles = [layer.register_forward_hook(hook) for layer in self._layers]
             try:
                 yield
@@ -87,17 +90,18 @@ class RowAdapters:
                 for handle in handles:
                     handle.remove()
 
-    def _rows_of(self, names: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
-        """Of each adapter but the base, the rows that go through it: the same ones at each step of a decode loop."""
-        if names not in self._rows:
+    def rows_of(self, names: Sequence[str | None]) -> Rows:
+        """The same ones at each step of a decode loop."""
+        key = tuple(map(str, names))
+        if key not in self._rows:
             if len(self._rows) >= _MOST_BATCHES:
                 self._rows.clear()
-            self._rows[names] = [
-                (name, self._policy.place(torch.tensor([i for i, each in enumerate(names) if each == name])))
-                for name in dict.fromkeys(names)
+            self._rows[key] = [
+                (name, self._policy.place(torch.tensor([i for i, each in enumerate(key) if each == name])))
+                for name in dict.fromkeys(key)
                 if name != BASE
             ]
-        return self._rows[names]
+        return self._rows[key]
 
     def _activate(self, name: str) -> None:
         if name == self._active:
@@ -112,9 +116,7 @@ class RowAdapters:
         self._active = name
 
 
-def _add_branches(
-    rows: Sequence[tuple[str, torch.Tensor]], layer: Any, args: tuple[Any, ...], output: torch.Tensor
-) -> torch.Tensor:
+def _add_branches(rows: Rows, layer: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
     """Adds each adapter's branch to what the base makes of its rows, as PEFT computes it."""
     for name, index in rows:
         if name in layer.lora_A:

@@ -1,4 +1,4 @@
-"""What builders of tiny families share: a word-level tokenizer made on the fly, a chat template, sizes, weights."""
+"""What builders of tiny families share: a tokenizer of some words, a chat template, sizes, weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mmrl_ray.policy.tiny import words_of
+from tests.support.word_tokenizer import word_tokenizer
 
 WORDS = words_of(
     [
@@ -46,23 +46,7 @@ def make_tokenizer(
     named: dict[str, str], listed: Sequence[str] = (), *, bos: str | None = None
 ) -> PreTrainedTokenizerFast:
     """Word-level; `named` are media tokens by attribute name, `listed` are further special tokens."""
-    special = ["<pad>", "<unk>", "</s>", *([bos] if bos else []), *named.values(), *listed]
-    words = {word: i for i, word in enumerate(dict.fromkeys([*special, *WORDS]))}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if bos:  # like Gemma's tokenizer: it adds the token itself unless it is told not to
-        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words[bos])])
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="</s>",
-        bos_token=bos,
-        extra_special_tokens=named,
-        clean_up_tokenization_spaces=True,
-    )
+    return word_tokenizer(WORDS, named, listed, bos=bos)
 
 
 def make_template(image: str, *, start: str = "") -> str:

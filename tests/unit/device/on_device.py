@@ -436,7 +436,7 @@ class Watching(PlainController):
 
 def test_a_learner_leaves_the_device_to_the_workers(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Before they hear of the new version."""
-    cfg = config(folder("llava"), groups_per_step=3)
+    cfg = config(folder("llava"), groups_per_step=3, micro_batch_tokens=1 << 14)
     turns = {"learner": {"gpus": 0.5}, "rollout": {"gpus": 0.5}, "placement": "shared"}
     cfg = cfg.model_copy(update={"resources": type(cfg.resources)(**turns)})
     groups = make_groups(adapted(load_policy(cfg.model, device=CPU)), LENGTHS)
@@ -447,8 +447,45 @@ def test_a_learner_leaves_the_device_to_the_workers(folder: Callable[[str], Path
     assert (outcome.finished, controller.emptied, len(learner._cache)) == (True, [1, 2, 3], 0)
 
 
-def test_a_worker_leaves_the_device_to_the_learner(make_llava: Make) -> None:
-    """All but its weights, whether or not its results are still held."""
+class Counting(PlainController):
+    """Notes how many groups a learner asks for at once."""
+
+    def groups(self, payloads: Sequence[Any]) -> list[RolloutGroup]:
+        self.calls.append(f"fetch {len(payloads)}")
+        return super().groups(payloads)
+
+
+@pytest.mark.parametrize(("free", "passes"), [(1 << 40, [3]), (1 << 20, [1, 1, 1])])
+def test_a_learner_takes_at_once_what_there_is_memory_for(
+    folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free: int,
+    passes: list[int],
+) -> None:
+    """Where the config does not say: all of the step with plenty, a group with hardly any; on a CPU all."""
+    monkeypatch.setattr(torch.get_device_module(DEVICE), "free", free)
+    cfg = config(folder("llava"), groups_per_step=3, steps=1)
+    made = make_groups(adapted(load_policy(cfg.model, device=CPU)), LENGTHS)
+    found = []
+    for device, expected in ((CPU, [3]), (DEVICE, passes)):
+        controller = Counting(cfg, made)
+        run = RunDir.create(tmp_path / device.type, "r")
+        learner = _Learner(LearnerJob(cfg, run, controller), device)  # type: ignore[arg-type]
+        with caplog.at_level("INFO", logger="mmrl_ray"):
+            assert learner.run().finished
+        fetched = [call for call in controller.calls if call.startswith("fetch")]
+        assert fetched[-len(expected) :] == [f"fetch {count}" for count in expected]
+        found.append(weights(learner._policy))
+    close(found[1], found[0], 1e-3)
+    (told,) = [line for line in caplog.messages if "micro-batches hold up to" in line]
+    largest = max(group.prompt.input_ids.numel() + 4 * cfg.rollout.max_new_tokens for group in made)
+    assert f"up to {16384 if free > 1 << 20 else largest} tokens" in told
+
+
+def test_a_worker_leaves_the_device_to_the_learner(make_llava: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but its weights, whether or not its results are still held, and also where it ran out of memory."""
     requests = tuple(
         GroupRequest(GroupKey(0, i), sample, SAMPLING, 3) for i, sample in enumerate(make_samples([(64, 64)] * 4))
     )
@@ -466,6 +503,14 @@ def test_a_worker_leaves_the_device_to_the_learner(make_llava: Make) -> None:
     with watched() as traffic:
         result = in_turn.run(assignment, as_made)
     assert [group.payload.vision.tokens.device for group in result.groups] == [CPU] * 4
+    assert (len(cache), device_bytes(), traffic.emptied) == (0, nothing_kept, 1)
+
+    def run_out(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(scorer, "reference_logprobs", run_out)  # when features and keys have been made
+    with watched() as traffic, pytest.raises(torch.OutOfMemoryError):
+        in_turn.run(assignment, as_made)
     assert (len(cache), device_bytes(), traffic.emptied) == (0, nothing_kept, 1)
 
 

@@ -1,7 +1,11 @@
-"""How many learners fit beside the rest of a run, and the deadline while too few do."""
+"""How many learners fit beside the rest of a run, the deadline while too few do, and the wait for their end."""
 
 from __future__ import annotations
 
+import logging
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +13,8 @@ import pytest
 from mmrl_ray.config import Config
 from mmrl_ray.errors import PlacementError
 from mmrl_ray.learner import group
-from mmrl_ray.learner.group import Room, learners_that_fit, others
+from mmrl_ray.learner.group import LearnerGroup, Room, learners_that_fit, others
+from mmrl_ray.run_records.run_dir import RunDir
 
 BIG: dict[str, float] = {"CPU": 8.0, "GPU": 4.0, "memory": 1e9}
 
@@ -81,3 +86,38 @@ def test_too_little_room_for_too_long_is_an_error_that_names_it(monkeypatch: pyt
 def test_a_number_is_a_range_of_one(workers: Any, counts: tuple[int, int]) -> None:
     learner = Config.model_validate({**config().model_dump(), "learner": {"steps": 1, "workers": workers}}).learner
     assert (learner.min_workers, learner.max_workers) == counts
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_end_of_a_group_is_waited_for_and_what_is_awaited_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    """Its thread is in a call of Ray's, under which nobody may end Ray: a slow one ends after it was told of."""
+    over = threading.Event()
+
+    class Telling(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if ends and "waiting for the learner group to end" in record.getMessage():
+                over.set()
+
+    monkeypatch.setattr(group, "_TELL_S", 0.05)
+    monkeypatch.setattr(group.ray, "nodes", lambda: [{"Alive": True}])
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    fitting = SimpleNamespace(fit=lambda: over.wait(60) and SimpleNamespace(return_value=None))
+    monkeypatch.setattr(LearnerGroup, "_trainer", lambda self: fitting)
+    telling = Telling()
+    group.logger.addHandler(telling)
+    cfg = config()
+    cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"workers": 1})})
+    learners = LearnerGroup(cfg, RunDir.create(tmp_path, "r"), None)  # type: ignore[arg-type]
+    try:
+        learners.start()
+        learners.close(60.0 if ends else 0.2)
+        assert learners._thread.is_alive() != ends
+        said = [message for message in caplog.messages if "the learner group did not end within 0.2 s" in message]
+        assert bool(said) != ends
+    finally:
+        group.logger.removeHandler(telling)
+        over.set()
+        learners.close(60.0)

@@ -20,6 +20,7 @@ from mmrl_ray.errors import ConfigError, LearnerError, NonFiniteError, RolloutEr
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.losses.regularizers import adapter_l2, l2_to_pretrained
+from mmrl_ray.policy.model import Policy
 from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import (
     LENGTHS,
@@ -458,6 +459,59 @@ def test_a_micro_batch_that_does_not_fit_is_halved(tiny: Path, passes: int) -> N
     taken.clear()
     learner.run(make_plan(groups, cfg, step=1), fetch)
     assert taken == [1, 1, 1] * passes  # it remembers
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("planted"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_one_rank_that_runs_out_of_memory_holds_no_other_up_and_changes_no_gradient(
+    tiny: Path, error: RuntimeError
+) -> None:
+    """The second rank of two, in a step of six groups: the first makes one pass, it four. Then both know."""
+    cfg = section(kl=KlSection(weight=0.1))
+    lengths = LENGTHS + LENGTHS
+    taken: list[list[int]] = [[], []]
+
+    def fetch(rank: int, planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
+        taken[rank].append(len(planned))
+        return payloads(planned)
+
+    def make(rank: int) -> Policy:
+        def run_out(gradient: torch.Tensor) -> None:
+            if rank == 1 and taken[rank][-1] > 1:
+                raise error
+
+        policy = make_policy(tiny)
+        next(p for p in policy.model.parameters() if p.requires_grad).register_hook(run_out)
+        return policy
+
+    ranks = iter(range(2))
+    changes = {f"payloads{rank}": partial(fetch, rank) for rank in range(2)}
+    results = run_together(lambda: make(next(ranks)), cfg, 2, lengths=lengths, **changes)
+    ((alone, expected),) = run_together(partial(make_policy, tiny), cfg, 1, lengths=lengths)
+    ones = [1, 1, 1]  # of the second step
+    for policy, metrics in results:
+        assert_close(weights(policy), weights(alone))
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert taken == [[3, *ones], [3, 1, 2, 1, 1, *ones]]
+
+
+def test_one_group_on_one_rank_that_does_not_fit_ends_the_step_of_all(tiny: Path) -> None:
+    def too_large(planned: Sequence[PlannedGroup]) -> list[RolloutGroup]:
+        raise torch.OutOfMemoryError("planted")
+
+    policy = make_policy(tiny)
+    before = weights(policy)
+    results = run_together(partial(make_policy, tiny), section(), 2, payloads1=too_large)
+    for result in results:
+        assert isinstance(result, LearnerError)
+        assert "a micro-batch of 1 groups" in str(result)
+    assert torch.equal(weights(policy), before)
 
 
 def test_one_group_that_does_not_fit_ends_the_step(tiny: Path) -> None:

@@ -123,13 +123,39 @@ def test_importance_is_in_the_lines_that_are_due_and_changes_nothing(tiny: Path,
     assert weights[0] == weights[1]
 
 
+def test_memory_that_runs_out_is_an_event_of_the_run(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three groups two make a pass, in every step after that one, too: their tokens are what the event says."""
+    cfg, controller, run = world
+    passes: list[int] = []
+    tokens: set[int] = set()
+
+    def small(policy: Any, prompts: Any, features: Any, completions: Any, *arguments: Any, **settings: Any) -> Any:
+        passes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        prompt = max(prompt.input_ids.numel() for prompt in prompts)
+        completion = max(tokens.numel() for group in completions for tokens in group)
+        tokens.add(len(prompts) * (prompt + 4 * completion))
+        return prefix.score_completions(policy, prompts, features, completions, *arguments, **settings)
+
+    monkeypatch.setattr("mmrl_ray.learner.step.score_completions", small)
+    assert live(cfg, controller, run).finished
+    assert (passes[:3], [sorted(pair) for pair in (passes[3:5], passes[5:])]) == ([3, 1, 2], [[1, 2]] * 2)
+    (event,) = [line for line in run.read_lines("events.jsonl") if line["kind"] == "out_of_memory"]
+    assert (event["step"], event["halved"], event["tokens"]) == (0, 1, max(tokens))
+    assert [line.get("micro_batches/halved") for line in controller.metrics] == [1, None, None]
+
+
+@pytest.mark.parametrize(
+    "error", [ModelError("it is not given embeddings"), torch.OutOfMemoryError("it is not given embeddings")]
+)
 def test_a_model_whose_modalities_cannot_be_told_learns_all_the_same(
-    world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     cfg, controller, run = world
 
     def fail(*arguments: object, **settings: object) -> None:
-        raise ModelError("it is not given embeddings")
+        raise error
 
     monkeypatch.setattr("mmrl_ray.learner.objective.caption_importance", fail)
     assert live(cfg, controller, run).finished

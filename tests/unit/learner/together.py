@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from mmrl_ray.errors import MMRLError
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.model import Policy
-from tests.unit.learner.worlds import make_groups, make_plan, payloads
+from tests.unit.learner.worlds import LENGTHS, make_groups, make_plan, payloads
 
 
 class Together:
@@ -67,6 +67,7 @@ def run_together(
     steps: int = 2,
     *,
     in_lockstep: bool = False,
+    lengths: Sequence[Sequence[int]] = LENGTHS,
     **changes: Any,
 ) -> list[Any]:
     """[(policy, metrics of the last step) or the error] of each rank, which has the policy that `make` gives.
@@ -76,7 +77,7 @@ def run_together(
     together = Together(size)
     results: list[Any] = [None] * size
     policies: list[Policy] = [make() for _ in range(size)]
-    groups = make_groups(policies[0])
+    groups = make_groups(policies[0], lengths=lengths)
 
     def work(rank: int) -> None:
         try:

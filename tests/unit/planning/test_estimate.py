@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, SmolVLMConfig
 
 from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config import Config
-from mmrl_ray.config.sections import LoraSection, ModelSection, RolloutsSection, SftSection
+from mmrl_ray.config.sections import LoraSection, ModelSection, ResourcesSection, RolloutsSection, SftSection
 from mmrl_ray.planning.estimate import (
     PROCESS,
     batch_plan,
@@ -21,9 +21,10 @@ from mmrl_ray.planning.estimate import (
     rollout_memory,
     warm_start_memory,
 )
+from mmrl_ray.policy import memory
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter
-from mmrl_ray.policy.memory import model_shape
+from mmrl_ray.policy.memory import DecodeLimits, model_shape
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.packed import checkpoint_layers
@@ -164,6 +165,57 @@ def test_rollout_estimate_by_hand(policy: Policy) -> None:
     assert few["vision features"] == (4 + 3) * 64 * 128 * 4
 
 
+def on_gpus(cfg: Config) -> Config:
+    share = {"cpus": 1, "gpus": 1}
+    resources = {"learner": share, "rollout": share, "placement": "split"}
+    return cfg.model_copy(update={"resources": ResourcesSection.model_validate(resources)})
+
+
+@pytest.mark.parametrize(("gpu", "rows"), [(1.2, 61), (2.0, 141), (80.0, 1024), (None, 1024)])
+def test_a_gpu_holds_the_rows_that_the_decode_loop_takes_there(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, gpu: float | None, rows: int
+) -> None:
+    """Of 1,200: with so many GiB as many as the worker itself finds out, and on a GPU unknown as many as on any."""
+    plain = load_policy(ModelSection(path=policy.path, dtype="float32"), device="cpu")
+    shape = model_shape(plain.hf_model, LoraSection(r=4), torch.float32)
+    learner = {"groups_per_step": 300, "kl": {"weight": 0.0}}
+    cfg = on_gpus(config(learner, groups_per_assignment=300))
+    total = None if gpu is None else int(gpu * 2**30)
+    parts = rollout_memory(cfg, shape, 70, 64, gpu_bytes=total)
+    a_token = 2 * 128 * 4 * 4
+    if total is not None:
+        free = total - sum(parts[name] for name in ("process", "weights", "adapter"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+        found = DecodeLimits.of(replace(plain, device=torch.device("cuda")), 16)
+        assert found.max_rows == rows
+        assert found.prefill_tokens * a_token < free
+    assert parts["keys and values"] == rows // 4 * (70 + 4 * 16) * a_token
+    assert rollout_memory(config(learner, groups_per_assignment=300), shape, 70, 64)["keys and values"] == (
+        256 // 4 * (70 + 4 * 16) * a_token
+    )
+
+
+def test_the_reference_holds_the_keys_of_as_many_groups_as_it_scores_together(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_policy(ModelSection(path=policy.path, dtype="float32"), device="cpu")
+    shape = replace(model_shape(plain.hf_model, LoraSection(r=4), torch.float32), vocabulary=50)
+    a_token = 2 * 128 * 4 * 4
+    # A completion's last token has no key: three groups of 4 × (70 + 15) fit, and four do not.
+    monkeypatch.setattr(memory, "MOST_KEYS_BYTES", int(3.5 * 4 * 85 * a_token))
+    parts = rollout_memory(config(groups_per_assignment=6), shape, 70, 64)
+    assert parts["keys and values"] == (3 * 70 + 3 * 4 * (70 + 16)) * a_token
+
+
+def test_host_memory_loses_some_to_fragments(policy: Policy) -> None:
+    plain = load_policy(ModelSection(path=policy.path, dtype="float32"), device="cpu")
+    shape = model_shape(plain.hf_model, LoraSection(r=4), torch.float32)
+    cfg = config()
+    parts = learner_memory(cfg, shape, batch_plan(cfg, 70), 70, 64)
+    assert parts["fragments"] == int(0.4 * (parts["activations"] + parts["repeated prefix"] + parts["logits"]))
+    assert "fragments" not in learner_memory(on_gpus(cfg), shape, batch_plan(cfg, 70), 70, 64)
+
+
 def test_batch_plan_by_hand() -> None:
     cfg = config()
     cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"micro_batch_tokens": 300, "workers": 2})})
@@ -231,6 +283,11 @@ def test_a_warm_start_keeps_a_gradient_and_two_moments_of_all_that_trains(policy
     # An image with its two captions is 70 + 2 * 16 = 102 tokens: one makes a micro-batch of at most 200.
     assert parts["activations"] == 102 * 4 * (4 * (2 * 128 + 4 * 128 + 3 * 384) + 4 * (2 * 128 + 384))
     assert parts["vision features"] == 64 * 128 * 4 + 2**20
+    assert parts["fragments"] == int(0.4 * (parts["activations"] + parts["repeated prefix"] + parts["logits"]))
+    short = warm_start_memory(full, shape, 70, 64, images=3, caption_tokens=10)
+    # Now two images of 70 + 2 * 10 tokens each are a micro-batch.
+    assert short["activations"] * 102 == parts["activations"] * 2 * 90
+    assert short["vision features"] == (2 + 3) * 64 * 128 * 4
     lora = cfg.model_copy(update={"sft": SftSection(steps=20, batch_size=6, captions_per_image=2, mode="lora")})
     assert warm_start_memory(lora, shape, 70, 64)["gradients, AdamW"] == 16 * shape.adapter_parameters
     assert warm_start_memory(cfg, shape, 70, 64) == {}

@@ -12,6 +12,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.config.schema import Demand, demands_of
 from mmrl_ray.config.sections import ActorResources
 from mmrl_ray.config.serving import DeploymentSection
+from mmrl_ray.errors import ConfigError
 from mmrl_ray.learner.group import scaling_config
 from mmrl_ray.planning.preflight import Node, place, unplaced_lines
 from mmrl_ray.rollouts.pool_settings import PoolSettings, placed_demands, shared_gpus_of
@@ -87,6 +88,22 @@ def test_a_learner_and_the_workers_beside_it_are_placed_as_one(
     assert sum(d.count for d in demands if d.kind == "rollout") == beside
     assert place(demands, [Node("a", 64, gpus)]).missing == ()
     assert place(demands, [Node("a", 64, gpus - 1)]).missing != ()
+
+
+def test_a_range_of_learners_shares_no_gpu_with_workers() -> None:
+    """Workers could take the place of learners that are only looked for."""
+    asked = {"steps": 10, "workers": {"min": 1, "max": 2}}
+    half = {"cpus": 1, "gpus": 0.49}
+    cfg = config(learner=asked, resources={"learner": {"cpus": 1, "gpus": 0.51}, "rollout": half})
+    with pytest.raises(ConfigError, match=r"^learner.workers={min: 1, max: 2} on shared GPUs: .* as one number, or"):
+        placed_demands(cfg)
+    whole = {"cpus": 1, "gpus": 1}
+    for fine in (
+        config(learner=asked, resources={"learner": whole, "rollout": whole, "placement": "split"}),
+        config(learner=asked, resources={"learner": whole, "rollout": {"cpus": 1}}),
+        config(learner=asked),
+    ):
+        assert placed_demands(fine) == demands_of(fine)
 
 
 def test_who_shares_no_gpu_is_placed_alone() -> None:

@@ -565,6 +565,28 @@ def test_what_cannot_be_sampled_as_it_is_learnt_is_refused_by_name(
                 load(llava)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there a policy would be loaded onto the GPU")
+@pytest.mark.parametrize(
+    ("own", "expected"), [(None, "expandable_segments:True"), ("max_split_size_mb:64", "max_split_size_mb:64")]
+)
+def test_pytorch_is_told_to_let_segments_grow_also_where_the_environment_comes_too_late(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, own: str | None, expected: str
+) -> None:
+    """As on a Ray that was started by others: before anything is put on the GPU, of which there is none here."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+    if own is not None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", own)
+    before = torch._C._accelerator_getAllocatorSettings()
+    torch._C._accelerator_setAllocatorSettings(own or "expandable_segments:False")
+    try:
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+            load_policy(section(family_folder("llava")), device="cuda")
+        assert torch._C._accelerator_getAllocatorSettings() == expected
+    finally:
+        torch._C._accelerator_setAllocatorSettings(before or "expandable_segments:False")
+
+
 WITHOUT_CPU = """
 import sys
 sys.modules["mmrl_ray.policy.cpu"] = None  # as if the file were not there

@@ -8,11 +8,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from mmrl_ray.config import Config
 from mmrl_ray.config.reward import LearnedPart, RewardSection
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.samples import Sample
@@ -25,6 +26,8 @@ from mmrl_ray.reward_model.vision_source import Pixels
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import NOTHING, build_reward, check_reward
 from mmrl_ray.rewards.learned import LearnedReward
+from mmrl_ray.rewards.multimodal import MultimodalReward
+from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from tests.support.tiny_models import build_family
 from tests.unit.reward_model.test_model import CAPTIONS, PICTURES, model
 
@@ -52,10 +55,7 @@ def test_mean_and_sigma(folder: Path) -> None:
 
 def test_it_scores_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the tower that it looks through, and also when it was sent to another process."""
-    section = ModelSection(path=str(build_family("qwen2_5_vl", tmp_path / "policy")), dtype="float32")
-    source = vision_source.PolicyVision.load(section, 1 << 20)
-    scorer = model(vision=section, vision_key=source.policy.revision_key, feature_dim=source.feature_dim)
-    save_reward_model(scorer, tmp_path / "reward", {})
+    section_of_reward = seeing(build_family("qwen2_5_vl", tmp_path / "policy"), tmp_path / "reward")
     asked: list[Any] = []
     load = vision_source.load_policy
 
@@ -64,12 +64,55 @@ def test_it_scores_where_it_is_told_to(tmp_path: Path, monkeypatch: pytest.Monke
         return load(cfg, device="cpu")
 
     monkeypatch.setattr(vision_source, "load_policy", watched)
-    parts = {"seen": {"kind": "learned", "model": str(tmp_path / "reward")}}
-    section_of_reward = RewardSection.model_validate({"parts": parts, "weights": {"seen": 1.0}})
     for device in ("cpu", None):
         reward = pickle.loads(pickle.dumps(build_reward(section_of_reward, NOTHING, device=device)))
         reward.score_batch(SAMPLES[:1], CAPTIONS[:1])
     assert asked == ["cpu", None]
+
+
+def seeing(folder: Path, target: Path) -> RewardSection:
+    """A reward trained on the features of a policy, scored where completions are sampled."""
+    section = ModelSection(path=str(folder), dtype="float32")
+    source = vision_source.PolicyVision.load(section, 1 << 20)
+    scorer = model(vision=section, vision_key=source.policy.revision_key, feature_dim=source.feature_dim)
+    save_reward_model(scorer, target, {})
+    parts = {"seen": {"kind": "learned", "model": str(target)}}
+    return RewardSection.model_validate({"parts": parts, "weights": {"seen": 1.0}, "host": "inline"})
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_beside_a_policy_it_looks_through_that_one_s_tower_where_it_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: bool
+) -> None:
+    """In a rollout worker: all weights that it sees by are the worker's own, and scores are what they were."""
+    monkeypatch.setattr(vision_source, "_shared", [])
+    folder = build_family("qwen2_5_vl", tmp_path / "policy")
+    section = seeing(folder, tmp_path / "reward")
+    reward = build_reward(section, NOTHING)
+    expected = [score.total for score in reward.score_batch(SAMPLES, CAPTIONS)]
+    mine = build_family("qwen2_5_vl", tmp_path / "mine", seed=1) if other else folder
+    sections = {"run": {"name": "r"}, "data": {"train": "unused"}, "learner": {"steps": 1}}
+    sections["model"] = {"path": str(mine), "dtype": "float32"}
+    cfg = Config.model_validate({**sections, "reward": section.model_dump()})
+    engine = PolicyEngineFactory(cfg, pickle.loads(pickle.dumps(reward)))("worker")
+    loaded: list[str] = []
+    load = vision_source.load_policy
+
+    def watched(cfg: ModelSection, **options: Any) -> Policy:
+        loaded.append(cfg.path)
+        return load(cfg, **options)
+
+    monkeypatch.setattr(vision_source, "load_policy", watched)
+    part = cast(MultimodalReward, engine._reward)._parts["seen"]
+    assert [score.total for score in engine._reward.score_batch(SAMPLES, CAPTIONS)] == pytest.approx(expected)
+    assert loaded == ([str(folder)] if other else [])
+    policy = engine._scorer.policy
+    assert isinstance(part, LearnedReward)
+    seen_by = part._load()[1].policy.model  # type: ignore[attr-defined]
+    places = {p.data_ptr() for p in policy.model.parameters()}
+    own = sum(p.nbytes for p in seen_by.parameters() if p.data_ptr() not in places)
+    assert (own > 0) == other
+    assert len(policy.decoder.layers) > 0, "the policy keeps its language model"  # type: ignore[arg-type]
 
 
 def test_no_sigma_where_it_was_not_trained(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
+from mmrl_ray.policy import memory
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.sampling import RowSampler
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.rewards.multimodal import MultimodalReward
 from mmrl_ray.rewards.text import RougeReward
-from mmrl_ray.rollouts import scorer as scorer_module
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
@@ -223,7 +223,7 @@ def test_scoring_in_parts_holds_fewer_keys_and_gives_the_same(
     whole = engine.run(assignment(version=1, count=5), lambda: weights)
     for groups in (2, 1):
         budget = max(held) * groups // 5
-        monkeypatch.setattr(scorer_module, "_MOST_KEYS_BYTES", budget)
+        monkeypatch.setattr(memory, "MOST_KEYS_BYTES", budget)
         held.clear()
         parts = engine.run(assignment(version=1, count=5), lambda: weights)
         assert 0.9 * budget <= max(held) <= budget

@@ -35,6 +35,28 @@ def test_a_late_call_starts_no_ray_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert not started
 
 
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_pytorch_lets_its_segments_grow_in_what_ray_starts_unless_the_user_has_set_its_allocator(
+    monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    """Asked of PyTorch, in a process that inherits what `configure_ray` has set."""
+    rest = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
+    monkeypatch.setattr(os, "environ", rest | ({own: "max_split_size_mb:64"} if own else {}))
+    configure_ray()
+    configure_ray()  # of a process that was started so
+    found = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
+    if own is not None:
+        assert found == {own: "max_split_size_mb:64"}
+        return
+    assert len(found) == 2  # which of the names is heeded depends on PyTorch's version
+    asked = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", asked], env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "expandable_segments:True", done.stderr
+    assert "deprecated" not in done.stderr
+
+
 def test_a_local_ray_that_does_not_start_is_one_line_of_what_was_tried_and_the_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

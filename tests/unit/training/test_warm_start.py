@@ -339,6 +339,41 @@ def test_train_supervised_leaves_nothing_trainable(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in policy.model.parameters())
 
 
+def test_a_step_that_does_not_fit_is_begun_anew_with_less_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four images, of which two fit; memory runs out when some of the gradient has been made."""
+    cfg = config(tmp_path, sft={"steps": 2, "train_vision": False})
+    assert cfg.sft is not None
+    folder = warm_start(cfg)
+    score, taken, most = sft_module.score_completions, list[int](), [99]
+
+    def small(policy: Policy, prompts: Any, *arguments: Any, **settings: Any) -> Any:
+        taken.append(len(prompts))
+        scores = score(policy, prompts, *arguments, **settings)
+        if len(prompts) > most[0]:
+            scores.logprobs.sum().backward()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return scores
+
+    monkeypatch.setattr(sft_module, "score_completions", small)
+    losses, weights = [], []
+    for most[0] in (99, 2):
+        policy = loaded(folder)
+        losses.append(train_supervised(policy, cfg, cfg.sft))
+        weights.append(torch.cat([p.flatten() for p in policy.decoder.parameters()]))
+    assert taken[:2] == [4, 4]
+    assert taken[2] == 4
+    assert max(taken[3:]) <= 2
+    assert sum(taken[3:]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
+    assert "warm start step 0: 4 images at once do not fit" in caplog.text
+    most[0] = 0
+    with pytest.raises(RunError, match=r"warm start step 0: one image with 1 captions does not fit the device's"):
+        train_supervised(loaded(folder), cfg, cfg.sft)
+
+
 def test_a_warm_start_that_does_not_look_is_told_each_time_it_is_used(tmp_path: Path) -> None:
     """A language model that learns faster than the frozen tower's features mean anything to it."""
     scenes = {"train": 40, "eval": 24, "image_size": 32}

@@ -1,15 +1,17 @@
-"""How much a decode loop takes on, of the memory there is."""
+"""How much a decode loop takes on, of the memory there is, and what of it is given back."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.generation.local import DecodeLimits
+from mmrl_ray.policy.memory import DecodeLimits, trim_heap
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from tests.support.tiny_models import FAMILIES, make_samples
@@ -52,3 +54,15 @@ def test_a_loop_of_few_rows_still_decodes_all(load: Load) -> None:
     requests = [DecodeRequest(p, 1, SamplingParams(max_new_tokens=8)) for p in encode_prompts(policy, make_samples())]
     decoder = Decoder(policy, max_rows=limits.max_rows, prefill_tokens=limits.prefill_tokens)
     assert [len(out.completions) for out in decode_groups(decoder, requests)] == [1, 1, 1]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no such call")
+def test_the_heap_of_freed_tensors_is_given_back() -> None:
+    """They are too small to have pages of their own, and the last one holds the heap's end where it is."""
+    size, count = 100_000, 3000
+    tensors = [torch.ones(size, dtype=torch.uint8) for _ in range(count)]
+    del tensors[:-1]
+    before = psutil.Process().memory_info().rss
+    trim_heap()
+    assert before - psutil.Process().memory_info().rss > size * count // 2
+    assert int(tensors[0].sum()) == size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -111,6 +113,27 @@ def test_a_recorded_step_makes_no_tensor_of_keys(load: Load) -> None:
     assert all(len(decoder.take(handle).completions[0].token_ids) == TOKENS for handle in handles)
 
 
+def test_a_batch_that_is_done_is_gone_with_its_keys_at_once(load: Load) -> None:
+    """And not when the garbage collector comes by: until then no memory of a device could be given back."""
+    policy = load()
+    recorder = recording(policy)
+    decoder = Decoder(dataclasses.replace(policy, eos_token_ids=()))
+    gc.collect()
+    gc.disable()
+    try:
+        for prompt in encode_prompts(policy, make_samples()):
+            decoder.admit(prompt, 3, SamplingParams(max_new_tokens=TOKENS, seed=1))
+        for _ in range(4):
+            decoder.step()
+        held = [weakref.ref(batch) for batch in decoder._batches]
+        held += [weakref.ref(layer.keys) for batch in decoder._batches for layer in batch._layers]
+        decoder.drain()
+        assert [each() for each in held] == [None] * len(held)
+    finally:
+        gc.enable()
+    assert recorder.replays > 0
+
+
 def test_what_cannot_be_recorded_goes_step_by_step(load: Load) -> None:
     policy = load()
     expected = decode_groups(Decoder(policy), requests(policy))
@@ -119,24 +142,58 @@ def test_what_cannot_be_recorded_goes_step_by_step(load: Load) -> None:
     assert recorder.captures > 0
 
 
-def test_rows_of_several_adapters_are_not_recorded(load: Load) -> None:
+@pytest.mark.parametrize("names", [[BASE, "default", "other"], ["default"] * 3, [BASE] * 3])
+def test_recorded_steps_go_through_each_row_s_own_adapter(load: Load, names: list[str]) -> None:
+    """Also while others are put on the model and taken off: what a replay reads of the rows is not made anew."""
     policy = load()
     add_adapter(policy, LoraSection(r=4, alpha=12), seed=0)
     train_a_little(policy)
+    policy.model.add_adapter("other", policy.model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if ".other." in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     prompts = encode_prompts(policy, make_samples())
+    endless = dataclasses.replace(policy, eos_token_ids=())
     sampling = SamplingParams(max_new_tokens=TOKENS, greedy=True)
 
-    def decoded(names: list[str]) -> list[list[int]]:
-        decoder = Decoder(policy, adapters=RowAdapters(policy))
+    def decoded(names: list[str], refreshed: bool = False) -> list[list[int]]:
+        rows = RowAdapters(policy)
+        decoder = Decoder(endless, adapters=rows)
         handles = [decoder.admit(p, 1, sampling, adapter=name) for p, name in zip(prompts, names, strict=True)]
-        decoder.drain()
+        while not decoder.idle:
+            decoder.step()
+            if refreshed:
+                rows.refresh()
         return [ids(decoder.take(handle).completions[0]) for handle in handles]
 
-    both, one = [BASE, "default", "default"], ["default"] * 3
-    expected = decoded(both), decoded(one)
-    assert expected[0][0] != expected[1][0], "the adapter is felt"
-    recorder = recording(policy)
-    assert decoded(both) == expected[0]
-    before = recorder.captures
-    assert decoded(one) == expected[1]
-    assert recorder.captures > before
+    expected = decoded(names)
+    alone = [decoded([name] * 3)[i] for i, name in enumerate(names)]
+    assert expected == alone
+    if len(set(names)) > 1:
+        assert all(alone[i] != decoded([BASE] * 3)[i] for i in (1, 2)), "the adapters are felt"
+    recorder = recording(endless)
+    for refreshed in (False, True):
+        assert decoded(names, refreshed) == expected
+    assert (recorder.captures, recorder.replays) == (2, 2 * (TOKENS - 2))
+
+
+def test_what_recorded_steps_read_of_the_rows_stays_while_they_are_replayed(load: Load) -> None:
+    policy = load()
+    add_adapter(policy, LoraSection(r=4, alpha=12), seed=0)
+    recording(policy)
+    rows = RowAdapters(policy)
+    decoder = Decoder(dataclasses.replace(policy, eos_token_ids=()), adapters=rows)
+    names = [BASE, "default", "default"]
+    for prompt, name in zip(encode_prompts(policy, make_samples()), names, strict=True):
+        decoder.admit(prompt, 1, SamplingParams(max_new_tokens=TOKENS), adapter=name)
+    for _ in range(2):  # the stand-in keeps all that a recorded step reads: this is before it records one
+        decoder.step()
+    [(_, index)] = rows.rows_of(names)
+    of_these = weakref.ref(index)
+    del index
+    rows.refresh()
+    assert of_these() is not None
+    decoder.drain()
+    gc.collect()
+    assert of_these() is None
