@@ -63,10 +63,10 @@ def build_inputs(folder: Path, steps: int) -> tuple[Path, Path]:
     return model, data
 
 
-def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
-    """One run of the product; figures of the steps after the warm-up, out of its metrics.jsonl."""
+def config(folder: Path, model: Path, data: Path, *, steps: int, threads: int) -> Config:
+    """Of the run: `threads` rollout workers, then as many learners, of one thread each."""
     actor = {"cpus": 1 / threads, "threads": 1}
-    cfg = Config.model_validate(
+    return Config.model_validate(
         {
             "run": {"name": "bench", "root": str(folder / "runs")},
             "model": {"path": str(model), "dtype": "float32", "lora": {"r": 8, "alpha": 16}},
@@ -79,15 +79,19 @@ def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: i
                 "workers": threads,
             },
             "learner": {
-                "steps": warmup + steps,
+                "steps": steps,
                 "groups_per_step": IMAGES,
                 "kl": {"weight": KL},
-                "checkpoint_every": warmup + steps,
+                "checkpoint_every": steps,
                 "workers": threads,
             },
             "resources": {"learner": actor, "rollout": actor},
         }
     )
+
+
+def measure_mmrl(cfg: Config, *, warmup: int) -> dict[str, Any]:
+    """One run of the product; figures of the steps after the warm-up, out of its metrics.jsonl."""
     run = train(cfg)
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()][warmup:]
     seconds = [line["seconds/step"] for line in lines]

@@ -9,6 +9,14 @@ the rate. Small products are left to MKL: it sets them up in 2 µs where oneDNN 
 can be packed beforehand, into the order that oneDNN reads them in: a few rows then take 0.6 of the time, and hundreds
 0.9.
 
+Weights that an adapter was added into change with each version, and are read at every decode step: they lie in memory
+column by column (`by_column`), which costs nothing, is read at the same rate as packed, and gives the same bits.
+
+**Adapters that learn in float32** (`use_fused_adapters`): an adapted layer is one step of autograd instead of nine. Its
+branch is added to what the base gives as it is computed, without a product of its own to be scaled and added; the
+branch's products, of which one side is 8 or 16 numbers wide, are put so that MKL or oneDNN takes the long side as rows,
+two to four times as fast as the other way round.
+
 **Attention of a decode step in float32**: one query a sequence, over keys that no cache of the processor holds any
 more. PyTorch's kernel reads keys and values at a third of the rate that memory gives, and takes them in blocks that
 were made for many queries. As two batches of products, keys by queries and weights by values, the same takes about 0.8
@@ -18,11 +26,13 @@ of the time, from where it is more than a handful of calls. `B` sequences, `H` h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.functional import linear
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -47,7 +57,12 @@ _MANY_KEYS = 1 << 18
 def accelerate(model: nn.Module) -> Acceleration:
     """Has the linear layers of a model that was just loaded computed by oneDNN, and decode steps attend by `attend`."""
     use_onednn(model)
-    return Acceleration(decode_step=decode_step_attention, pack_weights=pack_weights)
+    return Acceleration(
+        decode_step=decode_step_attention,
+        pack_weights=pack_weights,
+        copy_weight=by_column,
+        adapt=use_fused_adapters,
+    )
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -74,6 +89,12 @@ def pack_weights(model: nn.Module) -> None:
             layer.pack()
 
 
+def by_column(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight [out, in] whose columns lie one behind the other, where oneDNN reads it whatever the rows."""
+    read = is_available() and _fits(weight) and weight.ndim == 2 and weight.numel() >= _LARGE_WEIGHT
+    return weight.detach().t().clone(memory_format=torch.contiguous_format).t() if read else weight.detach().clone()
+
+
 def is_available() -> bool:
     """Whether this build of PyTorch has the operators."""
     names = ("_linear_pointwise", "_reorder_linear_weight")
@@ -94,11 +115,17 @@ class OneDnnLinear(PlainLinear):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}  # nothing copies or sends it
 
+    def takes(self, input: torch.Tensor) -> bool:
+        """Whether oneDNN multiplies this one."""
+        weight = self.weight
+        large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
+        known = _fits(input) and _fits(weight) and not torch.is_autocast_enabled("cpu")
+        return large and known and input.numel() > 0
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[.., in] → [.., out]."""
         weight, bias = self.weight, self.bias
-        large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
-        if not large or not _fits(input) or not _fits(weight) or input.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        if not self.takes(input):
             return linear(input, weight, bias)
         if torch.is_grad_enabled():
             trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -125,6 +152,67 @@ class _Product(torch.autograd.Function):
         to_x = _multiply(grads[0], weight.t(), None) if needs_x else None
         to_weight = _multiply(grad.t(), x.flatten(0, -2).t(), None) if needs_weight else None
         return to_x, to_weight, grad.sum(0) if needs_bias else None
+
+
+def use_fused_adapters(model: nn.Module) -> None:
+    """Has LoRA layers on oneDNN's compute and learn in one step of autograd, where nothing but the adapter learns.
+
+    Passes without a gradient, several adapters at a time and variants of LoRA stay with PEFT.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), OneDnnLinear):
+            layer.forward = partial(_forward_adapted, layer, layer.forward)
+
+
+def _forward_adapted(
+    layer: LoraLinear, own: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    base, names = cast(OneDnnLinear, layer.get_base_layer()), layer.active_adapters
+    learns = torch.is_grad_enabled() and not (layer.disable_adapters or layer.merged or args or kwargs)
+    if not learns or len(names) != 1 or names[0] not in layer.lora_A or not base.takes(x):
+        return own(x, *args, **kwargs)
+    (name,) = names
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    others = [parameter for parameter in (base.weight, base.bias, down.bias, up.bias) if parameter is not None]
+    plain = name not in layer.lora_variant and isinstance(layer.lora_dropout[name], nn.Identity)
+    if not plain or len(others) > 1 + (base.bias is not None) or any(p.requires_grad for p in others):
+        return own(x)
+    if not (_fits(down.weight) and _fits(up.weight)):
+        return own(x)
+    return _Adapted.apply(x, base.weight, base.bias, down.weight, up.weight, layer.scaling[name])
+
+
+class _Adapted(torch.autograd.Function):
+    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, with W and b as they are. x [.., in], W [out, in], A [r, in], B [out, r]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        inner = _multiply(x.reshape(-1, x.shape[-1]), down, None)  # [M, r]
+        made = _multiply(x, weight, bias)
+        made.view(-1, made.shape[-1]).addmm_(inner, up.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, down, up, inner)
+        ctx.scaling = scaling
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, down, up, inner = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, weight.shape[0])
+        to_inner = _multiply(grad, up.t(), None).mul_(ctx.scaling)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = _multiply(grad, weight.t(), None).addmm_(to_inner, down).view(x.shape)
+        # (Gᵀ H)ᵀ: the other way round the product takes four times as long.
+        to_up = ((inner * ctx.scaling).t() @ grad).t()
+        return to_x, None, None, to_inner.t() @ rows, to_up, None
 
 
 def _fits(tensor: torch.Tensor) -> bool:

@@ -37,6 +37,10 @@ def _as_they_are(model: nn.Module) -> None:
     pass
 
 
+def _copied(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().clone()
+
+
 class Captured(NamedTuple):
     """A function as it was recorded."""
 
@@ -56,6 +60,10 @@ class Acceleration:
     """Around each forward of the decode loop."""
     pack_weights: Callable[[nn.Module], None] = _as_they_are
     """Called where the weights of the base will not change any more, as in serving: they may be laid out anew."""
+    copy_weight: Callable[[torch.Tensor], torch.Tensor] = _copied
+    """A copy of a weight [out, in], laid out as passes without a gradient read it fastest."""
+    adapt: Callable[[nn.Module], None] = _as_they_are
+    """Called where an adapter was put on the model: its layers may compute the same another way."""
     capture: Callable[[Callable[[], tuple[torch.Tensor, ...]]], Captured | None] | None = None
     """Records what a function does with tensors, instead of doing it; gives None where that cannot be. With it decode
     steps are computed on tensors that stay in place."""

@@ -58,6 +58,7 @@ def add_adapter(policy: Policy | PreTrainedModel, lora: LoraSection, seed: int) 
     model = _wrap(base, config, seed)
     if isinstance(policy, Policy):
         policy.model = model
+        policy.acceleration.adapt(model)
     return model
 
 
@@ -170,6 +171,7 @@ def load_adapter(policy: Policy | PreTrainedModel, folder: Path | str) -> PeftMo
         raise AdapterError(f"{weights}: {error}") from error
     if isinstance(policy, Policy):
         policy.model = model
+        policy.acceleration.adapt(model)
     return model
 
 
