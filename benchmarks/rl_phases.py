@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from importlib import import_module
 from math import prod
 from typing import Any
 from unittest import mock
@@ -66,10 +67,14 @@ SEAMS: tuple[tuple[Any, str, str], ...] = (
     (learner_step, "score_completions", "learner: forward"),
     (learner_step, "micro_batch_share", "learner: loss"),
     (torch.Tensor, "backward", "learner: backward"),
-    (torch.optim.AdamW, "step", "learner: optimiser"),
+    (import_module("torch.optim.adam"), "adam", "learner: optimiser"),
 )
 """Where each phase is: what is called within another one is no part of that."""
 PHASES = tuple(dict.fromkeys(["vision", "prefill", "decode", "reference", *(phase for _, _, phase in SEAMS)]))
+WORKER = ("vision", "prefill", "decode")
+"""What a rollout worker calls sampling."""
+LEARNER = ("learner: forward", "learner: loss", "learner: backward")
+"""What the learner calls forward and backward, but for the tensors that it makes of what it is given."""
 _ALONE = 5
 """Runs of a product alone, of which the median counts."""
 
@@ -91,7 +96,13 @@ def attention_backward_flop(
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
+def addmm_flop(added: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """A product that is added to a tensor in place."""
+    return 2 * prod(left) * right[-1]
+
+
 FORMULAS = {
+    aten.addmm_: addmm_flop,
     mkldnn._linear_pointwise: linear_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop,
@@ -280,6 +291,12 @@ class Phase:
     """Others than products and views."""
     nbytes: int
     """That those read and write."""
+
+    @classmethod
+    def sum(cls, phases: Iterable[Phase]) -> Phase:
+        """One after the other."""
+        columns = zip(*((p.seconds, p.flop, p.alone, p.operations, p.nbytes) for p in phases), strict=True)
+        return cls(*map(sum, columns))
 
 
 def measure(cfg: Config, *, warmup: int, steps: int) -> dict[str, Phase]:
