@@ -10,7 +10,8 @@ can be packed beforehand, into the order that oneDNN reads them in: a few rows t
 0.9.
 
 Weights that an adapter was added into change with each version, and are read at every decode step: they lie in memory
-column by column (`by_column`), which costs nothing, is read at the same rate as packed, and gives the same bits.
+column by column (`by_column`), which oneDNN reads nearly as fast as packed ones: a step's 46 MB, 16 rows, in 6.9 ms
+instead of 10.0.
 
 **Adapters that learn in float32** (`use_fused_adapters`): an adapted layer is one step of autograd instead of nine. Its
 branch is added to what the base gives as it is computed, without a product of its own to be scaled and added; the
@@ -35,6 +36,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.functional import linear
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -266,7 +268,8 @@ def attend(
     per_head = attention_mask is not None and attention_mask.shape[1] != 1
     other = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
     if queries != 1 or key.numel() < _MANY_KEYS or per_head or other:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        mask = _added(attention_mask, query.dtype)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     scaled = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)
     scores = torch.matmul(key, scaled.transpose(2, 3)).transpose(2, 3)  # [B, H', r, K]
     if attention_mask is not None:
@@ -274,6 +277,22 @@ def attend(
         scores = scores.masked_fill(~attention_mask, -torch.inf) if is_bool else scores + attention_mask
     mixed = torch.matmul(torch.softmax(scores, dim=-1), value)  # [B, H', r, d]
     return mixed.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+_added_masks = WeakTensorKeyDictionary()
+"""Of masks that are still in use: how often each had been written to, and what `_added` made of it."""
+
+
+def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as numbers of `dtype` that are added to the scores. PyTorch would make them of a bool in every layer, and
+    all layers of a pass are given one tensor."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    known = _added_masks.get(mask)
+    if known is None or known[0] != mask._version or known[1].dtype != dtype:
+        added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        known = _added_masks[mask] = (mask._version, added)
+    return known[1]
 
 
 AttentionInterface.register(_NAME, attend)

@@ -147,10 +147,7 @@ class _Behind(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
-        rows = grad.unflatten(0, (-1, ctx.repeats))[..., : ctx.prompt, :]
-        to_prompts = rows[:, 0].clone()
-        for i in range(1, ctx.repeats):  # in the order in which `index_put` adds
-            to_prompts += rows[:, i]
+        to_prompts = grad.unflatten(0, (-1, ctx.repeats))[..., : ctx.prompt, :].sum(dim=1)
         return to_prompts, grad[:, :, ctx.prompt :], None
 
 

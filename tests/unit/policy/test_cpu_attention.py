@@ -84,6 +84,25 @@ def test_everything_else_is_handed_on(why: str, handed_on: list[torch.Size]) -> 
     assert handed_on == [query.shape]
 
 
+def test_a_mask_is_made_into_numbers_once_and_anew_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    own = cpu.sdpa_attention_forward
+
+    def noted(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        given.append(mask)
+        return own(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(cpu, "sdpa_attention_forward", noted)
+    query, key, value = step(6, 6, queries=2)
+    mask = torch.rand(ROWS, 1, 2, KEYS) < 0.7
+    for change in range(2):
+        found = [attend(nn.Identity(), query, key, value, mask)[0] for _ in range(2)]
+        expected = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+        assert all(torch.equal(each, expected) for each in found)
+        assert given[2 * change] is given[2 * change + 1]
+        mask[:, :, :, : KEYS // 2] = True
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_rows_stay_what_generate_gives(
     family: str, load: Load, monkeypatch: pytest.MonkeyPatch, handed_on: list[torch.Size]
