@@ -331,10 +331,11 @@ def measure(cfg: Config, *, warmup: int, steps: int) -> dict[str, Phase]:
     }
 
 
-SQUARES = ((1024, 1024, 1024), (2048, 2048, 2048))
+LARGE = ((1024, 1024, 1024), (2048, 2048, 2048), (522, 384, 1152), (522, 1152, 384), (4096, 384, 1152))
+"""Squares, and weights of the model of `rl_step.py` under a pass of two prompts and of many."""
 
 
-def gemm_peak(shapes: Iterable[tuple[int, int, int]] = SQUARES, repeats: int = 5) -> tuple[float, str]:
+def gemm_peak(shapes: Iterable[tuple[int, int, int]] = LARGE, repeats: int = 5) -> tuple[float, str]:
     """FLOP per CPU second of the fastest float32 product [m, k] · [k, n] of this thread, and which one that was."""
     found = []
     for m, k, n in shapes:
