@@ -104,8 +104,10 @@ def _repeated(cache: Cache, index: torch.Tensor, prompt_of: torch.Tensor) -> Cac
         index: int64 [N] on the CPU, the prompt of each row, ascending.
         prompt_of: the same on the device.
     """
-    counts = set(torch.bincount(index).tolist())
-    if len(counts) > 1 or any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in cache.layers):
+    if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in cache.layers):
+        return select_cache(cache, prompt_of)
+    counts = set(torch.bincount(index, minlength=cache.layers[0].keys.shape[0]).tolist())
+    if len(counts) > 1:
         return select_cache(cache, prompt_of)
     (repeats,) = counts
     copied = copy.copy(cache)
