@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -41,7 +41,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmrl_ray.policy.model import Acceleration, PlainLinear, Policy
+from mmrl_ray.errors import ModelError
+from mmrl_ray.policy.model import Acceleration, PlainLinear, Policy, SharedPrompts
 
 _LARGE_PRODUCT = 1 << 20
 """Multiplications from which oneDNN is the faster."""
@@ -51,7 +52,7 @@ _PACKED_FOR_ROWS = 256
 """oneDNN is told how many rows are to come; with this many it chooses an order that suits fewer as well."""
 _MOST_PACKED_BYTES = 2 << 30
 """Packed weights lie in memory beside the others: of a model with more than this, none are."""
-_NAME = "mmrl_decode_step"
+_NAME, _COMPLETIONS = "mmrl_decode_step", "mmrl_completions"
 _MANY_KEYS = 1 << 18
 """Elements, B · H' · K · d, from which products are the faster: 1 MiB, what the cache of a core holds."""
 
@@ -62,6 +63,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     return Acceleration(
         decode_step=decode_step_attention,
         pack_weights=pack_weights,
+        completions=completions_attention,
         copy_weight=by_column,
         adapt=use_fused_adapters,
     )
@@ -279,6 +281,144 @@ def attend(
     return mixed.reshape(batch, 1, heads, value.shape[-1]), None
 
 
+@contextmanager
+def completions_attention(policy: Policy) -> Iterator[bool]:
+    """Within it, the language model's layers attend by `attend_completions`, where that can be."""
+    config = policy.hf_model.config.get_text_config()
+    own = config._attn_implementation_internal
+    if own != "sdpa" or policy.device.type != "cpu" or policy.dtype != torch.float32:
+        yield False
+        return
+    config._attn_implementation_internal = _COMPLETIONS
+    try:
+        yield True
+    finally:
+        config._attn_implementation_internal = own
+
+
+def attend_completions(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers, for completions that see the prompts of `key.prompts` and themselves.
+
+    Args:
+        module: the attention layer.
+        query: [N, H, T, d], N = K · G.
+        key: [N, H', T, d], with `SharedPrompts`; without them "sdpa" takes everything.
+        value: [N, H', T, d].
+        attention_mask: [N or 1, 1, T, P + T], bool or added to the scores; None where T = 1 and all is seen.
+        scaling: of the scores, 1 / √d by default.
+        kwargs: what "sdpa" takes beside these.
+
+    Returns:
+        [N, T, H, d] and None.
+
+    Raises:
+        ModelError: the model has made other keys of those that the cache gave it.
+    """
+    prompts: SharedPrompts | None = getattr(key, "prompts", None)
+    if prompts is None:
+        if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
+            raise ModelError(f"{type(module).__name__} computes with its cache's keys before it attends to them")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    (_, heads, tokens, width), groups = query.shape, key.shape[1]
+    other = any(kwargs.get(name) is not None for name in ("softcap", "position_bias")) or kwargs.get("dropout")
+    one_mask = tokens == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    # What is kept for the backward pass: weights here, there a copy of the keys and values for each completion.
+    if other or not one_mask or tokens * heads > 2 * width * groups:
+        key, value = (
+            torch.cat([shared.repeat_interleave(prompts.repeats, dim=0), own], dim=2)
+            for shared, own in ((prompts.keys, key), (prompts.values, value))
+        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    added = _added(attention_mask, query.dtype)
+    scale = width**-0.5 if scaling is None else scaling
+    return _Shared.apply(query, prompts.keys, prompts.values, key, value, added, scale), None
+
+
+class _Shared(torch.autograd.Function):
+    """Softmax over prompts [K, H', P, d] and completions' own [K·G, H', T, d]; query [K·G, H, T, d], r = H / H'."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        prompt_keys: torch.Tensor,
+        prompt_values: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        added: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        (rows, heads, tokens, _), (prompts, groups, seen, _) = query.shape, prompt_keys.shape
+        ctx.sizes = _Sizes(prompts, rows // prompts, groups, heads // groups, tokens)
+        ctx.scale = scale
+        folded = _by_prompt(query, ctx.sizes)  # [K, H', G, r·T, d]
+        keys, values = _by_prompt(keys, ctx.sizes), _by_prompt(values, ctx.sizes)  # [K, H', G, T, d]
+        weights = query.new_empty(*folded.shape[:-1], seen + tokens)
+        weights.flatten(2, 3)[..., :seen] = torch.matmul(folded.flatten(2, 3), prompt_keys.transpose(2, 3))
+        weights[..., seen:] = torch.matmul(folded, keys.transpose(3, 4))
+        weights.mul_(scale)
+        if added is not None:
+            of_rows = added.expand(rows, -1, -1, -1).unflatten(0, (prompts, -1))  # [K, G, 1, T, P + T]
+            weights.unflatten(3, (-1, tokens)).add_(of_rows[:, None])
+        weights = torch.softmax(weights, dim=-1)
+        ctx.save_for_backward(folded, prompt_keys, prompt_values, keys, values, weights)
+        mixed = torch.matmul(weights[..., seen:], values)
+        mixed.flatten(2, 3).add_(torch.matmul(weights.flatten(2, 3)[..., :seen], prompt_values))
+        return _by_row(mixed, ctx.sizes).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        folded, prompt_keys, prompt_values, keys, values, weights = ctx.saved_tensors
+        seen = prompt_keys.shape[2]
+        grad = _by_prompt(grads[0].transpose(1, 2), ctx.sizes)
+        to_weights = torch.empty_like(weights)
+        to_weights.flatten(2, 3)[..., :seen] = torch.matmul(grad.flatten(2, 3), prompt_values.transpose(2, 3))
+        to_weights[..., seen:] = torch.matmul(grad, values.transpose(3, 4))
+        to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+        of_prompts, own = to_scores.flatten(2, 3)[..., :seen], to_scores[..., seen:]
+        to_query = torch.matmul(own, keys)
+        to_query.flatten(2, 3).add_(torch.matmul(of_prompts, prompt_keys))
+        return (
+            _by_row(to_query, ctx.sizes),
+            torch.matmul(of_prompts.transpose(2, 3), folded.flatten(2, 3)),
+            torch.matmul(weights.flatten(2, 3)[..., :seen].transpose(2, 3), grad.flatten(2, 3)),
+            _by_row(torch.matmul(own.transpose(3, 4), folded), ctx.sizes),
+            _by_row(torch.matmul(weights[..., seen:].transpose(3, 4), grad), ctx.sizes),
+            None,
+            None,
+        )
+
+
+class _Sizes(NamedTuple):
+    """K prompts with G completions of T tokens each; H' groups of r heads."""
+
+    prompts: int
+    repeats: int
+    groups: int
+    heads: int
+    tokens: int
+
+
+def _by_prompt(rows: torch.Tensor, sizes: _Sizes) -> torch.Tensor:
+    """[K·G, H' or H' · r, T, d] → [K, H', G, T or r·T, d]."""
+    split = rows.unflatten(0, (sizes.prompts, -1)).unflatten(2, (sizes.groups, -1))
+    return split.transpose(1, 2).flatten(3, 4).contiguous()
+
+
+def _by_row(folded: torch.Tensor, sizes: _Sizes) -> torch.Tensor:
+    """Back again."""
+    split = folded.unflatten(3, (-1, sizes.tokens)).transpose(1, 2)  # [K, G, H', r or 1, T, d]
+    return split.flatten(2, 3).flatten(0, 1)
+
+
 _added_masks = WeakTensorKeyDictionary()
 """Of masks that are still in use: how often each had been written to, and what `_added` made of it."""
 
@@ -296,4 +436,6 @@ def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
 
 
 AttentionInterface.register(_NAME, attend)
+AttentionInterface.register(_COMPLETIONS, attend_completions)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
+AttentionMaskInterface.register(_COMPLETIONS, sdpa_mask)

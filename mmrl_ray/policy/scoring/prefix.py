@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.logits import token_logprobs
-from mmrl_ray.policy.model import Policy, computing
+from mmrl_ray.policy.model import Policy, SharedPrompts, computing
 from mmrl_ray.policy.scoring.collate import (
     PromptBatch,
     completion_positions,
@@ -96,13 +96,14 @@ def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
     return copied
 
 
-def _repeated(cache: Cache, index: torch.Tensor, prompt_of: torch.Tensor) -> Cache:
+def _repeated(cache: Cache, index: torch.Tensor, prompt_of: torch.Tensor, *, apart: bool) -> Cache:
     """`select_cache` for one forward behind it, which copies the prompts' keys once instead of twice where it can.
 
     Args:
         cache: of K prompts.
         index: int64 [N] on the CPU, the prompt of each row, ascending.
         prompt_of: the same on the device.
+        apart: attention takes the prompts' keys by themselves (`Acceleration.completions`): they are not copied at all.
     """
     if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in cache.layers):
         return select_cache(cache, prompt_of)
@@ -111,7 +112,7 @@ def _repeated(cache: Cache, index: torch.Tensor, prompt_of: torch.Tensor) -> Cac
         return select_cache(cache, prompt_of)
     (repeats,) = counts
     copied = copy.copy(cache)
-    copied.layers = [_RepeatedLayer(layer, repeats) for layer in cache.layers]
+    copied.layers = [_RepeatedLayer(layer, repeats, apart=apart) for layer in cache.layers]
     return copied
 
 
@@ -121,14 +122,17 @@ class _RepeatedLayer(DynamicLayer):
     For one forward; until then it holds those of the prompts, once.
     """
 
-    def __init__(self, layer: Any, repeats: int) -> None:
+    def __init__(self, layer: Any, repeats: int, *, apart: bool) -> None:
         super().__init__()
         self.keys, self.values = layer.keys, layer.values
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self._repeats = repeats
+        self._repeats, self._apart = repeats, apart
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Both, each prompt's G times with the rows' own behind them."""
+        """Both, each prompt's G times with the rows' own behind them; or the rows' own, and with them the prompts'."""
+        if self._apart:
+            key_states.prompts = SharedPrompts(self.keys, self.values, self._repeats)  # type: ignore[attr-defined]
+            return key_states, value_states
         self.keys = _Behind.apply(self.keys, key_states, self._repeats)
         self.values = _Behind.apply(self.values, value_states, self._repeats)
         return self.keys, self.values
@@ -261,13 +265,14 @@ def _shared_rows(
     length = targets.shape[1] - 1
     if length == 0:
         return first
-    suffix = policy.core(
-        input_ids=policy.place(targets[:, :-1]),
-        attention_mask=policy.place(torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1)),
-        position_ids=policy.place(completion_positions(policy, batch.next_position[index], length)),
-        past_key_values=_repeated(output.past_key_values, index, prompt_of),
-        use_cache=True,
-    )
+    with policy.acceleration.completions(policy) as apart:
+        suffix = policy.core(
+            input_ids=policy.place(targets[:, :-1]),
+            attention_mask=policy.place(torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1)),
+            position_ids=policy.place(completion_positions(policy, batch.next_position[index], length)),
+            past_key_values=_repeated(output.past_key_values, index, prompt_of, apart=apart),
+            use_cache=True,
+        )
     return torch.cat([first, suffix.last_hidden_state], dim=1)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from mmrl_ray.experience.carriers import EncodedPrompt
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring import prefix
 from mmrl_ray.policy.scoring.prefix import encode_prefix, score_completions, select_cache
@@ -235,6 +235,7 @@ def test_keys_copied_once_a_completion_give_what_selecting_and_appending_them_gi
 ) -> None:
     """To the last bit, gradients too; and no key is selected where all groups are of one size."""
     policy = with_lora(load(family))
+    policy.acceleration = Acceleration()  # the CPU's attention wants them apart
     prompts = encode_prompts(policy, make_samples()[:2])
     completions = make_completions(policy, ((3, 9, 1), (4, 2, 9)))
     selected: list[int] = []
@@ -256,6 +257,6 @@ def test_keys_copied_once_a_completion_give_what_selecting_and_appending_them_gi
     once = scored()
     keeps_all = all(type(layer) is DynamicLayer for layer in encode_prefix(policy, prompts, None).cache.layers)
     assert selected == ([] if keeps_all else [6])
-    monkeypatch.setattr(prefix, "_repeated", lambda cache, index, prompt_of: select(cache, prompt_of))
+    monkeypatch.setattr(prefix, "_repeated", lambda cache, index, prompt_of, apart: select(cache, prompt_of))
     for found, expected in zip(once, scored(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
