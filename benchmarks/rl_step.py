@@ -191,7 +191,7 @@ def report_phases(
             f"{threads * phase.operations:,}",
             f"{threads * phase.nbytes / 1e9:.2f}",
         )
-    Console().print(table)
+    Console(width=100).print(table)
     # In the run: sampling and scoring are summed over the workers, the learner's seconds are those of its first rank.
     seconds = {"sample": ours["phases"]["sample"], "reference": ours["phases"]["reference"]}
     seconds["forward_backward"] = threads * ours["phases"]["forward_backward"]

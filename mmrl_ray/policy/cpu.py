@@ -165,7 +165,7 @@ def use_fused_adapters(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, LoraLinear) and isinstance(layer.get_base_layer(), OneDnnLinear):
-            layer.forward = partial(_forward_adapted, layer, layer.forward)
+            layer.forward = partial(_forward_adapted, layer, layer.forward)  # type: ignore[method-assign]
 
 
 def _forward_adapted(
@@ -176,7 +176,7 @@ def _forward_adapted(
     if not learns or len(names) != 1 or names[0] not in layer.lora_A or not base.takes(x):
         return own(x, *args, **kwargs)
     (name,) = names
-    down, up = layer.lora_A[name], layer.lora_B[name]
+    down, up = cast(nn.Linear, layer.lora_A[name]), cast(nn.Linear, layer.lora_B[name])
     others = [parameter for parameter in (base.weight, base.bias, down.bias, up.bias) if parameter is not None]
     plain = name not in layer.lora_variant and isinstance(layer.lora_dropout[name], nn.Identity)
     if not plain or len(others) > 1 + (base.bias is not None) or any(p.requires_grad for p in others):

@@ -23,7 +23,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,10 +105,9 @@ def _repeated(cache: Cache, index: torch.Tensor, prompt_of: torch.Tensor, *, apa
         prompt_of: the same on the device.
         apart: attention takes the prompts' keys by themselves (`Acceleration.completions`): they are not copied at all.
     """
-    if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in cache.layers):
-        return select_cache(cache, prompt_of)
-    counts = set(torch.bincount(index, minlength=cache.layers[0].keys.shape[0]).tolist())
-    if len(counts) > 1:
+    held = [layer.keys for layer in cache.layers if type(layer) is DynamicLayer and layer.keys is not None]
+    counts = set(torch.bincount(index, minlength=held[0].shape[0]).tolist()) if held else set()
+    if len(held) < len(cache.layers) or len(counts) != 1:
         return select_cache(cache, prompt_of)
     (repeats,) = counts
     copied = copy.copy(cache)
@@ -131,7 +130,8 @@ class _RepeatedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Both, each prompt's G times with the rows' own behind them; or the rows' own, and with them the prompts'."""
         if self._apart:
-            key_states.prompts = SharedPrompts(self.keys, self.values, self._repeats)  # type: ignore[attr-defined]
+            prompts = SharedPrompts(cast(Tensor, self.keys), cast(Tensor, self.values), self._repeats)
+            key_states.prompts = prompts  # type: ignore[attr-defined]
             return key_states, value_states
         self.keys = _Behind.apply(self.keys, key_states, self._repeats)
         self.values = _Behind.apply(self.values, value_states, self._repeats)
