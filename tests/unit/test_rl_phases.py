@@ -70,12 +70,12 @@ def weighted(of_keys: int, of_others: int, tokens: int, last: int) -> int:
     return tokens * (LAYERS * of_keys + (LAYERS - 1) * of_others) + last * of_others
 
 
-def backward(tokens: int, seen: int, *, last: int) -> int:
+def backward(tokens: int, seen: int, *, last: int, attends: int) -> int:
     """Of the gradient of both. Each product once, towards its input, but for the first ones, whose input is frozen; of
-    the branch also towards its weights; attention makes its scores again."""
+    the branch also towards its weights; of attention so many."""
     frozen = tokens * 3 * 2 * (D * D + R * D)
     through = layers(tokens, seen, last=last) - LAYERS * attention(tokens, seen, D)
-    attended = LAYERS * attention(tokens, seen, D) * 5 // 2
+    attended = LAYERS * attention(tokens, seen, D) // 2 * attends
     return through + 2 * branches(tokens, last=last) - frozen + attended
 
 
@@ -108,7 +108,9 @@ def test_the_counted_operations_are_those_of_the_formulas(step: rl_phases.Step) 
     scored = prompts + behind + rows * T * head
     adapted = K * branches(prompt, last=1) + branches(learnt, last=learnt)
     assert found["learner: forward"] == scored + adapted
-    gradient = K * backward(prompt, prompt, last=1) + backward(learnt, prompt + T - 1, last=learnt)
+    # PyTorch's attention makes its scores again; that of completions, which share a prompt, has kept them.
+    gradient = K * backward(prompt, prompt, last=1, attends=5)
+    gradient += backward(learnt, prompt + T - 1, last=learnt, attends=4)
     assert found["learner: backward"] == gradient + rows * T * head
     merging = 2 * R * LAYERS * (4 * D * D + 3 * D * INNER)
     assert found["hand-over"] == merging
