@@ -171,10 +171,13 @@ def use_fused_adapters(model: nn.Module) -> None:
 def _forward_adapted(
     layer: LoraLinear, own: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
+    if args or kwargs or layer.merged or layer.disable_adapters or not torch.is_grad_enabled():
+        # Decode steps come here: PEFT's own way to an adapter that is off is as long as a small product.
+        off = layer.disable_adapters and not (args or kwargs or layer.merged)
+        return layer.base_layer(x) if off else own(x, *args, **kwargs)
     base, names = cast(OneDnnLinear, layer.get_base_layer()), layer.active_adapters
-    learns = torch.is_grad_enabled() and not (layer.disable_adapters or layer.merged or args or kwargs)
-    if not learns or len(names) != 1 or names[0] not in layer.lora_A or not base.takes(x):
-        return own(x, *args, **kwargs)
+    if len(names) != 1 or names[0] not in layer.lora_A or not base.takes(x):
+        return own(x)
     (name,) = names
     down, up = cast(nn.Linear, layer.lora_A[name]), cast(nn.Linear, layer.lora_B[name])
     others = [parameter for parameter in (base.weight, base.bias, down.bias, up.bias) if parameter is not None]
