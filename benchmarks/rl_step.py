@@ -10,7 +10,11 @@ each: two threads inside one process would wait for each other at every matrix p
 machine does. Both sides are warmed up; each runs by itself. The peer runs twice: as it ships, with gradient
 checkpointing (`ratio`), and without, the faster choice where memory is plenty (`ratio_no_checkpointing`).
 
-Prints a table of where the time goes; the last line is one JSON object.
+How near all that comes to what the processor can do, phase by phase, is found by `rl_phases.py` in the same run: FLOP,
+seconds, and the share of the fastest large product that one core was seen to compute. A ratio to a peer moves with the
+machine, such a share less so.
+
+Prints tables of where the time goes; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rl_phases import LEARNER, WORKER, Phase, gemm_peak, measure
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.sections import ScenesSection
@@ -38,6 +43,8 @@ from mmrl_ray.training.train import train
 PROMPT = "describe"
 """With the chat template's 4 tokens and 256 image tokens it makes P = 261."""
 IMAGES, GROUP_SIZE, COMPLETION, KL = 4, 8, 24, 0.04
+_ALONE_WARMUP, _ALONE_STEPS = 2, 5
+"""Steps of `rl_phases.measure`."""
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -63,10 +70,10 @@ def build_inputs(folder: Path, steps: int) -> tuple[Path, Path]:
     return model, data
 
 
-def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: int, threads: int) -> dict[str, Any]:
-    """One run of the product; figures of the steps after the warm-up, out of its metrics.jsonl."""
+def config(folder: Path, model: Path, data: Path, *, steps: int, threads: int) -> Config:
+    """Of the run: `threads` rollout workers, then as many learners, of one thread each."""
     actor = {"cpus": 1 / threads, "threads": 1}
-    cfg = Config.model_validate(
+    return Config.model_validate(
         {
             "run": {"name": "bench", "root": str(folder / "runs")},
             "model": {"path": str(model), "dtype": "float32", "lora": {"r": 8, "alpha": 16}},
@@ -79,15 +86,19 @@ def measure_mmrl(folder: Path, model: Path, data: Path, *, warmup: int, steps: i
                 "workers": threads,
             },
             "learner": {
-                "steps": warmup + steps,
+                "steps": steps,
                 "groups_per_step": IMAGES,
                 "kl": {"weight": KL},
-                "checkpoint_every": warmup + steps,
+                "checkpoint_every": steps,
                 "workers": threads,
             },
             "resources": {"learner": actor, "rollout": actor},
         }
     )
+
+
+def measure_mmrl(cfg: Config, *, warmup: int) -> dict[str, Any]:
+    """One run of the product; figures of the steps after the warm-up, out of its metrics.jsonl."""
     run = train(cfg)
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()][warmup:]
     seconds = [line["seconds/step"] for line in lines]
@@ -142,8 +153,12 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="mmrl-bench-"))
     try:
-        model, data = build_inputs(folder, args.steps + args.warmup)
-        ours = measure_mmrl(folder, model, data, warmup=args.warmup, steps=args.steps, threads=args.threads)
+        steps = args.warmup + args.steps
+        model, data = build_inputs(folder, max(steps, _ALONE_WARMUP + _ALONE_STEPS + 2))
+        cfg = config(folder, model, data, steps=steps, threads=args.threads)
+        ours = measure_mmrl(cfg, warmup=args.warmup)
+        peak = gemm_peak()
+        phases = measure(cfg, warmup=_ALONE_WARMUP, steps=_ALONE_STEPS)
         peers = {
             name: measure_trl(folder, model, data, checkpointing=on, steps=args.peer_steps, threads=args.threads)
             for name, on in (("", True), ("no_checkpointing", False))
@@ -151,10 +166,52 @@ def main() -> None:
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    report(ours, peers)
+    shares = report_phases(ours, phases, peak, threads=args.threads)
+    report(ours, peers, shares)
 
 
-def report(ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> None:
+def report_phases(
+    ours: dict[str, Any], phases: dict[str, Phase], peak: tuple[float, str], *, threads: int
+) -> dict[str, Any]:
+    """The table of phases; returns its figures, of `threads` processes that each have such a part."""
+    rate, product = peak
+    table = Table(title=f"a step's phases; one core's peak is {rate / 1e9:.0f} GFLOP/s ({product})")
+    titles = ("", "GFLOP", "CPU s", "of the peak", "products alone", "others", "GB they touch")
+    for column in titles:
+        table.add_column(column, justify="left" if not column else "right")
+    rows: dict[str, Phase] = {**phases, "the learner": Phase.sum(phases[name] for name in LEARNER)}
+    rows["altogether"] = Phase.sum(phases.values())
+    for name, phase in rows.items():
+        table.add_row(
+            name,
+            f"{threads * phase.flop / 1e9:.1f}",
+            f"{threads * phase.seconds:.3f}",
+            f"{phase.flop / rate / phase.seconds:.0%}" if phase.flop and phase.seconds else "",
+            f"{phase.flop / rate / phase.alone:.0%}" if phase.alone else "",
+            f"{threads * phase.operations:,}",
+            f"{threads * phase.nbytes / 1e9:.2f}",
+        )
+    Console(width=100).print(table)
+    # In the run: sampling and scoring are summed over the workers, the learner's seconds are those of its first rank.
+    seconds = {"sample": ours["phases"]["sample"], "reference": ours["phases"]["reference"]}
+    seconds["forward_backward"] = threads * ours["phases"]["forward_backward"]
+    flop = {"sample": sum(phases[name].flop for name in WORKER), "reference": phases["reference"].flop}
+    flop["forward_backward"] = rows["the learner"].flop
+    of_run = {name: threads * flop[name] / rate / taken for name, taken in seconds.items()}
+    of_run["step"] = rows["altogether"].flop / rate / ours["seconds_per_step"]
+    print("of the peak in the run itself: " + ", ".join(f"{name} {share:.0%}" for name, share in of_run.items()))
+    alone = {name: phase.flop / rate / phase.alone for name, phase in rows.items() if phase.alone}
+    return {
+        "core_gflop_per_second": rate / 1e9,
+        "share": {name: phase.flop / rate / phase.seconds for name, phase in rows.items() if phase.flop},
+        "share_of_products_alone": alone,
+        "share_in_run": of_run,
+        "gflop": {name: threads * phase.flop / 1e9 for name, phase in rows.items() if phase.flop},
+        "cpu_seconds": {name: threads * phase.seconds for name, phase in rows.items()},
+    }
+
+
+def report(ours: dict[str, Any], peers: dict[str, dict[str, Any]], shares: dict[str, Any]) -> None:
     """The table, then the JSON line."""
     table = Table(title=f"{IMAGES} images x {GROUP_SIZE} completions a step, P = 261, C <= {COMPLETION}")
     for column in ("", "seconds a step", "samples a second", "ratio"):
@@ -176,6 +233,7 @@ def report(ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> None:
         "samples_per_second": ours["samples_per_second"],
         "peer_samples_per_second": peers[""]["samples_per_second"] if peers else None,
         "seconds": {"step": ours["seconds_per_step"], **ours["phases"]},
+        **shares,
     }
     print(json.dumps(figures))
 

@@ -101,6 +101,8 @@ class ModelShape:
     kv_width: int
     """k."""
     vocabulary: int
+    heads: int
+    """Of queries."""
 
     @property
     def repeats(self) -> int:
@@ -146,11 +148,15 @@ class ModelShape:
         if checkpointed:
             kept = self.layers * self.hidden * self.itemsize + kept // self.layers
         numbers = self.repeats * self.itemsize if on_gpu else _FLOAT32
-        repeated = groups * size.completions * (size.prompt_tokens + size.longest_completion) * self.kv_of_token
+        rows, longest = groups * size.completions, size.longest_completion
+        repeated = rows * (size.prompt_tokens + longest) * self.kv_of_token * (1 if on_gpu else self.repeats)
+        if not on_gpu and self.itemsize == _FLOAT32 and longest * self.heads <= 2 * self.kv_width:
+            # A CPU keeps weights of attention instead (`cpu.attend_completions`).
+            repeated = rows * (size.prompt_tokens + longest) * longest * self.heads * self.layers * _FLOAT32
         return {
             "activations": tokens * kept,
             "masks": groups * row**2 * (1 + numbers) if packed else 0,
-            "repeated prefix": 0 if packed else repeated * (1 if on_gpu else self.repeats),
+            "repeated prefix": 0 if packed else repeated,
         }
 
     def scored_logits(self, tokens: int, *, learnt: bool = True) -> int:
@@ -261,6 +267,7 @@ def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -
         query_width=text.num_attention_heads * head_width,
         kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_width,
         vocabulary=text.vocab_size,
+        heads=text.num_attention_heads,
     )
 
 

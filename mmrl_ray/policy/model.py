@@ -37,6 +37,24 @@ def _as_they_are(model: nn.Module) -> None:
     pass
 
 
+def _joined(policy: Policy) -> AbstractContextManager[bool]:
+    return nullcontext(False)
+
+
+def _copied(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().clone()
+
+
+class SharedPrompts(NamedTuple):
+    """What completions attend to beside themselves: the attribute `prompts` of their own keys [K·G, H', T, d]."""
+
+    keys: torch.Tensor
+    """[K, H', P, d], each for G completions, one behind the other."""
+    values: torch.Tensor
+    repeats: int
+    """G."""
+
+
 class Captured(NamedTuple):
     """A function as it was recorded."""
 
@@ -54,8 +72,15 @@ class Acceleration:
     """Around every forward, of sampler, learner, reference and whoever judges them: they compute one policy."""
     decode_step: Callable[[Policy], AbstractContextManager[None]] = _as_ever
     """Around each forward of the decode loop."""
+    completions: Callable[[Policy], AbstractContextManager[bool]] = _joined
+    """Around the forward of completions behind prompts that several of them share. Says whether attention takes keys
+    and values of the prompts apart from the completions' own, as `SharedPrompts` on the latter."""
     pack_weights: Callable[[nn.Module], None] = _as_they_are
     """Called where the weights of the base will not change any more, as in serving: they may be laid out anew."""
+    copy_weight: Callable[[torch.Tensor], torch.Tensor] = _copied
+    """A copy of a weight [out, in], laid out as passes without a gradient read it fastest."""
+    adapt: Callable[[nn.Module], None] = _as_they_are
+    """Called where an adapter was put on the model: its layers may compute the same another way."""
     capture: Callable[[Callable[[], tuple[torch.Tensor, ...]]], Captured | None] | None = None
     """Records what a function does with tensors, instead of doing it; gives None where that cannot be. With it decode
     steps are computed on tensors that stay in place."""

@@ -58,6 +58,7 @@ def add_adapter(policy: Policy | PreTrainedModel, lora: LoraSection, seed: int) 
     model = _wrap(base, config, seed)
     if isinstance(policy, Policy):
         policy.model = model
+        policy.acceleration.adapt(model)
     return model
 
 
@@ -170,6 +171,7 @@ def load_adapter(policy: Policy | PreTrainedModel, folder: Path | str) -> PeftMo
         raise AdapterError(f"{weights}: {error}") from error
     if isinstance(policy, Policy):
         policy.model = model
+        policy.acceleration.adapt(model)
     return model
 
 
@@ -229,12 +231,17 @@ def reference_policy(model: nn.Module) -> Iterator[nn.Module]:
         AdapterError: the model has no adapter, so there is nothing that could be the reference.
     """
     peft = _require_adapter(model)
+    # What `disable_adapter` does, without its table of every layer's state, which takes longer than a decode step.
+    layers = [layer for layer in peft.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
     # PEFT marks adapters as trainable when it switches them on again, whatever they were before.
-    trainable = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
-        with peft.disable_adapter():
-            yield model
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield model
     finally:
+        for layer in layers:
+            layer.enable_adapters(True)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
 

@@ -16,7 +16,7 @@ from 1e-4 to 1e-1 of the base's weights, either kept as much of the adapter, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -136,7 +136,7 @@ class VersionedPolicy:
         """Whether vision features change with the version: then they are neither kept nor shipped."""
         policy.model.requires_grad_(False)
         self._as_made = adapter_state(policy.model)
-        self._merged = MergedAdapter(policy.model) if _merges(policy) else None
+        self._merged = MergedAdapter(policy.model, policy.acceleration.copy_weight) if _merges(policy) else None
         self._version: int | None = None
 
     def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
@@ -183,11 +183,15 @@ def _merges(policy: Policy) -> bool:
 class MergedAdapter:
     """W + s·BA of every adapted layer, beside the W that the reference policy needs bit for bit.
 
+    Args:
+        model: with its adapter.
+        copy: makes the tensors that hold the sums (`Acceleration.copy_weight`).
+
     Raises:
         AdapterError: the model has no LoRA adapter, or its weights are no floating-point numbers of 16 or 32 bits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> None:
         if not isinstance(model, PeftModel):
             raise AdapterError(f"{type(model).__name__} has no adapter to merge; add one first (add_adapter)")
         self._model = model
@@ -196,7 +200,7 @@ class MergedAdapter:
         if other := {weight.dtype for weight in weights} - {torch.float32, torch.bfloat16, torch.float16}:
             named = ", ".join(sorted(map(str, other)))
             raise AdapterError(f"adapted weights of {named} cannot take an adapter in; use a base of 16 or 32 bits")
-        self._merged = [weight.detach().clone() for weight in weights]
+        self._merged = [copy(weight.detach()) for weight in weights]
         self.refresh()
 
     @torch.no_grad()
@@ -204,7 +208,10 @@ class MergedAdapter:
         """Takes the adapter's present weights in."""
         for layer, merged in zip(self._layers, self._merged, strict=True):
             delta: torch.Tensor = layer.get_delta_weight(self._model.active_adapter)  # type: ignore[operator]
-            torch.add(_weight(layer), delta, out=merged)  # in float32, as `delta` is
+            torch.add(_weight(layer), delta, out=delta)  # in float32, as `delta` is
+            # Transposed, a copy into columns is PyTorch's fast one.
+            by_column = merged.ndim == 2 and merged.t().is_contiguous()
+            (merged.t() if by_column else merged).copy_(delta.t() if by_column else delta)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -23,16 +23,16 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.logits import token_logprobs
-from mmrl_ray.policy.model import Policy, computing
+from mmrl_ray.policy.model import Policy, SharedPrompts, computing
 from mmrl_ray.policy.scoring.collate import (
     PromptBatch,
     completion_positions,
@@ -94,6 +94,67 @@ def select_cache(cache: Cache, indices: torch.Tensor) -> Cache:
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     copied.batch_select_indices(indices)
     return copied
+
+
+def _repeated(cache: Cache, index: torch.Tensor, prompt_of: torch.Tensor, *, apart: bool) -> Cache:
+    """`select_cache` for one forward behind it, which copies the prompts' keys once instead of twice where it can.
+
+    Args:
+        cache: of K prompts.
+        index: int64 [N] on the CPU, the prompt of each row, ascending.
+        prompt_of: the same on the device.
+        apart: attention takes the prompts' keys by themselves (`Acceleration.completions`): they are not copied at all.
+    """
+    held = [layer.keys for layer in cache.layers if type(layer) is DynamicLayer and layer.keys is not None]
+    counts = set(torch.bincount(index, minlength=held[0].shape[0]).tolist()) if held else set()
+    if len(held) < len(cache.layers) or len(counts) != 1:
+        return select_cache(cache, prompt_of)
+    (repeats,) = counts
+    copied = copy.copy(cache)
+    copied.layers = [_RepeatedLayer(layer, repeats, apart=apart) for layer in cache.layers]
+    return copied
+
+
+class _RepeatedLayer(DynamicLayer):
+    """Keys and values of prompts [K, H, P, d], each for G rows, which see them with their own behind: [K·G, H, .., d].
+
+    For one forward; until then it holds those of the prompts, once.
+    """
+
+    def __init__(self, layer: Any, repeats: int, *, apart: bool) -> None:
+        super().__init__()
+        self.keys, self.values = layer.keys, layer.values
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self._repeats, self._apart = repeats, apart
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Both, each prompt's G times with the rows' own behind them; or the rows' own, and with them the prompts'."""
+        if self._apart:
+            prompts = SharedPrompts(cast(Tensor, self.keys), cast(Tensor, self.values), self._repeats)
+            key_states.prompts = prompts  # type: ignore[attr-defined]
+            return key_states, value_states
+        self.keys = _Behind.apply(self.keys, key_states, self._repeats)
+        self.values = _Behind.apply(self.values, value_states, self._repeats)
+        return self.keys, self.values
+
+
+class _Behind(torch.autograd.Function):
+    """[K, H, P, d] and [K·G, H, T, d] → [K·G, H, P + T, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, prompts: Tensor, own: Tensor, repeats: int) -> Tensor:
+        rows, heads, tokens, width = own.shape
+        ctx.prompt, ctx.repeats = prompts.shape[2], repeats
+        made = own.new_empty(rows, heads, ctx.prompt + tokens, width)
+        made.unflatten(0, (-1, repeats))[..., : ctx.prompt, :] = prompts[:, None]
+        made[:, :, ctx.prompt :] = own
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        to_prompts = grad.unflatten(0, (-1, ctx.repeats))[..., : ctx.prompt, :].sum(dim=1)
+        return to_prompts, grad[:, :, ctx.prompt :], None
 
 
 @computing
@@ -204,13 +265,14 @@ def _shared_rows(
     length = targets.shape[1] - 1
     if length == 0:
         return first
-    suffix = policy.core(
-        input_ids=policy.place(targets[:, :-1]),
-        attention_mask=policy.place(torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1)),
-        position_ids=policy.place(completion_positions(policy, batch.next_position[index], length)),
-        past_key_values=select_cache(output.past_key_values, prompt_of),
-        use_cache=True,
-    )
+    with policy.acceleration.completions(policy) as apart:
+        suffix = policy.core(
+            input_ids=policy.place(targets[:, :-1]),
+            attention_mask=policy.place(torch.cat([batch.attention_mask[index], mask[:, :-1].long()], dim=1)),
+            position_ids=policy.place(completion_positions(policy, batch.next_position[index], length)),
+            past_key_values=_repeated(output.past_key_values, index, prompt_of, apart=apart),
+            use_cache=True,
+        )
     return torch.cat([first, suffix.last_hidden_state], dim=1)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy import cpu
-from mmrl_ray.policy.cpu import OneDnnLinear, is_available, pack_weights, use_onednn
+from mmrl_ray.policy.cpu import OneDnnLinear, by_column, is_available, pack_weights, use_fused_adapters, use_onednn
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
@@ -182,3 +183,99 @@ def test_packed_weights_change_no_greedy_row(family: str, load: Load, monkeypatc
     greedy = SamplingParams(max_new_tokens=TOKENS, greedy=True)
     together = decode_groups(Decoder(policy), [DecodeRequest(p, 1, greedy) for p in prompts])
     assert [ids(out.completions[0]) for out in together] == expected
+
+
+def adapted(*, bias: bool = True, dropout: float = 0.0, trains: bool = False) -> PeftModel:
+    """Of one layer, 24 to 16, with an adapter of rank 3 that is felt; scaled by 2 / 3."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=bias))
+    use_onednn(model)
+    config = LoraConfig(r=3, lora_alpha=2, target_modules=["0"], init_lora_weights=False, lora_dropout=dropout)
+    peft = get_peft_model(model, config)
+    peft.base_model.model[0].base_layer.weight.requires_grad_(trains)
+    return peft
+
+
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that oneDNN has layers of these sizes, too."""
+    monkeypatch.setattr(cpu, "_LARGE_WEIGHT", 1)
+
+
+@pytest.mark.usefixtures("small_products")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("learns_input", [True, False])
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)])
+def test_fused_adapters_give_the_products_and_gradients_of_float64(
+    shape: tuple[int, ...], learns_input: bool, bias: bool
+) -> None:
+    model = adapted(bias=bias)
+    use_fused_adapters(model)
+    layer = model.base_model.model[0]
+    x, outside = torch.randn(shape, requires_grad=learns_input), torch.randn(*shape[:-1], 16)
+    made = model(x)
+    assert type(made.grad_fn).__name__ == "_AdaptedBackward"
+    (made * outside).sum().backward()
+
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    w, a, b, given, grad = (t.detach().double().numpy() for t in (layer.base_layer.weight, down, up, x, outside))
+    added = layer.base_layer.bias.detach().double().numpy() if bias else 0.0
+    close(made, given @ (w + 2 / 3 * b @ a).T + added)
+    rows, grads = given.reshape(-1, 24), grad.reshape(-1, 16)
+    assert down.grad is not None
+    assert up.grad is not None
+    close(down.grad, 2 / 3 * (grads @ b).T @ rows)
+    close(up.grad, 2 / 3 * grads.T @ (rows @ a.T))
+    if learns_input:
+        assert x.grad is not None
+        close(x.grad, grad @ (w + 2 / 3 * b @ a))
+    else:
+        assert x.grad is None
+
+
+@pytest.mark.usefixtures("small_products")
+@pytest.mark.parametrize("case", ["dropout", "base learns", "off", "merged", "two", "no gradient", "bfloat16"])
+def test_other_adapters_stay_with_peft(case: str) -> None:
+    model = adapted(dropout=0.5 if case == "dropout" else 0.0, trains=case == "base learns")
+    x = torch.randn(7, 24, dtype=torch.bfloat16 if case == "bfloat16" else torch.float32)
+    if case == "bfloat16":
+        model.to(torch.bfloat16)
+    if case == "two":
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "second"])
+    if case == "off":
+        model.base_model.disable_adapter_layers()
+    if case == "merged":
+        model.merge_adapter()
+    plain = copy.deepcopy(model)
+    use_fused_adapters(model)
+    made = []
+    with torch.set_grad_enabled(case != "no gradient"):
+        for each in (model, plain):
+            torch.manual_seed(3)  # of the dropout
+            made.append(each(x))
+    assert "_Adapted" not in type(made[0].grad_fn).__name__
+    assert torch.equal(*made)
+
+
+@pytest.mark.usefixtures("small_products")
+def test_a_copy_of_a_fused_adapter_computes_with_its_own_weights() -> None:
+    model = adapted()
+    use_fused_adapters(model)
+    other, x = copy.deepcopy(model), torch.randn(3, 24)
+    with torch.no_grad():
+        other.base_model.model[0].lora_B["default"].weight.zero_()
+    assert torch.allclose(other(x), other.base_model.model[0].base_layer(x))
+    assert not torch.allclose(other(x), model(x))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_weights_by_column_give_the_same_products(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(520, 260)).requires_grad_(False)
+    use_onednn(model)
+    x, weight = torch.randn(rows, 520), model[0].weight
+    before, turned = model(x), by_column(weight)
+    assert turned.stride() == (1, 260)
+    model[0].weight.data = turned
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    assert by_column(torch.randn(16, 24)).is_contiguous(), "MKL's, which reads rows faster"

@@ -198,15 +198,15 @@ def test_a_shifted_position_is_found(dtype: str, load: Load, monkeypatch: pytest
 
 def test_a_gradient_that_stops_at_the_prefix_is_found(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = with_lora(load())
-    original = prefix.select_cache
+    original = prefix._repeated
 
-    def detached(cache: Any, indices: torch.Tensor) -> Any:
-        chosen = original(cache, indices)
+    def detached(*args: Any, **kwargs: Any) -> Any:
+        chosen = original(*args, **kwargs)
         for layer in chosen.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return chosen
 
-    monkeypatch.setattr(prefix, "select_cache", detached)
+    monkeypatch.setattr(prefix, "_repeated", detached)
     choice = choose_path(policy, encode_prompts(policy, make_samples()[:1]))
     assert choice.path == "naive"
     assert choice.wanted_gap.to_model <= 1e-5

@@ -34,6 +34,21 @@ def test_merged_is_the_adapted_policy_without_its_branch(load: Load) -> None:
         torch.testing.assert_close(logits(policy), base, rtol=0, atol=0)
 
 
+def test_merged_weights_may_lie_in_memory_otherwise(load: Load) -> None:
+    policy = load()
+    add_adapter(policy, LORA, seed=0)
+    train_a_little(policy)
+    plain = MergedAdapter(policy.model)
+    turned = MergedAdapter(policy.model, lambda weight: weight.t().contiguous().t())
+    train_a_little(policy)
+    for merged in (plain, turned):
+        merged.refresh()
+    for one, other in zip(plain._merged, turned._merged, strict=True):
+        assert torch.equal(one, other)
+        assert one.is_contiguous()
+        assert other.t().is_contiguous()
+
+
 def test_it_keeps_the_version_it_took_in_until_it_is_refreshed(load: Load) -> None:
     policy = load()
     add_adapter(policy, LORA, seed=0)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
 
 from mmrl_ray.experience.carriers import EncodedPrompt
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.scoring import prefix
 from mmrl_ray.policy.scoring.prefix import encode_prefix, score_completions, select_cache
 from mmrl_ray.policy.vision import VisionCache, vision_features
 from tests.support.tiny_models import FAMILIES, image_bytes, make_completions, make_samples
@@ -225,3 +227,36 @@ def test_refuses_what_does_not_fit_together(load: Load) -> None:
         score_completions(policy, prompts, features, [[], []], 1.0)
     with pytest.raises(ValueError, match="path='fast' is none of"):
         score_completions(policy, prompts, features, completions, 1.0, path="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_copied_once_a_completion_give_what_selecting_and_appending_them_gives(
+    family: str, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, gradients too; and no key is selected where all groups are of one size."""
+    policy = with_lora(load(family))
+    policy.acceleration = Acceleration()  # the CPU's attention wants them apart
+    prompts = encode_prompts(policy, make_samples()[:2])
+    completions = make_completions(policy, ((3, 9, 1), (4, 2, 9)))
+    selected: list[int] = []
+    select = prefix.select_cache
+
+    def noted(cache: Cache, indices: torch.Tensor) -> Cache:
+        selected.append(len(indices))
+        return select(cache, indices)
+
+    monkeypatch.setattr(prefix, "select_cache", noted)
+
+    def scored() -> list[torch.Tensor]:
+        policy.model.zero_grad()
+        features = vision_features(policy, prompts)
+        logprobs = score_completions(policy, prompts, features, completions, TEMPERATURE).logprobs
+        logprobs.square().sum().backward()
+        return [logprobs.detach(), *(p.grad.clone() for p in policy.model.parameters() if p.grad is not None)]
+
+    once = scored()
+    keeps_all = all(type(layer) is DynamicLayer for layer in encode_prefix(policy, prompts, None).cache.layers)
+    assert selected == ([] if keeps_all else [6])
+    monkeypatch.setattr(prefix, "_repeated", lambda cache, index, prompt_of, apart: select(cache, prompt_of))
+    for found, expected in zip(once, scored(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
