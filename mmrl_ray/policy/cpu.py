@@ -18,6 +18,11 @@ branch is added to what the base gives as it is computed, without a product of i
 branch's products, of which one side is 8 or 16 numbers wide, are put so that MKL or oneDNN takes the long side as rows,
 two to four times as fast as the other way round.
 
+**Attention of completions in float32** (`attend_completions`): those of a prompt attend to its keys where they lie,
+all their queries in one product, and to their own in another; one softmax goes over both. A copy of the prompt's keys
+for each of them would be made in every layer, kept for the backward pass, and its gradients summed: with eight
+completions of 24 tokens behind 261, forward and backward together take 11 ms a layer instead of 18.
+
 **Attention of a decode step in float32**: one query a sequence, over keys that no cache of the processor holds any
 more. PyTorch's kernel reads keys and values at a third of the rate that memory gives, and takes them in blocks that
 were made for many queries. As two batches of products, keys by queries and weights by values, the same takes about 0.8
