@@ -9,6 +9,7 @@ its owner, see `child.py`.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,16 +17,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from mmrl_ray.child import receive, send
+from mmrl_ray.child import Shared, receive, receive_shared, send
 from mmrl_ray.errors import ProcessError
 
+Answer = TypeVar("Answer")
 _END_TIMEOUT_S = 5.0
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -47,12 +51,13 @@ class Lost:
 class ChildProcess:
     """One process, from its start to its end."""
 
-    def __init__(self, worker: str, name: str) -> None:
+    def __init__(self, worker: str, name: str, environment: Mapping[str, str] | None = None) -> None:
         """Starts it; returns before it has imported its worker.
 
         Args:
             worker: `module:function` of this project, called with the child's end of the socket.
             name: what errors call it.
+            environment: variables that it has beside this process's own.
 
         Raises:
             ProcessError: it cannot be started.
@@ -66,6 +71,7 @@ class ChildProcess:
                 [sys.executable, "-u", "-c", _BOOT, *arguments],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), watched),
+                env={**os.environ, **(environment or {})},
                 start_new_session=True,  # a group to kill at once; and Ctrl-C is for the owner
             )
         except OSError as error:
@@ -83,35 +89,44 @@ class ChildProcess:
         """Whether it can be asked."""
         return self.end.alive and self._popen.poll() is None
 
-    def ask(self, *request: bytes, timeout_s: float) -> bytearray | Lost:
+    def ask(self, *request: bytes | Shared, timeout_s: float) -> bytearray | Lost:
         """One frame back for the frames of a request; where there is none, the process has ended.
 
         Another thread may `kill` it meanwhile.
         """
-        return self._answer(time.monotonic() + timeout_s, timeout_s, request)
+        return self._answer(receive, timeout_s, request)
 
-    def more(self, timeout_s: float) -> bytearray | Lost:
-        """A further frame of the same answer."""
-        return self._answer(time.monotonic() + timeout_s, timeout_s, ())
+    def more(self, timeout_s: float) -> Shared | Lost:
+        """A further frame of the same answer, which is shared."""
+        return self._answer(receive_shared, timeout_s, ())
 
     def kill(self) -> None:
         """Lets an `ask` of another thread come back `Lost`."""
         if self.end.alive:
             _kill(self._popen)
 
-    def _answer(self, deadline: float, timeout_s: float, request: tuple[bytes, ...]) -> bytearray | Lost:
-        answer: bytearray | None = None
+    def _answer(
+        self,
+        take: Callable[[socket.socket], Answer | None],
+        timeout_s: float,
+        request: tuple[bytes | Shared, ...],
+    ) -> Answer | Lost:
+        deadline = time.monotonic() + timeout_s
+        answer: Answer | None = None
         try:
             for frame in request:
                 self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
                 send(self._socket, frame)
             self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-            answer = receive(self._socket)
+            answer = take(self._socket)
         except TimeoutError:
             self.end()
             return Lost(f"{self._name} gave no answer within {timeout_s:.3g} s", hung=True)
-        except OSError:
-            pass  # it ended while it was being written to
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.EINVAL):  # what it gave cannot be used
+                self.end()
+                return Lost(f"the answer of {self._name} is lost: {error.strerror}")
+            # Otherwise it ended while it was being written to.
         if answer is None:
             try:
                 code = self._popen.wait(_END_TIMEOUT_S)
@@ -122,6 +137,60 @@ class ChildProcess:
             how = f"exit status {code}" if by is None else by.name
             return Lost(f"the process of {self._name} ended by itself ({how})", by=by)
         return answer
+
+
+class ProcessPool:
+    """As many processes of one kind as are at work at a time, started when they are needed; from any threads."""
+
+    def __init__(
+        self,
+        worker: str,
+        name: str,
+        most: int,
+        *,
+        environment: Mapping[str, str] | None = None,
+        begin: Callable[[ChildProcess], None] = lambda process: None,
+    ) -> None:
+        """Args as `ChildProcess`'; `begin` is called with each new one first, and what it raises ends that one."""
+        self._worker, self._name, self._environment, self._begin = worker, name, environment, begin
+        self._turns = threading.BoundedSemaphore(most)
+        self._lock = threading.Lock()
+        self._idle: list[ChildProcess] = []
+
+    @contextmanager
+    def process(self, wait_s: float) -> Iterator[ChildProcess]:
+        """One of them, nobody else's meanwhile; it is used again if it is alive then.
+
+        Raises:
+            ProcessError: none was free within `wait_s`, or none can be started.
+        """
+        if not self._turns.acquire(timeout=wait_s):
+            raise ProcessError(f"{self._name}: others kept all processes busy for {wait_s:g} s")
+        try:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            if process is None or not process.alive:
+                process = ChildProcess(self._worker, self._name, self._environment)
+                try:
+                    self._begin(process)
+                except BaseException:
+                    process.end()
+                    raise
+            try:
+                yield process
+            finally:
+                if process.alive:
+                    with self._lock:
+                        self._idle.append(process)
+        finally:
+            self._turns.release()
+
+    def close(self) -> None:
+        """Ends the processes that are idle; others are started if it is used again."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for process in idle:
+            process.end()
 
 
 def _signal(code: int) -> signal.Signals | None:

@@ -15,6 +15,8 @@ SFT_CACHE = ".cache/sft"
 """Where built-in models and warm starts are kept unless told otherwise."""
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 """What Kubernetes lets an object be called."""
+MOST_PICTURE_PROCESSES = 2
+"""That an actor takes unasked: 40 pictures of a megapixel a second."""
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
 
 
@@ -216,6 +218,22 @@ class ActorResources(Section):
     render` writes has a label for each group of pods and names it here."""
 
 
+class SamplerResources(ActorResources):
+    """One actor's share where it samples."""
+
+    picture_processes: int | None = Field(None, ge=0)
+    """Processes of one actor that make pictures ready while its model is at work, about 400 MB each; 0 has the actor do
+    so itself. By default none on a CPU, which they would take from the model, and on a GPU one less than `cpus`, at
+    most 2."""
+
+    @property
+    def prompt_processes(self) -> int:
+        """So many."""
+        if self.picture_processes is not None:
+            return self.picture_processes
+        return min(max(int(self.cpus) - 1, 0), MOST_PICTURE_PROCESSES) if self.gpus else 0
+
+
 class ResourcesSection(Section):
     """Learner and rollout workers on different devices, or sharing them."""
 
@@ -224,7 +242,7 @@ class ResourcesSection(Section):
     has whole GPUs of its own. Without GPUs it changes nothing."""
     learner: ActorResources = ActorResources()
     """Each learner worker's share."""
-    rollout: ActorResources = ActorResources()
+    rollout: SamplerResources = SamplerResources()
     """Each rollout worker's share."""
     reward: ActorResources = ActorResources(cpus=0.0)
     """Each replica's share where `reward.host` is `serve`. A reward of words needs no CPU of its own: the worker whose

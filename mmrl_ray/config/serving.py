@@ -18,6 +18,7 @@ from mmrl_ray.config.sections import (
     DeploySection,
     ModelSection,
     ResourcesSection,
+    SamplerResources,
     Section,
     SftSection,
     refuse,
@@ -150,7 +151,7 @@ class PolicyDeployment(DeploymentSection):
 
     target_ongoing_requests: float = Field(16.0, gt=0)
     """Requests a replica should have under way; above it replicas are added, up to `max_replicas`."""
-    resources: ActorResources = ActorResources()
+    resources: SamplerResources = SamplerResources()
     """What one replica asks Ray for."""
     max_rows: int = Field(64, ge=1)
     """Completions that one replica decodes at a time, one key's at most three in four of them; requests beyond them

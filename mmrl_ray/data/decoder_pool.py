@@ -1,24 +1,31 @@
 """Pictures of strangers, decoded in processes that can be ended, each picture within a budget of memory and CPU time.
 
-The pixels come back over a socket, 0.15 ms a picture and some 0.5 ms a megabyte; a process decodes one picture after
-the other, and one that ran out of its time is ended and another one started (0.3 s) for the next picture.
+The pixels come back in memory that both processes map (`Shared`), 0.3 ms a megabyte to write; who prepares a picture
+in a process of its own (`policy/prompt_pool.py`) is handed that memory on. A process decodes one picture after the
+other, and one that ran out of its time is ended and another one started (0.3 s) for the next picture.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import resource
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from PIL import Image
 
-from mmrl_ray.data.images import DEFAULT_LIMITS, ImageLimits, banded, inspect_image
+from mmrl_ray.child import Shared, receive, send
+from mmrl_ray.data.images import DEFAULT_LIMITS, ImageLimits, banded, bands, decode_image, inspect_image
 from mmrl_ray.errors import ImageError, ProcessError
-from mmrl_ray.processes import ChildProcess, Lost
+from mmrl_ray.processes import ChildProcess, Lost, ProcessPool
 
 WORKERS = 3
 """Pictures decoded at a time at most; whoever asks for large ones keeps their number, and the memory, smaller."""
@@ -31,7 +38,30 @@ CPU_S_A_MEGAPIXEL = 0.1
 """On top of `CPU_S`: several times what the slowest sound picture takes."""
 _TIMEOUT_S = 120.0
 """On the clock, where a machine has too much to do; requests have deadlines of their own."""
-_WORKER, _BACKGROUND_WORKER = "mmrl_ray.data.decoder_child:work", "mmrl_ray.data.decoder_child:work_in_background"
+_WORKER, _BACKGROUND_WORKER = f"{__name__}:work", f"{__name__}:work_in_background"
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy would start one a core, each with memory of its own
+_NICENESS = 10
+"""A tenth of what others get, where all want a core."""
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPicture:
+    """A decoded picture whose pixels, 8-bit RGB, another process may be handed without a copy."""
+
+    size: tuple[int, int]
+    """Width and height."""
+    pixels: Shared
+
+    def image(self) -> Image.Image:
+        """The picture as Pillow's, a copy."""
+        return banded(self.size, memoryview(self.pixels.map()))
+
+
+def images_of(pictures: Sequence[SharedPicture]) -> list[Image.Image]:
+    """They as Pillow's, one that is there several times copied once."""
+    found = {picture: picture.image() for picture in dict.fromkeys(pictures)}
+    return [found[picture] for picture in pictures]
 
 
 class Decoding:
@@ -72,76 +102,69 @@ class DecoderPool:
 
     def __init__(self, workers: int = WORKERS, *, background: bool = False) -> None:
         """With `background` its processes have what everything else leaves of the cores."""
-        self._worker = _BACKGROUND_WORKER if background else _WORKER
-        self._turns = threading.BoundedSemaphore(workers)
-        self._lock = threading.Lock()
-        self._idle: list[ChildProcess] = []
+        worker = _BACKGROUND_WORKER if background else _WORKER
+        self._pool = ProcessPool(worker, "a picture's decoder", workers, environment=_ENVIRONMENT)
 
     def decode(
         self, data: bytes, limits: ImageLimits = DEFAULT_LIMITS, decoding: Decoding | None = None
     ) -> Image.Image:
-        """What `decode_image` gives.
+        """What `decode_image` gives; raises like `decode_shared`."""
+        return self.decode_shared(data, limits, decoding).image()
+
+    def decode_shared(
+        self, data: bytes, limits: ImageLimits = DEFAULT_LIMITS, decoding: Decoding | None = None
+    ) -> SharedPicture:
+        """What `decode_image` gives, its pixels where the process put them.
 
         Raises:
             ImageError: whatever `decode_image` refuses, and what takes more memory or CPU time than it may.
             ProcessError: no process can be started, it was ended from outside, or the decoding was given up.
         """
-        with self._process() as process, (decoding or Decoding()).on(process):
+        with self._pool.process(_TIMEOUT_S) as process, (decoding or Decoding()).on(process):
             width, height = self._size(process, data, limits, pixels=True)
             pixels = process.more(_TIMEOUT_S)
         if isinstance(pixels, Lost):
             raise ProcessError(pixels.reason)
-        if width * height > limits.max_pixels or len(pixels) != 3 * width * height:
-            raise ProcessError(f"the decoder's process gave {len(pixels):,} bytes for {width}x{height} pixels")
-        return banded((width, height), memoryview(pixels))
+        if width * height > limits.max_pixels or pixels.count != 3 * width * height:
+            raise ProcessError(f"the decoder's process gave {pixels.count:,} bytes for {width}x{height} pixels")
+        return SharedPicture((width, height), pixels)
 
     def check(self, data: bytes, limits: ImageLimits = DEFAULT_LIMITS, decoding: Decoding | None = None) -> None:
         """Decodes as `decode` does, and raises like it; the pixels stay where they are."""
-        with self._process() as process, (decoding or Decoding()).on(process):
+        with self._pool.process(_TIMEOUT_S) as process, (decoding or Decoding()).on(process):
             self._size(process, data, limits, pixels=False)
 
     def close(self) -> None:
         """Ends the processes that are idle; later pictures start others."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for process in idle:
-            process.end()
+        self._pool.close()
 
     def _size(self, process: ChildProcess, data: bytes, limits: ImageLimits, *, pixels: bool) -> tuple[int, int]:
-        count = inspect_image(data, limits)
-        cpu_s = CPU_S + CPU_S_A_MEGAPIXEL * count / 1e6
-        memory = MEMORY_FACTOR * 3 * count + MEMORY_BYTES + 2 * len(data)
+        cpu_s, memory = budget_of(data, limits)
         head = {"limits": asdict(limits), "pixels": pixels, "cpu_s": cpu_s, "memory_bytes": memory}
         answer = process.ask(json.dumps(head).encode(), data, timeout_s=_TIMEOUT_S)
         if isinstance(answer, Lost):
-            if answer.by == signal.SIGPROF:
-                raise ImageError(f"image that takes more than {cpu_s:.3g} s of CPU time to decode: save it again")
-            if answer.by in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE):
-                raise ImageError("broken image: its decoder crashed over it")
-            raise ProcessError(answer.reason)
+            raise lost_over(answer, cpu_s)
         told = json.loads(answer)
         if "error" in told:
             raise ImageError(told["error"])
         width, height = told["size"]
         return width, height
 
-    @contextmanager
-    def _process(self) -> Iterator[ChildProcess]:
-        if not self._turns.acquire(timeout=_TIMEOUT_S):
-            raise ProcessError(f"other pictures kept the decoders busy for {_TIMEOUT_S:g} s")
-        try:
-            with self._lock:
-                process = self._idle.pop() if self._idle else None
-            if process is None or not process.alive:
-                process = ChildProcess(self._worker, "a picture's decoder")
-            try:
-                yield process
-            finally:
-                if process.alive:
-                    with self._lock:
-                        self._idle.append(process)
-        finally:
-            self._turns.release()
+
+def budget_of(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[float, int]:
+    """(seconds of CPU time, bytes) that decoding an encoded picture may take; raises like `inspect_image`."""
+    count = inspect_image(data, limits)
+    return CPU_S + CPU_S_A_MEGAPIXEL * count / 1e6, MEMORY_FACTOR * 3 * count + MEMORY_BYTES + 2 * len(data)
+
+
+def lost_over(lost: Lost, cpu_s: float) -> ImageError | ProcessError:
+    """What the end of a process says about the picture that it was at, which had `cpu_s` seconds of CPU time: an
+    `ImageError` where that is to blame."""
+    if lost.by == signal.SIGPROF:
+        return ImageError(f"image that takes more than {cpu_s:.3g} s of CPU time to decode: save it again")
+    if lost.by in _CRASHES:
+        return ImageError("broken image: its decoder crashed over it")
+    return ProcessError(lost.reason)
 
 
 @functools.cache
@@ -154,3 +177,58 @@ def shared_pool() -> DecoderPool:
 def background_pool() -> DecoderPool:
     """The same for pictures that take long."""
     return DecoderPool(background=True)
+
+
+# -- in the process ----------------------------------------------------------------------------------------------------
+
+
+def work_in_background(owner: socket.socket) -> None:
+    """The same as `work`, at a low priority."""
+    os.nice(_NICENESS)
+    # Linux may share out the cores between sessions first, and each of these processes has one of its own.
+    with suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
+        autogroup.write(str(_NICENESS))
+    work(owner)
+
+
+def work(owner: socket.socket) -> None:
+    """Answers until the owner is gone.
+
+    A request is what `decode_image` takes with its budgets, as JSON, then the encoded picture. An answer is JSON, an
+    error or a size, and, where they are wanted, the pixels.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while (head := receive(owner)) is not None and (data := receive(owner)) is not None:
+        asked: dict[str, Any] = json.loads(head)
+        try:
+            with within(asked["cpu_s"], asked["memory_bytes"]):
+                image = decode_image(bytes(data), ImageLimits(**asked["limits"]))
+        except ImageError as error:
+            send(owner, json.dumps({"error": str(error)}).encode())
+            continue
+        send(owner, json.dumps({"size": image.size}).encode())
+        if asked["pixels"]:
+            send(owner, Shared.of(bands(image)))
+
+
+@contextmanager
+def within(cpu_s: float, memory_bytes: int) -> Iterator[None]:
+    """Inside, the kernel ends the process after so many seconds of CPU time, and refuses it more memory than that."""
+    _set_budget(cpu_s, memory_bytes)
+    try:
+        yield
+    finally:
+        _set_budget(0.0, None)
+
+
+def _set_budget(cpu_s: float, memory_bytes: int | None) -> None:
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    if sys.platform == "linux":
+        limit = resource.RLIM_INFINITY if memory_bytes is None else _memory() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+
+def _memory() -> int:
+    """Bytes that count against `RLIMIT_DATA`."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[5]) * resource.getpagesize()

@@ -174,6 +174,7 @@ def assemble(
             context_length=int(context),
             revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
             path=path,
+            revision=cfg.revision,
             processor_settings=dict(cfg.processor),
             turn=turn,
             appended_ids=appended_tokens(tokenizer),

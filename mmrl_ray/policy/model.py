@@ -86,6 +86,8 @@ class Policy:
     revision_key: str
     """Names the weights and the processor: part of the vision cache's key."""
     path: str
+    revision: str | None = None
+    """Of a model of the hub, where one was asked for."""
     processor_settings: dict[str, Any] = field(default_factory=dict)
     bare_head: bool = False
     """Whether `logits` are the head's product and nothing else (`takes_bare_head`)."""

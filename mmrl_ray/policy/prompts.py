@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
@@ -16,7 +16,9 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.checkpoint import brief
-from mmrl_ray.policy.model import Policy
+
+if TYPE_CHECKING:  # a process that prepares prompts needs none of what trains
+    from mmrl_ray.policy.model import Policy
 
 Turns = Sequence[tuple[str, Sequence[str | int]]]
 """A conversation: for each message its role and its parts, texts and indices of images."""
@@ -26,8 +28,25 @@ PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 _HARMLESS = "a"
 
 
-def encode_prompts(policy: Policy, samples: Sequence[Sample]) -> list[EncodedPrompt]:
+class Prompting(Protocol):
+    """What of a `Policy` its prompts are made with."""
+
+    processor: Any
+    tokenizer: Any
+    processor_settings: dict[str, Any]
+    image_token_ids: tuple[int, ...]
+    appended_ids: tuple[int, ...]
+    reserved_texts: tuple[str, ...]
+    revision_key: str
+    path: str
+
+
+def encode_prompts(
+    policy: Prompting, samples: Sequence[Sample], decode: Callable[[bytes], Image.Image] = decode_image
+) -> list[EncodedPrompt]:
     """One encoded prompt a sample: its images, then its text, then the opening of the assistant's turn.
+
+    `decode` gives and raises what `decode_image` does.
 
     Raises:
         DataError: a prompt holds a special token, or a sample has no image.
@@ -41,12 +60,12 @@ def encode_prompts(policy: Policy, samples: Sequence[Sample]) -> list[EncodedPro
             raise DataError(f"{what} has no image")
         _check_text(policy, sample.prompt, f"prompt of {what}")
         turns = [("user", [*range(len(sample.images)), sample.prompt])]
-        prompts.append(_encode(policy, turns, sample.images, what))
+        prompts.append(_encode(policy, turns, sample.images, what, decode=decode))
     return prompts
 
 
 def encode_conversation(
-    policy: Policy, turns: Turns, images: Sequence[bytes], pictures: Sequence[Image.Image] | None = None
+    policy: Prompting, turns: Turns, images: Sequence[bytes], pictures: Sequence[Image.Image] | None = None
 ) -> EncodedPrompt:
     """A conversation that goes on with the assistant's turn.
 
@@ -111,7 +130,7 @@ def without_pixels(prompt: EncodedPrompt) -> EncodedPrompt:
     return replace(prompt, model_inputs={k: v for k, v in prompt.model_inputs.items() if not k.startswith("pixel")})
 
 
-def image_key(policy: Policy, images: Sequence[bytes]) -> str:
+def image_key(policy: Prompting, images: Sequence[bytes]) -> str:
     """32 hex digits naming these images under this processor and these weights."""
     digest = hashlib.sha256(policy.revision_key.encode())
     for image in images:
@@ -120,7 +139,12 @@ def image_key(policy: Policy, images: Sequence[bytes]) -> str:
 
 
 def _encode(
-    policy: Policy, turns: Turns, images: Sequence[bytes], what: str, pictures: Sequence[Image.Image] | None = None
+    policy: Prompting,
+    turns: Turns,
+    images: Sequence[bytes],
+    what: str,
+    pictures: Sequence[Image.Image] | None = None,
+    decode: Callable[[bytes], Image.Image] = decode_image,
 ) -> EncodedPrompt:
     """`turns` whose texts were checked and that place `images` in their order."""
     processor = policy.processor
@@ -132,7 +156,7 @@ def _encode(
             f"model {policy.path!r}: its chat template put {text.count(mark)} image tokens {mark!r} into a prompt of "
             f"{len(images)} images; its processor and its template do not fit together"
         )
-    pictures = [decode_image(image) for image in images] if pictures is None else list(pictures)
+    pictures = [decode(image) for image in images] if pictures is None else list(pictures)
     # Templates that write the beginning-of-sequence token themselves must not get a second one.
     bos = policy.tokenizer.bos_token
     try:
@@ -168,7 +192,7 @@ def _rendered(processor: Any, turns: Turns, what: str) -> str:
         raise DataError(f"{what}: the model's chat template refuses it: {brief(error)}") from error
 
 
-def _check_rendered(policy: Policy, text: str, turns: Turns, what: str) -> None:
+def _check_rendered(policy: Prompting, text: str, turns: Turns, what: str) -> None:
     """Refuses texts that become control tokens only where the chat template trims and joins them.
 
     What it writes must have the control tokens that it has for the same conversation about nothing, in their order.
@@ -186,7 +210,7 @@ def _check_rendered(policy: Policy, text: str, turns: Turns, what: str) -> None:
         )
 
 
-def _control_tokens(policy: Policy, text: str) -> list[str]:
+def _control_tokens(policy: Prompting, text: str) -> list[str]:
     """Those in `text`, in their order."""
     ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
     texts = {i: policy.tokenizer.convert_ids_to_tokens(i) for i in set(ids)}
@@ -195,7 +219,7 @@ def _control_tokens(policy: Policy, text: str) -> list[str]:
     return [texts[i] for i in ids if i in own]
 
 
-def _control_ids(policy: Policy) -> set[int]:
+def _control_ids(policy: Prompting) -> set[int]:
     # An unknown word is a special token too, and anybody may write one.
     return {*policy.image_token_ids, *policy.tokenizer.all_special_ids} - {policy.tokenizer.unk_token_id}
 
@@ -216,7 +240,7 @@ def _runs_of_text(parts: Sequence[str | int]) -> list[str]:
     return list(dict.fromkeys([*texts, *runs]))
 
 
-def _check_text(policy: Policy, text: str, what: str) -> None:
+def _check_text(policy: Prompting, text: str, what: str) -> None:
     """Refuses control tokens, also those that only the tokenizer's own normalisation makes of a text."""
     try:
         text.encode()

@@ -10,6 +10,9 @@ once: accepted, or quarantined group by group. Every try has an id of its own, u
 Samples are blamed only where others do work. At the beginning of a run the same error from different samples, with none
 that worked, is the model's (`FirstErrors`): what crashes then goes to the end of the queue, so that the next worker
 takes other samples.
+
+A worker may be told of samples that could come next (`upcoming`), and is given them if it comes for more in time. That
+is no promise, and nothing that the book holds.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.rollouts.types import Assignment, DataFailure
 
@@ -71,6 +75,8 @@ class _Entry:
     assignment: Assignment
     crashes: int = 0
     last_reason: str = ""
+    passed: int = 0
+    """So many others that stood behind it were given out before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,9 @@ class AssignmentTracker:
         self._counts_from = 0
         self._queue: deque[_Entry] = deque()
         self._at_work: dict[int, _AtWork] = {}
+        self._expected: list[tuple[Sample, ...]] = []
+        self._told: dict[int, tuple[str, ...]] = {}
+        """By worker, what it was told to expect and was not given yet."""
         # Ids of tries after the first; below 0, since the controller counts its own upwards from 0.
         self._retry_ids = itertools.count(-1, -1)
 
@@ -125,10 +134,31 @@ class AssignmentTracker:
             raise ValueError(f"worker {worker} has an assignment already")
         if not self._queue:
             return None
-        entry = self._queue.popleft()
+        entry = self._next(worker)
         self._at_work[worker] = _AtWork(entry, now, self._given)
         self._given += 1
         return entry.assignment
+
+    def expect(self, samples: Iterable[tuple[Sample, ...]]) -> None:
+        """Of assignments that will be submitted after what is queued, as far as that is known."""
+        self._expected = list(samples)
+
+    def upcoming(self, worker: int) -> tuple[Sample, ...]:
+        """What `worker` may be given next and nobody was told of, which it is told now; nothing where none is known."""
+        told = set(self._told.values())
+        for samples in itertools.chain((entry.assignment.samples for entry in self._queue), self._expected):
+            if (names := _names(samples)) not in told:
+                self._told[worker] = names
+                return samples
+        return ()
+
+    def is_told(self, worker: int) -> bool:
+        """Whether it was told what to expect, and was given nothing since."""
+        return worker in self._told
+
+    def leave(self, worker: int) -> None:
+        """It is told nothing any more."""
+        self._told.pop(worker, None)
 
     def complete(self, worker: int, assignment_id: int) -> float | None:
         """Takes a result: when its try began, or None for one that no longer counts."""
@@ -204,6 +234,21 @@ class AssignmentTracker:
         work = self._at_work.get(worker)
         return None if work is None else work.since
 
+    def _next(self, worker: int) -> _Entry:
+        """Takes the first one, or what `worker` was told of: not past an evaluation, and past the first one only as
+        often as there are workers who were told."""
+        first = self._queue[0]
+        told, waiting = self._told.pop(worker, None), len(self._told)
+        if told is not None and first.passed <= waiting:
+            for place, entry in enumerate(self._queue):
+                if entry.assignment.kind != first.assignment.kind:
+                    break
+                if _names(entry.assignment.samples) == told:
+                    first.passed += place > 0
+                    del self._queue[place]
+                    return entry
+        return self._queue.popleft()
+
     def _append(self, entry: _Entry) -> None:
         if entry.assignment.kind != "eval":
             self._queue.append(entry)
@@ -221,3 +266,7 @@ class AssignmentTracker:
     def _again(self, assignment: Assignment) -> Assignment:
         groups = tuple(replace(g, key=replace(g.key, attempt=g.key.attempt + 1)) for g in assignment.groups)
         return replace(assignment, id=next(self._retry_ids), groups=groups)
+
+
+def _names(samples: Iterable[Sample]) -> tuple[str, ...]:
+    return tuple(sample.key for sample in samples)

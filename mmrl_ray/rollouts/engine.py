@@ -2,6 +2,8 @@
 
     load version → encode prompts → generate groups → reference log-probs → rewards → states, where asked for
 
+Prompts may be made in processes of their own: those of the assignment that is expected next, while this one decodes.
+
 What samples is a `GenerationEngine`; prompts, reference log-probs and states are the `Scorer`'s, whatever samples.
 
 A sample that cannot be encoded is a `DataFailure` and the others go on; a completion whose reward fails is masked with
@@ -19,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mmrl_ray.config.reward import RewardSection
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError
 from mmrl_ray.experience.carriers import (
     CaptionState,
@@ -88,11 +91,16 @@ class RolloutEngine:
             self._generator.give_back()
         return result
 
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """These may come next: their prompts are made meanwhile, where processes do that."""
+        self._scorer.prepare(samples)
+
     def _run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         seconds: dict[str, float] = {}
         with _timed(seconds, "load"):
             self._load(assignment.version, fetch)
         with _timed(seconds, "encode"):
+            self._scorer.prepare([*assignment.samples, *assignment.ahead])
             prompts, failures = self._encode(assignment.groups)
         with _timed(seconds, "sample"):
             sampled = self._decode(prompts, greedy=assignment.greedy_baseline)

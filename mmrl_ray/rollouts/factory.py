@@ -40,6 +40,7 @@ class PolicyEngineFactory:
         from mmrl_ray.policy.load import load_policy
         from mmrl_ray.policy.lora.adapter import add_run_adapter
         from mmrl_ray.policy.lora.routing import VersionedPolicy
+        from mmrl_ray.policy.prompt_pool import PromptPool
         from mmrl_ray.policy.vision import VisionCache
         from mmrl_ray.rollouts.engine import RolloutEngine
         from mmrl_ray.rollouts.scorer import Scorer
@@ -51,6 +52,7 @@ class PolicyEngineFactory:
         torch.set_num_threads(torch_threads(cfg, cfg.resources.rollout, os.cpu_count() or 1))
         policy = load_policy(cfg.model, device="cuda" if cfg.resources.rollout.gpus else "cpu")
         add_run_adapter(policy, cfg)
+        prompts = PromptPool(policy, cfg.resources.rollout.prompt_processes)
         versions, cache = VersionedPolicy(policy), VisionCache(cfg.rollout.vision_cache_mb * _MB)
         greedy = cfg.learner.advantage == "greedy"
         limits = DecodeLimits.of(policy, cfg.rollout.max_new_tokens)
@@ -59,7 +61,7 @@ class PolicyEngineFactory:
         generator.require(greedy_extra=greedy)
         return engines[cfg.learner.family.samples](
             generator,
-            Scorer(versions, cache, temperature=cfg.rollout.temperature, engine=generator),
+            Scorer(versions, cache, temperature=cfg.rollout.temperature, engine=generator, prompts=prompts),
             self.reward,
             worker=worker,
             reward_cfg=cfg.reward,

@@ -173,7 +173,9 @@ class RolloutLoop:
             self._run.append_line(EVENTS, {"time": time.time(), **event})
             self._on_event(event)
         if self.begun and not self.stopping and self.sampler.next_step < self._cfg.learner.steps:
-            self.sampler.read_ahead()
+            samples = self.sampler.read_ahead()
+            if samples is not None:
+                self.pool.expect(chunks(samples, self._cfg.rollout.groups_per_assignment))
         if not finished and time.monotonic() - began < POLL_S:
             self.pump.rest(POLL_S)
 

@@ -20,7 +20,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError, first_line
 from mmrl_ray.experience.carriers import ScoredGroup
 from mmrl_ray.rollouts.assignment_tracker import AssignmentTracker
@@ -86,6 +87,10 @@ class RayWorkerPool:
         """Queues it; evaluations go before training."""
         self.tracker.submit(assignment)
 
+    def expect(self, samples: Iterable[tuple[Sample, ...]]) -> None:
+        """Of assignments that will be submitted next: workers that make prompts ahead are told of them."""
+        self.tracker.expect(samples)
+
     def cancel(self, kind: str) -> None:
         """Forgets queued assignments of a kind; those at work are discarded when they come back."""
         self.tracker.cancel(kind)
@@ -117,6 +122,7 @@ class RayWorkerPool:
         placing = [self._clock() - w.since for w in self._workers.values() if w.state == "placing"]
         self._nodes.look(max(placing, default=0.0))
         self._dispatch()
+        self._tell()
         self._quorum.look(self._ready, self._target, self._clock(), self._last_loss)
         return finished
 
@@ -186,6 +192,7 @@ class RayWorkerPool:
 
     def _end(self, worker: PoolWorker) -> None:
         del self._workers[worker.id]
+        self.tracker.leave(worker.id)
         ray.kill(worker.handle, no_restart=True)
 
     def _lose(self, worker: PoolWorker, reason: str) -> list[Collected | DataFailure]:
@@ -211,7 +218,19 @@ class RayWorkerPool:
             assignment = self.tracker.assign(worker.id, self._clock())
             if assignment is None:
                 return
+            if self._settings.prepares_ahead:
+                assignment = replace(assignment, ahead=self.tracker.upcoming(worker.id))
             worker.give(assignment)
+
+    def _tell(self) -> None:
+        """Tells workers that have nothing to do of what comes next, where they can begin with it."""
+        for worker in self._workers.values() if self._settings.prepares_ahead else ():
+            if worker.state != "ready" or worker.retiring or worker.call is not None or self.tracker.is_told(worker.id):
+                continue
+            if not (samples := self.tracker.upcoming(worker.id)):
+                return
+            worker.ask("prepare", samples)
+            worker.probed = self._clock()
 
     def _collect(self, timeout_s: float) -> list[Collected | DataFailure]:
         """Waits for one answer at most so long, then takes in all that are there."""
@@ -314,7 +333,7 @@ class Started:
 class WorkerCall:
     """What a worker was asked, and where its answer will be."""
 
-    method: Literal["ping", "start", "run"]
+    method: Literal["ping", "start", "prepare", "run"]
     answer: Any
     """Reference to what the call returns; of a run to the first, light value."""
     parts: tuple[Any, ...] = ()
@@ -349,12 +368,12 @@ class PoolWorker:
 
     @property
     def probe_pending(self) -> bool:
-        """Whether it has yet to answer a ping that it got while it was idle."""
-        return self.state == "ready" and self.call is not None and self.call.method == "ping"
+        """Whether it has yet to answer a short call that it got while it was idle."""
+        return self.state == "ready" and self.call is not None and self.call.method in ("ping", "prepare")
 
-    def ask(self, method: Literal["ping", "start"]) -> None:
-        """Calls a method without arguments."""
-        self.call = WorkerCall(method, getattr(self.handle, method).remote())
+    def ask(self, method: Literal["ping", "start", "prepare"], *arguments: Any) -> None:
+        """Calls a method other than `run`."""
+        self.call = WorkerCall(method, getattr(self.handle, method).remote(*arguments))
 
     def give(self, assignment: Assignment) -> None:
         """Has it run an assignment."""
@@ -401,6 +420,11 @@ class RolloutWorker:
         self._engine = self._factory(self.name)
         logger.info("the engine is built")
         return Started(os.getpid(), socket.gethostname())
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Has the engine begin with what may come next; returns at once."""
+        if self._engine is not None:
+            self._engine.prepare(samples)
 
     def run(self, assignment: Assignment) -> tuple[Any, ...]:
         """(light result with its rows, parcel 0, parcel 1, …): 1 + `len(assignment.groups)` values.
@@ -474,5 +498,6 @@ def export_assignment_metrics(meter: Meter, result: AssignmentResult) -> None:
     meter.add(table.WORKER_TOKENS, sum(sum(group.completion_tokens) for group in result.groups), kind="completion")
     for name, found in (("vision_hits", "hit"), ("vision_misses", "miss")):
         meter.add(table.WORKER_VISION, sum(group.counters.get(name, 0) for group in result.groups), result=found)
+    meter.add(table.WORKER_PROMPTS_AHEAD, sum(group.counters.get("prompts_ahead", 0) for group in result.groups))
     meter.add(table.WORKER_REWARD_FAILURES, sum(len(group.failures) for group in result.groups))
     meter.add(table.WORKER_BROKEN_SAMPLES, len(result.failures))

@@ -146,6 +146,8 @@ class PoolSettings:
     """Of the workers' log lines."""
     model: str = ""
     """Path of the run's model, for the error of workers that it ends."""
+    prepares_ahead: bool = False
+    """Whether workers make prompts beside their model: they are told of what comes next."""
     bundles: PlacementGroup | None = None
     """One for each GPU that is shared with a learner."""
     in_bundles: tuple[int, ...] = ()
@@ -198,6 +200,7 @@ class PoolSettings:
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
             worker_deadline_s=cfg.rollout.worker_deadline_s,
             log_format=cfg.run.log_format,
+            prepares_ahead=cfg.resources.rollout.prompt_processes > 0,
             model=cfg.model.path,
             beside=tuple(demand for demand in demands_of(cfg) if demand.kind not in ("learner", "rollout")),
             learners_grow=not isinstance(cfg.learner.workers, int),

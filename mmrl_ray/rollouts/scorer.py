@@ -19,7 +19,8 @@ from mmrl_ray.policy.generation.base import GenerationEngine, GroupOutput
 from mmrl_ray.policy.lora.adapter import reference_policy
 from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.parity import Comparison, choose_path
-from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
+from mmrl_ray.policy.prompt_pool import PromptPool
+from mmrl_ray.policy.prompts import check_context, encode_caption
 from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
@@ -39,10 +40,11 @@ class Scorer:
         *,
         temperature: float,
         engine: GenerationEngine | None = None,
+        prompts: PromptPool | None = None,
     ) -> None:
         """`temperature` and `engine`, which samples in this run, are for the comparison at start.
 
-        `cache` may be the engine's, too.
+        `cache` may be the engine's, too. `prompts` makes the prompts, by default in this thread.
         """
         self._versions = policy
         self.policy = policy.policy
@@ -50,7 +52,8 @@ class Scorer:
         self._temperature = temperature
         self._engine = engine
         self._choice: Comparison | None = None
-        self._counted = (0, 0)
+        self._prompts = prompts or PromptPool(policy.policy)
+        self._counted = (0, 0, 0)
 
     @property
     def ships_vision(self) -> bool:
@@ -61,13 +64,17 @@ class Scorer:
         """Makes these the weights that states and captions are scored with; see `GenerationEngine.load`."""
         self._versions.load(version, weights)
 
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """These are what `encode` will be asked for, in about this order."""
+        self._prompts.prepare(samples)
+
     def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
         """One prompt, with room for its completions.
 
         Raises:
             DataError, ModelError: this sample cannot be used.
         """
-        (prompt,) = encode_prompts(self.policy, [sample])
+        prompt = self._prompts.encode(sample)
         check_context(self.policy, prompt, max_new_tokens)
         return prompt
 
@@ -150,13 +157,14 @@ class Scorer:
             return [None] * len(prompts)
 
     def counters(self) -> dict[str, float]:
-        """`vision_hits`, `vision_misses` since the last call, and `naive_path` 1 or 0."""
-        hits, misses = self._counted
-        self._counted = (self._cache.hits, self._cache.misses)
+        """`vision_hits`, `vision_misses` and `prompts_ahead` since the last call, and `naive_path` 1 or 0."""
+        hits, misses, ahead = self._counted
+        self._counted = (self._cache.hits, self._cache.misses, self._prompts.ahead)
         naive = self._choice is not None and self._choice.path == "naive"
         return {
             "vision_hits": self._cache.hits - hits,
             "vision_misses": self._cache.misses - misses,
+            "prompts_ahead": self._prompts.ahead - ahead,
             "naive_path": int(naive),
         }
 

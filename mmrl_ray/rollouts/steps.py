@@ -16,13 +16,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup, derive_seed, group_seed
 from mmrl_ray.rollouts.types import Collected, DataFailure, Generated, GroupRequest
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +52,14 @@ class StepSampler:
         """Samples left out so far."""
         return len(self._source.quarantine)
 
-    def read_ahead(self) -> None:
-        """Takes the next step's samples out of the stream, if that was not done yet."""
-        if self._ahead is None:
-            self._before[self.next_step] = self._source.state()
-            samples = self._source.take(self.groups_per_step)
-            self._ahead = _Ahead(self.next_step, samples, self.quarantined)
+    def read_ahead(self) -> Sequence[Sample] | None:
+        """Takes the next step's samples out of the stream; None if that was done already."""
+        if self._ahead is not None:
+            return None
+        self._before[self.next_step] = self._source.state()
+        samples = self._source.take(self.groups_per_step)
+        self._ahead = _Ahead(self.next_step, samples, self.quarantined)
+        return samples
 
     def compose(self) -> tuple[GroupRequest, ...]:
         """The groups of `next_step`, which advances.
@@ -125,10 +129,10 @@ class StepSampler:
         return {**self._known(step), "quarantine": self._source.quarantine.state()}
 
 
-def chunks(requests: Sequence[GroupRequest], size: int) -> Iterator[tuple[GroupRequest, ...]]:
-    """Assignments' worth of requests, in order."""
-    for start in range(0, len(requests), size):
-        yield tuple(requests[start : start + size])
+def chunks(items: Sequence[Item], size: int) -> Iterator[tuple[Item, ...]]:
+    """Assignments' worth of requests, or of samples, in order."""
+    for start in range(0, len(items), size):
+        yield tuple(items[start : start + size])
 
 
 @dataclass(slots=True)

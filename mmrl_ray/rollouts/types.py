@@ -9,7 +9,7 @@ A worker is handed an `Assignment` of `GroupRequest`s and hands back an `Assignm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -48,6 +48,14 @@ class Assignment:
     """Also decode each prompt greedily, for the `greedy` advantage."""
     reference_logprobs: bool = False
     """Also score the completions under the reference policy."""
+    ahead: tuple[Sample, ...] = ()
+    """Of an assignment that may come next: their prompts may be made while this one decodes. A hint, and nothing of
+    this one."""
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Those of its groups."""
+        return tuple(group.sample for group in self.groups)
 
     def describe(self) -> str:
         """For the run's status, in a few words."""
@@ -126,6 +134,10 @@ class Engine(Protocol):
 
     def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         """Samples, scores and returns the groups, each `payload` the `RolloutGroup` itself."""
+        ...
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """These may come next: what can be done for them beside other work may begin. Returns at once."""
         ...
 
 

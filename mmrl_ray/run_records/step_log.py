@@ -57,6 +57,7 @@ def rollout_metrics(
         "shared_prefix": not counters["naive_path"],
         "vision/hits": counters["vision_hits"],
         "vision/misses": counters["vision_misses"],
+        "prompts/ahead": counters["prompts_ahead"],
         **{f"seconds/{phase}": value for phase, value in sorted(seconds.items())},
     }
 

@@ -14,10 +14,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from PIL import Image
-
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, Agent, Saying
 from mmrl_ray.algorithms.dqn.network import prompt_features
+from mmrl_ray.data.decoder_pool import SharedPicture, images_of
 from mmrl_ray.errors import ConfigError, MMRLError, OverloadedError, RunError, ServingError, UnknownModelError
 from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
 from mmrl_ray.policy.generation.sampling import check_sampling
@@ -145,9 +144,9 @@ class AgentEngine:
                 "min_new_tokens out"
             )
 
-    def _work(self, request: GenerateRequest, pictures: Sequence[Image.Image]) -> tuple[Served, list[Saying]]:
+    def _work(self, request: GenerateRequest, pictures: Sequence[SharedPicture]) -> tuple[Served, list[Saying]]:
         turns = [(turn.role, turn.parts) for turn in request.turns]
-        prompt = encode_conversation(self._policy, turns, request.images, pictures)
+        prompt = encode_conversation(self._policy, turns, request.images, images_of(pictures))
         tokens = self._agent.facts.shape.image_tokens
         (image,) = prompt_features(self._policy, [prompt], tokens, self._cache)
         sampling = request.sampling

@@ -225,7 +225,8 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     policy.acceleration.pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
-    engine = Engine(policy, pool, created=created, **common)
+    processes = serving.policy.resources.prompt_processes
+    engine = Engine(policy, pool, created=created, prompt_processes=processes, **common)
     engine.start()
     gc.freeze()  # the model and all modules stay: a look at them for rubbish would hold up a step
     return engine

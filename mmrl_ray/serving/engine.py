@@ -2,9 +2,10 @@
 
     request ──decode, encode──▶ waiting ──▶ decode thread: rows join and leave between steps ──▶ choices, deltas
 
-The event loop only passes things on: pictures are decoded in processes of their own (`images.py`) and texts tokenised
-in a small pool of threads, the model runs in one thread of its own (`decode_thread.py`). A request keeps the version of
-the adapter that it began with, and a new version is put on beside it (`policy/lora/pool.py`).
+The event loop only passes things on: pictures are decoded in processes of their own (`images.py`), prompts are made in
+others where there are some (`policy/prompt_pool.py`) and else in a small pool of threads, and the model runs in one
+thread of its own (`decode_thread.py`). A request keeps the version of the adapter that it began with, and a new version
+is put on beside it (`policy/lora/pool.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from functools import partial
 
 from PIL import Image
 
+from mmrl_ray.data.decoder_pool import SharedPicture, images_of
 from mmrl_ray.data.images import encode_png
 from mmrl_ray.errors import ConfigError, ContextLengthError, DataError, OverloadedError, ServingError, UnknownModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
@@ -30,6 +32,7 @@ from mmrl_ray.policy.lora.pool import AdapterPool, Resident
 from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prompt_pool import PromptPool
 from mmrl_ray.policy.prompts import check_context, encode_conversation
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.serving.adapters import AdapterLeases
@@ -74,6 +77,7 @@ class Engine:
         max_rows: int,
         max_queue: int,
         timeout_s: float,
+        prompt_processes: int = 0,
     ) -> None:
         """Takes over `policy`; nothing runs before `start`.
 
@@ -86,6 +90,7 @@ class Engine:
             max_rows: completions decoded at the same time.
             max_queue: requests that may wait for their first token; one more is refused at once.
             timeout_s: a request that takes longer ends with an error.
+            prompt_processes: that make prompts beside the decode thread; with 0 threads of this process do.
 
         Raises:
             ModelError: the checkpoint's generation config holds what cannot be obeyed.
@@ -100,10 +105,12 @@ class Engine:
         self._cache = VisionCache(vision_cache_bytes)
         self._rules = generation_rules(policy)
         self._thread = DecodeThread(self._make_decoder)
-        self._encoders = ThreadPoolExecutor(min(_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encode")
+        encoders = prompt_processes or min(_ENCODERS, os.cpu_count() or 1)
+        self._encoders = ThreadPoolExecutor(encoders, thread_name_prefix="encode")
+        self._prompts = PromptPool(policy, prompt_processes)
         self._decoder = RequestDecoder()
         self._leases = AdapterLeases(pool, self._thread) if pool is not None else None
-        self._turns = Turns(_ENCODERS)
+        self._turns = Turns(prompt_processes or _ENCODERS)
         self._present: dict[object, str | None] = {}
         """Requests that have not ended, with their callers; the event loop's."""
         self._left: dict[str | None, float] = {}
@@ -123,8 +130,9 @@ class Engine:
             MMRLError: the model cannot answer.
         """
         self._thread.start()
-        prompt = self._encoders.submit(self._encode, (("user", (0, "a")),), (_picture(),), _GREEDY).result()
+        prompt = encode_conversation(self._policy, (("user", (0, "a")),), (_picture(),))
         self._thread.call(partial(self._warm_up, prompt)).result()
+        self._prompts.wait()
         if self._leases is not None:
             self._leases.start()
         self._warm = True
@@ -134,6 +142,7 @@ class Engine:
         self._warm = False
         self._thread.stop()
         self._encoders.shutdown(cancel_futures=True)
+        self._prompts.close()
         if self._leases is not None:
             self._leases.close()
 
@@ -286,6 +295,8 @@ class Engine:
         return Ticket(prompt, request.n, sampling, adapter, streams, loop, request.caller, on_start)
 
     def _rest(self, caller: str | None) -> float:
+        if self._prompts.processes:  # they have an interpreter each
+            return 0.0
         now = time.monotonic()
         self._left = {other: left for other, left in self._left.items() if now - left < _ABOUT_S}
         return _REST if any(other != caller for other in (*self._present.values(), *self._left)) else 0.0
@@ -295,10 +306,13 @@ class Engine:
         turns: Sequence[tuple[str, Sequence[str | int]]],
         images: Sequence[bytes],
         sampling: SamplingParams,
-        pictures: Sequence[Image.Image] | None = None,
+        pictures: Sequence[SharedPicture],
     ) -> EncodedPrompt:
         check_sampling(sampling)
-        prompt = encode_conversation(self._policy, turns, images, pictures)
+        if self._prompts.processes:
+            prompt = self._prompts.conversation(turns, images, pictures)
+        else:
+            prompt = encode_conversation(self._policy, turns, images, images_of(pictures))
         check_context(self._policy, prompt, sampling.max_new_tokens)
         return prompt
 

@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from PIL import Image
-
-from mmrl_ray.data.decoder_pool import DecoderPool, Decoding, background_pool, shared_pool
+from mmrl_ray.data.decoder_pool import DecoderPool, Decoding, SharedPicture, background_pool, shared_pool
 from mmrl_ray.data.images import DEFAULT_LIMITS, ImageLimits, inspect_image
 from mmrl_ray.errors import ImageError, OverloadedError, ProcessError
 
@@ -112,7 +110,7 @@ class RequestDecoder:
         self._under_way: dict[bytes, _Check] = {}
 
     @asynccontextmanager
-    async def decoded(self, images: Sequence[bytes], caller: str | None = None) -> AsyncIterator[list[Image.Image]]:
+    async def decoded(self, images: Sequence[bytes], caller: str | None = None) -> AsyncIterator[list[SharedPicture]]:
         """The pictures, each distinct one decoded once; what is done with them inside has its turn, too.
 
         Raises:
@@ -122,7 +120,7 @@ class RequestDecoder:
         slow = max((self._is_slow(image) for image in images), default=False)  # a look at each one's header
         async with self._turns[slow].turn(caller):
             pool = self._pools[slow]()
-            found = {image: await self._run(pool.decode, image) for image in dict.fromkeys(images)}
+            found = {image: await self._run(pool.decode_shared, image) for image in dict.fromkeys(images)}
             yield [found[image] for image in images]
 
     async def check(self, data: bytes, digest: bytes, caller: str | None = None) -> None:

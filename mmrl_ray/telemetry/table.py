@@ -99,6 +99,9 @@ WORKER_SECONDS = _counter("worker_seconds", "Seconds of a rollout worker by phas
 WORKER_GROUPS = _counter("worker_groups", "Groups that a rollout worker sampled", "run", "worker")
 WORKER_TOKENS = _counter("worker_tokens", "Tokens that a rollout worker read and wrote", "run", "worker", "kind")
 WORKER_VISION = _counter("worker_vision_lookups", "Look-ups in the vision cache", "run", "worker", "result")
+WORKER_PROMPTS_AHEAD = _counter(
+    "worker_prompts_ahead", "Prompts with their pictures that were ready when they were needed", "run", "worker"
+)
 WORKER_REWARD_FAILURES = _counter("worker_reward_failures", "Completions whose reward failed", "run", "worker")
 WORKER_BROKEN_SAMPLES = _counter("worker_broken_samples", "Samples that could not be encoded", "run", "worker")
 WORKER_VERSION = _gauge("worker_policy_version", "Policy version that a rollout worker samples with", "run", "worker")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,9 @@ class FakePool:
 
     def _weights(self, assignment: Assignment) -> Any:
         return self._fetch_weights(assignment.weights[0]) if assignment.weights else None
+
+    def expect(self, samples: Iterable[tuple[Sample, ...]]) -> None:
+        pass
 
     def cancel(self, kind: str) -> None:
         self.queue = [a for a in self.queue if a.kind != kind]

@@ -83,6 +83,9 @@ class FakeScorer:
     def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
         self.loads.append((version, weights))
 
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        self.prepared = [sample.id for sample in samples]
+
     def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
         if sample.id in self.refused:
             raise self.refused[sample.id]

@@ -137,7 +137,7 @@ def test_one_decoding_for_all_that_wait_and_none_for_nobody(checked: list[bytes]
         with pytest.raises(ImageError):
             await decoder.check(picture(3, size=(64, 64))[:70], b"3")
         async with decoder.decoded([picture(1), picture(2), picture(1)]) as found:
-            assert [image.getpixel((0, 0)) for image in found] == [(1, 0, 99), (2, 0, 99), (1, 0, 99)]
+            assert [picture.image().getpixel((0, 0)) for picture in found] == [(1, 0, 99), (2, 0, 99), (1, 0, 99)]
             assert found[0] is found[2]
 
     before, pool = processes(), DecoderPool()
