@@ -103,7 +103,8 @@ class Shared:
         return made
 
     def map(self) -> mmap.mmap:
-        """Its bytes, without a copy; they outlive this, and what is written to them nobody else sees."""
+        """Its bytes, without a copy; they outlive this, keep the file open, and what is written to them nobody else
+        sees."""
         return mmap.mmap(self.descriptor, self.count, access=mmap.ACCESS_COPY)
 
 

@@ -20,6 +20,7 @@ import resource
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ class PromptPool:
         """The prompt of a conversation whose pictures are decoded; raises like `encode_conversation`.
 
         Raises:
-            OverloadedError: its process was ended from outside, or gave no answer.
+            OverloadedError: its process was ended from outside twice, or gave no answer.
         """
         distinct = list(dict.fromkeys(pictures))
         asked = {
@@ -123,7 +124,7 @@ class PromptPool:
             "places": [distinct.index(each) for each in pictures],
         }
         try:
-            return self._ask(asked, images, [each.pixels for each in distinct])
+            return self._tried(asked, images, [each.pixels for each in distinct])
         except _NotStarted as error:
             logger.warning("a conversation is encoded in the server's own process: %s", error)
             return encode_conversation(self._policy, turns, images, images_of(pictures))
@@ -137,24 +138,31 @@ class PromptPool:
             self._pool.close()
 
     def _of_sample(self, sample: Sample) -> EncodedPrompt:
-        asked = {"id": sample.id, "prompt": sample.prompt}
-        for may_try_again in (True, False):
-            try:
-                return self._ask(asked, sample.images, ())
-            except _NotStarted as error:
-                logger.warning("sample %r is encoded in the worker's own process: %s", sample.id, error)
-                (prompt,) = encode_prompts(self._policy, [sample])
-                return prompt
-            except _Hung as error:
-                raise ImageError(f"sample {sample.id!r}: {error}") from error
-            except ProcessError as error:
-                if not may_try_again:
-                    raise ImageError(f"sample {sample.id!r}: {error}, twice") from error
-        raise AssertionError
+        try:
+            return self._tried({"id": sample.id, "prompt": sample.prompt}, sample.images, ())
+        except _NotStarted as error:
+            logger.warning("sample %r is encoded in the worker's own process: %s", sample.id, error)
+            (prompt,) = encode_prompts(self._policy, [sample])
+            return prompt
+        except ProcessError as error:
+            raise ImageError(f"sample {sample.id!r}: {error}") from error
+
+    def _tried(self, asked: Mapping[str, Any], images: Sequence[bytes], pixels: Sequence[Shared]) -> EncodedPrompt:
+        """Once more where the process was ended from outside: it may have been for want of memory."""
+        try:
+            return self._ask(asked, images, pixels)
+        except (_NotStarted, _Hung):
+            raise
+        except ProcessError:
+            return self._ask(asked, images, pixels)
 
     def _ask(self, asked: Mapping[str, Any], images: Sequence[bytes], pixels: Sequence[Shared]) -> EncodedPrompt:
         head = json.dumps({**asked, "images": len(images)}).encode()
-        with self._pool.process(_START_S + _ANSWER_S) as process:
+        with ExitStack() as stack:
+            try:
+                process = stack.enter_context(self._pool.process(_START_S + _ANSWER_S))
+            except ProcessError as error:
+                raise _NotStarted(str(error)) from error
             answer = process.ask(head, *images, *pixels, timeout_s=_ANSWER_S)
             if isinstance(answer, Lost):
                 raise _Hung(answer.reason) if answer.hung else lost_over(answer, _longest(images))
@@ -211,14 +219,15 @@ def _packed(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Any], Shared]:
 
 def _unpacked(key: str, described: Sequence[Any], shared: Shared) -> EncodedPrompt:
     """Pixels stay where they are; what goes on without them (`without_pixels`) must not keep them."""
-    memory, start, found = shared.map(), 0, {}
+    # Not `shared.map()`, which would keep a file open for each prompt that is kept.
+    storage = torch.UntypedStorage.from_file(f"/dev/fd/{shared.descriptor}", shared=False, nbytes=shared.count)
+    memory, start, found = torch.empty(0, dtype=torch.uint8).set_(storage), 0, {}
     for name, dtype, shape in described:
-        kind, count = getattr(torch, dtype), prod(shape)
-        value = torch.empty(shape, dtype=kind)
-        if count:
-            value = torch.frombuffer(memory, dtype=kind, count=count, offset=start).view(shape)
+        kind = getattr(torch, dtype)
+        count = prod(shape) * kind.itemsize
+        value = memory[start : start + count].view(kind).view(shape)
         found[name] = value if name.startswith("pixel") else value.clone()
-        start += -(-count * kind.itemsize // _ALIGNED) * _ALIGNED
+        start += -(-count // _ALIGNED) * _ALIGNED
     return EncodedPrompt(input_ids=found.pop("input_ids"), model_inputs=found, image_key=key)
 
 

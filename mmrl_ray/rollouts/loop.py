@@ -197,6 +197,7 @@ class RolloutLoop:
         self.submit("train", again)
         while self._may_dispatch():
             step, requests = self.sampler.next_step, self.sampler.compose()
+            self.pool.expect(())  # it is here; what comes after it is not read yet
             with self.pump.changed:
                 self.buffer.open(step, requests)
                 missing = {request.key for request in requests if not self._put_back(request)}

@@ -436,3 +436,25 @@ def json_lines(run: str) -> list[dict[str, Any]]:
             if line.startswith('{"time"') and (parsed := json.loads(line))["run"] == run:
                 found.append(parsed)
     return found
+
+
+def test_workers_are_told_of_what_they_are_given_next(make: Callable[..., World]) -> None:
+    """While they work and while they have nothing to do; the groups are those of every other run."""
+    # No pings: a worker that has yet to answer one is passed over.
+    settings = {"prepares_ahead": True, "probe_every_s": 1000.0}
+    world = make(FakeEngineFactory(seconds=0.2), settings=settings, learner={"steps": 4})
+    world.controller.rewind(0)
+    world.controller.publish(0, encode_state({"version": torch.tensor(0)}))
+    for step in range(4):
+        if step == 1:
+            world.signal_one("busy", signal.SIGKILL)
+        world.plan(step)
+        until(lambda: len(world.workers("ready")) == 2, "no second worker")
+        if step < 3:  # there is no step after it to be told of
+            until(lambda: all(map(world.pool.tracker.is_told, list(world.pool._workers))), "a worker was told nothing")
+        until(lambda: all(w.call is None for w in list(world.pool._workers.values())), "a worker did not hear")
+        world.controller.publish(step + 1, encode_state({"version": torch.tensor(step + 1)}))
+        world.controller.finish_step(step, {})
+    world.check_log(4)
+    ahead = [line["prompts/ahead"] for line in world.run.read_lines("metrics.jsonl")]
+    assert ahead[2:] == [4, 4]

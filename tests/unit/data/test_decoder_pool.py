@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import psutil
 import pytest
 
+from mmrl_ray.child import Shared, receive_shared, send
 from mmrl_ray.data import decoder_pool
 from mmrl_ray.data.decoder_pool import DecoderPool, Decoding
 from mmrl_ray.data.images import ImageLimits, decode_image
@@ -95,3 +99,31 @@ def test_conversions_take_little_more_than_the_picture(
     """Stored as Pillow does, before and after, a picture takes 2.7 times its three bytes a pixel."""
     monkeypatch.setattr(decoder_pool, "MEMORY_FACTOR", 4)
     pool.check(HEAVY[name][0]())
+
+
+def test_shared_memory_is_what_was_sent_and_stays_so() -> None:
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        sent = Shared.of([b"ab", memoryview(np.arange(3, dtype=np.uint16))])
+        send(mine, sent)
+        found = receive_shared(theirs)
+        assert found is not None
+        mapped = found.map()
+        del sent, found
+        assert mapped[:] == b"ab\0\0\1\0\2\0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no seals")
+def test_memory_that_could_be_cut_off_is_refused() -> None:
+    """A process that a hostile picture took over could end its owner by that (SIGBUS)."""
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        open_ended = Shared(os.memfd_create("x", os.MFD_ALLOW_SEALING), 0)
+        os.write(open_ended.descriptor, b"ab")
+        open_ended.count = 2
+        short = Shared.of([b"ab"])
+        short.count = 3
+        for wrong in (open_ended, short):
+            send(mine, wrong)
+            with pytest.raises(OSError, match="shorter"):
+                receive_shared(theirs)

@@ -75,6 +75,11 @@ class FakeEngine:
     hang_once: tuple[str, str] | None = None
     """(sample id, file that is made when it hangs: only the first time)."""
     seen: list[tuple[int, int]] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+    """Samples that it was told of last, by id."""
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        self.told = {sample.id for sample in samples}
 
     def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         time.sleep(self.seconds)
@@ -95,6 +100,7 @@ class FakeEngine:
         ]
         failed = {failure.key for failure in failures}
         groups = [self._group(assignment, r) for r in assignment.groups if r.key not in failed]
+        self.prepare(assignment.ahead)
         return AssignmentResult(
             assignment.id, assignment.version, self.worker, tuple(groups), tuple(failures), {"sample": self.seconds}
         )
@@ -126,7 +132,7 @@ class FakeEngine:
             payload=payload,
             worker=self.worker,
             timings={"sample": self.seconds},
-            counters={"finished": len(completions)},
+            counters={"finished": len(completions), "prompts_ahead": int(request.sample.id in self.told)},
         )
 
     def _score(self, request: GroupRequest, place: int, total: float) -> Score:

@@ -201,3 +201,69 @@ def distinct(number: int) -> Assignment:
     plain = assignment(number)
     groups = tuple(replace(g, sample=replace(g.sample, id=f"{number}-{i}")) for i, g in enumerate(plain.groups))
     return replace(plain, groups=groups)
+
+
+def named(number: int, kind: str = "train") -> Assignment:
+    """With samples of its own."""
+    made = assignment(number, kind=kind)
+    groups = tuple(replace(g, sample=replace(g.sample, id=f"{number}/{g.sample.id}")) for g in made.groups)
+    return replace(made, groups=groups)
+
+
+def test_a_worker_is_given_what_it_was_told_to_expect() -> None:
+    tracker = AssignmentTracker()
+    for number in range(6):
+        tracker.submit(named(number))
+    assert [given(tracker, worker).id for worker in range(2)] == [0, 1]
+    assert [tracker.upcoming(worker) for worker in range(2)] == [named(2).samples, named(3).samples]
+    for worker in range(2):
+        tracker.complete(worker, worker)
+    # The second comes first, and then one that was told nothing.
+    assert [given(tracker, worker).id for worker in (1, 5, 0)] == [3, 2, 4]
+    tracker.expect([named(6).samples])
+    assert [tracker.upcoming(worker) for worker in (0, 1, 5)] == [named(5).samples, named(6).samples, ()]
+    assert [tracker.is_told(worker) for worker in (0, 1, 5)] == [True, True, False]
+    tracker.submit(named(6))
+    tracker.submit(named(7, "eval"))
+    tracker.complete(1, 3)
+    assert given(tracker, 8).id == 7, "evaluations go first, whatever was told"
+    assert given(tracker, 1).id == 6
+    tracker.leave(0)
+    assert tracker.upcoming(5) == named(5).samples
+
+
+def test_what_a_slow_worker_was_told_is_not_kept_for_it() -> None:
+    tracker = AssignmentTracker()
+    for number in range(30):
+        tracker.submit(named(number))
+    for worker in range(3):
+        given(tracker, worker)
+    assert [tracker.upcoming(worker) for worker in range(3)] == [named(number).samples for number in (3, 4, 5)]
+    came = []
+    while 3 not in came:  # the first worker does not come back
+        for worker in (1, 2):
+            tracker.complete(worker, tracker.working_on(worker).id)  # type: ignore[union-attr]
+            came.append(given(tracker, worker).id)
+            tracker.upcoming(worker)
+    assert len(came) <= 6
+
+
+def test_whatever_is_told_each_assignment_is_done_once() -> None:
+    random_ = random.Random(3)
+    tracker = AssignmentTracker()
+    waiting, done = list(range(200)), []
+    while len(done) < 200:
+        worker = random_.randrange(5)
+        tracker.expect([named(number).samples for number in waiting[:3]])
+        if waiting and random_.random() < 0.5:
+            tracker.submit(named(waiting.pop(0)))
+        if (work := tracker.working_on(worker)) is not None and random_.random() < 0.7:
+            assert tracker.complete(worker, work.id) is not None
+            done.append(work.groups[0].sample.id)
+        elif work is not None:
+            tracker.requeue(worker, "gone") if random_.random() < 0.05 else tracker.upcoming(worker)
+        else:
+            tracker.assign(worker, 0.0)
+            if random_.random() < 0.5:
+                tracker.upcoming(worker)
+    assert sorted(done) == sorted(f"{number}/sample-000" for number in range(200))

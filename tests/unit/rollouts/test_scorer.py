@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,36 @@ def test_scoring_in_parts_holds_fewer_keys_and_gives_the_same(
                 assert other.reference_logprobs is not None
                 torch.testing.assert_close(one.reference_logprobs, other.reference_logprobs, rtol=1e-5, atol=1e-6)
         held[:] = [5 * max(held) // groups]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_prompts_of_processes_give_the_same_rollouts(factory: PolicyEngineFactory, processes: int) -> None:
+    """To the last bit, whatever was told before; and what was told in time is there."""
+    rollout = factory.cfg.resources.rollout.model_copy(update={"picture_processes": processes})
+    resources = factory.cfg.resources.model_copy(update={"rollout": rollout})
+    beside = replace(factory, cfg=factory.cfg.model_copy(update={"resources": resources}))("worker-1")
+    here = factory("worker-0")
+    broken = GroupRequest(GroupKey(0, 9), replace(samples(1)[0], images=(b"\x89PNG\r\n\x1a\n",)), SamplingParams(), 3)
+    first, second = assignment(), assignment(count=5)
+    first = replace(first, groups=(*first.groups, broken), ahead=second.samples[2:4])
+    prompts = beside._scorer._prompts
+    try:
+        found = []
+        for asked in (first, second):
+            wanted, made = here.run(asked, lambda: None), beside.run(asked, lambda: None)
+            assert made.failures == wanted.failures
+            assert tokens(made) == tokens(wanted)
+            for one, other in zip(made.groups, wanted.groups, strict=True):
+                assert one.rewards == other.rewards
+                for mine, theirs in zip(one.payload.completions, other.payload.completions, strict=True):
+                    assert torch.equal(mine.logprobs, theirs.logprobs)
+                    assert torch.equal(mine.reference_logprobs, theirs.reference_logprobs)
+                assert torch.equal(one.payload.prompt.input_ids, other.payload.prompt.input_ids)
+            assert len(made.failures) == (asked is first)
+            found.append([group.counters.get("prompts_ahead", 0) for group in made.groups])
+            wait(prompts._prepared.values(), 60.0)
+        assert len(found[1]) == 5
+        assert found[1][0] >= 2, "those that were told"
+        assert sum(found[1][1:]) == 0
+    finally:
+        prompts.close()

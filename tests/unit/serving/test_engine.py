@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -505,6 +506,51 @@ def test_a_request_that_cannot_be_answered_says_so(policy: Policy, change: dict[
             run(engine.generate(GenerateRequest("r", "tiny", (Turn("user", ("a",)),), (), request.sampling)))
         assert run(engine.generate(request)).choices[0].text
         assert engine.stats()["waiting_requests"] == 0
+
+
+def test_the_decode_thread_goes_on_while_a_picture_is_prepared(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that takes ever so long over a picture holds up its own request alone; errors are as ever."""
+    policy = load(folder("qwen2_5_vl"))
+    requests = [ask(i, tokens=20) for i in range(2)]
+    expected = [by_transformers(policy, request) for request in requests]
+    before = workers()
+    with started(policy, prompt_processes=1) as engine:
+        (encoder,) = workers() - before
+        gate = Gate(monkeypatch)
+
+        async def work() -> None:
+            first = asyncio.create_task(engine.generate(requests[0]))
+            await until(lambda: gate.submitted == 1)
+            psutil.Process(encoder).suspend()
+            second = asyncio.create_task(engine.generate(requests[1]))
+            await until(lambda: engine.stats()["waiting_requests"] == 2)
+            gate.open()
+            assert tokens_of(await first) == expected[0]
+            assert gate.submitted == 1
+            assert not second.done()
+            psutil.Process(encoder).resume()
+            assert tokens_of(await second) == expected[1]
+
+        run(work())
+        request = requests[0]
+        for wrong, error in (
+            (dataclasses.replace(request, images=(b"x",)), ImageError),
+            (dataclasses.replace(request, images=(image_bytes()[:100],)), ImageError),
+            (dataclasses.replace(request, turns=(Turn("user", ("a",)),), images=()), DataError),
+            (dataclasses.replace(request, turns=(Turn("user", (0, "<|image_pad|>")),)), DataError),
+            (ask(tokens=100_000), ContextLengthError),
+        ):
+            with pytest.raises(error):
+                run(engine.generate(wrong))
+        psutil.Process(encoder).kill()
+        assert tokens_of(run(engine.generate(request))) == expected[0], "another process takes its place"
+
+
+def workers() -> set[int]:
+    """Processes of this one's children that do the work: those without children."""
+    return {child.pid for child in psutil.Process().children(recursive=True) if not child.children()}
 
 
 def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
