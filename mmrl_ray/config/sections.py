@@ -222,9 +222,9 @@ class SamplerResources(ActorResources):
     """One actor's share where it samples."""
 
     picture_processes: int | None = Field(None, ge=0)
-    """Processes of one actor that make pictures ready while its model is at work, about 400 MB each; 0 has the actor do
-    so itself. By default none on a CPU, which they would take from the model, and on a GPU one less than `cpus`, at
-    most 2."""
+    """Processes of one actor that make pictures ready while its model is at work, about 400 MB of host memory each,
+    beside their pixels; 0 has the actor do so itself. By default none on a CPU, which they would take from the model,
+    and on a GPU one less than `cpus`, at most 2."""
 
     @property
     def prompt_processes(self) -> int:

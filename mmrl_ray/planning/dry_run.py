@@ -32,6 +32,7 @@ from mmrl_ray.planning.estimate import (
     BatchPlan,
     batch_plan,
     learner_memory,
+    picture_memory,
     rollout_memory,
     warm_start_memory,
 )
@@ -396,6 +397,8 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
     learner = learner_memory(cfg, shape, plan, found.prompt_tokens, found.image_tokens)
     rollout = rollout_memory(cfg, shape, found.prompt_tokens, found.image_tokens, images=found.rows)
     lines += _one_worker("learner worker", learner) + _one_worker("rollout worker", rollout)
+    if cfg.resources.rollout.gpus:
+        lines += [f"  {part:<26} {_size(value):>10} of host memory" for part, value in picture_memory(cfg).items()]
     warm: Mapping[str, int] = {}
     if cfg.sft is not None:
         warm = warm_start_memory(cfg, shape, found.prompt_tokens, found.image_tokens)

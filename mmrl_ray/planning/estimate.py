@@ -19,6 +19,9 @@ from mmrl_ray.policy.memory import ModelShape
 _FLOAT32 = 4
 PROCESS = 600 << 20
 """Of a process beside its tensors: Python and libraries in host memory, or CUDA's context on a GPU."""
+PICTURE_PROCESS = 400 << 20
+"""Of a process that makes pictures ready (`resources.rollout.picture_processes`), in host memory: torch, transformers
+and one picture at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ def rollout_memory(
     - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset (the tower's
       own pass is over before the rest begins)
     - value heads: two Q heads, and their Q of a token each row
+    - picture processes: `PICTURE_PROCESS` each, where the rest is in host memory, too
     """
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
     size, tokens = cfg.rollout.group_size, cfg.rollout.max_new_tokens
@@ -157,7 +161,17 @@ def rollout_memory(
         **busiest,
         "vision features": groups * one + (budget if images is None else min(budget, images * one)),
         **_value_heads(cfg, shape, copies=2, tokens=rows),
+        **({} if cfg.resources.rollout.gpus else picture_memory(cfg)),
     }
+
+
+def picture_memory(cfg: Config) -> dict[str, int]:
+    """Bytes of host memory of the processes of one rollout worker that make pictures ready; nothing where it has none.
+
+    Their pixels, of two assignments at most, are not in it: they depend on the processor.
+    """
+    processes = cfg.resources.rollout.prompt_processes
+    return {"picture processes": processes * PICTURE_PROCESS} if processes else {}
 
 
 def warm_start_memory(cfg: Config, shape: ModelShape, prompt_tokens: int, image_tokens: int) -> Mapping[str, int]:

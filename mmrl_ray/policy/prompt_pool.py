@@ -2,11 +2,11 @@
 
     sample ──encoded pictures──▶ process: decode, processor ──pixels in shared memory──▶ `EncodedPrompt`
 
-The processor keeps the interpreter for tens of milliseconds a picture (a 1,024 × 1,024 one in Qwen2.5-VL's: 40 to 50),
-and whoever decodes tokens has the same interpreter. A process has the processor of the policy, loaded once (4 s of CPU
-time, about 300 MB, and 80 more a megapixel at work), one thread, no GPU, and makes what `encode_prompts` and
-`encode_conversation` make, to the last bit. Its tensors come back in memory that both processes map, the pixels without
-a copy.
+A 1,024 × 1,024 picture takes 40 to 50 ms of CPU time in Qwen2.5-VL's processor, one after the other before an assignment
+is decoded. A process has the processor of the policy, loaded once (4 s of CPU time, about 300 MB, and 80 more a
+megapixel at work), one thread, no GPU, and makes what `encode_prompts` and `encode_conversation` make, to the last bit.
+Its tensors come back in memory that both processes map, the pixels without a copy: 4 ms of CPU time a picture are left
+to the process that has the model.
 
 A picture that its process crashes over, or does not finish, is refused as a broken one; one whose process is ended from
 outside is tried once more. Where no process can be started, prompts are made here, as with 0 of them.

@@ -149,6 +149,10 @@ def test_rollout_estimate_by_hand(policy: Policy) -> None:
     assert parts["adapter"] == 4 * (adapted + adapter)
     assert parts["activations or logits"] == 4 * 70 * (3 * 384 + 6 * 128) * 4  # of the prompts in one layer
     assert parts["vision features"] == 4 * 64 * 128 * 4 + 2**20
+    assert "picture processes" not in parts
+    written = {**cfg.model_dump(exclude_unset=True), "resources": {"rollout": {"picture_processes": 3}}}
+    beside = rollout_memory(Config.model_validate(written), shape, 70, 64)
+    assert beside["picture processes"] == 3 * 400 * 2**20
     few = rollout_memory(cfg, shape, 70, 64, images=3)
     assert few["vision features"] == (4 + 3) * 64 * 128 * 4
 
