@@ -2,11 +2,11 @@
 
     sample ──encoded pictures──▶ process: decode, processor ──pixels in shared memory──▶ `EncodedPrompt`
 
-A 1,024 × 1,024 picture takes 40 to 50 ms of CPU time in Qwen2.5-VL's processor, one after the other before an assignment
-is decoded. A process has the processor of the policy, loaded once (4 s of CPU time, about 300 MB, and 80 more a
-megapixel at work), one thread, no GPU, and makes what `encode_prompts` and `encode_conversation` make, to the last bit.
-Its tensors come back in memory that both processes map, the pixels without a copy: 4 ms of CPU time a picture are left
-to the process that has the model.
+A 1,024 × 1,024 picture takes 40 to 50 ms of CPU time in Qwen2.5-VL's processor, one after the other before an
+assignment is decoded. A process has the processor of the policy, loaded once (4 s of CPU time, about 300 MB, and 80
+more a megapixel at work), one thread, no GPU, and makes what `encode_prompts` and `encode_conversation` make, to the
+last bit. Its tensors come back in memory that both processes map, the pixels without a copy: 4 ms of CPU time a picture
+are left to the process that has the model.
 
 A picture that its process crashes over, or does not finish, is refused as a broken one; one whose process is ended from
 outside is tried once more. Where no process can be started, prompts are made here, as with 0 of them.
@@ -211,7 +211,7 @@ def _packed(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Any], Shared]:
     def parts() -> Iterator[bytes | memoryview]:
         for value in tensors.values():
             flat = value.contiguous().reshape(-1).view(torch.uint8)
-            yield memoryview(flat.numpy())
+            yield flat.numpy().data
             yield bytes(-flat.numel() % _ALIGNED)
 
     return described, Shared.of(parts())
@@ -220,8 +220,9 @@ def _packed(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Any], Shared]:
 def _unpacked(key: str, described: Sequence[Any], shared: Shared) -> EncodedPrompt:
     """Pixels stay where they are; what goes on without them (`without_pixels`) must not keep them."""
     # Not `shared.map()`, which would keep a file open for each prompt that is kept.
-    storage = torch.UntypedStorage.from_file(f"/dev/fd/{shared.descriptor}", shared=False, nbytes=shared.count)
-    memory, start, found = torch.empty(0, dtype=torch.uint8).set_(storage), 0, {}
+    place = f"/dev/fd/{shared.descriptor}"
+    memory = torch.from_file(place, shared=False, size=shared.count, dtype=torch.uint8)
+    start, found = 0, {}
     for name, dtype, shape in described:
         kind = getattr(torch, dtype)
         count = prod(shape) * kind.itemsize
@@ -293,7 +294,7 @@ def _loaded(setup: dict[str, Any]) -> _Prompting:
     config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     processor = load_processor(path, config, revision=revision)
     processor.chat_template = template
-    facts = {name: tuple(value) if isinstance(value, list) else value for name, value in setup.items()}
+    facts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in setup.items()}
     return _Prompting(processor, processor.tokenizer, **facts)
 
 

@@ -80,6 +80,10 @@ class FaultyEngine:
     def __init__(self, engine: RolloutEngine, reward: FaultyReward) -> None:
         self._engine, self._reward = engine, reward
 
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """See `Engine`."""
+        self._engine.prepare(samples)
+
     def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
         """See `Engine`."""
         if assignment.kind == "eval":
