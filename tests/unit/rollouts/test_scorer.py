@@ -244,7 +244,7 @@ def test_prompts_of_processes_give_the_same_rollouts(factory: PolicyEngineFactor
     here = factory("worker-0")
     broken = GroupRequest(GroupKey(0, 9), replace(samples(1)[0], images=(b"\x89PNG\r\n\x1a\n",)), SamplingParams(), 3)
     first, second = assignment(), assignment(count=5)
-    first = replace(first, groups=(*first.groups, broken), ahead=second.samples[2:4])
+    first = replace(first, groups=(*first.groups, broken), ahead=second.samples[3:5])
     prompts = beside._scorer._prompts
     try:
         found = []
