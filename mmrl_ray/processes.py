@@ -63,8 +63,11 @@ class ChildProcess:
             ProcessError: it cannot be started.
         """
         self._name = name
-        self._socket, theirs = socket.socketpair()
-        watched, life = os.pipe()
+        try:
+            self._socket, theirs = socket.socketpair()
+            watched, life = os.pipe()
+        except OSError as error:  # too many files open
+            raise ProcessError(f"{name}: no process can be started for it ({error})") from error
         arguments = [json.dumps(sys.path), worker, str(theirs.fileno()), str(watched), str(os.getpid())]
         try:
             self._popen = subprocess.Popen(
