@@ -23,6 +23,7 @@ from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.errors import ConfigError, ModelError
 from mmrl_ray.policy.checkpoint import (
     WEIGHTS_REMEDY,
+    brief,
     model_call,
     refuse_unfit,
     revision_key_of,
@@ -314,6 +315,11 @@ def _load_model(
                 output_loading_info=True,
                 **direct,
             )
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"model {cfg.path!r}: {device} has too little free memory for its weights: {brief(error)}; take "
+                "a larger one, or end what else is on it"
+            ) from error
         except RuntimeError:
             if os.path.isdir(path):
                 skeleton_of_files(Path(path), cfg, config, dtype)  # it names the tensors that do not fit

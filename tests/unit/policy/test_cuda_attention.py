@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mmrl_ray.policy import cuda
 from mmrl_ray.policy.cuda import attend_grouped, use_fused_norms, use_grouped_attention
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.load import accelerate
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model import Acceleration, Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import score_completions
@@ -31,6 +32,20 @@ from tests.unit.policy.scoring.test_prefix import (
 )
 
 Load = Callable[..., Policy]
+
+
+@pytest.fixture
+def load(load: Load) -> Load:
+    """Completions attend to their prompts' keys as they do on a GPU, joined to their own."""
+
+    def joined(*args: Any, **section: Any) -> Policy:
+        policy = load(*args, **section)
+        policy.acceleration = replace(policy.acceleration, completions=Acceleration().completions)
+        return policy
+
+    return joined
+
+
 ROWS, QUERIES, KEYS, WIDTH = 3, 5, 11, 4
 
 

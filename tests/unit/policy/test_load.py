@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -580,11 +581,22 @@ def test_pytorch_is_told_to_let_segments_grow_also_where_the_environment_comes_t
     before = torch._C._accelerator_getAllocatorSettings()
     torch._C._accelerator_setAllocatorSettings(own or "expandable_segments:False")
     try:
-        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        with pytest.raises(ModelError, match=r"CUDA|NVIDIA"):
             load_policy(section(family_folder("llava")), device="cuda")
         assert torch._C._accelerator_getAllocatorSettings() == expected
     finally:
         torch._C._accelerator_setAllocatorSettings(before or "expandable_segments:False")
+
+
+def test_weights_that_a_gpu_has_no_room_for_are_told_so(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", full)
+    with pytest.raises(ModelError, match=r"cpu has too little free memory for its weights: .*2\.00 GiB"):
+        load_policy(section(family_folder("llava")), device="cpu")
 
 
 WITHOUT_CPU = """

@@ -57,8 +57,9 @@ def pool(policy: Policy) -> Iterator[PromptPool]:
 
 
 def workers() -> set[int]:
-    """Processes of this one's children that do the work: those without children."""
-    return {child.pid for child in psutil.Process().children(recursive=True) if not child.children()}
+    """Processes of this one's children that make prompts, without those that watch them."""
+    ours = [child for child in psutil.Process().children(recursive=True) if prompt_pool.__name__ in str(child.cmdline())]
+    return {child.pid for child in ours if not child.children()}
 
 
 def same(one: EncodedPrompt, other: EncodedPrompt) -> bool:
