@@ -58,8 +58,8 @@ def pool(policy: Policy) -> Iterator[PromptPool]:
 
 def workers() -> set[int]:
     """Processes of this one's children that make prompts, without those that watch them."""
-    ours = [child for child in psutil.Process().children(recursive=True) if prompt_pool.__name__ in str(child.cmdline())]
-    return {child.pid for child in ours if not child.children()}
+    children, ours = psutil.Process().children(recursive=True), prompt_pool.__name__
+    return {each.pid for each in children if not each.children() and ours in str(each.cmdline())}
 
 
 def same(one: EncodedPrompt, other: EncodedPrompt) -> bool:
