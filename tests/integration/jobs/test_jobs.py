@@ -164,7 +164,7 @@ def drivers(id: str) -> list[psutil.Process]:
             arguments = process.cmdline()
             if (
                 arguments[1:4] == ["-m", "mmrl_ray.cli", "train"]
-                and id in process.environ()["RAY_JOB_CONFIG_JSON_ENV_VAR"]
+                and id in process.environ().get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")  # other runs are under way
             ):
                 found.append(process)
     return found
