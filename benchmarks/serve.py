@@ -54,7 +54,7 @@ from rich.table import Table
 from rl_step import COMPLETION, PROMPT, build_inputs
 
 from mmrl_ray.config.sections import ScenesSection
-from mmrl_ray.data.decoder_pool import DecoderPool, images_of
+from mmrl_ray.data.decoder_pool import DecoderPool
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary
 from mmrl_ray.data.writing import write_parquet
@@ -315,7 +315,6 @@ def measure_pictures(folder: Path) -> None:
     """The table of `--pictures`."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from mmrl_ray.policy.prompt_pool import PromptPool
-    from mmrl_ray.policy.prompts import encode_conversation
     from tests.support.tiny_models import load_family
 
     torch.set_num_threads(1)
@@ -328,10 +327,7 @@ def measure_pictures(folder: Path) -> None:
         pool.wait()
 
         def serve(data: bytes, pool: PromptPool = pool) -> object:
-            shared, turns = [decoders.decode_shared(data)], [("user", [0, prompt])]
-            if pool.processes:
-                return pool.conversation(turns, [data], shared)
-            return encode_conversation(policy, turns, [data], images_of(shared))
+            return pool.conversation([("user", [0, prompt])], [data], [decoders.decode_shared(data)])
 
         def roll_out(data: bytes, pool: PromptPool = pool) -> object:
             return pool.encode(Sample("a", (data,), prompt))

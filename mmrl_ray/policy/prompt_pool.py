@@ -117,6 +117,8 @@ class PromptPool:
         Raises:
             OverloadedError: its process was ended from outside twice, or gave no answer.
         """
+        if not self.processes:
+            return encode_conversation(self._policy, turns, images, images_of(pictures))
         distinct = list(dict.fromkeys(pictures))
         asked = {
             "turns": [[role, list(parts)] for role, parts in turns],

@@ -22,7 +22,7 @@ from functools import partial
 
 from PIL import Image
 
-from mmrl_ray.data.decoder_pool import SharedPicture, images_of
+from mmrl_ray.data.decoder_pool import SharedPicture
 from mmrl_ray.data.images import encode_png
 from mmrl_ray.errors import ConfigError, ContextLengthError, DataError, OverloadedError, ServingError, UnknownModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
@@ -309,10 +309,7 @@ class Engine:
         pictures: Sequence[SharedPicture],
     ) -> EncodedPrompt:
         check_sampling(sampling)
-        if self._prompts.processes:
-            prompt = self._prompts.conversation(turns, images, pictures)
-        else:
-            prompt = encode_conversation(self._policy, turns, images, images_of(pictures))
+        prompt = self._prompts.conversation(turns, images, pictures)
         check_context(self._policy, prompt, sampling.max_new_tokens)
         return prompt
 
