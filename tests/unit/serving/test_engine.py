@@ -30,11 +30,11 @@ from mmrl_ray.errors import (
     UnknownModelError,
 )
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
+from mmrl_ray.policy import prompt_pool
 from mmrl_ray.policy.generation.decode import Decoder
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
-from mmrl_ray.serving import engine as engine_module
 from mmrl_ray.serving.decode_thread import DecodeThread, Ticket
 from mmrl_ray.serving.engine import Engine, export_engine_metrics
 from mmrl_ray.serving.protocols import Delta, Generated, GenerateRequest, Served, Turn
@@ -554,7 +554,7 @@ def workers() -> set[int]:
 
 
 def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = engine_module.encode_conversation
+    encode = prompt_pool.encode_conversation
 
     def poison(policy: Policy, turns: Any, images: Any, pictures: Any) -> EncodedPrompt:
         prompt = encode(policy, turns, images, pictures)
@@ -564,7 +564,7 @@ def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatc
 
     expected = [by_transformers(policy, ask(i)) for i in range(3)]
     with started(policy) as engine:
-        monkeypatch.setattr(engine_module, "encode_conversation", poison)
+        monkeypatch.setattr(prompt_pool, "encode_conversation", poison)
         gate = Gate(monkeypatch)
 
         async def work() -> list[Any]:
