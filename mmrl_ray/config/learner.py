@@ -145,8 +145,10 @@ _RESERVED = {
     "disable_log_stats": "its counters are among the run's metrics",
 }
 """vLLM's arguments that are not a user's, and why."""
-_VLLM_ALONE = ("python", "tensor_parallel_size", "gpu_memory_utilization", "dtype", "quantization", "max_model_len")
-_VLLM_ALONE += ("max_num_seqs", "enforce_eager", "args")
+_VLLM_ALONE = (
+    *("python", "tensor_parallel_size", "gpu_memory_utilization", "dtype", "quantization", "max_model_len"),
+    *("max_num_seqs", "enforce_eager", "args"),
+)
 
 
 class EngineSection(Section):

@@ -27,6 +27,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,8 @@ def work(owner: socket.socket) -> None:
     asked.register(owner, select.POLLIN | select.POLLHUP)
     while True:
         if engine.is_busy and not asked.poll(0):
-            try:
+            with suppress(Refused):  # whoever asks next is told
                 engine.step()
-            except Exception:  # noqa: BLE001 - as above; whoever collects is told
-                traceback.print_exc()
-                engine.broken = traceback.format_exc()
             continue
         frame = receive(owner)
         if frame is None:
@@ -176,7 +174,7 @@ class Engine:
         self._tickets = self._ids = 0
         self._is_asleep = False
         self.broken: str | None = None
-        """The traceback that the engine ended with."""
+        """The end of the traceback that vLLM's engine ended with."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -197,13 +195,22 @@ class Engine:
         return self.broken is None and not self._is_asleep and self._engine.has_unfinished_requests()
 
     def step(self) -> None:
-        """One of vLLM's: at most a token for each completion under way."""
-        for output in self._engine.step():
-            if output.finished:
+        """One of vLLM's: at most a token for each completion under way.
+
+        Raises:
+            Refused: vLLM's engine has failed, and can do nothing any more.
+        """
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            traceback.print_exc()
+            self.broken = " ".join(traceback.format_exc().split())[-1500:]
+            raise Refused("engine", f"vLLM's engine ended: {self.broken}") from error
+        for output in outputs:
+            if output.finished and output.request_id in self._groups:
                 group = self._groups[output.request_id]
                 group.output = output
-                group.version.groups -= 1
-                self._release(group.version)
+                self._ended(group)
 
     def answer(
         self, message: dict[str, Any], tensors: dict[str, torch.Tensor]
@@ -214,14 +221,14 @@ class Engine:
             Refused: it cannot be done.
         """
         if self.broken is not None:
-            raise Refused("engine", f"vLLM's engine ended: {self.broken[-1500:]}")
+            raise Refused("engine", f"vLLM's engine ended: {self.broken}")
         asked = message.pop("ask")
         if asked == "load":
             self._load(message["version"], message["adapter"], tensors)
         elif asked == "drop":
             self._drop(message["version"])
         elif asked == "submit":
-            return {"tickets": [self._submit(group, tensors) for group in message["groups"]]}, {}
+            return {"tickets": self._submit_all(message["groups"], tensors)}, {}
         elif asked == "collect":
             return self._collect(message["tickets"])
         elif asked == "counters":
@@ -247,6 +254,8 @@ class Engine:
                 self._seat(made)  # what does not fit is found now, and not by a group
             except Exception as error:
                 self._engine.collective_rpc("release_adapter", args=(self._ids,))
+                if self.broken is not None:
+                    raise
                 raise Refused("adapter", f"version {version} of the adapter: {' '.join(str(error).split())}") from error
         if version in self._versions:
             self._drop(version)
@@ -283,6 +292,25 @@ class Engine:
         self._engine.remove_lora(version.request.lora_int_id)
         version.is_seated = False
         self._seated = [each for each in self._seated if each is not version]
+
+    def _ended(self, group: Group) -> None:
+        group.version.groups -= 1
+        self._release(group.version)
+
+    def _submit_all(self, groups: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """All of them, or on an error none."""
+        tickets: list[str] = []
+        try:
+            for group in groups:
+                tickets.append(self._submit(group, tensors))
+        except Exception:
+            self._engine.abort_request(tickets)
+            for ticket in tickets:
+                group_of = self._groups.pop(ticket)
+                if group_of.output is None:
+                    self._ended(group_of)
+            raise
+        return tickets
 
     def _submit(self, asked: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
         version = self._versions.get(asked["version"])

@@ -253,7 +253,7 @@ class VllmEngine(GenerationEngine):
         return with_source(self._policy, prompt, sample)
 
     def give_back(self) -> None:
-        """Features that the scorer made; and vLLM sleeps, where it can: its weights go to the CPU, its cache is gone."""
+        """Features that the scorer made; and vLLM sleeps, where it can: weights go to the CPU, its cache is gone."""
         give_back(self._policy.device, self._cache)
         self._process.ask("sleep", timeout_s=self._timeout_s)
 

@@ -91,9 +91,9 @@ def _read_later_names() -> None:
     LlavaForConditionalGeneration.hf_to_vllm_mapper = later | LlavaForConditionalGeneration.hf_to_vllm_mapper
 
 
-def _do_without_video() -> None:
+def _do_without_video(processors: Any) -> None:
     """Folders whose processor was saved for still pictures: a video processor's own defaults take the file's place."""
-    found = BaseVideoProcessor.get_video_processor_dict.__func__
+    found = processors.get_video_processor_dict.__func__
 
     def read(cls: type, path: Any, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
@@ -101,20 +101,20 @@ def _do_without_video() -> None:
         except OSError:
             return {}, settings
 
-    BaseVideoProcessor.get_video_processor_dict = classmethod(read)
+    processors.get_video_processor_dict = classmethod(read)
 
 
-def _resize_by_pillow() -> None:
-    made = AutoImageProcessor.from_pretrained.__func__
+def _resize_by_pillow(processors: Any) -> None:
+    made = processors.from_pretrained.__func__
 
     def load(cls: type, *args: Any, **settings: Any) -> Any:
         settings.setdefault("backend", "pil")
         return made(cls, *args, **settings)
 
-    AutoImageProcessor.from_pretrained = classmethod(load)
+    processors.from_pretrained = classmethod(load)
 
 
 _read_later_names()
-_do_without_video()
+_do_without_video(BaseVideoProcessor)
 if os.environ.get(PILLOW):
-    _resize_by_pillow()
+    _resize_by_pillow(AutoImageProcessor)
