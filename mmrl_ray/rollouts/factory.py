@@ -58,13 +58,11 @@ class PolicyEngineFactory:
         generator: GenerationEngine
         if cfg.rollout.engine.kind == "vllm":
             from mmrl_ray.policy.generation.vllm.engine import start_engine
-            from mmrl_ray.policy.generation.vllm.environment import interpreter
 
             generator = start_engine(
                 policy,
                 cfg.rollout.engine,
                 cache,
-                python=interpreter(cfg.rollout.engine.python),
                 revision=cfg.model.revision,
                 threads=threads,
                 timeout_s=cfg.rollout.assignment_timeout_s,

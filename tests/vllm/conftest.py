@@ -10,7 +10,7 @@ import pytest
 from mmrl_ray.config.learner import EngineSection
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.policy.generation.vllm.engine import VllmEngine, start_engine
-from mmrl_ray.policy.generation.vllm.environment import interpreter
+from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.vision import VisionCache
 from tests.vllm.models import policy_of
@@ -25,7 +25,7 @@ TIMEOUT_S = 120.0
 @pytest.fixture(scope="session")
 def python() -> str:
     try:
-        return interpreter(os.environ.get("MMRL_VLLM_PYTHON"))
+        return program(os.environ.get("MMRL_VLLM_PYTHON"))
     except ConfigError as error:
         pytest.skip(f"no vLLM here, and MMRL_VLLM_PYTHON names none: {error}")
 
@@ -43,5 +43,5 @@ def engine(policy: Policy, python: str) -> Iterator[VllmEngine]:
 
 
 def started(policy: Policy, python: str) -> VllmEngine:
-    cfg = EngineSection(kind="vllm", start_timeout_s=300.0, args=ARGS, **SMALL)
-    return start_engine(policy, cfg, VisionCache(0), python=python, revision=None, threads=1, timeout_s=TIMEOUT_S)
+    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, args=ARGS, **SMALL)
+    return start_engine(policy, cfg, VisionCache(0), revision=None, threads=1, timeout_s=TIMEOUT_S)

@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ProcessError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
@@ -20,7 +22,7 @@ from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
-from tests.support.tiny_models import make_samples
+from tests.support.tiny_models import image_bytes, make_samples
 from tests.unit.policy.generation.test_decode_families import TOKENS, generated
 from tests.vllm.conftest import BLOCK, TIMEOUT_S, started
 from tests.vllm.models import adapter_of
@@ -30,9 +32,14 @@ BOUND = 1e-3
 """Nats, in float32."""
 
 
+def long_samples(count: int = 3) -> list[Sample]:
+    """Prompts of more than a block of the prefix cache, which begins with their pictures."""
+    return [replace(each, prompt=" ".join([each.prompt] * 12)) for each in make_samples()[:count]]
+
+
 @pytest.fixture
 def prompts(policy: Policy, engine: VllmEngine) -> list[EncodedPrompt]:
-    samples = make_samples()
+    samples = long_samples()
     return [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
 
 
@@ -131,8 +138,8 @@ def test_tokens_of_pictures_are_never_sampled(policy: Policy, engine: VllmEngine
 
 
 def test_a_prompt_and_its_picture_are_computed_once_for_a_group(policy: Policy, engine: VllmEngine) -> None:
-    (sample,) = make_samples([(64, 64)], seed=5)
-    sample = type(sample)(sample.id, sample.images, " ".join(["a circle above the square"] * 8), sample.references)
+    (sample,) = long_samples(1)
+    sample = replace(sample, images=(image_bytes(64, 64, seed=5),))
     prompt = engine.prepared(encode_prompts(policy, [sample])[0], sample)
     engine.load(31, adapter_of(policy, 31))
     engine.counters()
@@ -181,13 +188,13 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
 @pytest.mark.parametrize("policy", ["llava"], indirect=True)
 def test_an_engine_that_is_killed_is_an_error_and_no_hang(policy: Policy, python: str) -> None:
     engine = started(policy, python)
-    samples = make_samples()[:1]
+    samples = long_samples(1)
     prompts = [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
     engine.load(0, None)
     killer = threading.Timer(0.3, os.kill, (engine._process.facts["pid"], signal.SIGKILL))
     killer.start()
     with pytest.raises(ProcessError, match="SIGKILL"):
-        engine.generate(requests(prompts * 400, n=16, tokens=200))  # seconds of work
+        engine.generate(requests(prompts * 400, n=16, tokens=150))  # seconds of work
     killer.join()
     with pytest.raises(ProcessError, match="not running"):
         engine.generate(requests(prompts))

@@ -11,7 +11,7 @@ A frame is a safetensors file whose metadata holds the message as JSON: tensors 
 ever unpickled. Everything is done by one thread in the order in which it came, so that a group is sampled by the
 version that it names, whatever is loaded meanwhile.
 
-The process has vLLM's packages, and of this project only `child.py`; it imports nothing else of it.
+The process has vLLM's packages; of this project it imports `child.py` and `errors.py`, which need none.
 """
 
 from __future__ import annotations
@@ -36,20 +36,13 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from mmrl_ray.child import receive, send
+from mmrl_ray.errors import AdapterError, ConfigError, MMRLError, ProcessError, one_line
 
 EXTENSION = "mmrl_vllm_worker"
 FORBIDDEN_BIAS = -1e9
 """Added to the logit of a token that is never sampled: its probability is 0, and that of no other token changes."""
 COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "num_preemptions")
 """Of vLLM's own metrics: tokens looked for in the prefix cache, pictures in the processor's cache."""
-
-
-class Refused(Exception):
-    """What was asked for cannot be done; the engine is as it was. `kind` says whose error it is."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 def pack(message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> bytes:
@@ -75,14 +68,14 @@ def work(owner: socket.socket) -> None:
         engine = Engine(unpack(first)[0])
     except Exception as error:  # noqa: BLE001 - vLLM, its kernels and a model: anybody's code
         traceback.print_exc()
-        send(owner, pack(_told(error, "start")))
+        send(owner, pack(_told(error)))
         return
     send(owner, pack(engine.facts))
     asked = select.poll()
     asked.register(owner, select.POLLIN | select.POLLHUP)
     while True:
         if engine.is_busy and not asked.poll(0):
-            with suppress(Refused):  # whoever asks next is told
+            with suppress(ProcessError):  # whoever asks next is told
                 engine.step()
             continue
         frame = receive(owner)
@@ -91,17 +84,17 @@ def work(owner: socket.socket) -> None:
         try:
             message, tensors = engine.answer(*unpack(frame))
         except Exception as error:  # noqa: BLE001 - as above
-            if not isinstance(error, Refused):
+            if not isinstance(error, MMRLError):
                 traceback.print_exc()
-            message, tensors = _told(error, "engine"), {}
+            message, tensors = _told(error), {}
         send(owner, pack(message, tensors))
 
 
-def _told(error: Exception, kind: str) -> dict[str, Any]:
-    text = " ".join(str(error).split()) or "no message"
-    if isinstance(error, Refused):
-        return {"error": text, "kind": error.kind}
-    return {"error": f"{type(error).__name__}: {text[:2000]}", "kind": kind}
+def _told(error: Exception) -> dict[str, Any]:
+    """An error of this project keeps its kind; any other is the engine's."""
+    text = one_line(error)[:2000] or "no message"
+    ours = isinstance(error, MMRLError)
+    return {"error": text if ours else f"{type(error).__name__}: {text}", "kind": type(error).__name__ if ours else ""}
 
 
 @dataclasses.dataclass
@@ -140,19 +133,20 @@ class Engine:
                 end a completion.
 
         Raises:
-            Refused: there is no vLLM, or it has no such argument.
+            ConfigError: there is no vLLM, or it has no such argument.
         """
         sys.path.append(str(Path(__file__).parent))
         try:
-            importlib.import_module(EXTENSION)
             from vllm import SamplingParams
             from vllm.engine.arg_utils import EngineArgs
             from vllm.lora.request import LoRARequest
             from vllm.platforms import current_platform
             from vllm.sampling_params import RequestOutputKind
             from vllm.v1.engine.llm_engine import LLMEngine
+
+            importlib.import_module(EXTENSION)
         except ModuleNotFoundError as error:
-            raise Refused("config", f"{sys.executable} has no usable vLLM ({error})") from error
+            raise ConfigError(f"{sys.executable} has no usable vLLM ({error})") from error
         self._sampling, self._lora, self._final = SamplingParams, LoRARequest, RequestOutputKind.FINAL_ONLY
         args = dict(asked["args"])
         if current_platform.is_cpu():
@@ -163,8 +157,8 @@ class Engine:
         for name in args:
             if name not in known:
                 like = difflib.get_close_matches(name, known, 3)
-                raise Refused(
-                    "config", f"vLLM {_release()} has no argument {name!r}{f'; like it are {like}' if like else ''}"
+                raise ConfigError(
+                    f"vLLM {_release()} has no argument {name!r}{f'; like it are {like}' if like else ''}"
                 )
         self._ends, self._bias = list(asked["ends"]), dict.fromkeys(asked["forbidden"], FORBIDDEN_BIAS)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
@@ -198,14 +192,14 @@ class Engine:
         """One of vLLM's: at most a token for each completion under way.
 
         Raises:
-            Refused: vLLM's engine has failed, and can do nothing any more.
+            ProcessError: vLLM's engine has failed, and can do nothing any more.
         """
         try:
             outputs = self._engine.step()
         except Exception as error:
             traceback.print_exc()
             self.broken = " ".join(traceback.format_exc().split())[-1500:]
-            raise Refused("engine", f"vLLM's engine ended: {self.broken}") from error
+            raise ProcessError(f"vLLM's engine ended: {self.broken}") from error
         for output in outputs:
             if output.finished and output.request_id in self._groups:
                 group = self._groups[output.request_id]
@@ -218,10 +212,10 @@ class Engine:
         """What a request is answered.
 
         Raises:
-            Refused: it cannot be done.
+            AdapterError, ProcessError: it cannot be done.
         """
         if self.broken is not None:
-            raise Refused("engine", f"vLLM's engine ended: {self.broken}")
+            raise ProcessError(f"vLLM's engine ended: {self.broken}")
         asked = message.pop("ask")
         if asked == "load":
             self._load(message["version"], message["adapter"], tensors)
@@ -240,7 +234,7 @@ class Engine:
                 self._engine.wake_up()
                 self._is_asleep = False
         else:
-            raise Refused("engine", f"there is no request {asked!r}")
+            raise ProcessError(f"there is no request {asked!r}")
         return {}, {}
 
     def _load(self, version: int, config: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
@@ -256,7 +250,7 @@ class Engine:
                 self._engine.collective_rpc("release_adapter", args=(self._ids,))
                 if self.broken is not None:
                     raise
-                raise Refused("adapter", f"version {version} of the adapter: {' '.join(str(error).split())}") from error
+                raise AdapterError(f"version {version} of the adapter: {' '.join(str(error).split())}") from error
         if version in self._versions:
             self._drop(version)
         self._versions[version] = made
@@ -315,11 +309,9 @@ class Engine:
     def _submit(self, asked: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
         version = self._versions.get(asked["version"])
         if version is None:
-            raise Refused(
-                "engine", f"policy version {asked['version']} is not loaded; there are {sorted(self._versions)}"
-            )
+            raise ProcessError(f"policy version {asked['version']} is not loaded; there are {sorted(self._versions)}")
         if self._is_asleep:
-            raise Refused("engine", "the engine sleeps; wake it first")
+            raise ProcessError("the engine sleeps; wake it first")
         place = asked["prompt"]
         pictures = [Image.fromarray(tensors[f"{place}/image/{i}"].numpy()) for i in range(asked["images"])]
         prompt = {
@@ -344,17 +336,17 @@ class Engine:
             (rendered,) = self._engine.renderer.render_cmpl([prompt])
             self._engine.add_request(ticket, rendered, sampling, lora_request=version.request)
         except (ValueError, TypeError) as error:
-            raise Refused("engine", f"vLLM refuses a prompt: {' '.join(str(error).split())}") from error
+            raise ProcessError(f"vLLM refuses a prompt: {' '.join(str(error).split())}") from error
         self._groups[ticket] = Group(version)
         version.groups += 1
         return ticket
 
     def _collect(self, tickets: Sequence[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if unknown := [ticket for ticket in tickets if ticket not in self._groups]:
-            raise Refused("engine", f"there are no groups {unknown}")
+            raise ProcessError(f"there are no groups {unknown}")
         while any(self._groups[ticket].output is None for ticket in tickets):
             if self._is_asleep:
-                raise Refused("engine", "the engine sleeps; wake it first")
+                raise ProcessError("the engine sleeps; wake it first")
             self.step()
         groups, tensors = [], {}
         for i, ticket in enumerate(tickets):
@@ -378,7 +370,7 @@ class Engine:
 
     def _sleep(self) -> None:
         if self._engine.has_unfinished_requests():
-            raise Refused("engine", "groups are under way; collect them before the engine sleeps")
+            raise ProcessError("groups are under way; collect them before the engine sleeps")
         if self.facts["can_sleep"]:
             self._engine.sleep(1)
             self._is_asleep = True

@@ -15,12 +15,10 @@ applies none where it does not draw.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,10 +29,19 @@ from transformers.utils import is_torchvision_available
 from mmrl_ray.config.learner import EngineSection
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ModelError, ProcessError, last_line
+from mmrl_ray.errors import (
+    AdapterError,
+    ConfigError,
+    ContextLengthError,
+    MMRLError,
+    ModelError,
+    ProcessError,
+    last_line,
+)
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.vllm.child import EXTENSION, pack, unpack
+from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.heads import split_heads
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.lora.targets import check_tensor_names
@@ -49,19 +56,19 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TAIL_BYTES = 4096
 _SEEDS = 1 << 62
 """vLLM adds a completion's place to the seed, and takes 63 bits."""
-_ERRORS = {"config": ConfigError, "adapter": AdapterError}
+_ERRORS = {error.__name__: error for error in (ConfigError, AdapterError)}
 
 
 class VllmProcess:
     """vLLM's engine in a process of its own; one thread at a time. Every wait has a deadline, at which it is ended."""
 
     def __init__(
-        self, python: str, asked: Mapping[str, Any], *, environment: Mapping[str, str], start_timeout_s: float
+        self, python: str | None, asked: Mapping[str, Any], *, environment: Mapping[str, str], start_timeout_s: float
     ) -> None:
         """Starts it, and waits until the model is loaded.
 
         Args:
-            python: an interpreter that has vLLM.
+            python: an interpreter that has vLLM, see `environment.program`.
             asked: what `child.Engine` takes.
             environment: variables beside this process's own.
             start_timeout_s: for loading the model, and compiling it where it is compiled.
@@ -70,23 +77,21 @@ class VllmProcess:
             ConfigError: there is no such interpreter, it has no vLLM, or vLLM has no such argument.
             ProcessError: vLLM does not start; with the end of what it wrote.
         """
-        found = shutil.which(Path(python).expanduser())
-        if found is None:
-            raise ConfigError(
-                f"rollout.engine.python={python!r} is no program: name an interpreter that has vLLM; `mmrl engine "
-                "install vllm` makes one"
-            )
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this
         self._told, self._is_open = 0, True
         self._child = ChildProcess(
             "mmrl_ray.policy.generation.vllm.child:work",
             NAME,
             {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", **environment},
-            python=found,
+            python=program(python),
             output=self._output.fileno(),
         )
-        self.facts = self._asked(dict(asked), None, start_timeout_s)[0]
-        """`child.Engine.facts`."""
+        try:
+            self.facts = self._asked(dict(asked), None, start_timeout_s)[0]
+            """`child.Engine.facts`."""
+        except MMRLError:
+            self.close()
+            raise
 
     def ask(
         self, what: str, *, timeout_s: float, tensors: Mapping[str, torch.Tensor] | None = None, **message: Any
@@ -121,9 +126,6 @@ class VllmProcess:
         return answer, found
 
     def _refused(self, kind: str, error: str) -> NoReturn:
-        if kind == "start":
-            self.close()
-            raise ProcessError(f"{NAME} does not start: {error}")
         remedy = "; `mmrl engine install vllm` makes an environment" if "no usable vLLM" in error else ""
         raise _ERRORS.get(kind, ProcessError)(f"{NAME}: {error}{remedy}")
 
@@ -153,7 +155,6 @@ def start_engine(
     cfg: EngineSection,
     cache: VisionCache,
     *,
-    python: str,
     revision: str | None,
     threads: int,
     timeout_s: float,
@@ -165,7 +166,6 @@ def start_engine(
         policy: the worker's.
         cfg: how vLLM is run.
         cache: of the features that the scorer makes.
-        python: an interpreter that has it.
         revision: of a model that is a hub id.
         threads: of the process, where it computes on CPUs.
         timeout_s: for each of its answers.
@@ -193,7 +193,7 @@ def start_engine(
         "disable_log_stats": False,
     }
     process = VllmProcess(
-        python,
+        cfg.python,
         {"args": args, "forbidden": list(policy.image_token_ids), "ends": list(policy.eos_token_ids)},
         environment={
             "OMP_NUM_THREADS": str(threads),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,18 +52,24 @@ sys.meta_path.insert(0, _Before())
 
 
 def default_folder(kind: Kind) -> Path:
-    """Where `install` puts it, and `interpreter` looks for it, unless told otherwise."""
+    """Where `install` puts it, and `program` looks for it, unless told otherwise."""
     return Path.home() / ".cache" / "mmrl_ray" / kind
 
 
-def interpreter(python: str | None) -> str:
-    """`rollout.engine.python`, or that of an environment that `install` has made.
+def program(python: str | None) -> str:
+    """The interpreter that `rollout.engine.python` names, or that of an environment that `install` has made.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none on this machine.
     """
     if python is not None:
-        return python
+        found = shutil.which(str(Path(python).expanduser()))
+        if found is None:
+            raise ConfigError(
+                f"rollout.engine.python={python!r} is no program: name an interpreter that has vLLM; `mmrl engine "
+                "install vllm` makes one"
+            )
+        return found
     for kind in KINDS:
         if (default_folder(kind) / _MARK).is_file():
             return str(_python_of(default_folder(kind)))

@@ -11,22 +11,16 @@ id, for as long as any request may name it.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import regex
 import torch
-from transformers import AutoImageProcessor
-from transformers.video_processing_utils import BaseVideoProcessor
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.peft_helper import PEFTHelper
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
-from vllm.model_executor.models.utils import WeightsMapper
 
 PILLOW = "MMRL_VLLM_PILLOW"
 """Environment variable: pictures are resized by Pillow, as the owner's processor does, and not by torchvision."""
-_TOWER = regex.compile(r"^(?:model\.)?vision_tower\.(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm)\.)")
+_TOWER = r"^(?:model\.)?vision_tower\.(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm)\.)"
 
 
 class Adapters:
@@ -61,12 +55,15 @@ class Adapters:
         getattr(manager, "held_adapters", {}).pop(lora_id, None)
 
 
-def _make(manager: Any, request: Any) -> LoRAModel:
+def _make(manager: Any, request: Any) -> Any:
     """In the place of `_load_adapter`, which reads files."""
     return _adapter(manager, request.lora_int_id, *manager.held_adapters[request.lora_int_id])
 
 
-def _adapter(manager: Any, lora_id: int, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> LoRAModel:
+def _adapter(manager: Any, lora_id: int, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Any:
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
     helper = PEFTHelper.from_dict(dict(config))
     helper.validate_legal(manager.lora_config)
     model = manager._adapter_manager.model
@@ -87,7 +84,11 @@ def _adapter(manager: Any, lora_id: int, tensors: Mapping[str, torch.Tensor], co
 
 def _read_later_names() -> None:
     """LLaVA's tower as transformers 5.23 saves it: without the `vision_model.` that vLLM's layers have."""
-    later = WeightsMapper(orig_to_new_regex={_TOWER: "vision_tower.vision_model."})
+    import regex
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    later = WeightsMapper(orig_to_new_regex={regex.compile(_TOWER): "vision_tower.vision_model."})
     LlavaForConditionalGeneration.hf_to_vllm_mapper = later | LlavaForConditionalGeneration.hf_to_vllm_mapper
 
 
@@ -114,7 +115,15 @@ def _resize_by_pillow(processors: Any) -> None:
     processors.from_pretrained = classmethod(load)
 
 
-_read_later_names()
-_do_without_video(BaseVideoProcessor)
-if os.environ.get(PILLOW):
-    _resize_by_pillow(AutoImageProcessor)
+def _prepare() -> None:
+    from transformers import AutoImageProcessor
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    _read_later_names()
+    _do_without_video(BaseVideoProcessor)
+    if os.environ.get(PILLOW):
+        _resize_by_pillow(AutoImageProcessor)
+
+
+if "vllm" in sys.modules:  # which imports this
+    _prepare()

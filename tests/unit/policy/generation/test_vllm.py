@@ -11,6 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from mmrl_ray.config.learner import EngineSection, RolloutSection
+from mmrl_ray.config.load import load_config
+from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.errors import ConfigError, ProcessError
 from mmrl_ray.policy.generation.vllm import environment
 from mmrl_ray.policy.generation.vllm.child import pack, unpack
@@ -64,6 +66,14 @@ def test_vllms_arguments_are_those_that_are_written_and_reserved_ones_are_refuse
         RolloutSection(temperature=3.0, engine=EngineSection(kind="vllm"))
 
 
+def test_an_interpreter_means_the_same_from_a_workers_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    quickstart = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
+    for python, meant in (("envs/bin/python", str(tmp_path / "envs/bin/python")), ("python-vllm", "python-vllm")):
+        written = ["rollout.engine.kind=vllm", f"rollout.engine.python={python}"]
+        assert with_absolute_paths(load_config(quickstart, written)).rollout.engine.python == meant
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -82,11 +92,11 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_environment_is_made_once_and_again_when_its_lock_changes(home: Path, lock: Path) -> None:
     with pytest.raises(ConfigError, match="mmrl engine install vllm"):
-        environment.interpreter(None)
+        environment.program(None)
     told: list[str] = []
     python = environment.install("vllm", tell=told.append)
-    assert environment.interpreter(None) == str(python)
-    assert environment.interpreter("/my/python") == "/my/python"
+    assert environment.program(None) == str(python)
+    assert environment.program(sys.executable) == sys.executable
     facts = environment.subprocess.check_output(
         [str(python), "-c", "import json, sys; print(json.dumps([sys.prefix, sys.version_info[:2]]))"]
     )
@@ -98,7 +108,7 @@ def test_an_environment_is_made_once_and_again_when_its_lock_changes(home: Path,
     with pytest.raises(ProcessError, match=r"pip cannot install lock.txt.*PIP_INDEX_URL"):
         environment.install("vllm", python.parents[1])
     with pytest.raises(ConfigError, match="mmrl engine install vllm"):  # half an environment is none
-        environment.interpreter(None)
+        environment.program(None)
 
 
 def test_what_is_in_the_way_of_an_environment_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
