@@ -173,8 +173,8 @@ class EngineSection(Section):
     """Completions at a time."""
     enforce_eager: bool | None = None
     """Without compiling and CUDA graphs: it starts in seconds, and samples slower on a GPU."""
-    start_timeout_s: float = Field(900.0, gt=0)
-    """An engine that has not loaded and compiled the model by then is an error."""
+    start_timeout_s: float = Field(240.0, gt=0)
+    """With `vllm`: an engine that has not loaded and compiled the model by then is an error."""
     args: dict[str, Any] = {}
     """Further arguments of vLLM's `EngineArgs`, by its names for them; one that it does not know is refused."""
 

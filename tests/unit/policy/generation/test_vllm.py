@@ -66,6 +66,20 @@ def test_vllms_arguments_are_those_that_are_written_and_reserved_ones_are_refuse
         RolloutSection(temperature=3.0, engine=EngineSection(kind="vllm"))
 
 
+def test_what_an_engine_cannot_do_in_a_run_is_said_when_its_config_is_read() -> None:
+    quickstart = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
+    for written, said in (
+        (["rollout.engine.start_timeout_s=301"], r"above resources\.placement_timeout_s=300"),
+        (["resources.rollout.gpus=1", "rollout.engine.tensor_parallel_size=2"], "wants as many GPUs"),
+        (
+            ["algorithm=dpo", "learner.kl.weight=0", "data.preferences={store: 'sqlite:///p.db'}"],
+            "learns from what others have sampled",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(quickstart, ["rollout.engine.kind=vllm", *written])
+
+
 def test_an_interpreter_means_the_same_from_a_workers_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     quickstart = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
