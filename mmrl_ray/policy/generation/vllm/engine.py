@@ -18,7 +18,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, NoReturn
 
 import numpy as np
@@ -77,7 +76,7 @@ class VllmProcess:
             ConfigError: there is no such interpreter, it has no vLLM, or vLLM has no such argument.
             ProcessError: vLLM does not start; with the end of what it wrote.
         """
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this
+        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - as long as this
         self._told, self._is_open = 0, True
         self._child = ChildProcess(
             "mmrl_ray.policy.generation.vllm.child:work",
@@ -131,10 +130,14 @@ class VllmProcess:
 
     def _written(self) -> str:
         """What it has written since the last look."""
-        end = self._output.seek(0, 2)
-        self._output.seek(self._told)
-        found, self._told = self._output.read(end - self._told), end
+        found = self._read(self._told)
+        self._told += len(found)
         return found.decode(errors="replace")
+
+    def _read(self, start: int) -> bytes:
+        """Of what it has written, from there on. At a place of its own: that of the open file is the process's, too."""
+        end = os.fstat(self._output.fileno()).st_size
+        return os.pread(self._output.fileno(), max(0, end - start), start)
 
     def _relay(self) -> None:
         """Hands on what it wrote, to where this process's own messages go."""
@@ -143,9 +146,8 @@ class VllmProcess:
 
     def _tail(self) -> str:
         """The end of what it wrote, for an error."""
-        end = self._output.seek(0, 2)
-        self._output.seek(max(0, end - _TAIL_BYTES))
-        said = last_line(self._output.read().decode(errors="replace"))
+        end = os.fstat(self._output.fileno()).st_size
+        said = last_line(self._read(max(0, end - _TAIL_BYTES)).decode(errors="replace"))
         self._relay()
         return f"; the last that it wrote: {said}" if said else ""
 
@@ -374,11 +376,11 @@ def _sampling(asked: SamplingParams, n: int, *, greedy: bool) -> dict[str, Any]:
 def _adapter_config(policy: Policy) -> dict[str, Any]:
     """What vLLM reads of PEFT's: rank and scaling."""
     assert isinstance(policy.model, PeftModel)
-    config = policy.model.peft_config[policy.model.active_adapter]
+    config: Any = policy.model.peft_config[policy.model.active_adapter]
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": bool(config.use_rslora),
-        "target_modules": sorted(chain(config.target_modules or ())),
+        "target_modules": sorted(config.target_modules or ()),
         "bias": "none",
     }
