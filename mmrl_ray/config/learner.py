@@ -128,9 +128,82 @@ class WorkersRange(Section):
         return self
 
 
+_RESERVED = {
+    "model": "it is model.path",
+    "tokenizer": "it is the model's",
+    "revision": "it is model.revision",
+    "trust_remote_code": "code of a checkpoint is never run",
+    "logprobs_mode": "log-probs are those of the distribution that is sampled from",
+    "enable_lora": "the adapter is the policy",
+    "max_lora_rank": "it is model.lora.r",
+    "worker_extension_cls": "adapters come in memory",
+    "limit_mm_per_prompt": "pictures are the prompt's",
+    "mm_processor_kwargs": "it is model.processor",
+    "generation_config": "a checkpoint's own temperature and filters are not the policy's",
+    "speculative_config": "drafts change what is sampled from",
+    "logits_processors": "they change what is sampled from",
+    "disable_log_stats": "its counters are among the run's metrics",
+}
+"""vLLM's arguments that are not a user's, and why."""
+_VLLM_ALONE = (
+    *("python", "tensor_parallel_size", "gpu_memory_utilization", "dtype", "quantization", "max_model_len"),
+    *("max_num_seqs", "enforce_eager", "args"),
+)
+
+
+class EngineSection(Section):
+    """What samples. Whatever it is, the worker's own model scores: reference log-probs, states."""
+
+    kind: Literal["local", "vllm"] = "local"
+    """`local`: the worker itself, exact, and the same bit for bit each time. `vllm`: vLLM in a process beside the
+    worker, for GPUs; without value heads, and a resumed run does not sample the same tokens again."""
+    python: str | None = None
+    """With `vllm`: an interpreter that has it; by default the one that `mmrl engine install vllm` has made."""
+    tensor_parallel_size: int | None = Field(None, ge=1)
+    """vLLM's argument, as those below: GPUs that share the model; as many as `resources.rollout.gpus`."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of a GPU's memory that it takes; the worker's own model lies beside it."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The worker's own by default; another makes log-probs of another policy."""
+    quantization: str | None = None
+    """None by default."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Tokens of a prompt and its completion; the model's context by default."""
+    max_num_seqs: int | None = Field(None, ge=1)
+    """Completions at a time."""
+    enforce_eager: bool | None = None
+    """Without compiling and CUDA graphs: it starts in seconds, and samples slower on a GPU."""
+    start_timeout_s: float = Field(240.0, gt=0)
+    """With `vllm`: an engine that has not loaded and compiled the model by then is an error."""
+    args: dict[str, Any] = {}
+    """Further arguments of vLLM's `EngineArgs`, by its names for them; one that it does not know is refused."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """vLLM's, those that are written."""
+        named = {name: getattr(self, name) for name in _VLLM_ALONE if name not in ("python", "args")}
+        return {**{name: value for name, value in named.items() if value is not None}, **self.args}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        written = [name for name in _VLLM_ALONE if getattr(self, name) not in (None, {})]
+        refuse(
+            {
+                f"{', '.join(written)}: keys of engine.kind=vllm, and this is kind={self.kind}": (
+                    self.kind != "vllm" and bool(written)
+                ),
+                **{f"args.{name} is not yours to choose: {why}": name in self.args for name, why in _RESERVED.items()},
+                **{f"args.{name}: write it as engine.{name}": name in self.args for name in _VLLM_ALONE},
+            }
+        )
+        return self
+
+
 class RolloutSection(Section):
     """How completions are drawn, and by how many workers."""
 
+    engine: EngineSection = EngineSection()
+    """What draws them."""
     group_size: int = Field(8, ge=1, le=1024)
     """G, completions an image."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
@@ -185,6 +258,9 @@ class RolloutSection(Section):
         refuse(
             {
                 **problems,
+                f"temperature={self.temperature:g} is above 2, the most that engine.kind=vllm takes": (
+                    self.engine.kind == "vllm" and self.temperature > 2
+                ),
                 f"min_workers={self.min_workers} is above workers={self.first_workers}": (
                     self.min_workers > self.first_workers
                 ),

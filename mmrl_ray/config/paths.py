@@ -103,7 +103,11 @@ def _put(holder: Any, keys: Keys, place: str) -> Any:
 
 def with_absolute_paths(cfg: Config) -> Config:
     """The same config, meaning the same files from whichever folder: that of a Ray worker, or of a later resume."""
-    return with_places(cfg, _absolute_all(_places(cfg)))
+    python = cfg.rollout.engine.python
+    places = _places(cfg)
+    if python is not None and os.sep in python:  # a bare name is looked for on each node's own path
+        places["rollout", "engine", "python"] = python
+    return with_places(cfg, _absolute_all(places))
 
 
 def with_absolute_places(cfg: ServeConfig) -> ServeConfig:

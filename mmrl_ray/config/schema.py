@@ -117,6 +117,19 @@ class Config(_WithAgents):
             < groups,
             f"learner.workers={learner.max_workers} is above learner.groups_per_step={groups}: "
             "some learners would never work": groups < learner.max_workers,
+            "rollout.engine.kind=vllm samples, and this algorithm learns from what others have sampled: take it away": (
+                rollout.engine.kind == "vllm" and self.family.is_offline
+            ),
+            f"rollout.engine.start_timeout_s={rollout.engine.start_timeout_s:g} is above resources.placement_timeout_s="
+            f"{self.resources.placement_timeout_s:g}, after which a worker that is not ready is replaced: raise that, "
+            "too": (
+                rollout.engine.kind == "vllm" and rollout.engine.start_timeout_s > self.resources.placement_timeout_s
+            ),
+            f"rollout.engine.tensor_parallel_size={rollout.engine.tensor_parallel_size} wants as many GPUs a worker, "
+            f"and resources.rollout.gpus={self.resources.rollout.gpus:g}": (
+                self.resources.rollout.gpus > 0
+                and (rollout.engine.tensor_parallel_size or 1) > max(1, self.resources.rollout.gpus)
+            ),
             f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
             "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
         }

@@ -94,6 +94,16 @@ class Completion:
 
 @pickled_by_fields
 @dataclass(frozen=True, slots=True)
+class PromptSource:
+    """A prompt before its processor, for an engine that has one of its own."""
+
+    token_ids: torch.Tensor
+    """int64, one placeholder for each picture."""
+    images: tuple[bytes, ...]
+    """Encoded files, in the order of their placeholders."""
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedPrompt:
     """One prompt after chat template and processor: all that the model needs but the vision features.
 
@@ -109,6 +119,8 @@ class EncodedPrompt:
     """The processor's other outputs: per-token ones are [P], per-image ones as the processor made them."""
     image_key: str
     """Content hash of the images, processor settings and model revision: the key of the vision cache."""
+    source: PromptSource | None = None
+    """Only where the engine that samples asked for it (`GenerationEngine.prepared`)."""
 
 
 @pickled_by_fields

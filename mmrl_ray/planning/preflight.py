@@ -23,6 +23,7 @@ from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hashes, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError, RunError
+from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.rollouts.pool_settings import placed_demands
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
 from mmrl_ray.training.offline import logged_pictures, trained_pictures
@@ -57,6 +58,16 @@ def check_references(cfg: Config) -> None:
         bare = next((number for number, references in enumerate(rows) if not references), None)
         if bare is not None:
             raise DataError(f"{cfg.data.train}: row {bare} has no references to be paid by; leave it out")
+
+
+def check_engine(cfg: Config, *, joined: bool) -> None:
+    """Whether this machine has what samples, where the run's workers are on it and not on a cluster that was `joined`.
+
+    Raises:
+        ConfigError: there is no interpreter with vLLM, which `rollout.engine` asks for.
+    """
+    if cfg.rollout.engine.kind == "vllm" and not joined:
+        program(cfg.rollout.engine.python)
 
 
 def refuse_moved(cfg: Config, *, base_is_kept: bool) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ContextLengthError, DataError, ModelError
-from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.experience.carriers import EncodedPrompt, PromptSource
 from mmrl_ray.policy.checkpoint import brief
 
 if TYPE_CHECKING:  # a process that prepares prompts needs none of what trains
@@ -127,7 +127,18 @@ def check_context(policy: Policy, prompt: EncodedPrompt, max_new_tokens: int) ->
 
 def without_pixels(prompt: EncodedPrompt) -> EncodedPrompt:
     """The same prompt without its pixel tensors: all that is needed when its vision features travel with it."""
-    return replace(prompt, model_inputs={k: v for k, v in prompt.model_inputs.items() if not k.startswith("pixel")})
+    light = {k: v for k, v in prompt.model_inputs.items() if not k.startswith("pixel")}
+    return replace(prompt, model_inputs=light, source=None)
+
+
+def with_source(policy: Policy, prompt: EncodedPrompt, sample: Sample) -> EncodedPrompt:
+    """The prompt that `encode_prompts` made of `sample`, with what it is made of."""
+    text = _rendered(policy.processor, [("user", [*range(len(sample.images)), sample.prompt])], f"sample {sample.id!r}")
+    bos, end = policy.tokenizer.bos_token, len(policy.appended_ids)
+    ids = policy.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+    if end and tuple(ids[-end:]) == policy.appended_ids:
+        ids = ids[:-end]
+    return replace(prompt, source=PromptSource(torch.tensor(ids, dtype=torch.int64), sample.images))
 
 
 def image_key(policy: Prompting, images: Sequence[bytes]) -> str:

@@ -113,7 +113,7 @@ class RolloutEngine:
         if any(each.request.wants_state for each in sampled):
             with _timed(seconds, "states"):
                 sampled = self._with_states(sampled)
-        counters = self._scorer.counters()
+        counters = {**self._scorer.counters(), **self._generator.counters()}
         groups = [
             self._scored(assignment.version, each, score, seconds) for each, score in zip(sampled, scores, strict=True)
         ]
@@ -142,6 +142,7 @@ class RolloutEngine:
         for request in requests:
             try:
                 prompt = self._scorer.encode(request.sample, request.sampling.max_new_tokens)
+                prompt = self._generator.prepared(prompt, request.sample)
                 self._check(request)
             except MMRLError as error:
                 reason = f"{type(error).__name__}: {error}"

@@ -36,6 +36,7 @@ class PolicyEngineFactory:
         """
         import torch
 
+        from mmrl_ray.policy.generation.base import GenerationEngine
         from mmrl_ray.policy.generation.local import LocalEngine
         from mmrl_ray.policy.load import load_policy
         from mmrl_ray.policy.lora.adapter import add_run_adapter
@@ -50,16 +51,31 @@ class PolicyEngineFactory:
         # By where an algorithm's samples come from.
         engines = {"rollouts": RolloutEngine, "pairs": PairEngine, "stored": StoredEngine}
         cfg = self.cfg
-        torch.set_num_threads(torch_threads(cfg, cfg.resources.rollout, os.cpu_count() or 1))
+        threads = torch_threads(cfg, cfg.resources.rollout, os.cpu_count() or 1)
+        torch.set_num_threads(threads)
         policy = load_policy(cfg.model, device="cuda" if cfg.resources.rollout.gpus else "cpu")
         add_run_adapter(policy, cfg)
         prompts = PromptPool(policy, cfg.resources.rollout.prompt_processes)
         versions, cache = VersionedPolicy(policy), VisionCache(cfg.rollout.vision_cache_mb * _MB)
         greedy = cfg.learner.advantage == "greedy"
-        limits = DecodeLimits.of(policy, cfg.rollout.max_new_tokens)
-        rows = max(limits.max_rows, cfg.rollout.group_size + greedy)
-        generator = LocalEngine(versions, cache, max_rows=rows, prefill_tokens=limits.prefill_tokens)
-        generator.require(greedy_extra=greedy)
+        generator: GenerationEngine
+        if cfg.rollout.engine.kind == "vllm":
+            from mmrl_ray.policy.generation.vllm.engine import start_engine
+
+            generator = start_engine(
+                policy,
+                cfg.rollout.engine,
+                cache,
+                revision=cfg.model.revision,
+                threads=threads,
+                timeout_s=cfg.rollout.assignment_timeout_s,
+                takes_turns=cfg.resources.takes_turns,
+            )
+        else:
+            limits = DecodeLimits.of(policy, cfg.rollout.max_new_tokens)
+            rows = max(limits.max_rows, cfg.rollout.group_size + greedy)
+            generator = LocalEngine(versions, cache, max_rows=rows, prefill_tokens=limits.prefill_tokens)
+        generator.require(greedy_extra=greedy, value_guided=cfg.learner.family.decoding_beta > 0)
         if cfg.reward.host == "inline" and any(part.kind == "learned" for part in cfg.reward.parts.values()):
             from mmrl_ray.reward_model.vision_source import share_tower
 

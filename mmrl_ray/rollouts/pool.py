@@ -31,7 +31,7 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, RolloutError, first_line
+from mmrl_ray.errors import ConfigError, MMRLError, PlacementError, ProcessError, RolloutError, first_line
 from mmrl_ray.experience.carriers import ScoredGroup
 from mmrl_ray.rollouts.assignment_tracker import AssignmentTracker
 from mmrl_ray.rollouts.group_codec import Parcelled, pack
@@ -249,7 +249,7 @@ class RayWorkerPool:
             try:
                 value = ray.get(answer, timeout=_FETCH_S)
             except RayError as error:
-                finished += self._on_error(worker, error)
+                finished += self._on_error(worker, call, error)
             else:
                 finished += self._on_answer(worker, call, value)
         return finished
@@ -272,8 +272,10 @@ class RayWorkerPool:
                 return [join_result(value, call.parts)]
         return []
 
-    def _on_error(self, worker: PoolWorker, error: RayError) -> list[Collected | DataFailure]:
-        if isinstance(error, MMRLError):
+    def _on_error(self, worker: PoolWorker, call: WorkerCall, error: RayError) -> list[Collected | DataFailure]:
+        # A process that a worker has beside it, and that is lost meanwhile, is no more to blame than the worker's own.
+        is_lost = isinstance(error, ProcessError) and call.method == "run"
+        if isinstance(error, MMRLError) and not is_lost:
             # The project's own errors say what is wrong with model, adapter or reward: another worker would say it too.
             raise getattr(error, "cause", None) or error
         cause = error.cause if isinstance(error, RayTaskError) else error

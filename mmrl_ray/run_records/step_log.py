@@ -8,6 +8,8 @@ it gave, `sampler_gap/…` (`learner/objective.py`) among it.
     completion/finish_fraction        of completions that ended by themselves, not by max_new_tokens
     shared_prefix                     whether every forward of the step computed its prompts once a group
     vision/hits, vision/misses        of the vision cache in the rollout workers
+    engine/…                          of an engine that counts (vLLM): prompt tokens looked for in its prefix cache and
+                                      found there, pictures in its processor's
     samples_per_second                completions consumed ÷ `seconds/step`
     seconds/step                      wall time since the step before ended
     seconds/wait_plan                 of it, what the learner waited for its plan
@@ -30,6 +32,7 @@ METRICS_FILE = "metrics.jsonl"
 RECENT_STEPS = 10
 """Of which the status gives the throughput."""
 EVENTS = "events.jsonl"
+_ENGINE = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "num_preemptions")
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
@@ -58,6 +61,7 @@ def rollout_metrics(
         "vision/hits": counters["vision_hits"],
         "vision/misses": counters["vision_misses"],
         "prompts/ahead": counters["prompts_ahead"],
+        **{f"engine/{name}": counters[name] for name in _ENGINE if name in counters},
         **{f"seconds/{phase}": value for phase, value in sorted(seconds.items())},
     }
 

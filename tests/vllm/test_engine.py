@@ -1,0 +1,212 @@
+"""vLLM's engine against transformers' own `generate` and against the learner's log-probs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmrl_ray.data.samples import Sample
+from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ProcessError
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
+from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
+from mmrl_ray.policy.generation.vllm.engine import VllmEngine, collect, submit
+from mmrl_ray.policy.lora.adapter import adapter_state, load_adapter_state
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prompts import encode_prompts
+from mmrl_ray.policy.scoring.prefix import score_completions
+from tests.support.tiny_models import image_bytes, make_samples
+from tests.unit.policy.generation.test_decode_families import TOKENS, generated
+from tests.vllm.conftest import BLOCK, TIMEOUT_S, started
+from tests.vllm.models import adapter_of
+
+TEMPERATURE = 0.7
+BOUND = 1e-3
+"""Nats, in float32."""
+
+
+def long_samples(count: int = 3) -> list[Sample]:
+    """Prompts of more than a block of the prefix cache, which begins with their pictures."""
+    return [replace(each, prompt=" ".join([each.prompt] * 12)) for each in make_samples()[:count]]
+
+
+@pytest.fixture
+def prompts(policy: Policy, engine: VllmEngine) -> list[EncodedPrompt]:
+    samples = long_samples()
+    return [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
+
+
+def load(policy: Policy, engine: VllmEngine, version: int) -> None:
+    """The same version on both sides."""
+    engine.load(version, adapter_of(policy, version))
+    wear(policy, version)
+
+
+def wear(policy: Policy, version: int) -> None:
+    weights = adapter_of(policy, version)
+    zero = {name: torch.zeros_like(tensor) for name, tensor in adapter_state(policy.model).items()}
+    load_adapter_state(policy.model, weights or zero)
+
+
+def requests(
+    prompts: Sequence[EncodedPrompt], *, seed: int = 0, n: int = 4, tokens: int = 12, temperature: float = TEMPERATURE
+) -> list[DecodeRequest]:
+    sampling = [
+        SamplingParams(temperature=temperature, max_new_tokens=tokens, seed=1000 * seed + i)
+        for i in range(len(prompts))
+    ]
+    return [DecodeRequest(prompt, n, each) for prompt, each in zip(prompts, sampling, strict=True)]
+
+
+def gap(policy: Policy, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> float:
+    """Largest |Δ log-prob| to what the learner computes with the weights that it has."""
+    tokens = [[c.token_ids for c in output.completions] for output in outputs]
+    with torch.no_grad():
+        scores = score_completions(policy, prompts, None, tokens, TEMPERATURE, path="naive")
+    recorded = torch.cat([c.logprobs for output in outputs for c in output.completions])
+    return float((scores.logprobs[scores.mask] - recorded).abs().max())
+
+
+def test_greedy_tokens_are_those_of_generate(policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]) -> None:
+    for version in (0, 1):
+        load(policy, engine, version)
+        outputs = engine.generate(
+            [DecodeRequest(p, 2, SamplingParams(max_new_tokens=TOKENS), greedy_extra=True) for p in prompts]
+        )
+        expected = [generated(policy, prompt) for prompt in prompts]
+        assert [output.greedy.token_ids.tolist() for output in outputs if output.greedy] == expected
+        assert all(len(output.completions) == 2 for output in outputs)
+
+
+def test_versions_swapped_while_groups_are_under_way_are_neither_stale_nor_mixed(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    process, under_way = engine._process, []
+    versions = (11, 12, 13, 14)  # one more than there are places for
+    for version in versions:  # the same prompts each time, so that the prefix cache has them of every version
+        weights = adapter_of(policy, version) or {}
+        process.ask("load", version=version, adapter=engine._config, tensors=weights, timeout_s=TIMEOUT_S)
+        asked = requests(prompts, seed=version, tokens=24)
+        under_way.append((version, asked, submit(process, version, asked, timeout_s=TIMEOUT_S)))
+        if version > 11:
+            process.ask("drop", version=version - 1, timeout_s=TIMEOUT_S)
+    gaps = {}
+    for version, asked, tickets in reversed(under_way):
+        outputs = collect(policy, process, asked, tickets, timeout_s=TIMEOUT_S)
+        for other in versions:
+            wear(policy, other)
+            gaps[version, other] = gap(policy, prompts, outputs)
+    for (version, other), found in gaps.items():
+        assert (found < BOUND) == (version == other), gaps
+    with pytest.raises(ProcessError, match=r"version 12 is not loaded"):
+        submit(process, 12, requests(prompts), timeout_s=TIMEOUT_S)
+
+
+def test_other_weights_under_an_old_number_are_not_answered_from_the_cache(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    for weights in (21, 22):
+        engine.load(7, adapter_of(policy, weights))
+        wear(policy, weights)
+        assert gap(policy, prompts, engine.generate(requests(prompts))) < BOUND
+
+
+def test_seeds_repeat_and_the_base_is_the_policy_without_adapter(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    load(policy, engine, 0)
+    first, again = engine.generate(requests(prompts, seed=3)), engine.generate(requests(prompts, seed=3))
+    rows = [[c.token_ids.tolist() for output in each for c in output.completions] for each in (first, again)]
+    assert rows[0] == rows[1]
+    assert len({str(row) for row in rows[0]}) > len(prompts)  # those of a group differ
+    assert gap(policy, prompts, first) < BOUND
+
+
+def test_tokens_of_pictures_are_never_sampled(policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]) -> None:
+    load(policy, engine, 1)
+    outputs = engine.generate(requests(prompts, n=24, tokens=24, temperature=2.0))
+    sampled = {int(token) for output in outputs for c in output.completions for token in c.token_ids}
+    assert not sampled & set(policy.image_token_ids)
+    assert len(sampled) > policy.vocab_size // 2
+
+
+def test_a_prompt_and_its_picture_are_computed_once_for_a_group(policy: Policy, engine: VllmEngine) -> None:
+    (sample,) = long_samples(1)
+    sample = replace(sample, images=(image_bytes(64, 64, seed=5),))
+    prompt = engine.prepared(encode_prompts(policy, [sample])[0], sample)
+    engine.load(31, adapter_of(policy, 31))
+    engine.counters()
+    engine.generate(requests([prompt], n=8))
+    found = engine.counters()
+    length = prompt.input_ids.numel()
+    assert found["prefix_cache_queries"] == 8 * length
+    assert found["prefix_cache_hits"] == 7 * (length // BLOCK) * BLOCK  # whole blocks, of all but the first
+    engine.load(32, adapter_of(policy, 32))
+    engine.generate(requests([prompt], n=8))
+    assert engine.counters()["mm_cache_hits"] == 1  # its pixels are of no version
+
+
+def test_the_start_up_comparison_holds_this_engine_against_generate(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    load(policy, engine, 0)
+    found = choose_path(policy, prompts[:2], temperature=TEMPERATURE, engine=engine)
+    assert found.sampler < BOUND
+
+
+def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    load(policy, engine, 1)
+    weights = adapter_of(policy, 2) or {}
+    for wrong in (
+        {name.replace("layers.0", "layers.9"): tensor for name, tensor in weights.items()},
+        {name: tensor[..., :-1] if ".lora_A." in name else tensor for name, tensor in weights.items()},
+    ):
+        with pytest.raises(AdapterError):
+            engine.load(41, wrong)
+    elsewhere = {name.replace("layers.0", "layers.9"): tensor for name, tensor in weights.items()}
+    with pytest.raises(AdapterError, match=r"version 41 .* no place for 7 of the adapter's 14 layers"):
+        engine._process.ask("load", version=41, adapter=engine._config, tensors=elsewhere, timeout_s=TIMEOUT_S)
+    with pytest.raises(ContextLengthError, match="max_model_len"):
+        engine.generate(requests(prompts, tokens=1000))
+    with pytest.raises(ConfigError, match="stop strings"):
+        engine.generate([DecodeRequest(prompts[0], 1, SamplingParams(stop=("a",)))])
+    with pytest.raises(ConfigError, match="value heads"):
+        engine.generate([DecodeRequest(prompts[0], 1, SamplingParams(value_beta=1.0))])
+    load(policy, engine, 1)
+    assert gap(policy, prompts, engine.generate(requests(prompts))) < BOUND
+
+
+@pytest.mark.parametrize("policy", ["llava"], indirect=True)
+def test_an_engine_that_is_killed_is_an_error_and_no_hang(policy: Policy, python: str) -> None:
+    engine = started(policy, python)
+    samples = long_samples(1)
+    prompts = [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
+    engine.load(0, None)
+    killer = threading.Timer(0.3, os.kill, (engine._process.facts["pid"], signal.SIGKILL))
+    killer.start()
+    with pytest.raises(ProcessError, match="SIGKILL"):
+        engine.generate(requests(prompts * 400, n=16, tokens=150))  # seconds of work
+    killer.join()
+    with pytest.raises(ProcessError, match="not running"):
+        engine.generate(requests(prompts))
+    engine.close()
+
+
+@pytest.mark.parametrize("policy", ["llava"], indirect=True)
+def test_an_engine_ends_with_its_owner(policy: Policy, python: str) -> None:
+    engine = started(policy, python)
+    pid = engine._process.facts["pid"]
+    del engine
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{pid}")
