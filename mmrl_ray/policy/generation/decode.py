@@ -11,31 +11,32 @@ row belongs to one group.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 
-from mmrl_ray.errors import ConfigError, ModelError
-from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
+from mmrl_ray.errors import ModelError
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure, GroupOutput
-from mmrl_ray.policy.generation.decode_batch import DecodeBatch, Row, keeps_every_key, takes_4d_mask
-from mmrl_ray.policy.generation.queue import DecodeQueue, Group
-from mmrl_ray.policy.generation.sampling import GenerationRules, RuledGroup, check_sampling
+from mmrl_ray.policy.generation.decode_batch import DecodeBatch, keeps_every_key, takes_4d_mask
+from mmrl_ray.policy.generation.queue import DecodeQueue, Group, GroupBook
+from mmrl_ray.policy.generation.sampling import GenerationRules, RuledGroup
 from mmrl_ray.policy.lora.routing import RowAdapters
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.scoring.prefix import encode_prefix
-from mmrl_ray.policy.tokens import TextStream
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 __all__ = ["DecodeRequest", "Decoder", "Event", "Failure", "GroupOutput", "decode_endlessly", "decode_groups"]
 
 
-class Decoder:
-    """Decodes completions of prompts that come and go. Not thread-safe."""
+class Decoder(GroupBook):
+    """Decodes completions of prompts that come and go. Not thread-safe.
+
+    Its `counters` are steps, passes (forwards of batches), prefills, prompts, rows, merges, compactions, and
+    unmerged_rows (those whose cache keeps them from joining others: each such batch is a forward of its own).
+    """
 
     def __init__(
         self,
@@ -60,28 +61,15 @@ class Decoder:
             adapters: lets every group name its adapter; without it all go through whatever is active on the model.
             rules: of the checkpoint, where captions are to be those of `generate`; never where a policy learns.
         """
-        self.counters: Counter[str] = Counter()
-        """Since the start: steps, passes (forwards of batches), prefills, prompts, rows, merges, compactions, and
-        unmerged_rows (those whose cache keeps them from joining others: each such batch is a forward of its own)."""
-        self._policy = policy
+        super().__init__(policy, DecodeQueue(max_rows), max_rows, names_adapters=adapters is not None)
         self._cache = vision_cache
-        self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
         self._packed = packed
         self._adapters = adapters
         self._rules = rules
         self._forbidden = torch.tensor(policy.image_token_ids, dtype=torch.int64, device=policy.device)
         self._eos = torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=policy.device)
-        self._ends = frozenset(policy.eos_token_ids)
-        self._next_handle = 0
-        self._queue = DecodeQueue(max_rows)
-        self._groups = self._queue.groups
         self._batches: list[DecodeBatch] = []
-
-    @property
-    def waiting(self) -> int:
-        """Groups that have not started."""
-        return len(self._queue.waiting)
 
     @property
     def running_rows(self) -> int:
@@ -92,81 +80,6 @@ class Decoder:
     def idle(self) -> bool:
         """Whether nothing runs or waits."""
         return not self._queue.waiting and not self._batches
-
-    def admit(
-        self,
-        prompt: EncodedPrompt,
-        n: int,
-        sampling: SamplingParams,
-        *,
-        greedy_extra: bool = False,
-        features: VisionFeatures | None = None,
-        stream: bool = False,
-        adapter: str | None = None,
-        caller: str | None = None,
-    ) -> int:
-        """Puts a group of `n` completions of `prompt` in the queue; it starts at the next step that has rows for it.
-
-        Args:
-            prompt: from `encode_prompts`.
-            n: completions; all alike if `sampling.greedy`.
-            sampling: for every one of them; row i draws from the stream (sampling.seed, i).
-            greedy_extra: one more row that takes the likeliest token each time, beside the n.
-            features: the prompt's vision features where the caller has them.
-            stream: report text with each event.
-            adapter: PEFT's name of the group's adapter, or `row_adapters.BASE`; exactly where the decoder has
-                `adapters`. It must stay on the model until the group has ended.
-            caller: who asks, in a queue that several share; None for a caller that has the decoder to itself.
-
-        Returns:
-            the handle that events and `take` name the group by.
-
-        Raises:
-            ConfigError: `n` or `sampling` is out of range, the group has more rows than `max_rows`, or it is to be
-                decoded by values and its adapter has no value heads.
-            ContextLengthError: prompt and completion exceed the model's context.
-            ValueError: an adapter is named without `adapters`, or none is with them.
-        """
-        if (adapter is None) != (self._adapters is None):
-            raise ValueError(f"adapter={adapter!r}: groups name an adapter exactly where the decoder was given them")
-        rows = n + greedy_extra
-        if n < 1 or rows > self._max_rows:
-            raise ConfigError(
-                f"n={n} completions (with greedy {rows} rows) must be from 1 to max_rows={self._max_rows}"
-            )
-        check_sampling(sampling)
-        if sampling.value_beta > 0 and adapter not in self._policy.value_heads:
-            raise ConfigError(
-                f"value_beta={sampling.value_beta:g} needs value heads, which algorithm: ilql trains, and this policy "
-                "has none: leave beta at 0"
-            )
-        check_context(self._policy, prompt, sampling.max_new_tokens)
-        handle = self._next_handle
-        self._next_handle += 1
-        follow = stream or bool(sampling.stop)
-        ruled = None
-        if self._rules is not None:
-            ruled = RuledGroup(self._rules, prompt.input_ids.to(self._policy.device), rows, sampling)
-        group = Group(
-            handle=handle,
-            request=DecodeRequest(prompt, n, sampling, greedy_extra, features),
-            rows=[
-                Row(
-                    handle,
-                    i,
-                    sampling,
-                    sampling.greedy or i == n,
-                    self._text_stream(sampling) if follow else None,
-                    adapter,
-                    ruled,
-                )
-                for i in range(rows)
-            ],
-            streams=stream,
-            caller=caller,
-        )
-        self._queue.add(group)
-        return handle
 
     @torch.no_grad()
     def step(self, failures: list[Failure] | None = None) -> list[Event]:
@@ -191,48 +104,13 @@ class Decoder:
         self.counters["steps"] += 1
         return events
 
-    def cancel(self, handle: int) -> GroupOutput:
-        """Ends a group at once, wherever it is, and returns what there is of it; its unfinished rows are "cancelled".
+    def _free(self, group: Group) -> None:
+        self._settle(freed=group)
 
-        Raises:
-            KeyError: no such group, or it was taken already.
-        """
-        group = self._groups[handle]
-        for row in group.rows:
-            if row.finish_reason is None:
-                row.finish_reason = "cancelled"
-                if row.text is not None:
-                    row.text.finish()
-        if group in self._queue.waiting:
-            self._queue.waiting.remove(group)
-        else:
-            self._settle(freed=group)
-        return self.take(handle)
-
-    def take(self, handle: int) -> GroupOutput:
-        """Hands out a finished group and forgets it.
-
-        Raises:
-            KeyError: no such group, or it was taken already.
-            ValueError: some of its rows are still running.
-        """
-        group = self._groups[handle]
-        if group.unfinished:
-            raise ValueError(f"group {handle} has {group.unfinished} unfinished rows; step on, or cancel it")
-        del self._groups[handle]
-        made = [row.completion(self._policy.tokenizer) for row in group.rows]
-        n = group.request.n
-        return GroupOutput(tuple(made[:n]), made[n] if group.request.greedy_extra else None, group.vision)
-
-    def unfinished(self, handle: int) -> int:
-        """Rows of a group that get more tokens; 0 also for one that was taken, was cancelled or failed."""
-        group = self._groups.get(handle)
-        return 0 if group is None else group.unfinished
-
-    def drain(self) -> None:
-        """Steps until every admitted group is finished: `max_new_tokens` steps for each that waits, at most."""
-        while not self.idle:
-            self.step()
+    def _ruled(self, prompt: EncodedPrompt, rows: int, sampling: SamplingParams) -> RuledGroup | None:
+        if self._rules is None:
+            return None
+        return RuledGroup(self._rules, prompt.input_ids.to(self._policy.device), rows, sampling)
 
     def _start_waiting(self, failures: list[Failure] | None) -> None:
         batch: list[Group] = []
@@ -332,30 +210,6 @@ class Decoder:
             self._fail({row.handle}, broken, failures)
         return events
 
-    def _fail(self, handles: set[int], error: Exception, failures: list[Failure]) -> None:
-        for handle in sorted(handles):
-            if self.unfinished(handle):
-                for row in self._groups.pop(handle).rows:
-                    row.finish_reason = row.finish_reason or "cancelled"
-                failures.append(Failure(handle, error))
-
-    def _add_token(self, row: Row, token: int, logprob: float) -> Event:
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        text, stopped = "", False
-        if row.text is not None:
-            text, stopped = row.text.push(token)
-        if stopped or token in self._ends:
-            row.finish_reason = "stop"
-        elif len(row.tokens) >= row.sampling.max_new_tokens:
-            row.finish_reason = "length"
-        if row.text is not None and row.finish_reason is not None and not stopped:
-            text += row.text.finish()
-        return Event(row.handle, row.index, token, logprob, text if self._streams(row) else "", row.finish_reason)
-
-    def _streams(self, row: Row) -> bool:
-        return row.text is not None and self._groups[row.handle].streams
-
     def _settle(self, freed: Group | None = None) -> None:
         """Between steps: finished batches go, new ones join where they can, finished rows are dropped."""
         self._batches = [decode_batch for decode_batch in self._batches if any(decode_batch.live)]
@@ -374,9 +228,6 @@ class Decoder:
                 host.absorb(decode_batch)
                 self.counters["merges"] += 1
         self._batches = settled
-
-    def _text_stream(self, sampling: SamplingParams) -> TextStream:
-        return TextStream(self._policy.tokenizer, sampling.stop)
 
 
 def decode_groups(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:

@@ -1,4 +1,4 @@
-"""Who is next in a decode loop: which groups start, and whose rows get a token.
+"""Who is next in a decode loop: which groups start, and whose rows get a token; and the book that is kept of them.
 
 Groups wait until there are rows for them, strictly in their order; where they name callers, those of the caller with
 the fewest rows start first, no caller has all rows, and all have as much of the time: fair queueing by what each has
@@ -8,13 +8,19 @@ cost (Demers et al., 1989). A caller is a name, or None where nobody shares.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mmrl_ray.experience.carriers import VisionFeatures
-from mmrl_ray.policy.generation.base import DecodeRequest
+from mmrl_ray.errors import ConfigError
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
+from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure, GroupOutput
 from mmrl_ray.policy.generation.decode_batch import DecodeBatch, Row
+from mmrl_ray.policy.generation.sampling import RuledGroup, check_sampling
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import check_context
+from mmrl_ray.policy.tokens import TextStream
 
 _FOR_OTHERS = 4
 """One caller leaves one in so many of the rows free, so that nobody else waits for a whole group of its to end."""
@@ -53,8 +59,10 @@ class Group:
 class DecodeQueue:
     """The groups of a decode loop, those that wait and those that run."""
 
-    def __init__(self, max_rows: int) -> None:
-        """`max_rows` run at the same time."""
+    def __init__(self, max_rows: int, *, by_cost: bool = True) -> None:
+        """`max_rows` run at the same time. Without `by_cost` what callers have had does not count, only their rows: all
+        that run get a token at each step, and who waits for somebody else to catch up leaves rows empty."""
+        self._by_cost = by_cost
         self.groups: dict[int, Group] = {}
         """By handle; those that run and those that wait."""
         self.waiting: deque[Group] = deque()
@@ -79,7 +87,7 @@ class DecodeQueue:
             yield group
             self.waiting.remove(group)
             running[group.caller] += len(group.rows)
-            self._shares.started(group.caller, group.request.prompt.input_ids.numel())
+            self._shares.started(group.caller, group.request.prompt.input_ids.numel() if self._by_cost else 0)
 
     def in_turn(self, batches: Sequence[DecodeBatch]) -> Sequence[DecodeBatch]:
         """Those of `batches` that get a token at this step; each is counted for its callers."""
@@ -201,3 +209,191 @@ class Shares:
             return self._cost[caller]
         others = min(self._cost.values(), default=0.0)
         return min(max(self._left.get(caller, others), others - _SAVED), others + _SAVED)
+
+
+class GroupBook(ABC):
+    """The groups of a decode loop from their admission until they are handed out, whatever makes their tokens."""
+
+    def __init__(self, policy: Policy, queue: DecodeQueue, max_rows: int, *, names_adapters: bool) -> None:
+        """`names_adapters` says whether every group names its adapter, or none does."""
+        self.counters: Counter[str] = Counter()
+        """Since the start."""
+        self._policy = policy
+        self._max_rows = max_rows
+        self._names_adapters = names_adapters
+        self._ends = frozenset(policy.eos_token_ids)
+        self._next_handle = 0
+        self._queue = queue
+        self._groups = queue.groups
+
+    @property
+    @abstractmethod
+    def running_rows(self) -> int:
+        """Rows that get a token at the next step."""
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+
+    @abstractmethod
+    def step(self, failures: list[Failure] | None = None) -> list[Event]:
+        """Starts what there are rows for, and gives running rows their next tokens.
+
+        Args:
+            failures: is given what goes wrong, by group. Those groups are gone then, with everything they held, and the
+                others go on. Without it the first error is raised.
+        """
+
+    @abstractmethod
+    def _free(self, group: Group) -> None:
+        """The group's rows, which have started, get no more tokens."""
+
+    def _ruled(self, prompt: EncodedPrompt, rows: int, sampling: SamplingParams) -> RuledGroup | None:
+        """What the group's checkpoint asks of every next token, where that is done here."""
+        return None
+
+    @property
+    def waiting(self) -> int:
+        """Groups that have not started."""
+        return len(self._queue.waiting)
+
+    def admit(
+        self,
+        prompt: EncodedPrompt,
+        n: int,
+        sampling: SamplingParams,
+        *,
+        greedy_extra: bool = False,
+        features: VisionFeatures | None = None,
+        stream: bool = False,
+        adapter: str | None = None,
+        caller: str | None = None,
+    ) -> int:
+        """Puts a group of `n` completions of `prompt` in the queue; it starts at the next step that has rows for it.
+
+        Args:
+            prompt: from `encode_prompts`.
+            n: completions; all alike if `sampling.greedy`.
+            sampling: for every one of them; row i draws from the stream (sampling.seed, i).
+            greedy_extra: one more row that takes the likeliest token each time, beside the n.
+            features: the prompt's vision features where the caller has them.
+            stream: report text with each event.
+            adapter: PEFT's name of the group's adapter, or `row_adapters.BASE`; exactly where the decoder has
+                `adapters`. It must stay on the model until the group has ended.
+            caller: who asks, in a queue that several share; None for a caller that has the decoder to itself.
+
+        Returns:
+            the handle that events and `take` name the group by.
+
+        Raises:
+            ConfigError: `n` or `sampling` is out of range, the group has more rows than `max_rows`, or it is to be
+                decoded by values and its adapter has no value heads.
+            ContextLengthError: prompt and completion exceed the model's context.
+            ValueError: an adapter is named without `adapters`, or none is with them.
+        """
+        if (adapter is None) == self._names_adapters:
+            raise ValueError(f"adapter={adapter!r}: groups name an adapter exactly where the decoder was given them")
+        rows = n + greedy_extra
+        if n < 1 or rows > self._max_rows:
+            raise ConfigError(
+                f"n={n} completions (with greedy {rows} rows) must be from 1 to max_rows={self._max_rows}"
+            )
+        check_sampling(sampling)
+        if sampling.value_beta > 0 and adapter not in self._policy.value_heads:
+            raise ConfigError(
+                f"value_beta={sampling.value_beta:g} needs value heads, which algorithm: ilql trains, and this policy "
+                "has none: leave beta at 0"
+            )
+        check_context(self._policy, prompt, sampling.max_new_tokens)
+        handle = self._next_handle
+        self._next_handle += 1
+        follow = stream or bool(sampling.stop)
+        ruled = self._ruled(prompt, rows, sampling)
+        group = Group(
+            handle=handle,
+            request=DecodeRequest(prompt, n, sampling, greedy_extra, features),
+            rows=[
+                Row(
+                    handle,
+                    i,
+                    sampling,
+                    sampling.greedy or i == n,
+                    TextStream(self._policy.tokenizer, sampling.stop) if follow else None,
+                    adapter,
+                    ruled,
+                )
+                for i in range(rows)
+            ],
+            streams=stream,
+            caller=caller,
+        )
+        self._queue.add(group)
+        return handle
+
+    def cancel(self, handle: int) -> GroupOutput:
+        """Ends a group at once, wherever it is, and returns what there is of it; its unfinished rows are "cancelled".
+
+        Raises:
+            KeyError: no such group, or it was taken already.
+        """
+        group = self._groups[handle]
+        for row in group.rows:
+            if row.finish_reason is None:
+                row.finish_reason = "cancelled"
+                if row.text is not None:
+                    row.text.finish()
+        if group in self._queue.waiting:
+            self._queue.waiting.remove(group)
+        else:
+            self._free(group)
+        return self.take(handle)
+
+    def take(self, handle: int) -> GroupOutput:
+        """Hands out a finished group and forgets it.
+
+        Raises:
+            KeyError: no such group, or it was taken already.
+            ValueError: some of its rows are still running.
+        """
+        group = self._groups[handle]
+        if group.unfinished:
+            raise ValueError(f"group {handle} has {group.unfinished} unfinished rows; step on, or cancel it")
+        del self._groups[handle]
+        made = [row.completion(self._policy.tokenizer) for row in group.rows]
+        n = group.request.n
+        return GroupOutput(tuple(made[:n]), made[n] if group.request.greedy_extra else None, group.vision)
+
+    def unfinished(self, handle: int) -> int:
+        """Rows of a group that get more tokens; 0 also for one that was taken, was cancelled or failed."""
+        group = self._groups.get(handle)
+        return 0 if group is None else group.unfinished
+
+    def drain(self) -> None:
+        """Steps until every admitted group is finished: `max_new_tokens` steps for each that waits, at most."""
+        while not self.idle:
+            self.step()
+
+    def _fail(self, handles: set[int], error: Exception, failures: list[Failure]) -> None:
+        for handle in sorted(handles):
+            if self.unfinished(handle):
+                for row in self._groups.pop(handle).rows:
+                    row.finish_reason = row.finish_reason or "cancelled"
+                failures.append(Failure(handle, error))
+
+    def _add_token(self, row: Row, token: int, logprob: float) -> Event:
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        text, stopped = "", False
+        if row.text is not None:
+            text, stopped = row.text.push(token)
+        if stopped or token in self._ends:
+            row.finish_reason = "stop"
+        elif len(row.tokens) >= row.sampling.max_new_tokens:
+            row.finish_reason = "length"
+        if row.text is not None and row.finish_reason is not None and not stopped:
+            text += row.text.finish()
+        return Event(row.handle, row.index, token, logprob, text if self._streams(row) else "", row.finish_reason)
+
+    def _streams(self, row: Row) -> bool:
+        return row.text is not None and self._groups[row.handle].streams
