@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.learner import Algorithm, LearnerSection, RolloutSection, with_preset
+from mmrl_ray.config.learner import Algorithm, EngineSection, LearnerSection, RolloutSection, with_preset
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.sections import (
     ActorResources,
@@ -26,6 +26,7 @@ from mmrl_ray.config.sections import (
 
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a served model or adapter may be called; never a path."""
+MAX_VLLM_RANK = 512
 MAX_ITEMS = 16_384
 """What the limits on lists may be at most: longer bodies are refused before they are parsed."""
 _ORIGIN = re.compile(r"https?://([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -153,6 +154,8 @@ class PolicyDeployment(DeploymentSection):
     """Requests a replica should have under way; above it replicas are added, up to `max_replicas`."""
     resources: SamplerResources = SamplerResources()
     """What one replica asks Ray for."""
+    engine: EngineSection = EngineSection()
+    """What decodes: the replica itself, or vLLM in a process beside it, which alone loads the model then."""
     max_rows: int = Field(64, ge=1)
     """Completions that one replica decodes at a time, one key's at most three in four of them; requests beyond them
     wait in it."""
@@ -160,6 +163,18 @@ class PolicyDeployment(DeploymentSection):
     """Requests that wait in one replica, one key's at most three in four of them; more are refused with 503."""
     vision_cache_mb: int = Field(256, ge=0)
     """Bytes of vision features one replica keeps."""
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Self:
+        engine, gpus = self.engine, self.resources.gpus
+        refuse(
+            {
+                f"engine.kind={engine.kind} serves nothing: it is local or vllm": engine.kind not in ("local", "vllm"),
+                f"engine.tensor_parallel_size={engine.tensor_parallel_size} wants as many GPUs a replica, and "
+                f"resources.gpus={gpus:g}": gpus > 0 and (engine.tensor_parallel_size or 1) > max(1, gpus),
+            }
+        )
+        return self
 
 
 class LimitsSection(Section):
@@ -290,6 +305,8 @@ class ServingSection(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         rows, n = self.policy.max_rows, self.limits.max_n
+        if self.policy.engine.kind == "vllm" and self.max_rank > MAX_VLLM_RANK:
+            raise ValueError(f"max_rank={self.max_rank} is above {MAX_VLLM_RANK}, the most that engine.kind=vllm takes")
         if rows < n:
             raise ValueError(f"policy.max_rows={rows} is below limits.max_n={n}: such a request could never be decoded")
         if wrong := [origin for origin in self.cors_origins if not _ORIGIN.fullmatch(origin)]:
@@ -338,6 +355,8 @@ class ServeConfig(Section):
                 "adapters do not go with an agent, which is no adapter of the model": bool(
                     self.adapters and self.agent
                 ),
+                "serving.policy.engine.kind=vllm cannot answer as an agent, which is no language model: leave it at "
+                "local": self.agent is not None and self.serving.policy.engine.kind != "local",
                 f"adapters: {base!r} is serving.model_id already": base in self.adapters,
             }
         )

@@ -99,8 +99,8 @@ class PromptSource:
 
     token_ids: torch.Tensor
     """int64, one placeholder for each picture."""
-    images: tuple[bytes, ...]
-    """Encoded files, in the order of their placeholders."""
+    images: tuple[bytes | torch.Tensor, ...]
+    """In the order of their placeholders: encoded files, or RGB uint8 [height, width, 3]."""
 
 
 @dataclass(frozen=True, slots=True)

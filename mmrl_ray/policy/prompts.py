@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -134,11 +135,22 @@ def without_pixels(prompt: EncodedPrompt) -> EncodedPrompt:
 def with_source(policy: Policy, prompt: EncodedPrompt, sample: Sample) -> EncodedPrompt:
     """The prompt that `encode_prompts` made of `sample`, with what it is made of."""
     text = _rendered(policy.processor, [("user", [*range(len(sample.images)), sample.prompt])], f"sample {sample.id!r}")
+    return replace(prompt, source=_source(policy, text, sample.images))
+
+
+def conversation_source(policy: Policy, turns: Turns, pictures: Sequence[Image.Image]) -> PromptSource:
+    """What the prompt that `encode_conversation` made of a conversation is made of."""
+    order = [part for _, parts in turns for part in parts if isinstance(part, int)]
+    pixels = [torch.from_numpy(np.array(pictures[i])) for i in order]
+    return _source(policy, _rendered(policy.processor, turns, "the conversation"), pixels)
+
+
+def _source(policy: Policy, text: str, images: Sequence[bytes | torch.Tensor]) -> PromptSource:
     bos, end = policy.tokenizer.bos_token, len(policy.appended_ids)
     ids = policy.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
     if end and tuple(ids[-end:]) == policy.appended_ids:
         ids = ids[:-end]
-    return replace(prompt, source=PromptSource(torch.tensor(ids, dtype=torch.int64), sample.images))
+    return PromptSource(torch.tensor(ids, dtype=torch.int64), tuple(images))
 
 
 def image_key(policy: Prompting, images: Sequence[bytes]) -> str:

@@ -205,7 +205,6 @@ class AdapterLeases:
         Raises:
             UnknownModelError: there is no such adapter, or it cannot be used.
             OverloadedError: there is no room for it now.
-            AdapterError: the model does not take it.
         """
         for _ in range(_ATTEMPTS):
             resident = self.pool.lease(id)

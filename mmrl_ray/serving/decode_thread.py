@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from mmrl_ray.errors import ServingError
+from mmrl_ray.errors import ProcessError, ServingError
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, FinishReason, SamplingParams
-from mmrl_ray.policy.generation.decode import Decoder, Event, Failure, GroupOutput
+from mmrl_ray.policy.generation.base import Event, Failure, GroupOutput
+from mmrl_ray.policy.generation.queue import GroupBook
 from mmrl_ray.policy.tokens import TokenBytes
 from mmrl_ray.serving.protocols import Choice, Delta, ServedFinishReason, TokenInfo
 
@@ -83,7 +84,7 @@ class _News:
 class DecodeThread:
     """Runs a decoder in a thread of its own."""
 
-    def __init__(self, make_decoder: Callable[[], Decoder]) -> None:
+    def __init__(self, make_decoder: Callable[[], GroupBook]) -> None:
         """`make_decoder` is called again when a decoder is beyond repair."""
         self.decoder = make_decoder()
         self.tokens = 0
@@ -91,7 +92,8 @@ class DecodeThread:
         self.failed = 0
         """Requests that an error in the model ended."""
         self.healthy = True
-        """False once the accelerator reported an error that only a new process gets rid of, or the thread ended."""
+        """False once the accelerator reported an error that only a new process gets rid of, the process that has the
+        model is gone, or the thread ended."""
         self._make_decoder = make_decoder
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._running: dict[int, _Running] = {}
@@ -225,8 +227,8 @@ class DecodeThread:
 
     def _failure(self, ticket: Ticket, error: Exception) -> _News:
         self.failed += 1
-        # After these the process's accelerator answers nothing but errors.
-        if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+        # After these the process's accelerator answers nothing but errors, or there is no process any more.
+        if isinstance(error, ProcessError) or type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
             self.healthy = False
         logger.warning("a request failed in the model: %s: %s", type(error).__name__, error)
         return _News(ticket, error=error)

@@ -79,7 +79,7 @@ class PolicyReplica:
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
         if not self._engine.healthy:
-            raise ServingError("the decode thread has ended")
+            raise ServingError("the decode thread, or the process that has the model, has ended")
 
     async def _refresh_every(self, seconds: float) -> None:
         while True:
@@ -202,7 +202,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     """Loads the model and its adapters; returns when it answers."""
     import torch
 
-    from mmrl_ray.policy.load import load_policy
+    from mmrl_ray.policy.load import load_policy, load_skeleton
     from mmrl_ray.policy.lora.pool import AdapterPool
     from mmrl_ray.run_records.run_dir import RunDir
     from mmrl_ray.serving.adapters import AdapterFolders
@@ -210,8 +210,12 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     from mmrl_ray.serving.engine import Engine
 
     serving = cfg.serving
-    torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
-    policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
+    threads = torch_threads(cfg, os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    if is_vllm := serving.policy.engine.kind == "vllm":
+        policy = load_skeleton(cfg.model)
+    else:
+        policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
     common: dict[str, Any] = {
         "model_id": base_id(cfg),
         "vision_cache_bytes": serving.policy.vision_cache_mb * _MB,
@@ -223,12 +227,30 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
         agent = AgentEngine(policy, RunDir.at(cfg.agent), **common)
         agent.start()
         return agent
-    policy.acceleration.pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
-    pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
+    vllm = None
+    if is_vllm:
+        from mmrl_ray.policy.generation.vllm.decoder import start_server
+
+        has_adapters = bool(cfg.adapters or serving.adapters_root)
+        vllm = start_server(
+            policy,
+            serving.policy.engine,
+            max_rows=serving.policy.max_rows,
+            adapters=(serving.max_adapters, serving.max_rank) if has_adapters else None,
+            threads=threads,
+            timeout_s=common["timeout_s"],
+        )
+    else:
+        policy.acceleration.pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
+    pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank, host=vllm)
     processes = serving.policy.resources.prompt_processes
-    engine = Engine(policy, pool, created=created, prompt_processes=processes, **common)
-    engine.start()
+    engine = Engine(policy, pool, created=created, prompt_processes=processes, vllm=vllm, **common)
+    try:
+        engine.start()
+    except BaseException:
+        engine.close()
+        raise
     gc.freeze()  # the model and all modules stay: a look at them for rubbish would hold up a step
     return engine
 

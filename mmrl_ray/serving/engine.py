@@ -22,18 +22,29 @@ from functools import partial
 
 from PIL import Image
 
-from mmrl_ray.data.decoder_pool import SharedPicture
-from mmrl_ray.data.images import encode_png
-from mmrl_ray.errors import ConfigError, ContextLengthError, DataError, OverloadedError, ServingError, UnknownModelError
+from mmrl_ray.data.decoder_pool import SharedPicture, images_of
+from mmrl_ray.data.images import decode_image, encode_png
+from mmrl_ray.errors import (
+    ConfigError,
+    ContextLengthError,
+    DataError,
+    OverloadedError,
+    ProcessError,
+    ServingError,
+    UnknownModelError,
+)
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.generation.base import DecodeRequest
+from mmrl_ray.policy.generation.decode import Decoder, decode_groups
+from mmrl_ray.policy.generation.queue import GroupBook
 from mmrl_ray.policy.generation.sampling import check_sampling, generation_rules
+from mmrl_ray.policy.generation.vllm.decoder import VllmServer
 from mmrl_ray.policy.lora.pool import AdapterPool, Resident
 from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompt_pool import PromptPool
-from mmrl_ray.policy.prompts import check_context, encode_conversation
+from mmrl_ray.policy.prompts import check_context, conversation_source, encode_conversation
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.serving.adapters import AdapterLeases
 from mmrl_ray.serving.decode_thread import Answers, DecodeThread, Ticket
@@ -78,8 +89,9 @@ class Engine:
         max_queue: int,
         timeout_s: float,
         prompt_processes: int = 0,
+        vllm: VllmServer | None = None,
     ) -> None:
-        """Takes over `policy`; nothing runs before `start`.
+        """Takes over `policy` and `vllm`; nothing runs before `start`.
 
         Args:
             policy: without an adapter where there is a pool.
@@ -91,6 +103,7 @@ class Engine:
             max_queue: requests that may wait for their first token; one more is refused at once.
             timeout_s: a request that takes longer ends with an error.
             prompt_processes: that make prompts beside the decode thread; with 0 threads of this process do.
+            vllm: samples in the place of the policy's own model, of which a skeleton will do then.
 
         Raises:
             ModelError: the checkpoint's generation config holds what cannot be obeyed.
@@ -104,6 +117,7 @@ class Engine:
         self._timeout_s = timeout_s
         self._cache = VisionCache(vision_cache_bytes)
         self._rules = generation_rules(policy)
+        self._vllm = vllm
         self._thread = DecodeThread(self._make_decoder)
         encoders = prompt_processes or min(_ENCODERS, os.cpu_count() or 1)
         self._encoders = ThreadPoolExecutor(encoders, thread_name_prefix="encode")
@@ -130,7 +144,8 @@ class Engine:
             MMRLError: the model cannot answer.
         """
         self._thread.start()
-        prompt = encode_conversation(self._policy, (("user", (0, "a")),), (_picture(),))
+        turns, picture = (("user", (0, "a")),), _picture()
+        prompt = self._with_source(encode_conversation(self._policy, turns, (picture,)), turns, [decode_image(picture)])
         self._thread.call(partial(self._warm_up, prompt)).result()
         self._prompts.wait()
         if self._leases is not None:
@@ -145,6 +160,8 @@ class Engine:
         self._prompts.close()
         if self._leases is not None:
             self._leases.close()
+        if self._vllm is not None:
+            self._vllm.close()
 
     @property
     def healthy(self) -> bool:
@@ -245,8 +262,8 @@ class Engine:
     @contextmanager
     def _counted(self, caller: str | None) -> Iterator[object]:
         """Counts a request: as waiting until its first token."""
-        if not self._warm:
-            raise OverloadedError("the policy is not ready yet; try again later")
+        if not (self._warm and self._thread.healthy):
+            raise OverloadedError("the policy is not ready; try again later")
         waiting = list(self._waiting.values())
         if len(waiting) >= self._max_queue:
             raise OverloadedError(f"{len(waiting)} requests are waiting already; try again later")
@@ -311,7 +328,15 @@ class Engine:
         check_sampling(sampling)
         prompt = self._prompts.conversation(turns, images, pictures)
         check_context(self._policy, prompt, sampling.max_new_tokens)
-        return prompt
+        return prompt if self._vllm is None else self._with_source(prompt, turns, images_of(pictures))
+
+    def _with_source(
+        self, prompt: EncodedPrompt, turns: Sequence[tuple[str, Sequence[str | int]]], pictures: Sequence[Image.Image]
+    ) -> EncodedPrompt:
+        """As the decoder takes it: vLLM makes pixels itself, and is given the pictures."""
+        if self._vllm is None:
+            return prompt
+        return replace(prompt, model_inputs={}, source=conversation_source(self._policy, turns, pictures))
 
     def _served(self, request: GenerateRequest, resident: Resident | None, prompt: EncodedPrompt) -> Served:
         version = resident.version.step if resident is not None else 0
@@ -329,7 +354,9 @@ class Engine:
 
     # -- the decode thread -----------------------------------------------------------------------------------------
 
-    def _make_decoder(self) -> Decoder:
+    def _make_decoder(self) -> GroupBook:
+        if self._vllm is not None:
+            return self._vllm.decoder(max_rows=self._max_rows, adapters=self._pool is not None, rules=self._rules)
         rows = self._pool.rows if self._pool is not None else None
         return Decoder(
             self._policy, vision_cache=self._cache, max_rows=self._max_rows, adapters=rows, rules=self._rules
@@ -337,6 +364,9 @@ class Engine:
 
     def _warm_up(self, prompt: EncodedPrompt) -> None:
         """Finds out how this model takes vision features, and lets every buffer and kernel be made."""
+        if self._vllm is not None:
+            self._vllm.try_prompt(prompt, _GREEDY)
+            return
         choice = choose_path(self._policy, [prompt])
         logger.info("the model's own forward and the decode loop's: %s", choice.reason)
         decoder = Decoder(self._policy, max_rows=self._max_rows)
@@ -357,6 +387,9 @@ def _own_errors() -> Iterator[None]:
         yield
     except _OWN_ERRORS:
         raise
+    except ProcessError as error:
+        logger.warning("a request failed: %s", error)
+        raise OverloadedError("the model's process was lost, another one takes its place: try again later") from error
     except Exception as error:
         logger.warning("a request failed", exc_info=error)
         name = type(error).__name__

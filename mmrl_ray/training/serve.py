@@ -162,7 +162,7 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
             launch.deploy(application(cfg, insecure=insecure), APP, route_prefix="/")
             demand = f"{demanded_cpus(cfg)} CPUs and {cfg.serving.policy.resources.gpus:g} GPUs a policy replica"
             with RunProgress() as shown, shown.busy("starting the gateway and loading the model"):
-                is_up = launch.wait_until_running(APP, _START_TIMEOUT_S, demand=demand, stop=stop)
+                is_up = launch.wait_until_running(APP, _start_timeout_s(cfg), demand=demand, stop=stop)
             if is_up:
                 print("\n".join(greeting(cfg, insecure=insecure)), flush=True)
                 stop.wait()
@@ -172,6 +172,11 @@ def _serve_on_ray(cfg: ServeConfig, *, insecure: bool, joined: bool) -> None:
             launch.delete(APP, wait=True)
             if joined:  # a local Ray takes it along
                 launch.stop_serve()
+
+
+def _start_timeout_s(cfg: ServeConfig) -> float:
+    engine = cfg.serving.policy.engine
+    return _START_TIMEOUT_S + (engine.start_timeout_s if engine.kind == "vllm" else 0.0)
 
 
 def _stop_jobs() -> None:

@@ -230,7 +230,7 @@ class Decoder(GroupBook):
         self._batches = settled
 
 
-def decode_groups(decoder: Decoder, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
+def decode_groups(decoder: GroupBook, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
     """Admits `requests`, decodes until all are finished, and returns their outputs in order.
 
     Raises:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from peft import PeftModel
 
 from mmrl_ray.errors import AdapterError, MMRLError, OverloadedError, UnknownModelError
@@ -103,6 +104,30 @@ class Resident:
     last_used: int = 0
 
 
+class AdapterHost(Protocol):
+    """What adapters are put on: the policy's own model, or an engine of another process."""
+
+    def fitted(self, files: AdapterFiles) -> AdapterFiles:
+        """As `put_on` takes them; from any thread.
+
+        Raises:
+            AdapterError: they ask for what the host cannot do.
+        """
+        ...
+
+    def put_on(self, name: str, files: AdapterFiles) -> None:
+        """Makes rows able to go through them by that name, which no other version ever has.
+
+        Raises:
+            AdapterError: it does not take them.
+        """
+        ...
+
+    def take_off(self, name: str) -> None:
+        """Forgets them: no row goes through them any more."""
+        ...
+
+
 class AdapterPool:
     """The adapters of one policy, which has none of its own.
 
@@ -117,6 +142,7 @@ class AdapterPool:
         *,
         max_adapters: int,
         max_rank: int,
+        host: AdapterHost | None = None,
     ) -> None:
         """Nothing is looked up before `scan`.
 
@@ -126,11 +152,13 @@ class AdapterPool:
             max_adapters: ids whose weights are on the model at the same time. A version that was replaced stays beside
                 them until its rows have finished.
             max_rank: the largest rank that is accepted.
+            host: what they are put on; by default the policy's model.
         """
         if isinstance(policy.model, PeftModel):
             raise AdapterError("the policy has an adapter already; give the pool its base, or merge it first")
         self.rows = RowAdapters(policy)
-        """Chooses among them, for a decoder."""
+        """Chooses among those on the policy's model, for a decoder."""
+        self._host = host or _OnModel(policy, self.rows)
         self._policy = policy
         self._list_sources = sources
         self.max_adapters = max_adapters
@@ -194,14 +222,11 @@ class AdapterPool:
         try:
             with source.open(version) as folder:
                 files = read_adapter_files(folder, self._policy, self._layers, max_rank=self._max_rank)
+            return ReadAdapter(id, version, self._host.fitted(files))
+        except torch.OutOfMemoryError:  # it may be used another time
+            raise
         except Exception as error:  # whatever a file from outside makes a parser raise
-            logger.warning("adapter %r of step %d is refused: %s", id, version.step, error)
-            reason = f"adapter {id!r} of step {version.step} cannot be used; the server's log says why"
-            with self._lock:
-                self._refused[id] = (version, reason)
-            raise UnknownModelError(reason) from error
-        state = {name: tensor.to(self._policy.device) for name, tensor in files.state.items()}
-        return ReadAdapter(id, version, AdapterFiles(files.config, state, files.heads))
+            raise self._refuse(id, version, error) from error
 
     def lease(self, id: str) -> Resident | None:
         """The version that a new request of `id` takes, which stays until it is released; None if none is loaded.
@@ -232,7 +257,7 @@ class AdapterPool:
 
         Raises:
             OverloadedError: there is no room, because rows are using every adapter.
-            AdapterError: the model does not take it.
+            UnknownModelError: the model does not take it; as `read`.
         """
         with self._lock:
             old = self._current.get(read.id)
@@ -241,16 +266,16 @@ class AdapterPool:
             if old is None and len(self._current) >= self.max_adapters:
                 self._make_room(read.id)
         name = f"version-{next(self._clock)}"  # an id may hold dots, which a module's name may not
-        self._put_on(name, read)
+        try:
+            self._host.put_on(name, read.files)
+        except AdapterError as error:
+            raise self._refuse(read.id, read.version, error) from error
         heads = read.files.heads
-        if heads is not None:
-            self._policy.value_heads[name] = heads
         beta = 0.0 if heads is None else heads.beta
         with self._lock:
             if old is not None:
                 self._retired.append(old)
             self._current[read.id] = Resident(read.id, read.version, name, beta, last_used=next(self._clock))
-        self.rows.refresh()
         self.sweep()
         logger.info("adapter %s of step %d is on", read.id, read.version.step)
 
@@ -260,9 +285,15 @@ class AdapterPool:
             gone = [resident for resident in self._retired if resident.leases == 0]
             self._retired = [resident for resident in self._retired if resident.leases > 0]
         for resident in gone:
-            self._take_off(resident.name)
-        if gone:
-            self.rows.refresh()
+            self._host.take_off(resident.name)
+
+    def _refuse(self, id: str, version: AdapterVersion, error: Exception) -> UnknownModelError:
+        """Remembers that a version cannot be used; what to tell who asked for it."""
+        logger.warning("adapter %r of step %d is refused: %s", id, version.step, error)
+        reason = f"adapter {id!r} of step {version.step} cannot be used; the server's log says why"
+        with self._lock:
+            self._refused[id] = (version, reason)
+        return UnknownModelError(reason)
 
     def _make_room(self, id: str) -> None:
         idle = [resident for resident in self._current.values() if resident.leases == 0]
@@ -273,8 +304,25 @@ class AdapterPool:
         oldest = min(idle, key=lambda resident: resident.last_used)
         self._retired.append(self._current.pop(oldest.id))
 
-    def _put_on(self, name: str, read: ReadAdapter) -> None:
-        policy, config = self._policy, read.files.config
+    def _is_stale(self, resident: Resident) -> bool:
+        newest, refused = self._newest.get(resident.id), self._refused.get(resident.id)
+        if newest is None:  # a checkpoint, which stays what it is
+            return False
+        return newest != resident.version and (refused is None or refused[0] != newest)
+
+
+class _OnModel:
+    """`AdapterHost` of the policy's own model."""
+
+    def __init__(self, policy: Policy, rows: RowAdapters) -> None:
+        self._policy, self._rows = policy, rows
+
+    def fitted(self, files: AdapterFiles) -> AdapterFiles:
+        state = {name: tensor.to(self._policy.device) for name, tensor in files.state.items()}
+        return AdapterFiles(files.config, state, files.heads)
+
+    def put_on(self, name: str, files: AdapterFiles) -> None:
+        policy, config = self._policy, files.config
         try:
             # On the meta device first: PEFT would draw random weights only to have them replaced.
             if isinstance(policy.model, PeftModel):
@@ -282,18 +330,21 @@ class AdapterPool:
             else:
                 policy.model = PeftModel(policy.hf_model, config, adapter_name=name, low_cpu_mem_usage=True)
             # Assigned, not copied, and not by PEFT's own loader, which casts weights to the base's dtype.
-            named = {key.replace(".weight", f".{name}.weight"): value for key, value in read.files.state.items()}
+            named = {key.replace(".weight", f".{name}.weight"): value for key, value in files.state.items()}
             left = policy.model.load_state_dict(named, strict=False, assign=True).unexpected_keys
             if left:
                 raise ValueError(f"it has no place for {left[0]!r}")
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             if isinstance(policy.model, PeftModel) and name in policy.model.peft_config:
-                self._take_off(name)
-            self.rows.refresh()
-            raise AdapterError(f"the model does not take adapter {read.id!r}: {error}") from error
+                self.take_off(name)
+            self._rows.refresh()
+            raise AdapterError(str(error)) from error
         policy.model.requires_grad_(False).eval()
+        if files.heads is not None:
+            policy.value_heads[name] = files.heads
+        self._rows.refresh()
 
-    def _take_off(self, name: str) -> None:
+    def take_off(self, name: str) -> None:
         self._policy.value_heads.pop(name, None)
         peft: Any = self._policy.model
         others = [other for other in peft.peft_config if other != name]
@@ -301,14 +352,9 @@ class AdapterPool:
             peft.set_adapter(others[0])  # PEFT asks the active one for things, so it must not be the one that goes
             peft.delete_adapter(name)
             peft.requires_grad_(False)
-            return
-        self._policy.model = forget_adapters(peft.unload())
-
-    def _is_stale(self, resident: Resident) -> bool:
-        newest, refused = self._newest.get(resident.id), self._refused.get(resident.id)
-        if newest is None:  # a checkpoint, which stays what it is
-            return False
-        return newest != resident.version and (refused is None or refused[0] != newest)
+        else:
+            self._policy.model = forget_adapters(peft.unload())
+        self._rows.refresh()
 
 
 def _checkpoint(run: AdapterSource, step: int) -> tuple[AdapterSource | None, AdapterVersion | None]:

@@ -5,13 +5,14 @@
                             submit   groups of a version: tickets
                             collect  tickets: completions, as soon as all of them are there
                             drop     a version, once the last group that it samples is done
+                            news     rows that begin or end: tokens, as they are made (`streams.py`, for servers)
                             sleep, wake, counters
 
 A frame is a safetensors file whose metadata holds the message as JSON: tensors lie in it as they are, and nothing is
 ever unpickled. Everything is done by one thread in the order in which it came, so that a group is sampled by the
 version that it names, whatever is loaded meanwhile.
 
-The process has vLLM's packages; of this project it imports `child.py` and `errors.py`, which need none.
+The process has vLLM's packages; of this project it imports `child.py`, `errors.py` and `streams.py`, which need none.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from safetensors.torch import load, save
 
 from mmrl_ray.child import receive, send
 from mmrl_ray.errors import AdapterError, ConfigError, MMRLError, ProcessError, one_line
+from mmrl_ray.policy.generation.vllm.streams import Streams
 
 EXTENSION = "mmrl_vllm_worker"
 FORBIDDEN_BIAS = -1e9
@@ -147,7 +149,7 @@ class Engine:
             importlib.import_module(EXTENSION)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{sys.executable} has no usable vLLM ({error})") from error
-        self._sampling, self._lora, self._final = SamplingParams, LoRARequest, RequestOutputKind.FINAL_ONLY
+        self._sampling, self._lora, self._kind = SamplingParams, LoRARequest, RequestOutputKind
         args = dict(asked["args"])
         if current_platform.is_cpu():
             # A prompt that is computed in two parts winds its generator back, which those of a CPU cannot: an error of
@@ -162,9 +164,10 @@ class Engine:
                 )
         self._ends, self._bias = list(asked["ends"]), dict.fromkeys(asked["forbidden"], FORBIDDEN_BIAS)
         self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
-        self._versions: dict[int, Version] = {}
+        self._versions: dict[int | str, Version] = {}
         self._seated: list[Version] = []
         self._groups: dict[str, Group] = {}
+        self._streams = Streams(self)
         self._tickets = self._ids = 0
         self._is_asleep = False
         self.broken: str | None = None
@@ -201,10 +204,12 @@ class Engine:
             self.broken = " ".join(traceback.format_exc().split())[-1500:]
             raise ProcessError(f"vLLM's engine ended: {self.broken}") from error
         for output in outputs:
-            if output.finished and output.request_id in self._groups:
-                group = self._groups[output.request_id]
+            group = self._groups.get(output.request_id)
+            if group is None:
+                self._streams.take(output)
+            elif output.finished:
                 group.output = output
-                self._ended(group)
+                self.left(group.version)
 
     def answer(
         self, message: dict[str, Any], tensors: dict[str, torch.Tensor]
@@ -225,8 +230,10 @@ class Engine:
             return {"tickets": self._submit_all(message["groups"], tensors)}, {}
         elif asked == "collect":
             return self._collect(message["tickets"])
+        elif asked == "news":
+            return self._streams.news(message, tensors)
         elif asked == "counters":
-            return {"counters": self._counters()}, {}
+            return {"counters": self.counters()}, {}
         elif asked == "sleep":
             self._sleep()
         elif asked == "wake":
@@ -237,7 +244,7 @@ class Engine:
             raise ProcessError(f"there is no request {asked!r}")
         return {}, {}
 
-    def _load(self, version: int, config: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
+    def _load(self, version: int | str, config: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> None:
         self._ids += 1
         name = f"version-{version}-{self._ids}"
         made = Version(salt=name, request=None)
@@ -245,7 +252,7 @@ class Engine:
             made.request = self._lora(lora_name=name, lora_int_id=self._ids, lora_path=f"memory:{name}")
             try:
                 self._engine.collective_rpc("hold_adapter", args=(self._ids, tensors, config))
-                self._seat(made)  # what does not fit is found now, and not by a group
+                self.seat(made)  # what does not fit is found now, if there is a place, and not by a group
             except Exception as error:
                 self._engine.collective_rpc("release_adapter", args=(self._ids,))
                 if self.broken is not None:
@@ -255,7 +262,7 @@ class Engine:
             self._drop(version)
         self._versions[version] = made
 
-    def _drop(self, version: int) -> None:
+    def _drop(self, version: int | str) -> None:
         found = self._versions.pop(version, None)
         if found is not None:
             found.is_dropped = True
@@ -268,28 +275,29 @@ class Engine:
                 self._unseat(version)
             self._engine.collective_rpc("release_adapter", args=(version.request.lora_int_id,))
 
-    def _seat(self, version: Version) -> None:
-        """Gives it a place; where those that have one are all under way, samples on until one of them is not."""
+    def seat(self, version: Version) -> bool:
+        """Whether it has a place, or could be given one: that of a version of which nothing is under way."""
         if version.request is None or version.is_seated:
-            return
-        while len(self._seated) >= self._engine.vllm_config.lora_config.max_loras:
+            return True
+        if len(self._seated) >= self._engine.vllm_config.lora_config.max_loras:
             idle = next((each for each in self._seated if not each.groups), None)
             if idle is None:
-                self.step()
-            else:
-                self._unseat(idle)
+                return False
+            self._unseat(idle)
         self._engine.add_lora(version.request)
         version.is_seated = True
         self._seated.append(version)
+        return True
 
     def _unseat(self, version: Version) -> None:
         self._engine.remove_lora(version.request.lora_int_id)
         version.is_seated = False
         self._seated = [each for each in self._seated if each is not version]
 
-    def _ended(self, group: Group) -> None:
-        group.version.groups -= 1
-        self._release(group.version)
+    def left(self, version: Version) -> None:
+        """Something that it samples is under way no more."""
+        version.groups -= 1
+        self._release(version)
 
     def _submit_all(self, groups: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """All of them, or on an error none."""
@@ -302,16 +310,21 @@ class Engine:
             for ticket in tickets:
                 group_of = self._groups.pop(ticket)
                 if group_of.output is None:
-                    self._ended(group_of)
+                    self.left(group_of.version)
             raise
         return tickets
 
-    def _submit(self, asked: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-        version = self._versions.get(asked["version"])
+    def version(self, name: int | str) -> Version:
+        """One that is loaded, while there is an engine that samples; a ProcessError otherwise."""
+        version = self._versions.get(name)
         if version is None:
-            raise ProcessError(f"policy version {asked['version']} is not loaded; there are {sorted(self._versions)}")
+            raise ProcessError(f"policy version {name} is not loaded; there are {sorted(map(str, self._versions))}")
         if self._is_asleep:
             raise ProcessError("the engine sleeps; wake it first")
+        return version
+
+    def rendered(self, asked: Mapping[str, Any], version: Version, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """A prompt as vLLM's engine takes it."""
         place = asked["prompt"]
         pictures = [Image.fromarray(tensors[f"{place}/image/{i}"].numpy()) for i in range(asked["images"])]
         prompt = {
@@ -320,25 +333,41 @@ class Engine:
             "multi_modal_uuids": {"image": [f"{asked['image_key']}-{i}" for i in range(len(pictures))]},
             "cache_salt": version.salt,
         }
-        sampling = self._sampling(
-            **asked["sampling"],
+        (rendered,) = self._engine.renderer.render_cmpl([prompt])
+        return rendered
+
+    def begin(
+        self, name: str, rendered: Any, sampling: Mapping[str, Any], version: Version, *, streams: bool = True
+    ) -> None:
+        """Hands vLLM a request of a version that has a place; `left` is due when it is over."""
+        asked = self._sampling(
+            **sampling,
             logprobs=0,
             stop_token_ids=self._ends,
             ignore_eos=True,  # it is among those, if it is one of this policy's
             logit_bias=self._bias or None,
             detokenize=False,
-            output_kind=self._final,
+            output_kind=self._kind.DELTA if streams else self._kind.FINAL_ONLY,
         )
-        self._seat(version)
+        self._engine.add_request(name, rendered, asked, lora_request=version.request)
+        version.groups += 1
+
+    def abort(self, names: Sequence[str]) -> None:
+        """Ends requests."""
+        self._engine.abort_request(list(names))
+
+    def _submit(self, asked: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+        version = self.version(asked["version"])
+        while not self.seat(version):
+            self.step()
         self._tickets += 1
         ticket = str(self._tickets)
         try:
-            (rendered,) = self._engine.renderer.render_cmpl([prompt])
-            self._engine.add_request(ticket, rendered, sampling, lora_request=version.request)
+            rendered = self.rendered(asked, version, tensors)
+            self.begin(ticket, rendered, asked["sampling"], version, streams=False)
         except (ValueError, TypeError) as error:
             raise ProcessError(f"vLLM refuses a prompt: {' '.join(str(error).split())}") from error
         self._groups[ticket] = Group(version)
-        version.groups += 1
         return ticket
 
     def _collect(self, tickets: Sequence[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -364,7 +393,8 @@ class Engine:
             )
         return {"groups": groups}, tensors
 
-    def _counters(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
+        """`COUNTERS`."""
         found = {metric.name.removeprefix("vllm:"): metric for metric in self._engine.get_metrics()}
         return {name: float(found[name].value) for name in COUNTERS if name in found}
 

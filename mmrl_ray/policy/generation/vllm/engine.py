@@ -37,7 +37,7 @@ from mmrl_ray.errors import (
     ProcessError,
     last_line,
 )
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, PromptSource, SamplingParams
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.vllm.child import EXTENSION, pack, unpack
 from mmrl_ray.policy.generation.vllm.environment import program
@@ -50,7 +50,7 @@ from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.processes import ChildProcess, Lost
 
 NAME = "the vLLM engine"
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM has buffers for."""
 _TAIL_BYTES = 4096
 _SEEDS = 1 << 62
@@ -176,27 +176,59 @@ def start_engine(
     Raises:
         ConfigError, ProcessError: of `VllmProcess`.
     """
-    dtype = str(policy.dtype).removeprefix("torch.")
-    rank = _adapter_config(policy)["r"]
     args = {
-        "dtype": dtype,
         "max_loras": 2,  # the one that samples, and the next
         **({"enable_sleep_mode": True} if takes_turns else {}),
+    }
+    process = start_process(
+        policy, cfg, args, max_rank=_adapter_config(policy)["r"], revision=revision, threads=threads
+    )
+    dtype = str(policy.dtype).removeprefix("torch.")
+    found = {"dtype": dtype, **cfg.arguments}
+    exact = found["dtype"] == dtype and cfg.quantization is None and found.get("kv_cache_dtype", "auto") == "auto"
+    return VllmEngine(policy, process, cache, timeout_s=timeout_s, exact=exact)
+
+
+def start_process(
+    policy: Policy,
+    cfg: EngineSection,
+    args: Mapping[str, Any],
+    *,
+    max_rank: int | None,
+    revision: str | None,
+    threads: int,
+) -> VllmProcess:
+    """A process that has loaded a policy's model.
+
+    Args:
+        policy: tokens that end a completion, tokens that are never sampled, dtype and processor are its own.
+        cfg: how vLLM is run.
+        args: vLLM's arguments by default, for those that `cfg` leaves out.
+        max_rank: of adapters; None where there are none.
+        revision: of a model that is a hub id.
+        threads: of the process, where it computes on CPUs.
+
+    Raises:
+        ConfigError, ProcessError: of `VllmProcess`.
+    """
+    rank = None if max_rank is None else next((each for each in RANKS if each >= max_rank), max_rank)
+    asked = {
+        "dtype": str(policy.dtype).removeprefix("torch."),
+        **args,
         **cfg.arguments,
         "model": policy.path,
         "revision": revision,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
-        "enable_lora": True,
-        "max_lora_rank": next((each for each in _RANKS if each >= rank), rank),
+        **({} if rank is None else {"enable_lora": True, "max_lora_rank": rank}),
         "worker_extension_cls": f"{EXTENSION}.Adapters",
         "limit_mm_per_prompt": {"video": 0},
         "mm_processor_kwargs": policy.processor_settings or None,
         "disable_log_stats": False,
     }
-    process = VllmProcess(
+    return VllmProcess(
         cfg.python,
-        {"args": args, "forbidden": list(policy.image_token_ids), "ends": list(policy.eos_token_ids)},
+        {"args": asked, "forbidden": list(policy.image_token_ids), "ends": list(policy.eos_token_ids)},
         environment={
             "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -206,8 +238,6 @@ def start_engine(
         },
         start_timeout_s=cfg.start_timeout_s,
     )
-    exact = args["dtype"] == dtype and cfg.quantization is None and args.get("kv_cache_dtype", "auto") == "auto"
-    return VllmEngine(policy, process, cache, timeout_s=timeout_s, exact=exact)
 
 
 class VllmEngine(GenerationEngine):
@@ -297,14 +327,21 @@ def submit(
                 f"prompt of {length} tokens plus max_new_tokens={request.sampling.max_new_tokens} exceeds the engine's "
                 f"room of {room}: raise rollout.engine.args.max_model_len"
             )
-        for i, image in enumerate(source.images):
-            tensors[f"{place}/image/{i}"] = torch.from_numpy(np.array(decode_image(image)))
-        tensors[f"{place}/ids"] = source.token_ids.clone()  # a prompt may come twice
+        tensors.update(prompt_tensors(source, place))
         prompt = {"prompt": place, "images": len(source.images), "image_key": request.prompt.image_key}
         for n, greedy in ((request.n, request.sampling.greedy), (1, True))[: 1 + request.greedy_extra]:
             groups.append({"version": version, **prompt, "sampling": _sampling(request.sampling, n, greedy=greedy)})
     answer, _ = process.ask("submit", groups=groups, tensors=tensors, timeout_s=timeout_s)
     return list(answer["tickets"])
+
+
+def prompt_tensors(source: PromptSource, place: int) -> dict[str, torch.Tensor]:
+    """A prompt as it travels, under names that no other `place` of the message has."""
+    tensors = {f"{place}/ids": source.token_ids.clone()}  # a prompt may come twice, and safetensors shares nothing
+    for i, image in enumerate(source.images):
+        pixels = torch.from_numpy(np.array(decode_image(image))) if isinstance(image, bytes) else image.clone()
+        tensors[f"{place}/image/{i}"] = pixels
+    return tensors
 
 
 def collect(
@@ -374,9 +411,12 @@ def _sampling(asked: SamplingParams, n: int, *, greedy: bool) -> dict[str, Any]:
 
 
 def _adapter_config(policy: Policy) -> dict[str, Any]:
-    """What vLLM reads of PEFT's: rank and scaling."""
     assert isinstance(policy.model, PeftModel)
-    config: Any = policy.model.peft_config[policy.model.active_adapter]
+    return read_by_vllm(policy.model.peft_config[policy.model.active_adapter])
+
+
+def read_by_vllm(config: Any) -> dict[str, Any]:
+    """What vLLM reads of a `LoraConfig` of PEFT's: rank and scaling."""
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
