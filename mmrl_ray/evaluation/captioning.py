@@ -18,7 +18,7 @@ from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import MAX_STATES
 from mmrl_ray.experience.carriers import CaptionState, SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.generation.sampling import GenerationRules, generation_rules
+from mmrl_ray.policy.generation.rules import GenerationRules, generation_rules
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress, visible

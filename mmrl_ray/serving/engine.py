@@ -37,7 +37,8 @@ from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.base import DecodeRequest
 from mmrl_ray.policy.generation.decode import Decoder, decode_groups
 from mmrl_ray.policy.generation.queue import GroupBook
-from mmrl_ray.policy.generation.sampling import check_sampling, generation_rules
+from mmrl_ray.policy.generation.rules import generation_rules
+from mmrl_ray.policy.generation.sampling import check_sampling
 from mmrl_ray.policy.generation.vllm.decoder import VllmServer
 from mmrl_ray.policy.lora.pool import AdapterPool, Resident
 from mmrl_ray.policy.lora.routing import BASE
@@ -116,7 +117,7 @@ class Engine:
         self._max_queue = max_queue
         self._timeout_s = timeout_s
         self._cache = VisionCache(vision_cache_bytes)
-        self._rules = generation_rules(policy)
+        self._rules = generation_rules(policy) if vllm is None else None  # vLLM's process has them
         self._vllm = vllm
         self._thread = DecodeThread(self._make_decoder)
         encoders = prompt_processes or min(_ENCODERS, os.cpu_count() or 1)
@@ -229,6 +230,10 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Numbers for metrics: what there is now, and what there was since the start."""
         decoder = self._thread.decoder
+        encoded, hits = self._cache.misses, self._cache.hits
+        if self._vllm is not None:  # where vLLM's processor has made pixels, and where it had them
+            hits = decoder.counters["mm_cache_hits"]
+            encoded = decoder.counters["mm_cache_queries"] - hits
         return {
             "waiting_requests": len(self._waiting),
             "running_requests": max(0, len(self._present) - len(self._waiting)),
@@ -236,8 +241,8 @@ class Engine:
             "requests": self._requests,
             "failed_requests": self._thread.failed,
             "tokens": self._thread.tokens,
-            "images_encoded": self._cache.misses,
-            "vision_cache_hits": self._cache.hits,
+            "images_encoded": encoded,
+            "vision_cache_hits": hits,
             "vision_cache_bytes": self._cache.nbytes,
             **{f"decode_{name}": count for name, count in decoder.counters.items()},
         }
@@ -356,7 +361,7 @@ class Engine:
 
     def _make_decoder(self) -> GroupBook:
         if self._vllm is not None:
-            return self._vllm.decoder(max_rows=self._max_rows, adapters=self._pool is not None, rules=self._rules)
+            return self._vllm.decoder(max_rows=self._max_rows, adapters=self._pool is not None)
         rows = self._pool.rows if self._pool is not None else None
         return Decoder(
             self._policy, vision_cache=self._cache, max_rows=self._max_rows, adapters=rows, rules=self._rules

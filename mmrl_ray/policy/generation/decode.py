@@ -22,7 +22,7 @@ from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure, GroupOutput
 from mmrl_ray.policy.generation.decode_batch import DecodeBatch, keeps_every_key, takes_4d_mask
 from mmrl_ray.policy.generation.queue import DecodeQueue, Group, GroupBook
-from mmrl_ray.policy.generation.sampling import GenerationRules, RuledGroup
+from mmrl_ray.policy.generation.rules import GenerationRules, RuledGroup
 from mmrl_ray.policy.lora.routing import RowAdapters
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.prefix import encode_prefix

@@ -28,7 +28,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from mmrl_ray.experience.carriers import Completion, FinishReason, SamplingParams
 from mmrl_ray.policy.generation.kv_cache import KVLayer, StaticStep, fill_holes
-from mmrl_ray.policy.generation.sampling import RowSampler, RuledGroup
+from mmrl_ray.policy.generation.rules import RuledGroup
+from mmrl_ray.policy.generation.sampling import RowSampler
 from mmrl_ray.policy.lora.routing import RowAdapters, Rows
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import position_axes

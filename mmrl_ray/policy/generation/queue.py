@@ -17,7 +17,8 @@ from mmrl_ray.errors import ConfigError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure, GroupOutput
 from mmrl_ray.policy.generation.decode_batch import DecodeBatch, Row
-from mmrl_ray.policy.generation.sampling import RuledGroup, check_sampling
+from mmrl_ray.policy.generation.rules import RuledGroup
+from mmrl_ray.policy.generation.sampling import check_sampling
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.tokens import TextStream

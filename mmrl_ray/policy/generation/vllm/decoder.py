@@ -26,8 +26,9 @@ from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure
 from mmrl_ray.policy.generation.decode import decode_groups
 from mmrl_ray.policy.generation.queue import DecodeQueue, Group, GroupBook
-from mmrl_ray.policy.generation.sampling import GenerationRules
+from mmrl_ray.policy.generation.rules import GenerationRules, generation_rules
 from mmrl_ray.policy.generation.vllm.engine import VllmProcess, prompt_tensors, read_by_vllm, start_process
+from mmrl_ray.policy.generation.vllm.mmrl_vllm_worker import RULES
 from mmrl_ray.policy.lora.files import AdapterFiles
 from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy
@@ -42,21 +43,25 @@ _COUNT_EVERY_S = 1.0
 class VllmServer:
     """A vLLM engine that answers for a policy, and the adapters on it (`AdapterHost`). For the decode thread."""
 
-    def __init__(self, policy: Policy, process: VllmProcess, *, timeout_s: float) -> None:
+    def __init__(
+        self, policy: Policy, process: VllmProcess, *, timeout_s: float, rules: GenerationRules | None = None
+    ) -> None:
         """Takes over the process, which has the policy's model; of `policy` itself it uses no weight.
 
         Args:
             policy: a skeleton will do. It is told how much room the engine has for a prompt and its completion.
             process: what `start_server` starts.
             timeout_s: for each of its answers.
+            rules: of the checkpoint, which the process was started to obey.
         """
         self.policy, self.process, self._timeout_s = policy, process, timeout_s
+        self.rules = rules
         policy.context_length = min(policy.context_length, int(process.facts["context"]))
         process.ask("load", version=BASE, adapter=None, timeout_s=timeout_s)
 
-    def decoder(self, *, max_rows: int, adapters: bool, rules: GenerationRules | None) -> VllmDecoder:
-        """A decode loop on this engine, in the place of the one before."""
-        return VllmDecoder(self, max_rows=max_rows, adapters=adapters, rules=rules)
+    def decoder(self, *, max_rows: int, adapters: bool) -> VllmDecoder:
+        """A decode loop on this engine, in the place of the one before; `adapters` says whether groups name one."""
+        return VllmDecoder(self, max_rows=max_rows, adapters=adapters)
 
     def ask(self, what: str, **message: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """`VllmProcess.ask`."""
@@ -89,7 +94,7 @@ class VllmServer:
         Raises:
             ModelError: vLLM takes no such prompt, reads it otherwise than this process, or its log-probs are NaN.
         """
-        decode_groups(self.decoder(max_rows=1, adapters=False, rules=None), [DecodeRequest(prompt, 1, sampling)])
+        decode_groups(self.decoder(max_rows=1, adapters=False), [DecodeRequest(prompt, 1, sampling)])
 
     def close(self) -> None:
         """Ends the process."""
@@ -118,18 +123,22 @@ def start_server(
     Raises:
         ConfigError, ProcessError: of `VllmProcess`.
     """
+    rules = generation_rules(policy)
+    ruled = {} if rules is None else {"logits_processors": [RULES]}
     # One place more: a new version of an adapter comes beside the one before.
     places = {} if adapters is None else {"max_loras": adapters[0] + 1}
     process = start_process(
         policy,
         cfg,
-        {"max_num_seqs": max_rows, **places},
+        {"max_num_seqs": max_rows, **places, **ruled},
         max_rank=None if adapters is None else adapters[1],
         revision=policy.revision,
         threads=threads,
+        # The other of vLLM's runners takes them in another form.
+        environment={} if rules is None else {"VLLM_USE_V2_MODEL_RUNNER": "0"},
     )
     try:
-        return VllmServer(policy, process, timeout_s=timeout_s)
+        return VllmServer(policy, process, timeout_s=timeout_s, rules=rules)
     except BaseException:
         process.close()
         raise
@@ -141,11 +150,11 @@ class VllmDecoder(GroupBook):
     Its `counters` are steps, prompts and rows, and vLLM's own (`child.COUNTERS`), as they were up to a second ago.
     """
 
-    def __init__(self, server: VllmServer, *, max_rows: int, adapters: bool, rules: GenerationRules | None) -> None:
-        """`adapters` says whether groups name one; `rules` are the checkpoint's."""
+    def __init__(self, server: VllmServer, *, max_rows: int, adapters: bool) -> None:
+        """`adapters` says whether groups name one."""
         queue = DecodeQueue(max_rows, by_cost=False)
         super().__init__(server.policy, queue, max_rows, names_adapters=adapters)
-        self._server, self._rules = server, rules
+        self._server = server
         self._abort: list[tuple[int, int]] = []
         self._is_new = True
         self._counted = 0.0
@@ -219,7 +228,11 @@ class VllmDecoder(GroupBook):
         if source is None:
             raise ModelError("a prompt came to the vLLM engine without its pictures")
         tensors.update(prompt_tensors(source, place))
-        greedy = sampling.greedy
+        greedy, rules = sampling.greedy, self._server.rules
+        ruled: dict[str, Any] = {"min_tokens": sampling.min_new_tokens or 0}
+        if rules is not None:  # which come before the least length, and may be undone by it
+            lengths = {"min_new_tokens": sampling.min_new_tokens, "max_new_tokens": sampling.max_new_tokens}
+            ruled = {"extra_args": {RULES: {"asked": dict(rules.asked), "eos": list(rules.eos), **lengths}}}
         return {
             "handle": group.handle,
             "version": group.adapter or BASE,
@@ -230,7 +243,7 @@ class VllmDecoder(GroupBook):
             "sampling": {
                 "temperature": 0.0 if greedy else sampling.temperature,
                 "max_tokens": sampling.max_new_tokens,
-                "min_tokens": sampling.min_new_tokens or 0,
+                **ruled,
                 "top_k": 0 if greedy else sampling.top_k,
                 "top_p": 1.0 if greedy else sampling.top_p,
             },

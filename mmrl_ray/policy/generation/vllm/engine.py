@@ -197,6 +197,7 @@ def start_process(
     max_rank: int | None,
     revision: str | None,
     threads: int,
+    environment: Mapping[str, str] | None = None,
 ) -> VllmProcess:
     """A process that has loaded a policy's model.
 
@@ -207,6 +208,7 @@ def start_process(
         max_rank: of adapters; None where there are none.
         revision: of a model that is a hub id.
         threads: of the process, where it computes on CPUs.
+        environment: further variables that it has.
 
     Raises:
         ConfigError, ProcessError: of `VllmProcess`.
@@ -235,6 +237,7 @@ def start_process(
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             # Pictures are to be made as this process makes them.
             "MMRL_VLLM_PILLOW": "" if is_torchvision_available() else "1",
+            **(environment or {}),
         },
         start_timeout_s=cfg.start_timeout_s,
     )

@@ -1,4 +1,5 @@
-"""What vLLM's workers do beside their own: adapters that came in memory, and names that transformers 5.23 writes.
+"""What vLLM's workers do beside their own: adapters that came in memory, names that transformers 5.23 writes, and the
+rules of a checkpoint's `generation_config.json`.
 
 vLLM imports this file by name in each of its workers (`worker_extension_cls`), where there is nothing of this project:
 it needs torch, transformers and vLLM alone. Its folder is on the path there, hence a name that nothing else has.
@@ -10,14 +11,18 @@ id, for as long as any request may name it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+RULES = f"{Path(__file__).stem}:Rules"
+"""For vLLM's argument `logits_processors`; and the key of `extra_args` under which requests bring their rules."""
 PILLOW = "MMRL_VLLM_PILLOW"
 """Environment variable: pictures are resized by Pillow, as the owner's processor does, and not by torchvision."""
 _TOWER = r"^(?:model\.)?vision_tower\.(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm)\.)"
@@ -125,5 +130,49 @@ def _prepare() -> None:
         _resize_by_pillow(AutoImageProcessor)
 
 
+@cache
+def _generation_rules() -> Any:
+    """The project's own `rules.py`, which needs nothing else of it."""
+    place = Path(__file__).parents[1] / "rules.py"
+    spec = importlib.util.spec_from_file_location("mmrl_generation_rules", place)
+    assert spec is not None
+    assert spec.loader is not None
+    made = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def _ruled(asked: Mapping[str, Any]) -> Callable[[list[int], list[int], torch.Tensor], torch.Tensor]:
+    """For one request: its prompt, what it has said and the logits [V] of its next token to those under the rules."""
+    rules = _generation_rules().GenerationRules(asked["asked"], tuple(asked["eos"]))
+    least, made = asked["min_new_tokens"], []
+
+    def apply(prompt: list[int], said: list[int], logits: torch.Tensor) -> torch.Tensor:
+        device = logits.device
+        if not made:
+            ids = torch.tensor(prompt, device=device)
+            made.append(rules.processors(ids, min_new_tokens=least, max_new_tokens=asked["max_new_tokens"]))
+        changed = made[0](torch.tensor([prompt + said], device=device), logits[None].clone())[0]
+        if len(said) < (least or 0):
+            changed[list(rules.eos)] = -torch.inf
+        return changed
+
+    return apply
+
+
 if "vllm" in sys.modules:  # which imports this
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class Rules(AdapterLogitsProcessor):  # type: ignore[misc]  # there is no vLLM where types are checked
+        """Rows under the rules that their requests bring."""
+
+        def is_argmax_invariant(self) -> bool:
+            """They may choose another likeliest token."""
+            return False
+
+        def new_req_logits_processor(self, params: Any) -> Any:
+            """What is called for a request at each of its tokens; None where it brings no rules."""
+            asked = (params.extra_args or {}).get(RULES)
+            return None if asked is None else _ruled(asked)
+
     _prepare()
