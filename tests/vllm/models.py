@@ -24,7 +24,7 @@ def policy_of(name: str, folder: Path) -> Policy:
     """A tiny random model of a family with a fresh adapter, in float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        (_llava if name == "llava" else _qwen)(folder)
+        (llava_folder if name == "llava" else _qwen)(folder)
     policy = load_policy(section_of(name, folder), device="cpu")
     add_adapter(policy, LoraSection(r=RANK, alpha=8.0), seed=0)
     return policy
@@ -41,12 +41,14 @@ def adapter_of(policy: Policy, version: int) -> dict[str, torch.Tensor] | None:
     }
 
 
-def _llava(folder: Path) -> None:
+def llava_folder(folder: Path) -> Path:
+    """The model of a LLaVA alone."""
     sizes = {"image_size": 24, "hidden": 64, "heads": 2, "layers": 2, "vision_hidden": 32, "vision_layers": 2}
     build_tiny_llava(folder, vocabulary=WORDS, **sizes)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     spread(model)
     model.save_pretrained(folder)
+    return folder
 
 
 def _qwen(folder: Path) -> None:

@@ -70,31 +70,31 @@ def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gateway(model_folder: Path, runs: Path) -> Iterator[httpx.Client]:
+def engine(model_folder: Path, runs: Path) -> Iterator[Engine]:
+    """What answers; tests/vllm has one of its own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     policy = load(model_folder)
-    pool = AdapterPool(policy, AdapterFolders({}, [str(runs)]), max_adapters=2, max_rank=64)
-    engine = Engine(
-        policy,
-        pool,
-        model_id=MODEL,
-        created=1,
-        vision_cache_bytes=1 << 20,
-        max_rows=16,
-        max_queue=16,
-        timeout_s=DEADLINE_S,
-    )
-    engine.start()
+    made = engine_of(policy, AdapterPool(policy, AdapterFolders({}, [str(runs)]), max_adapters=2, max_rank=64))
+    yield made
+    made.close()
+    torch.set_num_threads(threads)
+
+
+def engine_of(policy: Policy, pool: AdapterPool, **settings: Any) -> Engine:
+    limits = {"vision_cache_bytes": 1 << 20, "max_rows": 16, "max_queue": 16, "timeout_s": DEADLINE_S}
+    made = Engine(policy, pool, model_id=MODEL, created=1, **limits, **settings)
+    made.start()
+    return made
+
+
+@pytest.fixture(scope="module")
+def gateway(engine: Engine) -> Iterator[httpx.Client]:
     remote = RemoteImagesSection(enabled=True, allowed_domains=[ALLOWED, INSIDE], timeout_s=REMOTE_S)
     settings = ServingSection(remote_images=remote)
     app = make_app(GatewayDeps(engine, FakeReward(), None, settings, insecure=True))
-    try:
-        with running_gateway(app) as url, httpx.Client(base_url=url, timeout=DEADLINE_S) as client:
-            yield client
-    finally:
-        engine.close()
-        torch.set_num_threads(threads)
+    with running_gateway(app) as url, httpx.Client(base_url=url, timeout=DEADLINE_S) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import json
 import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import pytest
@@ -32,6 +32,7 @@ from mmrl_ray.errors import (
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy import prompt_pool
 from mmrl_ray.policy.generation.decode import Decoder
+from mmrl_ray.policy.generation.queue import GroupBook
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import PER_TOKEN, encode_prompts
@@ -69,8 +70,17 @@ def load(path: Path) -> Policy:
     return load_policy(ModelSection(path=str(path), dtype="float32"), device="cpu")
 
 
+class Starter(Protocol):
+    """Starts an engine that answers as a policy; tests/vllm has one of its own."""
+
+    decoder: type[GroupBook]
+    """What decodes in it."""
+
+    def __call__(self, policy: Policy, **settings: Any) -> AbstractContextManager[Engine]: ...
+
+
 @contextmanager
-def started(policy: Policy, **settings: Any) -> Iterator[Engine]:
+def running(policy: Policy, **settings: Any) -> Iterator[Engine]:
     values = {"vision_cache_bytes": 1 << 22, "max_rows": 16, "max_queue": 32, "timeout_s": DEADLINE_S, **settings}
     engine = Engine(policy, None, model_id="tiny", created=5, **values)
     engine.start()
@@ -78,6 +88,18 @@ def started(policy: Policy, **settings: Any) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
+
+
+class _Local:
+    decoder = Decoder
+
+    def __call__(self, policy: Policy, **settings: Any) -> AbstractContextManager[Engine]:
+        return running(policy, **settings)
+
+
+@pytest.fixture
+def started() -> Starter:
+    return _Local()
 
 
 @pytest.fixture
@@ -150,22 +172,22 @@ async def read(stream: AsyncIterator[Served | Delta]) -> tuple[Served, list[Delt
 class Gate:
     """Holds the decode thread at a step until it is opened."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, decoder: type[GroupBook] = Decoder) -> None:
         self._open = threading.Event()
-        step, submit = Decoder.step, DecodeThread.submit
+        step, submit = decoder.step, DecodeThread.submit
         self.reached = threading.Event()
         self.submitted = 0
 
-        def held(decoder: Decoder, *args: Any) -> Any:
+        def held(made: GroupBook, *args: Any) -> Any:
             self.reached.set()
             assert self._open.wait(DEADLINE_S)
-            return step(decoder, *args)
+            return step(made, *args)
 
         def counted(thread: DecodeThread, ticket: Ticket) -> None:
             submit(thread, ticket)
             self.submitted += 1
 
-        monkeypatch.setattr(Decoder, "step", held)
+        monkeypatch.setattr(decoder, "step", held)
         monkeypatch.setattr(DecodeThread, "submit", counted)
 
     def open(self) -> None:
@@ -177,7 +199,7 @@ class Gate:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_what_generate_gives_alone_and_under_load(
-    family: str, folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    family: str, folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, started: Starter
 ) -> None:
     policy = load(folder(family))
     sizes = ((64, 64), (96, 64), (64, 128))
@@ -187,7 +209,7 @@ def test_greedy_answers_are_what_generate_gives_alone_and_under_load(
     async def work(engine: Engine) -> None:
         alone = await engine.generate(requests[0])
         assert tokens_of(alone) == expected[0]
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
         # Some come while others run, some sample, some are streamed, some are given up.
         others = [asyncio.create_task(engine.generate(ask(90 + i, n=3, greedy=False, seed=i))) for i in range(3)]
         first = [asyncio.create_task(engine.generate(request)) for request in requests[:4]]
@@ -233,7 +255,12 @@ RULES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("name", "family"), [*((name, "llava") for name in RULES), ("all", "qwen2_5_vl")])
 def test_a_checkpoints_rules_of_generation_are_obeyed_as_generate_obeys_them(
-    name: str, family: str, folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str,
+    family: str,
+    folder: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    started: Starter,
 ) -> None:
     """Prompts of several lengths in one batch, and neighbours that sample; one request names its own length."""
     place = Path(shutil.copytree(folder(family), tmp_path / family))
@@ -287,7 +314,7 @@ def test_a_rule_that_is_none_is_an_error_before_anything_is_served(policy: Polic
         Engine(policy, None, model_id="tiny", created=5, vision_cache_bytes=1, max_rows=1, max_queue=1, timeout_s=1)
 
 
-def test_an_answer_is_whole(policy: Policy) -> None:
+def test_an_answer_is_whole(policy: Policy, started: Starter) -> None:
     with started(policy) as engine:
         request = ask(n=3, greedy=False, seed=4, temperature=1.5, tokens=12)
         made = run(engine.generate(request))
@@ -310,7 +337,7 @@ def test_an_answer_is_whole(policy: Policy) -> None:
     assert not run(engine.ready())
 
 
-def test_a_stream_adds_up_to_the_answer(policy: Policy) -> None:
+def test_a_stream_adds_up_to_the_answer(policy: Policy, started: Starter) -> None:
     async def work(engine: Engine) -> None:
         free = (await engine.generate(ask(greedy=False, seed=1, temperature=5.0))).choices[0].text
         stop = free[len(free) // 2 : len(free) // 2 + 4]
@@ -329,7 +356,7 @@ def test_a_stream_adds_up_to_the_answer(policy: Policy) -> None:
         run(work(engine))
 
 
-def test_steps_that_nobody_has_read_come_as_one_delta(policy: Policy) -> None:
+def test_steps_that_nobody_has_read_come_as_one_delta(policy: Policy, started: Starter) -> None:
     async def work(engine: Engine) -> None:
         stream = engine.stream(ask(tokens=40))
         assert isinstance(await anext(stream), Served)
@@ -347,7 +374,7 @@ def test_steps_that_nobody_has_read_come_as_one_delta(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_who_goes_away_frees_their_rows(policy: Policy, streamed: bool) -> None:
+def test_who_goes_away_frees_their_rows(policy: Policy, streamed: bool, started: Starter) -> None:
     policy.eos_token_ids = (policy.vocab_size - 1,)
 
     async def work(engine: Engine) -> None:
@@ -374,9 +401,9 @@ def test_who_goes_away_frees_their_rows(policy: Policy, streamed: bool) -> None:
         run(work(engine))
 
 
-def test_a_full_queue_refuses_at_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_refuses_at_once(policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter) -> None:
     with started(policy, max_queue=2) as engine:
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
 
         async def work() -> None:
             tasks = [asyncio.create_task(engine.generate(ask(i))) for i in range(2)]
@@ -392,12 +419,12 @@ def test_a_full_queue_refuses_at_once(policy: Policy, monkeypatch: pytest.Monkey
         run(work())
 
 
-def test_one_caller_cannot_fill_the_queue(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_caller_cannot_fill_the_queue(policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter) -> None:
     def of(caller: str, picture: int) -> GenerateRequest:
         return dataclasses.replace(ask(picture, n=4, tokens=30, greedy=False), caller=caller)
 
     with started(policy, max_queue=16) as engine:
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
 
         async def work() -> None:
             many = [asyncio.create_task(engine.generate(of("a", i))) for i in range(12)]
@@ -415,9 +442,11 @@ def test_one_caller_cannot_fill_the_queue(policy: Policy, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_request_that_takes_too_long_ends(policy: Policy, monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
+def test_a_request_that_takes_too_long_ends(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, streamed: bool, started: Starter
+) -> None:
     with started(policy, timeout_s=0.3) as engine:
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
 
         async def work() -> None:
             with pytest.raises(ServingError, match=r"did not finish within 0\.3 s"):
@@ -429,9 +458,11 @@ def test_a_request_that_takes_too_long_ends(policy: Policy, monkeypatch: pytest.
         run(work())
 
 
-def test_a_stream_begins_with_its_first_token(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_begins_with_its_first_token(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter
+) -> None:
     with started(policy) as engine:
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
 
         async def work() -> None:
             stream = engine.stream(ask())
@@ -460,9 +491,9 @@ def test_before_and_after_nothing_is_answered(policy: Policy) -> None:
         run(engine.generate(ask()))
 
 
-def test_closing_answers_those_who_wait(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_answers_those_who_wait(policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter) -> None:
     with started(policy) as engine:
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
 
         async def work() -> None:
             task = asyncio.create_task(engine.generate(ask(tokens=50)))
@@ -492,7 +523,9 @@ def test_closing_answers_those_who_wait(policy: Policy, monkeypatch: pytest.Monk
         ({"n": 0}, ConfigError),
     ],
 )
-def test_a_request_that_cannot_be_answered_says_so(policy: Policy, change: dict[str, Any], error: type) -> None:
+def test_a_request_that_cannot_be_answered_says_so(
+    policy: Policy, change: dict[str, Any], error: type, started: Starter
+) -> None:
     with started(policy) as engine:
         for streamed in (False, True):
             with pytest.raises(error):
@@ -509,7 +542,7 @@ def test_a_request_that_cannot_be_answered_says_so(policy: Policy, change: dict[
 
 
 def test_the_decode_thread_goes_on_while_a_picture_is_prepared(
-    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, started: Starter
 ) -> None:
     """A process that takes ever so long over a picture holds up its own request alone; errors are as ever."""
     policy = load(folder("qwen2_5_vl"))
@@ -518,7 +551,7 @@ def test_the_decode_thread_goes_on_while_a_picture_is_prepared(
     before = workers()
     with started(policy, prompt_processes=1) as engine:
         (encoder,) = workers() - before
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
 
         async def work() -> None:
             first = asyncio.create_task(engine.generate(requests[0]))
@@ -553,7 +586,9 @@ def workers() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True) if not child.children()}
 
 
-def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_fails_in_the_model_fails_alone(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter
+) -> None:
     encode = prompt_pool.encode_conversation
 
     def poison(policy: Policy, turns: Any, images: Any, pictures: Any) -> EncodedPrompt:
@@ -565,7 +600,7 @@ def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatc
     expected = [by_transformers(policy, ask(i)) for i in range(3)]
     with started(policy) as engine:
         monkeypatch.setattr(prompt_pool, "encode_conversation", poison)
-        gate = Gate(monkeypatch)
+        gate = Gate(monkeypatch, started.decoder)
 
         async def work() -> list[Any]:
             bad = engine.generate(ask(8, prompt="a circle"))
@@ -584,7 +619,9 @@ def test_a_prompt_that_fails_in_the_model_fails_alone(policy: Policy, monkeypatc
         assert engine.healthy
 
 
-def test_a_pass_that_fails_ends_its_rows_and_the_loop_goes_on(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_fails_ends_its_rows_and_the_loop_goes_on(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter
+) -> None:
     expected = by_transformers(policy, ask())
     with started(policy) as engine:
         core = policy.core
@@ -605,7 +642,7 @@ def test_a_pass_that_fails_ends_its_rows_and_the_loop_goes_on(policy: Policy, mo
         assert tokens_of(run(engine.generate(ask()))) == expected
 
 
-def test_a_loop_beyond_repair_starts_anew(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_beyond_repair_starts_anew(policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter) -> None:
     with started(policy) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(Decoder, "_settle", lambda self, freed=None: 1 / 0)
@@ -616,7 +653,7 @@ def test_a_loop_beyond_repair_starts_anew(policy: Policy, monkeypatch: pytest.Mo
 
 
 def test_an_accelerator_that_is_gone_makes_the_engine_unhealthy(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, started: Starter
 ) -> None:
     def gone(*args: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -6,10 +6,10 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def says(policy: Policy) -> list[int]:
 
 
 @contextmanager
-def started(
+def running(
     base: Path, adapters: Mapping[str, Path | str], folders: tuple[str, ...] = (), **settings: Any
 ) -> Iterator[Engine]:
     policy = load(base)
@@ -91,6 +91,19 @@ def started(
         yield engine
     finally:
         engine.close()
+
+
+class Starter(Protocol):
+    """Starts an engine with adapters; tests/vllm has one of its own."""
+
+    def __call__(
+        self, base: Path, adapters: Mapping[str, Path | str], folders: tuple[str, ...] = (), **settings: Any
+    ) -> AbstractContextManager[Engine]: ...
+
+
+@pytest.fixture
+def started() -> Starter:
+    return running
 
 
 def ask(model: str, n: int = 1, tokens: int = 12) -> GenerateRequest:
@@ -110,6 +123,9 @@ def run(work: Any) -> Any:
 
 
 def on_model(engine: Engine) -> int:
+    """Adapters on the model, or in the process that has it."""
+    if engine._vllm is not None:
+        return len(engine._vllm.adapters)
     return len(getattr(engine._policy.model, "peft_config", {}))
 
 
@@ -124,7 +140,7 @@ def save(policy: Policy, folder: Path) -> Path:
 
 
 def test_requests_of_several_adapters_run_together(
-    base: Path, trained: Callable[[int], Policy], tmp_path: Path
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
 ) -> None:
     policies = {"one": trained(1), "two": trained(2)}
     plain = load(base)
@@ -150,10 +166,12 @@ def test_requests_of_several_adapters_run_together(
 
     with started(base, folders) as engine:
         run(work(engine))
-        assert engine.stats()["decode_merges"] + engine.stats()["decode_prefills"] > 0
+        assert engine.stats()["decode_prompts"] >= 18
 
 
-def test_more_adapters_than_fit_take_turns(base: Path, trained: Callable[[int], Policy], tmp_path: Path) -> None:
+def test_more_adapters_than_fit_take_turns(
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
+) -> None:
     policies = {f"a{i}": trained(i) for i in range(1, 4)}
     expected = {id: says(policy) for id, policy in policies.items()}
     for id, policy in policies.items():
@@ -174,7 +192,9 @@ def test_more_adapters_than_fit_take_turns(base: Path, trained: Callable[[int], 
         run(work(engine))
 
 
-def test_a_swap_fails_no_request_and_mixes_none(base: Path, trained: Callable[[int], Policy], tmp_path: Path) -> None:
+def test_a_swap_fails_no_request_and_mixes_none(
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
+) -> None:
     """Clients ask without a pause while a run publishes version after version."""
     trainer = RunDir.create(tmp_path, "run")
     trainer.write_text("config.yaml", "run: {name: run}\n")
@@ -212,7 +232,9 @@ def test_a_swap_fails_no_request_and_mixes_none(base: Path, trained: Callable[[i
         run(work(engine))
 
 
-def test_a_row_that_runs_keeps_its_version(base: Path, trained: Callable[[int], Policy], tmp_path: Path) -> None:
+def test_a_row_that_runs_keeps_its_version(
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
+) -> None:
     first, second = trained(1), trained(2)
     folder = save(first, tmp_path / "one")
     expected = [says(first), says(second)]
@@ -230,7 +252,7 @@ def test_a_row_that_runs_keeps_its_version(base: Path, trained: Callable[[int], 
 
 
 def test_a_new_version_that_is_broken_leaves_the_old_one(
-    base: Path, trained: Callable[[int], Policy], tmp_path: Path
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
 ) -> None:
     folder = save(trained(1), tmp_path / "one")
     expected = says(trained(1))
@@ -246,7 +268,7 @@ def test_a_new_version_that_is_broken_leaves_the_old_one(
         run(work(engine))
 
 
-def test_an_adapter_that_never_worked_is_refused_and_not_listed(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_never_worked_is_refused_and_not_listed(base: Path, tmp_path: Path, started: Starter) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter_config.json").write_text("{}")
     (tmp_path / "bad" / WEIGHTS_FILE).write_bytes(b"")
@@ -292,7 +314,9 @@ def test_a_run_gives_its_newest_version(trained: Callable[[int], Policy], tmp_pa
     assert step_of(source) == 5
 
 
-def test_a_checkpoint_is_asked_for_by_its_id(base: Path, trained: Callable[[int], Policy], tmp_path: Path) -> None:
+def test_a_checkpoint_is_asked_for_by_its_id(
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
+) -> None:
     run_dir = RunDir.create(tmp_path, "mine")
     run_dir.write_text("config.yaml", "{}")
     for step in (2, 4):
@@ -370,7 +394,7 @@ def says_by_values(policy: Policy, beta: float) -> list[int]:
 
 
 def test_an_adapter_with_value_heads_is_decoded_by_them_beside_others(
-    base: Path, trained: Callable[[int], Policy], tmp_path: Path
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
 ) -> None:
     """Each by its own heads and β; new heads are a new version, though the adapter's weights are the same."""
     run_dir = RunDir.create(tmp_path, "valued")
@@ -410,7 +434,9 @@ def test_an_adapter_with_value_heads_is_decoded_by_them_beside_others(
     assert source.newest() != before
 
 
-def test_broken_value_heads_refuse_the_adapter(base: Path, trained: Callable[[int], Policy], tmp_path: Path) -> None:
+def test_broken_value_heads_refuse_the_adapter(
+    base: Path, trained: Callable[[int], Policy], tmp_path: Path, started: Starter
+) -> None:
     folder = tmp_path / "one"
     policy = with_values(trained(1), 1, 2.0)
     save_adapter(policy.model, folder)

@@ -56,6 +56,8 @@ class VllmServer:
         """
         self.policy, self.process, self._timeout_s = policy, process, timeout_s
         self.rules = rules
+        self.adapters: set[str] = set()
+        """Names of those that are loaded."""
         policy.context_length = min(policy.context_length, int(process.facts["context"]))
         process.ask("load", version=BASE, adapter=None, timeout_s=timeout_s)
 
@@ -83,10 +85,12 @@ class VllmServer:
     def put_on(self, name: str, files: AdapterFiles) -> None:
         """Loads them as a version by that name."""
         self.ask("load", version=name, adapter=read_by_vllm(files.config), tensors=dict(files.state))
+        self.adapters.add(name)
 
     def take_off(self, name: str) -> None:
         """Drops the version, as soon as nothing that it samples is under way."""
         self.ask("drop", version=name)
+        self.adapters.discard(name)
 
     def try_prompt(self, prompt: EncodedPrompt, sampling: SamplingParams) -> None:
         """Answers one before anybody asks.
