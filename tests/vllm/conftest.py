@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mmrl_ray.config.learner import EngineSection
 from mmrl_ray.errors import ConfigError
+from mmrl_ray.policy.generation.vllm.decoder import VllmServer, start_server
 from mmrl_ray.policy.generation.vllm.engine import VllmEngine, start_engine
 from mmrl_ray.policy.generation.vllm.environment import program
+from mmrl_ray.policy.load import load_skeleton
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.vision import VisionCache
-from tests.vllm.models import policy_of
+from tests.support.tiny_models import section_of
+from tests.vllm.models import llava_folder, policy_of
 
 BLOCK = 32
 """Tokens: the least that vLLM has on a CPU."""
 SMALL = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 64}
-ARGS = {"kv_cache_memory_bytes": 1 << 28, "block_size": BLOCK, "max_num_batched_tokens": 1024, "max_loras": 3}
+ARGS = {"kv_cache_memory_bytes": 1 << 28, "block_size": BLOCK, "max_num_batched_tokens": 1024}
 TIMEOUT_S = 120.0
+PLACES, RANK, SERVED_S = 3, 64, 60.0
+"""Of the served model: adapters at a time and their rank; and for each answer of its process."""
 
 
 @pytest.fixture(scope="session")
@@ -43,5 +51,39 @@ def engine(policy: Policy, python: str) -> Iterator[VllmEngine]:
 
 
 def started(policy: Policy, python: str) -> VllmEngine:
-    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, args=ARGS, **SMALL)
+    args = {**ARGS, "max_loras": 3}
+    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, args=args, **SMALL)
     return start_engine(policy, cfg, VisionCache(0), revision=None, threads=1, timeout_s=TIMEOUT_S)
+
+
+# -- served ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return llava_folder(tmp_path_factory.mktemp("base") / "llava", quiet=True)
+
+
+@pytest.fixture(scope="session")
+def server(base: Path, python: str) -> Iterator[VllmServer]:
+    """One for all engines, which would end it with themselves; one of them at a time."""
+    made = begun(base, python)
+    end = made.close
+    made.close = lambda: None  # type: ignore[method-assign]
+    yield made
+    end()
+
+
+def begun(base: Path, python: str, **settings: Any) -> VllmServer:
+    cfg = EngineSection(kind="vllm", python=python, args=ARGS, **{**SMALL, "max_model_len": 512})
+    values = {"max_rows": 32, "adapters": (PLACES, RANK), "threads": 1, "timeout_s": SERVED_S, **settings}
+    return start_server(endless(load_skeleton(section_of("llava", base))), cfg, **values)
+
+
+def endless(policy: Policy) -> Policy:
+    """As the tests of the local engine have it: nothing but the last word ends an answer."""
+    policy.eos_token_ids = (policy.vocab_size - 1,)
+    return policy

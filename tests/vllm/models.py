@@ -41,12 +41,15 @@ def adapter_of(policy: Policy, version: int) -> dict[str, torch.Tensor] | None:
     }
 
 
-def llava_folder(folder: Path) -> Path:
-    """The model of a LLaVA alone."""
+def llava_folder(folder: Path, *, quiet: bool = False) -> Path:
+    """The model of a LLaVA alone; a quiet one's last word is hardly ever the likeliest."""
     sizes = {"image_size": 24, "hidden": 64, "heads": 2, "layers": 2, "vision_hidden": 32, "vision_layers": 2}
     build_tiny_llava(folder, vocabulary=WORDS, **sizes)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     spread(model)
+    if quiet:
+        with torch.no_grad():
+            model.lm_head.weight[-1].zero_()
     model.save_pretrained(folder)
     return folder
 

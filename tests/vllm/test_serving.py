@@ -1,4 +1,4 @@
-"""The served policy with vLLM behind it: the tests of the local engine, the corpus of bad requests, and its own."""
+"""The served policy with vLLM behind it: the tests of the local engine, and its own."""
 
 from __future__ import annotations
 
@@ -33,19 +33,8 @@ from mmrl_ray.serving.adapters import AdapterFolders
 from mmrl_ray.serving.engine import Engine
 from mmrl_ray.serving.protocols import Generated
 from tests.support.tiny_models import section_of
-from tests.unit.serving import test_corpus as corpus
 from tests.unit.serving import test_engine as of_base
 from tests.unit.serving import test_engine_adapters as of_adapters
-from tests.unit.serving.test_corpus import (  # noqa: F401
-    _no_network,
-    caption,
-    gateway,
-    runs,
-    test_an_adapter_that_must_not_be_loaded,
-    test_gets_its_4xx_and_the_server_goes_on,
-    test_odd_pictures_are_captioned,
-    test_what_clients_really_send_is_answered,
-)
 from tests.unit.serving.test_engine import (  # noqa: F401
     ask,
     by_transformers,
@@ -74,11 +63,8 @@ from tests.unit.serving.test_engine_adapters import (  # noqa: F401
     trained,
     with_values,
 )
-from tests.vllm.models import llava_folder
+from tests.vllm.conftest import PLACES, RANK, SERVED_S, begun, endless
 
-PLACES, RANK = 3, 64
-ARGS = {"kv_cache_memory_bytes": 1 << 28, "block_size": 32, "max_num_batched_tokens": 1024}
-TIMEOUT_S = 60.0
 BOUND = 1e-3
 """Nats, in float32."""
 
@@ -89,40 +75,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return llava_folder(tmp_path_factory.mktemp("base") / "llava")
-
-
-@pytest.fixture(scope="module")
-def model_folder(base: Path) -> Path:
-    return base
-
-
-def endless(policy: Policy) -> Policy:
-    """As the tests of the local engine have it: nothing but the last word ends an answer."""
-    policy.eos_token_ids = (policy.vocab_size - 1,)
-    return policy
-
-
-def begun(base: Path, python: str, **settings: Any) -> VllmServer:
-    cfg = EngineSection(kind="vllm", python=python, enforce_eager=True, max_model_len=512, args=ARGS)
-    values = {"max_rows": 32, "adapters": (PLACES, RANK), "threads": 1, "timeout_s": TIMEOUT_S, **settings}
-    return start_server(endless(load_skeleton(section_of("llava", base))), cfg, **values)
-
-
-@pytest.fixture(scope="module")
-def server(base: Path, python: str) -> Iterator[VllmServer]:
-    """One for all engines, which would end it with themselves."""
-    made = begun(base, python)
-    end = made.close
-    made.close = lambda: None  # type: ignore[method-assign]
-    yield made
-    end()
 
 
 @pytest.fixture
@@ -159,26 +111,20 @@ def running(
     pool = None
     if sources is not None:
         pool = AdapterPool(server.policy, sources, max_adapters=max_adapters, max_rank=RANK, host=server)
-    values = {"vision_cache_bytes": 0, "max_rows": 16, "max_queue": 32, "timeout_s": TIMEOUT_S, **settings}
+    values = {"vision_cache_bytes": 0, "max_rows": 16, "max_queue": 32, "timeout_s": SERVED_S, **settings}
     engine = Engine(server.policy, pool, model_id="tiny", created=5, vllm=server, **values)
     engine.start()
     try:
         yield engine
     finally:
         engine.close()
+        for name in [*server.adapters]:
+            server.take_off(name)
 
 
 @pytest.fixture
 def started(server: VllmServer) -> Starter:
     return Starter(server)
-
-
-@pytest.fixture(scope="module")
-def engine(server: VllmServer, runs: Path) -> Iterator[Engine]:  # noqa: F811
-    pool = AdapterPool(server.policy, AdapterFolders({}, [str(runs)]), max_adapters=2, max_rank=64, host=server)
-    made = corpus.engine_of(server.policy, pool, vllm=server)
-    yield made
-    made.close()
 
 
 # -- its answers -------------------------------------------------------------------------------------------------------
@@ -264,7 +210,7 @@ def test_an_engine_that_starts_too_slowly_is_an_error(base: Path, python: str) -
     cfg = EngineSection(kind="vllm", python=python, start_timeout_s=0.5)
     policy = load_skeleton(section_of("llava", base))
     with pytest.raises(ProcessError, match=r"no answer within 0\.5 s"):
-        start_server(policy, cfg, max_rows=4, adapters=None, threads=1, timeout_s=TIMEOUT_S)
+        start_server(policy, cfg, max_rows=4, adapters=None, threads=1, timeout_s=SERVED_S)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -324,10 +270,10 @@ def test_what_vllm_cannot_do_is_refused_and_said(
                 await engine.generate(of_adapters.ask(id))
         assert [model.id for model in await engine.models()] == ["tiny", "sound"]
         assert tokens_of(await engine.generate(of_adapters.ask("sound"))) == of_adapters.says(trained(2))
-        with pytest.raises(ConfigError, match=r"temperature=0\.005: the vLLM engine draws at 0\.01 at least"):
+        with pytest.raises(ConfigError, match=r"temperature=0\.005: the vLLM engine draws at 0\.01 to 2"):
             await engine.generate(ask(greedy=False, temperature=0.005))
 
-    with started(base, {}, (str(tmp_path),)) as engine:
+    with caplog.at_level("WARNING", logger="mmrl_ray"), started(base, {}, (str(tmp_path),)) as engine:
         run(work(engine))
     assert "decoded by value heads (beta=2), which the vLLM engine cannot do" in caplog.text
     assert "no place for" in caplog.text

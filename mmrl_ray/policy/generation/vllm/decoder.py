@@ -35,8 +35,8 @@ from mmrl_ray.policy.model import Policy
 
 logger = logging.getLogger(__name__)
 
-_LEAST_TEMPERATURE = 0.01
-"""vLLM takes a lower one for this."""
+_TEMPERATURES = 0.01, 2.0
+"""vLLM takes a lower one for the first, and none above the second."""
 _COUNT_EVERY_S = 1.0
 
 
@@ -180,10 +180,11 @@ class VllmDecoder(GroupBook):
         Raises:
             ConfigError: as there, and for a temperature that vLLM would not keep to.
         """
-        if not sampling.greedy and sampling.temperature < _LEAST_TEMPERATURE:
+        least, most = _TEMPERATURES
+        if not sampling.greedy and not least <= sampling.temperature <= most:
             raise ConfigError(
-                f"temperature={sampling.temperature:g}: the vLLM engine draws at {_LEAST_TEMPERATURE:g} at least; take "
-                "0 for the likeliest tokens"
+                f"temperature={sampling.temperature:g}: the vLLM engine draws at {least:g} to {most:g}, and takes the "
+                "likeliest tokens at 0"
             )
         return super().admit(prompt, n, sampling, **options)
 

@@ -63,11 +63,12 @@ class Streams:
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Ends and begins what was asked for, and tells what there is; samples until there is anything.
 
-        A group that cannot begin is among `failed`, with the reason.
+        A group that cannot begin is among `failed`, with the reason. `reset` comes from an owner that knows of nothing.
         """
         if message["reset"]:
             self._end([*self._rows])
             self._waiting.clear()
+            self._told.clear()
         self._end([_id(handle, row) for handle, row in message["abort"]])
         gone = {handle for handle, _ in message["abort"]}
         self._waiting = deque(each for each in self._waiting if each.handle not in gone)
