@@ -112,7 +112,11 @@ def with_absolute_paths(cfg: Config) -> Config:
 
 def with_absolute_places(cfg: ServeConfig) -> ServeConfig:
     """`with_absolute_paths` of a config of `mmrl serve`: its replicas work in folders of Ray's."""
-    return with_places(cfg, _absolute_all({**_served_places(cfg), **_filled_places(cfg)}))
+    places = {**_served_places(cfg), **_filled_places(cfg)}
+    python = cfg.serving.policy.engine.python
+    if python is not None and os.sep in python:
+        places["serving", "policy", "engine", "python"] = python
+    return with_places(cfg, _absolute_all(places))
 
 
 def refuse_missing_places(cfg: ServeConfig) -> None:

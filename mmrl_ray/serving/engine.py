@@ -167,11 +167,11 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """False when only a new process can help."""
-        return self._thread.healthy
+        return self._thread.healthy and (self._vllm is None or self._vllm.process.alive)
 
     async def ready(self) -> bool:
         """Whether the model is loaded and warmed up."""
-        return self._warm and self._thread.healthy
+        return self._warm and self.healthy
 
     async def refresh(self) -> None:
         """Looks for new adapters and new versions, and puts new versions of loaded adapters on the model."""
@@ -267,7 +267,7 @@ class Engine:
     @contextmanager
     def _counted(self, caller: str | None) -> Iterator[object]:
         """Counts a request: as waiting until its first token."""
-        if not (self._warm and self._thread.healthy):
+        if not (self._warm and self.healthy):
             raise OverloadedError("the policy is not ready; try again later")
         waiting = list(self._waiting.values())
         if len(waiting) >= self._max_queue:

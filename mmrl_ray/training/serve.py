@@ -33,6 +33,7 @@ from mmrl_ray.config.serving import APP, ServeConfig, ServingSection
 from mmrl_ray.errors import ConfigError, JobError, ServingError
 from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.submit import stop_jobs
+from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.processes import listener
 from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
@@ -126,6 +127,8 @@ def _refuse_unusable(cfg: ServeConfig, *, insecure: bool) -> None:
     if insecure:
         _refuse_insecure(cfg.serving.host, None)
     refuse_missing_places(cfg)
+    if cfg.serving.policy.engine.kind == "vllm":
+        program(cfg.serving.policy.engine.python)  # an interpreter that is not there
     _refuse_taken(cfg.serving.host, cfg.serving.port)
     if not insecure:  # a database that takes no key now would take none when the model is loaded
         from mmrl_ray.serving.keys import KeyStore, default_database

@@ -131,6 +131,11 @@ def start_server(
     ruled = {} if rules is None else {"logits_processors": [RULES]}
     # One place more: a new version of an adapter comes beside the one before.
     places = {} if adapters is None else {"max_loras": adapters[0] + 1}
+    if adapters is not None and cfg.args.get("max_loras", adapters[0]) < adapters[0]:
+        raise ConfigError(
+            f"engine.args.max_loras={cfg.args['max_loras']} is below serving.max_adapters={adapters[0]}: an adapter "
+            "could wait for its place as long as others are asked for; lower max_adapters, or leave max_loras out"
+        )
     process = start_process(
         policy,
         cfg,

