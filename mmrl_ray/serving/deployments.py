@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _MB = 2**20
 _LATER_S = 5.0
 """The gateway's time-out comes first: it is the one that answers 504. The engine's frees rows that nobody waits for."""
+_WATCH_S = 0.2
 _CONSTRUCTOR_TRIES = 3
 """For one replica: what is missing from a model is missing the next time, too."""
 
@@ -57,6 +58,8 @@ class PolicyReplica:
         self._meter = RayMeter(model=base_id(cfg))
         export_engine_metrics(self._meter, self._engine.stats)
         self._refreshing = asyncio.create_task(self._refresh_every(cfg.serving.refresh_s))
+        if cfg.serving.policy.engine.kind == "vllm":
+            self._watching = asyncio.create_task(self._end_with_engine())
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Generated]:
         """All choices, finished: a stream of one item (`ServePolicy` says why)."""
@@ -88,6 +91,15 @@ class PolicyReplica:
                 await self._engine.refresh()
             except (MMRLError, OSError) as error:
                 logger.warning("adapters cannot be looked up, those that are loaded go on: %s", error)
+
+    async def _end_with_engine(self) -> None:
+        """A replica that has died is replaced at once, and the gateway asks another one what it was asked; one that is
+        only unwell refuses requests until Serve has looked at it three times."""
+        while self._engine.healthy:
+            await asyncio.sleep(_WATCH_S)
+        logger.error("the process that has the model is lost: this replica ends, and another one takes its place")
+        await asyncio.sleep(_WATCH_S)  # who was told of the loss goes on to ask again
+        os._exit(1)
 
     def __del__(self) -> None:
         if hasattr(self, "_meter"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +65,9 @@ class ServedRun:
                     parameter.normal_(std=0.5)
 
 
-def make_run(folder: Path) -> ServedRun:
+def make_run(folder: Path, *, hidden: int = 32) -> ServedRun:
     base = build_tiny_llava(
-        folder / "base", vocabulary=WORDS.split(), patch_size=16, hidden=32, layers=2, heads=2, vision_hidden=32,
+        folder / "base", vocabulary=WORDS.split(), patch_size=16, hidden=hidden, layers=2, heads=2, vision_hidden=32,
         vision_layers=1, vision_heads=2, initializer_range=0.2,
     )  # fmt: skip
     cfg = parse_config(
@@ -147,9 +148,15 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
-    made = make_run(folder)
+    with serving(folder, make_run(folder), "serving.policy.max_replicas=2", "serving.policy.min_replicas=2") as made:
+        yield made
+
+
+@contextmanager
+def serving(folder: Path, made: ServedRun, *more: str) -> Iterator[Server]:
+    """`mmrl serve` of a run, with `more` settings, until it is left."""
     port = free_port()
-    sets = ["serving.refresh_s=0.2", "serving.policy.max_replicas=2", "serving.policy.min_replicas=2"]
+    sets = ["serving.refresh_s=0.2", *more]
     sets += ["serving.policy.health_check_period_s=1.0", "serving.policy.resources.cpus=0.5"]
     process = start(["serve", made.run.location, "--port", str(port), *(x for s in sets for x in ("--set", s))], folder)
     said: list[str] = []
