@@ -51,11 +51,14 @@ class ServedRun:
     run: RunDir
     base: Path
     policy: Policy
+    step: int = 3
+    """Of the newest version."""
 
     def publish(self, step: int) -> None:
         """A new version beside the others, as a learner that trains for a live policy writes it."""
         self.randomise(step)
         save_live_version(self.run, self.policy, step)
+        self.step = step
 
     def randomise(self, step: int) -> None:
         torch.manual_seed(derive_seed(step, "version"))
@@ -89,8 +92,8 @@ learner: {{steps: 9}}
     policy = load_policy(cfg.model)
     add_adapter(policy, cfg.model.lora, 0)
     made = ServedRun(run, base, policy)
-    made.randomise(3)
-    save_adapter_folder(run, "adapter", policy, 3)
+    made.randomise(made.step)
+    save_adapter_folder(run, "adapter", policy, made.step)
     return made
 
 
