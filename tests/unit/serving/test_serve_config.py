@@ -58,3 +58,24 @@ def test_mistakes_are_refused_with_their_place(change: Callable[[dict[str, Any]]
     change(config)
     with pytest.raises(ConfigError, match=message):
         check_serve_config(config)
+
+
+@pytest.mark.parametrize(
+    ("serving", "more", "message"),
+    [
+        ({"policy": {"engine": {"kind": "vllm"}}}, {"agent": "runs/dqn"}, "cannot answer as an agent"),
+        ({"policy": {"engine": {"kind": "vllm"}}, "max_rank": 1024}, {}, "max_rank=1024 is above 512"),
+        ({"policy": {"engine": {"kind": "vllm", "args": {"logprobs_mode": "x"}}}}, {}, "not yours to choose"),
+        ({"policy": {"engine": {"dtype": "float32"}}}, {}, "keys of engine.kind=vllm"),
+        (
+            {"policy": {"engine": {"kind": "vllm", "tensor_parallel_size": 4}, "resources": {"gpus": 2}}},
+            {},
+            "tensor_parallel_size=4 wants as many GPUs a replica, and resources.gpus=2",
+        ),
+    ],
+)
+def test_what_the_engine_of_a_server_cannot_be_is_refused(
+    serving: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServeConfig.model_validate({"model": {"path": "base"}, "serving": serving, **more})

@@ -272,7 +272,8 @@ class VllmDecoder(GroupBook):
         group = self._groups.get(handle)
         if group is None:
             return []
-        row, events = group.rows[place], []
+        row = group.rows[place]
+        events: list[Event] = []
         expected = group.request.prompt.input_ids.numel()
         if prompt != expected:
             self._give_up(group, f"vLLM's processor makes {prompt} tokens of a prompt that has {expected} here", failed)

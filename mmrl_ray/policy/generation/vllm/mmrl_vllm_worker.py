@@ -145,7 +145,8 @@ def _generation_rules() -> Any:
 def _ruled(asked: Mapping[str, Any]) -> Callable[[list[int], list[int], torch.Tensor], torch.Tensor]:
     """For one request: its prompt, what it has said and the logits [V] of its next token to those under the rules."""
     rules = _generation_rules().GenerationRules(asked["asked"], tuple(asked["eos"]))
-    least, made = asked["min_new_tokens"], []
+    least: int | None = asked["min_new_tokens"]
+    made: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = []
 
     def apply(prompt: list[int], said: list[int], logits: torch.Tensor) -> torch.Tensor:
         device = logits.device
@@ -163,7 +164,7 @@ def _ruled(asked: Mapping[str, Any]) -> Callable[[list[int], list[int], torch.Te
 if "vllm" in sys.modules:  # which imports this
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-    class Rules(AdapterLogitsProcessor):  # type: ignore[misc]  # there is no vLLM where types are checked
+    class Rules(AdapterLogitsProcessor):
         """Rows under the rules that their requests bring."""
 
         def is_argmax_invariant(self) -> bool:

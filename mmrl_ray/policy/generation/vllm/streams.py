@@ -122,11 +122,11 @@ class Streams:
         failed: list[list[Any]] = []
         waiting, self._waiting = self._waiting, deque()
         for group in waiting:
-            if not self._engine.seat(group.version):
-                self._waiting.append(group)
-                continue
             names = [_id(group.handle, row) for row in range(len(group.seeds))]
             try:
+                if not self._engine.seat(group.version):
+                    self._waiting.append(group)
+                    continue
                 for name, seed in zip(names, group.seeds, strict=True):
                     self._engine.begin(name, group.rendered, {**group.sampling, "seed": seed}, group.version)
                     self._rows[name] = group.version
