@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,15 @@ from mmrl_ray.config.learner import EngineSection, RolloutSection
 from mmrl_ray.config.load import load_config
 from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.errors import ConfigError, ProcessError
+from mmrl_ray.experience.carriers import EncodedPrompt, PromptSource, SamplingParams
+from mmrl_ray.policy.generation.base import Event, Failure
 from mmrl_ray.policy.generation.vllm import environment
 from mmrl_ray.policy.generation.vllm.child import pack, unpack
+from mmrl_ray.policy.generation.vllm.decoder import VllmDecoder
 from mmrl_ray.policy.generation.vllm.engine import VllmProcess
+from mmrl_ray.policy.lora.routing import BASE
+from mmrl_ray.policy.model import Policy
+from tests.support.tiny_models import load_family
 
 ASKED = {"args": {}, "forbidden": [], "ends": []}
 
@@ -143,3 +150,63 @@ def test_the_locks_name_one_version_of_each_package() -> None:
         assert all(version for _, _, version in pins)
         assert len({name for name, _, _ in pins}) == len(pins)
         assert {"torch", "torchvision", "transformers", "safetensors"} <= {name for name, _, _ in pins}
+
+
+class Scripted:
+    """In the place of `VllmServer`: tells of rows what the test has written for each step."""
+
+    rules = None
+
+    def __init__(self, policy: Policy, *news: list[tuple[int, int, list[int], str | None]]) -> None:
+        self.policy, self.asked, self._news = policy, list[dict[str, Any]](), list(news)
+
+    def ask(self, what: str, **message: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        assert what == "news"
+        self.asked.append(message)
+        told = self._news.pop(0)
+        rows = [[handle, row, len(tokens), finish, 3, 0] for handle, row, tokens, finish in told if handle < 9]
+        tokens = torch.tensor([t for handle, _, found, _ in told if handle < 9 for t in found], dtype=torch.int64)
+        failed = [[handle - 9, "no"] for handle, *_ in told if handle >= 9]
+        return {"rows": rows, "failed": failed, "counters": {}}, {"tokens": tokens, "logprobs": -tokens.float()}
+
+
+def test_rows_of_an_engine_end_where_the_local_loop_ends_them(tmp_path: Path) -> None:
+    """Several tokens of a row at a time, one behind a stop string, one of a row that is wanted no more."""
+    policy = load_family("llava", tmp_path)
+    a, b, red, blue = (policy.tokenizer.convert_tokens_to_ids(word) for word in ("a", "large", "red", "blue"))
+    end = policy.eos_token_ids[0]
+    server = Scripted(
+        policy,
+        [(0, 0, [a, red, blue], None), (0, 1, [b], None), (10, 0, [], None)],
+        [(0, 0, [blue], None), (0, 1, [a, end], "stop"), (2, 0, [a], None)],
+        [],
+        [],
+    )
+    decoder = VllmDecoder(server, max_rows=8, adapters=False)  # type: ignore[arg-type]
+    ids = torch.tensor([1, 2, 3])
+    prompt = EncodedPrompt(ids, {}, "key", PromptSource(ids, (torch.zeros(4, 4, 3, dtype=torch.uint8),)))
+    sampling = SamplingParams(max_new_tokens=8, stop=("red",), seed=5)
+    handles = [decoder.admit(prompt, 2, sampling, stream=True), *(decoder.admit(prompt, 1, sampling) for _ in "12")]
+    failures: list[Failure] = []
+    first = decoder.step(failures)
+    assert [(each.handle, str(each.error)) for each in failures] == [(handles[1], "vLLM refuses the request: no")]
+    assert [(e.row, e.token_id, e.finish_reason) for e in first] == [(0, a, None), (0, red, "stop"), (1, b, None)]
+    begun = server.asked[0]["begin"]
+    assert [each["version"] for each in begun] == [BASE] * 3
+    assert len({seed for each in begun for seed in each["seeds"]}) == 2, "a place in a group has its own"
+    second = decoder.step(failures)
+    assert server.asked[1]["abort"] == [(handles[0], 0)], "it would go on behind its stop string"
+    assert [(e.handle, e.token_id) for e in second] == [(handles[0], a), (handles[0], end), (handles[2], a)]
+    texts = [row.text for row in decoder.take(handles[0]).completions]
+    assert [texts[0].strip(), texts[1].split()] == ["a", ["large", "a"]]
+    assert "".join(_texts(first + second, handles[0], 0)) == texts[0]
+    decoder.cancel(handles[2])
+    assert not decoder.idle, "the engine is still to be told"
+    decoder.step(failures)
+    assert server.asked[2]["abort"] == [(handles[2], 0)]
+    assert decoder.idle
+    assert len(failures) == 1
+
+
+def _texts(events: list[Event], handle: int, row: int) -> list[str]:
+    return [event.text for event in events if (event.handle, event.row) == (handle, row)]
