@@ -270,7 +270,7 @@ class VllmDecoder(GroupBook):
     ) -> list[Event]:
         """What a row's next tokens are to whoever asked; nothing where it is wanted no more."""
         group = self._groups.get(handle)
-        if group is None:
+        if group is None or group.rows[place].finish_reason is not None:
             return []
         row = group.rows[place]
         events: list[Event] = []
