@@ -23,8 +23,7 @@ from tests.integration.serving.test_serve import (  # noqa: F401
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, python: str) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
-    args = "{kv_cache_memory_bytes: 268435456, block_size: 32, max_num_batched_tokens: 1024}"
-    engine = f"{{kind: vllm, python: {python}, enforce_eager: true, max_model_len: 256, args: {args}}}"
+    engine = f"{{kind: vllm, python: {python}, enforce_eager: true}}"
     sets = (f"serving.policy.engine={engine}", "serving.max_adapters=2", "serving.max_rank=16", "reward=null")
     with serving(folder, make_run(folder, hidden=64), *sets) as made:
         yield made
