@@ -135,7 +135,7 @@ class RemoteEngine(GenerationEngine):
         self._policy, self._server, self._adapters, self._cache = policy, server, adapters, cache
         self._model, self._room, self._versions = model, room, versions
         self._as_made = adapter_state(policy.model)
-        self._rank = int(policy.model.peft_config[policy.model.active_adapter].r)  # type: ignore[union-attr, index, operator]
+        self._rank = int(policy.model.peft_config[policy.model.active_adapter].r)  # type: ignore[union-attr, index]
         self._held: Adapter | None = None
         self._is_loaded = False
         self._weights: str | None = None
@@ -221,7 +221,7 @@ class RemoteEngine(GenerationEngine):
     def _trial(self) -> dict[str, torch.Tensor]:
         """An adapter that changes every layer, the same in each worker."""
         generator = torch.Generator().manual_seed(0)
-        config: Any = self._policy.model.peft_config[self._policy.model.active_adapter]  # type: ignore[union-attr, index]
+        config: Any = self._policy.model.peft_config[self._policy.model.active_adapter]  # type: ignore[index]
         spread = _TRIAL_EFFECT * self._rank**0.5 / config.lora_alpha
         return {
             name: spread * torch.randn(tensor.shape, generator=generator) if ".lora_B." in name else tensor

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from mmrl_ray.data.atomic import commit_folder, scratch_folder
+from mmrl_ray.data.atomic import scratch_folder, sync
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.run_records.run_dir import CONFIG_FILE, WEIGHTS_FILE
 
@@ -105,8 +105,13 @@ class SharedAdapters:
         with scratch_folder(self._folder) as scratch:
             for name, data in files.items():
                 (scratch / name).write_bytes(data)
-            if not path.exists():
-                commit_folder(scratch, path)
+                sync(scratch / name)
+            try:
+                os.rename(scratch, path)
+            except OSError:  # another worker was first, and the server may be reading: it stays as it is
+                if not path.exists():
+                    raise
+            sync(self._folder)
 
     def _lock_file(self, name: str) -> Path:
         return self._folder / f".{name}.lock"

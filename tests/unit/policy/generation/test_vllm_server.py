@@ -326,6 +326,20 @@ def test_one_of_several_workers_writes_a_version_and_it_stays_while_anybody_hold
     assert SharedAdapters(tmp_path, "a", config).before(2) == []  # of another run
 
 
+def test_a_version_that_two_write_at_once_is_never_taken_away(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (SharedAdapters(tmp_path, "a-run", adapter_config(policy.model)) for _ in range(2))
+    write, inodes = one._write, list[int]()
+
+    def later(path: Path, files: dict[str, bytes]) -> None:
+        inodes.append(other.hold(1, weights_of(policy, 1)).path.stat().st_ino)
+        write(path, files)
+
+    monkeypatch.setattr(one, "_write", later)
+    assert one.hold(1, weights_of(policy, 1)).path.stat().st_ino == inodes[0]
+
+
 def test_what_a_killed_worker_held_is_nobodys(policy: Policy, tmp_path: Path) -> None:
     adapters = SharedAdapters(tmp_path, "a-run", adapter_config(policy.model))
     held = adapters.hold(1, weights_of(policy, 1))
