@@ -50,7 +50,7 @@ from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.processes import ChildProcess, Lost
 
 NAME = "the vLLM engine"
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM has buffers for."""
 _TAIL_BYTES = 4096
 _SEEDS = 1 << 62
@@ -188,7 +188,7 @@ def start_engine(
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
         "enable_lora": True,
-        "max_lora_rank": next((each for each in _RANKS if each >= rank), rank),
+        "max_lora_rank": next((each for each in RANKS if each >= rank), rank),
         "worker_extension_cls": f"{EXTENSION}.Adapters",
         "limit_mm_per_prompt": {"video": 0},
         "mm_processor_kwargs": policy.processor_settings or None,

@@ -29,7 +29,7 @@ from mmrl_ray.errors import ConfigError, ContextLengthError, MMRLError, ModelErr
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.vllm.child import FORBIDDEN_BIAS
-from mmrl_ray.policy.generation.vllm.engine import completion_of, loadable, sampling_of
+from mmrl_ray.policy.generation.vllm.engine import RANKS, completion_of, loadable, sampling_of
 from mmrl_ray.policy.generation.vllm.server import VllmServer
 from mmrl_ray.policy.generation.vllm.shared_adapters import Adapter, SharedAdapters
 from mmrl_ray.policy.lora.adapter import adapter_config, adapter_state, load_adapter_state
@@ -135,7 +135,8 @@ class RemoteEngine(GenerationEngine):
         self._policy, self._server, self._adapters, self._cache = policy, server, adapters, cache
         self._model, self._room, self._versions = model, room, versions
         self._as_made = adapter_state(policy.model)
-        self._rank = int(policy.model.peft_config[policy.model.active_adapter].r)  # type: ignore[union-attr, index]
+        config: Any = policy.model.peft_config[policy.model.active_adapter]  # type: ignore[index]
+        self._rank = next((each for each in RANKS if each >= config.r), config.r)
         self._held: Adapter | None = None
         self._is_loaded = False
         self._weights: str | None = None
@@ -222,7 +223,7 @@ class RemoteEngine(GenerationEngine):
         """An adapter that changes every layer, the same in each worker."""
         generator = torch.Generator().manual_seed(0)
         config: Any = self._policy.model.peft_config[self._policy.model.active_adapter]  # type: ignore[index]
-        spread = _TRIAL_EFFECT * self._rank**0.5 / config.lora_alpha
+        spread = _TRIAL_EFFECT * config.r**0.5 / config.lora_alpha
         return {
             name: spread * torch.randn(tensor.shape, generator=generator) if ".lora_B." in name else tensor
             for name, tensor in self._as_made.items()
