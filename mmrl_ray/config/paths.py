@@ -103,8 +103,10 @@ def _put(holder: Any, keys: Keys, place: str) -> Any:
 
 def with_absolute_paths(cfg: Config) -> Config:
     """The same config, meaning the same files from whichever folder: that of a Ray worker, or of a later resume."""
-    python = cfg.rollout.engine.python
+    python, adapters = cfg.rollout.engine.python, cfg.rollout.engine.adapters
     places = _places(cfg)
+    if adapters is not None:
+        places["rollout", "engine", "adapters"] = adapters
     if python is not None and os.sep in python:  # a bare name is looked for on each node's own path
         places["rollout", "engine", "python"] = python
     return with_places(cfg, _absolute_all(places))

@@ -117,13 +117,12 @@ class Config(_WithAgents):
             < groups,
             f"learner.workers={learner.max_workers} is above learner.groups_per_step={groups}: "
             "some learners would never work": groups < learner.max_workers,
-            "rollout.engine.kind=vllm samples, and this algorithm learns from what others have sampled: take it away": (
-                rollout.engine.kind == "vllm" and self.family.is_offline
-            ),
+            f"rollout.engine.kind={rollout.engine.kind} samples, and this algorithm learns from what others have "
+            "sampled: take it away": rollout.engine.kind != "local" and self.family.is_offline,
             f"rollout.engine.start_timeout_s={rollout.engine.start_timeout_s:g} is above resources.placement_timeout_s="
             f"{self.resources.placement_timeout_s:g}, after which a worker that is not ready is replaced: raise that, "
             "too": (
-                rollout.engine.kind == "vllm" and rollout.engine.start_timeout_s > self.resources.placement_timeout_s
+                rollout.engine.kind != "local" and rollout.engine.start_timeout_s > self.resources.placement_timeout_s
             ),
             f"rollout.engine.tensor_parallel_size={rollout.engine.tensor_parallel_size} wants as many GPUs a worker, "
             f"and resources.rollout.gpus={self.resources.rollout.gpus:g}": (

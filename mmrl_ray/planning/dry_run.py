@@ -28,7 +28,16 @@ from mmrl_ray.data.images import encode_png, image_format
 from mmrl_ray.data.samples import Sample, iter_references, told
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.data.shards import ParquetDataset
-from mmrl_ray.errors import AdapterError, ConfigError, DataError, MMRLError, ModelError, RewardError, RunError
+from mmrl_ray.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    MMRLError,
+    ModelError,
+    ProcessError,
+    RewardError,
+    RunError,
+)
 from mmrl_ray.planning.estimate import (
     KEPT,
     BatchPlan,
@@ -40,6 +49,7 @@ from mmrl_ray.planning.estimate import (
     warm_start_memory,
 )
 from mmrl_ray.planning.preflight import (
+    check_engine,
     check_references,
     evaluation_split,
     first_sample,
@@ -96,7 +106,7 @@ class DryRun:
     unplaced: list[str] = field(default_factory=list)
     """Actors that the cluster has no room for; they block, too."""
     lacking: list[str] = field(default_factory=list)
-    """What this machine has too little of; it blocks here, too, and nowhere else."""
+    """What this machine has too little of, or does not reach; it blocks here, too, and nowhere else."""
 
     @property
     def refused(self) -> list[str]:
@@ -123,6 +133,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     _look_at_pairs(cfg, found)
     _look_at_stored(cfg, found)
     _look_at_reward(cfg, found)
+    _look_at_engine(cfg, address, found)
     with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
         _look_at_model(cfg, Path(scratch), found)
     _try_formats(cfg, found)
@@ -234,6 +245,14 @@ def _look_at_reward(cfg: Config, found: DryRun) -> None:
                 found.tried.append(f"{name} of {_short(caption)!r}, on sample {found.sample.id}: {score.total:g}")
     except ConfigError as error:
         found.blocking.append(str(error))
+
+
+def _look_at_engine(cfg: Config, address: str | None, found: DryRun) -> None:
+    try:
+        check_engine(cfg, joined=bool(address or os.environ.get("RAY_ADDRESS")))
+    except (ConfigError, ProcessError) as error:
+        found.blocking.append(str(error))
+        found.lacking.append(str(error))
 
 
 def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
@@ -380,11 +399,12 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     if cpus > (os.cpu_count() or 1):
         lines.append("more CPUs are asked for than are here: workers will take turns")
     if gpus > here:
-        found.lacking.append(
+        short = (
             f"{gpus:g} GPU asked for and {here} here: set resources.learner.gpus and resources.rollout.gpus, "
             "or run on a cluster that has them"
         )
-        found.blocking += found.lacking
+        found.lacking.append(short)
+        found.blocking.append(short)
     return lines
 
 

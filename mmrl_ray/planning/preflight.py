@@ -24,12 +24,15 @@ from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hash
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError, RunError
 from mmrl_ray.policy.generation.vllm.environment import program
+from mmrl_ray.policy.generation.vllm.server import VllmServer
 from mmrl_ray.rollouts.pool_settings import placed_demands
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
 from mmrl_ray.training.offline import logged_pictures, trained_pictures
 
 _ROUNDING = 1e-6
 """Ray counts in ten-thousandths; sums of fractions are a little off."""
+_SERVER_S = 60.0
+"""For the answers of a server that samples: it may be busy with another run."""
 _MOST_ADDED = 1000
 """Nodes of one group that an autoscaler could add; more would not change the answer."""
 
@@ -64,10 +67,17 @@ def check_engine(cfg: Config, *, joined: bool) -> None:
     """Whether this machine has what samples, where the run's workers are on it and not on a cluster that was `joined`.
 
     Raises:
-        ConfigError: there is no interpreter with vLLM, which `rollout.engine` asks for.
+        ConfigError: there is no interpreter with vLLM, which `rollout.engine` asks for, or the server that it names is
+            none that a run can use.
+        ProcessError: that server is not there.
     """
-    if cfg.rollout.engine.kind == "vllm" and not joined:
-        program(cfg.rollout.engine.python)
+    engine = cfg.rollout.engine
+    if engine.kind == "vllm" and not joined:
+        program(engine.python)
+    if engine.url is not None and not joined:
+        with VllmServer(engine.url, api_key_env=engine.api_key_env, timeout_s=_SERVER_S) as server:
+            server.wait(0.0)
+            server.check_logprobs(server.check(engine.model)[0])
 
 
 def refuse_moved(cfg: Config, *, base_is_kept: bool) -> None:

@@ -182,7 +182,8 @@ def compare(
     if engine is not None and not is_exact:
         note += f"; log-probs of the {engine.name} engine differ from it by up to {sampler:.2g} nats"
     if sampler > (judge.bound if is_exact else _FINITE):
-        troubles.append(judge.above("the sampler differs from the model's own forward by", sampler))
+        remedy = "" if engine is None else engine.remedy
+        troubles.append(judge.above("the sampler differs from the model's own forward by", sampler) + remedy)
     if naive.trouble is not None:
         troubles.append(naive.trouble)
     used = naive if chosen.trouble is not None else chosen

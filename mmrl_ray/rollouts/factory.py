@@ -71,6 +71,17 @@ class PolicyEngineFactory:
                 timeout_s=cfg.rollout.assignment_timeout_s,
                 takes_turns=cfg.resources.takes_turns,
             )
+        elif cfg.rollout.engine.kind == "openai":
+            from mmrl_ray.policy.generation.vllm.remote import start_remote
+
+            generator = start_remote(
+                policy,
+                cfg.rollout.engine,
+                cache,
+                run=cfg.run.name,
+                versions=cfg.rollout.max_staleness + 1,
+                timeout_s=cfg.rollout.assignment_timeout_s,
+            )
         else:
             limits = DecodeLimits.of(policy, cfg.rollout.max_new_tokens)
             rows = max(limits.max_rows, cfg.rollout.group_size + greedy)

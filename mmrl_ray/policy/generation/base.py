@@ -103,6 +103,8 @@ class GenerationEngine(ABC):
     name: ClassVar[str]
     """What messages call it."""
     capabilities: ClassVar[Capabilities]
+    remedy: ClassVar[str] = ""
+    """Added to the message where its log-probs are not the model's: what to look at."""
 
     @abstractmethod
     def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:

@@ -127,17 +127,26 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
         AdapterError: the model has no adapter.
         OSError: of the file system.
     """
-    peft = _require_adapter(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(peft), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    save_file(adapter_state(_require_adapter(model)), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(adapter_config(model), encoding="utf-8")
+
+
+def adapter_config(model: nn.Module) -> str:
+    """What `adapter_config.json` holds.
+
+    Raises:
+        AdapterError: the model has no adapter.
+    """
+    peft = _require_adapter(model)
     config = peft.peft_config[peft.active_adapter].to_dict()
     # PEFT shortens long lists of targets into suffixes and writes them in the order of a set: full names, sorted, say
     # what was adapted and make the file a function of the adapter.
     config["target_modules"] = sorted(_adapted_names(peft))
     config["inference_mode"] = True
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 
 def load_adapter(policy: Policy | PreTrainedModel, folder: Path | str) -> PeftModel:

@@ -28,6 +28,7 @@ from mmrl_ray.planning.dry_run import DryRun, dry_run
 from mmrl_ray.planning.preflight import with_opening
 from mmrl_ray.policy import load as loading
 from mmrl_ray.policy.tiny import build_tiny_llava
+from mmrl_ray.processes import free_port
 from mmrl_ray.training.train import train
 from mmrl_ray.training.warm_start import TINY_LLAVA
 from tests.support.tiny_models import build_family
@@ -78,6 +79,15 @@ def test_tells_everything_of_a_run_whose_data_will_be_generated(tmp_path: Path) 
         assert line in text
     assert f"reference   {found.sample.references[0]}" in text
     assert "clip_high: 0.2" in text  # resolved
+    assert files(tmp_path) == set()
+
+
+def test_a_server_that_is_to_sample_and_does_not_answer_is_said(tmp_path: Path) -> None:
+    server = {"kind": "openai", "url": f"http://127.0.0.1:{free_port()}", "adapters": str(tmp_path / "adapters")}
+    found, text = show(config(tmp_path, rollout={"engine": server}))
+    (line,) = found.lacking
+    assert line in found.blocking
+    assert f"rollout.engine.url={server['url']}: no vLLM server answers there" in text
     assert files(tmp_path) == set()
 
 

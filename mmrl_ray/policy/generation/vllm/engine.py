@@ -227,7 +227,12 @@ def start_process(
         "revision": revision,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
+<<<<<<< HEAD
         **({} if rank is None else {"enable_lora": True, "max_lora_rank": rank}),
+=======
+        "enable_lora": True,
+        "max_lora_rank": next((each for each in RANKS if each >= rank), rank),
+>>>>>>> openai
         "worker_extension_cls": f"{EXTENSION}.Adapters",
         "limit_mm_per_prompt": {"video": 0},
         "mm_processor_kwargs": policy.processor_settings or None,
@@ -271,18 +276,9 @@ class VllmEngine(GenerationEngine):
 
     def load(self, version: int, weights: Mapping[str, torch.Tensor] | None) -> None:
         """Loads the version beside the one before, then drops that."""
-        adapter, _ = split_heads(self._as_made if weights is None else weights)  # heads have no part in sampling
         before, self._version = self._version, None
-        check_tensor_names(self._as_made.keys(), adapter.keys())
-        for name, tensor in adapter.items():  # vLLM copies what is too small into a part of its place
-            if tensor.shape != self._as_made[name].shape:
-                raise AdapterError(
-                    f"version {version}: adapter weight {name} has shape {list(tensor.shape)}, this policy's "
-                    f"{list(self._as_made[name].shape)}"
-                )
-        # An adapter that changes nothing is none: the base is the same policy, and faster.
-        is_base = all(not bool(tensor.any()) for name, tensor in adapter.items() if ".lora_B." in name)
-        config, tensors = (None, {}) if is_base else (self._config, dict(adapter))
+        adapter = loadable(version, weights, self._as_made)
+        config, tensors = (None, {}) if adapter is None else (self._config, adapter)
         self._process.ask("load", version=version, adapter=config, tensors=tensors, timeout_s=self._timeout_s)
         if before is not None and before != version:
             self._process.ask("drop", version=before, timeout_s=self._timeout_s)
@@ -314,6 +310,34 @@ class VllmEngine(GenerationEngine):
         return collect(self._policy, self._process, requests, tickets, timeout_s=self._timeout_s)
 
 
+def loadable(
+    version: int, weights: Mapping[str, torch.Tensor] | None, as_made: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """What vLLM is to load as a version of the adapter, without heads, which have no part in sampling.
+
+    Args:
+        version: for errors.
+        weights: as `GenerationEngine.load` takes them.
+        as_made: the adapter as it was made.
+
+    Returns:
+        None where it changes nothing: the base is the same policy, and faster.
+
+    Raises:
+        AdapterError: they do not fit. vLLM copies what is too small into a part of its place.
+    """
+    adapter, _ = split_heads(as_made if weights is None else weights)
+    check_tensor_names(as_made.keys(), adapter.keys())
+    for name, tensor in adapter.items():
+        if tensor.shape != as_made[name].shape:
+            raise AdapterError(
+                f"version {version}: adapter weight {name} has shape {list(tensor.shape)}, this policy's "
+                f"{list(as_made[name].shape)}"
+            )
+    is_base = all(not bool(tensor.any()) for name, tensor in adapter.items() if ".lora_B." in name)
+    return None if is_base else dict(adapter)
+
+
 def submit(
     process: VllmProcess, version: int | None, requests: Sequence[DecodeRequest], *, timeout_s: float
 ) -> list[str]:
@@ -338,7 +362,7 @@ def submit(
         tensors.update(prompt_tensors(source, place))
         prompt = {"prompt": place, "images": len(source.images), "image_key": request.prompt.image_key}
         for n, greedy in ((request.n, request.sampling.greedy), (1, True))[: 1 + request.greedy_extra]:
-            groups.append({"version": version, **prompt, "sampling": _sampling(request.sampling, n, greedy=greedy)})
+            groups.append({"version": version, **prompt, "sampling": sampling_of(request.sampling, n, greedy=greedy)})
     answer, _ = process.ask("submit", groups=groups, tensors=tensors, timeout_s=timeout_s)
     return list(answer["tickets"])
 
@@ -392,19 +416,25 @@ def _completions(
     if not bool(torch.isfinite(logprobs).all()):
         raise ModelError("vLLM's log-probs hold NaN or infinity; try model.dtype: float32, or an earlier version")
     return [
-        Completion(
-            ids.clone(),
-            probs.clone(),
-            str(policy.tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
-            "stop" if finish == "stop" else "length",
-        )
+        completion_of(policy, ids.clone(), probs.clone(), finish)
         for ids, probs, finish in zip(
             tokens.split(group["lengths"]), logprobs.split(group["lengths"]), group["finish"], strict=True
         )
     ]
 
 
-def _sampling(asked: SamplingParams, n: int, *, greedy: bool) -> dict[str, Any]:
+def completion_of(policy: Policy, ids: torch.Tensor, logprobs: torch.Tensor, finish: str) -> Completion:
+    """What vLLM has sampled: tokens int64 [T], log-probs float32 [T], and its `finish_reason`."""
+    text = str(policy.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+    return Completion(ids, logprobs, text, "stop" if finish == "stop" else "length")
+
+
+def sampling_of(asked: SamplingParams, n: int, *, greedy: bool) -> dict[str, Any]:
+    """vLLM's parameters, for `n` completions.
+
+    Raises:
+        ConfigError: there are stop strings.
+    """
     if asked.stop:
         raise ConfigError("the vLLM engine takes no stop strings: it is given tokens and gives tokens")
     return {
