@@ -46,6 +46,7 @@ from mmrl_ray.planning.preflight import (
     held_out_quarantine,
     trained_on,
 )
+from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.memory import ModelShape, model_shape
@@ -133,6 +134,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Held out": found.held_out,
         "Reward": [*reward_lines(cfg.reward.with_opening(found.opening)), *found.tried],
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.agent is None else cfg.family.rounds_told(cfg),
+        "Engine": _engine_lines(cfg, found, address),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
         "Warnings": found.warnings,
@@ -353,6 +355,22 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
     ]
 
 
+def _engine_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
+    """What samples, where it is not the worker itself."""
+    engine = cfg.rollout.engine
+    if engine.told is None:
+        return []
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        found.unchecked.append("whether the cluster's nodes have an interpreter with vLLM: rollout.engine.python")
+        return [engine.told]
+    try:
+        return [f"vLLM of {program(engine.python)}", engine.told]
+    except ConfigError as error:
+        found.lacking.append(str(error))
+        found.blocking.append(str(error))
+        return [engine.told]
+
+
 def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     demands = demands_of(cfg)
     lines = [f"{d.kind:<11} {d.count} × {d.cpus:g} CPU, {d.gpus:g} GPU{d.where}" for d in demands]
@@ -380,11 +398,12 @@ def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     if cpus > (os.cpu_count() or 1):
         lines.append("more CPUs are asked for than are here: workers will take turns")
     if gpus > here:
-        found.lacking.append(
+        lacking = (
             f"{gpus:g} GPU asked for and {here} here: set resources.learner.gpus and resources.rollout.gpus, "
             "or run on a cluster that has them"
         )
-        found.blocking += found.lacking
+        found.lacking.append(lacking)
+        found.blocking.append(lacking)
     return lines
 
 
