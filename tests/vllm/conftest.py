@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,6 @@ def engine(policy: Policy, python: str) -> Iterator[VllmEngine]:
     made.close()
 
 
-def started(policy: Policy, python: str) -> VllmEngine:
-    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, args=ARGS, **SMALL)
+def started(policy: Policy, python: str, **settings: Any) -> VllmEngine:
+    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, **{"args": ARGS, **SMALL, **settings})
     return start_engine(policy, cfg, VisionCache(0), revision=None, threads=1, timeout_s=TIMEOUT_S)
