@@ -252,6 +252,7 @@ def test_vllms_arguments_are_those_that_are_written_and_reserved_ones_are_refuse
     assert section.arguments == {"tensor_parallel_size": 2, "enforce_eager": False, "block_size": 32}
     for args, said in (
         ({"logprobs_mode": "raw_logprobs"}, "not yours to choose"),
+        ({"distributed_executor_backend": "ray"}, "not yours to choose"),
         ({"max_model_len": 9}, "write it as engine.max_model_len"),
     ):
         with pytest.raises(ValidationError, match=said):
