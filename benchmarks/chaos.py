@@ -105,9 +105,10 @@ def config(folder: Path, engine: str = "local") -> Path:
 
 
 def rounds(chance: Random, faults: Mapping[str, int]) -> Iterator[str]:
-    """Each fault once, in any order; from then on as they come, each as often as its weight says."""
+    """Each fault once, in any order, an engine's first; then as they come, each as often as its weight says."""
     first = list(faults)
     chance.shuffle(first)
+    first.sort(key=lambda fault: fault not in ENGINE_FAULTS)
     yield from first
     while True:
         yield from chance.choices(list(faults), list(faults.values()))
