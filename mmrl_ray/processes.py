@@ -57,6 +57,17 @@ def allocator_settings() -> dict[str, str]:
     return dict.fromkeys(_ALLOCATOR, GROWING_SEGMENTS)
 
 
+def without_growing_segments() -> dict[str, str]:
+    """Environment variables for a process whose libraries share or move a GPU's memory themselves: what is set here,
+    without such segments, which can be neither.
+    """
+    found = {name: os.environ[name] for name in (*_ALLOCATOR, "PYTORCH_HIP_ALLOC_CONF") if name in os.environ}
+    return {
+        name: ",".join(part for part in value.split(",") if not part.strip().startswith("expandable_segments"))
+        for name, value in found.items()
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Lost:
     """The process gave no answer, and is no more."""

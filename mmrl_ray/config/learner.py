@@ -144,6 +144,8 @@ _RESERVED = {
     "speculative_config": "drafts change what is sampled from",
     "logits_processors": "they change what is sampled from",
     "disable_log_stats": "its counters are among the run's metrics",
+    "distributed_executor_backend": "the parts of a model are processes beside the worker, and end with it",
+    "data_parallel_size": "rollout.workers has more engines",
 }
 """vLLM's arguments that are not a user's, and why."""
 _VLLM_ALONE = (
@@ -179,7 +181,8 @@ class EngineSection(Section):
     python: str | None = None
     """With `vllm`: an interpreter that has it; by default the one that `mmrl engine install vllm` has made."""
     tensor_parallel_size: int | None = Field(None, ge=1)
-    """vLLM's argument, as those below: GPUs that share the model; as many as `resources.rollout.gpus`."""
+    """vLLM's argument, as those below: GPUs that share the model; as many as `resources.rollout.gpus`. On CPUs, as many
+    processes."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of a GPU's memory that it takes; the worker's own model lies beside it."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -206,6 +209,16 @@ class EngineSection(Section):
     """With `openai`: the server's name for the model without adapter; by default the first that it serves."""
     api_key_env: str | None = None
     """With `openai`: the environment variable that holds the server's key, where rollout workers run."""
+
+    @property
+    def told(self) -> str | None:
+        """What a run should know of it before it begins."""
+        if self.kind == "local":
+            return None
+        return (
+            "vLLM samples: a resumed run goes on with other tokens than it would have sampled, each group by the "
+            "version that its step says; value heads do not decode"
+        )
 
     @property
     def arguments(self) -> dict[str, Any]:

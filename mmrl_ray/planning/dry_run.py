@@ -56,6 +56,7 @@ from mmrl_ray.planning.preflight import (
     held_out_quarantine,
     trained_on,
 )
+from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.memory import ModelShape, model_shape
@@ -144,6 +145,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Held out": found.held_out,
         "Reward": [*reward_lines(cfg.reward.with_opening(found.opening)), *found.tried],
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.agent is None else cfg.family.rounds_told(cfg),
+        "Engine": _engine_lines(cfg, found, address),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
         "Warnings": found.warnings,
@@ -370,6 +372,22 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
         f"{plan.micro_batch_groups} groups, {plan.micro_batch_tokens:,} of {cfg.learner.token_budget:,} tokens",
         f"tokens      {plan.step_tokens:,} a step at most; {plan.naive_tokens:,} if prompts were not shared",
     ]
+
+
+def _engine_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
+    """What samples, where it is not the worker itself."""
+    engine = cfg.rollout.engine
+    if engine.told is None:
+        return []
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        found.unchecked.append("whether the cluster's nodes have an interpreter with vLLM: rollout.engine.python")
+        return [engine.told]
+    try:
+        return [f"vLLM of {program(engine.python)}", engine.told]
+    except ConfigError as error:
+        found.lacking.append(str(error))
+        found.blocking.append(str(error))
+        return [engine.told]
 
 
 def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:

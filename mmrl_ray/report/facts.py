@@ -24,6 +24,7 @@ EVENT_WORDS = {
     "run_started": "run started",
     "run_resumed": "run resumed",
     "run_ended": "run ended",
+    "engine": "sampled by another engine",
     "worker_created": "rollout worker asked for",
     "worker_ready": "rollout worker ready",
     "worker_lost": "rollout worker lost",

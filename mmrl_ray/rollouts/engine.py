@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,10 +87,15 @@ class RolloutEngine:
             MMRLError: the weights do not fit the adapter, or the model gives NaN: no sample is to blame.
         """
         try:
-            return self._run(assignment, fetch)
-        finally:
-            if self._takes_turns:  # nothing but the result is left by now, and that lies on the CPU
-                self._generator.give_back()
+            result = self._run(assignment, fetch)
+        except Exception:
+            if self._takes_turns:
+                with suppress(MMRLError):  # an engine that is gone says so, which is not what went wrong
+                    self._generator.give_back()
+            raise
+        if self._takes_turns:  # nothing but the result is left by now, and that lies on the CPU
+            self._generator.give_back()
+        return result
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         """These may come next: their prompts are made meanwhile, where processes do that."""

@@ -273,8 +273,9 @@ class RayWorkerPool:
         return []
 
     def _on_error(self, worker: PoolWorker, call: WorkerCall, error: RayError) -> list[Collected | DataFailure]:
-        # A process that a worker has beside it, and that is lost meanwhile, is no more to blame than the worker's own.
-        is_lost = isinstance(error, ProcessError) and call.method == "run"
+        # A process that a worker has beside it, and that is lost, is no more to blame than the worker's own. Once all
+        # workers have been ready, what another one cannot begin with is its node's, and the others go on meanwhile.
+        is_lost = isinstance(error, ProcessError) or (call.method == "start" and self._quorum.complete)
         if isinstance(error, MMRLError) and not is_lost:
             # The project's own errors say what is wrong with model, adapter or reward: another worker would say it too.
             raise getattr(error, "cause", None) or error

@@ -208,7 +208,9 @@ class PoolSettings:
             node_labels=cfg.resources.rollout.node_labels,
             placement_timeout_s=cfg.resources.placement_timeout_s,
             assignment_timeout_s=cfg.rollout.assignment_timeout_s,
-            worker_deadline_s=cfg.rollout.worker_deadline_s,
+            # A worker that takes the place of another has an engine to start first.
+            worker_deadline_s=cfg.rollout.worker_deadline_s
+            + (cfg.rollout.engine.start_timeout_s if cfg.rollout.engine.kind == "vllm" else 0.0),
             log_format=cfg.run.log_format,
             prepares_ahead=cfg.resources.rollout.prompt_processes > 0,
             model=cfg.model.path,

@@ -190,6 +190,8 @@ class _Run:
             with opened as stack:
                 write_status(run, "starting", STARTING_S)
                 note_event(run, "run_resumed" if again else "run_started")
+                if cfg.rollout.engine.told is not None:
+                    note_event(run, "engine", detail=cfg.rollout.engine.told)
                 if self._owner.taken_over is not None:
                     note_event(run, "run_taken_over", owner=self._owner.taken_over)
                 for kind, told_of in self._findings if not again else ():
@@ -248,6 +250,8 @@ class _Run:
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
             check_engine(cfg, joined=bool(address or os.environ.get("RAY_ADDRESS")))
+            if cfg.rollout.engine.told is not None:
+                self._progress.note(cfg.rollout.engine.told)
             check_references(cfg)
             samples = self._held_out(again)
         with self._progress.busy("starting Ray"):

@@ -50,9 +50,9 @@ def engine(policy: Policy, python: str) -> Iterator[VllmEngine]:
     made.close()
 
 
-def started(policy: Policy, python: str) -> VllmEngine:
-    args = {**ARGS, "max_loras": 3}
-    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, args=args, **SMALL)
+def started(policy: Policy, python: str, **settings: Any) -> VllmEngine:
+    asked = {"args": {**ARGS, "max_loras": 3}, **SMALL, **settings}
+    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, **asked)
     return start_engine(policy, cfg, VisionCache(0), revision=None, threads=1, timeout_s=TIMEOUT_S)
 
 

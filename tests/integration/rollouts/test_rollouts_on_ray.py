@@ -346,14 +346,35 @@ def test_a_worker_that_cannot_be_placed_ends_the_run(
     assert f"asks for {words}, the cluster has {{'CPU': 3.0}} in all" in answer.reason
 
 
-def test_a_worker_that_lost_the_process_of_its_engine_is_replaced(make: Callable[..., World], tmp_path: Path) -> None:
-    world = make(FakeEngineFactory(lose_once=str(tmp_path / "lost")), settings={"workers": 1})
+@pytest.mark.parametrize("when", ["start", "work"])
+def test_a_worker_that_lost_the_process_of_its_engine_is_replaced(
+    make: Callable[..., World], tmp_path: Path, when: str
+) -> None:
+    flag = str(tmp_path / "lost")
+    factory = FakeEngineFactory(lose_first=flag) if when == "start" else FakeEngineFactory(lose_once=flag)
+    world = make(factory, settings={"workers": 1})
     world.controller.rewind(0)
     answer = world.controller.next_plan(0, 1, wait_s=WAIT_S)
     assert not isinstance(answer, Stop)
     assert len(world.events("worker_created")) == 2
     (lost,) = world.events("worker_lost")
-    assert "ProcessError: the process of an engine ended by itself" in lost["detail"]
+    assert "ProcessError: the process of an engine" in lost["detail"]
+
+
+def test_others_go_on_while_the_place_of_a_worker_cannot_be_taken(make: Callable[..., World], tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    world = make(FakeEngineFactory(refused_while=str(gone)))
+    until(lambda: len(world.workers("ready")) == 2, "two workers did not start")
+    gone.touch()
+    world.signal_one("ready", signal.SIGKILL)
+    refused = "ConfigError: rollout.engine.python='/nowhere/python' is no program"
+    until(lambda: sum(refused in e["detail"] for e in world.events("worker_lost")) >= 2, "no two tries to replace it")
+    world.controller.rewind(0)
+    world.step(0)
+    gone.unlink()
+    until(lambda: len(world.workers("ready")) == 2, "nobody took its place")
+    world.step(1)
+    world.check_log(2)
 
 
 @pytest.mark.parametrize("when", ["start", "work"])

@@ -15,6 +15,8 @@ from mmrl_ray.run_records.run_dir import RunDir
 
 Place = tuple[int, int]
 """Step, and place in it."""
+GAP = 1e-3
+"""Nats, in float32: what one version's weights make of a token and what the next one's do is a hundred times that."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Verdict:
     duplicated: list[Place]
     wrong: list[Place]
     """Of another sample, or with another seed, than stream and seeds say."""
+    stale: list[Place]
+    """Sampled by another version than the step's, by their label or by the learner's own log-probs."""
+    gap: float
+    """Nats: the largest difference between a log-prob of the learner's and the one that the token was drawn with."""
     quarantined: list[Place]
     masked: list[Place]
 
@@ -34,8 +40,9 @@ class Verdict:
 def judge(folder: Path, cfg: Config) -> Verdict:
     """Of a strictly on-policy run: each (sample, step, attempt) of its finished steps once, with every completion."""
     run = RunDir.at(folder)
-    steps = len(run.read_lines("metrics.jsonl"))
-    columns = ["step", "index", "attempt", "completion", "sample_id", "masked", "sampling"]
+    metrics = run.read_lines("metrics.jsonl")
+    steps = len(metrics)
+    columns = ["step", "index", "attempt", "completion", "sample_id", "masked", "sampling", "policy_version"]
     rows = [
         row
         for file in sorted(folder.glob("rollouts/*.parquet"))
@@ -47,7 +54,8 @@ def judge(folder: Path, cfg: Config) -> Verdict:
             by_place[row["step"], row["index"]].append(row)
     expected, empty = _expected(cfg, steps, {r["sample_id"] for r in run.read_lines("quarantine.jsonl")}, set(by_place))
     completions = set(range(cfg.rollout.group_size))
-    lost, duplicated, wrong = [], [], []
+    gaps = [line.get("sampler_gap/max", 0.0) for line in metrics]
+    lost, duplicated, wrong, stale = [], [], [], []
     for place, (sample, seed) in expected.items():
         found = by_place.pop(place, [])
         counts = Counter(row["completion"] for row in found)
@@ -57,9 +65,11 @@ def judge(folder: Path, cfg: Config) -> Verdict:
             duplicated.append(place)
         if any(row["sample_id"] != sample or row["sampling"]["seed"] != seed for row in found):
             wrong.append(place)
+        if gaps[place[0]] > GAP or any(row["policy_version"] != place[0] for row in found):
+            stale.append(place)
     masked = sorted({(row["step"], row["index"]) for row in rows if row["masked"] is not None and row["step"] < steps})
     duplicated += sorted(by_place)  # of no step's plan
-    return Verdict(steps, len(expected), lost, duplicated, wrong, empty, masked)
+    return Verdict(steps, len(expected), lost, duplicated, wrong, stale, max(gaps, default=0.0), empty, masked)
 
 
 def _expected(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ STOPS_WITHIN_S = 60.0
 """A run that cannot go on ends, and says why, within so long."""
 RECOVERS_WITHIN_S = 240.0
 _LOOK_S = 0.05
+ENGINE = "mmrl_ray.policy.generation.vllm.child:work"
+"""Among the arguments of its process, and of the watcher of that."""
 
 
 class NotSurvivedError(AssertionError):
@@ -153,6 +156,18 @@ class FaultyRun:
         os.kill(self._a_worker(), signal.SIGSTOP)
         return began, lambda: self._replaced(began)
 
+    def engine_killed(self) -> tuple[float, Callable[[], bool]]:
+        """The process of a worker's engine dies, and the worker does not."""
+        began = time.time()
+        os.kill(self._an_engine(), signal.SIGKILL)
+        return began, lambda: self._replaced(began)
+
+    def engine_stopped(self) -> tuple[float, Callable[[], bool]]:
+        """It hangs."""
+        began = time.time()
+        os.kill(self._an_engine(), signal.SIGSTOP)
+        return began, lambda: self._replaced(began)
+
     def handover(self) -> tuple[float, Callable[[], bool]]:
         """A worker dies between sampling and handing over."""
         began = self._tell("handover")
@@ -242,6 +257,19 @@ class FaultyRun:
 
         self.wait(found, "a worker that is ready")
         return self.chance.choice(sorted(pids))
+
+    def _an_engine(self) -> int:
+        """Of a worker that is ready: of the watcher and the process that it watches, that one."""
+        pids: list[int] = []
+
+        def found() -> bool:
+            with contextlib.suppress(psutil.Error):
+                below = psutil.Process(self._a_worker()).children(recursive=True)
+                pids[:] = [each.pid for each in below if ENGINE in each.cmdline() and ENGINE in each.parent().cmdline()]
+            return bool(pids)
+
+        self.wait(found, "an engine beside a worker")
+        return pids[0]
 
     def _replaced(self, since: float) -> bool:
         """Whoever died has a successor that is ready, or that died, too, and has one."""

@@ -257,6 +257,7 @@ def test_without_data_a_stand_in_picture_gives_the_prompt_length(tmp_path: Path)
         ({"model": {"lora": {"targets": ["no_such_proj"]}}}, "no_such_proj"),
         ({"resources": {"learner": {"gpus": 1000}}}, "1000 GPU asked for"),
         ({"data": {"prompt": "see <image> ."}}, "<image>"),
+        ({"rollout": {"engine": {"kind": "vllm", "python": "/nowhere/python"}}}, "'/nowhere/python' is no program"),
         (
             {
                 "reward": {
@@ -274,6 +275,7 @@ def test_says_what_would_stop_the_run(tmp_path: Path, sections: dict[str, Any], 
     assert expected in found.blocking[0]
     assert ("Would stop the run" in text) == bool(found.refused), "the exit code goes by it"
     assert ("Not on this machine" in text) == bool(found.lacking)
+    assert ("a resumed run goes on with other tokens" in text) == ("engine" in sections.get("rollout", {}))
 
 
 def test_warns_of_a_format_that_no_reference_has_and_knows_what_the_template_writes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Quarantine, Sample
-from mmrl_ray.errors import ModelError, ProcessError
+from mmrl_ray.errors import ConfigError, ModelError, ProcessError
 from mmrl_ray.experience.carriers import (
     CaptionState,
     Completion,
@@ -156,12 +156,21 @@ class FakeEngineFactory:
     hang_once: tuple[str, str] | None = None
     lose_once: str | None = None
     start_error: str | None = None
+    lose_first: str | None = None
+    """File that is made when a process does not start: only the first time."""
+    refused_while: str | None = None
+    """A file: while it is there, its interpreter is not."""
     stuck_while: str | None = None
     """A file: while it is there, engines are not finished."""
 
     def __call__(self, worker: str) -> FakeEngine:
         if self.start_error is not None:
             raise ModelError(self.start_error)
+        if self.lose_first is not None and not Path(self.lose_first).exists():
+            Path(self.lose_first).touch()
+            raise ProcessError("the process of an engine gave no answer within 1 s")
+        if self.refused_while is not None and Path(self.refused_while).exists():
+            raise ConfigError("rollout.engine.python='/nowhere/python' is no program")
         while self.stuck_while is not None and Path(self.stuck_while).exists():
             time.sleep(0.05)
         every = (self.crash_on, self.broken, self.masked, self.raise_on, self.hang_once, self.lose_once)

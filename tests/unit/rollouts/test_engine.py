@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, ContextLengthError, ImageError, ModelError, RewardError
+from mmrl_ray.errors import ConfigError, ContextLengthError, ImageError, ModelError, ProcessError, RewardError
 from mmrl_ray.experience.carriers import (
     Completion,
     EncodedPrompt,
@@ -164,6 +165,19 @@ def test_groups_come_back_in_order_with_everything_the_learner_needs() -> None:
     assert group.payload.greedy.text == "sample-001 9"
     assert torch.equal(group.payload.completions[1].reference_logprobs, torch.tensor([-0.5, -1.5]))
     assert set(result.timings) == {"load", "encode", "sample", "reference", "reward"}
+
+
+def test_an_engine_that_cannot_give_back_does_not_hide_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = FakeGenerator()
+    monkeypatch.setattr(generator, "give_back", Mock(side_effect=ProcessError("the engine is not running any more")))
+    parts: tuple[Any, ...] = (generator, FakeScorer(), FakeReward())
+    section = RewardSection(retries=0, timeout_s=5.0)
+    made = RolloutEngine(*parts, worker="w7", reward_cfg=section, ship_vision_bytes=0, takes_turns=True)
+    with pytest.raises(ProcessError, match="not running"):  # a learner would find no room
+        made.run(assignment(), as_made)
+    monkeypatch.setattr(generator, "generate", Mock(side_effect=ModelError("NaN")))
+    with pytest.raises(ModelError, match="NaN"):
+        made.run(assignment(), as_made)
 
 
 def test_the_reward_can_tell_which_captions_were_cut_off() -> None:

@@ -146,7 +146,7 @@ class Engine:
             from vllm.sampling_params import RequestOutputKind
             from vllm.v1.engine.llm_engine import LLMEngine
 
-            importlib.import_module(EXTENSION)
+            extension = importlib.import_module(EXTENSION)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{sys.executable} has no usable vLLM ({error})") from error
         self._sampling, self._lora, self._kind = SamplingParams, LoRARequest, RequestOutputKind
@@ -163,6 +163,9 @@ class Engine:
                     f"vLLM {_release()} has no argument {name!r}{f'; like it are {like}' if like else ''}"
                 )
         self._ends, self._bias = list(asked["ends"]), dict.fromkeys(asked["forbidden"], FORBIDDEN_BIAS)
+        self._is_parted = args.get("tensor_parallel_size", 1) > 1
+        if self._is_parted:
+            extension.unlink_afterwards()
         self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         self._versions: dict[int | str, Version] = {}
         self._seated: list[Version] = []
@@ -222,6 +225,10 @@ class Engine:
         if self.broken is not None:
             raise ProcessError(f"vLLM's engine ended: {self.broken}")
         asked = message.pop("ask")
+        if self._is_asleep and asked in ("load", "drop", "submit", "wake"):
+            # Adapters have their places in the memory that is not there meanwhile: a copy into it ends the engine.
+            self._engine.wake_up()
+            self._is_asleep = False
         if asked == "load":
             self._load(message["version"], message["adapter"], tensors)
         elif asked == "drop":
@@ -236,11 +243,7 @@ class Engine:
             return {"counters": self.counters()}, {}
         elif asked == "sleep":
             self._sleep()
-        elif asked == "wake":
-            if self._is_asleep:
-                self._engine.wake_up()
-                self._is_asleep = False
-        else:
+        elif asked != "wake":
             raise ProcessError(f"there is no request {asked!r}")
         return {}, {}
 
@@ -250,14 +253,20 @@ class Engine:
         made = Version(salt=name, request=None)
         if config is not None:
             made.request = self._lora(lora_name=name, lora_int_id=self._ids, lora_path=f"memory:{name}")
+            troubles = self._engine.collective_rpc("hold_adapter", args=(self._ids, tensors, config))
+            if any(troubles):
+                self._engine.collective_rpc("release_adapter", args=(self._ids,))
+                raise AdapterError(f"version {version} of the adapter: {next(filter(None, troubles))}")
             try:
-                self._engine.collective_rpc("hold_adapter", args=(self._ids, tensors, config))
                 self.seat(made)  # what does not fit is found now, if there is a place, and not by a group
             except Exception as error:
-                self._engine.collective_rpc("release_adapter", args=(self._ids,))
                 if self.broken is not None:
                     raise
-                raise AdapterError(f"version {version} of the adapter: {' '.join(str(error).split())}") from error
+                if self._is_parted:  # the other parts' answers to this are taken for those to what is asked next
+                    self.broken = one_line(error)
+                else:
+                    self._engine.collective_rpc("release_adapter", args=(self._ids,))
+                raise AdapterError(f"version {version} of the adapter: {one_line(error)}") from error
         if version in self._versions:
             self._drop(version)
         self._versions[version] = made
@@ -319,8 +328,6 @@ class Engine:
         version = self._versions.get(name)
         if version is None:
             raise ProcessError(f"policy version {name} is not loaded; there are {sorted(map(str, self._versions))}")
-        if self._is_asleep:
-            raise ProcessError("the engine sleeps; wake it first")
         return version
 
     def rendered(self, asked: Mapping[str, Any], version: Version, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -401,8 +408,8 @@ class Engine:
     def _sleep(self) -> None:
         if self._engine.has_unfinished_requests():
             raise ProcessError("groups are under way; collect them before the engine sleeps")
-        if self.facts["can_sleep"]:
-            self._engine.sleep(1)
+        if self.facts["can_sleep"] and not self._is_asleep:
+            self._engine.sleep(1)  # 2 would drop the weights, too, and have no file to read an adapter's base from
             self._is_asleep = True
 
 

@@ -27,8 +27,9 @@ from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure
 from mmrl_ray.policy.generation.decode import decode_groups
 from mmrl_ray.policy.generation.queue import DecodeQueue, Group, GroupBook
 from mmrl_ray.policy.generation.rules import GenerationRules, generation_rules
-from mmrl_ray.policy.generation.vllm.engine import VllmProcess, prompt_tensors, read_by_vllm, start_process
+from mmrl_ray.policy.generation.vllm.engine import prompt_tensors, read_by_vllm, start_process
 from mmrl_ray.policy.generation.vllm.mmrl_vllm_worker import RULES
+from mmrl_ray.policy.generation.vllm.process import VllmProcess
 from mmrl_ray.policy.lora.files import AdapterFiles
 from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy

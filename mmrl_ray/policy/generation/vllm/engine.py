@@ -15,10 +15,8 @@ applies none where it does not draw.
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,133 +26,23 @@ from transformers.utils import is_torchvision_available
 from mmrl_ray.config.learner import EngineSection
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import (
-    AdapterError,
-    ConfigError,
-    ContextLengthError,
-    MMRLError,
-    ModelError,
-    ProcessError,
-    last_line,
-)
+from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ModelError
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, PromptSource, SamplingParams
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
-from mmrl_ray.policy.generation.vllm.child import EXTENSION, pack, unpack
-from mmrl_ray.policy.generation.vllm.environment import program
+from mmrl_ray.policy.generation.vllm.child import EXTENSION
+from mmrl_ray.policy.generation.vllm.process import VllmProcess
 from mmrl_ray.policy.heads import split_heads
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.lora.targets import check_tensor_names
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import with_source
 from mmrl_ray.policy.vision import VisionCache, give_back
-from mmrl_ray.processes import ChildProcess, Lost
+from mmrl_ray.processes import without_growing_segments
 
-NAME = "the vLLM engine"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM has buffers for."""
-_TAIL_BYTES = 4096
 _SEEDS = 1 << 62
 """vLLM adds a completion's place to the seed, and takes 63 bits."""
-_ERRORS = {error.__name__: error for error in (ConfigError, AdapterError)}
-
-
-class VllmProcess:
-    """vLLM's engine in a process of its own; one thread at a time. Every wait has a deadline, at which it is ended."""
-
-    def __init__(
-        self, python: str | None, asked: Mapping[str, Any], *, environment: Mapping[str, str], start_timeout_s: float
-    ) -> None:
-        """Starts it, and waits until the model is loaded.
-
-        Args:
-            python: an interpreter that has vLLM, see `environment.program`.
-            asked: what `child.Engine` takes.
-            environment: variables beside this process's own.
-            start_timeout_s: for loading the model, and compiling it where it is compiled.
-
-        Raises:
-            ConfigError: there is no such interpreter, it has no vLLM, or vLLM has no such argument.
-            ProcessError: vLLM does not start; with the end of what it wrote.
-        """
-        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - as long as this
-        self._told, self._is_open = 0, True
-        self._child = ChildProcess(
-            "mmrl_ray.policy.generation.vllm.child:work",
-            NAME,
-            {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", **environment},
-            python=program(python),
-            output=self._output.fileno(),
-        )
-        try:
-            self.facts = self._asked(dict(asked), None, start_timeout_s)[0]
-            """`child.Engine.facts`."""
-        except MMRLError:
-            self.close()
-            raise
-
-    def ask(
-        self, what: str, *, timeout_s: float, tensors: Mapping[str, torch.Tensor] | None = None, **message: Any
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """The answer to one request of `child.py`.
-
-        Raises:
-            ProcessError: the engine is gone, or gave no answer in time and has been ended.
-            AdapterError: the adapter does not fit.
-        """
-        return self._asked({"ask": what, **message}, tensors, timeout_s)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can be asked; from any thread."""
-        return self._is_open and self._child.alive
-
-    def close(self) -> None:
-        """Ends it."""
-        self._is_open = False
-        self._child.end()
-        self._relay()
-
-    def _asked(
-        self, message: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None, timeout_s: float
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        if not self._is_open:
-            raise ProcessError(f"{NAME} is not running any more{self._tail()}")
-        frame = self._child.ask(pack(message, tensors), timeout_s=timeout_s)
-        if isinstance(frame, Lost):
-            self._is_open = False
-            raise ProcessError(f"{frame.reason}{self._tail()}")
-        answer, found = unpack(frame)
-        if "error" in answer:
-            self._refused(answer["kind"], answer["error"])
-        self._relay()
-        return answer, found
-
-    def _refused(self, kind: str, error: str) -> NoReturn:
-        remedy = "; `mmrl engine install vllm` makes an environment" if "no usable vLLM" in error else ""
-        raise _ERRORS.get(kind, ProcessError)(f"{NAME}: {error}{remedy}")
-
-    def _written(self) -> str:
-        """What it has written since the last look."""
-        found = self._read(self._told)
-        self._told += len(found)
-        return found.decode(errors="replace")
-
-    def _read(self, start: int) -> bytes:
-        """Of what it has written, from there on. At a place of its own: that of the open file is the process's, too."""
-        end = os.fstat(self._output.fileno()).st_size
-        return os.pread(self._output.fileno(), max(0, end - start), start)
-
-    def _relay(self) -> None:
-        """Hands on what it wrote, to where this process's own messages go."""
-        if text := self._written():
-            sys.stderr.write(text)
-
-    def _tail(self) -> str:
-        """The end of what it wrote, for an error."""
-        end = os.fstat(self._output.fileno()).st_size
-        said = last_line(self._read(max(0, end - _TAIL_BYTES)).decode(errors="replace"))
-        self._relay()
-        return f"; the last that it wrote: {said}" if said else ""
 
 
 def start_engine(
@@ -186,7 +74,13 @@ def start_engine(
         **({"enable_sleep_mode": True} if takes_turns else {}),
     }
     process = start_process(
-        policy, cfg, args, max_rank=_adapter_config(policy)["r"], revision=revision, threads=threads
+        policy,
+        cfg,
+        args,
+        max_rank=_adapter_config(policy)["r"],
+        revision=revision,
+        threads=threads,
+        timeout_s=timeout_s,
     )
     dtype = str(policy.dtype).removeprefix("torch.")
     found = {"dtype": dtype, **cfg.arguments}
@@ -202,6 +96,7 @@ def start_process(
     max_rank: int | None,
     revision: str | None,
     threads: int,
+    timeout_s: float,
     environment: Mapping[str, str] | None = None,
 ) -> VllmProcess:
     """A process that has loaded a policy's model.
@@ -213,26 +108,24 @@ def start_process(
         max_rank: of adapters; None where there are none.
         revision: of a model that is a hub id.
         threads: of the process, where it computes on CPUs.
+        timeout_s: for each of its answers.
         environment: further variables that it has.
 
     Raises:
         ConfigError, ProcessError: of `VllmProcess`.
     """
+    parts = cfg.tensor_parallel_size or 1
     rank = None if max_rank is None else next((each for each in RANKS if each >= max_rank), max_rank)
     asked = {
         "dtype": str(policy.dtype).removeprefix("torch."),
         **args,
+        **({"distributed_executor_backend": "mp"} if parts > 1 else {}),  # not a Ray's that vLLM may find
         **cfg.arguments,
         "model": policy.path,
         "revision": revision,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
-<<<<<<< HEAD
         **({} if rank is None else {"enable_lora": True, "max_lora_rank": rank}),
-=======
-        "enable_lora": True,
-        "max_lora_rank": next((each for each in RANKS if each >= rank), rank),
->>>>>>> openai
         "worker_extension_cls": f"{EXTENSION}.Adapters",
         "limit_mm_per_prompt": {"video": 0},
         "mm_processor_kwargs": policy.processor_settings or None,
@@ -242,7 +135,11 @@ def start_process(
         cfg.python,
         {"args": asked, "forbidden": list(policy.image_token_ids), "ends": list(policy.eos_token_ids)},
         environment={
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(max(1, threads // parts)),
+            **without_growing_segments(),
+            # Of a part that fails alone vLLM hears nothing, and waits. It is to find that out before the pool does,
+            # which could not say what it was.
+            **({"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(max(1, int(timeout_s / 2)))} if parts > 1 else {}),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             # Pictures are to be made as this process makes them.
@@ -289,7 +186,10 @@ class VllmEngine(GenerationEngine):
         return with_source(self._policy, prompt, sample)
 
     def give_back(self) -> None:
-        """Features that the scorer made; and vLLM sleeps, where it can: weights go to the CPU, its cache is gone."""
+        """Features that the scorer made; and vLLM sleeps, where it can: weights go to the CPU, its cache is gone.
+
+        Whatever it is asked for next wakes it.
+        """
         give_back(self._policy.device, self._cache)
         self._process.ask("sleep", timeout_s=self._timeout_s)
 
@@ -304,8 +204,6 @@ class VllmEngine(GenerationEngine):
         self._process.close()
 
     def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
-        if self._process.facts["can_sleep"]:
-            self._process.ask("wake", timeout_s=self._timeout_s)
         tickets = submit(self._process, self._version, requests, timeout_s=self._timeout_s)
         return collect(self._policy, self._process, requests, tickets, timeout_s=self._timeout_s)
 

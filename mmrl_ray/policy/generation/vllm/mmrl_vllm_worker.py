@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,20 @@ class Adapters:
 
     model_runner: Any
 
-    def hold_adapter(self, lora_id: int, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    def hold_adapter(self, lora_id: int, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
         """Keeps these for requests with `lora_id`.
 
-        Raises:
-            ValueError: the model has no place for one of them; vLLM would leave it out without a word.
+        Returns:
+            Why it cannot; empty where it can. Never an error: of several workers vLLM would hear the first alone, and
+            take the answers of the others for those to its next question.
         """
+        try:
+            self._hold(lora_id, tensors, config)
+        except Exception as error:  # noqa: BLE001 - of vLLM's, whatever they are
+            return " ".join(str(error).split()) or type(error).__name__
+        return ""
+
+    def _hold(self, lora_id: int, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
         manager = self.model_runner.lora_manager
         if not hasattr(manager, "held_adapters"):
             manager.held_adapters = {}
@@ -47,7 +56,7 @@ class Adapters:
         places = manager._adapter_manager
         packed = places.packed_modules
         known = {part for name in places.modules for part in (name, *packed.get(name, ()))}
-        if unknown := sorted(made.loras.keys() - known):
+        if unknown := sorted(made.loras.keys() - known):  # vLLM would leave them out without a word
             raise ValueError(
                 f"vLLM has no place for {len(unknown)} of the adapter's {len(made.loras)} layers, such as {unknown[0]}"
             )
@@ -58,6 +67,17 @@ class Adapters:
         manager = self.model_runner.lora_manager
         manager.remove_adapter(lora_id)
         getattr(manager, "held_adapters", {}).pop(lora_id, None)
+
+
+def unlink_afterwards() -> None:
+    """Has the process that unlinks shared memory after its users start in a group of its own, so that it outlives them.
+
+    The parts of a model talk through hundreds of megabytes of it, which would stay if all of them were killed at once.
+    """
+    group = os.getpgrp()
+    os.setpgid(0, 0)
+    resource_tracker.ensure_running()
+    os.setpgid(0, group)
 
 
 def _make(manager: Any, request: Any) -> Any:

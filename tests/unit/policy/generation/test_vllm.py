@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +21,12 @@ from mmrl_ray.errors import ConfigError, ProcessError
 from mmrl_ray.experience.carriers import EncodedPrompt, PromptSource, SamplingParams
 from mmrl_ray.policy.generation.base import Event, Failure
 from mmrl_ray.policy.generation.vllm import environment
-from mmrl_ray.policy.generation.vllm.child import pack, unpack
+from mmrl_ray.policy.generation.vllm.child import EXTENSION, Engine, pack, unpack
 from mmrl_ray.policy.generation.vllm.decoder import VllmDecoder
-from mmrl_ray.policy.generation.vllm.engine import VllmProcess
+from mmrl_ray.policy.generation.vllm.process import VllmProcess
 from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.processes import without_growing_segments
 from tests.support.tiny_models import load_family
 
 ASKED = {"args": {}, "forbidden": [], "ends": []}
@@ -58,11 +62,206 @@ def test_a_process_that_does_not_answer_is_ended_at_its_deadline(tmp_path: Path)
         VllmProcess(str(python), ASKED, environment={}, start_timeout_s=0.3)
 
 
+PROGRAM = """#!{python} -S
+import socket, struct, sys
+requests = socket.socket(fileno=int(sys.argv[-3]))
+frame = open({frame!r}, "rb").read()
+megabytes = {megabytes}
+while requests.recv(1 << 20):
+    for _ in range(int(megabytes)):
+        sys.stdout.write("a line of a log\\n" * (1 << 16))
+    megabytes /= 2
+    print({said!r}, flush=True)
+    requests.sendall(struct.pack("!Q", len(frame)) + frame)
+"""
+"""An engine that writes, and answers whatever it is asked the same."""
+
+
+def program_of(folder: Path, answer: dict[str, object], *, said: str = "", megabytes: int = 0) -> str:
+    frame, python = folder / "frame", folder / "python"
+    frame.write_bytes(pack(answer))
+    python.write_text(PROGRAM.format(python=sys.executable, frame=str(frame), said=said, megabytes=megabytes))
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "kind", "words"),
+    [
+        (  # `vllm/v1/core/kv_cache_utils.py`
+            "ValueError: To serve at least one request with the model's max seq len (32768), (1.7 GiB KV cache is "
+            "needed, which is larger than the available KV cache memory (0.4 GiB).",
+            "",
+            ConfigError,
+            r"gpu_memory_utilization .*lower max_model_len",
+        ),
+        (  # `vllm/v1/worker/utils.py`; the engine that was here before may still be leaving
+            "ValueError: Free memory on device cuda:0 (2.1/79 GiB) on startup is less than desired GPU "
+            "memory utilization",
+            "",
+            ProcessError,
+            r"lower rollout\.engine\.gpu_memory_utilization or max_num_seqs",
+        ),
+        ("ValueError: Unknown quantization method: a.", "", ConfigError, r"Unknown quantization.* rollout\.engine"),
+        ("RuntimeError: Failed to infer device type", "", ConfigError, r"resources\.rollout\.gpus"),
+        (
+            "Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace "
+            "for root cause.",
+            "ERROR 11-30 [executor.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n"
+            "Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace "
+            "for root cause.",
+            ProcessError,
+            r"OutOfMemoryError: CUDA out of memory\. Tried to allocate 2 GiB\.; lower",
+        ),
+    ],
+)
+def test_what_is_wrong_at_the_start_is_told_from_what_may_go_better(
+    tmp_path: Path, error: str, said: str, kind: type[Exception], words: str
+) -> None:
+    python = program_of(tmp_path, {"error": error, "kind": ""}, said=said)
+    with pytest.raises(kind, match=words):
+        VllmProcess(python, ASKED, environment={}, start_timeout_s=60.0)
+
+
+def test_an_engine_that_writes_without_end_fills_neither_log_nor_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = VllmProcess(
+        program_of(tmp_path, {}, said="the last line", megabytes=24), ASKED, environment={}, start_timeout_s=60.0
+    )
+    for left in (0, 12 << 20):  # the half that is written then, and no hole where the first was
+        assert os.fstat(process._output.fileno()).st_size < left + (1 << 20)
+        told = capsys.readouterr().err
+        assert told.endswith("a line of a log\nthe last line\n")
+        assert "bytes before this" in told
+        assert len(told) < 200_000
+        process.ask("counters", timeout_s=60.0)
+    process.close()
+
+
+class Asleep(Exception):
+    """What an engine ends with that touches a GPU's memory which is not there."""
+
+
+class FakeLLMEngine:
+    """The calls of vLLM's engine that use the memory which a sleeping one has given away, and what they were."""
+
+    def __init__(self) -> None:
+        self.asleep, self.waiting = False, []  # type: ignore[var-annotated]
+        self.vllm_config = SimpleNamespace(
+            lora_config=SimpleNamespace(max_loras=1), model_config=SimpleNamespace(enable_sleep_mode=True, dtype="x")
+        )
+        self.vllm_config.model_config.max_model_len = 8
+        self.vllm_config.cache_config = SimpleNamespace(enable_prefix_caching=True)
+        self.renderer = SimpleNamespace(render_cmpl=list)
+        self.trouble = ""
+
+    def _touch(self, *_: object, **__: object) -> None:
+        if self.asleep:
+            raise Asleep
+
+    add_lora = remove_lora = _touch
+
+    def collective_rpc(self, method: str, args: tuple[object, ...]) -> list[str]:
+        if method == "release_adapter":
+            self._touch()
+        return [self.trouble]
+
+    def add_request(self, ticket: str, prompt: object, sampling: object, lora_request: object) -> None:
+        self.waiting.append(ticket)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list[SimpleNamespace]:
+        self._touch()
+        if self.trouble:
+            raise RuntimeError(self.trouble)
+        token = SimpleNamespace(logprob=-1.0)
+        row = SimpleNamespace(index=0, token_ids=[5], logprobs=[{5: token}], finish_reason="stop")
+        ticket = self.waiting.pop()
+        return [
+            SimpleNamespace(
+                finished=True, request_id=ticket, outputs=[row], prompt_token_ids=[1, 2], num_cached_tokens=0
+            )
+        ]
+
+    def sleep(self, level: int) -> None:
+        assert (level, self.asleep) == (1, False)
+        self.asleep = True
+
+    def wake_up(self) -> None:
+        assert self.asleep
+        self.asleep = False
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The child's side around `FakeLLMEngine`: no CPU build of vLLM sleeps, and none runs out of a GPU's memory."""
+    made = FakeLLMEngine()
+    modules: dict[str, dict[str, object]] = {
+        "vllm": {"SamplingParams": SimpleNamespace},
+        "vllm.engine.arg_utils": {"EngineArgs": make_dataclass("EngineArgs", [])},
+        "vllm.lora.request": {"LoRARequest": SimpleNamespace},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: False)},
+        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(FINAL_ONLY=0, DELTA=1)},
+        "vllm.v1.engine.llm_engine": {"LLMEngine": SimpleNamespace(from_engine_args=lambda args: made)},
+        EXTENSION: {},
+    }
+    for name, contents in modules.items():
+        for parent in (".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 2)):
+            if parent not in sys.modules:
+                monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        vars(sys.modules[name]).update(contents)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return Engine(ASKED)
+
+
+GROUP = {"prompt": 0, "images": 0, "image_key": "k", "sampling": {}}
+IDS = {"0/ids": torch.tensor([1, 2])}
+
+
+def test_whatever_an_engine_is_asked_for_wakes_it_and_sleeping_twice_is_sleeping(child: Engine) -> None:
+    fake = child._engine
+    for version in (1, 2, 3):
+        child.answer({"ask": "load", "version": version, "adapter": {}}, {})
+        child.answer({"ask": "drop", "version": version - 1}, {})
+        assert not fake.asleep
+        (ticket,) = child.answer({"ask": "submit", "groups": [{"version": version, **GROUP}]}, IDS)[0]["tickets"]
+        with pytest.raises(ProcessError, match="under way"):
+            child.answer({"ask": "sleep"}, {})
+        assert child.answer({"ask": "collect", "tickets": [ticket]}, {})[1]["0/tokens"].tolist() == [5]
+        for _ in range(2):
+            child.answer({"ask": "sleep"}, {})
+        assert fake.asleep
+    child.answer({"ask": "drop", "version": 3}, {})
+    assert not fake.asleep
+
+
+def test_an_engine_that_ran_out_of_memory_says_so_whatever_it_is_asked_next(child: Engine) -> None:
+    child.answer({"ask": "load", "version": 1, "adapter": None}, {})
+    (ticket,) = child.answer({"ask": "submit", "groups": [{"version": 1, **GROUP}]}, IDS)[0]["tickets"]
+    child._engine.trouble = "CUDA out of memory. Tried to allocate 2 GiB"
+    for asked in ({"ask": "collect", "tickets": [ticket]}, {"ask": "sleep"}):
+        with pytest.raises(ProcessError, match="CUDA out of memory"):
+            child.answer(asked, {})
+    assert not child.is_busy
+
+
+def test_growing_segments_are_taken_out_of_what_an_allocator_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_HIP_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64, expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    found = without_growing_segments()
+    assert found == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_CUDA_ALLOC_CONF": ""}
+
+
 def test_vllms_arguments_are_those_that_are_written_and_reserved_ones_are_refused() -> None:
     section = EngineSection(kind="vllm", tensor_parallel_size=2, enforce_eager=False, args={"block_size": 32})
     assert section.arguments == {"tensor_parallel_size": 2, "enforce_eager": False, "block_size": 32}
     for args, said in (
         ({"logprobs_mode": "raw_logprobs"}, "not yours to choose"),
+        ({"distributed_executor_backend": "ray"}, "not yours to choose"),
         ({"max_model_len": 9}, "write it as engine.max_model_len"),
     ):
         with pytest.raises(ValidationError, match=said):

@@ -1,0 +1,121 @@
+"""A model in parts (`tensor_parallel_size`), what becomes of its processes, and engines that cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mmrl_ray.errors import AdapterError, ConfigError, ProcessError
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
+from mmrl_ray.policy.generation.base import DecodeRequest
+from mmrl_ray.policy.generation.vllm.engine import VllmEngine
+from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import encode_prompts
+from tests.unit.policy.generation.test_decode_families import TOKENS, generated
+from tests.vllm.conftest import TIMEOUT_S, started
+from tests.vllm.models import adapter_of, policy_of
+from tests.vllm.test_engine import BOUND, gap, load, long_samples, requests
+
+SHARED = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    return policy_of("llava", tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def parted(policy: Policy, python: str) -> Iterator[VllmEngine]:
+    """Two processes have a half of each layer; the last test of this module ends them."""
+    made = started(policy, python, tensor_parallel_size=2)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def prompts(policy: Policy, parted: VllmEngine) -> list[EncodedPrompt]:
+    samples = long_samples()
+    return [parted.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
+
+
+def segments() -> set[str]:
+    """Shared memory that Python has made for several processes."""
+    return {name for name in os.listdir(SHARED) if name.startswith("psm_")}
+
+
+def parts_of(owner: int) -> list[psutil.Process]:
+    """The processes below the engine's own that have a part of the model."""
+    below = psutil.Process(owner).children(recursive=True)
+    return [each for each in below if "spawn_main" in " ".join(each.cmdline()) or "VLLM::" in each.name()]
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def test_a_model_in_parts_is_the_same_policy_over_versions(
+    policy: Policy, parted: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    for version in (0, 1, 2):
+        load(policy, parted, version)
+        asked = [DecodeRequest(p, 1, SamplingParams(max_new_tokens=TOKENS), greedy_extra=True) for p in prompts]
+        found = [output.greedy.token_ids.tolist() for output in parted.generate(asked) if output.greedy]
+        assert found == [generated(policy, prompt) for prompt in prompts]
+        assert gap(policy, prompts, parted.generate(requests(prompts, seed=version))) < BOUND
+
+
+def test_an_adapter_that_no_part_takes_leaves_their_answers_in_order(
+    policy: Policy, parted: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    elsewhere = {name.replace("layers.0", "layers.9"): tensor for name, tensor in (adapter_of(policy, 2) or {}).items()}
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=r"version 41 .* no place for 7 of the adapter's 14 layers"):
+            parted._process.ask("load", version=41, adapter=parted._config, tensors=elsewhere, timeout_s=TIMEOUT_S)
+    for version in (3, 4):
+        load(policy, parted, version)
+        assert gap(policy, prompts, parted.generate(requests(prompts, seed=version))) < BOUND
+
+
+def test_a_part_that_dies_is_an_error_and_leaves_nothing_behind(
+    policy: Policy, parted: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    parts = parts_of(parted._process.facts["pid"])
+    assert len(parts) == 2
+    parts[1].kill()
+    with pytest.raises(ProcessError):
+        parted.generate(requests(prompts))
+    parted.close()
+    until(lambda: not any(part.is_running() for part in parts), "a part of the model is left")
+    until(lambda: not segments(), f"shared memory is left: {segments()}")
+
+
+def test_the_parts_end_with_a_worker_that_is_killed(policy: Policy, python: str) -> None:
+    read, write = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        engine = started(policy, python, tensor_parallel_size=2)
+        os.write(write, str(engine._process.facts["pid"]).encode())
+        signal.pause()
+    engine_of_it = psutil.Process(int(os.read(read, 100)))
+    processes = [engine_of_it, *parts_of(engine_of_it.pid)]
+    assert len(processes) == 3
+    assert segments()
+    processes[1].send_signal(signal.SIGSTOP)  # one that hangs ends, too
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    until(lambda: not any(each.is_running() for each in processes), "a process of the engine is left")
+    until(lambda: not segments(), f"shared memory is left: {segments()}")
+
+
+def test_no_room_for_one_completion_says_what_to_set(policy: Policy, python: str) -> None:
+    with pytest.raises(ConfigError, match=r"cache blocks.*gpu_memory_utilization.* or lower max_model_len"):
+        started(policy, python, args={"kv_cache_memory_bytes": 1 << 14, "block_size": 32})
