@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,8 @@ from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.vision import VisionCache
 from tests.vllm.models import policy_of
 
-BLOCK = 32
-"""Tokens: the least that vLLM has on a CPU."""
-SMALL = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 64}
-ARGS = {"kv_cache_memory_bytes": 1 << 28, "block_size": BLOCK, "max_num_batched_tokens": 1024, "max_loras": 3}
+SMALL: dict[str, Any] = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 64}
+ARGS = {"max_num_batched_tokens": 1024, "max_loras": 3}
 TIMEOUT_S = 120.0
 
 
@@ -42,6 +41,8 @@ def engine(policy: Policy, python: str) -> Iterator[VllmEngine]:
     made.close()
 
 
-def started(policy: Policy, python: str) -> VllmEngine:
-    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, args=ARGS, **SMALL)
-    return start_engine(policy, cfg, VisionCache(0), revision=None, threads=1, timeout_s=TIMEOUT_S)
+def started(policy: Policy, python: str, args: Mapping[str, Any] = {}, **section: Any) -> VllmEngine:
+    """As a rollout worker has it, but for what `args` and `section` say of vLLM's arguments."""
+    cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, args={**ARGS, **args}, **SMALL, **section)
+    cache = VisionCache(1 << 24)
+    return start_engine(policy, cfg, cache, revision=None, threads=1, timeout_s=TIMEOUT_S, embeds=True)

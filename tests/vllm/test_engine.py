@@ -7,24 +7,31 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ProcessError
-from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
+from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, LearnerError, ModelError, ProcessError
+from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
+from mmrl_ray.learner.objective import SamplerGap
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
-from mmrl_ray.policy.generation.vllm.engine import VllmEngine, collect, submit
+from mmrl_ray.policy.generation.vllm.engine import VllmEngine, collect, embeddings, submit
 from mmrl_ray.policy.lora.adapter import adapter_state, load_adapter_state
+from mmrl_ray.policy.lora.routing import VersionedPolicy
+from mmrl_ray.policy.memory import CACHE_BLOCK
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
+from mmrl_ray.policy.trial import generated_logprobs
+from mmrl_ray.policy.vision import VisionCache, vision_features
+from mmrl_ray.rollouts.scorer import Scorer
 from tests.support.tiny_models import image_bytes, make_samples
 from tests.unit.policy.generation.test_decode_families import TOKENS, generated
-from tests.vllm.conftest import BLOCK, TIMEOUT_S, started
+from tests.vllm.conftest import TIMEOUT_S, started
 from tests.vllm.models import adapter_of
 
 TEMPERATURE = 0.7
@@ -47,6 +54,13 @@ def load(policy: Policy, engine: VllmEngine, version: int) -> None:
     """The same version on both sides."""
     engine.load(version, adapter_of(policy, version))
     wear(policy, version)
+
+
+def made_of(policy: Policy, engine: VllmEngine, asked: Sequence[DecodeRequest]) -> list[dict[str, torch.Tensor]]:
+    """What travels of their pictures."""
+    features = engine.features(asked)
+    assert features is not None
+    return [embeddings(policy, *each) for each in zip(asked, features, strict=True)]
 
 
 def wear(policy: Policy, version: int) -> None:
@@ -94,7 +108,8 @@ def test_versions_swapped_while_groups_are_under_way_are_neither_stale_nor_mixed
         weights = adapter_of(policy, version) or {}
         process.ask("load", version=version, adapter=engine._config, tensors=weights, timeout_s=TIMEOUT_S)
         asked = requests(prompts, seed=version, tokens=24)
-        under_way.append((version, asked, submit(process, version, asked, timeout_s=TIMEOUT_S)))
+        tickets = submit(process, version, asked, made_of(policy, engine, asked), timeout_s=TIMEOUT_S)
+        under_way.append((version, asked, tickets))
         if version > 11:
             process.ask("drop", version=version - 1, timeout_s=TIMEOUT_S)
     gaps = {}
@@ -106,7 +121,7 @@ def test_versions_swapped_while_groups_are_under_way_are_neither_stale_nor_mixed
     for (version, other), found in gaps.items():
         assert (found < BOUND) == (version == other), gaps
     with pytest.raises(ProcessError, match=r"version 12 is not loaded"):
-        submit(process, 12, requests(prompts), timeout_s=TIMEOUT_S)
+        submit(process, 12, asked, made_of(policy, engine, asked), timeout_s=TIMEOUT_S)
 
 
 def test_other_weights_under_an_old_number_are_not_answered_from_the_cache(
@@ -147,10 +162,98 @@ def test_a_prompt_and_its_picture_are_computed_once_for_a_group(policy: Policy, 
     found = engine.counters()
     length = prompt.input_ids.numel()
     assert found["prefix_cache_queries"] == 8 * length
-    assert found["prefix_cache_hits"] == 7 * (length // BLOCK) * BLOCK  # whole blocks, of all but the first
+    # Whole blocks, of all but the first; a prompt's last token is computed in any case.
+    assert found["prefix_cache_hits"] == 7 * ((length - 1) // CACHE_BLOCK) * CACHE_BLOCK > 0
     engine.load(32, adapter_of(policy, 32))
-    engine.generate(requests([prompt], n=8))
-    assert engine.counters()["mm_cache_hits"] == 1  # its pixels are of no version
+    hits, misses = engine._cache.hits, engine._cache.misses
+    (output,) = engine.generate(requests([prompt], n=8))
+    assert (engine._cache.hits - hits, engine._cache.misses - misses) == (1, 0)  # its features are of no version
+    assert output.vision is not None  # whoever scores has no need of the tower, either
+
+
+@pytest.mark.parametrize("policy", ["qwen2_5_vl"], indirect=True)
+def test_pictures_go_as_such_where_vllm_is_to_have_a_tower(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt], python: str
+) -> None:
+    pixels = started(policy, python, {"enable_mm_embeds": False})
+    asked = [DecodeRequest(p, 2, SamplingParams(max_new_tokens=TOKENS), greedy_extra=True) for p in prompts]
+    load(policy, engine, 1)
+    pixels.load(1, adapter_of(policy, 1))
+    outputs = pixels.generate(asked)
+    for output, other, prompt in zip(outputs, engine.generate(asked), prompts, strict=True):
+        assert output.greedy and other.greedy and output.vision is None
+        assert output.greedy.token_ids.tolist() == other.greedy.token_ids.tolist() == generated(policy, prompt)
+        assert float((output.greedy.logprobs - other.greedy.logprobs).abs().max()) < BOUND
+    found = pixels.counters()
+    assert (found["mm_cache_queries"], found["mm_cache_hits"]) == (2 * len(prompts), len(prompts))
+    pixels.close()
+
+
+def test_features_of_a_wrong_shape_are_refused_before_they_travel(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    load(policy, engine, 1)
+    (asked,) = requests(prompts[:1])
+    right = vision_features(policy, prompts[:1])[0].tokens
+    for wrong in (right[1:], right[:, :-1], right[None]):
+        with pytest.raises(ModelError, match="vision features for a prompt of 1 pictures"):
+            engine.generate([replace(asked, features=VisionFeatures(wrong))])
+    assert gap(policy, prompts[:1], engine.generate([replace(asked, features=VisionFeatures(right))])) < BOUND
+
+
+def test_greedy_log_probs_are_made_at_the_requests_temperature(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+) -> None:
+    """vLLM's are those of temperature 1."""
+    load(policy, engine, 1)
+    versions = VersionedPolicy(policy)
+    scorer = Scorer(versions, VisionCache(1 << 24), temperature=TEMPERATURE)
+    sampled = [replace(r, greedy_extra=True) for r in requests(prompts)]
+    evaluated = [replace(r, n=1, sampling=replace(r.sampling, greedy=True)) for r in requests(prompts)]
+    for asked in (sampled, evaluated):
+        outputs = engine.generate(asked)
+        mended = scorer.with_greedy_logprobs(asked, outputs)
+        for prompt, before, after in zip(prompts, outputs, mended, strict=True):
+            row, old = after.greedy or after.completions[0], before.greedy or before.completions[0]
+            expected = generated_logprobs(policy, prompt, row.token_ids[None], TEMPERATURE)[0]
+            assert float((row.logprobs - expected).abs().max()) < BOUND < float((old.logprobs - expected).abs().max())
+            if asked is sampled:
+                assert after.completions == before.completions
+
+
+@pytest.mark.parametrize("policy", ["llava"], indirect=True)
+def test_a_sampler_that_is_another_policy_stops_the_learner(
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt], python: str
+) -> None:
+    def measured(outputs: Sequence[GroupOutput]) -> SamplerGap:
+        tokens = [[c.token_ids for c in output.completions] for output in outputs]
+        with torch.no_grad():
+            scores = score_completions(policy, prompts, None, tokens, TEMPERATURE, path="naive")
+        behaviour = torch.zeros_like(scores.logprobs)
+        behaviour[scores.mask] = torch.cat([c.logprobs for output in outputs for c in output.completions])
+        found = SamplerGap(policy, LearnerSection(steps=1))
+        found.add([_Fresh(each) for each in tokens], scores.logprobs, behaviour, scores.mask)  # type: ignore[list-item]
+        return found
+
+    load(policy, engine, 1)
+    measured(engine.generate(requests(prompts))).check(0)
+    engine.load(2, adapter_of(policy, 3))  # other weights than the learner has
+    with pytest.raises(LearnerError, match=r"above learner\.max_sampler_gap=0\.01"):
+        measured(engine.generate(requests(prompts))).check(0)
+    coarse = started(policy, python, dtype="bfloat16")
+    assert not coarse.capabilities.exact_logprobs  # so that the comparison at start tells, and does not refuse
+    coarse.load(1, adapter_of(policy, 1))
+    with pytest.raises(LearnerError, match=r"above learner\.max_sampler_gap=0\.01"):
+        measured(coarse.generate(requests(prompts))).check(0)
+    coarse.close()
+
+
+@dataclass
+class _Fresh:
+    """What of a planned group the gap is measured by."""
+
+    learned_tokens: Sequence[torch.Tensor]
+    staleness: int = 0
 
 
 def test_the_start_up_comparison_holds_this_engine_against_generate(

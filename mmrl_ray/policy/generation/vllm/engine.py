@@ -1,15 +1,19 @@
 """The vLLM engine of a rollout worker: prompts go to its process as token ids and pictures, token ids come back.
 
 Completions are drawn from π: vLLM's `processed_logprobs` are those after temperature and forbidden tokens, and it is
-given no filters. Pictures are decoded here, by the one decoder of this project, and travel as RGB; vLLM's own processor
-makes pixels of them, once a picture as long as its cache holds it. The G completions of a prompt share its keys by
-vLLM's prefix cache.
+given no filters. The G completions of a prompt share its keys by vLLM's prefix cache.
+
+What travels of a picture, where vLLM's model takes it (`EMBEDDED`) and the tower is frozen, is what this process's own
+tower makes of it, once for sampling and for whoever scores: vLLM has then no tower at all. A wrong shape would end its
+engine, so shapes are checked here. Elsewhere pictures travel as RGB, by the one decoder of this project; vLLM's own
+processor makes pixels of them, once a picture as long as its cache holds it. Pixels cannot travel: vLLM takes them from
+its own processors alone, each of which counts a picture's tokens by the picture's size.
 
 A version of the weights is an adapter that never was a file. Each has an id, a name and a cache salt of its own: vLLM
 would take what its prefix cache has of an earlier version of the same name for the later one's.
 
 Where a greedy completion is asked for at a temperature other than 1, its log-probs are those at temperature 1: vLLM
-applies none where it does not draw.
+applies none where it does not draw (`Capabilities.greedy_logprobs`).
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any, NoReturn
 
 import numpy as np
@@ -37,22 +43,26 @@ from mmrl_ray.errors import (
     ProcessError,
     last_line,
 )
-from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.vllm.child import EXTENSION, pack, unpack
 from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.heads import split_heads
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.lora.targets import check_tensor_names
+from mmrl_ray.policy.memory import CACHE_BLOCK, EngineLimits
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import with_source
-from mmrl_ray.policy.vision import VisionCache, give_back
+from mmrl_ray.policy.vision import VisionCache, give_back, vision_features
 from mmrl_ray.processes import ChildProcess, Lost
 
 NAME = "the vLLM engine"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM has buffers for."""
 _TAIL_BYTES = 4096
+EMBEDDED = ("llava", "qwen2_vl", "qwen2_5_vl")
+"""Model types whose pictures vLLM takes as what a tower has made of them; by trial, tokens and log-probs stay. Its models
+for LLaVA-NeXT, InternVL and Qwen3-VL have a place for them, and end where pictures differ in size or at once."""
 _SEEDS = 1 << 62
 """vLLM adds a completion's place to the seed, and takes 63 bits."""
 _ERRORS = {error.__name__: error for error in (ConfigError, AdapterError)}
@@ -160,7 +170,9 @@ def start_engine(
     revision: str | None,
     threads: int,
     timeout_s: float,
+    rows: int = 128,
     takes_turns: bool = False,
+    embeds: bool = False,
 ) -> VllmEngine:
     """The engine of a worker whose policy has its adapter, in a process that has loaded the same model.
 
@@ -171,15 +183,25 @@ def start_engine(
         revision: of a model that is a hub id.
         threads: of the process, where it computes on CPUs.
         timeout_s: for each of its answers.
+        rows: completions that it is asked for at a time.
         takes_turns: a learner uses the same GPU while it does not sample, so that it has to be able to sleep.
+        embeds: pictures go to it as features, where it takes them (`no_features`).
 
     Raises:
         ConfigError, ProcessError: of `VllmProcess`.
     """
+    embeds = cfg.args.get("enable_mm_embeds", embeds)
+    if embeds and (reason := no_features(policy)) is not None:
+        if "enable_mm_embeds" in cfg.args:
+            raise ConfigError(f"rollout.engine.args.enable_mm_embeds: {reason}; leave it out")
+        embeds = False
     dtype = str(policy.dtype).removeprefix("torch.")
     rank = _adapter_config(policy)["r"]
     args = {
         "dtype": dtype,
+        # What a picture is made into is kept as long as its features are here; those themselves are not kept twice.
+        "mm_processor_cache_gb": 0.0 if embeds else cache.budget_bytes / (1 << 30),
+        **(_on_cpu(policy, cfg, rows) if policy.device.type == "cpu" else {}),
         "max_loras": 2,  # the one that samples, and the next
         **({"enable_sleep_mode": True} if takes_turns else {}),
         **cfg.arguments,
@@ -190,7 +212,9 @@ def start_engine(
         "enable_lora": True,
         "max_lora_rank": next((each for each in _RANKS if each >= rank), rank),
         "worker_extension_cls": f"{EXTENSION}.Adapters",
-        "limit_mm_per_prompt": {"video": 0},
+        "enable_mm_embeds": embeds,
+        # Without pictures there is no tower, and no room that is kept for one.
+        "limit_mm_per_prompt": {"video": 0, **({"image": 0} if embeds else {})},
         "mm_processor_kwargs": policy.processor_settings or None,
         "disable_log_stats": False,
     }
@@ -210,6 +234,18 @@ def start_engine(
     return VllmEngine(policy, process, cache, timeout_s=timeout_s, exact=exact)
 
 
+def _on_cpu(policy: Policy, cfg: EngineSection, rows: int) -> dict[str, Any]:
+    """Arguments where the config has none: by itself vLLM takes nine tenths of a machine's memory for keys and values."""
+    limits = EngineLimits.on_cpu(
+        policy.key_bytes // policy.dtype.itemsize * cfg.itemsize(policy.dtype.itemsize),
+        policy.context_length,
+        rows=cfg.max_num_seqs or rows,
+        tokens=cfg.max_model_len,
+    )
+    cache = {} if cfg.gpu_memory_utilization is not None else {"kv_cache_memory_bytes": limits.cache_bytes}
+    return {"block_size": CACHE_BLOCK, "max_num_seqs": limits.rows, "max_model_len": limits.tokens, **cache}
+
+
 class VllmEngine(GenerationEngine):
     """Samples by vLLM; see the file's head."""
 
@@ -222,8 +258,14 @@ class VllmEngine(GenerationEngine):
 
         `cache` is the scorer's; `exact` says that vLLM computes in the policy's dtype, without quantisation.
         """
+        self._embeds = bool(process.facts["embeds"])
         self.capabilities = Capabilities(  # type: ignore[misc]  # of this one
-            value_guided=False, greedy_extra=True, vision_features=False, exact_logprobs=exact, reproducible=False
+            value_guided=False,
+            greedy_extra=True,
+            vision_features=self._embeds,
+            exact_logprobs=exact,
+            reproducible=False,
+            greedy_logprobs=False,
         )
         self._policy, self._process, self._cache, self._timeout_s = policy, process, cache, timeout_s
         self._as_made = adapter_state(policy.model)
@@ -272,14 +314,101 @@ class VllmEngine(GenerationEngine):
     def _generate(self, requests: Sequence[DecodeRequest]) -> list[GroupOutput]:
         if self._process.facts["can_sleep"]:
             self._process.ask("wake", timeout_s=self._timeout_s)
-        tickets = submit(self._process, self._version, requests, timeout_s=self._timeout_s)
-        return collect(self._policy, self._process, requests, tickets, timeout_s=self._timeout_s)
+        features = self.features(requests)
+        tickets = submit(
+            self._process,
+            self._version,
+            requests,
+            None
+            if features is None
+            else [embeddings(self._policy, *each) for each in zip(requests, features, strict=True)],
+            timeout_s=self._timeout_s,
+        )
+        outputs = collect(self._policy, self._process, requests, tickets, timeout_s=self._timeout_s)
+        if features is None:
+            return outputs
+        return [replace(output, vision=each) for output, each in zip(outputs, features, strict=True)]
+
+    def features(self, requests: Sequence[DecodeRequest]) -> list[VisionFeatures] | None:
+        """What this process's tower makes of each request's pictures; None where vLLM has a tower of its own.
+
+        Raises:
+            ModelError: they cannot stand in for a tower, by the comparison at start.
+        """
+        if not self._embeds:
+            return None
+        if not self._policy.inject_vision:
+            raise ModelError(
+                f"model {self._policy.path!r} gives other log-probs by ready-made vision features, which the vLLM "
+                "engine is given: set rollout.engine.args.enable_mm_embeds=false"
+            )
+        missing = [request.prompt for request in requests if request.features is None]
+        made = iter(vision_features(self._policy, missing, self._cache))
+        return [next(made) if request.features is None else request.features for request in requests]
+
+
+def no_features(policy: Policy) -> str | None:
+    """Why vLLM has to look at the policy's pictures by a tower of its own, or None."""
+    config = policy.hf_model.config
+    if config.model_type not in EMBEDDED or getattr(config.vision_config, "model_type", "") == "pixtral":
+        return f"vLLM's model for {config.model_type} takes nothing but pictures"
+    if policy.vision_trainable:
+        return "the adapter is on what comes before the language model, so that features change with each version"
+    return None if policy.inject_vision else "ready-made vision features change this model's log-probs"
+
+
+def embeddings(policy: Policy, request: DecodeRequest, features: VisionFeatures) -> dict[str, torch.Tensor]:
+    """What vLLM takes of a request's pictures in their stead, on the CPU.
+
+    `image_embeds` [image tokens, d] in the policy's dtype, `sizes` int64 [pictures], the tokens of each, and
+    `image_grid_thw` int64 [pictures, 3] where a model has it.
+
+    Raises:
+        ModelError: they are not what the prompt has placeholders for; vLLM's engine would end.
+    """
+    prompt, source = request.prompt, request.prompt.source
+    if source is None:
+        raise ModelError("a prompt came to the vLLM engine without its pictures (GenerationEngine.prepared)")
+    # Neighbours share a run of placeholders: where one ends and the next begins makes no difference to the model.
+    runs, pictures = _runs(policy, prompt.input_ids), _runs(policy, source.token_ids)
+    sizes = [
+        part.numel()
+        for run, count in zip(runs, pictures, strict=False)
+        for part in torch.empty(run).tensor_split(count)
+    ]
+    wanted, found = [sum(runs), policy.hidden_size], list(features.tokens.shape)
+    grid = prompt.model_inputs.get("image_grid_thw")
+    merged = [] if grid is None else (grid.prod(-1) // _merge_size(policy) ** 2).tolist()
+    if found != wanted or len(sizes) != len(source.images) or (grid is not None and merged != sizes):
+        raise ModelError(
+            f"{found} vision features for a prompt of {len(source.images)} pictures that wants {wanted}, "
+            f"{sizes} tokens a picture{'' if grid is None else f' and {merged} by their grids'}: the processor and the "
+            "model do not fit together"
+        )
+    made = {"image_embeds": features.tokens.to(policy.dtype).cpu(), "sizes": torch.tensor(sizes)}
+    return made if grid is None else {**made, "image_grid_thw": grid}
+
+
+def _runs(policy: Policy, ids: torch.Tensor) -> list[int]:
+    """Lengths of the stretches of placeholders."""
+    return [sum(1 for _ in run) for is_place, run in groupby((ids == policy.placeholder_id).tolist()) if is_place]
+
+
+def _merge_size(policy: Policy) -> int:
+    return int(policy.hf_model.config.vision_config.spatial_merge_size)
 
 
 def submit(
-    process: VllmProcess, version: int | None, requests: Sequence[DecodeRequest], *, timeout_s: float
+    process: VllmProcess,
+    version: int | None,
+    requests: Sequence[DecodeRequest],
+    made: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    *,
+    timeout_s: float,
 ) -> list[str]:
     """Hands groups to the engine, to be sampled by a version that was loaded; tickets for `collect`.
+
+    `made` has `embeddings` of each, for an engine without a tower; otherwise their pictures are decoded and sent.
 
     Raises:
         ConfigError: there are stop strings, which an engine without text cannot find.
@@ -297,8 +426,11 @@ def submit(
                 f"prompt of {length} tokens plus max_new_tokens={request.sampling.max_new_tokens} exceeds the engine's "
                 f"room of {room}: raise rollout.engine.args.max_model_len"
             )
-        for i, image in enumerate(source.images):
-            tensors[f"{place}/image/{i}"] = torch.from_numpy(np.array(decode_image(image)))
+        if made is None:
+            for i, image in enumerate(source.images):
+                tensors[f"{place}/image/{i}"] = torch.from_numpy(np.array(decode_image(image)))
+        else:
+            tensors.update({f"{place}/{name}": tensor.clone() for name, tensor in made[place].items()})
         tensors[f"{place}/ids"] = source.token_ids.clone()  # a prompt may come twice
         prompt = {"prompt": place, "images": len(source.images), "image_key": request.prompt.image_key}
         for n, greedy in ((request.n, request.sampling.greedy), (1, True))[: 1 + request.greedy_extra]:
