@@ -49,6 +49,10 @@ MOST_CACHE_BYTES = 1 << 30
 CACHE_BLOCK = 32
 """Tokens that vLLM's prefix cache keeps together, on CPUs: the fewest that its kernels like. By itself it takes 128, so
 that prompts of a few hundred tokens would share little."""
+LORA_PLACES = 2
+"""Adapters that a vLLM engine applies at a time: the version that samples, and the next."""
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""That it has buffers for."""
 _SHARE = 0.4
 """Of a GPU's free memory, for rows and for one pass of prompts each: pictures, scoring and gaps take the rest."""
 _PROMPT_TOKENS = 1024
@@ -244,6 +248,11 @@ class EngineLimits(NamedTuple):
         # One block is nobody's.
         used = max(of_row, min(rows * of_row, blocks)) + 1
         return cls(rows, length, used * CACHE_BLOCK * key_bytes)
+
+
+def padded_rank(rank: int) -> int:
+    """Of the buffers that vLLM has for adapters of a rank."""
+    return next((each for each in _LORA_RANKS if each >= rank), rank)
 
 
 def scored_parts(sizes: Sequence[tuple[int, int]], key_bytes: int) -> list[slice]:

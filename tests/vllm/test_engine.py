@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from mmrl_ray.config import Config
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, LearnerError, ModelError, ProcessError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.learner.objective import SamplerGap
+from mmrl_ray.planning.estimate import engine_memory
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
-from mmrl_ray.policy.generation.vllm.engine import VllmEngine, collect, embeddings, submit
-from mmrl_ray.policy.lora.adapter import adapter_state, load_adapter_state
+from mmrl_ray.policy.generation.vllm.engine import VllmEngine, collect, embeddings, start_engine, submit
+from mmrl_ray.policy.load import load_policy
+from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter, load_adapter_state
 from mmrl_ray.policy.lora.routing import VersionedPolicy
-from mmrl_ray.policy.memory import CACHE_BLOCK
+from mmrl_ray.policy.memory import CACHE_BLOCK, model_shape
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
+from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.policy.trial import generated_logprobs
 from mmrl_ray.policy.vision import VisionCache, vision_features
 from mmrl_ray.rollouts.scorer import Scorer
-from tests.support.tiny_models import image_bytes, make_samples
+from tests.support.tiny_models import WORDS, image_bytes, make_samples
 from tests.unit.policy.generation.test_decode_families import TOKENS, generated
 from tests.vllm.conftest import TIMEOUT_S, started
-from tests.vllm.models import adapter_of
+from tests.vllm.models import RANK, adapter_of
 
 TEMPERATURE = 0.7
 BOUND = 1e-3
@@ -181,7 +187,9 @@ def test_pictures_go_as_such_where_vllm_is_to_have_a_tower(
     pixels.load(1, adapter_of(policy, 1))
     outputs = pixels.generate(asked)
     for output, other, prompt in zip(outputs, engine.generate(asked), prompts, strict=True):
-        assert output.greedy and other.greedy and output.vision is None
+        assert output.greedy is not None
+        assert other.greedy is not None
+        assert output.vision is None  # the scorer makes them
         assert output.greedy.token_ids.tolist() == other.greedy.token_ids.tolist() == generated(policy, prompt)
         assert float((output.greedy.logprobs - other.greedy.logprobs).abs().max()) < BOUND
     found = pixels.counters()
@@ -286,6 +294,41 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
         engine.generate([DecodeRequest(prompts[0], 1, SamplingParams(value_beta=1.0))])
     load(policy, engine, 1)
     assert gap(policy, prompts, engine.generate(requests(prompts))) < BOUND
+
+
+def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) -> None:
+    """Within 15 %, of a model that half of it is made of, and without an argument of vLLM's but `enforce_eager`."""
+    build_tiny_llava(
+        tmp_path, vocabulary=WORDS, image_size=24, hidden=768, heads=12, layers=4, vision_hidden=32, vision_layers=2
+    )
+    engine_section = {"kind": "vllm", "python": python, "enforce_eager": True}
+    cfg = Config.model_validate(
+        {
+            "run": {"name": "x"},
+            "model": {"path": str(tmp_path), "dtype": "float32", "lora": {"r": RANK}},
+            "data": {"train": "x"},
+            "rollout": {"max_new_tokens": 24, "engine": engine_section},
+            "learner": {"steps": 1},
+        }
+    )
+    policy = load_policy(cfg.model, device="cpu")
+    shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
+    add_adapter(policy, cfg.model.lora, seed=0)
+    groups = cfg.rollout.groups_per_assignment
+    settings = {"rows": groups * cfg.rollout.group_size, "embeds": True, "threads": 1, "timeout_s": TIMEOUT_S}
+    engine = start_engine(policy, cfg.rollout.engine, VisionCache(1 << 24), revision=None, **settings)  # type: ignore[arg-type]
+    samples = make_samples([(24, 24 + i) for i in range(groups)])
+    prompts = [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
+    for version in (1, 2):
+        engine.load(version, adapter_of(policy, version))
+        engine.generate(requests(prompts, n=cfg.rollout.group_size, tokens=cfg.rollout.max_new_tokens))
+    status = Path(f"/proc/{engine._process.facts['pid']}/status").read_text()
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+    length = prompts[0].input_ids.numel()
+    parts = engine_memory(cfg, shape, length, context=policy.context_length, embeds=True)
+    assert sum(parts.values()) == pytest.approx(peak, rel=0.15), parts
+    assert parts["weights"] + parts["keys and values"] > peak / 2
+    engine.close()
 
 
 @pytest.mark.parametrize("policy", ["llava"], indirect=True)

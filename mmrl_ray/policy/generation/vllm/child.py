@@ -377,7 +377,7 @@ class Engine:
 
 
 def _pictures(tensors: Mapping[str, torch.Tensor], place: str, count: int) -> Any:
-    """Those of a prompt, as vLLM takes them: pictures, or what a tower has made of them, with their grids or without."""
+    """Those of a prompt, as vLLM takes them: pictures, or what a tower made of them, with their grids or without."""
     made, grid = tensors.get(f"{place}image_embeds"), tensors.get(f"{place}image_grid_thw")
     if made is None:
         return [Image.fromarray(tensors[f"{place}image/{i}"].numpy()) for i in range(count)]

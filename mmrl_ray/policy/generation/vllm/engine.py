@@ -50,19 +50,17 @@ from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.heads import split_heads
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.lora.targets import check_tensor_names
-from mmrl_ray.policy.memory import CACHE_BLOCK, EngineLimits
+from mmrl_ray.policy.memory import CACHE_BLOCK, LORA_PLACES, EngineLimits, padded_rank
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import with_source
 from mmrl_ray.policy.vision import VisionCache, give_back, vision_features
 from mmrl_ray.processes import ChildProcess, Lost
 
 NAME = "the vLLM engine"
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""That vLLM has buffers for."""
 _TAIL_BYTES = 4096
 EMBEDDED = ("llava", "qwen2_vl", "qwen2_5_vl")
-"""Model types whose pictures vLLM takes as what a tower has made of them; by trial, tokens and log-probs stay. Its models
-for LLaVA-NeXT, InternVL and Qwen3-VL have a place for them, and end where pictures differ in size or at once."""
+"""Model types whose pictures vLLM takes as what a tower has made of them; by trial, tokens and log-probs stay. Those
+for LLaVA-NeXT, InternVL and Qwen3-VL have a place for them, and end: where pictures differ in size, or at once."""
 _SEEDS = 1 << 62
 """vLLM adds a completion's place to the seed, and takes 63 bits."""
 _ERRORS = {error.__name__: error for error in (ConfigError, AdapterError)}
@@ -202,7 +200,7 @@ def start_engine(
         # What a picture is made into is kept as long as its features are here; those themselves are not kept twice.
         "mm_processor_cache_gb": 0.0 if embeds else cache.budget_bytes / (1 << 30),
         **(_on_cpu(policy, cfg, rows) if policy.device.type == "cpu" else {}),
-        "max_loras": 2,  # the one that samples, and the next
+        "max_loras": LORA_PLACES,
         **({"enable_sleep_mode": True} if takes_turns else {}),
         **cfg.arguments,
         "model": policy.path,
@@ -210,7 +208,7 @@ def start_engine(
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
         "enable_lora": True,
-        "max_lora_rank": next((each for each in _RANKS if each >= rank), rank),
+        "max_lora_rank": padded_rank(rank),
         "worker_extension_cls": f"{EXTENSION}.Adapters",
         "enable_mm_embeds": embeds,
         # Without pictures there is no tower, and no room that is kept for one.
@@ -235,7 +233,7 @@ def start_engine(
 
 
 def _on_cpu(policy: Policy, cfg: EngineSection, rows: int) -> dict[str, Any]:
-    """Arguments where the config has none: by itself vLLM takes nine tenths of a machine's memory for keys and values."""
+    """Arguments where the config has none: by itself vLLM takes nine tenths of a machine's memory for its cache."""
     limits = EngineLimits.on_cpu(
         policy.key_bytes // policy.dtype.itemsize * cfg.itemsize(policy.dtype.itemsize),
         policy.context_length,

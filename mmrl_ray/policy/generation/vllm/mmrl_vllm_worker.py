@@ -83,7 +83,7 @@ def _adapter(manager: Any, lora_id: int, tensors: Mapping[str, torch.Tensor], co
 
 
 def _read_later_names() -> None:
-    """CLIP's and SigLIP's towers as transformers 5.23 saves them: without the `vision_model.` that vLLM's layers have."""
+    """Towers of CLIP and SigLIP as transformers 5.23 saves them: without the `vision_model.` of vLLM's layers."""
     import regex
     from vllm.model_executor.models import gemma3_mm, llava, llava_next, llava_onevision, paligemma
     from vllm.model_executor.models.utils import WeightsMapper
