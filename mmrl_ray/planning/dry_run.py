@@ -257,9 +257,10 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
         return
     found.context = policy.context_length
     if cfg.rollout.engine.kind == "vllm":
-        from mmrl_ray.policy.generation.vllm.engine import no_features
+        from mmrl_ray.policy.generation.vllm.engine import takes_embeddings
 
-        found.embeds = cfg.rollout.engine.args.get("enable_mm_embeds", True) and no_features(policy) is None
+        wanted = cfg.rollout.engine.args.get("enable_mm_embeds", not cfg.model.lora.adapt_vision)
+        found.embeds = wanted and takes_embeddings(policy)
     if not tried:
         found.unchecked.append(f"the numbers in the weights of {cfg.model.path}, and a first trial of it")
     try:

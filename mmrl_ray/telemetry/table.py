@@ -102,7 +102,7 @@ WORKER_VISION = _counter("worker_vision_lookups", "Look-ups in the vision cache"
 WORKER_ENGINE = _counter(
     "worker_engine_lookups",
     "Look-ups in the caches of an engine of its own process (vLLM): prompt tokens, or pictures",
-    *("run", "worker", "cache", "result"),
+    *("run", "worker", "kind", "result"),
 )
 WORKER_PROMPTS_AHEAD = _counter(
     "worker_prompts_ahead", "Prompts with their pictures that were ready when they were needed", "run", "worker"

@@ -345,11 +345,16 @@ class VllmEngine(GenerationEngine):
         return [next(made) if request.features is None else request.features for request in requests]
 
 
+def takes_embeddings(policy: Policy) -> bool:
+    """Whether vLLM's model of this kind takes what a tower has made, of whatever weights."""
+    config = policy.hf_model.config
+    return config.model_type in EMBEDDED and getattr(config.vision_config, "model_type", "") != "pixtral"
+
+
 def no_features(policy: Policy) -> str | None:
     """Why vLLM has to look at the policy's pictures by a tower of its own, or None."""
-    config = policy.hf_model.config
-    if config.model_type not in EMBEDDED or getattr(config.vision_config, "model_type", "") == "pixtral":
-        return f"vLLM's model for {config.model_type} takes nothing but pictures"
+    if not takes_embeddings(policy):
+        return f"vLLM's model for {policy.hf_model.config.model_type} takes nothing but pictures"
     if policy.vision_trainable:
         return "the adapter is on what comes before the language model, so that features change with each version"
     return None if policy.inject_vision else "ready-made vision features change this model's log-probs"
