@@ -143,9 +143,11 @@ def test_seeds_repeat_and_the_base_is_the_policy_without_adapter(
     policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
 ) -> None:
     load(policy, engine, 0)
-    first, again = engine.generate(requests(prompts, seed=3)), engine.generate(requests(prompts, seed=3))
-    rows = [[c.token_ids.tolist() for output in each for c in output.completions] for each in (first, again)]
-    assert rows[0] == rows[1]
+    asked = requests(prompts, seed=3)
+    beside_greedy = [replace(request, greedy_extra=True) for request in asked]  # which draw from no stream
+    first, *others = (engine.generate(each) for each in (asked, asked, beside_greedy))
+    rows = [[c.token_ids.tolist() for output in each for c in output.completions] for each in (first, *others)]
+    assert rows[0] == rows[1] == rows[2]
     assert len({str(row) for row in rows[0]}) > len(prompts)  # those of a group differ
     assert gap(policy, prompts, first) < BOUND
 

@@ -427,7 +427,7 @@ def submit(
         if length + request.sampling.max_new_tokens > room:
             raise ContextLengthError(
                 f"prompt of {length} tokens plus max_new_tokens={request.sampling.max_new_tokens} exceeds the engine's "
-                f"room of {room}: raise rollout.engine.args.max_model_len"
+                f"room of {room}: raise rollout.engine.max_model_len"
             )
         if made is None:
             for i, image in enumerate(source.images):
