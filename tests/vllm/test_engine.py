@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,7 +243,8 @@ def test_a_sampler_that_is_another_policy_stops_the_learner(
         behaviour = torch.zeros_like(scores.logprobs)
         behaviour[scores.mask] = torch.cat([c.logprobs for output in outputs for c in output.completions])
         found = SamplerGap(policy, LearnerSection(steps=1))
-        found.add([_Fresh(each) for each in tokens], scores.logprobs, behaviour, scores.mask)  # type: ignore[list-item]
+        planned: list[Any] = [_Fresh(each) for each in tokens]
+        found.add(planned, scores.logprobs, behaviour, scores.mask)
         return found
 
     load(policy, engine, 1)
@@ -317,15 +319,17 @@ def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) 
     shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
     add_adapter(policy, cfg.model.lora, seed=0)
     groups = cfg.rollout.groups_per_assignment
-    settings = {"rows": groups * cfg.rollout.group_size, "embeds": True, "threads": 1, "timeout_s": TIMEOUT_S}
-    engine = start_engine(policy, cfg.rollout.engine, VisionCache(1 << 24), revision=None, **settings)  # type: ignore[arg-type]
+    asked_of_it = groups * cfg.rollout.group_size
+    settings: dict[str, Any] = {"rows": asked_of_it, "embeds": True, "threads": 1, "timeout_s": TIMEOUT_S}
+    engine = start_engine(policy, cfg.rollout.engine, VisionCache(1 << 24), revision=None, **settings)
     samples = make_samples([(24, 24 + i) for i in range(groups)])
     prompts = [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
     for version in (1, 2):
         engine.load(version, adapter_of(policy, version))
         engine.generate(requests(prompts, n=cfg.rollout.group_size, tokens=cfg.rollout.max_new_tokens))
     status = Path(f"/proc/{engine._process.facts['pid']}/status").read_text()
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+    (peak_kb,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    peak = 1024 * int(peak_kb)
     length = prompts[0].input_ids.numel()
     parts = engine_memory(cfg, shape, length, context=policy.context_length, embeds=True)
     assert sum(parts.values()) == pytest.approx(peak, rel=0.15), parts
