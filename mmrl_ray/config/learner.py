@@ -184,16 +184,18 @@ class EngineSection(Section):
     """vLLM's argument, as those below: GPUs that share the model; as many as `resources.rollout.gpus`. On CPUs, as many
     processes."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
-    """Share of a GPU's memory that it takes; the worker's own model lies beside it."""
+    """Share of a GPU's memory (or a CPU's machine's) that it takes; the worker's own model lies beside it. On CPUs, by
+    default, it has room for keys and values of an assignment instead, of 1 GiB at most (`args.kv_cache_memory_bytes`).
+    """
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The worker's own by default; another makes log-probs of another policy. With `openai`: the one that the server
     was started with."""
     quantization: str | None = None
     """None by default. With `openai`: the one that the server was started with."""
     max_model_len: int | None = Field(None, ge=1)
-    """Tokens of a prompt and its completion; the model's context by default."""
+    """Tokens of a prompt and its completion; the model's context by default, on CPUs as far as 1 GiB goes."""
     max_num_seqs: int | None = Field(None, ge=1)
-    """Completions at a time."""
+    """Completions at a time; on CPUs those of an assignment by default."""
     enforce_eager: bool | None = None
     """Without compiling and CUDA graphs: it starts in seconds, and samples slower on a GPU."""
     start_timeout_s: float = Field(240.0, gt=0)
@@ -225,6 +227,10 @@ class EngineSection(Section):
         """vLLM's, those that are written."""
         named = {name: getattr(self, name) for name in (*_VLLM_ALONE, *_TOLD) if name not in ("python", "args")}
         return {**{name: value for name, value in named.items() if value is not None}, **self.args}
+
+    def itemsize(self, own: int) -> int:
+        """Bytes of a number of vLLM's, where one of the worker's has `own`."""
+        return own if self.dtype is None else {"float32": 4}.get(self.dtype, 2)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

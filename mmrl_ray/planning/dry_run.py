@@ -42,6 +42,7 @@ from mmrl_ray.planning.estimate import (
     KEPT,
     BatchPlan,
     batch_plan,
+    engine_memory,
     learner_memory,
     loading_memory,
     picture_memory,
@@ -94,6 +95,10 @@ class DryRun:
     image_tokens: int = 0
     caption_tokens: int | None = None
     """Of the longest of some references."""
+    context: int = 0
+    """Tokens that the model has room for."""
+    embeds: bool = False
+    """Whether vLLM, where it samples, is given features in the place of pictures."""
     blocking: list[str] = field(default_factory=list)
     """What would stop the run as things are."""
     unchecked: list[str] = field(default_factory=list)
@@ -271,6 +276,12 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
         what = "model, prompt length and memory: " if out_of_reach else ""
         (found.unchecked if out_of_reach else found.blocking).append(f"{what}{error}")
         return
+    found.context = policy.context_length
+    if cfg.rollout.engine.kind == "vllm":
+        from mmrl_ray.policy.generation.vllm.exchange import takes_embeddings
+
+        wanted = cfg.rollout.engine.args.get("enable_mm_embeds", not cfg.model.lora.adapt_vision)
+        found.embeds = wanted and takes_embeddings(policy)
     if not tried:
         found.unchecked.append(f"the numbers in the weights of {cfg.model.path}, and a first trial of it")
     try:
@@ -458,6 +469,18 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
     )
     lines += [*_one_worker("learner worker", learner), _loading_line(cfg, shape)]
     lines += _one_worker("rollout worker", rollout)
+    machine = psutil.virtual_memory().total if is_here else None
+    engine = engine_memory(
+        cfg,
+        shape,
+        found.prompt_tokens,
+        context=found.context,
+        embeds=found.embeds,
+        memory_bytes=gpu_bytes if cfg.resources.rollout.gpus else machine,
+    )
+    if engine:
+        lines += _one_worker("vLLM engine, beside each rollout worker", engine)
+        rollout = {**rollout, **{f"{part} of vLLM": value for part, value in engine.items()}}
     if cfg.resources.rollout.gpus:
         lines += [f"  {part:<26} {_size(value):>10} of host memory" for part, value in picture_memory(cfg).items()]
     warm: Mapping[str, int] = {}

@@ -7,13 +7,22 @@ P prompt tokens, T completion tokens, G completions a group, b bytes a number of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
 from mmrl_ray.config import Config
 from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
-from mmrl_ray.policy.memory import DecodeLimits, ModelShape, scored_parts
+from mmrl_ray.policy.memory import (
+    CACHE_BLOCK,
+    LORA_PLACES,
+    DecodeLimits,
+    EngineLimits,
+    ModelShape,
+    padded_rank,
+    scored_parts,
+)
 
 _FLOAT32 = 4
 PROCESS = 600 << 20
@@ -21,6 +30,8 @@ PROCESS = 600 << 20
 PICTURE_PROCESS = 400 << 20
 """Of a process that makes pictures ready (`resources.rollout.picture_processes`), in host memory: torch, transformers
 and one picture at work."""
+_GPU_SHARE = 0.92
+"""Of a GPU's memory, what vLLM takes by itself."""
 KEPT = frozenset({"process", "weights", "adapter", "adapter, gradients, AdamW", "value heads"})
 """Kinds that a process has on a GPU also while another has its turn there."""
 _FRAGMENTS = 0.4
@@ -160,6 +171,8 @@ def rollout_memory(
 ) -> Mapping[str, int]:
     """Bytes of one rollout worker at its peak, by kind: while it samples, or while the reference scores.
 
+    Where vLLM samples, in a process of its own (`engine_memory`), it does not.
+
     - process: `PROCESS`
     - weights: parameters × b
     - adapter: adapter parameters × 4, and the adapted weights once more, with the adapter merged in (in 16 bits on a
@@ -207,7 +220,8 @@ def rollout_memory(
         ),
     }
     busiest = sampling
-    if cfg.learner.family.needs_reference and sum(scoring.values()) > sum(sampling.values()):
+    elsewhere = cfg.rollout.engine.kind == "vllm"  # samples; and the worker scores what is greedy
+    if elsewhere or (cfg.learner.family.needs_reference and sum(scoring.values()) > sum(sampling.values())):
         busiest = scoring
     one = image_tokens * shape.hidden * shape.itemsize
     return {
@@ -217,6 +231,61 @@ def rollout_memory(
         **_value_heads(cfg, shape, copies=2, tokens=groups * size),
         **({} if cfg.resources.rollout.gpus else picture_memory(cfg)),
     }
+
+
+def engine_memory(
+    cfg: Config,
+    shape: ModelShape,
+    prompt_tokens: int,
+    *,
+    context: int,
+    embeds: bool = False,
+    memory_bytes: int | None = None,
+) -> Mapping[str, int]:
+    """Bytes of the process of a vLLM engine beside each rollout worker, by kind; none where the worker samples itself.
+
+    - process: `PROCESS`
+    - weights: parameters × b of its own dtype, without the tower where features go to it instead of pictures (`embeds`)
+    - adapters: places × the layers that could have one × rank, as vLLM pads it, × b; and the versions that are held
+    - keys and values: what the config gives them; on CPUs by default `EngineLimits`; what else is left of its share
+      of `memory_bytes`, those of a GPU or of this machine (all of an assignment's, where they are not known)
+    - activations or logits: of the prompts of an assignment inside one layer, or of every row's next token
+
+    `context` is the model's. Quantised weights are taken as they are without.
+    """
+    engine, on_gpu = cfg.rollout.engine, bool(cfg.resources.rollout.gpus)
+    if engine.kind != "vllm":
+        return {}
+    b = engine.itemsize(shape.itemsize)
+    groups = cfg.rollout.groups_per_assignment
+    rows = groups * (cfg.rollout.group_size + (cfg.learner.advantage == "greedy"))
+    layer = 4 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 3 * (shape.hidden + shape.intermediate)
+    places = engine.args.get("max_loras", LORA_PLACES) * padded_rank(cfg.model.lora.r) * layer * shape.layers
+    parts = engine.tensor_parallel_size or 1
+    prefilled = groups * prompt_tokens + rows * CACHE_BLOCK  # what is left of a block is not shared
+    at_a_time = min(rows, engine.max_num_seqs or rows)
+    held = {
+        "process": PROCESS,
+        "weights": (shape.language_parameters if embeds else shape.parameters) * b // parts,
+        "adapters": places * b // parts + LORA_PLACES * shape.adapter_parameters * (_FLOAT32 + b),
+        "activations or logits": max(
+            prefilled * shape.passing_of_token * b // shape.itemsize, shape.sampled_logits(at_a_time)
+        ),
+    }
+    keys = shape.kv_of_token // shape.itemsize * b
+    share = engine.gpu_memory_utilization or (_GPU_SHARE if on_gpu else None)
+    written, space = engine.args.get("kv_cache_memory_bytes"), os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if space and not on_gpu:
+        cache = int(space) << 30
+    elif written is not None:
+        cache = int(written)
+    elif share is None:
+        cache = EngineLimits.on_cpu(keys, context, rows=at_a_time, tokens=engine.max_model_len).cache_bytes
+    elif memory_bytes is not None:
+        cache = max(0, int(share * memory_bytes) - sum(held.values()))
+    else:
+        cache = (groups * prompt_tokens + rows * cfg.rollout.max_new_tokens) * keys // parts
+    return {**held, "keys and values": cache}
 
 
 def _cached(cfg: Config, one: int, images: int | None) -> int:

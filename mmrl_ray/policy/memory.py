@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,15 @@ _MANY = 1 << 20
 """Groups whose logits make a whole chunk."""
 MOST_KEYS_BYTES = 4 << 30
 """Of keys and values at a time while completions are scored: enough for some hundred of a 3 B model."""
+MOST_CACHE_BYTES = 1 << 30
+"""Of keys and values that a vLLM engine on CPUs has by itself; its user may give it more."""
+CACHE_BLOCK = 32
+"""Tokens that vLLM's prefix cache keeps together, on CPUs: the fewest that its kernels like. By itself it takes 128, so
+that prompts of a few hundred tokens would share little."""
+LORA_PLACES = 2
+"""Adapters that a vLLM engine applies at a time: the version that samples, and the next."""
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""That it has buffers for."""
 _SHARE = 0.4
 """Of a GPU's free memory, for rows and for one pass of prompts each: pictures, scoring and gaps take the rest."""
 _PROMPT_TOKENS = 1024
@@ -210,6 +220,39 @@ class DecodeLimits(NamedTuple):
         token = keys + itemsize * (8 * hidden + 3 * inner)
         most = cls()
         return cls(max(1, min(4 * most.max_rows, budget // row)), max(1, min(most.prefill_tokens, budget // token)))
+
+
+class EngineLimits(NamedTuple):
+    """How much a vLLM engine on CPUs takes on at a time, which would else have nearly all memory of its machine."""
+
+    rows: int
+    """Completions."""
+    tokens: int
+    """Of a prompt with its completion."""
+    cache_bytes: int
+    """For keys and values."""
+
+    @classmethod
+    def on_cpu(cls, key_bytes: int, context: int, *, rows: int, tokens: int | None = None) -> EngineLimits:
+        """What an assignment of `rows` completions can use, within `MOST_CACHE_BYTES`.
+
+        Args:
+            key_bytes: of a token, in the engine's dtype.
+            context: the model's.
+            rows: at a time, at most.
+            tokens: of a prompt and completion, where somebody chose them: one of them has room whatever it takes.
+        """
+        blocks = max(1, MOST_CACHE_BYTES // (key_bytes * CACHE_BLOCK) - 1)
+        length = min(context, blocks * CACHE_BLOCK) if tokens is None else tokens
+        of_row = ceil(length / CACHE_BLOCK)
+        # One block is nobody's.
+        used = max(of_row, min(rows * of_row, blocks)) + 1
+        return cls(rows, length, used * CACHE_BLOCK * key_bytes)
+
+
+def padded_rank(rank: int) -> int:
+    """Of the buffers that vLLM has for adapters of a rank."""
+    return next((each for each in _LORA_RANKS if each >= rank), rank)
 
 
 def scored_parts(sizes: Sequence[tuple[int, int]], key_bytes: int) -> list[slice]:

@@ -71,6 +71,7 @@ PANELS: tuple[Panel, ...] = (
         unit="nats a token",
     ),
     Panel("Share of tokens clipped or capped", ("clip_fraction", "behaviour_capped_fraction")),
+    Panel("Prompt tokens found in the prefix cache of vLLM", ("engine/prefix_cache_hit_fraction",), unit="share"),
     Panel("Learning rate", ("lr",)),
     Panel("Completion length", ("completion_length", "completion/length_mean", "completion/length_max"), unit="tokens"),
     Panel("Staleness", ("staleness", "staleness/"), unit="policy versions"),

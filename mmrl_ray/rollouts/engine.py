@@ -164,12 +164,13 @@ class RolloutEngine:
             return []
         encoded = [prompt for _, prompt in prompts]
         self._scorer.check_path(encoded)
-        outputs = self._generator.generate(
-            [DecodeRequest(prompt, r.completions, r.sampling, greedy_extra=greedy) for r, prompt in prompts]
-        )
+        requests = [DecodeRequest(prompt, r.completions, r.sampling, greedy_extra=greedy) for r, prompt in prompts]
+        outputs = self._generator.generate(requests)
         if not self._generator.capabilities.vision_features:
             features = self._scorer.features(encoded)
             outputs = [replace(o, vision=None if features is None else features[i]) for i, o in enumerate(outputs)]
+        if not self._generator.capabilities.greedy_logprobs:
+            outputs = self._scorer.with_greedy_logprobs(requests, outputs)
         return [Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
 
     def _with_reference(self, sampled: Sequence[Sampled]) -> list[Sampled]:

@@ -69,7 +69,9 @@ class PolicyEngineFactory:
                 revision=cfg.model.revision,
                 threads=threads,
                 timeout_s=cfg.rollout.assignment_timeout_s,
+                rows=cfg.rollout.groups_per_assignment * (cfg.rollout.group_size + greedy),
                 takes_turns=cfg.resources.takes_turns,
+                embeds=True,
             )
         elif cfg.rollout.engine.kind == "openai":
             from mmrl_ray.policy.generation.vllm.remote import start_remote

@@ -503,6 +503,12 @@ def export_assignment_metrics(meter: Meter, result: AssignmentResult) -> None:
     meter.add(table.WORKER_TOKENS, sum(sum(group.completion_tokens) for group in result.groups), kind="completion")
     for name, found in (("vision_hits", "hit"), ("vision_misses", "miss")):
         meter.add(table.WORKER_VISION, sum(group.counters.get(name, 0) for group in result.groups), result=found)
+    for kind, name in (("tokens", "prefix_cache"), ("pictures", "mm_cache")):
+        asked, found_there = (
+            sum(group.counters.get(f"{name}_{what}", 0) for group in result.groups) for what in ("queries", "hits")
+        )
+        meter.add(table.WORKER_ENGINE, found_there, kind=kind, result="hit")
+        meter.add(table.WORKER_ENGINE, asked - found_there, kind=kind, result="miss")
     meter.add(table.WORKER_PROMPTS_AHEAD, sum(group.counters.get("prompts_ahead", 0) for group in result.groups))
     meter.add(table.WORKER_REWARD_FAILURES, sum(len(group.failures) for group in result.groups))
     meter.add(table.WORKER_BROKEN_SAMPLES, len(result.failures))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,7 @@ from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt, VisionFeatures
-from mmrl_ray.policy.generation.base import GenerationEngine, GroupOutput
+from mmrl_ray.policy.generation.base import DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.lora.adapter import reference_policy
 from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.memory import scored_parts
@@ -87,6 +88,34 @@ class Scorer:
             dearer = ", which runs a prompt once for each of its completions" if self._choice.path == "naive" else ""
             logger.warning("scoring path: %s%s (%s)", self._choice.path, dearer, self._choice.reason)
         return self._choice
+
+    def with_greedy_logprobs(
+        self, requests: Sequence[DecodeRequest], outputs: Sequence[GroupOutput]
+    ) -> list[GroupOutput]:
+        """The groups with the policy's log-probs of their greedy completions, at the temperature of their requests.
+
+        For an engine that has those of temperature 1 (`Capabilities.greedy_logprobs`); all requests are at one.
+        """
+        made = list(outputs)
+        wanted = [
+            (i, (*(o.completions if r.sampling.greedy else ()), *(() if o.greedy is None else (o.greedy,))))
+            for i, (r, o) in enumerate(zip(requests, outputs, strict=True))
+            if r.sampling.temperature != 1.0
+        ]
+        if not any(rows for _, rows in wanted):
+            return made
+        features = None if self._versions.adapts_vision else _features_of(outputs)
+        found = self._logprobs(
+            [requests[i].prompt for i, _ in wanted],
+            None if features is None else [features[i] for i, _ in wanted],
+            [[completion.token_ids for completion in rows] for _, rows in wanted],
+            requests[0].sampling.temperature,
+        )
+        for (i, rows), logprobs in zip(wanted, found, strict=True):
+            scored = [replace(row, logprobs=each) for row, each in zip(rows, logprobs, strict=True)]
+            greedy = None if made[i].greedy is None else scored.pop()
+            made[i] = replace(made[i], completions=tuple(scored) or made[i].completions, greedy=greedy)
+        return made
 
     def reference_logprobs(
         self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput], temperature: float

@@ -10,6 +10,8 @@ it gave, `sampler_gap/…` (`learner/objective.py`) among it.
     vision/hits, vision/misses        of the vision cache in the rollout workers
     engine/…                          of an engine that counts (vLLM): prompt tokens looked for in its prefix cache and
                                       found there, pictures in its processor's
+    engine/prefix_cache_hit_fraction  of those tokens: (G - 1) ÷ G where prompts are encoded once a group, but for what
+                                      is left of a block at their ends
     samples_per_second                completions consumed ÷ `seconds/step`
     seconds/step                      wall time since the step before ended
     seconds/wait_plan                 of it, what the learner waited for its plan
@@ -62,6 +64,11 @@ def rollout_metrics(
         "vision/misses": counters["vision_misses"],
         "prompts/ahead": counters["prompts_ahead"],
         **{f"engine/{name}": counters[name] for name in _ENGINE if name in counters},
+        **(
+            {"engine/prefix_cache_hit_fraction": counters["prefix_cache_hits"] / counters["prefix_cache_queries"]}
+            if counters["prefix_cache_queries"]
+            else {}
+        ),
         **{f"seconds/{phase}": value for phase, value in sorted(seconds.items())},
     }
 

@@ -99,6 +99,11 @@ WORKER_SECONDS = _counter("worker_seconds", "Seconds of a rollout worker by phas
 WORKER_GROUPS = _counter("worker_groups", "Groups that a rollout worker sampled", "run", "worker")
 WORKER_TOKENS = _counter("worker_tokens", "Tokens that a rollout worker read and wrote", "run", "worker", "kind")
 WORKER_VISION = _counter("worker_vision_lookups", "Look-ups in the vision cache", "run", "worker", "result")
+WORKER_ENGINE = _counter(
+    "worker_engine_lookups",
+    "Look-ups in the caches of an engine of its own process (vLLM): prompt tokens, or pictures",
+    *("run", "worker", "kind", "result"),
+)
 WORKER_PROMPTS_AHEAD = _counter(
     "worker_prompts_ahead", "Prompts with their pictures that were ready when they were needed", "run", "worker"
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from mmrl_ray.policy.vision import VisionCache
 from tests.support.tiny_models import section_of
 from tests.vllm.models import llava_folder, policy_of
 
-BLOCK = 32
-"""Tokens: the least that vLLM has on a CPU."""
-SMALL = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 64}
-ARGS = {"kv_cache_memory_bytes": 1 << 28, "block_size": BLOCK, "max_num_batched_tokens": 1024}
+SMALL: dict[str, Any] = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 64}
+ARGS = {"max_num_batched_tokens": 1024}
 TIMEOUT_S = 120.0
 PLACES, RANK, SERVED_S = 3, 64, 60.0
 """Of the served model: adapters at a time and their rank; and for each answer of its process."""
@@ -50,10 +48,12 @@ def engine(policy: Policy, python: str) -> Iterator[VllmEngine]:
     made.close()
 
 
-def started(policy: Policy, python: str, **settings: Any) -> VllmEngine:
-    asked = {"args": {**ARGS, "max_loras": 3}, **SMALL, **settings}
+def started(policy: Policy, python: str, args: Mapping[str, Any] = {}, **section: Any) -> VllmEngine:
+    """As a rollout worker has it, but for what `args` and `section` say of vLLM's arguments."""
+    asked = {"args": {**ARGS, "max_loras": 3, **args}, **SMALL, **section}
     cfg = EngineSection(kind="vllm", python=python, start_timeout_s=300.0, **asked)
-    return start_engine(policy, cfg, VisionCache(0), revision=None, threads=1, timeout_s=TIMEOUT_S)
+    cache = VisionCache(1 << 24)
+    return start_engine(policy, cfg, cache, revision=None, threads=1, timeout_s=TIMEOUT_S, embeds=True)
 
 
 # -- served ------------------------------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ class Capabilities:
     """Log-probs differ from the learner's by no more than float rounding in the model's dtype."""
     reproducible: bool
     """The same requests under the same weights give the same tokens and log-probs, bit for bit on a CPU."""
+    greedy_logprobs: bool = True
+    """Log-probs of greedy completions are those at the request's temperature, too; if not, the scorer makes them."""
 
 
 class GenerationEngine(ABC):

@@ -16,6 +16,7 @@ from mmrl_ray.config.sections import LoraSection, ModelSection, ResourcesSection
 from mmrl_ray.planning.estimate import (
     PROCESS,
     batch_plan,
+    engine_memory,
     learner_memory,
     loading_memory,
     rollout_memory,
@@ -163,6 +164,32 @@ def test_rollout_estimate_by_hand(policy: Policy) -> None:
     assert beside["picture processes"] == 3 * 400 * 2**20
     few = rollout_memory(cfg, shape, 70, 64, images=3)
     assert few["vision features"] == (4 + 3) * 64 * 128 * 4
+
+
+def test_vllms_estimate_by_hand(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    plain = load_policy(ModelSection(path=policy.path, dtype="float32"), device="cpu")
+    shape = model_shape(plain.hf_model, LoraSection(r=4), torch.float32)
+    own = config(groups_per_assignment=4)
+    assert engine_memory(own, shape, 70, context=512) == {}
+    a_token = 2 * 128 * 4 * 4  # keys and values, width, layers, bytes
+
+    def parts(context: int = 512, *, embeds: bool = True, **engine: Any) -> dict[str, int]:
+        cfg = config(groups_per_assignment=4, engine={"kind": "vllm", **engine})
+        return dict(engine_memory(cfg, shape, 70, context=context, embeds=embeds, memory_bytes=8 << 30))
+
+    found = parts()
+    assert found["keys and values"] == (16 * 512 + 32) * a_token  # every completion at its longest, and a spare block
+    assert found["weights"] == 4 * shape.language_parameters < shape.weight_bytes == parts(embeds=False)["weights"]
+    layer = 4 * (128 + 128) + 3 * (128 + 384)  # in and out of q, k, v, o and of the MLP's three
+    assert found["adapters"] == 2 * 8 * 4 * layer * 4 + 2 * shape.adapter_parameters * 8  # ranks are padded to 8
+    assert parts(dtype="bfloat16")["keys and values"] == found["keys and values"] // 2
+    # A context that nothing was made for: within 1 GiB, unless somebody asks for more.
+    assert parts(1 << 20)["keys and values"] <= 1 << 30 < parts(max_model_len=1 << 19)["keys and values"]
+    assert parts(args={"kv_cache_memory_bytes": 5 << 30})["keys and values"] == 5 << 30
+    assert sum(parts(gpu_memory_utilization=0.5).values()) == 4 << 30
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert parts()["keys and values"] == 3 << 30
 
 
 def on_gpus(cfg: Config) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmrl_ray.experience.carriers import StepPlan
 from mmrl_ray.learner.train_loop import export_checkpoint_metrics, export_learner_metrics
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.pool import RolloutWorker
+from mmrl_ray.rollouts.types import AssignmentResult
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.telemetry.logs import CONTEXT
@@ -163,3 +165,29 @@ def test_a_learner_measures_its_own_part(make: Callable[..., World]) -> None:
         ("checkpoints", "r"): 1.0,
     }
     assert meter.observed == {("checkpoint_seconds", "r"): [2.5]}
+
+
+def test_what_an_engine_found_in_its_caches_is_in_a_steps_line_and_measured(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = FakeEngine.run
+
+    def counted(engine: FakeEngine, *args: Any) -> AssignmentResult:
+        result = sampled(engine, *args)
+        found = {"prefix_cache_queries": 80.0, "prefix_cache_hits": 60.0, "mm_cache_queries": 2.0, "mm_cache_hits": 2.0}
+        first, *others = result.groups
+        return replace(result, groups=(replace(first, counters={**first.counters, **found}), *others))
+
+    monkeypatch.setattr(FakeEngine, "run", counted)
+    monkeypatch.setattr("mmrl_ray.rollouts.pool._fetch_weights", lambda _: None)
+    world = make()
+    world.step(0)
+    (line,) = world.run.read_lines("metrics.jsonl")
+    assert line["engine/prefix_cache_hit_fraction"] == 0.75
+    worker, meter = RolloutWorker("w-9", "r", FakeEngine), MemoryMeter(run="r", worker="w-9")
+    worker._meter = meter
+    monkeypatch.setattr("mmrl_ray.rollouts.pool.start_logging", lambda *_, **__: None)
+    worker.start()
+    worker.run(world.pool.submitted[0])
+    looked = {key[3:]: value for key, value in meter.values.items() if key[0] == "worker_engine_lookups"}
+    assert looked == {("tokens", "hit"): 60.0, ("tokens", "miss"): 20.0, ("pictures", "hit"): 2.0}

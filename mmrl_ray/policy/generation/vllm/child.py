@@ -186,6 +186,7 @@ class Engine:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "context": config.model_config.max_model_len,
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+            "embeds": bool(config.model_config.multimodal_config.enable_mm_embeds),
             "can_sleep": bool(config.model_config.enable_sleep_mode),
         }
 
@@ -333,11 +334,10 @@ class Engine:
     def rendered(self, asked: Mapping[str, Any], version: Version, tensors: Mapping[str, torch.Tensor]) -> Any:
         """A prompt as vLLM's engine takes it."""
         place = asked["prompt"]
-        pictures = [Image.fromarray(tensors[f"{place}/image/{i}"].numpy()) for i in range(asked["images"])]
         prompt = {
             "prompt_token_ids": tensors[f"{place}/ids"].tolist(),
-            "multi_modal_data": {"image": pictures},
-            "multi_modal_uuids": {"image": [f"{asked['image_key']}-{i}" for i in range(len(pictures))]},
+            "multi_modal_data": {"image": _pictures(tensors, f"{place}/", asked["images"])},
+            "multi_modal_uuids": {"image": [f"{asked['image_key']}-{i}" for i in range(asked["images"])]},
             "cache_salt": version.salt,
         }
         (rendered,) = self._engine.renderer.render_cmpl([prompt])
@@ -411,6 +411,16 @@ class Engine:
         if self.facts["can_sleep"] and not self._is_asleep:
             self._engine.sleep(1)  # 2 would drop the weights, too, and have no file to read an adapter's base from
             self._is_asleep = True
+
+
+def _pictures(tensors: Mapping[str, torch.Tensor], place: str, count: int) -> Any:
+    """Those of a prompt, as vLLM takes them: pictures, or what a tower made of them, with their grids or without."""
+    made, grid = tensors.get(f"{place}image_embeds"), tensors.get(f"{place}image_grid_thw")
+    if made is None:
+        return [Image.fromarray(tensors[f"{place}image/{i}"].numpy()) for i in range(count)]
+    if grid is not None:
+        return {"image_embeds": made, "image_grid_thw": grid}
+    return list(made.split(tensors[f"{place}sizes"].tolist()))
 
 
 def _logprobs(row: Any) -> list[float]:

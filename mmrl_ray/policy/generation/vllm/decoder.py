@@ -27,7 +27,8 @@ from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure
 from mmrl_ray.policy.generation.decode import decode_groups
 from mmrl_ray.policy.generation.queue import DecodeQueue, Group, GroupBook
 from mmrl_ray.policy.generation.rules import GenerationRules, generation_rules
-from mmrl_ray.policy.generation.vllm.engine import prompt_tensors, read_by_vllm, start_process
+from mmrl_ray.policy.generation.vllm.engine import read_by_vllm, room_on_cpu, start_process
+from mmrl_ray.policy.generation.vllm.exchange import prompt_tensors
 from mmrl_ray.policy.generation.vllm.mmrl_vllm_worker import RULES
 from mmrl_ray.policy.generation.vllm.process import VllmProcess
 from mmrl_ray.policy.lora.files import AdapterFiles
@@ -39,8 +40,6 @@ logger = logging.getLogger(__name__)
 _TEMPERATURES = 0.01, 2.0
 """vLLM takes a lower one for the first, and none above the second."""
 _COUNT_EVERY_S = 1.0
-_CPU_BLOCK = 32
-"""Tokens: the least that vLLM has on a CPU."""
 
 
 class VllmServer:
@@ -142,10 +141,16 @@ def start_server(
     process = start_process(
         policy,
         cfg,
-        {"max_num_seqs": max_rows, **places, **ruled, **({} if torch.cuda.is_available() else _on_cpu(policy, cfg))},
+        {
+            "max_num_seqs": max_rows,
+            **places,
+            **ruled,
+            **({} if torch.cuda.is_available() else room_on_cpu(policy, cfg, max_rows)),
+        },
         max_rank=None if adapters is None else adapters[1],
         revision=policy.revision,
         threads=threads,
+        timeout_s=timeout_s,
         # The other of vLLM's runners takes them in another form.
         environment={} if rules is None else {"VLLM_USE_V2_MODEL_RUNNER": "0"},
     )
@@ -154,13 +159,6 @@ def start_server(
     except BaseException:
         process.close()
         raise
-
-
-def _on_cpu(policy: Policy, cfg: EngineSection) -> dict[str, Any]:
-    """Room for the keys of the longest row, and for 1 GiB: by itself vLLM takes nine tenths of a machine's memory."""
-    tokens = (cfg.max_model_len or policy.context_length) + _CPU_BLOCK
-    least = tokens * (policy.key_bytes // policy.dtype.itemsize) * torch.float32.itemsize
-    return {"block_size": _CPU_BLOCK, "kv_cache_memory_bytes": max(least, 1 << 30)}
 
 
 class VllmDecoder(GroupBook):

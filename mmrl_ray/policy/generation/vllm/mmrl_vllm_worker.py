@@ -108,13 +108,20 @@ def _adapter(manager: Any, lora_id: int, tensors: Mapping[str, torch.Tensor], co
 
 
 def _read_later_names() -> None:
-    """LLaVA's tower as transformers 5.23 saves it: without the `vision_model.` that vLLM's layers have."""
+    """Towers of CLIP and SigLIP as transformers 5.23 saves them: without the `vision_model.` of vLLM's layers."""
     import regex
-    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.model_executor.models import gemma3_mm, llava, llava_next, llava_onevision, paligemma
     from vllm.model_executor.models.utils import WeightsMapper
 
     later = WeightsMapper(orig_to_new_regex={regex.compile(_TOWER): "vision_tower.vision_model."})
-    LlavaForConditionalGeneration.hf_to_vllm_mapper = later | LlavaForConditionalGeneration.hf_to_vllm_mapper
+    for model in (
+        gemma3_mm.Gemma3ForConditionalGeneration,
+        llava.LlavaForConditionalGeneration,
+        llava_next.LlavaNextForConditionalGeneration,
+        llava_onevision.LlavaOnevisionForConditionalGeneration,
+        paligemma.PaliGemmaForConditionalGeneration,
+    ):
+        model.hf_to_vllm_mapper = later | model.hf_to_vllm_mapper
 
 
 def _do_without_video(processors: Any) -> None:
@@ -128,6 +135,13 @@ def _do_without_video(processors: Any) -> None:
             return {}, settings
 
     processors.get_video_processor_dict = classmethod(read)
+
+
+def _do_without_numerals() -> None:
+    """SmolVLM's processor is not made without a package that spells the times of a video's frames."""
+    from transformers.models.smolvlm import processing_smolvlm
+
+    processing_smolvlm.num2words = getattr(processing_smolvlm, "num2words", None) or str
 
 
 def _resize_by_pillow(processors: Any) -> None:
@@ -146,6 +160,7 @@ def _prepare() -> None:
 
     _read_later_names()
     _do_without_video(BaseVideoProcessor)
+    _do_without_numerals()
     if os.environ.get(PILLOW):
         _resize_by_pillow(AutoImageProcessor)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mmrl_ray.config.learner import EngineSection
 from mmrl_ray.data.images import decode_image
@@ -29,10 +30,11 @@ from mmrl_ray.errors import ConfigError, ContextLengthError, MMRLError, ModelErr
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.vllm.child import FORBIDDEN_BIAS
-from mmrl_ray.policy.generation.vllm.engine import RANKS, completion_of, loadable, sampling_of
+from mmrl_ray.policy.generation.vllm.exchange import completion_of, loadable, sampling_of
 from mmrl_ray.policy.generation.vllm.server import VllmServer
 from mmrl_ray.policy.generation.vllm.shared_adapters import Adapter, SharedAdapters
 from mmrl_ray.policy.lora.adapter import adapter_config, adapter_state, load_adapter_state
+from mmrl_ray.policy.memory import padded_rank
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import with_source
 from mmrl_ray.policy.scoring.prefix import score_completions
@@ -130,13 +132,18 @@ class RemoteEngine(GenerationEngine):
             exact: the server computes in the policy's dtype, without quantisation.
         """
         self.capabilities = Capabilities(  # type: ignore[misc]  # of this one
-            value_guided=False, greedy_extra=True, vision_features=False, exact_logprobs=exact, reproducible=False
+            value_guided=False,
+            greedy_extra=True,
+            vision_features=False,
+            exact_logprobs=exact,
+            reproducible=False,
+            greedy_logprobs=False,
         )
         self._policy, self._server, self._adapters, self._cache = policy, server, adapters, cache
         self._model, self._room, self._versions = model, room, versions
         self._as_made = adapter_state(policy.model)
         config: Any = policy.model.peft_config[policy.model.active_adapter]  # type: ignore[index]
-        self._rank = next((each for each in RANKS if each >= config.r), config.r)
+        self._rank = padded_rank(config.r)
         self._held: Adapter | None = None
         self._is_loaded = False
         self._weights: str | None = None
@@ -347,7 +354,8 @@ def _pictures(request: DecodeRequest) -> list[dict[str, Any]]:
     parts = []
     for image in source.images:
         file = io.BytesIO()
-        decode_image(image).save(file, "PNG", compress_level=1)
+        picture = decode_image(image) if isinstance(image, bytes) else Image.fromarray(image.numpy())
+        picture.save(file, "PNG", compress_level=1)
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         parts.append({"type": "image_url", "url": url})
     return parts
