@@ -28,13 +28,22 @@ more. PyTorch's kernel reads keys and values at a third of the rate that memory 
 were made for many queries. As two batches of products, keys by queries and weights by values, the same takes about 0.8
 of the time, from where it is more than a handful of calls. `B` sequences, `H` heads of queries, `H'` heads of keys,
 `r = H / H'`, `K` keys, `d` head width.
+
+**Idle cores in serving** (`use_idle_cores`): a replica has its part of the cores, and while nothing else runs on the
+machine its passes take the others', too; with the numbers that they had before, bit for bit. Threads that do not get
+their core are waited for at every product: on two cores, with three processes more, a caption took 12 times as long. So
+the kernel is asked before each pass how many threads it has to run.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,6 +69,17 @@ _MOST_PACKED_BYTES = 2 << 30
 _NAME, _COMPLETIONS = "mmrl_decode_step", "mmrl_completions"
 _MANY_KEYS = 1 << 18
 """Elements, B · H' · K · d, from which products are the faster: 1 MiB, what the cache of a core holds."""
+_WORTH_THREADS = 1 << 22
+"""Weights of a model from which threads that meet at every product are the faster: with a million they are not."""
+_CROWDED_S = 0.2
+"""A machine that was found busy before two passes in a row is taken for busy so long."""
+_SPIN_S = 0.005
+"""So long after a product OpenMP's threads look for the next one, and count as running."""
+_OTHERS = 4
+"""One core in so many may be at work for others on a machine that is idle: it is left to them."""
+_attention_threads: ContextVar[int | None] = ContextVar("attention_threads", default=None)
+"""Of PyTorch's attention in a decode step, which shares out the keys of a single query among its threads and sums up
+what they make of them; None: as many as everywhere."""
 
 
 def accelerate(model: nn.Module) -> Acceleration:
@@ -71,6 +91,7 @@ def accelerate(model: nn.Module) -> Acceleration:
         completions=completions_attention,
         copy_weight=by_column,
         adapt=use_fused_adapters,
+        use_idle_cores=use_idle_cores,
     )
 
 
@@ -279,7 +300,8 @@ def attend(
     other = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
     if queries != 1 or key.numel() < _MANY_KEYS or per_head or other:
         mask = _added(attention_mask, query.dtype)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+        with _threads(_attention_threads.get() or torch.get_num_threads()):
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     scaled = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)
     scores = torch.matmul(key, scaled.transpose(2, 3)).transpose(2, 3)  # [B, H', r, K]
     if attention_mask is not None:
@@ -441,6 +463,78 @@ def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
         added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
         known = _added_masks[mask] = (mask._version, added)
     return known[1]
+
+
+def use_idle_cores(policy: Policy, cores: int) -> None:
+    """Has the policy's passes computed by this thread's number of threads, and by more while so many cores are idle.
+
+    Where they would compute other numbers, or no faster, nothing changes: in other dtypes than float32, with another
+    attention than "sdpa", by a small model.
+    """
+    own, most = torch.get_num_threads(), cores - cores // _OTHERS
+    exact = policy.dtype == torch.float32 and policy.attention == "sdpa" and is_available()
+    large = sum(parameter.numel() for parameter in policy.model.parameters()) >= _WORTH_THREADS
+    if exact and large and most > own and runnable() is not None:
+        idle = IdleCores(own, most, cores)
+        policy.acceleration = replace(policy.acceleration, forward=lambda _: idle.taken())
+
+
+class IdleCores:
+    """The cores of this machine that nobody uses, for one thread's passes."""
+
+    def __init__(self, own: int, most: int, cores: int) -> None:
+        """`own` threads in any case, `most` while no more than the rest of the cores are at work for others."""
+        self._own, self._most, self._others = own, most, cores - most
+        self._busy = 0
+        """Looks in a row that found the machine so."""
+        self._busy_until = self._spins_until = 0.0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within it PyTorch has as many threads as is good now."""
+        threads = self._now()
+        kept = _attention_threads.set(self._own)
+        try:
+            with _threads(threads):
+                yield
+        finally:
+            _attention_threads.reset(kept)
+            if threads > self._own:
+                self._spins_until = time.monotonic() + _SPIN_S
+
+    def _now(self) -> int:
+        now = time.monotonic()
+        mine = self._most if now < self._spins_until else 1
+        self._busy = self._busy + 1 if (runnable() or 0) - mine > self._others else 0
+        if self._busy > 1:  # once is somebody who looks whether there is anything to do
+            self._busy_until = now + _CROWDED_S
+        return self._own if self._busy or now < self._busy_until else self._most
+
+
+def runnable() -> int | None:
+    """Threads on this machine that have a core or wait for one; None where the kernel does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(os.pread(_load_file(), 128, 0).split()[3].partition(b"/")[0])
+    return None
+
+
+@cache
+def _load_file() -> int:
+    return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Within it this thread has so many of PyTorch's."""
+    before = torch.get_num_threads()
+    if threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 AttentionInterface.register(_NAME, attend)

@@ -210,8 +210,11 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     from mmrl_ray.serving.engine import Engine
 
     serving = cfg.serving
-    torch.set_num_threads(torch_threads(cfg, os.cpu_count() or 1))
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(torch_threads(cfg, cores))
     policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
+    if serving.policy.resources.threads is None:
+        policy.acceleration.use_idle_cores(policy, cores)
     common: dict[str, Any] = {
         "model_id": base_id(cfg),
         "vision_cache_bytes": serving.policy.vision_cache_mb * _MB,
