@@ -39,8 +39,9 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
@@ -50,7 +51,6 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.functional import linear
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -147,15 +147,19 @@ class OneDnnLinear(PlainLinear):
 
     def takes(self, input: torch.Tensor) -> bool:
         """Whether oneDNN multiplies this one."""
-        weight = self.weight
-        large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
-        known = _fits(input) and _fits(weight) and not torch.is_autocast_enabled("cpu")
-        return large and known and input.numel() > 0
+        return self._takes(input, self.weight)
+
+    @staticmethod
+    def _takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
+        size = input.numel()
+        if weight.numel() < _LARGE_WEIGHT and size * weight.shape[0] < _LARGE_PRODUCT:
+            return False
+        return _fits(input) and _fits(weight) and not torch.is_autocast_enabled("cpu") and size > 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[.., in] → [.., out]."""
         weight, bias = self.weight, self.bias
-        if not self.takes(input):
+        if not self._takes(input, weight):
             return linear(input, weight, bias)
         if torch.is_grad_enabled():
             trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -300,7 +304,8 @@ def attend(
     other = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
     if queries != 1 or key.numel() < _MANY_KEYS or per_head or other:
         mask = _added(attention_mask, query.dtype)
-        with _threads(_attention_threads.get() or torch.get_num_threads()):
+        threads = _attention_threads.get()
+        with nullcontext() if threads is None else _threads(threads):
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     scaled = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)
     scores = torch.matmul(key, scaled.transpose(2, 3)).transpose(2, 3)  # [B, H', r, K]
@@ -449,20 +454,22 @@ def _by_row(folded: torch.Tensor, sizes: _Sizes) -> torch.Tensor:
     return split.flatten(2, 3).flatten(0, 1)
 
 
-_added_masks = WeakTensorKeyDictionary()
-"""Of masks that are still in use: how often each had been written to, and what `_added` made of it."""
+_last_mask: tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None = None
+"""The mask that `_added` saw last, how often it had been written to, and what was made of it."""
 
 
 def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A mask as numbers of `dtype` that are added to the scores. PyTorch would make them of a bool in every layer, and
     all layers of a pass are given one tensor."""
+    global _last_mask
     if mask is None or mask.dtype != torch.bool:
         return mask
-    known = _added_masks.get(mask)
-    if known is None or known[0] != mask._version or known[1].dtype != dtype:
-        added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-        known = _added_masks[mask] = (mask._version, added)
-    return known[1]
+    known = _last_mask
+    if known is not None and known[0]() is mask and known[1] == mask._version and known[2].dtype == dtype:
+        return known[2]
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    _last_mask = (weakref.ref(mask), mask._version, added)
+    return added
 
 
 def use_idle_cores(policy: Policy, cores: int) -> None:
