@@ -30,9 +30,10 @@ of the time, from where it is more than a handful of calls. `B` sequences, `H` h
 `r = H / H'`, `K` keys, `d` head width.
 
 **Idle cores in serving** (`use_idle_cores`): a replica has its part of the cores, and while nothing else runs on the
-machine its passes take the others', too; with the numbers that they had before, bit for bit. Threads that do not get
-their core are waited for at every product: on two cores, with three processes more, a caption took 12 times as long. So
-the kernel is asked before each pass how many threads it has to run.
+machine oneDNN's products take the others', too; with the numbers that they had before, bit for bit, which MKL and
+PyTorch's attention of a single query would not give. Threads that do not get their core are waited for at every
+product: on two cores, with three processes more, a caption took 12 times as long. So the kernel is asked before each
+pass how many threads it has to run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
@@ -77,9 +79,10 @@ _SPIN_S = 0.005
 """So long after a product OpenMP's threads look for the next one, and count as running."""
 _OTHERS = 4
 """One core in so many may be at work for others on a machine that is idle: it is left to them."""
-_attention_threads: ContextVar[int | None] = ContextVar("attention_threads", default=None)
-"""Of PyTorch's attention in a decode step, which shares out the keys of a single query among its threads and sums up
-what they make of them; None: as many as everywhere."""
+_ROWS = (1, 2, 8, 64, 512)
+"""With which products are compared that are to be the same whatever the threads."""
+_product_threads: ContextVar[tuple[int, int] | None] = ContextVar("product_threads", default=None)
+"""Threads of a product in this pass, and of all else; None: as many as of all else."""
 
 
 def accelerate(model: nn.Module) -> Acceleration:
@@ -167,7 +170,14 @@ class OneDnnLinear(PlainLinear):
                 return _Product.apply(input, weight, bias)
         if self._packed is not None and self._packed[0] == weight.data_ptr():
             weight = self._packed[1]
-        return _multiply(input, weight, bias)
+        threads = _product_threads.get()
+        if threads is None:
+            return _multiply(input, weight, bias)
+        torch.set_num_threads(threads[0])  # 0.1 µs
+        try:
+            return _multiply(input, weight, bias)
+        finally:
+            torch.set_num_threads(threads[1])
 
 
 class _Product(torch.autograd.Function):
@@ -304,9 +314,7 @@ def attend(
     other = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
     if queries != 1 or key.numel() < _MANY_KEYS or per_head or other:
         mask = _added(attention_mask, query.dtype)
-        threads = _attention_threads.get()
-        with nullcontext() if threads is None else _threads(threads):
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     scaled = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)
     scores = torch.matmul(key, scaled.transpose(2, 3)).transpose(2, 3)  # [B, H', r, K]
     if attention_mask is not None:
@@ -473,17 +481,38 @@ def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
 
 
 def use_idle_cores(policy: Policy, cores: int) -> None:
-    """Has the policy's passes computed by this thread's number of threads, and by more while so many cores are idle.
+    """Has products computed by this thread's number of threads, and by more while so many cores are idle.
 
-    Where they would compute other numbers, or no faster, nothing changes: in other dtypes than float32, with another
-    attention than "sdpa", by a small model.
+    Where they would give other numbers, or be no faster, nothing changes: with some shapes, or a small model.
     """
     own, most = torch.get_num_threads(), cores - cores // _OTHERS
-    exact = policy.dtype == torch.float32 and policy.attention == "sdpa" and is_available()
-    large = sum(parameter.numel() for parameter in policy.model.parameters()) >= _WORTH_THREADS
-    if exact and large and most > own and runnable() is not None:
-        idle = IdleCores(own, most, cores)
-        policy.acceleration = replace(policy.acceleration, forward=lambda _: idle.taken())
+    layers = [module for module in policy.model.modules() if isinstance(module, OneDnnLinear)]
+    large = sum(layer.weight.numel() for layer in layers) >= _WORTH_THREADS
+    if most > own and large and runnable() is not None:
+        # In a thread that ends: once OpenMP has made more threads than there are cores, they go to sleep between two
+        # products, and each product wakes them up.
+        with ThreadPoolExecutor(1) as alone:
+            is_same = alone.submit(_is_same, layers, own, most).result()
+        if is_same:
+            idle = IdleCores(own, most, cores)
+            policy.acceleration = replace(policy.acceleration, forward=lambda _: idle.taken())
+
+
+@torch.no_grad()
+def _is_same(layers: list[OneDnnLinear], own: int, most: int) -> bool:
+    """Whether products with the layers' weights are the same bit for bit with either number of threads."""
+    shapes = {(layer.weight.shape, layer._packed is None): layer for layer in layers if _fits(layer.weight)}
+    for rows in _ROWS:
+        for layer in shapes.values():
+            x = torch.linspace(-1, 1, rows * layer.in_features).sin().view(rows, -1)
+            made = []
+            for threads in (own, most):
+                torch.set_num_threads(threads)
+                made.append(layer(x))
+            torch.set_num_threads(own)
+            if layer.takes(x) and not torch.equal(*made):
+                return False
+    return True
 
 
 class IdleCores:
@@ -498,16 +527,17 @@ class IdleCores:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Within it PyTorch has as many threads as is good now."""
+        """Within it products have as many threads as is good now."""
         threads = self._now()
-        kept = _attention_threads.set(self._own)
+        if threads == self._own:
+            yield
+            return
+        before = _product_threads.set((threads, self._own))
         try:
-            with _threads(threads):
-                yield
+            yield
         finally:
-            _attention_threads.reset(kept)
-            if threads > self._own:
-                self._spins_until = time.monotonic() + _SPIN_S
+            _product_threads.reset(before)
+            self._spins_until = time.monotonic() + _SPIN_S
 
     def _now(self) -> int:
         now = time.monotonic()
@@ -528,20 +558,6 @@ def runnable() -> int | None:
 @cache
 def _load_file() -> int:
     return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Within it this thread has so many of PyTorch's."""
-    before = torch.get_num_threads()
-    if threads == before:
-        yield
-        return
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 AttentionInterface.register(_NAME, attend)

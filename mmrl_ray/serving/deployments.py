@@ -213,8 +213,6 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     cores = os.cpu_count() or 1
     torch.set_num_threads(torch_threads(cfg, cores))
     policy = load_policy(cfg.model, device="cuda" if serving.policy.resources.gpus else "cpu")
-    if serving.policy.resources.threads is None:
-        policy.acceleration.use_idle_cores(policy, cores)
     common: dict[str, Any] = {
         "model_id": base_id(cfg),
         "vision_cache_bytes": serving.policy.vision_cache_mb * _MB,
@@ -227,6 +225,8 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
         agent.start()
         return agent
     policy.acceleration.pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
+    if serving.policy.resources.threads is None:
+        policy.acceleration.use_idle_cores(policy, cores)
     sources = AdapterFolders(cfg.adapters, [serving.adapters_root] if serving.adapters_root is not None else [])
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank)
     processes = serving.policy.resources.prompt_processes
