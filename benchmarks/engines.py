@@ -22,6 +22,7 @@ local engine is in the last line.
 CPU seconds are those of all processes of an engine: they tell the same on a busy machine, where the others do not. The
 memory of processes is what they have touched at the most (sampling), or what is theirs, with their part of what they
 share (serving, after the 64 clients); on a GPU what all of it takes there, of which vLLM takes what it is allowed to.
+Nothing is compiled when the first one starts; what one has compiled the next may find.
 
 Prints two tables; the last line is one JSON object, whose `ratio` is the local engine's captions a second over those of
 vLLM at its best, in the row where that is least.
@@ -66,12 +67,15 @@ from rich.table import Table
 from rl_step import build_inputs
 from serve import Load, Server, ask, body, free_port, ours, pictures_of, process
 from transformers import AutoModelForImageTextToText
+from transformers.utils import is_torchvision_available
 
 from mmrl_ray.config.sections import LoraSection, ModelSection, ScenesSection
 from mmrl_ray.config.serving import PolicyDeployment
 from mmrl_ray.data.scenes.generator import generate_scenes, scenes_vocabulary
 from mmrl_ray.data.writing import write_parquet
 from mmrl_ray.errors import ConfigError
+from mmrl_ray.policy.generation.vllm import child
+from mmrl_ray.policy.generation.vllm.child import EXTENSION
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter, save_adapter
 from mmrl_ray.policy.tiny import build_tiny_llava
@@ -111,7 +115,6 @@ def build(folder: Path, *, small: bool) -> Inputs:
     else:
         model, data = build_inputs(folder, 16)
     plain = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
-    plain.save_pretrained(model)  # under the names that vLLM reads
     policy = load_policy(ModelSection(path=str(model)), device="cpu")
     adapted = add_adapter(policy, LoraSection(r=RANK, alpha=2.0 * RANK), 0)
     generator = torch.Generator().manual_seed(1)
@@ -215,14 +218,18 @@ def adapted(start: Callable[[], Any]) -> Iterator[Server]:
 def peer(
     inputs: Inputs, folder: Path, model: Path, arguments: Sequence[str], environment: dict[str, str]
 ) -> Iterator[Server]:
-    """vLLM's own HTTP server."""
+    """vLLM's own HTTP server, with what reads the checkpoint here: names of weights, and the processor's pictures."""
     port = free_port()
     command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--generation-config", "vllm"]
     command += ["--served-model-name", "base" if arguments else ADAPTER, *arguments]
+    command += ["--worker-extension-cls", f"{EXTENSION}.Adapters", "--limit-mm-per-prompt", '{"video": 0}']
+    if not is_torchvision_available():
+        command += ["--mm-processor-kwargs", '{"backend": "pil"}']
     if not GPU:
         command += ["--kv-cache-memory-bytes", str(CACHE)]
     settings = {"VLLM_CACHE_ROOT": str(folder / "vllm"), "VLLM_NO_USAGE_STATS": "1", **os.environ, **environment}
+    settings["PYTHONPATH"] = str(Path(child.__file__).parent)
     with process(command, folder / "vllm.log", f"http://127.0.0.1:{port}/health", settings):
         yield Server(f"http://127.0.0.1:{port}", ADAPTER, {})
 
@@ -235,18 +242,16 @@ def measure_server(
     Needs a picture for each request and 16 more.
     """
     bodies = [(i, body(server.model, picture)) for i, picture in enumerate(pictures)]
-    before = 0
     rows, texts = [], {}
-    for clients, requests in ((16, 16), *loads):
+    for place, (clients, requests) in enumerate(((16, 16), *loads)):
         mine, bodies = bodies[:requests], bodies[requests:]
         cpu = cpu_seconds()
         wall, taken, found = asyncio.run(ask(server, mine, clients))
-        if before:
+        if place:
             p99 = statistics.quantiles(taken, n=100, method="inclusive")[98]
             row = Row(name, clients, requests / wall, 1e3 * (cpu_seconds() - cpu) / requests, start_s, own_memory())
             rows.append(replace(row, p50_ms=1e3 * statistics.median(taken), p99_ms=1e3 * p99))
             told(rows[-1])
-        before += requests
         texts.update(found)
     return rows, texts
 
@@ -355,7 +360,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="mmrl-bench-"))
     engines = engines_here(args.engines)
-    loads = ((1, 4), (16, 16)) if args.small else ((1, 16), (16, 128), (64, 256))
+    loads = ((1, 4), (16, 16)) if args.small else ((1, 12), (16, 96), (64, 192))
     try:
         inputs = build(folder, small=args.small)
         sampling = [] if args.only == "serving" else measure_sampling(inputs, folder, engines, args.cores)

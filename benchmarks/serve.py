@@ -173,7 +173,7 @@ def process(command: list[str], log: Path, ready: str, env: dict[str, str]) -> I
             deadline = time.monotonic() + START_S
             while not answers(ready):
                 if started.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"{command[:3]} did not start:\n{log.read_text(errors='replace')[-3000:]}")
+                    sys.exit(f"{command[:3]} did not start:\n{log.read_text(errors='replace')[-8000:]}")
                 time.sleep(0.2)
             yield
         finally:
