@@ -108,6 +108,9 @@ def use_onednn(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
+            layer = cast(OneDnnLinear, module)
+            small = layer.weight.numel() < _LARGE_WEIGHT
+            layer._from = -(-_LARGE_PRODUCT // max(1, layer.weight.shape[0])) if small else 0
 
 
 def pack_weights(model: nn.Module) -> None:
@@ -139,6 +142,8 @@ class OneDnnLinear(PlainLinear):
 
     _packed: tuple[int, torch.Tensor] | None = None
     """The address of the weight that was packed, and what it was packed into."""
+    _from: int = 0
+    """Elements of an input with fewer of which `takes` says no: a small model asks a thousand times a caption."""
 
     def pack(self) -> None:
         """Packs this layer's weight as it is now, for products without a gradient."""
@@ -150,20 +155,16 @@ class OneDnnLinear(PlainLinear):
 
     def takes(self, input: torch.Tensor) -> bool:
         """Whether oneDNN multiplies this one."""
-        return self._takes(input, self.weight)
-
-    @staticmethod
-    def _takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
-        size = input.numel()
-        if weight.numel() < _LARGE_WEIGHT and size * weight.shape[0] < _LARGE_PRODUCT:
-            return False
-        return _fits(input) and _fits(weight) and not torch.is_autocast_enabled("cpu") and size > 0
+        weight = self.weight
+        large = weight.numel() >= _LARGE_WEIGHT or input.numel() * weight.shape[0] >= _LARGE_PRODUCT
+        known = _fits(input) and _fits(weight) and not torch.is_autocast_enabled("cpu")
+        return large and known and input.numel() > 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[.., in] → [.., out]."""
+        if input.numel() < self._from or not self.takes(input):
+            return linear(input, self.weight, self.bias)
         weight, bias = self.weight, self.bias
-        if not self._takes(input, weight):
-            return linear(input, weight, bias)
         if torch.is_grad_enabled():
             trains = weight.requires_grad or (bias is not None and bias.requires_grad)
             if input.requires_grad or trains:
@@ -279,11 +280,12 @@ def decode_step_attention(policy: Policy) -> Iterator[None]:
     if own != "sdpa" or policy.device.type != "cpu" or policy.dtype != torch.float32:
         yield
         return
-    config._attn_implementation_internal = _NAME
+    values = vars(config)  # a config looks through what it is made of at every attribute that is set
+    values["_attn_implementation_internal"] = _NAME
     try:
         yield
     finally:
-        config._attn_implementation_internal = own
+        values["_attn_implementation_internal"] = own
 
 
 def attend(
@@ -310,9 +312,9 @@ def attend(
         [B, 1, H, d] and None.
     """
     (batch, heads, queries, width), groups = query.shape, key.shape[1]
+    few = queries != 1 or key.numel() < _MANY_KEYS
     per_head = attention_mask is not None and attention_mask.shape[1] != 1
-    other = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
-    if queries != 1 or key.numel() < _MANY_KEYS or per_head or other:
+    if few or per_head or any(kwargs.get(name) is not None for name in ("softcap", "position_bias")):
         mask = _added(attention_mask, query.dtype)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     scaled = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -165,6 +165,11 @@ class RowSampler:
     """float64 [R, T]."""
     age: torch.Tensor
     """int64 [R], tokens sampled so far."""
+    _used: list[bool] = field(init=False)
+    """Of each column of `uses`, whether any row does."""
+
+    def __post_init__(self) -> None:
+        self._used = [bool(used) for used in self.uses.any(axis=0)]
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams, int, bool] | None], device: torch.device) -> RowSampler:
@@ -196,7 +201,7 @@ class RowSampler:
             eos: int64, the tokens that end a row.
         """
         logits = logits.float().index_fill(-1, forbidden, -math.inf)
-        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = (bool(each.any()) for each in self.uses.T)
+        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = self._used
         if has_min_new:
             early = (self.age < self.min_new)[:, None]
             logits[:, eos] = logits[:, eos].masked_fill(early, -math.inf)
