@@ -191,7 +191,7 @@ class Samplers:
                 busy.append(each)
         with ThreadPoolExecutor(len(busy)) as threads:
             answers = list(threads.map(self._answer, busy))
-        texts = {}
+        texts: dict[int, str] = {}
         for i, answer in enumerate(answers):
             texts.update(zip(images[i :: len(self._running)], answer["texts"], strict=False))
         return {

@@ -169,7 +169,7 @@ class RowSampler:
     """Of each column of `uses`, whether any row does."""
 
     def __post_init__(self) -> None:
-        self._used = [bool(used) for used in self.uses.any(axis=0)]
+        self._used = [bool(column.any()) for column in self.uses.T]
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams, int, bool] | None], device: torch.device) -> RowSampler:

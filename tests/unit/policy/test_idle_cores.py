@@ -36,11 +36,22 @@ def policy(tmp_path: Path) -> Policy:
 
 def captions(policy: Policy, n: int) -> list[Completion]:
     """Of one picture at a time, as a lone client's are."""
-    made = []
+    made: list[Completion] = []
     for i, prompt in enumerate(encode_prompts(policy, make_samples()[:2])):
         request = DecodeRequest(prompt, n, SamplingParams(max_new_tokens=8, seed=i))
         made += decode_groups(Decoder(policy), [request])[0].completions
     return made
+
+
+def watch_products(monkeypatch: pytest.MonkeyPatch, threads: list[int]) -> None:
+    """Notes how many threads each of oneDNN's has."""
+    product = cpu._multiply
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(cpu, "_multiply", watched)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -50,8 +61,7 @@ def test_a_lone_request_takes_idle_cores_and_is_answered_the_same_bit_for_bit(
     expected = captions(policy, n)
     policy.acceleration.use_idle_cores(policy, 2)
     seen: list[int] = []
-    product = cpu._multiply
-    monkeypatch.setattr(cpu, "_multiply", lambda *args: seen.append(torch.get_num_threads()) or product(*args))
+    watch_products(monkeypatch, seen)
     monkeypatch.setattr(cpu, "runnable", lambda: 1)  # this thread
     found = captions(policy, n)
     assert set(seen) == {2}
@@ -72,8 +82,7 @@ def test_a_machine_that_stays_busy_is_left_alone_and_one_that_was_busy_for_a_mom
     monkeypatch.setattr(cpu.time, "monotonic", lambda: machine["now"])
     monkeypatch.setattr(cpu, "runnable", lambda: machine["running"])
     found: list[int] = []
-    product = cpu._multiply
-    monkeypatch.setattr(cpu, "_multiply", lambda *args: found.append(torch.get_num_threads()) or product(*args))
+    watch_products(monkeypatch, found)
     layer, idle = cpu.OneDnnLinear(512, 512), cpu.IdleCores(own=1, most=2, cores=2)
     for now, running in [(10.0, 1), (10.001, 2), (11.0, 2), (12.0, 1), (13.0, 3), (13.01, 3), (13.02, 1), (13.3, 1)]:
         machine.update(now=now, running=running)
@@ -88,9 +97,9 @@ def test_products_that_depend_on_their_threads_keep_to_their_own(
 ) -> None:
     product = cpu._multiply
 
-    def split(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+    def split(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One thread more adds one rounding error more, where there is a single row."""
-        return product(x, *others) * (1 + 1e-6 * (torch.get_num_threads() - 1) * (x.numel() == x.shape[-1]))
+        return product(x, weight, bias) * (1 + 1e-6 * (torch.get_num_threads() - 1) * (x.numel() == x.shape[-1]))
 
     monkeypatch.setattr(cpu, "_multiply", split)
     monkeypatch.setattr(cpu, "runnable", lambda: 1)
