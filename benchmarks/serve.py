@@ -5,8 +5,8 @@
 Two models: the 16 M-parameter LLaVA of `rl_step.py` (P = 261), and the tiny one of the quickstart, where nearly
 everything is overhead. Greedy captions of at most 24 tokens, a different picture in every request, 16 clients at the
 same time and then one. Each server runs by itself and is warmed up. Ours has a replica of the policy for each core, of
-one thread (`--replicas` says otherwise); `transformers serve` knows no replicas, and has the threads that it takes by
-default. Both must say the same.
+one thread and whatever is idle (`--replicas` and `--threads` say otherwise); `transformers serve` knows no replicas,
+and has the threads that it takes by default. Both must say the same.
 
     python benchmarks/serve.py --pictures
 
@@ -173,7 +173,7 @@ def process(command: list[str], log: Path, ready: str, env: dict[str, str]) -> I
             deadline = time.monotonic() + START_S
             while not answers(ready):
                 if started.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"{command[:3]} did not start:\n{log.read_text(errors='replace')[-3000:]}")
+                    sys.exit(f"{command[:3]} did not start:\n{log.read_text(errors='replace')[-8000:]}")
                 time.sleep(0.2)
             yield
         finally:
@@ -354,6 +354,7 @@ def main() -> None:
     parser.add_argument(
         "--replicas", type=int, default=os.cpu_count() or 1, help="of our policy; the cores are shared out among them"
     )
+    parser.add_argument("--threads", type=int, help="of each replica, and no others; by default also idle cores")
     parser.add_argument("--pictures", action="store_true", help="what it takes to make a picture ready, instead")
     args = parser.parse_args()
     if args.pictures:
@@ -361,6 +362,8 @@ def main() -> None:
             measure_pictures(Path(made))
         return
     replicas = [f"serving.policy.{bound}_replicas={args.replicas}" for bound in ("min", "max")]
+    if args.threads is not None:
+        replicas.append(f"serving.policy.resources.threads={args.threads}")
     folder = Path(tempfile.mkdtemp(prefix="mmrl-bench-"))
     figures: dict[str, dict[str, Measured]] = {}
     try:

@@ -74,20 +74,25 @@ def give_back(device: torch.device, cache: VisionCache) -> None:
 
 
 def vision_features(
-    policy: Policy, prompts: Sequence[EncodedPrompt], cache: VisionCache | None = None
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    cache: VisionCache | None = None,
+    *,
+    trainable: bool | None = None,
 ) -> list[VisionFeatures]:
     """One `VisionFeatures` a prompt: from the cache, or by as few passes of the vision tower as shapes allow.
 
     While anything before the language model trains (`policy.vision_trainable`) the cache is left alone and features
     carry a gradient; otherwise they are made without one. Where features cannot stand in for the tower
-    (`policy.inject_vision` is False) they are empty, and forwards run the tower on the pixels.
+    (`policy.inject_vision` is False) they are empty, and forwards run the tower on the pixels. `trainable` is
+    `policy.vision_trainable` from who knows it, which else is looked for among all parameters.
 
     Raises:
         ModelError: the tower's tokens do not match the prompt's placeholders.
     """
     if not policy.inject_vision:
         return [VisionFeatures(torch.empty(0, 0, device=policy.device, dtype=policy.dtype)) for _ in prompts]
-    if policy.vision_trainable:
+    if policy.vision_trainable if trainable is None else trainable:
         return _encode(policy, prompts, alone=False)
     found: dict[str, VisionFeatures] = {}
     missing: dict[str, EncodedPrompt] = {}

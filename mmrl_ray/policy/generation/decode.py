@@ -164,13 +164,14 @@ class Decoder(GroupBook):
     def _find_features(self, batch: list[Group]) -> None:
         missing = [group for group in batch if group.request.features is None]
         # Features that adapters have a part in are made under one at a time.
-        apart = self._adapters is not None and self._adapters.adapts_vision
+        trainable = None if self._adapters is None else self._adapters.adapts_vision
         by_adapter: dict[str | None, list[Group]] = {}
         for group in missing:
-            by_adapter.setdefault(group.adapter if apart else None, []).append(group)
+            by_adapter.setdefault(group.adapter if trainable else None, []).append(group)
         for adapter, groups in by_adapter.items():
             with self._on([adapter]):
-                made = vision_features(self._policy, [g.request.prompt for g in groups], self._cache)
+                prompts = [g.request.prompt for g in groups]
+                made = vision_features(self._policy, prompts, self._cache, trainable=trainable)
             for group, features in zip(groups, made, strict=True):
                 group.vision = features
         for group in batch:

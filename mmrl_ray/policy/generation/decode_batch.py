@@ -120,6 +120,7 @@ class DecodeBatch:
             self.slots += [*rows, *[None] * (self.width - len(rows) if packed else 0)]
             prompts += [i] * (1 if packed else len(rows))
         self._policy = policy
+        self._attention = policy.attention
         self._max_rows = max_rows
         self._adapters = adapters
         self._note_adapters()
@@ -379,7 +380,7 @@ class DecodeBatch:
     def _attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
         if not self.packed:
             return visible[:, 0].long()
-        if self._policy.attention == "sdpa":
+        if self._attention == "sdpa":
             return visible[:, None]
         lowest = torch.finfo(self._policy.dtype).min
         hidden = torch.zeros(visible.shape, dtype=self._policy.dtype, device=visible.device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -131,6 +131,11 @@ class RowSampler:
     """float64 [R, T]."""
     age: torch.Tensor
     """int64 [R], tokens sampled so far."""
+    _used: list[bool] = field(init=False)
+    """Of each column of `uses`, whether any row does."""
+
+    def __post_init__(self) -> None:
+        self._used = [bool(column.any()) for column in self.uses.T]
 
     @classmethod
     def of(cls, rows: Sequence[tuple[SamplingParams, int, bool] | None], device: torch.device) -> RowSampler:
@@ -162,7 +167,7 @@ class RowSampler:
             eos: int64, the tokens that end a row.
         """
         logits = logits.float().index_fill(-1, forbidden, -math.inf)
-        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = (bool(each.any()) for each in self.uses.T)
+        has_top_k, has_top_p, has_min_new, has_greedy, has_drawn = self._used
         if has_min_new:
             early = (self.age < self.min_new)[:, None]
             logits[:, eos] = logits[:, eos].masked_fill(early, -math.inf)
