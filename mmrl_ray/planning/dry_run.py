@@ -57,7 +57,6 @@ from mmrl_ray.planning.preflight import (
     held_out_quarantine,
     trained_on,
 )
-from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.memory import ModelShape, model_shape
@@ -139,7 +138,6 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
     _look_at_pairs(cfg, found)
     _look_at_stored(cfg, found)
     _look_at_reward(cfg, found)
-    _look_at_engine(cfg, address, found)
     with tempfile.TemporaryDirectory(prefix="mmrl-") as scratch:
         _look_at_model(cfg, Path(scratch), found)
     _try_formats(cfg, found)
@@ -252,14 +250,6 @@ def _look_at_reward(cfg: Config, found: DryRun) -> None:
                 found.tried.append(f"{name} of {_short(caption)!r}, on sample {found.sample.id}: {score.total:g}")
     except ConfigError as error:
         found.blocking.append(str(error))
-
-
-def _look_at_engine(cfg: Config, address: str | None, found: DryRun) -> None:
-    try:
-        check_engine(cfg, joined=bool(address or os.environ.get("RAY_ADDRESS")))
-    except (ConfigError, ProcessError) as error:
-        found.blocking.append(str(error))
-        found.lacking.append(str(error))
 
 
 def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
@@ -387,18 +377,20 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
 
 def _engine_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     """What samples, where it is not the worker itself."""
-    engine = cfg.rollout.engine
-    if engine.told is None:
+    told = cfg.rollout.engine.told
+    if told is None:
         return []
     if address is not None or os.environ.get("RAY_ADDRESS"):
-        found.unchecked.append("whether the cluster's nodes have an interpreter with vLLM: rollout.engine.python")
-        return [engine.told]
+        found.unchecked.append(
+            "whether the cluster's nodes have an interpreter with vLLM, or reach the server that has"
+        )
+        return [told]
     try:
-        return [f"vLLM of {program(engine.python)}", engine.told]
-    except ConfigError as error:
+        return [check_engine(cfg), told]
+    except (ConfigError, ProcessError) as error:
         found.lacking.append(str(error))
         found.blocking.append(str(error))
-        return [engine.told]
+        return [told]
 
 
 def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:

@@ -63,8 +63,8 @@ def check_references(cfg: Config) -> None:
             raise DataError(f"{cfg.data.train}: row {bare} has no references to be paid by; leave it out")
 
 
-def check_engine(cfg: Config, *, joined: bool) -> None:
-    """Whether this machine has what samples, where the run's workers are on it and not on a cluster that was `joined`.
+def check_engine(cfg: Config) -> str:
+    """Whether what samples is on this machine, where the run's workers are; what it is, in words.
 
     Raises:
         ConfigError: there is no interpreter with vLLM, which `rollout.engine` asks for, or the server that it names is
@@ -72,12 +72,14 @@ def check_engine(cfg: Config, *, joined: bool) -> None:
         ProcessError: that server is not there.
     """
     engine = cfg.rollout.engine
-    if engine.kind == "vllm" and not joined:
-        program(engine.python)
-    if engine.url is not None and not joined:
-        with VllmServer(engine.url, api_key_env=engine.api_key_env, timeout_s=_SERVER_S) as server:
-            server.wait(0.0)
-            server.check_logprobs(server.check(engine.model)[0])
+    if engine.kind == "vllm":
+        return f"vLLM of {program(engine.python)}"
+    if engine.url is None:
+        return "the worker itself"
+    with VllmServer(engine.url, api_key_env=engine.api_key_env, timeout_s=_SERVER_S) as server:
+        server.wait(0.0)
+        server.check_logprobs(server.check(engine.model)[0])
+    return f"vLLM at {engine.url}"
 
 
 def refuse_moved(cfg: Config, *, base_is_kept: bool) -> None:

@@ -249,7 +249,8 @@ class _Run:
                 offline.check_stored(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
-            check_engine(cfg, joined=bool(address or os.environ.get("RAY_ADDRESS")))
+            if not (address or os.environ.get("RAY_ADDRESS")):
+                check_engine(cfg)
             if cfg.rollout.engine.told is not None:
                 self._progress.note(cfg.rollout.engine.told)
             check_references(cfg)

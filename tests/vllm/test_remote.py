@@ -22,6 +22,7 @@ from mmrl_ray.policy.generation.vllm import mmrl_vllm_worker
 from mmrl_ray.policy.generation.vllm.remote import RemoteEngine, start_remote
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
+from mmrl_ray.policy.memory import CACHE_BLOCK
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import encode_prompts
@@ -29,7 +30,7 @@ from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.processes import free_port
 from tests.support.tiny_models import section_of
 from tests.unit.policy.generation.test_decode_families import TOKENS, generated
-from tests.vllm.conftest import BLOCK, TIMEOUT_S
+from tests.vllm.conftest import TIMEOUT_S
 from tests.vllm.models import adapter_of, policy_of
 from tests.vllm.test_engine import BOUND, TEMPERATURE, gap, load, long_samples, requests, wear
 
@@ -59,7 +60,7 @@ class Server:
             **{
                 "max-num-seqs": 64,
                 "kv-cache-memory-bytes": 1 << 28,
-                "block-size": BLOCK,
+                "block-size": CACHE_BLOCK,
                 "max-num-batched-tokens": 1024,
             },
             **{"max-loras": PLACES, "max-lora-rank": 8, "logprobs-mode": mode},

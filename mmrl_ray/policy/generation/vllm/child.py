@@ -186,7 +186,7 @@ class Engine:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "context": config.model_config.max_model_len,
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
-            "embeds": bool(config.model_config.multimodal_config.enable_mm_embeds),
+            "embeds": bool(getattr(config.model_config.multimodal_config, "enable_mm_embeds", False)),
             "can_sleep": bool(config.model_config.enable_sleep_mode),
         }
 

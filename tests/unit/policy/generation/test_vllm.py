@@ -100,10 +100,15 @@ def program_of(folder: Path, answer: dict[str, object], *, said: str = "", megab
             "memory utilization",
             "",
             ProcessError,
-            r"lower rollout\.engine\.gpu_memory_utilization or max_num_seqs",
+            r"lower the engine's gpu_memory_utilization or max_num_seqs",
         ),
-        ("ValueError: Unknown quantization method: a.", "", ConfigError, r"Unknown quantization.* rollout\.engine"),
-        ("RuntimeError: Failed to infer device type", "", ConfigError, r"resources\.rollout\.gpus"),
+        (
+            "ValueError: Unknown quantization method: a.",
+            "",
+            ConfigError,
+            r"Unknown quantization.* keys of the engine's section",
+        ),
+        ("RuntimeError: Failed to infer device type", "", ConfigError, r"give it GPUs \(`resources`\)"),
         (
             "Exception: WorkerProc initialization failed due to an exception in a background process. See stack trace "
             "for root cause.",
@@ -149,7 +154,8 @@ class FakeLLMEngine:
     def __init__(self) -> None:
         self.asleep, self.waiting = False, []  # type: ignore[var-annotated]
         self.vllm_config = SimpleNamespace(
-            lora_config=SimpleNamespace(max_loras=1), model_config=SimpleNamespace(enable_sleep_mode=True, dtype="x")
+            lora_config=SimpleNamespace(max_loras=1),
+            model_config=SimpleNamespace(enable_sleep_mode=True, dtype="x", multimodal_config=None),
         )
         self.vllm_config.model_config.max_model_len = 8
         self.vllm_config.cache_config = SimpleNamespace(enable_prefix_caching=True)

@@ -381,5 +381,4 @@ def test_keys_of_a_server_are_checked_when_a_config_is_read(tmp_path: Path) -> N
     with pytest.raises(
         ProcessError, match=r"rollout\.engine\.url=http://127\.0\.0\.1:\d+: no vLLM server answers there"
     ):
-        check_engine(cfg, joined=False)
-    check_engine(cfg, joined=True)
+        check_engine(cfg)
