@@ -132,6 +132,24 @@ class Config(_WithAgents):
             ),
             f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
             "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
+            f"rollout.group_size={rollout.group_size} is too small: learner.dynamic_sampling looks for captions of a "
+            "group that differ in their rewards": learner.dynamic_sampling and rollout.group_size < 2,
+            **self._own_captions_problems(),
+        }
+
+    def _own_captions_problems(self) -> dict[str, bool]:
+        """Keys about captions that the run samples itself, where it learns from others."""
+        learner, source = self.learner, self.family.samples
+        written = {
+            "dynamic_sampling=true": learner.dynamic_sampling,
+            f"overlong.penalty={learner.overlong.penalty:g}": learner.overlong.penalty > 0,
+            "mask_truncated=true": learner.mask_truncated,
+            f"entropy_bonus={learner.entropy_bonus:g}": learner.entropy_bonus > 0,
+        }
+        return {
+            f"learner.{name} is about captions that the run samples itself, and learner.loss={learner.loss} learns "
+            "from others: take it away": on and source != "rollouts"
+            for name, on in written.items()
         }
 
     def _stored_problems(self, source: str, key: str, example: str) -> dict[str, bool]:

@@ -338,6 +338,11 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
         f"a step      {groups} images × {cfg.rollout.group_size} completions = {completions} completions",
         f"the run     {steps:,} steps, {steps * groups:,} images, {steps * completions:,} completions",
     ]
+    if cfg.learner.dynamic_sampling:
+        most = cfg.learner.max_oversampling
+        lines.append(
+            f"sampled     up to {most:g} times as many, until {groups} groups of a step differ in their rewards"
+        )
     if found.rows is not None:
         lines.append(f"epochs      {steps * groups / found.rows:.2f} over {found.rows:,} training images")
     if plan is None:

@@ -216,6 +216,7 @@ class RolloutEngine:
                 if c.reference_logprobs is not None
             ),
             masked=masked,
+            truncated=tuple(c.finish_reason == "length" for c in output.completions),
             payload=RolloutGroup(
                 sample=request.sample,
                 prompt=sampled.prompt,
