@@ -19,6 +19,7 @@ from mmrl_ray.config.sections import (
     RunSection,
     Section,
     SftSection,
+    TeacherSection,
     refuse,
 )
 from mmrl_ray.config.serving import ServingSection
@@ -38,6 +39,8 @@ class _Sections(Section):
     """A preset: it only names defaults of `learner:` keys, each of which can be written instead."""
     sft: SftSection | None = None
     """A supervised warm start before reinforcement learning; none by default."""
+    teacher: TeacherSection | None = None
+    """What a student is distilled from; none by default."""
     rollout: RolloutSection = RolloutSection()
     """Sampling and its workers."""
     reward: RewardSection = RewardSection()
@@ -90,6 +93,7 @@ class Config(_WithAgents):
         refuse(
             {
                 **self._section_problems(),
+                **self._teacher_problems(),
                 **({} if family.samples == "environment" else self._step_problems()),
                 **family.problems(self),
                 **self._stored_problems("pairs", "data.preferences", "{store: 'sqlite:///preferences.db'}"),
@@ -106,6 +110,21 @@ class Config(_WithAgents):
                 getattr(self, name) is not None and self.algorithm != name
             )
             for name in section_fields("top", optional=True)
+        }
+
+    def _teacher_problems(self) -> dict[str, bool]:
+        """A teacher that is missing, that nobody asks, or that has another kind of path."""
+        teacher, wanted, readers = self.teacher, type(self.family).has_teacher, registry().losses_with_teacher()
+        return {
+            f"learner.loss={self.learner.loss} needs teacher: write its model, as in {{path: org/larger-model}}": (
+                wanted and teacher is None
+            ),
+            f"teacher: is read by learner.loss={readers} alone: take it away, or write algorithm: {readers}": (
+                not wanted and teacher is not None
+            ),
+            "teacher.path is a built-in model, which nothing was taught: name a folder or a hub id": (
+                teacher is not None and teacher.path.startswith("builtin:")
+            ),
         }
 
     def _step_problems(self) -> dict[str, bool]:
@@ -344,6 +363,8 @@ def demands_of(cfg: Config, *, at_most: bool = False) -> list[Demand]:
         _demand("learner", learners, resources.learner, "learner.workers", "resources.learner"),
         _demand("rollout", rollouts, resources.rollout, "rollout.workers", "resources.rollout"),
     ]
+    if cfg.teacher is not None:
+        found.append(_demand("teacher", cfg.teacher.workers, resources.teacher, "teacher.workers", "resources.teacher"))
     if cfg.reward.host == "serve":
         key = "serving.reward.min_replicas"
         found.append(_demand("reward", serving.reward.min_replicas, resources.reward, key, "resources.reward"))
@@ -360,6 +381,8 @@ def cpu_processes(cfg: Config) -> int:
     """Processes of a run that calculate on CPUs: its learners, its first rollout workers, replicas of its servers."""
     resources, serving = cfg.resources, cfg.serving or ServingSection()
     counts = [(cfg.learner.max_workers, resources.learner), (cfg.rollout.first_workers, resources.rollout)]
+    if cfg.teacher is not None:
+        counts.append((cfg.teacher.workers, resources.teacher))
     if cfg.reward.host == "serve" and resources.reward.cpus:  # one of words works while others wait
         counts.append((serving.reward.min_replicas, resources.reward))
     if serving.live_policy:

@@ -41,6 +41,7 @@ from mmrl_ray.planning.estimate import (
 )
 from mmrl_ray.planning.preflight import (
     check_references,
+    check_teacher,
     evaluation_split,
     first_sample,
     held_out_quarantine,
@@ -260,6 +261,23 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
     if found.sample is None:
         found.unchecked.append("the true length of prompts: taken for a blank picture of 640×480")
     _measure_prompt(cfg, policy, found.sample or _stand_in(cfg), found)
+    _look_at_teacher(cfg, policy, found)
+
+
+def _look_at_teacher(cfg: Config, student: Policy, found: DryRun) -> None:
+    teacher = cfg.teacher
+    if teacher is None:
+        return
+    places = [place for place in (teacher.path, teacher.adapter) if place is not None and not is_hub_id(place)]
+    missing = [place for place in places if not Path(place).expanduser().exists()]
+    if missing:
+        found.unchecked.append(f"teacher: {' and '.join(missing)}: not there yet; train or fetch it first")
+        return
+    try:
+        check_teacher(teacher, student)
+    except (AdapterError, ConfigError, ModelError) as error:
+        out_of_reach = is_hub_id(teacher.path) and isinstance(error.__cause__, OSError)
+        (found.unchecked if out_of_reach else found.blocking).append(f"teacher: {error}")
 
 
 def _try_formats(cfg: Config, found: DryRun) -> None:

@@ -267,7 +267,7 @@ class RolloutLoop:
                 version=newest,
                 weights=weights,
                 greedy_baseline=is_train and self._cfg.learner.advantage == "greedy",
-                reference_logprobs=is_train and self._cfg.learner.kl.weight != 0,
+                reference_logprobs=is_train and (self._cfg.learner.kl.weight != 0 or self._cfg.teacher is not None),
             )
         )
 

@@ -53,6 +53,7 @@ def test_every_preset_is_a_valid_learner(name: str) -> None:
     needs = {
         "dpo": ["rollout.group_size=2", "data.preferences.store=sqlite:///p.db"],
         "ilql": ["data.rollouts.run=runs/again"],
+        "distill": ["teacher.path=org/teacher"],
     }
     cfg = parse_config(GOOD, "c.yaml", [f"algorithm={name}", *needs.get(name, [])])
     for key, value in PRESETS[name].items():
@@ -82,7 +83,8 @@ learner:
         "c.yaml:5: data.train: required key is missing: add `train:` under `data:`",
         'c.yaml:6: data.trian: unknown key (value "d"); did you mean `train`?',
         "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
-        "'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'; did you mean `grpo`?",
+        "'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo', 'distill' or 'value_based'; did you mean "
+        "`grpo`?",
         'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
         "c.yaml:10: rollout.workers: must be a whole number or a section of `key: value` lines, not true",
         "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",
@@ -212,7 +214,7 @@ def test_a_wrong_override_says_which(override: str, expected: str) -> None:
 def test_a_value_that_is_no_misspelling_gets_the_choices_and_no_guess() -> None:
     (line,) = problems(GOOD, "algorithm=kto")  # near `dpo`, and something else
     assert line.endswith(
-        "'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'"
+        "'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo', 'distill' or 'value_based'"
     )
 
 
