@@ -60,7 +60,7 @@ class Distill(Algorithm):
     section, section_name = DistillSection, "distill"
     has_teacher = True
     panels = (
-        Panel("Reverse KL to the teacher, a token", ("distill/reverse_kl", "kl"), unit="nats"),
+        Panel("Reverse KL to the teacher, as sampled", ("distill/reverse_kl",), unit="nats a token"),
         Panel("Log-probs of sampled tokens", ("distill/student", "distill/teacher"), unit="nats a token"),
     )
     shown = {"kl": "to the teacher"}
