@@ -80,6 +80,8 @@ class DryRun:
     shape: ModelShape | None = None
     left_out: str | None = None
     """Weights that the adapter does not sit on."""
+    teacher: str | None = None
+    """Its size."""
     prompt_tokens: int | None = None
     image_tokens: int = 0
     caption_tokens: int | None = None
@@ -274,7 +276,10 @@ def _look_at_teacher(cfg: Config, student: Policy, found: DryRun) -> None:
         found.unchecked.append(f"teacher: {' and '.join(missing)}: not there yet; train or fetch it first")
         return
     try:
-        check_teacher(teacher, student)
+        policy = check_teacher(teacher, student)
+        weights = list(policy.model.parameters())
+        size = sum(weight.numel() for weight in weights) * policy.dtype.itemsize
+        found.teacher = f"{sum(weight.numel() for weight in weights) / 1e6:,.1f} M parameters, {_size(size)} an actor"
     except (AdapterError, ConfigError, ModelError) as error:
         out_of_reach = is_hub_id(teacher.path) and isinstance(error.__cause__, OSError)
         (found.unchecked if out_of_reach else found.blocking).append(f"teacher: {error}")
@@ -430,6 +435,7 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
         f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}",
         f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
         *([f"            {found.left_out}"] if found.left_out is not None else []),
+        *([f"teacher     {found.teacher}"] if found.teacher is not None else []),
     ]
     if cfg.agent is not None:
         return [lines[0], *cfg.family.memory_told(cfg, found.rows, shape.hidden)]

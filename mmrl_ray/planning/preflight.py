@@ -177,8 +177,8 @@ def check_model(cfg: Config) -> list[str]:
     return [left_out] if left_out is not None else []
 
 
-def check_teacher(teacher: TeacherSection, student: Policy) -> None:
-    """Whether there is such a teacher, and it reads the student's tokens.
+def check_teacher(teacher: TeacherSection, student: Policy) -> Policy:
+    """Whether there is such a teacher, and it reads the student's tokens; the teacher without its weights.
 
     Raises:
         ModelError: its checkpoint cannot be used, or has another vocabulary.
@@ -190,7 +190,9 @@ def check_teacher(teacher: TeacherSection, student: Policy) -> None:
 
     if teacher.adapter is not None:
         read_adapter_config(Path(teacher.adapter).expanduser())
-    refuse_other_tokens(student, load_skeleton(teacher.model))
+    policy = load_skeleton(teacher.model)
+    refuse_other_tokens(student, policy)
+    return policy
 
 
 @dataclass(frozen=True, slots=True)
