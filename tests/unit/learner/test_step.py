@@ -571,7 +571,7 @@ def test_float16_is_refused(tiny: Path) -> None:
         LearnerStep(policy, section())
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"dpo", "ilql"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"distill", "dpo", "ilql"}))
 def test_each_preset_trains_two_steps(tiny: Path, name: str) -> None:
     cfg = LearnerSection(steps=2, lr=1e-3, **PRESETS[name])
     policy = make_policy(tiny, fresh=True)
