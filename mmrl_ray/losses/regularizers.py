@@ -297,7 +297,7 @@ def entropy_mean(
 ) -> torch.Tensor:
     """Σ scale·H(token) ÷ denominator over valid tokens, a scalar with the gradient that `entropies` have.
 
-    H is the entropy S of PPO's equation 9 (arXiv:1707.06347), over the whole vocabulary and not estimated from the token
+    H is the entropy S of PPO's equation 9 (arXiv:1707.06347), over the whole vocabulary and not estimated from a token
     that was drawn; the learner takes `entropy_bonus` times this off its loss.
 
     Args:
