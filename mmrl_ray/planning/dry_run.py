@@ -282,7 +282,9 @@ def _look_at_teacher(cfg: Config, student: Policy, found: DryRun) -> None:
         found.teacher = f"{sum(weight.numel() for weight in weights) / 1e6:,.1f} M parameters, {_size(size)} an actor"
     except (AdapterError, ConfigError, ModelError) as error:
         out_of_reach = is_hub_id(teacher.path) and isinstance(error.__cause__, OSError)
-        (found.unchecked if out_of_reach else found.blocking).append(f"teacher: {error}")
+        (found.unchecked if out_of_reach else found.blocking).append(
+            f"teacher: {error}" if out_of_reach else str(error)
+        )
 
 
 def _try_formats(cfg: Config, found: DryRun) -> None:

@@ -195,6 +195,14 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny: Path, tmp_path: Path
         refuse_other_tokens(student, other)
     same = load_skeleton(ModelSection(path=str(larger(tmp_path, name="same"))))
     refuse_other_tokens(student, same)
+    # Rows of the head that no token has, as Qwen2.5-VL-7B has more of than its smaller ones.
+    text = same.hf_model.config.get_text_config()
+    text.vocab_size += 128
+    refuse_other_tokens(student, same)
+    text.vocab_size -= 129
+    with pytest.raises(ModelError, match=r"it has logits for \d+ tokens, and the student may say any of"):
+        refuse_other_tokens(student, same)
+    text.vocab_size += 1
     with pytest.raises(ModelError, match="its answers end with"):
         refuse_other_tokens(student, replace(same, end_id=student.pad_token_id))
     with pytest.raises(ModelError, match=r"it never says .*, which the student may"):
