@@ -194,6 +194,8 @@ class Algorithm:
     """Whether a resolved config shows the section whatever the algorithm is; others only where it is used."""
     samples: ClassVar[Source] = "rollouts"
     """Where the groups come from."""
+    has_teacher: ClassVar[bool] = False
+    """Whether log-probs of `teacher:` are made beside sampling, in the place of a reference's."""
     panels: ClassVar[tuple[Panel, ...]] = ()
     """Charts of its own metrics."""
     shown: ClassVar[Mapping[str, str]] = {}

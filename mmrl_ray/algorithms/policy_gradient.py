@@ -36,13 +36,17 @@ class PolicyGradient(Algorithm):
         },
         # Liu et al. 2025, arXiv:2503.20783.
         "dr_grpo": {"advantage": "group", "advantage_std": False, "loss": "clipped", "aggregation": "constant"},
-        # Yu et al. 2025, arXiv:2503.14476: clip-higher, token-level mean, no KL.
+        # Yu et al. 2025, arXiv:2503.14476: clip-higher, token-level mean, no KL, dynamic sampling, soft overlong
+        # punishment over the last fifth of the limit. Its overlong filtering, which the soft punishment stands in for,
+        # is `mask_truncated`.
         "dapo": {
             "advantage": "group",
             "advantage_std": True,
             "loss": "clipped",
             "clip_high": 0.28,
             "aggregation": "token_mean",
+            "dynamic_sampling": True,
+            "overlong": {"penalty": 1.0, "buffer": 0.2},
         },
         # Zheng et al. 2025, arXiv:2507.18071: the ratio of whole sequences, with its narrow clip range.
         "gspo": {

@@ -62,6 +62,8 @@ class Raft(Algorithm):
         from mmrl_ray.losses.aggregation import StepWeights, scales_of
 
         kept = best_of_groups(step, self.settings(RaftSection).quantile)
+        if step.masked is not None:  # a group whose best were cut off is passed over
+            kept = kept & ~step.masked
         silent = step.counts & ~kept.any(dim=1, keepdim=True)
         scales, denominator = scales_of(step, self.learner.aggregation, kept | silent)
         share = float(kept.sum() / step.counts.sum())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mmrl_ray
 from mmrl_ray.algorithms.base import Algorithm, Panel
+from mmrl_ray.algorithms.distill import Distill
 from mmrl_ray.algorithms.dpo import Dpo
 from mmrl_ray.algorithms.dqn.algorithm import ValueBased
 from mmrl_ray.algorithms.ilql import Ilql
@@ -28,7 +29,7 @@ from mmrl_ray.errors import ConfigError, first_line, raised_at
 if TYPE_CHECKING:
     from mmrl_ray.config.learner import LearnerSection
 
-FAMILIES: tuple[type[Algorithm], ...] = (PolicyGradient, Dpo, Ilql, Raft, Sapo, Ppo, ValueBased)
+FAMILIES: tuple[type[Algorithm], ...] = (PolicyGradient, Dpo, Ilql, Raft, Sapo, Ppo, Distill, ValueBased)
 """In the order in which messages name them."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,11 @@ def preset_of(algorithm: str) -> Mapping[str, Any] | None:
 def readers_of(source: str) -> str:
     """The losses that learn from such samples, in words."""
     return " or ".join(loss for family in FAMILIES if family.samples == source for loss in family.losses)
+
+
+def losses_with_teacher() -> str:
+    """The losses that read `teacher:`, in words."""
+    return " or ".join(loss for family in FAMILIES if family.has_teacher for loss in family.losses)
 
 
 def is_path(name: str) -> bool:

@@ -103,6 +103,19 @@ def with_defaults(written: Mapping[str, Any], defaults: Mapping[str, Any]) -> di
     return merged
 
 
+_RESOLVED = {
+    "passes",
+    "advantage",
+    "loss",
+    "aggregation",
+    "off_policy_cap",
+    "betas",
+    "max_failures",
+    "keep_checkpoints",
+}
+"""All of them are written in a resolved config alone."""
+
+
 def with_preset(config: Any) -> Any:
     """A config that is not validated yet, the defaults of its preset written into its `learner:`."""
     if not isinstance(config, dict) or not isinstance(config.get("learner"), dict):
@@ -112,7 +125,10 @@ def with_preset(config: Any) -> Any:
         preset = registry().preset_of(algorithm) if isinstance(algorithm, str) else None
     except ConfigError:
         return config  # and here
-    return config if preset is None else {**config, "learner": with_defaults(config["learner"], preset)}
+    # A resolved config has every key of the version that wrote it: what a preset has gained since is not the run's.
+    if preset is None or config["learner"].keys() >= _RESOLVED:
+        return config
+    return {**config, "learner": with_defaults(config["learner"], preset)}
 
 
 class WorkersRange(Section):
@@ -334,6 +350,15 @@ class KlSection(Section):
     """k1 enters the reward; k2 and k3 are loss terms (k3's gradient is biased)."""
 
 
+class OverlongSection(Section):
+    """What a caption loses that comes near `rollout.max_new_tokens` (DAPO, arXiv:2503.14476)."""
+
+    penalty: float = Field(0.0, ge=0)
+    """Taken off the reward of a caption that is as long as may be; 0 turns it off."""
+    buffer: float = Field(0.2, gt=0, le=1)
+    """The last share of `rollout.max_new_tokens`, over which the penalty grows from 0."""
+
+
 class _Choices(Section):
     steps: int = Field(..., ge=1)
     """Optimiser steps of the whole run."""
@@ -371,6 +396,18 @@ class LearnerSection(_Sections):
     """One number from token losses: ÷ tokens, mean of means, sums ÷ completions, or ÷ completions × maximum length."""
     kl: KlSection = KlSection()
     """The pull back to the policy that RL started from."""
+    entropy_bonus: float = Field(0.0, ge=0)
+    """Weight of the policy's entropy, which the loss is lowered by: over the whole vocabulary, at each token."""
+    dynamic_sampling: bool = False
+    """Go on sampling until `groups_per_step` groups have captions of different rewards, and learn from those alone."""
+    max_oversampling: float = Field(4.0, ge=1)
+    """With `dynamic_sampling`: groups that are sampled for a step at most, ÷ `groups_per_step`. The step is then filled
+    up with the first groups of equal rewards (event `dynamic_sampling_bound`)."""
+    overlong: OverlongSection = OverlongSection()
+    """A penalty on captions that are nearly too long."""
+    mask_truncated: bool = False
+    """Learn nothing from the tokens of captions that ran into `rollout.max_new_tokens`; their rewards stay part of the
+    baselines."""
     adapter_l2: float = Field(0.0, ge=0)
     """beta of docs/equations.md 7."""
     l2_to_pretrained: float = Field(0.0, ge=0)

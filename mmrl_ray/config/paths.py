@@ -182,6 +182,11 @@ def _places(cfg: Config) -> dict[Keys, str]:
     places |= _model_place((), cfg.model)
     if cfg.sft is not None:
         places["sft", "cache"] = cfg.sft.cache
+    if cfg.teacher is not None:
+        if not is_hub_id(cfg.teacher.path):
+            places["teacher", "path"] = cfg.teacher.path
+        if cfg.teacher.adapter is not None:
+            places["teacher", "adapter"] = cfg.teacher.adapter
     return places | _reward_places(("reward",), cfg.reward)
 
 
@@ -245,6 +250,8 @@ def _remedy(key: str, path: str) -> str:
     what = {
         "run.root": "name storage that every node sees, such as --set run.root=s3://bucket/runs",
         "model.path": "name a hub id, or a folder on storage that every node sees",
+        "teacher.path": "name a hub id, or a folder on storage that every node sees",
+        "teacher.adapter": shared_folder,
         "sft.cache": shared_folder,
         "data.preferences.store": "name a PostgreSQL database, postgresql+psycopg://user@host/name",
     }.get(

@@ -19,6 +19,7 @@ from mmrl_ray.config.sections import (
     RunSection,
     Section,
     SftSection,
+    TeacherSection,
     refuse,
 )
 from mmrl_ray.config.serving import ServingSection
@@ -38,6 +39,8 @@ class _Sections(Section):
     """A preset: it only names defaults of `learner:` keys, each of which can be written instead."""
     sft: SftSection | None = None
     """A supervised warm start before reinforcement learning; none by default."""
+    teacher: TeacherSection | None = None
+    """What a student is distilled from; none by default."""
     rollout: RolloutSection = RolloutSection()
     """Sampling and its workers."""
     reward: RewardSection = RewardSection()
@@ -90,6 +93,7 @@ class Config(_WithAgents):
         refuse(
             {
                 **self._section_problems(),
+                **self._teacher_problems(),
                 **({} if family.samples == "environment" else self._step_problems()),
                 **family.problems(self),
                 **self._stored_problems("pairs", "data.preferences", "{store: 'sqlite:///preferences.db'}"),
@@ -106,6 +110,21 @@ class Config(_WithAgents):
                 getattr(self, name) is not None and self.algorithm != name
             )
             for name in section_fields("top", optional=True)
+        }
+
+    def _teacher_problems(self) -> dict[str, bool]:
+        """A teacher that is missing, that nobody asks, or that has another kind of path."""
+        teacher, wanted, readers = self.teacher, type(self.family).has_teacher, registry().losses_with_teacher()
+        return {
+            f"learner.loss={self.learner.loss} needs teacher: write its model, as in {{path: org/larger-model}}": (
+                wanted and teacher is None
+            ),
+            f"teacher: is read by learner.loss={readers} alone: take it away, or write algorithm: {readers}": (
+                not wanted and teacher is not None
+            ),
+            "teacher.path is a built-in model, which nothing was taught: name a folder or a hub id": (
+                teacher is not None and teacher.path.startswith("builtin:")
+            ),
         }
 
     def _step_problems(self) -> dict[str, bool]:
@@ -131,6 +150,24 @@ class Config(_WithAgents):
             ),
             f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
             "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
+            f"rollout.group_size={rollout.group_size} is too small: learner.dynamic_sampling looks for captions of a "
+            "group that differ in their rewards": learner.dynamic_sampling and rollout.group_size < 2,
+            **self._own_captions_problems(),
+        }
+
+    def _own_captions_problems(self) -> dict[str, bool]:
+        """Keys about captions that the run samples itself, where it learns from others."""
+        learner, source = self.learner, self.family.samples
+        written = {
+            "dynamic_sampling=true": learner.dynamic_sampling,
+            f"overlong.penalty={learner.overlong.penalty:g}": learner.overlong.penalty > 0,
+            "mask_truncated=true": learner.mask_truncated,
+            f"entropy_bonus={learner.entropy_bonus:g}": learner.entropy_bonus > 0,
+        }
+        return {
+            f"learner.{name} is about captions that the run samples itself, and learner.loss={learner.loss} learns "
+            "from others: take it away": on and source != "rollouts"
+            for name, on in written.items()
         }
 
     def _stored_problems(self, source: str, key: str, example: str) -> dict[str, bool]:
@@ -325,6 +362,8 @@ def demands_of(cfg: Config, *, at_most: bool = False) -> list[Demand]:
         _demand("learner", learners, resources.learner, "learner.workers", "resources.learner"),
         _demand("rollout", rollouts, resources.rollout, "rollout.workers", "resources.rollout"),
     ]
+    if cfg.teacher is not None:
+        found.append(_demand("teacher", cfg.teacher.workers, resources.teacher, "teacher.workers", "resources.teacher"))
     if cfg.reward.host == "serve":
         key = "serving.reward.min_replicas"
         found.append(_demand("reward", serving.reward.min_replicas, resources.reward, key, "resources.reward"))
@@ -341,6 +380,8 @@ def cpu_processes(cfg: Config) -> int:
     """Processes of a run that calculate on CPUs: its learners, its first rollout workers, replicas of its servers."""
     resources, serving = cfg.resources, cfg.serving or ServingSection()
     counts = [(cfg.learner.max_workers, resources.learner), (cfg.rollout.first_workers, resources.rollout)]
+    if cfg.teacher is not None:
+        counts.append((cfg.teacher.workers, resources.teacher))
     if cfg.reward.host == "serve" and resources.reward.cpus:  # one of words works while others wait
         counts.append((serving.reward.min_replicas, resources.reward))
     if serving.live_policy:

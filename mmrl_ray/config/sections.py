@@ -84,6 +84,30 @@ class ModelSection(Section):
     """The adapter."""
 
 
+class TeacherSection(Section):
+    """Another model, which scores what the policy samples; it must have the policy's tokenizer."""
+
+    path: str
+    """Folder or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter that is merged into it, such as the `adapter/` of a finished run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """As `model.dtype`, and so are the two below."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernels."""
+    processor: dict[str, Any] = Field(default_factory=dict)
+    """Its own: pictures may have another size there."""
+    workers: int = Field(1, ge=1)
+    """Actors, each with the whole model and `resources.teacher`."""
+
+    @property
+    def model(self) -> ModelSection:
+        """What is loaded."""
+        return ModelSection(**self.model_dump(exclude={"adapter", "workers"}))
+
+
 class SftSection(Section):
     """Supervised training on the references before reinforcement learning; its result is cached by content."""
 
@@ -247,6 +271,8 @@ class ResourcesSection(Section):
     reward: ActorResources = ActorResources(cpus=0.0)
     """Each replica's share where `reward.host` is `serve`. A reward of words needs no CPU of its own: the worker whose
     captions it scores waits meanwhile."""
+    teacher: ActorResources = ActorResources()
+    """Each teacher's share, where the run has a `teacher:`."""
     placement_timeout_s: float = Field(300.0, gt=0)
     """An actor that Ray has not placed by then is an error."""
     object_store_mb: int | None = Field(None, ge=80)
@@ -399,4 +425,4 @@ class DeploySection(Section):
     rollout: ActorPodsSection = ActorPodsSection()
     """Pods of rollout workers."""
     serving: PodsSection = PodsSection()
-    """Pods of policy, gateway and reward where they ask for CPUs or GPUs; one replica of each a pod."""
+    """Pods of policy, gateway, reward and teacher where they ask for CPUs or GPUs; one replica of each a pod."""

@@ -325,8 +325,10 @@ def with_labels(cfg: Config) -> Config:
     """The same run, each of whose actors asks for the group that is made for it: a rollout worker on a learner's pod
     would leave it no room."""
     roles = {"learner": SHARED, "rollout": SHARED} if shares_gpus(cfg) else {"learner": LEARNER, "rollout": ROLLOUT}
-    if cfg.resources.reward.cpus or cfg.resources.reward.gpus:
-        roles["reward"] = SERVING
+    for key, there in (("reward", True), ("teacher", cfg.teacher is not None)):
+        share = getattr(cfg.resources, key)
+        if there and (share.cpus or share.gpus):
+            roles[key] = SERVING
     shares = {key: _labelled(getattr(cfg.resources, key), role) for key, role in roles.items()}
     update: dict[str, object] = {"resources": cfg.resources.model_copy(update=shares)}
     if cfg.serving is not None and cfg.serving.live_policy:
@@ -345,6 +347,13 @@ def _deployments_of_run(cfg: Config) -> list[DeploymentSection]:
     found: list[DeploymentSection] = []
     if cfg.reward.host == "serve":
         found.append(serving.reward.model_copy(update={"resources": cfg.resources.reward}))
+    if cfg.teacher is not None:
+        count = cfg.teacher.workers
+        found.append(
+            serving.reward.model_copy(
+                update={"resources": cfg.resources.teacher, "min_replicas": count, "max_replicas": count}
+            )
+        )
     if serving.live_policy:
         found += [serving.gateway, serving.policy]
     return found

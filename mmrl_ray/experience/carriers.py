@@ -283,6 +283,8 @@ class ScoredGroup:
     estimator the step plan takes `weight * kl1` off each reward before the baseline."""
     masked: str | None = None
     """Why no completion of the group has a reward, or None."""
+    truncated: tuple[bool, ...] = ()
+    """Whether each completion ran into the limit of tokens; empty in checkpoints from before it was kept."""
     payload: Any = None
     """`RolloutGroup` itself (in-process), or where it lies in the object store."""
     worker: str = ""

@@ -6,7 +6,8 @@ the groups themselves. `M` groups of `G` completions.
 **Rewards** (`learning_rewards`): those that learning uses, and their figures in the metrics line. `K` parts have a
 weight. In the order in which learning comes to its rewards:
 
-    total of the parts ─ risk: less κσ ─ normalize: parts by their group instead ─ k1: less the KL penalty ─▶ baseline
+    total of the parts ─ risk: less κσ ─ normalize: parts by their group instead
+                       ─ overlong: less what the length costs ─ k1: less the KL penalty ─▶ baseline
 
     reward/mean, reward/std           of the totals as they were given, of the completions that have one
     reward/group_std                  mean over groups of the standard deviation of the totals within one
@@ -20,6 +21,15 @@ weight. In the order in which learning comes to its rewards:
     reward/normalized                 1 where parts were normalised by their group
     reward_group_std/NAME             then also: by what each was divided, the mean over groups
     reward/with_kl                    where KL is part of the reward: the mean that the baseline saw
+    overlong/penalty, overlong/share  mean penalty of the completions, and the share of them that have one
+    truncated/masked                  with mask_truncated: share of the completions that nothing is learnt from
+
+**Dynamic sampling** (`Selection`): which groups a step keeps of those that were drawn for it.
+
+    sampled/groups         drawn for the step; sampled/with_spread of them have completions of different rewards
+    sampled/surplus        with spread, and not kept: groups are drawn several at a time
+    sampled/reward_mean    over all that were drawn: `reward/mean` is of those that were kept
+    sampled/at_bound       1 where the step was filled up with groups without spread
 """
 
 from __future__ import annotations
@@ -38,7 +48,7 @@ from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.config.reward import Normalization
 from mmrl_ray.errors import LearnerError, MMRLError, first_line, raised_at
 from mmrl_ray.experience.carriers import PlannedGroup, RewardBreakdown, RewardFailure, ScoredGroup, StepPlan
-from mmrl_ray.losses.advantages import decoupled_rewards, spreads
+from mmrl_ray.losses.advantages import decoupled_rewards, overlong_penalty, spreads
 from mmrl_ray.losses.aggregation import StepRewards, StepWeights
 
 
@@ -61,11 +71,13 @@ def build_step_plan(
 ) -> StepPlan:
     """Advantages, per-token weights, one denominator, and the split over ranks and micro-batches.
 
+    A step all of whose groups were cut off at the limit of tokens, with `mask_truncated`, has no micro-batches.
+
     Args:
         step: the step; also the policy version that consumes it.
         groups: the step's groups by place. Completions without a reward are left out of everything, and with them
             what has too little left: see `left_out`.
-        learner: advantage, aggregation, KL and token budget.
+        learner: advantage, aggregation, KL, lengths and token budget.
         max_new_tokens: for the `constant` aggregation.
         world_size: learner ranks.
         normalize: whether parts of the reward are normalised by their group.
@@ -75,17 +87,23 @@ def build_step_plan(
     """
     why = {group.key: left_out(group, learner, normalize) for group in groups}
     live = [group for group in groups if why[group.key] is None]
+    silent = not live
+    if silent and learner.mask_truncated:
+        live = [group for group in groups if left_out(group, learner, normalize, masking=False) is None]
     if not live:
         reasons = sorted({reason for reason in why.values() if reason}) or ["no sample of the step could be used"]
         raise LearnerError(f"step {step} has no group to learn from: {'; '.join(reasons)[:500]}")
-    seen = learning_rewards(live, learner, normalize)  # [M, G]
+    seen = learning_rewards(live, learner, normalize, max_new_tokens)  # [M, G]
+    masked = torch.tensor([_cut(g) for g in live]) if learner.mask_truncated and not silent else None
     rewards, counts = seen.rewards, seen.counts
     greedy = None
     if learner.advantage == "greedy":
         greedy = torch.tensor([_greedy_reward(g) for g in live], dtype=torch.float64)
     lengths = torch.tensor([g.completion_tokens for g in live], dtype=torch.float64)  # [M, G]
-    found = _weighed(learner, StepRewards(rewards, counts, seen.magnitude, greedy, lengths, max_new_tokens))
+    found = _weighed(learner, StepRewards(rewards, counts, seen.magnitude, greedy, lengths, max_new_tokens, masked))
     weights, scales, denominator = found.advantages, found.scales, found.denominator
+    if masked is not None or silent:
+        weights = torch.where((scales > 0) & ~torch.tensor(silent), weights, 0.0)
     planned = tuple(
         PlannedGroup(
             key=group.key,
@@ -106,8 +124,13 @@ def build_step_plan(
         step=step,
         groups=planned,
         denominator=float(denominator),
-        micro_batches=split_micro_batches(sizes, learner.token_budget, world_size),
-        metrics={**seen.metrics, **found.metrics, **masked_figures(groups, len(planned)), **_length_metrics(live)},
+        micro_batches=((),) * world_size if silent else split_micro_batches(sizes, learner.token_budget, world_size),
+        metrics={
+            **seen.metrics,
+            **found.metrics,
+            **masked_figures(groups, 0 if silent else len(planned)),
+            **_length_metrics(groups if learner.mask_truncated else live, learner.mask_truncated),
+        },
     )
 
 
@@ -135,11 +158,14 @@ def _weighed(learner: LearnerSection, step: StepRewards) -> StepWeights:
     return found
 
 
-def left_out(group: ScoredGroup, learner: LearnerSection, normalize: Normalization) -> str | None:
+def left_out(
+    group: ScoredGroup, learner: LearnerSection, normalize: Normalization, *, masking: bool = True
+) -> str | None:
     """Why a group cannot be learned from; None for one that can.
 
     A baseline made of the group's other completions, and parts normalised by their group, need two rewards in it;
-    every other baseline needs one, and `greedy` beside it that of the greedy completion.
+    every other baseline needs one, and `greedy` beside it that of the greedy completion. With `masking` off, its tokens
+    are not asked for, which `learner.mask_truncated` may have left none of.
     """
     if group.masked is not None:
         return group.masked
@@ -149,7 +175,75 @@ def left_out(group: ScoredGroup, learner: LearnerSection, normalize: Normalizati
         return f"{scored} of {total} completions with a reward are too few: {group.failures[0]}"
     if learner.advantage == "greedy" and isinstance(group.greedy_reward, RewardFailure):
         return f"its greedy completion has no reward: {group.greedy_reward.reason}"
+    whole = (isinstance(s, RewardBreakdown) and not cut for s, cut in zip(group.rewards, _cut(group), strict=True))
+    if masking and learner.mask_truncated and not any(whole):
+        return "its completions ran into rollout.max_new_tokens, which learner.mask_truncated takes out"
     return None
+
+
+class Selection:
+    """Draws groups for one step until enough of them have spread: completions that earn differently.
+
+    That is judged by the rewards before length and KL cost anything: as DAPO's equation 11 (arXiv:2503.14476), for
+    rewards that are not 0 and 1. What is drawn next follows from what came of all groups before it, in the order of
+    their places, and from nothing else.
+
+    Example:
+        >>> selection = Selection(learner, "none")
+        >>> selection.judge([group_0, group_1, None, group_3])  # 4 wanted, 2 of these have spread, one failed
+        4
+    """
+
+    def __init__(self, learner: LearnerSection, normalize: Normalization) -> None:
+        self._learner, self._normalize = learner, normalize
+        self._wanted = learner.groups_per_step
+        self._most = max(self._wanted, math.floor(self._wanted * learner.max_oversampling))
+        self._ranks: list[int] = []
+        """Of each place: 0 with spread, 1 without, 2 not to be learnt from, 3 none."""
+        self._rewards: list[float] = []
+
+    def judge(self, groups: Sequence[ScoredGroup | None]) -> int:
+        """Takes in what came of the next places, None of those that failed; how many to draw after them, 0 for none."""
+        self._ranks += map(self._rank, groups)
+        self._rewards += [score.total for g in groups if g for score in g.rewards if isinstance(score, RewardBreakdown)]
+        drawn, found = len(self._ranks), self._ranks.count(0)
+        if found >= self._wanted or drawn >= self._most:
+            return 0
+        # As many as are needed if they are like those before, and no more than a step's at a time.
+        guess = math.ceil((self._wanted - found) * drawn / max(found, 1))
+        return min(guess, self._wanted, self._most - drawn)
+
+    @property
+    def drawn(self) -> int:
+        """Places so far."""
+        return len(self._ranks)
+
+    @property
+    def kept(self) -> list[int]:
+        """Places that make the step, or may yet: the first with spread, then the first without."""
+        best = sorted(range(self.drawn), key=lambda place: (self._ranks[place], place))
+        return sorted(place for place in best[: self._wanted] if self._ranks[place] < 3)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the step's metrics line."""
+        found = self._ranks.count(0)
+        mean = {"sampled/reward_mean": fmean(self._rewards)} if self._rewards else {}
+        return {
+            "sampled/groups": self.drawn,
+            "sampled/with_spread": found,
+            "sampled/surplus": max(0, found - self._wanted),
+            "sampled/at_bound": int(found < self._wanted),
+            **mean,
+        }
+
+    def _rank(self, group: ScoredGroup | None) -> int:
+        if group is None:
+            return 3
+        if left_out(group, self._learner, self._normalize) is not None:
+            return 2
+        rewards, counts, magnitude = _compared([group], self._normalize)
+        return 0 if bool(spreads(rewards, counts, torch.maximum(rewards.abs(), magnitude))) else 1
 
 
 def split_micro_batches(
@@ -192,9 +286,16 @@ def _greedy_reward(group: ScoredGroup) -> float:
     return group.greedy_reward.adjusted
 
 
-def _length_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+def _cut(group: ScoredGroup) -> tuple[bool, ...]:
+    """Whether each completion ran into the limit of tokens, as far as that is known."""
+    return group.truncated or (False,) * len(group.completion_tokens)
+
+
+def _length_metrics(groups: Sequence[ScoredGroup], masking: bool) -> dict[str, float]:
+    """Of whole completions, whatever is learnt of them."""
     lengths = [t for g in groups for t in g.completion_tokens]
-    return {"completion/length_mean": sum(lengths) / len(lengths), "completion/length_max": max(lengths)}
+    cut = {"truncated/masked": sum(sum(g.truncated) for g in groups) / len(lengths)} if masking else {}
+    return {"completion/length_mean": sum(lengths) / len(lengths), "completion/length_max": max(lengths), **cut}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,27 +312,40 @@ class LearningRewards:
 
 
 def learning_rewards(
-    groups: Sequence[ScoredGroup], learner: LearnerSection, normalize: Normalization
+    groups: Sequence[ScoredGroup], learner: LearnerSection, normalize: Normalization, max_new_tokens: int
 ) -> LearningRewards:
     """From groups of one size, in each of which at least one completion has a reward."""
-    counts = torch.tensor([[isinstance(row, RewardBreakdown) for row in g.rewards] for g in groups])
-    rewards = _matrix(groups, lambda row: row.adjusted)
-    magnitude = _matrix(groups, lambda row: row.magnitude)
+    rewards, counts, magnitude = _compared(groups, normalize)
     metrics = _figures(groups, counts)
     if normalize == "group":
-        parts, weights = _weighted_parts(groups)
-        rewards = decoupled_rewards(parts, weights, counts)
-        magnitude = rewards.abs()
+        parts, _ = _weighted_parts(groups)
         metrics["reward/normalized"] = 1.0
         spread = _deviations(parts, counts, correction=1).mean(dim=1).tolist()
         metrics.update({f"reward_group_std/{n}": s for n, s in zip(_weighted(groups), spread, strict=True)})
     differ = spreads(rewards, counts, torch.maximum(rewards.abs(), magnitude))
     metrics["reward/zero_variance_groups"] = int((~differ).sum())
+    if learner.overlong.penalty:
+        lengths = torch.tensor([g.completion_tokens for g in groups])
+        costs = overlong_penalty(lengths, max_new_tokens, learner.overlong.buffer, learner.overlong.penalty)
+        rewards, magnitude = torch.where(counts, rewards - costs, 0.0), magnitude + costs
+        metrics["overlong/penalty"] = costs[counts].mean().item()
+        metrics["overlong/share"] = (costs[counts] > 0).double().mean().item()
     if learner.kl.weight and learner.kl.estimator == "k1":
         penalty = learner.kl.weight * torch.tensor([g.kl1 for g in groups], dtype=torch.float64)
         rewards, magnitude = torch.where(counts, rewards - penalty, 0.0), magnitude + penalty.abs()
         metrics["reward/with_kl"] = rewards[counts].mean().item()
     return LearningRewards(rewards, counts, magnitude, metrics)
+
+
+def _compared(
+    groups: Sequence[ScoredGroup], normalize: Normalization
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards after risk and normalisation, which of them count, and their magnitudes; all [M, G]."""
+    counts = torch.tensor([[isinstance(row, RewardBreakdown) for row in g.rewards] for g in groups])
+    if normalize == "group":
+        rewards = decoupled_rewards(*_weighted_parts(groups), counts)
+        return rewards, counts, rewards.abs()
+    return _matrix(groups, lambda row: row.adjusted), counts, _matrix(groups, lambda row: row.magnitude)
 
 
 def masked_figures(groups: Sequence[ScoredGroup], learned: int) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 `N` completions, `T` tokens:
 
-    loss = policy gradient + kl.weight · KL(π_θ || π_ref) + adapter_l2 · ‖φ‖² + l2_to_pretrained · ‖θ − θ_pretrained‖²
+    loss = policy gradient + kl.weight · KL(π_θ || π_ref) − entropy_bonus · H(π_θ)
+           + adapter_l2 · ‖φ‖² + l2_to_pretrained · ‖θ − θ_pretrained‖²
 
-The first is the objective of the run's algorithm (`algorithms/base.py`). The first two are shares over the step's
+The first is the objective of the run's algorithm (`algorithms/base.py`). The first three are shares over the step's
 denominator, one a micro-batch; the last two are added once an update.
 
 **Importance** (`ImportanceWatch`): how much captions depend on each modality, measured now and then while a run learns.
@@ -48,14 +49,14 @@ from mmrl_ray.errors import LearnerError, MMRLError, ModelError, NonFiniteError,
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.losses.aggregation import masked_sum
-from mmrl_ray.losses.regularizers import adapter_l2, kl_loss, kl_per_token, l2_to_pretrained
+from mmrl_ray.losses.regularizers import adapter_l2, entropy_mean, kl_loss, kl_per_token, l2_to_pretrained
 from mmrl_ray.policy.memory import ran_out
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import LearnerBatch, prompts_and_features
 from mmrl_ray.policy.scoring.prefix import Scores
 from mmrl_ray.policy.vision import VisionCache
 
-NAMES = ("policy", "kl_term", "kl", "kl_tokens", "entropy", "tokens", "vision_recomputed")
+NAMES = ("policy", "kl_term", "entropy_term", "kl", "kl_tokens", "entropy", "tokens", "vision_recomputed")
 """Of the sums before the objective's own."""
 _SHOWN_SAMPLES = 8
 logger = logging.getLogger(__name__)
@@ -89,6 +90,11 @@ def kl_in_loss(cfg: LearnerSection) -> bool:
     return cfg.kl.weight > 0 and cfg.kl.estimator != "k1"
 
 
+def every_token_counts(cfg: LearnerSection) -> bool:
+    """Whether a term of the loss has a gradient on tokens whose advantage is 0, too."""
+    return kl_in_loss(cfg) or cfg.entropy_bonus > 0
+
+
 def micro_batch_share(
     objective: Objective,
     cfg: LearnerSection,
@@ -98,11 +104,11 @@ def micro_batch_share(
     proximal: torch.Tensor | None,
     place: int = 0,
 ) -> Share:
-    """The objective's and the KL term of one micro-batch.
+    """The objective's, the KL and the entropy term of one micro-batch.
 
     Args:
         objective: of the run's algorithm.
-        cfg: KL.
+        cfg: KL and entropy bonus.
         denominator: the whole step's.
         batch: what was sampled, and its weights.
         scores: log-probs under π_θ, with gradient, and entropies.
@@ -134,9 +140,15 @@ def micro_batch_share(
         else:
             per_token = kl_per_token("k3", scores.logprobs.detach(), batch.reference_logprobs)
             kl, kl_tokens = masked_sum(per_token, scores.mask), tokens
-    entropy = zero if scores.entropies is None else masked_sum(scores.entropies, scores.mask)
+    entropy, entropy_term = zero, zero
+    if scores.entropies is not None:
+        entropy = masked_sum(scores.entropies.detach(), scores.mask)
+        if cfg.entropy_bonus > 0:
+            mean = entropy_mean(scores.entropies, scores.mask, scales=batch.scales, denominator=denominator)
+            entropy_term = -cfg.entropy_bonus * mean
+            loss = loss + entropy_term
     recomputed = zero + batch.vision_recomputed
-    head = torch.stack([main, kl_term.detach(), kl, kl_tokens, entropy, tokens, recomputed])
+    head = torch.stack([main, kl_term.detach(), entropy_term.detach(), kl, kl_tokens, entropy, tokens, recomputed])
     return Share(loss, torch.cat([head, own.to(head.dtype)]).double())
 
 
@@ -178,6 +190,7 @@ def step_figures(objective: Objective, sums: torch.Tensor, regulariser_values: d
     terms = {
         "loss/policy": head["policy"],
         "loss/kl": head["kl_term"],
+        "loss/entropy": head["entropy_term"],
         "loss/adapter_l2": regulariser_values.get("adapter_l2", 0.0),
         "loss/l2_to_pretrained": regulariser_values.get("l2_to_pretrained", 0.0),
     }

@@ -34,8 +34,8 @@ from mmrl_ray.learner.objective import (
     SamplerGap,
     Share,
     check_finite,
+    every_token_counts,
     flat_gradient,
-    kl_in_loss,
     micro_batch_share,
     regularisers,
     step_figures,
@@ -363,6 +363,7 @@ class LearnerStep:
                 batch.temperature,
                 path=self.path,
                 entropy=True,
+                entropy_gradient=self.cfg.entropy_bonus > 0,
                 hidden=self._objective.needs_hidden,
             )
 
@@ -388,7 +389,7 @@ class LearnerStep:
     def _worth_a_pass(self, plan: StepPlan, rank: int) -> list[list[PlannedGroup]]:
         """A rank's micro-batches without the groups whose every gradient is 0."""
         mine = [[plan.groups[i] for i in batch] for batch in plan.micro_batches[rank]]
-        if not kl_in_loss(self.cfg) and not self._objective.learns_without_signal:
+        if not every_token_counts(self.cfg) and not self._objective.learns_without_signal:
             mine = [[group for group in batch if group.has_signal] for batch in mine]
         return [part for batch in mine if batch for part in self._parts(batch)]
 

@@ -1,4 +1,4 @@
-"""Advantages: what a completion earned beyond a baseline.
+"""Advantages: what a completion earned beyond a baseline; and what its length takes off its reward before.
 
 Pure functions from rewards [M, G] to advantages [M, G], `M` groups of the step and `G` completions a group. A mask,
 [M] or [M, G], names the valid groups or completions (ragged groups are padded to G); masked ones take no part in any
@@ -207,3 +207,21 @@ def _standardised(values: torch.Tensor, valid: torch.Tensor, magnitude: torch.Te
     centred = centred / centred.abs().amax(dim=-1, keepdim=True)
     std = (centred.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return torch.where(valid & spreads(values, valid, magnitude), centred / std, 0.0)
+
+
+def overlong_penalty(lengths: torch.Tensor, max_tokens: int, buffer: float, penalty: float) -> torch.Tensor:
+    """What a caption of `lengths` tokens earns less, float64 of their shape: DAPO's equation 13 (arXiv:2503.14476).
+
+    Nothing up to the last `buffer` of the limit, from there on linearly more, and `penalty` at the limit. The paper's
+    L_max is `max_tokens`, its L_cache `buffer · max_tokens`, its penalty 1 and its share 0.2.
+
+    Raises:
+        ValueError: buffer is outside (0, 1], or a length above the limit.
+    """
+    if not 0 < buffer <= 1 or max_tokens < 1 or bool((lengths > max_tokens).any()):
+        raise ValueError(
+            f"buffer={buffer} must be above 0 and at most 1, and lengths at most {max_tokens}, got up to "
+            f"{lengths.max().item():g}"
+        )
+    cache = buffer * max_tokens
+    return penalty * ((lengths.double() - (max_tokens - cache)) / cache).clamp(min=0.0)

@@ -11,6 +11,7 @@
 
 Lengths and denominators are those of the whole step, over all ranks and micro-batches, groups without signal included.
 A completion without a reward counts nowhere: its scale is 0, and neither its tokens nor itself are in a denominator.
+Nor are those of one that is masked, whose reward is still part of its group's baseline.
 
 `masked_mean` is a sum over valid positions divided by one explicit denominator.
 
@@ -124,6 +125,9 @@ class StepRewards:
     lengths: torch.Tensor
     """[M, G], tokens of each completion."""
     max_new_tokens: int
+    masked: torch.Tensor | None = None
+    """bool [M, G], True at a completion of whose tokens nothing is learnt, though its reward is part of the baselines
+    (`learner.mask_truncated`); none by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,10 @@ def weigh(step: StepRewards, advantage: str, aggregation: str, *, divide_by_std:
 
 
 def scales_of(step: StepRewards, aggregation: str, counts: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Per-token weights [M, G] of the completions that count, bool [M, G], and their denominator."""
+    """Per-token weights [M, G] of the completions that count, and their denominator; `counts` is bool [M, G], of which
+    `step.masked` is taken away."""
+    if step.masked is not None:
+        counts = counts & ~step.masked
     flat = step.lengths.flatten()
     scales, denominator = completion_scales(
         aggregation, flat, max_new_tokens=step.max_new_tokens, mask=counts.flatten()

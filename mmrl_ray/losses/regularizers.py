@@ -1,4 +1,5 @@
-"""Terms that hold a policy back: L2 of an adapted model (docs/equations.md 4 and 7), and KL(π_θ || π_ref).
+"""Terms that hold a policy back: L2 of an adapted model (docs/equations.md 4 and 7), KL(π_θ || π_ref), and its
+entropy.
 
 The L2 terms are added once an optimiser step. Both work over the active adapters of a PEFT model, in float32 at least
 and with autocast off: a sum of millions of squares has no place in bfloat16.
@@ -289,3 +290,26 @@ def kl_penalty(behaviour_logprobs: torch.Tensor, reference_logprobs: torch.Tenso
         ValueError: the shapes differ.
     """
     return float(kl_per_token("k1", behaviour_logprobs.double(), reference_logprobs.double()).sum())
+
+
+def entropy_mean(
+    entropies: torch.Tensor, mask: torch.Tensor, *, scales: torch.Tensor, denominator: float | torch.Tensor
+) -> torch.Tensor:
+    """Σ scale·H(token) ÷ denominator over valid tokens, a scalar with the gradient that `entropies` have.
+
+    H is the entropy S of PPO's equation 9 (arXiv:1707.06347), over the whole vocabulary and not estimated from a token
+    that was drawn; the learner takes `entropy_bonus` times this off its loss.
+
+    Args:
+        entropies: [B, T], in nats.
+        mask: bool [B, T].
+        scales: [B], as of the policy loss.
+        denominator: of the whole step.
+
+    Raises:
+        ValueError: the shapes do not fit, or the denominator is not above 0.
+    """
+    check_tokens(entropies, mask)
+    if scales.shape != entropies.shape[:1]:
+        raise ValueError(f"scales must be [B] for entropies {list(entropies.shape)}, got {list(scales.shape)}")
+    return masked_mean(torch.where(mask, entropies, 0.0) * scales[:, None], mask, denominator=denominator)

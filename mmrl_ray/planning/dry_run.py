@@ -52,6 +52,7 @@ from mmrl_ray.planning.estimate import (
 from mmrl_ray.planning.preflight import (
     check_engine,
     check_references,
+    check_teacher,
     evaluation_split,
     first_sample,
     held_out_quarantine,
@@ -90,6 +91,8 @@ class DryRun:
     shape: ModelShape | None = None
     left_out: str | None = None
     """Weights that the adapter does not sit on."""
+    teacher: str | None = None
+    """Its size."""
     prompt_tokens: int | None = None
     image_tokens: int = 0
     caption_tokens: int | None = None
@@ -282,6 +285,28 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
     if found.sample is None:
         found.unchecked.append("the true length of prompts: taken for a blank picture of 640×480")
     _measure_prompt(cfg, policy, found.sample or _stand_in(cfg), found)
+    _look_at_teacher(cfg, policy, found)
+
+
+def _look_at_teacher(cfg: Config, student: Policy, found: DryRun) -> None:
+    teacher = cfg.teacher
+    if teacher is None:
+        return
+    places = [place for place in (teacher.path, teacher.adapter) if place is not None and not is_hub_id(place)]
+    missing = [place for place in places if not Path(place).expanduser().exists()]
+    if missing:
+        found.unchecked.append(f"teacher: {' and '.join(missing)}: not there yet; train or fetch it first")
+        return
+    try:
+        policy = check_teacher(teacher, student)
+        weights = list(policy.model.parameters())
+        size = sum(weight.numel() for weight in weights) * policy.dtype.itemsize
+        found.teacher = f"{sum(weight.numel() for weight in weights) / 1e6:,.1f} M parameters, {_size(size)} an actor"
+    except (AdapterError, ConfigError, ModelError) as error:
+        out_of_reach = is_hub_id(teacher.path) and isinstance(error.__cause__, OSError)
+        (found.unchecked if out_of_reach else found.blocking).append(
+            f"teacher: {error}" if out_of_reach else str(error)
+        )
 
 
 def _try_formats(cfg: Config, found: DryRun) -> None:
@@ -360,6 +385,11 @@ def _batch_lines(cfg: Config, plan: BatchPlan | None, found: DryRun) -> list[str
         f"a step      {groups} images × {cfg.rollout.group_size} completions = {completions} completions",
         f"the run     {steps:,} steps, {steps * groups:,} images, {steps * completions:,} completions",
     ]
+    if cfg.learner.dynamic_sampling:
+        most = cfg.learner.max_oversampling
+        lines.append(
+            f"sampled     up to {most:g} times as many, until {groups} groups of a step differ in their rewards"
+        )
     if found.rows is not None:
         lines.append(f"epochs      {steps * groups / found.rows:.2f} over {found.rows:,} training images")
     if plan is None:
@@ -448,6 +478,7 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
         f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}",
         f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
         *([f"            {found.left_out}"] if found.left_out is not None else []),
+        *([f"teacher     {found.teacher}"] if found.teacher is not None else []),
     ]
     if cfg.agent is not None:
         return [lines[0], *cfg.family.memory_told(cfg, found.rows, shape.hidden)]

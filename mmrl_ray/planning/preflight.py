@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private import state
@@ -19,7 +19,7 @@ from ray._private import state
 from mmrl_ray.config import Config
 from mmrl_ray.config.paths import local_paths
 from mmrl_ray.config.schema import Demand, label_pairs
-from mmrl_ray.config.sections import ModelSection
+from mmrl_ray.config.sections import ModelSection, TeacherSection
 from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hashes, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError, RunError
@@ -28,6 +28,9 @@ from mmrl_ray.policy.generation.vllm.server import VllmServer
 from mmrl_ray.rollouts.pool_settings import placed_demands
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
 from mmrl_ray.training.offline import logged_pictures, trained_pictures
+
+if TYPE_CHECKING:
+    from mmrl_ray.policy.model import Policy
 
 _ROUNDING = 1e-6
 """Ray counts in ten-thousandths; sums of fractions are a little off."""
@@ -180,8 +183,28 @@ def check_model(cfg: Config) -> list[str]:
     left_out = left_out_line(policy.hf_model, resolve_targets(policy.hf_model, cfg.model.lora))
     for prompt in encode_prompts(policy, [first_sample(cfg)]):
         check_context(policy, prompt, cfg.rollout.max_new_tokens)
+    if cfg.teacher is not None:
+        check_teacher(cfg.teacher, policy)
     try_quickly(cfg.model)
     return [left_out] if left_out is not None else []
+
+
+def check_teacher(teacher: TeacherSection, student: Policy) -> Policy:
+    """Whether there is such a teacher, and it reads the student's tokens; the teacher without its weights.
+
+    Raises:
+        ModelError: its checkpoint cannot be used, or has another vocabulary.
+        AdapterError: its adapter is none.
+    """
+    from mmrl_ray.policy.load import load_skeleton
+    from mmrl_ray.policy.lora.adapter import read_adapter_config
+    from mmrl_ray.rollouts.teacher import refuse_other_tokens
+
+    if teacher.adapter is not None:
+        read_adapter_config(Path(teacher.adapter).expanduser())
+    policy = load_skeleton(teacher.model)
+    refuse_other_tokens(student, policy)
+    return policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,7 @@ def token_logprobs(
     forbidden: Sequence[int],
     temperature: float,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -187,14 +188,16 @@ def token_logprobs(
         head: [m, d] → [m, V].
         forbidden: token ids outside the support of π.
         temperature: above 0.
-        entropy: also return entropies; they carry no gradient.
+        entropy: also return entropies.
+        entropy_gradient: entropies carry a gradient, too, for which the rows' distributions are kept until it is made.
         chunk_elements: logits held at once.
         vocab_size: V, when known; else all rows make one chunk.
     """
     size = max(1, chunk_elements // vocab_size) if vocab_size else max(1, rows.shape[0])
     parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for start in range(0, rows.shape[0], size):
-        arguments = (rows[start : start + size], targets[start : start + size], head, forbidden, temperature, entropy)
+        part = (rows[start : start + size], targets[start : start + size])
+        arguments = (*part, head, forbidden, temperature, entropy, entropy_gradient)
         if rows.shape[0] > size and torch.is_grad_enabled():
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False))
         else:
@@ -213,13 +216,14 @@ def _chunk(
     forbidden: Sequence[int],
     temperature: float,
     entropy: bool,
+    entropy_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     logits = policy_logits(head(rows), forbidden, temperature)
     normalizer = logits.logsumexp(dim=-1)
     chosen = logits.gather(-1, targets[:, None])[:, 0] - normalizer
     if not entropy:
         return chosen, None
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         logprobs = logits - normalizer[:, None]
         # 0 · (−inf) is 0 here: a forbidden token adds nothing.
         return chosen, -(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(dim=-1)

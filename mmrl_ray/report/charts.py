@@ -58,7 +58,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("Weights and risk of the reward", ("reward_weight/", "reward/risk", "reward/normalized")),
     Panel("Loss and its terms", ("loss", "loss/")),
     *(panel for family in FAMILIES for panel in family.panels),
-    Panel("KL to the reference policy", ("kl", "kl/"), unit="nats a token"),
+    Panel("KL to the reference policy, or to the teacher", ("kl", "kl/"), unit="nats a token"),
     Panel("Entropy", ("entropy", "entropy/"), unit="nats a token"),
     Panel("Gradient norm", ("grad_norm",)),
     Panel("Importance ratios", ("ratio_mean", "behaviour_ratio_mean", "effective_samples")),
@@ -79,6 +79,8 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "Groups masked, dropped, without signal", ("masked", "dropped", "reward/zero_variance_groups"), unit="groups"
     ),
+    Panel("Dynamic sampling: groups of a step", ("sampled/groups", "sampled/with_spread"), unit="groups"),
+    Panel("Captions that were cut off, or nearly", ("truncated/masked", "overlong/share"), unit="share"),
     Panel("Seconds by phase", ("seconds/",), exclude=_NOT_PHASES, unit="seconds", stacked=True),
 )
 INK, GRID = 16, 17

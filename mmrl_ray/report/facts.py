@@ -43,6 +43,7 @@ EVENT_WORDS = {
     "warm_start_left_out": "samples left out by the warm start",
     "reward_failed": "rewards failed",
     "reward_part_missing": "a part of weight 0 failed",
+    "dynamic_sampling_bound": "a step was filled up with groups of equal rewards",
     "reward_replica_lost": "reward replica lost",
     "reward_replica_ready": "reward replica ready again",
     "checkpoint_damaged": "checkpoint damaged",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -329,6 +330,7 @@ class Controller:
         except MMRLError as error:
             self._pump.fail(error)
             return Stop(str(error), failed=True)
+        plan = replace(plan, metrics={**plan.metrics, **taken.figures})
         waited = self._clock() - (self._asked_since or self._clock())
         self._asked_since = None
         self._planned = PlannedStep(plan, taken, world_size, waited)

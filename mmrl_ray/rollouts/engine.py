@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,6 +39,9 @@ from mmrl_ray.policy.prompts import without_pixels
 from mmrl_ray.rewards.base import RewardFn, score_with_retry
 from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, DataFailure, FetchWeights, GroupRequest
+
+if TYPE_CHECKING:
+    from mmrl_ray.rollouts.teacher import TeacherClient  # needs Ray, which engines do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +67,12 @@ class RolloutEngine:
         reward_cfg: RewardSection,
         ship_vision_bytes: int,
         takes_turns: bool = False,
+        teacher: TeacherClient | None = None,
     ) -> None:
         """Features of an assignment travel with its groups if they are no more than `ship_vision_bytes` altogether.
 
-        With `takes_turns` a learner uses the same device between assignments, and is left what they took of it.
+        With `takes_turns` a learner uses the same device between assignments, and is left what they took of it. A
+        `teacher` scores completions in the place of the reference policy.
         """
         self._generator = generator
         self._scorer = scorer
@@ -75,6 +81,7 @@ class RolloutEngine:
         self._reward_cfg = reward_cfg
         self._ship_vision_bytes = ship_vision_bytes
         self._takes_turns = takes_turns
+        self._teacher = teacher
         self._version: int | None = None
 
     def run(self, assignment: Assignment, fetch: FetchWeights) -> AssignmentResult:
@@ -112,7 +119,8 @@ class RolloutEngine:
             sampled = self._decode(prompts, greedy=assignment.greedy_baseline)
         with _timed(seconds, "reference"):
             if assignment.reference_logprobs and sampled:
-                sampled = self._with_reference(sampled)
+                sampled, unread = self._with_reference(sampled)
+                failures += unread
         with _timed(seconds, "reward"):
             scores = self._score(sampled)
         if any(each.request.wants_state for each in sampled):
@@ -173,14 +181,24 @@ class RolloutEngine:
             outputs = self._scorer.with_greedy_logprobs(requests, outputs)
         return [Sampled(r, prompt, output) for (r, prompt), output in zip(prompts, outputs, strict=True)]
 
-    def _with_reference(self, sampled: Sequence[Sampled]) -> list[Sampled]:
-        logprobs = self._scorer.reference_logprobs(
-            [s.prompt for s in sampled], [s.output for s in sampled], sampled[0].request.sampling.temperature
-        )
-        return [
-            replace(each, output=replace(each.output, completions=_referenced(each.output.completions, rows)))
-            for each, rows in zip(sampled, logprobs, strict=True)
-        ]
+    def _with_reference(self, sampled: Sequence[Sampled]) -> tuple[list[Sampled], list[DataFailure]]:
+        """With log-probs of the reference, or of the teacher; and the samples that the teacher cannot read."""
+        temperature, outputs = sampled[0].request.sampling.temperature, [s.output for s in sampled]
+        logprobs: Sequence[list[torch.Tensor] | str]
+        if self._teacher is not None:
+            tokens = [[c.token_ids for c in output.completions] for output in outputs]
+            logprobs = self._teacher.logprobs([s.request.sample for s in sampled], tokens, temperature)
+        else:
+            logprobs = self._scorer.reference_logprobs([s.prompt for s in sampled], outputs, temperature)
+        done: list[Sampled] = []
+        unread: list[DataFailure] = []
+        for each, rows in zip(sampled, logprobs, strict=True):
+            if isinstance(rows, str):
+                unread.append(DataFailure(each.request.key, each.request.sample.id, rows))
+            else:
+                completions = _referenced(each.output.completions, rows)
+                done.append(replace(each, output=replace(each.output, completions=completions)))
+        return done, unread
 
     def _with_states(self, sampled: Sequence[Sampled]) -> list[Sampled]:
         """The states of the first completions, where they are asked for."""
@@ -222,6 +240,7 @@ class RolloutEngine:
                 if c.reference_logprobs is not None
             ),
             masked=masked,
+            truncated=tuple(c.finish_reason == "length" for c in output.completions),
             payload=RolloutGroup(
                 sample=request.sample,
                 prompt=sampled.prompt,

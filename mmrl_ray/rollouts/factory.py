@@ -15,6 +15,7 @@ from mmrl_ray.rewards.base import RewardFn
 
 if TYPE_CHECKING:
     from mmrl_ray.rollouts.engine import RolloutEngine
+    from mmrl_ray.rollouts.teacher import TeacherClient
 
 _MB = 2**20
 
@@ -27,6 +28,8 @@ class PolicyEngineFactory:
     """`model.path` is the folder (or hub id) that reinforcement learning starts from."""
     reward: RewardFn
     """Made once by the driver (`rewards/build.py`)."""
+    teacher: TeacherClient | None = None
+    """Where the run has one."""
 
     def __call__(self, worker: str) -> RolloutEngine:
         """Loads the model, adds the adapter, and puts the rest around it.
@@ -100,5 +103,6 @@ class PolicyEngineFactory:
             worker=worker,
             reward_cfg=cfg.reward,
             ship_vision_bytes=cfg.rollout.ship_vision_mb * _MB,
+            teacher=self.teacher,
             takes_turns=cfg.resources.takes_turns,
         )

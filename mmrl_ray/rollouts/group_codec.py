@@ -332,6 +332,7 @@ def _scored(facts: Mapping[str, Any]) -> ScoredGroup:
             "rewards": tuple(map(_score, facts["rewards"])),
             "greedy_reward": None if greedy is None else _score(greedy),
             "kl1": tuple(facts["kl1"]),
+            "truncated": tuple(facts.get("truncated", ())),
         }
     )
 

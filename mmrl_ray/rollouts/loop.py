@@ -19,6 +19,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import SampleStream
 from mmrl_ray.errors import MMRLError, QuarantineError, RolloutError
 from mmrl_ray.experience.carriers import ScoredGroup
+from mmrl_ray.experience.plan import Selection
 from mmrl_ray.rollouts.assignment_tracker import FirstErrors
 from mmrl_ray.rollouts.group_codec import Parcel, Parcelled
 from mmrl_ray.rollouts.scaling import Scaling
@@ -172,7 +173,9 @@ class RolloutLoop:
         for event in self._events():
             self._run.append_line(EVENTS, {"time": time.time(), **event})
             self._on_event(event)
-        if self.begun and not self.stopping and self.sampler.next_step < self._cfg.learner.steps:
+        # What comes next in the stream may be the unsettled step's.
+        unsettled = self.buffer.unsettled is not None
+        if self.begun and not self.stopping and not unsettled and self.sampler.next_step < self._cfg.learner.steps:
             samples = self.sampler.read_ahead()
             if samples is not None:
                 self.pool.expect(chunks(samples, self._cfg.rollout.groups_per_assignment))
@@ -195,16 +198,44 @@ class RolloutLoop:
         with self.pump.changed:
             again, self._resample = self._resample, []
         self.submit("train", again)
+        self._select()
         while self._may_dispatch():
             step, requests = self.sampler.next_step, self.sampler.compose()
             self.pool.expect(())  # it is here; what comes after it is not read yet
+            learner = self._cfg.learner
+            selection = Selection(learner, self._cfg.reward.normalize) if learner.dynamic_sampling else None
             with self.pump.changed:
-                self.buffer.open(step, requests)
-                missing = {request.key for request in requests if not self._put_back(request)}
+                self.buffer.open(step, requests, selection)
+            self._ask_for(requests)
+
+    def _select(self) -> None:
+        """Gives the unsettled step more places, if it needs them and all that it has are resolved."""
+        with self.pump.changed:
+            step = self.buffer.unsettled
+            if step is None or self.stopping or not self.buffer.is_resolved(step):
+                return
+            drawn, wanted = self.buffer.select(step)
+            if not wanted:
+                figures = self.buffer.figures(step)
+                if figures["sampled/at_bound"]:
+                    found, groups = int(figures["sampled/with_spread"]), int(figures["sampled/groups"])
+                    told = {"step": step, "with_spread": found, "wanted": self.sampler.groups_per_step}
+                    self.note({"kind": "dynamic_sampling_bound", **told, "sampled": groups})
                 self.pump.changed.notify_all()
-            for chunk in chunks(requests, self._cfg.rollout.groups_per_assignment):
-                if wanted := tuple(request for request in chunk if request.key in missing):
-                    self._submit("train", wanted)
+                return
+        requests = self.sampler.further(drawn, wanted)
+        with self.pump.changed:
+            self.buffer.extend(step, requests)
+        self._ask_for(requests)
+
+    def _ask_for(self, requests: Sequence[GroupRequest]) -> None:
+        """Has places of an open step sampled, but for those that a checkpoint brought along."""
+        with self.pump.changed:
+            missing = {request.key for request in requests if not self._put_back(request)}
+            self.pump.changed.notify_all()
+        for chunk in chunks(requests, self._cfg.rollout.groups_per_assignment):
+            if wanted := tuple(request for request in chunk if request.key in missing):
+                self._submit("train", wanted)
 
     def _may_dispatch(self) -> bool:
         step = self.sampler.next_step
@@ -214,6 +245,7 @@ class RolloutLoop:
                 self.begun
                 and not self.stopping
                 and newest is not None
+                and self.buffer.unsettled is None
                 and step < self._cfg.learner.steps
                 and step - newest <= self._cfg.rollout.max_staleness
                 and self.buffer.has_room(self.sampler.groups_per_step)
@@ -235,7 +267,7 @@ class RolloutLoop:
                 version=newest,
                 weights=weights,
                 greedy_baseline=is_train and self._cfg.learner.advantage == "greedy",
-                reference_logprobs=is_train and self._cfg.learner.kl.weight != 0,
+                reference_logprobs=is_train and (self._cfg.learner.kl.weight != 0 or self._cfg.teacher is not None),
             )
         )
 

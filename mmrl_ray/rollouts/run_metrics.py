@@ -31,6 +31,7 @@ _WARNINGS = frozenset(
         "worker_lost",
         "worker_unplaced",
         "learner_restarted",
+        "dynamic_sampling_bound",
         "reward_failed",
         "reward_part_missing",
         "sample_quarantined",

@@ -2,7 +2,9 @@
 
 A step is K samples of the stream, each with a seed of its own, decided by the step alone. Samples of the next one are
 read ahead while workers are busy; when a sample was quarantined since, they are read again, so that reading ahead never
-changes what a step is made of.
+changes what a step is made of. With `learner.dynamic_sampling` more samples follow until K of their groups have
+completions of different rewards (`experience/plan.Selection`): which ones follows from the results alone, once all that
+were drawn are there, so that it does not hang on who sampled them and when. The next step is composed after that.
 
 A step is *open* from its dispatch until it is taken. Each of its places is resolved exactly once: by a scored group
 (possibly masked) or by a failure. A second result for a place is a duplicate, refused and counted.
@@ -22,6 +24,7 @@ from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
 from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams, ScoredGroup, derive_seed, group_seed
+from mmrl_ray.experience.plan import Selection
 from mmrl_ray.rollouts.types import Collected, DataFailure, Generated, GroupRequest
 
 Item = TypeVar("Item")
@@ -75,6 +78,15 @@ class StepSampler:
         step, samples = self._ahead.step, self._ahead.samples
         self._ahead = None
         self.next_step = step + 1
+        return self._requests(step, 0, samples)
+
+    def further(self, first: int, count: int) -> tuple[GroupRequest, ...]:
+        """So many more groups of the step that was composed last, from place `first` on; raises as `compose`."""
+        if self._ahead is not None:
+            raise ValueError(f"samples of step {self._ahead.step} were taken before those of the step before it")
+        return self._requests(self.next_step - 1, first, self._source.take(count))
+
+    def _requests(self, step: int, first: int, samples: Sequence[Sample]) -> tuple[GroupRequest, ...]:
         return tuple(
             GroupRequest(
                 key=GroupKey(step, index),
@@ -82,7 +94,7 @@ class StepSampler:
                 sampling=replace(self._sampling, seed=group_seed(self._seed, step, index)),
                 completions=self._completions,
             )
-            for index, sample in enumerate(samples)
+            for index, sample in enumerate(samples, first)
         )
 
     def quarantine(self, sample: Sample, reason: str) -> None:
@@ -144,6 +156,12 @@ class OpenStep:
     failures: dict[int, DataFailure] = field(default_factory=dict)
     tables: list[bytes] = field(default_factory=list)
     timings: list[Mapping[str, float]] = field(default_factory=list)
+    selection: Selection | None = None
+    """Of a step that may yet be given more places."""
+    dropped: set[int] = field(default_factory=set)
+    """Places that it has not kept."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Of one that was."""
 
     @property
     def came(self) -> int:
@@ -194,6 +212,8 @@ class TakenStep:
     timings: Sequence[Mapping[str, float]]
     samples: Sequence[Sample]
     """Of `groups`."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Of its selection, where there was one."""
 
 
 class StepBuffer:
@@ -234,13 +254,53 @@ class StepBuffer:
         """Whether a step of so many groups may be opened."""
         return self.held + groups <= self.capacity
 
-    def open(self, step: int, requests: Sequence[GroupRequest]) -> None:
-        """Expects a result for each request, placed by its key's index."""
+    @property
+    def unsettled(self) -> int | None:
+        """The step that may yet be given more places: the newest, if any."""
+        return next((step for step, opened in self._steps.items() if opened.selection is not None), None)
+
+    def open(self, step: int, requests: Sequence[GroupRequest], selection: Selection | None = None) -> None:
+        """Expects a result for each request, placed by its key's index; with `selection`, which was shown none yet, the
+        step is complete only once that has enough."""
         if step in self._steps:
             raise ValueError(f"step {step} is open already")
         if not self.has_room(len(requests)):
             raise ValueError(f"no room for {len(requests)} groups beside {self.held} of {self.capacity}")
-        self._steps[step] = OpenStep({request.key.index: request for request in requests})
+        self._steps[step] = OpenStep({request.key.index: request for request in requests}, selection=selection)
+
+    def is_resolved(self, step: int) -> bool:
+        """Whether every place that `step` has so far is resolved."""
+        return self._steps[step].complete
+
+    def select(self, step: int) -> tuple[int, int]:
+        """Of the unsettled step, once its places are resolved: (how many it has had, how many more `extend` should give
+        it).
+
+        What cannot be part of it any more is dropped. With none to be given, it is complete, and `figures` of its
+        selection are known.
+        """
+        opened = self._steps[step]
+        if opened.selection is None:
+            raise ValueError(f"step {step} is settled")
+        new = range(opened.selection.drawn, max(opened.requests, default=-1) + 1)
+        wanted = opened.selection.judge([opened.groups.get(index) for index in new])
+        kept = opened.selection.kept
+        opened.dropped |= opened.requests.keys() - set(kept)
+        opened.requests = {index: opened.requests[index] for index in kept}
+        opened.groups = {index: opened.groups[index] for index in kept}
+        opened.failures.clear()
+        drawn = opened.selection.drawn
+        if not wanted:
+            opened.figures, opened.selection = opened.selection.figures, None
+        return drawn, wanted
+
+    def extend(self, step: int, requests: Sequence[GroupRequest]) -> None:
+        """Gives the unsettled step more places, behind all that it ever had."""
+        self._steps[step].requests |= {request.key.index: request for request in requests}
+
+    def figures(self, step: int) -> Mapping[str, float]:
+        """Of an open step's selection, if that is over."""
+        return self._steps[step].figures
 
     def add(self, collected: Collected) -> None:
         """Takes in what one assignment gave; a place that is resolved already keeps what it has."""
@@ -266,7 +326,7 @@ class StepBuffer:
 
     def is_complete(self, step: int) -> bool:
         """Whether every place of `step` is resolved."""
-        return step in self._steps and self._steps[step].complete
+        return step in self._steps and self._steps[step].complete and self._steps[step].selection is None
 
     def take(self, step: int, version: int) -> TakenStep | list[GroupRequest]:
         """A complete step for a learner at policy `version`, or requests for those of its groups that are too stale.
@@ -284,7 +344,7 @@ class StepBuffer:
             return [self._anew(opened, key) for key in stale]
         del self._steps[step]
         samples = [opened.requests[group.key.index].sample for group in groups]
-        return TakenStep(groups, opened.tables, opened.timings, samples)
+        return TakenStep(groups, opened.tables, opened.timings, samples, opened.figures)
 
     def waiting(self, from_step: int) -> list[ScoredGroup]:
         """Groups that have come back for `from_step` and later and were not taken."""
@@ -341,7 +401,7 @@ class StepBuffer:
     def _unresolved(self, key: GroupKey) -> OpenStep | None:
         """The step of a place that has no result yet."""
         step = self._steps.get(key.step) if key.step >= 0 else self._evaluations.get(-key.step)
-        if step is None or key.index in step.groups or key.index in step.failures:
+        if step is None or key.index in step.groups or key.index in step.failures or key.index in step.dropped:
             self.counts["duplicate"] += 1
             return None
         if key.index not in step.requests:

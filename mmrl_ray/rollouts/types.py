@@ -50,7 +50,7 @@ class Assignment:
     greedy_baseline: bool = False
     """Also decode each prompt greedily, for the `greedy` advantage."""
     reference_logprobs: bool = False
-    """Also score the completions under the reference policy."""
+    """Also score the completions under the reference policy, or the teacher that stands in its place."""
     ahead: tuple[Sample, ...] = ()
     """Of an assignment that may come next: their prompts may be made while this one decodes. A hint, and nothing of
     this one."""

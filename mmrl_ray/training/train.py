@@ -50,6 +50,7 @@ from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus, shared_gpus_of
+from mmrl_ray.rollouts.teacher import teachers
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
 from mmrl_ray.run_records.run_dir import BASE, STATISTICS, RunDir, checkpoint_steps
 from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
@@ -213,7 +214,11 @@ class _Run:
                 if cfg.agent is None:
                     with self._progress.busy("waiting for room on GPUs"):
                         bundles = stack.enter_context(shared_gpus(start))
-                    self._learn(start, hosted, held_out, bundles)
+                    teacher = None
+                    if start.teacher is not None:
+                        with self._timed("teacher"), self._progress.busy("loading the teacher"):
+                            teacher = stack.enter_context(teachers(start))
+                    self._learn(start, PolicyEngineFactory(start, hosted.reward, teacher), hosted, held_out, bundles)
                 else:
                     self._learn_by_value(start, hosted, held_out)
             status = "finished"
@@ -340,12 +345,19 @@ class _Run:
                 run.write_text(STATISTICS, statistics.to_json())
         return statistics
 
-    def _learn(self, cfg: Config, hosted: RunReward, held_out: HeldOut, bundles: PlacementGroup | None = None) -> None:
+    def _learn(
+        self,
+        cfg: Config,
+        factory: PolicyEngineFactory,
+        hosted: RunReward,
+        held_out: HeldOut,
+        bundles: PlacementGroup | None = None,
+    ) -> None:
         """Rollout workers and learners, from the evaluation before to the one after; `cfg` is what they start from."""
         run = self._run
         with self._timed("start"):
             settings = PoolSettings.of(cfg, bundles)
-            controller = start_controller(cfg, run, PolicyEngineFactory(cfg, hosted.reward), settings=settings)
+            controller = start_controller(cfg, run, factory, settings=settings)
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
         interrupt = StopOnInterrupt(

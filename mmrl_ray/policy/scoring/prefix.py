@@ -83,7 +83,7 @@ class Scores:
     mask: torch.Tensor
     """bool [N, T], True at completion tokens."""
     entropies: torch.Tensor | None = None
-    """float32 [N, T] without gradient, 0 where `mask` is False; when asked for."""
+    """float32 [N, T], 0 where `mask` is False; when asked for, and with a gradient when that was asked for."""
     hidden: torch.Tensor | None = None
     """[M, d], what each of the M completion tokens was chosen from, completion after completion; when asked for."""
 
@@ -191,6 +191,7 @@ def score_completions(
     *,
     path: ScorePath = "shared_prefix",
     entropy: bool = False,
+    entropy_gradient: bool = False,
     hidden: bool = False,
 ) -> Scores:
     """Log-probs of every completion token under π (temperature applied, image tokens forbidden, float32).
@@ -203,6 +204,7 @@ def score_completions(
         temperature: the rollout temperature.
         path: "shared_prefix", "packed" or "naive"; they give the same numbers, up to rounding.
         entropy: also return the entropy at every token.
+        entropy_gradient: with a gradient.
         hidden: also return the hidden states.
 
     Raises:
@@ -235,6 +237,7 @@ def score_completions(
         forbidden=policy.image_token_ids,
         temperature=temperature,
         entropy=entropy,
+        entropy_gradient=entropy_gradient,
         vocab_size=policy.vocab_size,
     )
 

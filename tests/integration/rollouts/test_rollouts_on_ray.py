@@ -176,6 +176,32 @@ def test_data_that_cannot_be_read_is_said_at_the_start(tmp_path: Path) -> None:
         start_controller(config(tmp_path), RunDir.create(tmp_path, "run"), FakeEngineFactory())
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_dynamic_sampling_makes_the_same_steps_with_any_number_of_workers(
+    make: Callable[..., World], workers: int
+) -> None:
+    """Against the stream itself: the first four samples whose captions differ in their reward."""
+    flat = frozenset(f"sample-{i:03d}" for i in range(40) if i % 3)
+    world = make(
+        FakeEngineFactory(seconds=0.05, flat=flat), learner={"dynamic_sampling": True}, rollout={"workers": workers}
+    )
+    world.controller.rewind(0)
+    source = stream(world.cfg)
+    for step in range(3):
+        plan = world.step(step)
+        line = world.run.read_lines("metrics.jsonl")[-1]
+        drawn = source.take(int(line["sampled/groups"]))
+        kept = [(index, sample.id) for index, sample in enumerate(drawn) if sample.id not in flat]
+        assert [(g.key.index, g.sample_id) for g in plan.groups] == kept[:4]
+        # What is drawn follows from what was found: 4, then as many as were missing ÷ the share so far.
+        expected, more = 0, 4
+        while more:
+            expected += more
+            found = sum(index < expected for index, _ in kept)
+            more = min(-(-(4 - found) * expected // max(found, 1)), 4, 16 - expected) if found < 4 else 0
+        assert len(drawn) == expected
+
+
 def test_killed_workers_cost_nothing_and_a_new_one_takes_their_place(make: Callable[..., World]) -> None:
     """Strictly on-policy: one worker dies at its work, one while it has none."""
     world = make(FakeEngineFactory(seconds=0.3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,15 @@ def test_weights_leave_out_what_is_not_cloned() -> None:
     assert found.scales.tolist() == [[1, 0, 0, 0], [1, 1, 1, 1]]  # a silent group stays, with nothing to learn from
     assert found.denominator == 5 * 3
     assert found.metrics == {"raft/kept": 1 / 8}
+
+
+def test_a_group_whose_best_is_masked_is_passed_over() -> None:
+    cut = torch.tensor([[True, False, False, False], [False, False, False, True]])
+    step = replace(step_of([[0.9, 0.5, 0.2, 0.1], [0.8, 0.1, 0.2, 0.3]]), masked=cut)
+    found = section().family.weigh(step)
+    assert found.advantages.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
+    assert found.scales.tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
+    assert found.denominator == 4 * 3
 
 
 def test_the_loss_is_the_likelihood_of_the_best(tiny: Path) -> None:

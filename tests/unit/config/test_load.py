@@ -53,6 +53,7 @@ def test_every_preset_is_a_valid_learner(name: str) -> None:
     needs = {
         "dpo": ["rollout.group_size=2", "data.preferences.store=sqlite:///p.db"],
         "ilql": ["data.rollouts.run=runs/again"],
+        "distill": ["teacher.path=org/teacher"],
     }
     cfg = parse_config(GOOD, "c.yaml", [f"algorithm={name}", *needs.get(name, [])])
     for key, value in PRESETS[name].items():
@@ -82,7 +83,8 @@ learner:
         "c.yaml:5: data.train: required key is missing: add `train:` under `data:`",
         'c.yaml:6: data.trian: unknown key (value "d"); did you mean `train`?',
         "c.yaml:7: algorithm: the value \"gprpo\" is not one of 'reinforce', 'scst', 'rloo', 'grpo', 'dr_grpo', "
-        "'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'; did you mean `grpo`?",
+        "'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo', 'distill' or 'value_based'; did you mean "
+        "`grpo`?",
         'c.yaml:9: rollout.group_size: must be a whole number, not "8": take the quotes away',
         "c.yaml:10: rollout.workers: must be a whole number or a section of `key: value` lines, not true",
         "c.yaml:13: learner.lrr: unknown key (value 0.5); did you mean `lr`?",
@@ -212,7 +214,7 @@ def test_a_wrong_override_says_which(override: str, expected: str) -> None:
 def test_a_value_that_is_no_misspelling_gets_the_choices_and_no_guess() -> None:
     (line,) = problems(GOOD, "algorithm=kto")  # near `dpo`, and something else
     assert line.endswith(
-        "'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo' or 'value_based'"
+        "'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo', 'dpo', 'ilql', 'raft', 'sapo', 'ppo', 'distill' or 'value_based'"
     )
 
 
@@ -355,3 +357,29 @@ def test_what_does_not_go_with_stored_rollouts_is_refused(overrides: list[str], 
     assert parse_config(GOOD, "c.yaml", [*stored, "learner.ilql.bc_weight=1", "learner.adapter_l2=0.1"])
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         parse_config(GOOD, "c.yaml", [*stored, *overrides])
+
+
+def test_a_resolved_config_from_before_keeps_what_its_preset_has_gained_since_turned_off() -> None:
+    written = dump_config(parse_config(GOOD, "c.yaml")).splitlines()
+    new = ("  dynamic_sampling:", "  max_oversampling:", "  overlong:", "    penalty:", "    buffer:")
+    before = [line for line in written if not line.startswith(new)]
+    assert len(before) == len(written) - len(new)
+    assert parse_config(GOOD, "c.yaml").learner.dynamic_sampling
+    cfg = parse_config("\n".join(before), "runs/before/config.yaml")
+    assert not cfg.learner.dynamic_sampling
+    assert cfg.learner.overlong.penalty == 0
+    assert cfg.learner.clip_high == 0.28
+
+
+@pytest.mark.parametrize(
+    "key", ["dynamic_sampling=true", "overlong.penalty=1", "mask_truncated=true", "entropy_bonus=0.1"]
+)
+@pytest.mark.parametrize("algorithm", ["dpo", "ilql"])
+def test_what_is_about_captions_of_the_runs_own_is_refused_where_it_has_none(algorithm: str, key: str) -> None:
+    needs = {
+        "dpo": ["rollout.group_size=2", "data.preferences.store=sqlite:///p.db"],
+        "ilql": ["data.rollouts.run=runs/again"],
+    }
+    (line,) = problems(GOOD, f"algorithm={algorithm}", *needs[algorithm], f"learner.{key}")
+    assert f"learner.{key}" in line
+    assert "learns from others: take it away" in line

@@ -123,8 +123,8 @@ def test_shipped_manifests_are_what_their_command_renders(path: Path, monkeypatc
         check_serve_config(yaml.safe_load(last["spec"]["serveConfigV2"]))
 
 
-ON_ONE_MACHINE = {"dpo", "ilql", "reward-model"}
-"""Configs that pods cannot run as they are: a store of preferences in a file; the rollouts of a run that was made on
+ON_ONE_MACHINE = {"distill", "dpo", "ilql", "reward-model"}
+"""Configs that pods cannot run as they are: a store of preferences in a file; rollouts and policy of a run made on
 this machine; a command of its own, without Ray."""
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mmrl_ray.algorithms.base import Algorithm
 from mmrl_ray.config.learner import KlSection, LearnerSection
 from mmrl_ray.errors import LearnerError
-from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, RewardFailure
-from mmrl_ray.experience.plan import GroupSize, build_step_plan, padded_tokens, split_micro_batches
+from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, RewardFailure, ScoredGroup
+from mmrl_ray.experience.plan import GroupSize, Selection, build_step_plan, padded_tokens, split_micro_batches
 from mmrl_ray.losses.aggregation import StepRewards, StepWeights
 
 from .factories import scored
@@ -224,3 +224,79 @@ def test_the_split_changes_neither_weights_nor_denominator(world_size: int, seed
     many = build_step_plan(0, groups, learner=learner(micro_batch_tokens=30), max_new_tokens=8, world_size=world_size)
     assert one.groups == many.groups
     assert one.denominator == many.denominator
+
+
+def cut(index: int, truncated: tuple[bool, ...], **keys: object) -> ScoredGroup:
+    return replace(scored(0, index, **keys), truncated=truncated)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+def test_what_was_cut_off_counts_in_the_baseline_and_in_no_denominator(aggregation: str) -> None:
+    groups = [
+        cut(0, (False, True, False), totals=(0.0, 1.0, 5.0), lengths=(2, 8, 4)),
+        cut(1, (False, False, False), totals=(1.0, 0.0, 2.0), lengths=(3, 1, 2)),
+        cut(2, (True, True, True), totals=(1.0, 0.0, 2.0), lengths=(8, 8, 8)),
+    ]
+    cfg = learner(mask_truncated=True, aggregation=aggregation, advantage_std=False)
+    plan = build_step_plan(0, groups, learner=cfg, max_new_tokens=8, world_size=1)
+    assert [g.advantages for g in plan.groups] == [(-2.0, 0.0, 3.0), (0.0, -1.0, 1.0)]
+    kept = np.array([2, 4, 3, 1, 2])
+    shares = {"sequence_mean": 1 / kept, "constant": np.ones(5), "token_mean": np.ones(5), "sequence_sum": np.ones(5)}
+    denominators = {"token_mean": kept.sum(), "sequence_mean": 5, "sequence_sum": 5, "constant": 5 * 8}
+    assert plan.denominator == denominators[aggregation]
+    assert [s for g in plan.groups for s in g.scales if s] == pytest.approx(shares[aggregation].tolist())
+    assert plan.groups[0].learned == (0, 2)
+    assert plan.metrics["truncated/masked"] == pytest.approx(4 / 9)
+    assert plan.metrics["completion/length_max"] == 8, "lengths are those of whole captions, whatever is learnt"
+    assert plan.metrics["masked"] == 1
+
+
+def test_a_step_of_nothing_but_what_was_cut_off_learns_nothing_and_goes_on() -> None:
+    groups = [cut(i, (True, True), totals=(0.0, 1.0), lengths=(8, 8)) for i in range(2)]
+    cfg = learner(mask_truncated=True)
+    plan = build_step_plan(0, groups, learner=cfg, max_new_tokens=8, world_size=2)
+    assert plan.micro_batches == ((), ())
+    assert all(not group.has_signal for group in plan.groups)
+    assert plan.metrics["masked"] == 2
+    assert plan.metrics["truncated/masked"] == 1.0
+
+
+def test_overlong_captions_earn_less_before_the_baseline_and_spread_is_the_rewards_own() -> None:
+    cfg = learner(advantage="none", overlong={"penalty": 2.0, "buffer": 0.5})
+    groups = [scored(totals=(1.0, 1.0), lengths=(4, 7))]
+    plan = build_step_plan(0, groups, learner=cfg, max_new_tokens=8, world_size=1)
+    assert plan.groups[0].advantages == (1.0, 1.0 - 2.0 * 3 / 4)
+    assert plan.metrics["overlong/penalty"] == pytest.approx(0.75)
+    assert plan.metrics["overlong/share"] == 0.5
+    assert plan.metrics["reward/mean"] == 1.0
+    assert plan.metrics["reward/zero_variance_groups"] == 1
+
+
+@given(st.lists(st.sampled_from("s-mf"), min_size=80, max_size=80), st.integers(1, 6), st.floats(1, 9))
+def test_a_step_keeps_the_first_groups_with_spread(stream: list[str], wanted: int, most: float) -> None:
+    """Against the list of kinds itself: with spread, without, without rewards, failed."""
+    cfg = learner(groups_per_step=wanted, dynamic_sampling=True, max_oversampling=most)
+    made = {
+        "s": scored(totals=(0.0, 1.0)),
+        "-": scored(totals=(0.5, 0.5)),
+        "m": scored(masked="no references"),
+        "f": None,
+    }
+    selection, drawn, more = Selection(cfg, "none"), 0, wanted
+    while more:
+        assert 0 < more <= wanted
+        kinds = stream[drawn : drawn + more]
+        drawn += more
+        more = selection.judge([made[kind] for kind in kinds])
+    spread = [place for place, kind in enumerate(stream) if kind == "s"]
+    bound = int(wanted * most)
+    assert drawn == selection.drawn <= bound
+    if len([place for place in spread if place < drawn]) >= wanted:
+        assert selection.kept == spread[:wanted]
+        assert not selection.figures["sampled/at_bound"]
+    else:
+        assert drawn == bound
+        order = [place for kind in "s-m" for place in range(drawn) if stream[place] == kind]
+        assert selection.kept == sorted(order[:wanted])
+        assert selection.figures["sampled/at_bound"]
+    assert selection.figures["sampled/with_spread"] == sum(place < drawn for place in spread)

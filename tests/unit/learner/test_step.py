@@ -21,9 +21,11 @@ from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.losses.regularizers import adapter_l2, l2_to_pretrained
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.prompts import encode_prompts
 from tests.unit.learner.together import run_together
 from tests.unit.learner.worlds import (
     LENGTHS,
+    TEMPERATURE,
     gradient,
     make_groups,
     make_plan,
@@ -256,6 +258,30 @@ def test_a_regulariser_holds_the_adapter_the_nearer_the_stronger_it_is(tiny: Pat
         assert logged[0] == pytest.approx(strength * before, rel=1e-5)  # a term of its own, 0 where it is off
         found.append(term(policy.model).item())
     assert found[0] > 1.1 * found[1] > 1.1 * 1.1 * found[2]
+
+
+def test_an_entropy_bonus_is_that_of_every_token_also_without_signal(tiny: Path) -> None:
+    """Against autograd on whole rows of the model's own forward; all rewards alike, so that nothing else is there."""
+    policy = make_policy(tiny)
+    groups = make_groups(policy)
+    cfg = section(entropy_bonus=0.3, aggregation="sequence_mean", micro_batch_tokens=1)
+    plan = make_plan(groups, cfg, rewards=np.full((len(groups), 4), 0.5))
+    total, count = torch.zeros(()), 0
+    for group in groups:
+        prompt = encode_prompts(policy, [group.sample])[0]
+        for completion in group.completions:
+            row = torch.cat([prompt.input_ids, completion.token_ids])[None]
+            output = policy.model(input_ids=row, pixel_values=prompt.model_inputs["pixel_values"], use_cache=False)
+            logits = output.logits[0, prompt.input_ids.numel() - 1 : -1] / TEMPERATURE
+            logits[:, list(policy.image_token_ids)] = float("-inf")
+            total = total + torch.distributions.Categorical(logits=logits).entropy().mean()
+            count += 1
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    loss = -0.3 * total / count
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    metrics = LearnerStep(policy, cfg).run(plan, payloads)
+    assert_close(gradient(policy), expected, 1e-4)
+    assert metrics["loss"] == metrics["loss/entropy"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_group_without_signal_is_skipped_but_counts_in_the_denominator(tiny: Path) -> None:
@@ -545,7 +571,7 @@ def test_float16_is_refused(tiny: Path) -> None:
         LearnerStep(policy, section())
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"dpo", "ilql"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"distill", "dpo", "ilql"}))
 def test_each_preset_trains_two_steps(tiny: Path, name: str) -> None:
     cfg = LearnerSection(steps=2, lr=1e-3, **PRESETS[name])
     policy = make_policy(tiny, fresh=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl_ray.losses.advantages import advantages
+from mmrl_ray.losses.advantages import advantages, overlong_penalty
 
 NAMES = ["none", "batch_mean", "greedy", "leave_one_out", "group", "group/std"]
 
@@ -128,6 +128,18 @@ def test_groups_do_not_see_each_other(name: str) -> None:
 def test_all_masked_is_all_zero(name: str) -> None:
     rewards = torch.full((2, 3), math.nan)
     assert call(name, rewards, torch.zeros(2, dtype=torch.bool), torch.full((2,), math.nan)).eq(0).all()
+
+
+def test_what_is_overlong_loses_as_in_the_paper() -> None:
+    """DAPO's equation 13 with its own numbers, 16,384 tokens and a cache of 4,096, branch by branch in float64."""
+    limit, cache = 16384 + 4096, 4096
+    lengths = np.array([[1, 16383, 16384, 16385], [17000, 20000, 20479, 20480]])
+    shaped = np.where(lengths <= limit - cache, 0.0, ((limit - cache) - lengths) / cache)
+    assert shaped.min() == -1.0
+    found = overlong_penalty(torch.tensor(lengths), limit, 0.2, 3.0)
+    np.testing.assert_allclose(found.numpy(), -3.0 * shaped, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="lengths at most 8, got up to 9"):
+        overlong_penalty(torch.tensor([9]), 8, 0.2, 1.0)
 
 
 def test_refuses() -> None:

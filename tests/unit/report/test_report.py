@@ -186,7 +186,7 @@ def test_every_section_is_there(finished: tuple[RunDir, Page, str]) -> None:
         "Reward, mean ± standard deviation",
         "Reward parts",
         "Loss and its terms",
-        "KL to the reference policy",
+        "KL to the reference policy, or to the teacher",
         "Entropy",
         "Gradient norm",
         "Learning rate",

@@ -72,6 +72,8 @@ class FakeEngine:
     masked: frozenset[str] = frozenset()
     """Samples whose completions have no reward, or single completions: `sample-002/0`."""
     raise_on: frozenset[str] = frozenset()
+    flat: frozenset[str] = frozenset()
+    """Samples whose completions all earn the same; those of others differ, where this is given."""
     hang_once: tuple[str, str] | None = None
     """(sample id, file that is made when it hangs: only the first time)."""
     lose_once: str | None = None
@@ -143,6 +145,8 @@ class FakeEngine:
     def _score(self, request: GroupRequest, place: int, total: float) -> Score:
         if f"{request.sample.id}/{place}" in self.masked:
             return RewardFailure("no number")
+        if self.flat:
+            total = 1.0 if request.sample.id in self.flat else total + 100.0 * place
         return RewardBreakdown(total, {"sum": total}, {"sum": 1.0})
 
 
@@ -153,6 +157,7 @@ class FakeEngineFactory:
     broken: frozenset[str] = frozenset()
     masked: frozenset[str] = frozenset()
     raise_on: frozenset[str] = frozenset()
+    flat: frozenset[str] = frozenset()
     hang_once: tuple[str, str] | None = None
     lose_once: str | None = None
     start_error: str | None = None
@@ -173,7 +178,7 @@ class FakeEngineFactory:
             raise ConfigError("rollout.engine.python='/nowhere/python' is no program")
         while self.stuck_while is not None and Path(self.stuck_while).exists():
             time.sleep(0.05)
-        every = (self.crash_on, self.broken, self.masked, self.raise_on, self.hang_once, self.lose_once)
+        every = (self.crash_on, self.broken, self.masked, self.raise_on, self.flat, self.hang_once, self.lose_once)
         return FakeEngine(worker, self.seconds, *every)
 
 

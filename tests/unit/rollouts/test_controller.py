@@ -41,13 +41,14 @@ class World:
         rows: Sequence[Sample] = (),
         engine: FakeEngine | None = None,
         clock: Callable[[], float] = time.monotonic,
+        pool: FakePool | None = None,
         **sections: Sections,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.cfg = config(folder, **sections)
         self.run = RunDir.create(folder, "run") if not (folder / "run").exists() else RunDir.open(folder, "run")
         self.engine = engine or FakeEngine("w0")
-        self.pool = FakePool(self.engine, decode_state)
+        self.pool = pool or FakePool(self.engine, decode_state)
         self.controller = Controller(
             self.cfg,
             self.run,
@@ -618,3 +619,117 @@ def test_a_client_says_what_its_controller_says(make: Callable[..., World], monk
     assert client.next_plan(1, 1) == Stop("enough")
     with pytest.raises(TypeError, match="unexpected keyword"):
         client.rewind(0, force=True)  # type: ignore[call-arg]
+
+
+# -- dynamic sampling --------------------------------------------------------------------------------------------------
+
+
+class AnyOrder(FakePool):
+    """So many assignments at a time, which come back the last first."""
+
+    def __init__(self, engine: FakeEngine, workers: int) -> None:
+        super().__init__(engine, decode_state)
+        self.workers = workers
+
+    def poll(self, timeout_s: float) -> list[Any]:
+        self.queue[: self.workers] = self.queue[: self.workers][::-1]
+        self.release = self.workers
+        return super().poll(timeout_s)
+
+
+def _has_spread(sample: str) -> bool:
+    return int(sample.removeprefix("sample-")) % 3 == 2
+
+
+FLAT = frozenset(sample.id for sample in samples(40) if not _has_spread(sample.id))
+DYNAMIC: dict[str, Any] = {"learner": {"dynamic_sampling": True}, "count": 40, "engine": FakeEngine("w0", flat=FLAT)}
+
+
+def drawn(world: World) -> list[list[tuple[int, str]]]:
+    """What was asked for, assignment by assignment."""
+    asked = [a for a in world.pool.submitted if a.kind == "train"]
+    return [[(group.key.index, group.sample.id) for group in a.groups] for a in asked]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_step_is_made_of_the_first_groups_with_spread_whoever_samples(
+    make: Callable[..., World], workers: int
+) -> None:
+    alone = make("alone", **DYNAMIC)
+    world = make("world", **DYNAMIC, pool=AnyOrder(DYNAMIC["engine"], workers))
+    for each in (alone, world):
+        each.controller.rewind(0)
+    position = 0
+    for step in range(6):
+        plan = world.step(step)
+        assert essence(alone.step(step)) == essence(plan)
+        order = [f"sample-{i % 40:03d}" for i in range(position, position + 40)]
+        assert [group.sample_id for group in plan.groups] == [name for name in order if _has_spread(name)][:4]
+        line = world.lines()[-1]
+        assert line["reward/zero_variance_groups"] == line["sampled/at_bound"] == 0
+        assert line["sampled/with_spread"] == 4 + line["sampled/surplus"]
+        assert line["sampled/reward_mean"] < line["reward/mean"], "the second is of what was kept alone"
+        position += line["sampled/groups"]
+    until(lambda: not alone.pool.queue and not world.pool.queue)
+    assert drawn(alone) == drawn(world)
+    world.controller.checkpoint_state(6)
+    files = world.run.local_path("rollouts/*.parquet")
+    rows = duckdb.sql(f"select step, count(distinct sample_id) from '{files}' group by 1")
+    assert sorted(rows.fetchall()) == [(step, 4) for step in range(6)]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_dynamic_sampling_resumes_exactly(make: Callable[..., World], staleness: int) -> None:
+    sections = {**DYNAMIC, "rollout": {"max_staleness": staleness}}
+
+    def go(world: World, steps: range) -> list[Any]:
+        plans = [world.step(step) for step in steps]
+        if staleness:  # which version sampled a group is a race
+            opened = [open_payload(g.payload, lambda value: value) for plan in plans for g in plan.groups]
+            return [(g.sample.id, [c.token_ids.tolist() for c in g.completions]) for g in opened]
+        return [essence(plan) for plan in plans]
+
+    whole = make("whole", **sections)
+    whole.controller.rewind(0)
+    expected = go(whole, range(6))
+    first = make("resumed", **sections)
+    first.controller.rewind(0)
+    assert go(first, range(3)) == expected[: len(expected) // 2]
+    state = first.controller.checkpoint_state(3)
+    first.step(3)
+    first.controller.close(10.0)
+    second = make("resumed", **sections)
+    second.controller.restore(state)
+    second.publish(3)
+    assert go(second, range(3, 6)) == expected[len(expected) // 2 :]
+
+
+def test_at_its_bound_a_step_is_filled_up_and_says_so(make: Callable[..., World]) -> None:
+    rows = [sample for sample in samples(40) if not _has_spread(sample.id)]
+    rows.insert(5, samples(3)[2])  # one of them all
+    world = make(rows=rows, **{**DYNAMIC, "learner": {"dynamic_sampling": True, "max_oversampling": 2.5}})
+    world.controller.rewind(0)
+    plan = world.step(0)
+    assert [group.key.index for group in plan.groups] == [0, 1, 2, 5]
+    assert [group.has_signal for group in plan.groups] == [False, False, False, True]
+    line = world.lines()[0]
+    assert (line["sampled/groups"], line["sampled/with_spread"], line["sampled/at_bound"]) == (10, 1, 1)
+    said: list[dict[str, Any]] = []
+    until(lambda: said.extend(e for e in world.run.read_lines("events.jsonl") if "bound" in e["kind"]) or said)
+    event = said[0]
+    assert (event["step"], event["with_spread"], event["wanted"], event["sampled"]) == (0, 1, 4, 10)
+    assert [name for _, name in drawn(world)[5]] == [rows[10].id, rows[11].id], "the next step goes on behind"
+
+
+def test_what_comes_twice_and_what_fails_changes_no_selection(make: Callable[..., World]) -> None:
+    engine = FakeEngine("w0", flat=FLAT, broken=frozenset({"sample-002"}), masked=frozenset({"sample-005"}))
+    world = make(**{**DYNAMIC, "engine": engine, "learner": {"dynamic_sampling": True, "max_oversampling": 5.0}})
+    world.controller.rewind(0)
+    world.pool.submit(replace(until_submitted(world), id=99))  # a try that was thought lost
+    plan = world.step(0)
+    assert [group.sample_id for group in plan.groups] == ["sample-008", "sample-011", "sample-014", "sample-017"]
+
+
+def until_submitted(world: World) -> Any:
+    until(lambda: world.pool.submitted)
+    return world.pool.submitted[0]

@@ -134,11 +134,12 @@ def engine(
     *,
     ship: int = 10**6,
     kind: type[RolloutEngine] = RolloutEngine,
+    teacher: Any = None,
 ) -> RolloutEngine:
     scored: Any = scorer or FakeScorer()
     section = RewardSection(retries=0, timeout_s=5.0)
     parts = (generator or FakeGenerator(), scored, reward or FakeReward())
-    return kind(*parts, worker="w7", reward_cfg=section, ship_vision_bytes=ship)
+    return kind(*parts, worker="w7", reward_cfg=section, ship_vision_bytes=ship, teacher=teacher)
 
 
 def assignment(version: int = 0, *, count: int = 3, greedy: bool = False, reference: bool = False) -> Assignment:
@@ -322,3 +323,29 @@ def test_where_the_engine_hands_on_no_features_they_are_the_scorers(hands_on: bo
 
     for group in engine(Made()).run(assignment(), as_made).groups:
         assert torch.equal(group.payload.vision.tokens, torch.zeros(4, 8) if hands_on else torch.ones(4, 8))
+
+
+@dataclass
+class FakeTeacher:
+    """Says 1 · temperature less of every token, and cannot read one of the samples."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def logprobs(self, samples: Sequence[Sample], completions: Sequence[Any], temperature: float) -> list[Any]:
+        self.asked += [len(group) for group in completions]
+        found: list[Any] = [[-tokens.float() - temperature for tokens in group] for group in completions]
+        return [
+            "the teacher cannot read it" if s.id == "sample-001" else f for s, f in zip(samples, found, strict=True)
+        ]
+
+
+def test_a_teacher_stands_in_the_place_of_the_reference() -> None:
+    teacher = FakeTeacher()
+    result = engine(teacher=teacher).run(assignment(reference=True), as_made)
+    assert teacher.asked == [2, 2, 2]
+    assert [g.sample_id for g in result.groups] == ["sample-000", "sample-002"]
+    assert [(f.sample_id, f.reason) for f in result.failures] == [("sample-001", "the teacher cannot read it")]
+    (one, two) = result.groups[0].payload.completions
+    assert torch.equal(one.reference_logprobs, torch.tensor([-2.0]))
+    assert torch.equal(two.reference_logprobs, torch.tensor([-2.0, -3.0]))
+    assert [len(g.rewards) for g in result.groups] == [2, 2]
