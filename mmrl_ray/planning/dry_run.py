@@ -411,9 +411,7 @@ def _engine_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
     if told is None:
         return []
     if address is not None or os.environ.get("RAY_ADDRESS"):
-        found.unchecked.append(
-            "whether the cluster's nodes have an interpreter with vLLM, or reach the server that has"
-        )
+        found.unchecked.append("whether the cluster's nodes have an interpreter with vLLM, or reach its server")
         return [told]
     try:
         return [check_engine(cfg), told]

@@ -106,7 +106,7 @@ def program_of(folder: Path, answer: dict[str, object], *, said: str = "", megab
             "ValueError: Unknown quantization method: a.",
             "",
             ConfigError,
-            r"Unknown quantization.* keys of the engine's section",
+            r"Unknown quantiz.* keys of the engine",
         ),
         ("RuntimeError: Failed to infer device type", "", ConfigError, r"give it GPUs \(`resources`\)"),
         (
