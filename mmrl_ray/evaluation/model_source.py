@@ -100,7 +100,7 @@ def open_target(target: str, *, checkpoint: str | None = None, shown: RunProgres
         ModelError: the model cannot be loaded.
     """
     refuse_unknown(target)
-    _quieten()
+    quieten()
     if is_run(target):
         return _open_run(RunDir.at(target), checkpoint, shown)
     if checkpoint is not None:
@@ -118,7 +118,7 @@ def open_target(target: str, *, checkpoint: str | None = None, shown: RunProgres
     )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """What libraries say and draw while a model is loaded is not for a user of it; errors are raised all the same."""
     logging.set_verbosity_error()
     for name in ("huggingface_hub", "peft", "torch"):
