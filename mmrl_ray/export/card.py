@@ -21,10 +21,11 @@ from mmrl_ray.config.problems import dump_yaml
 from mmrl_ray.data.samples import dataset_fingerprint
 from mmrl_ray.errors import DataError
 from mmrl_ray.run_records.checkpoint_choice import Chosen, evaluation_lines
-from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LAST_ADAPTER_FOLDER, RunDir
+from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LAST_ADAPTER_FOLDER, MANIFEST, RunDir
 
 CARD = "README.md"
 _SUMMARY = "summary.json"
+_LAST = f"{LAST_ADAPTER_FOLDER}/{MANIFEST}"
 _SECTIONS = ("algorithm", "model", "data", "sft", "rollout", "reward", "learner")
 """Of a config: how the policy came to be. The others say where and on what."""
 _PACKAGES = ("mmrl_ray", "torch", "transformers", "peft")
@@ -93,9 +94,8 @@ def measures_of(run: RunDir, chosen: Chosen) -> tuple[dict[str, Measure], dict[s
     sides = summary.get("eval") or {}
     before = _measures(sides.get("before"))
     count = int((sides.get("before") or sides.get("after") or {}).get("samples") or 0)
-    is_last = chosen.folder == LAST_ADAPTER_FOLDER or (
-        chosen.folder == ADAPTER_FOLDER and not run.exists(LAST_ADAPTER_FOLDER)
-    )
+    of_last = run.read_json(_LAST).get("step") if run.exists(_LAST) else None
+    is_last = chosen.folder in (ADAPTER_FOLDER, LAST_ADAPTER_FOLDER) and of_last in (None, chosen.step)
     if is_last and sides.get("after"):
         return before, _measures(sides["after"]), _measures({"measures": sides.get("difference") or {}}), count
     for line in reversed(evaluation_lines(run)):
@@ -114,14 +114,12 @@ def _measures(side: Mapping[str, Any] | None) -> dict[str, Measure]:
 
 
 def _of_line(line: Mapping[str, Any]) -> Iterator[tuple[str, Measure]]:
-    """Measures of an evaluation on the way: numbers, or with an interval."""
+    """Measures of an evaluation on the way."""
+    intervals = line.get("intervals") or {}
     for key, value in line.items():
         name = key.removeprefix("eval/")
-        if name != key and name.count("/") <= 1:
-            if isinstance(value, Mapping) and value.get("value") is not None:
-                yield name, value
-            elif isinstance(value, int | float):
-                yield name, {"value": value}
+        if name != key and name.count("/") <= 1 and isinstance(value, int | float):
+            yield name, intervals.get(name) or {"value": value}
 
 
 def license_of(base: Base) -> dict[str, Any]:

@@ -310,6 +310,13 @@ def test_a_card_has_the_figures_of_its_own_checkpoint_and_metadata_that_the_hub_
     card = ModelCard.load(world.export_to("earlier") / "README.md")
     assert card.data.eval_results is None
     assert "was not evaluated" in card.content
+    interval = {"value": 0.625, "low": 0.5, "high": 0.75}
+    line = {"step": 2, "best": 2, "eval/cider_d": 0.625, "eval/x": 1.0, "intervals": {"cider_d": interval}}
+    world.run.append_line("eval/steps.jsonl", line)
+    export(world.target, world.export_to("measured"), checkpoint="best")
+    card = ModelCard.load(world.export_to("measured") / "README.md")
+    assert [(each.metric_type, each.metric_value) for each in card.data.eval_results or []] == [("cider_d", 0.625)]
+    assert "| `cider_d` | 0.5000 [0.4000, 0.6000] | 0.6250 [0.5000, 0.7500] |  |" in card.content
 
 
 def test_settings_of_the_processor_become_the_export_s_own(make_world: MakeWorld) -> None:
