@@ -81,7 +81,7 @@ def merge_rounding_once(policy: Policy, dtypes: Dtypes) -> float:
         before = weight.data.float()
         weight.data = before
         try:
-            layer.merge(safe_merge=True)  # type: ignore[operator]
+            layer.merge(safe_merge=True)
         except ValueError as error:
             raise AdapterError(f"the adapter cannot be merged into {name}: {error}") from error
         after = weight.data
@@ -185,7 +185,7 @@ def _set(file: Path, keys: tuple[str, ...], settings: Mapping[str, Any]) -> None
     if not settings or not file.is_file():
         return
     whole = _read(file)
-    section = whole
+    section: Any = whole
     for key in keys:
         section = section.get(key)
         if section is None:
