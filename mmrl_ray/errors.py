@@ -20,6 +20,7 @@ MMRLError
 ├── RunError               a run folder: exists, missing, not resumable
 │   ├── CheckpointError        no valid checkpoint, or a broken one was asked for
 │   └── RaySessionError        a Ray that does not start, or cannot be joined
+├── ExportError            an export that is not what its run is, or does not arrive
 ├── JobError               a job on a cluster: not taken, not to be had
 │   ├── UnknownJobError        no job of that id
 │   ├── UnknownFileError       no result file of that id
@@ -117,6 +118,10 @@ class CheckpointError(RunError):
 
 class RaySessionError(RunError):
     """A local Ray does not start, or a cluster cannot be joined."""
+
+
+class ExportError(MMRLError):
+    """What was exported differs from the run's policy, cannot be made of this run, or cannot be delivered."""
 
 
 class JobError(MMRLError):

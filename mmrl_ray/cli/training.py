@@ -14,6 +14,7 @@ import typer
 from mmrl_ray.cli.program import (
     AsJson,
     Beta,
+    Checkpoint,
     ConfigFile,
     Overrides,
     app,
@@ -38,6 +39,14 @@ class EngineKind(StrEnum):
 
     VLLM = "vllm"
     VLLM_CPU = "vllm-cpu"
+
+
+class ExportDtype(StrEnum):
+    """What `mmrl export` writes weights in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 @command(app, "init")
@@ -157,6 +166,7 @@ def evaluate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For rows that bring none; a run's own else.")] = None,
     beta: Beta = None,
+    checkpoint: Checkpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
@@ -167,7 +177,58 @@ def evaluate(
     from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():
-        run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta, as_json=as_json)
+        run(
+            target,
+            data=data,
+            limit=limit,
+            out=out,
+            prompt=prompt,
+            beta=beta,
+            checkpoint=checkpoint,
+            as_json=as_json,
+        )
+
+
+@command(app, "export")
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model, with the adapter merged in; the adapter alone else.")
+    ] = False,
+    dtype: Annotated[
+        ExportDtype | None,
+        typer.Option("--dtype", help="Of merged weights, and of the comparison; that of the base's files by default."),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Parquet shards to compare on; a run's own held-out split otherwise.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Also put it there: NAME or OWNER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="The repository is to be private.")] = False,
+) -> None:
+    """Write a run's policy for others: a PEFT adapter or a whole model, compared with the run, with a model card."""
+    if private and push_to_hub is None:
+        raise ConfigError("--private is of a repository: name it with --push-to-hub")
+    from mmrl_ray.config.paths import refuse_no_run
+
+    refuse_no_run(target)  # before anything that takes seconds to import
+    from mmrl_ray.export.export import export as run
+    from mmrl_ray.training.interrupts import StopOnInterrupt
+
+    with StopOnInterrupt():
+        run(
+            target,
+            out,
+            merged=merged,
+            dtype=None if dtype is None else dtype.value,
+            checkpoint=checkpoint,
+            data=data,
+            push_to=push_to_hub,
+            private=private,
+        )
 
 
 @command(app, "explain")
@@ -181,6 +242,7 @@ def explain(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where the heat map goes; IMAGE-explained.png by default.")
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """What a caption hangs on: the share of each modality, and a heat map over the picture."""
     from mmrl_ray.config.paths import refuse_unknown
@@ -188,7 +250,7 @@ def explain(
     refuse_unknown(target)  # before anything that takes seconds to import
     from mmrl_ray.evaluation.explain import explain as run
 
-    run(target, image, caption=caption, prompt=prompt, out=out)
+    run(target, image, caption=caption, prompt=prompt, out=out, checkpoint=checkpoint)
 
 
 @command(app, "report")

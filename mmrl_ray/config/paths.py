@@ -8,6 +8,7 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mmrl_ray.config.reward import LearnedPart, RewardSection
 from mmrl_ray.config.schema import Config
@@ -266,6 +267,22 @@ def _remedy(key: str, path: str) -> str:
 def _is_below(path: str, folders: Sequence[str]) -> bool:
     place = PurePosixPath(posixpath.normpath(path))
     return any(place.is_relative_to(posixpath.normpath(folder)) for folder in folders)
+
+
+def place_name(place: str | None) -> str:
+    """What a place is called for readers elsewhere: the last part of a path, without options and passwords of a URI."""
+    if place is None or place.startswith(_BUILTIN) or is_hub_id(place):
+        return place or ""
+    parts = urlsplit(place) if "://" in place else None
+    return posixpath.basename((place if parts is None else parts.path or parts.netloc).rstrip("/")) or "."
+
+
+def without_places(cfg: Config) -> Config:
+    """A copy that says nothing of where files lie (`place_name`)."""
+    places = _places(cfg)
+    if cfg.rollout.engine.python is not None:
+        places["rollout", "engine", "python"] = cfg.rollout.engine.python
+    return with_places(cfg, {keys: place_name(place) for keys, place in places.items()})
 
 
 def _absolute_all(places: Mapping[Keys, str]) -> dict[Keys, str]:

@@ -30,7 +30,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, core_model_loading
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data import atomic
@@ -268,6 +269,18 @@ def refuse_unfit(info: Mapping[str, Any], cfg: ModelSection) -> None:
             f"model {cfg.path!r}: {len(unfit)} tensors of its weight files have other shapes than its config says, the "
             f"first {name!r}: {list(have)}, not {list(want)}; config.json and weights are of different checkpoints"
         )
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit of a hub's model in the cache from which transformers loads it; None where none is known.
+
+    Configs of transformers 5 do not say it.
+
+    Raises:
+        ModelError: it can be neither found nor fetched.
+    """
+    with model_call(name, "its config.json cannot be read"):
+        return extract_commit_hash(cached_file(name, CONFIG_NAME, revision=revision), None)
 
 
 def revision_key_of(path: str, cfg: ModelSection, commit: str | None) -> str:

@@ -283,7 +283,7 @@ def test_every_command_has_help_and_debug() -> None:
         return found
 
     commands = walk(app, ())
-    assert len(commands) == 36
+    assert len(commands) == 37
     for command in commands:
         text = mmrl(*command, "--help").stdout
         assert "--debug" in text
