@@ -68,6 +68,15 @@ Beta = Annotated[
         show_default=False,
     ),
 ]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="best|last|N",
+        help="Which of a run's checkpoints, N of a step; by default the best of a run with eval.every, else the last.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.", show_default=False)]
 
 

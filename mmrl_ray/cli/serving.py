@@ -16,6 +16,7 @@ import typer
 from mmrl_ray.cli.program import (
     AsJson,
     Beta,
+    Checkpoint,
     ConfigFile,
     Overrides,
     app,
@@ -50,6 +51,7 @@ def serve(
     host: Annotated[str | None, typer.Option("--host", help="Where the gateway listens.")] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65_535, help="And on which port.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No keys; on a loopback address only.")] = False,
+    checkpoint: Checkpoint = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the Serve config file, and do nothing.")
     ] = False,
@@ -69,6 +71,7 @@ def serve(
         host=host,
         port=port,
         insecure=insecure,
+        checkpoint=checkpoint,
         print_config=print_config,
         overrides=set_ or (),
     )
@@ -89,9 +92,12 @@ def caption(
         float | None,
         typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy; by default 0 for one caption, 1 for more."),
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Print one caption an image, or several."""
     if url is not None:
+        if checkpoint is not None:
+            raise ConfigError("--checkpoint is of a run on this machine; a server is told by its own --checkpoint")
         if beta is not None:
             raise ConfigError("--beta is of a run on this machine; a served adapter has the beta of its own run")
         if run is not None:
@@ -110,7 +116,16 @@ def caption(
     from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():
-        make(images, run=run, model=model, prompt=prompt, beta=beta, n=n, temperature=temperature)
+        make(
+            images,
+            run=run,
+            model=model,
+            prompt=prompt,
+            beta=beta,
+            n=n,
+            temperature=temperature,
+            checkpoint=checkpoint,
+        )
 
 
 @command(app, "score")

@@ -14,6 +14,7 @@ import typer
 from mmrl_ray.cli.program import (
     AsJson,
     Beta,
+    Checkpoint,
     ConfigFile,
     Overrides,
     app,
@@ -157,6 +158,7 @@ def evaluate(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="For rows that bring none; a run's own else.")] = None,
     beta: Beta = None,
+    checkpoint: Checkpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
@@ -167,7 +169,16 @@ def evaluate(
     from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():
-        run(target, data=data, limit=limit, out=out, prompt=prompt, beta=beta, as_json=as_json)
+        run(
+            target,
+            data=data,
+            limit=limit,
+            out=out,
+            prompt=prompt,
+            beta=beta,
+            checkpoint=checkpoint,
+            as_json=as_json,
+        )
 
 
 @command(app, "explain")
@@ -181,6 +192,7 @@ def explain(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where the heat map goes; IMAGE-explained.png by default.")
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """What a caption hangs on: the share of each modality, and a heat map over the picture."""
     from mmrl_ray.config.paths import refuse_unknown
@@ -188,7 +200,7 @@ def explain(
     refuse_unknown(target)  # before anything that takes seconds to import
     from mmrl_ray.evaluation.explain import explain as run
 
-    run(target, image, caption=caption, prompt=prompt, out=out)
+    run(target, image, caption=caption, prompt=prompt, out=out, checkpoint=checkpoint)
 
 
 @command(app, "report")

@@ -114,6 +114,7 @@ def caption_images(
     beta: float | None = None,
     n: int = 1,
     temperature: float | None = None,
+    checkpoint: str | None = None,
     shown: RunProgress | None = None,
 ) -> list[tuple[str, str]]:
     """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
@@ -126,6 +127,7 @@ def caption_images(
         beta: of decoding with value heads; by default the run's.
         n: captions an image; it comes as often.
         temperature: 0 is greedy; by default 0 for one caption and 1 for more, as of the gateway.
+        checkpoint: of a run: `best`, `last` or a step.
         shown: says where it is; of few images only if that takes long.
 
     Raises:
@@ -137,7 +139,7 @@ def caption_images(
     encoded = [read_image(path) for path in images]  # before the model is loaded: a typo answers at once
     busy = nullcontext if shown is None else shown.busy
     with busy("loading the model"):
-        opened = open_target(target, shown=shown)
+        opened = open_target(target, checkpoint=checkpoint, shown=shown)
     asked = opened.prompt if prompt is None else prompt
     samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
     if temperature is None:
@@ -196,6 +198,7 @@ def caption(
     beta: float | None = None,
     n: int = 1,
     temperature: float | None = None,
+    checkpoint: str | None = None,
 ) -> None:
     """`mmrl caption`: prints one caption a line, after its file's name where there are several.
 
@@ -206,7 +209,16 @@ def caption(
     if target is None or (run is not None and model is not None):
         raise ConfigError("give either a run or a model to caption with")
     with RunProgress() as shown:
-        made = caption_images(target, images, prompt=prompt, beta=beta, n=n, temperature=temperature, shown=shown)
+        made = caption_images(
+            target,
+            images,
+            prompt=prompt,
+            beta=beta,
+            n=n,
+            temperature=temperature,
+            checkpoint=checkpoint,
+            shown=shown,
+        )
     for path, text in made:
         if len(images) == n == 1:
             print(text.strip())

@@ -33,6 +33,7 @@ def evaluate(
     prompt: str | None = None,
     max_new_tokens: int | None = None,
     beta: float | None = None,
+    checkpoint: str | None = None,
     as_json: bool = False,
 ) -> Evaluation:
     """Captions `data` greedily and scores it; prints tables or JSON, and writes JSON where `out` says.
@@ -48,6 +49,7 @@ def evaluate(
         prompt: for rows that bring none; by default the run's.
         max_new_tokens: by default the run's.
         beta: of decoding with value heads; by default the run's.
+        checkpoint: of a run: `best`, `last` or a step.
         as_json: prints what `out` would get, in place of the tables.
 
     Broken rows are left out and told, up to the run's `data.max_quarantined`; so are pictures that it was trained on.
@@ -59,7 +61,7 @@ def evaluate(
     states: list[CaptionState] = []
     with RunProgress() as shown:  # nothing is printed within: on a terminal it would go to standard error
         with shown.busy("loading the model"):
-            opened = open_target(target, shown=shown)
+            opened = open_target(target, checkpoint=checkpoint, shown=shown)
         beta = opened.beta(beta)
         data = data or opened.eval_data
         if data is None:

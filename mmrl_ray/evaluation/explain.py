@@ -176,7 +176,12 @@ class Explanation:
 
 
 def explain_image(
-    target: str, image: str | Path, *, caption: str | None = None, prompt: str | None = None
+    target: str,
+    image: str | Path,
+    *,
+    caption: str | None = None,
+    prompt: str | None = None,
+    checkpoint: str | None = None,
 ) -> Explanation:
     """What a run's policy (or a model) looks at when it says `caption`, or what it says of itself, greedily.
 
@@ -185,13 +190,14 @@ def explain_image(
         image: a PNG, JPEG, WebP or GIF file.
         caption: whose words to explain.
         prompt: what to ask; by default what the run asked.
+        checkpoint: of a run: `best`, `last` or a step.
 
     Raises:
         DataError, ImageError: the file is missing or no image, or the caption holds a special token.
         RunError, ModelError: the target cannot be used.
     """
     data = read_image(image)  # before the model is loaded: a typo answers at once
-    opened = open_target(target)
+    opened = open_target(target, checkpoint=checkpoint)
     policy = opened.policy
     sample = Sample(str(image), (data,), opened.prompt if prompt is None else prompt)
     if caption is None:
@@ -206,14 +212,20 @@ def explain_image(
 
 
 def explain(
-    target: str, image: Path, *, caption: str | None = None, prompt: str | None = None, out: Path | None = None
+    target: str,
+    image: Path,
+    *,
+    caption: str | None = None,
+    prompt: str | None = None,
+    out: Path | None = None,
+    checkpoint: str | None = None,
 ) -> None:
     """Prints the shares and writes the heat map to `out`, by default `IMAGE-explained.png` in the working folder.
 
     Raises:
         RunError: the file cannot be written.
     """
-    explained = explain_image(target, image, caption=caption, prompt=prompt)
+    explained = explain_image(target, image, caption=caption, prompt=prompt, checkpoint=checkpoint)
     print(visible(f"caption: {explained.caption}"))
     for line in (*figures(explained.importance), *explained.notes):
         print(line)

@@ -17,8 +17,7 @@ from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_unknown
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.sections import DataSection, ModelSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, RunError
-from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
+from mmrl_ray.errors import ConfigError
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.heads import add_decoding_heads
 from mmrl_ray.policy.load import load_policy
@@ -26,7 +25,8 @@ from mmrl_ray.policy.lora.adapter import load_adapter
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, CONFIG_FILE, STATISTICS, RunDir, checkpoint_name
+from mmrl_ray.run_records.checkpoint_choice import choose_checkpoint
+from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training.offline import PAIRS, STORED
 from mmrl_ray.training.warm_start import base_for_use
@@ -88,21 +88,23 @@ class PictureAgent:
         return self.agent.captions(image_features(policy, samples, tokens, self.cache, told))
 
 
-def open_target(target: str, *, shown: RunProgress | None = None) -> ModelSource:
+def open_target(target: str, *, checkpoint: str | None = None, shown: RunProgress | None = None) -> ModelSource:
     """Loads a run (its base with its adapter) or a model.
 
-    A run folder is one with a `config.yaml`; whatever else is a model folder or a hub id. `shown` tells of a base that
-    is made anew.
+    A run folder is one with a `config.yaml`; whatever else is a model folder or a hub id. Of a run, `checkpoint` says
+    which (`choose_checkpoint`). `shown` tells of a base that is made anew.
 
     Raises:
-        ConfigError: it looks like a folder, and there is none.
-        RunError: the run has no adapter and no valid checkpoint.
+        ConfigError: it looks like a folder, and there is none; or a model is asked for a checkpoint.
+        RunError: the run has no adapter and no valid checkpoint, or not that one.
         ModelError: the model cannot be loaded.
     """
     refuse_unknown(target)
     _quieten()
     if is_run(target):
-        return _open_run(RunDir.at(target), shown)
+        return _open_run(RunDir.at(target), checkpoint, shown)
+    if checkpoint is not None:
+        raise ConfigError(f"--checkpoint {checkpoint} is of a run, and {target} is a model")
     policy = load_policy(ModelSection(path=target))
     return ModelSource(
         name=Path(target).name,
@@ -124,17 +126,17 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)\b.*")
 
 
-def _open_run(run: RunDir, shown: RunProgress | None) -> ModelSource:
+def _open_run(run: RunDir, checkpoint: str | None, shown: RunProgress | None) -> ModelSource:
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
+    kind = {} if cfg.agent is None else {"final": AGENT_FOLDER, "holds": FACTS_FILE}
+    chosen = choose_checkpoint(run, checkpoint, **kind)
     policy = load_policy(cfg.model.model_copy(update={"path": base_for_use(cfg, run, shown)}))
     agent = None
     if cfg.agent is not None:
-        folder, notes = _newest(run, AGENT_FOLDER, FACTS_FILE)
-        with run.local_copy(folder) as local:
+        with run.local_copy(chosen.folder) as local:
             agent = PictureAgent(Agent.load(local), VisionCache(cfg.rollout.vision_cache_mb * 2**20))
     else:
-        folder, notes = _newest(run, ADAPTER_FOLDER, CONFIG_FILE)
-        with run.local_copy(folder) as local:
+        with run.local_copy(chosen.folder) as local:
             load_adapter(policy, local)
             add_decoding_heads(policy, local)
     policy.model.requires_grad_(False)
@@ -147,20 +149,8 @@ def _open_run(run: RunDir, shown: RunProgress | None) -> ModelSource:
         reward=cfg.reward.with_opening(opening),
         eval_data=cfg.data.eval,
         statistics=CorpusStatistics.from_json(run.read_text(STATISTICS)) if run.exists(STATISTICS) else None,
-        notes=notes,
+        notes=chosen.notes,
         agent=agent,
         trained_on=(cfg.data.train, *(f"{run.location}/{own}" for own in (PAIRS, STORED) if run.exists(own))),
         max_quarantined=cfg.data.max_quarantined,
     )
-
-
-def _newest(run: RunDir, final: str, file: str) -> tuple[str, tuple[str, ...]]:
-    """The folder in the run that holds its newest adapter or agent: the final one, if it is there with that file."""
-    if run.exists(f"{final}/{file}"):
-        return final, ()
-    step = newest_valid_checkpoint(run)
-    if step is None:
-        raise RunError(
-            f"{run.location} has no {final} and no checkpoint yet: let it train with --resume, or name a model"
-        )
-    return checkpoint_name(step), (f"the run is not finished: this is its checkpoint of step {step}",)

@@ -14,7 +14,6 @@ learner must remember to go on as if nothing had happened: tensors and JSON, no 
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,19 +30,8 @@ from mmrl_ray.errors import CheckpointError, RunError
 from mmrl_ray.policy.heads import LearningHeads, read_heads_state, save_value_heads
 from mmrl_ray.policy.lora.adapter import load_adapter_state, save_adapter
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.run_records.run_dir import (
-    CHECKPOINTS,
-    LIVE_FOLDER,
-    MANIFEST,
-    WEIGHTS_FILE,
-    RunDir,
-    checkpoint_name,
-    checkpoint_steps,
-    steps_in,
-)
-from mmrl_ray.run_records.step_log import note_event
-
-logger = logging.getLogger(__name__)
+from mmrl_ray.run_records.checkpoint_choice import prune_checkpoints
+from mmrl_ray.run_records.run_dir import LIVE_FOLDER, WEIGHTS_FILE, RunDir, checkpoint_name, steps_in
 
 _LIVE_KEPT = 3
 _FORMAT = 1
@@ -139,33 +127,6 @@ def save_checkpoint(
     return name
 
 
-def newest_valid_checkpoint(run: RunDir) -> int | None:
-    """The step of the newest checkpoint whose every hash holds; None when none was ever committed.
-
-    A folder that fails is passed over with a warning and an event in `events.jsonl`. One without a manifest was never
-    a checkpoint: its writer died before the commit.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none is valid.
-    """
-    damaged = 0
-    for step in reversed(checkpoint_steps(run)):
-        try:
-            run.verify_manifest(checkpoint_name(step))
-        except CheckpointError as error:
-            logger.warning("checkpoint of step %d is damaged, falling back to the one before: %s", step, error)
-            note_event(run, "checkpoint_damaged", step=step, reason=str(error))
-            damaged += run.exists(f"{checkpoint_name(step)}/{MANIFEST}")
-        else:
-            return step
-    if damaged:
-        raise CheckpointError(
-            f"{run.full_path(CHECKPOINTS)}: none of the {damaged} checkpoints is valid; "
-            "restore one from a backup, or remove them all to start this run over"
-        )
-    return None
-
-
 def load_checkpoint(run: RunDir, step: int, policy: Policy) -> Checkpoint:
     """Puts the checkpoint's adapter into `policy`, which has one already, and gives back the rest.
 
@@ -239,14 +200,3 @@ def _write_adapter(policy: Policy, folder: Path, target: str, *, whole: bool) ->
 def _write_facts(path: Path, facts: Mapping[str, Any]) -> None:
     # Not `RunDir.write_json`: that turns NaN into null, and a state must come back as it was.
     path.write_text(json.dumps(facts))
-
-
-def prune_checkpoints(run: RunDir, newest: int, keep: int) -> None:
-    """Leaves the newest `keep` up to `newest`. Later ones are of a past that a fallback has left, and damaged."""
-    run.verify_manifest(checkpoint_name(newest))  # before anything older goes
-    steps = checkpoint_steps(run)
-    kept = [s for s in steps if s <= newest][-keep:]
-    for step in steps:
-        if step not in kept:
-            run.delete(f"{checkpoint_name(step)}/{MANIFEST}")  # whoever dies between here and there leaves no half one
-            run.delete(checkpoint_name(step))

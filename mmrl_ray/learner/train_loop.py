@@ -31,7 +31,6 @@ from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan, d
 from mmrl_ray.experience.plan import GroupSize
 from mmrl_ray.learner.checkpoints import (
     load_checkpoint,
-    newest_valid_checkpoint,
     save_adapter_folder,
     save_checkpoint,
     save_live_version,
@@ -50,6 +49,7 @@ from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
 from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.rollouts.types import Stop
+from mmrl_ray.run_records.checkpoint_choice import newest_valid_checkpoint
 from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LIVE_FOLDER
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry import table

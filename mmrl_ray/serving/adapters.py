@@ -17,9 +17,11 @@ from mmrl_ray.errors import AdapterError, CheckpointError, ConfigError, MMRLErro
 from mmrl_ray.learner.checkpoints import live_versions
 from mmrl_ray.policy.heads import HEADS_FILE
 from mmrl_ray.policy.lora.pool import ID_PATTERN, AdapterPool, AdapterSource, AdapterVersion, Resident
+from mmrl_ray.run_records.checkpoint_choice import own_folder
 from mmrl_ray.run_records.run_dir import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
+    LAST_ADAPTER_FOLDER,
     LIVE_FOLDER,
     MANIFEST,
     WEIGHTS_FILE,
@@ -67,8 +69,8 @@ class RunSource:
     when it is opened; a damaged one is passed over from then on, for the one before.
     """
 
-    def __init__(self, run: RunDir, *, only: int | None = None) -> None:
-        """With `only` the checkpoint of that step, and nothing else."""
+    def __init__(self, run: RunDir, *, only: str | None = None) -> None:
+        """With `only` what that folder of it holds, and nothing else."""
         self._run = run
         self._only = only
         self._places: dict[str, str] = {}
@@ -77,7 +79,7 @@ class RunSource:
 
     def checkpoint(self, step: int) -> RunSource | None:
         """The checkpoint of that step alone; None where there is none."""
-        return RunSource(self._run, only=step) if step in checkpoint_steps(self._run) else None
+        return RunSource(self._run, only=checkpoint_name(step)) if step in checkpoint_steps(self._run) else None
 
     def newest(self) -> AdapterVersion | None:
         """The newest version that the run has published or checkpointed; None while there is none."""
@@ -116,15 +118,24 @@ class RunSource:
 
     def _candidates(self) -> list[tuple[str, int]]:
         """Folder names and steps, the newest first; of equal steps the one that stays longest."""
-        if self._only is not None:
-            return [(checkpoint_name(self._only), self._only)]
         steps = checkpoint_steps(self._run)
-        found = [(checkpoint_name(step), step) for step in steps]
-        found += [(f"{LIVE_FOLDER}/step-{step:06d}", step) for step in live_versions(self._run)]
-        if self._run.exists(f"{ADAPTER_FOLDER}/{MANIFEST}"):
-            written = self._run.read_json(f"{ADAPTER_FOLDER}/{MANIFEST}").get("step", max(steps, default=0))
-            found.insert(0, (ADAPTER_FOLDER, int(written)))
-        return sorted(found, key=lambda candidate: -candidate[1])
+        if self._only is not None:
+            return [(self._only, self._written(self._only, steps))] if self._there(self._only) else []
+        found = [(step, checkpoint_name(step), step) for step in steps]
+        found += [(step, f"{LIVE_FOLDER}/step-{step:06d}", step) for step in live_versions(self._run)]
+        if self._there(ADAPTER_FOLDER):
+            step = self._written(ADAPTER_FOLDER, steps)
+            # The best, which stands for the whole run up to its last: only what is learned after that is newer.
+            last = self._written(LAST_ADAPTER_FOLDER, steps) if self._there(LAST_ADAPTER_FOLDER) else step
+            found.insert(0, (max(step, last), ADAPTER_FOLDER, step))
+        return [(name, step) for _, name, step in sorted(found, key=lambda candidate: -candidate[0])]
+
+    def _there(self, folder: str) -> bool:
+        return self._run.exists(f"{folder}/{MANIFEST}")
+
+    def _written(self, folder: str, steps: Sequence[int]) -> int:
+        """The step that a manifest says; older ones do not, and are taken for the newest."""
+        return int(self._run.read_json(f"{folder}/{MANIFEST}").get("step", max(steps, default=0)))
 
 
 class AdapterFolders:
@@ -160,12 +171,18 @@ class AdapterFolders:
 
 
 def open_source(location: str) -> AdapterSource:
-    """The source at a location: a run folder (any file system), or an adapter folder in the PEFT layout.
+    """The source at a location: a run folder (any file system), one of its adapters, or any folder in the PEFT layout.
 
     Raises:
         AdapterError: it is neither.
     """
     local = "://" not in location
+    own = own_folder(location)
+    if own is not None and (not local or _is_committed(Path(own[0]).expanduser(), own[1])):
+        try:
+            return RunSource(RunDir.at(own[0]), only=own[1])
+        except RunError as error:
+            raise AdapterError(str(error)) from error
     if not local or (Path(location).expanduser() / RUN_CONFIG).is_file():
         try:
             return RunSource(RunDir.at(location))
@@ -175,6 +192,10 @@ def open_source(location: str) -> AdapterSource:
     if not folder.is_dir():
         raise AdapterError(f"adapter folder {location!r} does not exist; name a run or a folder in the PEFT layout")
     return FolderSource(folder)
+
+
+def _is_committed(run: Path, folder: str) -> bool:
+    return (run / RUN_CONFIG).is_file() and (run / folder / MANIFEST).is_file()
 
 
 class AdapterLeases:

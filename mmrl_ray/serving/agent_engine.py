@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, Agent, Saying
 from mmrl_ray.algorithms.dqn.network import prompt_features
 from mmrl_ray.data.decoder_pool import SharedPicture, images_of
-from mmrl_ray.errors import ConfigError, MMRLError, OverloadedError, RunError, ServingError, UnknownModelError
-from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
+from mmrl_ray.errors import ConfigError, MMRLError, OverloadedError, ServingError, UnknownModelError
 from mmrl_ray.policy.generation.sampling import check_sampling
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_conversation
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.run_records.run_dir import MANIFEST, RunDir, checkpoint_name
+from mmrl_ray.run_records.checkpoint_choice import choose_checkpoint
+from mmrl_ray.run_records.run_dir import MANIFEST, RunDir
 from mmrl_ray.serving.images import RequestDecoder, Turns
 from mmrl_ray.serving.protocols import Choice, Delta, Generated, GenerateRequest, ModelInfo, Served, TokenInfo
 
@@ -189,12 +189,7 @@ class AgentEngine:
 
 def _newest_agent(run: RunDir) -> tuple[Agent, int, int]:
     """The agent, its step, and when it was made, in Unix seconds."""
-    name = AGENT_FOLDER
-    if not run.exists(f"{name}/{MANIFEST}"):
-        step = newest_valid_checkpoint(run)
-        if step is None:
-            raise RunError(f"{run.location} has no agent and no checkpoint yet: let it train with --resume")
-        name = checkpoint_name(step)
+    name = choose_checkpoint(run, final=AGENT_FOLDER, holds=MANIFEST).folder
     manifest = run.verify_manifest(name)
     info = run.filesystem.get_file_info(run.full_path(f"{name}/{MANIFEST}"))
     with run.local_copy(name) as folder:

@@ -35,6 +35,7 @@ from mmrl_ray.jobs.client import JobsClient, own_address
 from mmrl_ray.jobs.submit import stop_jobs
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.processes import listener
+from mmrl_ray.run_records.checkpoint_choice import choose_checkpoint
 from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.serving.auth import is_loopback
 from mmrl_ray.serving.haproxy import clear_leftovers, set_flags
@@ -56,6 +57,7 @@ def serve(
     host: str | None = None,
     port: int | None = None,
     insecure: bool = False,
+    checkpoint: str | None = None,
     print_config: bool = False,
     overrides: Sequence[str] = (),
 ) -> None:
@@ -67,6 +69,7 @@ def serve(
         host: in place of `serving.host`.
         port: in place of `serving.port`.
         insecure: without keys, on a loopback address of a local Ray only.
+        checkpoint: of each run: `best`, `last` or a step, as it is now; by default the run's newest, always.
         print_config: prints the Serve config file instead.
 
     Raises:
@@ -81,9 +84,11 @@ def serve(
         if address is None and not print_config:  # the replicas will be on this machine
             clear_leftovers()
             # Before a base that is gone would be made anew, which takes its time.
-            asked = serving_config(targets, overrides, host=host, port=port, base=lambda cfg, run: cfg.model.path)
+            asked = serving_config(
+                targets, overrides, host=host, port=port, checkpoint=checkpoint, base=lambda cfg, run: cfg.model.path
+            )
             _refuse_unusable(asked, insecure=insecure)
-        cfg = serving_config(targets, overrides, host=host, port=port)
+        cfg = serving_config(targets, overrides, host=host, port=port, checkpoint=checkpoint)
         if insecure:
             _refuse_insecure(cfg.serving.host, address)
         if print_config:
@@ -191,6 +196,7 @@ def serving_config(
     *,
     host: str | None = None,
     port: int | None = None,
+    checkpoint: str | None = None,
     base: Callable[[Config, RunDir], str] | None = None,
 ) -> ServeConfig:
     """The config that the targets stand for, with overrides and absolute paths; `host` and `port` come last.
@@ -203,9 +209,15 @@ def serving_config(
         *(f"serving.{k}={json.dumps(v)}" for k, v in (("host", host), ("port", port)) if v is not None),
     ]
     if len(targets) == 1 and Path(targets[0]).suffix in (".yaml", ".yml"):
+        if checkpoint is not None:
+            raise ConfigError(
+                f"--checkpoint {checkpoint} is of a run, and {targets[0]} is a config: name a folder of the run under "
+                "`adapters:`, RUN/adapter-last or RUN/checkpoints/step-000040"
+            )
         cfg = load_as(ServeConfig, targets[0], written)
     else:
-        cfg = parse_as(ServeConfig, dump_config(_of_targets(targets, base or base_for_use)), "mmrl serve", written)
+        meant = _of_targets(targets, base or base_for_use, checkpoint)
+        cfg = parse_as(ServeConfig, dump_config(meant), "mmrl serve", written)
     cfg = with_absolute_places(cfg)
     if cfg.reward is not None and cfg.reward.needs_statistics and cfg.statistics is None:
         raise ConfigError(
@@ -215,7 +227,9 @@ def serving_config(
     return cfg
 
 
-def _of_targets(targets: Sequence[str], base_of: Callable[[Config, RunDir], str]) -> ServeConfig:
+def _of_targets(
+    targets: Sequence[str], base_of: Callable[[Config, RunDir], str], checkpoint: str | None = None
+) -> ServeConfig:
     for target in targets:
         refuse_unknown(target)
     runs = [target for target in targets if is_run(target)]
@@ -224,30 +238,39 @@ def _of_targets(targets: Sequence[str], base_of: Callable[[Config, RunDir], str]
         raise ConfigError(f"{' and '.join(models)} are two models: a server has one, and adapters of it")
     base = ServeConfig(model=ModelSection(path=models[0]), reward=None) if models else None
     for target in runs:
-        base = _with_run(base, RunDir.at(target), base_of)
+        base = _with_run(base, RunDir.at(target), base_of, checkpoint)
+    if checkpoint is not None and not runs:
+        raise ConfigError(f"--checkpoint {checkpoint} is of a run, and {models[0]} is a model")
     if base is None:
         raise ConfigError("name a run folder, a model or a config to serve")
     return base
 
 
-def _with_run(base: ServeConfig | None, run: RunDir, base_of: Callable[[Config, RunDir], str]) -> ServeConfig:
+def _with_run(
+    base: ServeConfig | None, run: RunDir, base_of: Callable[[Config, RunDir], str], checkpoint: str | None
+) -> ServeConfig:
     """One more adapter; the first run also brings prompt, reward and how to serve."""
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     if base is not None and (cfg.agent is not None or base.agent is not None):
         raise ConfigError(f"{run.location}: the agent of a value-based run is served by itself, without other targets")
+    place = run.location
+    if checkpoint is not None:
+        if cfg.agent is not None:
+            raise ConfigError(f"--checkpoint {checkpoint}: the agent of a value-based run is served as it is")
+        place = f"{run.location}/{choose_checkpoint(run, checkpoint).folder}"
     path = base_of(cfg, run)
     if base is not None and base.adapters:
         if not same_base(path, base.model.path):
             raise ConfigError(f"{run.location} was trained on {path}, not on {base.model.path}: serve it by itself")
         if run.name in base.adapters:
             raise ConfigError(f"two runs are called {run.name}: give them ids in a config, under `adapters:`")
-        return base.model_copy(update={"adapters": {**base.adapters, run.name: run.location}})
-    alone = config_of_run(cfg, run, path)
+        return base.model_copy(update={"adapters": {**base.adapters, run.name: place}})
+    alone = config_of_run(cfg, run, path, place)
     return alone if base is None else alone.model_copy(update={"model": base.model})
 
 
-def config_of_run(cfg: Config, run: RunDir, base: str) -> ServeConfig:
-    """A run alone: its base model, which lies at `base`, and its adapter under the run's name."""
+def config_of_run(cfg: Config, run: RunDir, base: str, place: str | None = None) -> ServeConfig:
+    """A run alone: its base model, which lies at `base`, and its adapter, or the one at `place`, under its name."""
     serving = cfg.serving or ServingSection()
     if serving.model_id is None and base != cfg.model.path:  # made by the run, in a folder that is named by a hash
         serving = serving.model_copy(update={"model_id": f"{run.name}-base"})
@@ -256,7 +279,7 @@ def config_of_run(cfg: Config, run: RunDir, base: str) -> ServeConfig:
         serving = serving.model_copy(update={"model_id": run.name})
     return ServeConfig(
         model=cfg.model.model_copy(update={"path": base}),
-        adapters={} if is_agent else {run.name: run.location},
+        adapters={} if is_agent else {run.name: place or run.location},
         agent=run.location if is_agent else None,
         prompt=cfg.data.prompt,
         reward=cfg.reward if known else None,

@@ -30,7 +30,7 @@ from mmrl_ray.data.samples import Quarantine, QuarantineRecord, Sample, iter_ref
 from mmrl_ray.errors import DataError, Interrupted
 from mmrl_ray.evaluation.records import load_evaluation
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA
-from mmrl_ray.learner.checkpoints import newest_valid_checkpoint
+from mmrl_ray.run_records.checkpoint_choice import newest_valid_checkpoint
 from mmrl_ray.run_records.control_files import StatusWriter
 from mmrl_ray.run_records.rollout_log import rollouts_name
 from mmrl_ray.run_records.run_dir import RunDir

@@ -30,7 +30,7 @@ from mmrl_ray.algorithms.dqn.algorithm import ValueBasedSection
 from mmrl_ray.algorithms.dqn.exploration import boltzmann_probabilities, epsilon_greedy
 from mmrl_ray.algorithms.dqn.network import FeatureScale, QNetwork, QShape, Vocabulary
 from mmrl_ray.errors import CheckpointError, ModelError
-from mmrl_ray.learner.checkpoints import prune_checkpoints
+from mmrl_ray.run_records.checkpoint_choice import prune_checkpoints
 from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name
 
 AGENT_FOLDER = "agent"

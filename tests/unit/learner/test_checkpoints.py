@@ -19,10 +19,11 @@ from transformers import AutoModelForImageTextToText
 
 from mmrl_ray.config.learner import LearnerSection
 from mmrl_ray.errors import AdapterError, CheckpointError, RunError
-from mmrl_ray.learner.checkpoints import load_checkpoint, newest_valid_checkpoint, save_adapter_folder, save_checkpoint
+from mmrl_ray.learner.checkpoints import load_checkpoint, save_adapter_folder, save_checkpoint
 from mmrl_ray.learner.step import LearnerStep
 from mmrl_ray.policy.load import accelerate
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.run_records.checkpoint_choice import newest_valid_checkpoint
 from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name, checkpoint_steps
 from tests.unit.learner.worlds import make_groups, make_plan, make_policy, payloads, weights
 

@@ -1,0 +1,80 @@
+"""`--checkpoint best|last|N`: which folder is meant, what is said where there is none, and what a run ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmrl_ray.errors import CheckpointError, ConfigError, RunError
+from mmrl_ray.run_records.checkpoint_choice import EVALUATIONS, Chosen, choose_checkpoint, deliver_best
+from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path, "r")
+
+
+def put(run: RunDir, folder: str, step: int, *, whole: bool = False) -> None:
+    """An adapter of that step, told by its weights; `whole` with a learner's state beside it."""
+    with run.staging_folder() as made:
+        (made / "adapter_config.json").write_text("{}")
+        (made / "adapter_model.safetensors").write_text(f"weights of {step}")
+        if whole:
+            (made / "state.json").write_text("{}")
+            (made / "state.safetensors").write_text("moments")
+            (made / "controller").mkdir()
+            (made / "controller" / "buffer").write_text("groups")
+        run.commit_folder(folder, made, facts={"step": step})
+
+
+def test_a_finished_run_has_its_best_its_last_and_those_of_steps(run: RunDir) -> None:
+    for step in (20, 40, 60):
+        put(run, checkpoint_name(step), step, whole=True)
+    put(run, "adapter", 60)
+    run.append_line(EVALUATIONS, {"step": 20, "best": 20})
+    run.append_line(EVALUATIONS, {"step": 60, "best": 20})
+    deliver_best(run, best=20, last=60)
+    deliver_best(run, best=20, last=60)  # as after a crash between its two halves
+    assert run.read_text("adapter/adapter_model.safetensors") == "weights of 20"
+    assert run.read_text("adapter-last/adapter_model.safetensors") == "weights of 60"
+    assert run.list("adapter") == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    run.verify_manifest("adapter")
+
+    found = {which: choose_checkpoint(run, which) for which in (None, "best", "last", "40")}
+    assert {which: (each.folder, each.step) for which, each in found.items()} == {
+        None: ("adapter", 20),
+        "best": ("adapter", 20),
+        "last": ("adapter-last", 60),
+        "40": (checkpoint_name(40), 40),
+    }
+    assert "of step 20" in found[None].notes[0] and "of step 60" in found[None].notes[0]
+    with pytest.raises(RunError, match=r"no checkpoint of step 7; there are best \(step 20\), last, 20, 40, 60"):
+        choose_checkpoint(run, "7")
+    with pytest.raises(ConfigError, match="--checkpoint newest: write best, last or the number of a step"):
+        choose_checkpoint(run, "newest")
+    run.delete(checkpoint_name(20))
+    run.delete("adapter")
+    with pytest.raises(RunError, match="no checkpoint of step 20"):
+        choose_checkpoint(run, "best")
+
+    # It goes on: what is newer than what it ended with then is its last.
+    put(run, checkpoint_name(80), 80, whole=True)
+    assert choose_checkpoint(run, "last") == Chosen(checkpoint_name(80), 80)
+
+
+def test_runs_that_were_not_evaluated_while_they_learned(run: RunDir) -> None:
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        choose_checkpoint(run, "last")
+    put(run, checkpoint_name(40), 40, whole=True)
+    assert choose_checkpoint(run, "last").folder == checkpoint_name(40)
+    put(run, "adapter", 40)
+    assert choose_checkpoint(run) == Chosen("adapter", 40)
+    assert choose_checkpoint(run, "last").folder == "adapter"
+    with pytest.raises(RunError, match="no best checkpoint: it was not evaluated.*eval.every.*there are last, 40"):
+        choose_checkpoint(run, "best")
+    run.write_bytes(f"{checkpoint_name(40)}/state.safetensors", b"cut")
+    run.delete("adapter")
+    with pytest.raises(CheckpointError, match="state.safetensors"):
+        choose_checkpoint(run, "40")
