@@ -70,7 +70,7 @@ def config(folder: Path) -> Path:
     settings["data"] |= {"train": str(folder / "train"), "max_quarantined": 1000}
     settings["data"]["scenes"] = {**settings["data"]["scenes"], "train": 200, "eval": 1}
     settings["data"]["eval"] = str(folder / "eval")
-    settings["data"]["eval_samples"] = 1
+    settings["eval"] = {"samples": 1}
     settings["sft"] |= {"steps": 10, "warmup_steps": 0, "cache": str(folder / "cache")}
     settings["rollout"] |= {"workers": 2, "groups_per_assignment": 4, "assignment_timeout_s": 15.0}
     settings["reward"] |= {"timeout_s": 2.0, "retries": 1}

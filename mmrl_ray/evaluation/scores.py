@@ -107,14 +107,22 @@ class Evaluation:
     @cached_property
     def measures(self) -> dict[str, Interval]:
         """Every measure with its 95 % bootstrap interval, the sample being what is resampled."""
-        found = {
-            name: bootstrap_mean(present, seed=self.seed, resamples=RESAMPLES)
-            for name, values in self._means.items()
-            if (present := [value for value in values if not math.isnan(value)])
-        }
-        for name, (counts, figure) in self._figures.items():
-            found[name] = figure_interval(counts, figure, seed=self.seed)
+        names = {**self._means, **self._figures}
+        found = {name: interval for name in names if (interval := self.measure(name)) is not None}
         return {name: found[name] for name in _ordered(found)}
+
+    @property
+    def names(self) -> list[str]:
+        """Of every measure, without taking them."""
+        return [*self._means, *self._figures]
+
+    def measure(self, name: str) -> Interval | None:
+        """One of them alone; None where no caption has it."""
+        if name in self._figures:
+            counts, figure = self._figures[name]
+            return figure_interval(counts, figure, seed=self.seed)
+        present = [value for value in self._means.get(name, ()) if not math.isnan(value)]
+        return bootstrap_mean(present, seed=self.seed, resamples=RESAMPLES) if present else None
 
     def to_json(self) -> dict[str, Any]:
         """How many samples, and each measure's value and interval; captions are in the records."""
@@ -208,14 +216,8 @@ def score_captions(
         DataError: no samples, or a sample without references.
         RewardError: the reward failed on every caption.
     """
-    if not samples:
-        raise DataError("there is no sample to evaluate")
-    if len(samples) != len(captions):
-        raise DataError(f"an evaluation needs one caption a sample, got {len(captions)} for {len(samples)} samples")
-    bare = next((s.id for s in samples if not s.references), None)
-    if bare is not None:
-        raise DataError(f"sample {bare!r} has no references to evaluate against; add some or leave it out")
     scores: list[Score] = []
+    _refuse_unfit(samples, captions)
     for start in range(0, len(samples), _BATCH):
         batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
         scores += score_with_retry(reward, batch, said, timeout_s=timeout_s, retries=retries)
@@ -224,9 +226,36 @@ def score_captions(
     reasons = [score.reason for score in scores if isinstance(score, RewardFailure)]
     if len(reasons) == len(scores):
         raise RewardError(f"none of {len(scores)} captions has a reward; the first: {reasons[0]}")
+    return rewarded_captions(samples, captions, scores, statistics, seed=seed)
+
+
+def rewarded_captions(
+    samples: Sequence[Sample],
+    captions: Sequence[str],
+    rewards: Sequence[Score],
+    statistics: CorpusStatistics,
+    *,
+    seed: int = 0,
+) -> Evaluation:
+    """`score_captions` of captions that have their rewards already; all of them may have failed.
+
+    Raises:
+        DataError: no samples, or a sample without references.
+    """
+    _refuse_unfit(samples, captions)
     cider, tokenizer = CiderD(statistics), statistics.tokenizer
-    rows = zip(samples, captions, scores, strict=True)
+    rows = zip(samples, captions, rewards, strict=True)
     return Evaluation(tuple(_score(*row, cider=cider, tokenizer=tokenizer) for row in rows), seed, tokenizer)
+
+
+def _refuse_unfit(samples: Sequence[Sample], captions: Sequence[str]) -> None:
+    if not samples:
+        raise DataError("there is no sample to evaluate")
+    if len(samples) != len(captions):
+        raise DataError(f"an evaluation needs one caption a sample, got {len(captions)} for {len(samples)} samples")
+    bare = next((s.id for s in samples if not s.references), None)
+    if bare is not None:
+        raise DataError(f"sample {bare!r} has no references to evaluate against; add some or leave it out")
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
@@ -244,6 +273,14 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
             continue
         found[name] = Difference(difference, not interval.overlaps(after.measures[name]))
     return found
+
+
+def difference(before: Evaluation, after: Evaluation, name: str) -> Interval | None:
+    """Of one measure, after less before, paired by sample over those that both have; None where none has it on both."""
+    both = in_common(before, after)
+    if both is None or any(name not in side.names for side in both):
+        return None
+    return _difference(*both, name)
 
 
 def paired(before: Sequence[CaptionScore], after: Sequence[CaptionScore]) -> list[tuple[CaptionScore, CaptionScore]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mmrl_ray.errors import CheckpointError, ConfigError, RunError
-from mmrl_ray.run_records.checkpoint_choice import EVALUATIONS, Chosen, choose_checkpoint, deliver_best
+from mmrl_ray.run_records.checkpoint_choice import Chosen, choose_checkpoint, deliver_best
 from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name
+from mmrl_ray.run_records.step_log import EVALUATIONS
 
 
 @pytest.fixture
@@ -49,7 +50,8 @@ def test_a_finished_run_has_its_best_its_last_and_those_of_steps(run: RunDir) ->
         "last": ("adapter-last", 60),
         "40": (checkpoint_name(40), 40),
     }
-    assert "of step 20" in found[None].notes[0] and "of step 60" in found[None].notes[0]
+    assert "of step 20" in found[None].notes[0]
+    assert "of step 60" in found[None].notes[0]
     with pytest.raises(RunError, match=r"no checkpoint of step 7; there are best \(step 20\), last, 20, 40, 60"):
         choose_checkpoint(run, "7")
     with pytest.raises(ConfigError, match="--checkpoint newest: write best, last or the number of a step"):
@@ -72,9 +74,9 @@ def test_runs_that_were_not_evaluated_while_they_learned(run: RunDir) -> None:
     put(run, "adapter", 40)
     assert choose_checkpoint(run) == Chosen("adapter", 40)
     assert choose_checkpoint(run, "last").folder == "adapter"
-    with pytest.raises(RunError, match="no best checkpoint: it was not evaluated.*eval.every.*there are last, 40"):
+    with pytest.raises(RunError, match=r"no best checkpoint: it was not evaluated.*eval.every.*there are last, 40"):
         choose_checkpoint(run, "best")
     run.write_bytes(f"{checkpoint_name(40)}/state.safetensors", b"cut")
     run.delete("adapter")
-    with pytest.raises(CheckpointError, match="state.safetensors"):
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
         choose_checkpoint(run, "40")
