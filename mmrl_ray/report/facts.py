@@ -117,9 +117,9 @@ def _checkpoints(summary: Mapping[str, Any]) -> Iterator[Row]:
         side = _mapping(told.get(name))
         if is_number(side.get("step")):
             yield f"{name}, {folder}", f"step {side['step']:g}: {told.get('metric')} {_interval(side)}"
-    gap = _mapping(told.get("last_less_best"))
-    if gap:
-        yield "last less best, paired by sample", _interval(gap, "+")
+    for name, label in (("best_less_start", "best less the start"), ("last_less_best", "last less best")):
+        if gap := _mapping(told.get(name)):
+            yield f"{label}, paired by sample", _interval(gap, "+")
     if early := _mapping(summary.get("ended_early")):
         yield "ended early", str(early.get("detail", ""))
 

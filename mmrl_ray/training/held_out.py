@@ -8,7 +8,7 @@ the best until another's measure is higher by more than chance.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from mmrl_ray.evaluation.scores import (
     score_captions,
 )
 from mmrl_ray.experience.carriers import RewardFailure, RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.metrics.statistics import Interval
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.controller_actor import ControllerClient
@@ -151,6 +152,11 @@ class HeldOut:
             deliver_best(self.run, best, step)
             others = f"; adapter-last/ is of step {step}" if best != step else ", the last"
             self.progress.note(f"adapter/ is the best checkpoint, of step {best}{others}")
+            if (gain := _since_start(self.run, best, self.cfg.eval.metric)) is not None and gain.high < 0:
+                self.progress.warn(
+                    f"the best checkpoint, of step {best}, is worse than what the run began with: "
+                    f"{self.cfg.eval.metric} {gain.mean:+.3f} {gain.words('+.3f')}; without an adapter it is better"
+                )
 
     def _judge(self, step: int, evaluation: Evaluation, controller: ControllerClient) -> None:
         wanted, lines = self.cfg.eval, evaluation_lines(self.run)
@@ -213,17 +219,26 @@ def _refuse_unmeasured(names: Sequence[str], evaluation: Evaluation) -> None:
         )
 
 
-def choice_json(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`checkpoints` of the summary, of the lines of `eval/steps.jsonl`; nothing before one was evaluated."""
+def _since_start(run: RunDir, step: int, metric: str) -> Interval | None:
+    """What a step gained on what the run began with, where both were evaluated."""
+    before, found = load_evaluation(run, "before"), load_evaluation(run, _record(step))
+    return None if before is None or found is None else difference(before, found, metric)
+
+
+def choice_json(run: RunDir) -> dict[str, Any]:
+    """`checkpoints` of the summary; nothing before one was evaluated while the run learned."""
+    lines = evaluation_lines(run)
     if not lines or lines[-1]["best"] is None:
         return {}
     last = lines[-1]
     best = next(line for line in lines if line["step"] == last["best"])
+    gain = _since_start(run, best["step"], last["metric"])
     return {
         "metric": last["metric"],
         "evaluations": len(lines),
         "best": {"step": best["step"], **best["intervals"].get(last["metric"], {})},
         "last": {"step": last["step"], **last["intervals"].get(last["metric"], {})},
+        **({"best_less_start": interval_json(gain)} if gain is not None else {}),
         **({"last_less_best": last["difference"]} if last["step"] != best["step"] else {}),
     }
 

@@ -51,7 +51,6 @@ from mmrl_ray.rewards.build import check_reward
 from mmrl_ray.rollouts.controller_actor import ControllerClient, start_controller
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
 from mmrl_ray.rollouts.pool_settings import PoolSettings, shared_gpus, shared_gpus_of
-from mmrl_ray.run_records.checkpoint_choice import evaluation_lines
 from mmrl_ray.run_records.control_files import STARTING_S, conclude_status, write_status
 from mmrl_ray.run_records.run_dir import BASE, STATISTICS, RunDir, checkpoint_steps
 from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
@@ -460,7 +459,7 @@ class _Run:
             "status": status,
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
-            **({"checkpoints": chosen} if (chosen := choice_json(evaluation_lines(run))) else {}),
+            **({"checkpoints": chosen} if (chosen := choice_json(run)) else {}),
             "correlations": states_json(states),
             **self._facts,
             **({"preferences": pairs} if (pairs := offline.preferences_json(run)) else {}),

@@ -23,7 +23,8 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "manifest.json"}
+    found = [file for file in folder.iterdir() if file.is_file() and file.name != "manifest.json"]
+    return {file.name: file.read_bytes() for file in found}
 
 
 def test_evaluations_change_nothing_that_is_learned_and_a_resume_makes_them_again_bit_for_bit(

@@ -95,7 +95,8 @@ def test_a_checkpoint_takes_the_place_of_the_best_only_by_more_than_chance(run: 
     assert choose_checkpoint(run, "best").step == 6
     assert run.read_text("adapter/adapter_model.safetensors") == "weights of 6"
     assert run.read_text("adapter-last/adapter_model.safetensors") == "weights of 9"
-    told = choice_json(run.read_lines("eval/steps.jsonl"))
+    told = choice_json(run)
+    assert told["best_less_start"]["low"] > 0
     assert (told["best"]["step"], told["last"]["step"], told["last_less_best"]["value"] < 0) == (6, 9, True)
     assert load_evaluation(run, "step-000009") is not None, "a run that goes on holds it against what comes"
 
@@ -118,3 +119,21 @@ def test_rewards_that_fail_leave_the_other_measures(run: RunDir, tmp_path: Path)
     assert "eval/reward" not in first
     assert first["eval/cider_d"] > 0
     assert second["best"] == 4
+
+
+def test_a_best_checkpoint_that_is_worse_than_the_start_is_told(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = held_out(run, tmp_path)
+    right = rewarded_captions(SAMPLES, TRUE, [RewardFailure("none")] * 20, STATISTICS)
+    wrong = rewarded_captions(SAMPLES, ["nothing"] * 20, [RewardFailure("none")] * 20, STATISTICS)
+    pool: Any = Pool(run, {2: 3})
+    for name, evaluation in (("before", right), ("after", wrong)):
+        save_evaluation(run, name, evaluation, SAMPLES)
+    judge.judge_before(pool)
+    judge.look(pool)
+    put(run, checkpoint_name(2), 2, whole=True)
+    put(run, "adapter", 4)
+    judge.choose(4, pool)
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "the best checkpoint, of step 2, is worse than what the run began with: cider_d -" in told
