@@ -41,6 +41,7 @@ from mmrl_ray.experience.carriers import GroupKey, SamplingParams, derive_seed, 
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.learner.checkpoints import save_checkpoint
 from mmrl_ray.learner.step import LearnerStep
+from mmrl_ray.metrics.overlap import CiderD
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.policy.generation.local import LocalEngine
 from mmrl_ray.policy.load import load_policy
@@ -70,6 +71,7 @@ class Measured:
     def __init__(self, cfg: Config, model: str, run: RunDir) -> None:
         self.cfg, self.run = cfg, run
         self.statistics = CorpusStatistics.from_references(iter_references(cfg.data.train))
+        self.cider = CiderD(self.statistics)
         self.held_out = read_split(cfg.data.eval or "", prompt=cfg.data.prompt)
         sampler, self.learner = (_adapted(cfg, model) for _ in range(2))
         versions, cache = VersionedPolicy(sampler), VisionCache(cfg.rollout.vision_cache_mb * _MB)
@@ -106,7 +108,7 @@ class Measured:
         groups = self._sampled("aside", requests)
         captions = [group.payload.completions[0].caption for group in groups]
         rewards = [group.rewards[0] for group in groups]
-        found = rewarded_captions(self.held_out, captions, rewards, self.statistics)
+        found = rewarded_captions(self.held_out, captions, rewards, self.cider, self.statistics.tokenizer)
         before = load_evaluation(self.run, "step")
         save_evaluation(self.run, "step", found, self.held_out)
         for name in self.cfg.eval.logged:
@@ -118,9 +120,9 @@ class Measured:
 
     def _sampled(self, kind: Any, requests: list[GroupRequest]) -> list[Any]:
         state = adapter_state(self.learner.model)
-        made = []
-        for number, chunk in enumerate(chunks(requests, self.cfg.rollout.groups_per_assignment)):
-            references = kind == "train"
+        made, references = [], kind == "train"
+        size = self.cfg.rollout.groups_per_assignment * (1 if references else self.cfg.rollout.group_size)
+        for number, chunk in enumerate(chunks(requests, size)):
             asked = Assignment(number, kind, chunk, version=self.number, reference_logprobs=references)
             made += self.engine.run(asked, lambda: state).groups
         return made

@@ -205,7 +205,9 @@ class RolloutLoop:
             asides, self._asides = self._asides, []
         self.submit("train", again)
         for beside, version, weights in asides:
-            for chunk in chunks(beside, self._cfg.rollout.groups_per_assignment):
+            # As many completions as one of training has, so that it is decoded as fast and no longer.
+            size = self._cfg.rollout.groups_per_assignment * self._cfg.rollout.group_size
+            for chunk in chunks(beside, size):
                 self._send(self._beside, chunk, version, weights)
         while self._may_dispatch():
             step, requests = self.sampler.next_step, self.sampler.compose()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmrl_ray.config.sections import EvalSection
@@ -65,6 +65,11 @@ def choose_checkpoint(
     """
     if which is None:
         return _default(run, final, holds)
+    found = _named(run, which, final, holds)
+    return replace(found, notes=(f"--checkpoint {which}: this is its {found.folder}, of step {found.step}",))
+
+
+def _named(run: RunDir, which: str, final: str, holds: str) -> Chosen:
     if which not in (BEST, LAST) and not (which.isascii() and which.isdigit()):
         raise ConfigError(f"--checkpoint {which}: write best, last or the number of a step; {_there_is(run, final)}")
     known = _finals(run, final, holds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmrl_ray.config import Config
@@ -30,6 +30,7 @@ from mmrl_ray.evaluation.scores import (
     score_captions,
 )
 from mmrl_ray.experience.carriers import RewardFailure, RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.metrics.overlap import CiderD
 from mmrl_ray.metrics.statistics import Interval
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
@@ -57,6 +58,10 @@ class HeldOut:
     statistics: CorpusStatistics
     """Of the training references."""
     progress: RunProgress
+    _cider: CiderD = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_cider", CiderD(self.statistics))
 
     def evaluate(self, name: str, controller: ControllerClient) -> None:
         """Greedy captions of the split, by the rollout workers, into `eval/NAME.parquet`; `name` is before or after.
@@ -131,8 +136,8 @@ class HeldOut:
             samples, scored, groups = self._captioned(generated, controller)
             rewards = [s.rewards[0] if s.rewards else RewardFailure(s.masked or "no reward") for s in scored]
             captions = [group.completions[0].caption for group in groups]
-            seed = self.cfg.run.seed
-            evaluation = rewarded_captions(samples, captions, rewards, self.statistics, seed=seed)
+            seed, tokenizer = self.cfg.run.seed, self.statistics.tokenizer
+            evaluation = rewarded_captions(samples, captions, rewards, self._cider, tokenizer, seed=seed)
             save_evaluation(self.run, _record(step), evaluation, samples)
             self._judge(step, evaluation, controller)
 

@@ -70,7 +70,9 @@ def test_a_finished_run_has_its_best_its_last_and_those_of_steps(run: RunDir) ->
 
     # It goes on: what is newer than what it ended with then is its last.
     put(run, checkpoint_name(80), 80, whole=True)
-    assert choose_checkpoint(run, "last") == Chosen(checkpoint_name(80), 80)
+    newest = choose_checkpoint(run, "last")
+    assert (newest.folder, newest.step) == (checkpoint_name(80), 80)
+    assert newest.notes == ("--checkpoint last: this is its checkpoints/step-000080, of step 80",)
 
 
 def test_the_best_and_what_is_not_judged_yet_stay_when_one_checkpoint_is_kept(run: RunDir) -> None:

@@ -15,6 +15,7 @@ from mmrl_ray.errors import ConfigError
 from mmrl_ray.evaluation.records import load_evaluation, save_evaluation
 from mmrl_ray.evaluation.scores import rewarded_captions
 from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure
+from mmrl_ray.metrics.overlap import CiderD
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.report.charts import held_out_charts
 from mmrl_ray.rewards.build import build_reward
@@ -29,6 +30,7 @@ TRUE = [f"a {colour} {shape} on the {side}" for colour in ("red", "blue", "green
         ("circle", "square", "star") for side in ("left", "right")][:20]  # fmt: skip
 SAMPLES = [Sample(f"s{i}", (png(i),), "?", (text,), place=f"row {i}") for i, text in enumerate(TRUE)]
 STATISTICS = CorpusStatistics.from_references([(text,) for text in TRUE])
+COUNTED = CiderD(STATISTICS), STATISTICS.tokenizer
 
 
 class Pool:
@@ -69,7 +71,7 @@ def test_a_checkpoint_takes_the_place_of_the_best_only_by_more_than_chance(run: 
     """Ten of twenty captions are right, eleven, eighteen, five, and seventeen at the end: a maximum would take step 4
     for better than step 2, and no rule of the last would find step 6."""
     judge = held_out(run, tmp_path)
-    before = rewarded_captions(SAMPLES, ["nothing"] * 20, [RewardFailure("none")] * 20, STATISTICS)
+    before = rewarded_captions(SAMPLES, ["nothing"] * 20, [RewardFailure("none")] * 20, *COUNTED)
     save_evaluation(run, "before", before, SAMPLES)
     pool: Any = Pool(run, {2: 10, 4: 11, 6: 18, 8: 5})
     judge.judge_before(pool)
@@ -87,7 +89,7 @@ def test_a_checkpoint_takes_the_place_of_the_best_only_by_more_than_chance(run: 
     for step in (2, 4, 6, 8, 9):
         put(run, checkpoint_name(step), step, whole=True)
     put(run, "adapter", 9)
-    after = rewarded_captions(SAMPLES, [*TRUE[:17], *["nothing"] * 3], [RewardFailure("none")] * 20, STATISTICS)
+    after = rewarded_captions(SAMPLES, [*TRUE[:17], *["nothing"] * 3], [RewardFailure("none")] * 20, *COUNTED)
     save_evaluation(run, "after", after, SAMPLES)
     judge.choose(9, pool)
     judge.choose(9, pool)  # as where the report could not be written, and the run was resumed
@@ -125,8 +127,8 @@ def test_a_best_checkpoint_that_is_worse_than_the_start_is_told(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = held_out(run, tmp_path)
-    right = rewarded_captions(SAMPLES, TRUE, [RewardFailure("none")] * 20, STATISTICS)
-    wrong = rewarded_captions(SAMPLES, ["nothing"] * 20, [RewardFailure("none")] * 20, STATISTICS)
+    right = rewarded_captions(SAMPLES, TRUE, [RewardFailure("none")] * 20, *COUNTED)
+    wrong = rewarded_captions(SAMPLES, ["nothing"] * 20, [RewardFailure("none")] * 20, *COUNTED)
     pool: Any = Pool(run, {2: 3})
     for name, evaluation in (("before", right), ("after", wrong)):
         save_evaluation(run, name, evaluation, SAMPLES)
