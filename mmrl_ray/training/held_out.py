@@ -36,7 +36,7 @@ from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.rollouts.types import Generated
-from mmrl_ray.run_records.checkpoint_choice import deliver_best, evaluation_lines
+from mmrl_ray.run_records.checkpoint_choice import best_step, deliver_best, evaluation_lines
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry.terminal import RunProgress
@@ -153,7 +153,7 @@ class HeldOut:
         if after is not None and all(line["step"] != step for line in evaluation_lines(self.run)):
             save_evaluation(self.run, _record(step), after, self.samples)
             self._judge(step, after, controller)
-        if (best := evaluation_lines(self.run)[-1]["best"]) is not None:
+        if (best := best_step(self.run)) is not None:
             deliver_best(self.run, best, step)
             others = f"; adapter-last/ is of step {step}" if best != step else ", the last"
             self.progress.note(f"adapter/ is the best checkpoint, of step {best}{others}")
