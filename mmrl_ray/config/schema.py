@@ -14,6 +14,7 @@ from mmrl_ray.config.sections import (
     ActorResources,
     DataSection,
     DeploySection,
+    EvalSection,
     ModelSection,
     ResourcesSection,
     RunSection,
@@ -26,6 +27,10 @@ from mmrl_ray.config.serving import ServingSection
 
 if TYPE_CHECKING:
     from mmrl_ray.algorithms.base import Algorithm as Family
+
+
+_OLD_SAMPLES = "eval_samples"
+"""Of `data:`, in configs and run folders from before `eval.samples`."""
 
 
 class _Sections(Section):
@@ -45,6 +50,8 @@ class _Sections(Section):
     """Sampling and its workers."""
     reward: RewardSection = RewardSection()
     """What a caption earns."""
+    eval: EvalSection = EvalSection()
+    """Held-out captions: when, how many, and which checkpoint they make the best."""
     learner: LearnerSection
     """Loss, optimiser and steps."""
 
@@ -73,7 +80,7 @@ class Config(_WithAgents):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, value: Any) -> Any:
-        return with_preset(value)
+        return with_preset(_moved_keys(value))
 
     @property
     def family(self) -> Family:
@@ -96,6 +103,11 @@ class Config(_WithAgents):
                 **self._teacher_problems(),
                 **({} if family.samples == "environment" else self._step_problems()),
                 **family.problems(self),
+                **self.eval.problems([*self.reward.parts], self.learner.steps, is_held_out=self.data.eval is not None),
+                f"eval.every={self.eval.every} asks rollout workers for captions, and algorithm: {self.algorithm} has "
+                "none: it is evaluated before and after; take it away": (
+                    self.eval.every is not None and family.samples == "environment"
+                ),
                 **self._stored_problems("pairs", "data.preferences", "{store: 'sqlite:///preferences.db'}"),
                 **self._stored_problems("stored", "data.rollouts", "{run: runs/quickstart}"),
                 **({} if family.samples == "environment" else self._normalization_problems()),
@@ -199,6 +211,23 @@ class Config(_WithAgents):
             "reward.normalize=group has no place for the greedy caption, which is in no group: choose another "
             "learner.advantage": on and learner.advantage == "greedy",
         }
+
+
+def _moved_keys(config: Any) -> Any:
+    """A config that is not validated yet, its keys under the names that they have today."""
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or _OLD_SAMPLES not in data:
+        return config
+    data, written = dict(data), config.get("eval") or {}
+    samples = data.pop(_OLD_SAMPLES)
+    if not isinstance(written, dict):
+        return config  # the ordinary validation says what is wrong
+    if written.get("samples") not in (None, samples):
+        raise ValueError(
+            f"data.{_OLD_SAMPLES}={samples} is called eval.samples now, which is {written['samples']} here: write that "
+            "alone"
+        )
+    return {**config, "data": data, "eval": {**written, "samples": samples}}
 
 
 class RewardDataSection(Section):

@@ -1,4 +1,4 @@
-"""The strict base of every section, and the shorter ones: `run:`, `model:`, `sft:`, `data:`, `resources:`, `deploy:`.
+"""The strict base of every section, and the shorter ones: `run:`, `model:`, `sft:`, `data:`, `eval:`, `resources:` …
 
 `deploy:` holds what manifests for Kubernetes need beside the run itself (`mmrl deploy render`). How many actors there
 are and what each asks for is said by the other sections, once.
@@ -6,7 +6,7 @@ are and what each asks for is said by the other sections, once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -215,8 +215,6 @@ class DataSection(Section):
     """Held-out split; without it a run evaluates on nothing and says so."""
     prompt: str = "Describe the image."
     """The user's turn for rows that bring no prompt of their own."""
-    eval_samples: int | None = Field(None, ge=1)
-    """Evaluate on the first so many rows; all by default."""
     max_quarantined: int = Field(20, ge=0)
     """Broken samples a run tolerates before it stops; as many in the held-out split, and in the warm start."""
     scenes: ScenesSection | None = None
@@ -225,6 +223,84 @@ class DataSection(Section):
     """What an algorithm of pairs learns from; none by default."""
     rollouts: RolloutsSection | None = None
     """What an algorithm of stored rollouts learns from; none by default."""
+
+
+MEASURES = (
+    *("reward", "reward/sigma", "cider_d", "rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4"),
+    *("attributes/precision", "attributes/recall", "attributes/f1", "caption/words", "caption/distinct"),
+)
+"""Of captions, by name (`evaluation/scores.py`), beside `reward/PART` for the parts of a reward."""
+_NO_MERIT = ("reward/sigma", "caption/words", "caption/distinct")
+"""More of these is not better."""
+
+
+class EvalSection(Section):
+    """Greedy captions of `data.eval`: always before and after, and with `every` beside the learning, too, by which the
+    best checkpoint is chosen."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps from one evaluation to the next while the run learns, each of which is a checkpoint; by default none."""
+    samples: int | None = Field(None, ge=1)
+    """Of every evaluation: the first so many rows; all by default."""
+    metrics: list[str] = ["cider_d", "bleu_4", "rouge_l", "reward", "caption/words", "caption/distinct"]
+    """What is logged as `eval/…`: names of measures, or `reward/PART`."""
+    metric: str = "cider_d"
+    """The measure that decides which checkpoint is the best: one takes the place of the best so far where the 95 %
+    interval of the difference, paired by sample, lies above 0."""
+    patience: int | None = Field(None, ge=1)
+    """The run ends after so many evaluations in a row without a new best; by default it takes all its steps."""
+    min_steps: int = Field(0, ge=0)
+    """`patience` does not end it before."""
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """`metrics`, each once, with `metric`."""
+        return tuple(dict.fromkeys([self.metric, *self.metrics]))
+
+    def is_due(self, step: int) -> bool:
+        """Whether so many finished steps are evaluated beside the learning."""
+        return self.every is not None and step > 0 and step % self.every == 0
+
+    def ends(self, step: int, since_best: int) -> bool:
+        """Whether `patience` is at its end after the evaluation of `step`, the `since_best`-th without a new best."""
+        return self.patience is not None and since_best >= self.patience and step >= self.min_steps
+
+    def problems(self, parts: Sequence[str], steps: int, *, is_held_out: bool) -> dict[str, bool]:
+        """What does not fit together: with the names of the reward's parts, the run's steps, and `data.eval`."""
+        every, wanted = self.every, [*self.metrics, self.metric]
+        known = [*MEASURES, *(f"reward/{part}" for part in parts)]
+        unknown = [name for name in dict.fromkeys(wanted) if not _is_measure(name, known, parts)]
+        alone = [name for name in ("patience", "min_steps") if getattr(self, name)] if every is None else []
+        return {
+            **{
+                f"eval.{'metric' if name == self.metric else 'metrics'}={name} is no measure of captions; there are "
+                f"{', '.join(known)}": True
+                for name in unknown
+            },
+            f"eval.metric={self.metric} decides which checkpoint is the best, and more of it is not better: write "
+            "cider_d, reward or another of eval.metrics": self.metric in _NO_MERIT,
+            f"eval.every={every} evaluates held-out captions, and there are none: write data.eval": (
+                every is not None and not is_held_out
+            ),
+            f"eval.samples=1 with eval.every={every}: one sample has no interval to choose the best checkpoint by": (
+                every is not None and self.samples == 1
+            ),
+            f"eval.every={every} is above learner.steps={steps}: the run would end before its first evaluation": (
+                every is not None and every > steps
+            ),
+            f"eval.{' and eval.'.join(alone)}: {'is' if len(alone) == 1 else 'are'} of evaluations while the run "
+            "learns: write eval.every, too": bool(alone),
+            f"eval.min_steps={self.min_steps} holds eval.patience back, and there is no patience: write "
+            "eval.patience, too": every is not None and self.min_steps > 0 and self.patience is None,
+            f"eval.min_steps={self.min_steps} is above learner.steps={steps}: eval.patience would never end the run": (
+                self.patience is not None and self.min_steps > steps
+            ),
+        }
+
+
+def _is_measure(name: str, known: Sequence[str], parts: Sequence[str]) -> bool:
+    """A part may have parts of its own, `reward/caption/bleu`, which only its captions tell."""
+    return name in known or any(name.startswith(f"reward/{part}/") for part in parts)
 
 
 class ActorResources(Section):

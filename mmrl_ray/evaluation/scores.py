@@ -107,14 +107,20 @@ class Evaluation:
     @cached_property
     def measures(self) -> dict[str, Interval]:
         """Every measure with its 95 % bootstrap interval, the sample being what is resampled."""
-        found = {
-            name: bootstrap_mean(present, seed=self.seed, resamples=RESAMPLES)
-            for name, values in self._means.items()
-            if (present := [value for value in values if not math.isnan(value)])
-        }
-        for name, (counts, figure) in self._figures.items():
-            found[name] = figure_interval(counts, figure, seed=self.seed)
+        found = {name: interval for name in self.names if (interval := self.measure(name)) is not None}
         return {name: found[name] for name in _ordered(found)}
+
+    @property
+    def names(self) -> list[str]:
+        """Of every measure, without taking them."""
+        return [*self._means, *_BLEU, *([] if self._facts is None else _OF_FACTS)]
+
+    def measure(self, name: str) -> Interval | None:
+        """One of them alone; None where no caption has it."""
+        if (found := self._figure(name)) is not None:
+            return figure_interval(*found, seed=self.seed)
+        present = [value for value in self._means.get(name, ()) if not math.isnan(value)]
+        return bootstrap_mean(present, seed=self.seed, resamples=RESAMPLES) if present else None
 
     def to_json(self) -> dict[str, Any]:
         """How many samples, and each measure's value and interval; captions are in the records."""
@@ -156,19 +162,22 @@ class Evaluation:
         columns["caption/distinct"] = [1.0 / multiplicity[c.caption] for c in self.captions]
         return columns
 
+    def _figure(self, name: str) -> tuple[Counts, Figure] | None:
+        """Of a measure that is a function of summed counts: the counts [N, K], and the function; None of a mean."""
+        if name in _BLEU:
+            return self._overlaps, _BLEU[name]
+        return None if name not in _OF_FACTS or self._facts is None else (self._facts, _OF_FACTS[name])
+
     @cached_property
-    def _figures(self) -> dict[str, tuple[Counts, Figure]]:
-        """Measures that are functions of summed counts: the counts [N, K], and the function."""
-        bleu = np.array([bleu_counts(c.caption, c.references, tokenizer=self.tokenizer) for c in self.captions])
-        found: dict[str, tuple[Counts, Figure]] = {
-            f"bleu_{n}": (bleu, partial(_bleu, order=n)) for n in range(1, MAX_ORDER + 1)
-        }
-        if all(name in c.scores for c in self.captions for name in _ATTRIBUTES):
-            counts = np.array([[c.scores[name] for name in _ATTRIBUTES] for c in self.captions], dtype=np.float64)
-            found["attributes/precision"] = (counts, _precision)
-            found["attributes/recall"] = (counts, _recall)
-            found["attributes/f1"] = (counts, _f1)
-        return found
+    def _overlaps(self) -> Counts:
+        return np.array([bleu_counts(c.caption, c.references, tokenizer=self.tokenizer) for c in self.captions])
+
+    @cached_property
+    def _facts(self) -> Counts | None:
+        """Of scenes, what captions claim and cover."""
+        if not all(name in c.scores for c in self.captions for name in _ATTRIBUTES):
+            return None
+        return np.array([[c.scores[name] for name in _ATTRIBUTES] for c in self.captions], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,14 +217,8 @@ def score_captions(
         DataError: no samples, or a sample without references.
         RewardError: the reward failed on every caption.
     """
-    if not samples:
-        raise DataError("there is no sample to evaluate")
-    if len(samples) != len(captions):
-        raise DataError(f"an evaluation needs one caption a sample, got {len(captions)} for {len(samples)} samples")
-    bare = next((s.id for s in samples if not s.references), None)
-    if bare is not None:
-        raise DataError(f"sample {bare!r} has no references to evaluate against; add some or leave it out")
     scores: list[Score] = []
+    _refuse_unfit(samples, captions)
     for start in range(0, len(samples), _BATCH):
         batch, said = samples[start : start + _BATCH], captions[start : start + _BATCH]
         scores += score_with_retry(reward, batch, said, timeout_s=timeout_s, retries=retries)
@@ -224,9 +227,38 @@ def score_captions(
     reasons = [score.reason for score in scores if isinstance(score, RewardFailure)]
     if len(reasons) == len(scores):
         raise RewardError(f"none of {len(scores)} captions has a reward; the first: {reasons[0]}")
-    cider, tokenizer = CiderD(statistics), statistics.tokenizer
-    rows = zip(samples, captions, scores, strict=True)
+    return rewarded_captions(samples, captions, scores, CiderD(statistics), statistics.tokenizer, seed=seed)
+
+
+def rewarded_captions(
+    samples: Sequence[Sample],
+    captions: Sequence[str],
+    rewards: Sequence[Score],
+    cider: CiderD,
+    tokenizer: Tokenizer,
+    *,
+    seed: int = 0,
+) -> Evaluation:
+    """`score_captions` of captions that have their rewards already; all of them may have failed.
+
+    Who evaluates the same samples again keeps `cider`, which knows their references by then.
+
+    Raises:
+        DataError: no samples, or a sample without references.
+    """
+    _refuse_unfit(samples, captions)
+    rows = zip(samples, captions, rewards, strict=True)
     return Evaluation(tuple(_score(*row, cider=cider, tokenizer=tokenizer) for row in rows), seed, tokenizer)
+
+
+def _refuse_unfit(samples: Sequence[Sample], captions: Sequence[str]) -> None:
+    if not samples:
+        raise DataError("there is no sample to evaluate")
+    if len(samples) != len(captions):
+        raise DataError(f"an evaluation needs one caption a sample, got {len(captions)} for {len(samples)} samples")
+    bare = next((s.id for s in samples if not s.references), None)
+    if bare is not None:
+        raise DataError(f"sample {bare!r} has no references to evaluate against; add some or leave it out")
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
@@ -244,6 +276,14 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Difference]:
             continue
         found[name] = Difference(difference, not interval.overlaps(after.measures[name]))
     return found
+
+
+def difference(before: Evaluation, after: Evaluation, name: str) -> Interval | None:
+    """Of one measure, after less before, paired by sample over those that both have; None where none has it on both."""
+    both = in_common(before, after)
+    if both is None or any(name not in side.names for side in both):
+        return None
+    return _difference(*both, name)
 
 
 def paired(before: Sequence[CaptionScore], after: Sequence[CaptionScore]) -> list[tuple[CaptionScore, CaptionScore]]:
@@ -298,8 +338,10 @@ def _difference(before: Evaluation, after: Evaluation, name: str) -> Interval | 
         if not both:
             return None
         return bootstrap_difference(*zip(*both, strict=True), seed=before.seed, resamples=RESAMPLES)
-    counts, figure = before._figures[name]
-    return figure_difference(counts, after._figures[name][0], figure, seed=before.seed)
+    first, second = before._figure(name), after._figure(name)
+    if first is None or second is None:
+        return None
+    return figure_difference(first[0], second[0], first[1], seed=before.seed)
 
 
 def _score(sample: Sample, caption: str, reward: Score, *, cider: CiderD, tokenizer: Tokenizer) -> CaptionScore:
@@ -342,6 +384,14 @@ def _recall(sums: Counts) -> float:
 def _f1(sums: Counts) -> float:
     precision, recall = _precision(sums), _recall(sums)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+_BLEU: Mapping[str, Figure] = {f"bleu_{n}": partial(_bleu, order=n) for n in range(1, MAX_ORDER + 1)}
+_OF_FACTS: Mapping[str, Figure] = {
+    "attributes/precision": _precision,
+    "attributes/recall": _recall,
+    "attributes/f1": _f1,
+}
 
 
 def _is_scene(sample: Sample) -> bool:

@@ -212,6 +212,8 @@ def _rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "staleness", f"{last}at most {status['max_staleness']}"
     yield "queue", _queue(status)
     yield "workers", _scaling(status)
+    if told := _held_out(status.get("held_out", {})):
+        yield "held out", told
     if rate := status["throughput"]:
         per_second = f"{rate['samples_per_second']:.3g} completions, {rate['groups_per_second']:.3g} groups a second"
         yield "throughput", f"{per_second}, over {rate['steps']} steps"
@@ -226,6 +228,15 @@ def _state(status: Mapping[str, Any]) -> str:
     return f"{status['state']}, {ended:%Y-%m-%d %H:%M:%S}"
 
 
+def _held_out(found: Mapping[str, Any]) -> str:
+    """Of evaluations beside the learning; nothing before the first."""
+    parts = [f"step {step} under way" for step in found.get("open", ())]
+    if found.get("best") is not None:
+        figures = [f"{k} {v:.4g}" for k, v in found.items() if k not in ("step", "best") and isinstance(v, float)]
+        parts = [f"step {found['step']}: {', '.join(figures)}", f"best: step {found['best']}", *parts]
+    return "; ".join(parts)
+
+
 def _queue(status: Mapping[str, Any]) -> str:
     groups, buffer, pool = status["step_groups"], status["buffer"], status["pool"]
     parts = [
@@ -233,7 +244,7 @@ def _queue(status: Mapping[str, Any]) -> str:
         f"buffer {buffer['arrived']} arrived, {buffer['held']} held of {buffer['capacity']}",
         f"{pool['queued_assignments']} assignments wait for a worker",
     ]
-    if status["evaluations"]:
+    if status["evaluations"] > len(status.get("held_out", {}).get("open", ())):  # those wait for the rest
         parts.append("an evaluation goes first")
     if status["quarantined"]:
         parts.append(f"{status['quarantined']} samples quarantined")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ def save_checkpoint(
     learner: LearnerState,
     controller: Mapping[str, Any],
     keep: int,
+    also: Sequence[int] = (),
 ) -> str:
     """Writes the checkpoint of `step` finished steps, then removes all but the newest `keep`; returns its name.
 
@@ -101,6 +102,7 @@ def save_checkpoint(
         learner: `LearnerStep.state()`.
         controller: JSON-like values; `bytes` values become files of their own.
         keep: how many checkpoints stay, this one included; at least 1.
+        also: steps whose checkpoints stay beside them.
 
     Raises:
         RunError: it cannot be written (a full disk, …); what was there before is as it was.
@@ -123,7 +125,7 @@ def save_checkpoint(
             (folder / "controller" / key).write_bytes(blob)
         _write_facts(folder / "state.json", facts)
         run.commit_folder(name, folder, facts={"step": step})
-    prune_checkpoints(run, step, keep)
+    prune_checkpoints(run, step, keep, also)
     return name
 
 

@@ -39,7 +39,8 @@ class LearnerOutcome:
     step: int
     """Finished steps; a checkpoint holds them."""
     finished: bool
-    """Whether these are all steps of the run, and `adapter/` is written."""
+    """Whether no step is left to take, all being taken or held-out captions not getting better, and `adapter/` is
+    written."""
     reason: str
     error: MMRLError | None = None
     """What ended it, when that was no request."""

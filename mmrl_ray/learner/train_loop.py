@@ -3,7 +3,9 @@
     start    load policy and adapter; newest valid checkpoint of the run folder, or none
              rank 0: controller.restore(…) and publish(version), or rewind(0)
     step s   plan(s) ─▶ LearnerStep.run ─▶ rank 0: publish(s + 1) ─▶ finish_step(s, metrics) ─▶ checkpoint(s + 1)?
-    end      rank 0: a last checkpoint, and `adapter/` when every step was taken
+    end      rank 0: a last checkpoint, and `adapter/` when every step was taken or held-out captions get no better
+
+The steps of `eval.every` are checkpoints, too, of which the best stays: the driver makes `adapter/` of it at the end.
 
 A restarted group comes back here and starts over from the newest checkpoint, and the controller goes back with it.
 
@@ -26,7 +28,7 @@ import ray.train.torch
 import torch
 
 from mmrl_ray.config.schema import torch_threads
-from mmrl_ray.errors import MMRLError, RolloutError
+from mmrl_ray.errors import CheckpointError, MMRLError, RolloutError
 from mmrl_ray.experience.carriers import PlannedGroup, RolloutGroup, StepPlan, derive_seed
 from mmrl_ray.experience.plan import GroupSize
 from mmrl_ray.learner.checkpoints import (
@@ -49,8 +51,8 @@ from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
 from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.rollouts.types import Stop
-from mmrl_ray.run_records.checkpoint_choice import newest_valid_checkpoint
-from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LIVE_FOLDER
+from mmrl_ray.run_records.checkpoint_choice import evaluation_lines, kept_for_evaluation, newest_valid_checkpoint
+from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LIVE_FOLDER, checkpoint_steps
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.logs import CONTEXT, start_logging
@@ -113,19 +115,20 @@ class _Learner:
 
     def run(self) -> LearnerOutcome:
         """Until all steps are taken, the controller says stop, or an error of the project ends it on any rank."""
-        steps, reason = self._cfg.learner.steps, "all steps were taken"
+        steps, reason, early = self._cfg.learner.steps, "all steps were taken", False
         try:
             self._restore()
             while self._step < steps:
                 plan = self._next_plan()
                 if isinstance(plan, Stop):
-                    reason = plan.reason
+                    reason, early = plan.reason, plan.early
                     break
                 self._take(plan)
-            self._on_first(self._end)
+            finished = early or self._step == steps
+            self._on_first(lambda: self._end(finished))
         except MMRLError as error:
             return LearnerOutcome(self._step, finished=False, reason=str(error), error=error)
-        return LearnerOutcome(self._step, finished=self._step == steps, reason=reason)
+        return LearnerOutcome(self._step, finished=finished, reason=reason)
 
     def _restore(self) -> None:
         """Every rank to the newest checkpoint, or to the beginning; then the controller too."""
@@ -139,6 +142,9 @@ class _Learner:
 
         self._on_first(find)
         step = self._ranks.from_first(found[0])
+        earlier: dict[int, dict[str, torch.Tensor]] = {}
+        if step is not None and self._cfg.eval.every is not None:
+            self._on_first(lambda: earlier.update(self._unjudged(step)))
         with self._ranks.together():
             if step is not None:
                 checkpoint = load_checkpoint(self._run, step, self._policy)
@@ -151,9 +157,25 @@ class _Learner:
 
         def back_to_checkpoint() -> None:
             self._controller.restore(checkpoint.controller)
+            for version, weights in earlier.items():
+                self._controller.evaluate(version, weights)
             self._controller.publish(step, self._weights(step))
 
         self._on_first(back_to_checkpoint)
+
+    def _unjudged(self, before: int) -> dict[int, dict[str, torch.Tensor]]:
+        """The weights of checkpoints that the run was to be evaluated at, and ended before it was."""
+        judged = max((line["step"] for line in evaluation_lines(self._run) if line["step"] <= before), default=0)
+        found = {}
+        for step in checkpoint_steps(self._run):
+            if judged < step < before and self._cfg.eval.is_due(step):
+                try:
+                    load_checkpoint(self._run, step, self._policy)
+                except CheckpointError as error:
+                    logger.warning("step %d stays without its evaluation: %s", step, error)
+                else:
+                    found[step] = {name: tensor.clone() for name, tensor in self._weights(step).items()}
+        return found
 
     def _next_plan(self) -> StepPlan | Stop:
         """The step's plan, the same on all ranks; or that there is none, if any rank was told so."""
@@ -196,14 +218,14 @@ class _Learner:
         self._on_first(publish)
         self._step = plan.step + 1
         self._late_seconds = {}
-        if self._step % self._cfg.learner.checkpoint_every == 0:
+        if self._step % self._cfg.learner.checkpoint_every == 0 or self._cfg.eval.is_due(self._step):
             self._on_first(self._save)
 
     def _weights(self, version: int) -> dict[str, torch.Tensor]:
-        """What workers load. Value heads go with the last version alone, the only one that they decode."""
+        """What workers load. Value heads go with the versions alone that are evaluated, the only ones they decode."""
         heads = self._policy.value_heads.get(None)
-        last = heads is not None and version == self._cfg.learner.steps
-        return {**adapter_state(self._policy.model), **(published(heads) if heads is not None and last else {})}
+        decoded = version == self._cfg.learner.steps or self._cfg.eval.is_due(version)
+        return {**adapter_state(self._policy.model), **(published(heads) if heads is not None and decoded else {})}
 
     def _measure_importance(self, plan: StepPlan) -> dict[str, float]:
         """Rank 0's affair, unless a pass needs every rank's share of the weights."""
@@ -228,6 +250,7 @@ class _Learner:
             learner=self._learner.state(),
             controller=self._controller.checkpoint_state(self._step),
             keep=self._cfg.learner.keep_checkpoints,
+            also=kept_for_evaluation(self._run, self._cfg.eval),
         )
         self._saved = self._step
         # The step's own line is written already: the time shows up in the next one's.
@@ -236,10 +259,10 @@ class _Learner:
         export_checkpoint_metrics(self._meter, seconds)
         logger.info("checkpoint of %d finished steps written in %.1f s", self._step, seconds)
 
-    def _end(self) -> None:
+    def _end(self, finished: bool) -> None:
         if self._step > 0 and self._saved != self._step:
             self._save()
-        if self._step == self._cfg.learner.steps:
+        if finished:
             save_adapter_folder(self._run, ADAPTER_FOLDER, self._policy, self._step)
 
     def _choose_path(self, plan: StepPlan) -> None:

@@ -75,6 +75,12 @@ def sentence_bleu(
     return min(1.0, score / 100.0)  # a perfect match comes out as 100.00000000000004
 
 
+@lru_cache(maxsize=_CACHED_SAMPLES)
+def _corpus_scorer(references: tuple[str, ...], tokenizer: Tokenizer) -> BLEU:
+    """A run is evaluated on the same samples again and again."""
+    return BLEU(lowercase=True, references=[[spaced(reference, tokenizer)] for reference in references])
+
+
 def bleu_counts(caption: str, references: Sequence[str], *, tokenizer: Tokenizer = Tokenizer.UNICODE) -> list[float]:
     """[correct 1…4, total 1…4, words said, words of the closest reference]; their sums are the corpus' own counts.
 
@@ -83,8 +89,7 @@ def bleu_counts(caption: str, references: Sequence[str], *, tokenizer: Tokenizer
     """
     if not references:
         raise ValueError("BLEU needs at least one reference, got none")
-    streams = [[spaced(reference, tokenizer)] for reference in references]
-    score = BLEU(lowercase=True).corpus_score([spaced(caption, tokenizer)], streams)
+    score = _corpus_scorer(tuple(references), tokenizer).corpus_score([spaced(caption, tokenizer)], None)
     return [*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len)]
 
 
@@ -119,6 +124,11 @@ def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
     return len(first) - row.bit_count()
 
 
+@lru_cache(maxsize=_CACHED_SAMPLES)
+def _reference_words(references: tuple[str, ...], tokenizer: Tokenizer) -> tuple[list[str], ...]:
+    return tuple(words(reference, tokenizer) for reference in references)
+
+
 def rouge_l(caption: str, references: Sequence[str], *, tokenizer: Tokenizer = Tokenizer.UNICODE) -> float:
     """ROUGE-L F-measure in [0, 1] with beta = 1.2; precision and recall each take their best reference.
 
@@ -133,8 +143,7 @@ def rouge_l(caption: str, references: Sequence[str], *, tokenizer: Tokenizer = T
     if not tokens:
         return 0.0
     precision = recall = 0.0
-    for reference in references:
-        other = words(reference, tokenizer)
+    for other in _reference_words(tuple(references), tokenizer):
         common = lcs_length(tokens, other)
         if common:
             precision = max(precision, common / len(tokens))

@@ -205,6 +205,12 @@ def _look_at_held_out(cfg: Config, found: DryRun) -> None:
     quarantine = held_out_quarantine(cfg)
     samples = evaluation_split(cfg, quarantine)
     found.held_out.append(f"{len(samples):,} samples of {cfg.data.eval}")
+    if (every := cfg.eval.every) is not None:
+        ends = "" if cfg.eval.patience is None else f"; {cfg.eval.patience} in a row without a new best end the run"
+        found.held_out.append(
+            f"evaluated at every {every} of {cfg.learner.steps:,} steps, and by {cfg.eval.metric} the best becomes "
+            f"adapter/{ends}"
+        )
     if len(quarantine):
         found.held_out.append(told(quarantine.records))
     try:

@@ -117,7 +117,7 @@ def evaluation_split(cfg: Config, quarantine: Quarantine) -> list[Sample]:
     """
     if cfg.data.eval is None:
         return []
-    samples = read_split(cfg.data.eval, prompt=cfg.data.prompt, limit=cfg.data.eval_samples, quarantine=quarantine)
+    samples = read_split(cfg.data.eval, prompt=cfg.data.prompt, limit=cfg.eval.samples, quarantine=quarantine)
     bare = next((sample.id for sample in samples if not sample.references), None)
     if bare is not None:
         raise DataError(f"{cfg.data.eval}: sample {bare!r} has no references to evaluate against")

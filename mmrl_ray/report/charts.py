@@ -98,6 +98,37 @@ def charts(metrics: Metrics, own: Sequence[Panel] = ()) -> list[Chart]:
     return [chart for chart in made if chart is not None]
 
 
+def held_out_charts(lines: Metrics) -> list[Chart]:
+    """A curve with its 95 % intervals for each measure of evaluations while the run learned, of `eval/steps.jsonl`.
+
+    The one that chose the best checkpoint comes first, and a line stands at that.
+    """
+    names = dict.fromkeys(name for line in lines for name in (line["metric"], *line["intervals"]))
+    return [chart for name in names if (chart := _held_out_chart(name, lines)) is not None]
+
+
+def _held_out_chart(name: str, lines: Metrics) -> Chart | None:
+    found = [(float(line["step"]), line["intervals"][name]) for line in lines if name in line["intervals"]]
+    curve = [(step, float(each["value"])) for step, each in found]
+    if len(curve) < 2:
+        return None
+    figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    x, y = zip(*curve, strict=True)
+    axes.plot(x, y, color=colour(0), marker="o", markersize=3, linewidth=1.6)
+    known = [(step, each) for step, each in found if is_number(each["low"]) and is_number(each["high"])]
+    low, high = ([each[end] for _, each in known] for end in ("low", "high"))
+    axes.fill_between([step for step, _ in known], low, high, color=colour(0), alpha=0.18, linewidth=0)
+    best = lines[-1]["best"]
+    if best is not None:
+        axes.axvline(best, color=colour(1), linewidth=1.0, linestyle=_DASHES[1])
+    decides = ", which chooses the best checkpoint" if name == lines[-1]["metric"] else ""
+    panel = Panel(f"Held out: {name}{decides}", (f"eval/{name}",))
+    _dress(axes, panel, legend=False)
+    told = "" if best is None else f" The best checkpoint is that of step {best}."
+    return Chart(panel.title, svg_data_uri(figure), f"{_alt(panel, {name: curve})}{told}", _first_last({name: curve}))
+
+
 def constants(metrics: Metrics) -> dict[str, float]:
     """The metrics of panels in which nothing ever changes: a sentence says that better than a chart."""
     flat = [panel for panel in PANELS if _is_flat(panel, metrics)]

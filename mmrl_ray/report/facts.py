@@ -25,6 +25,7 @@ EVENT_WORDS = {
     "run_resumed": "run resumed",
     "run_ended": "run ended",
     "engine": "sampled by another engine",
+    "ended_early": "ended before its last step: held-out captions got no better",
     "worker_created": "rollout worker asked for",
     "worker_ready": "rollout worker ready",
     "worker_lost": "rollout worker lost",
@@ -62,6 +63,7 @@ def fact_blocks(
 ) -> list[dict[str, Any]]:
     """Titled blocks of (name, value); a block without rows is left out."""
     blocks = [
+        ("Checkpoints, by held-out captions", list(_checkpoints(summary))),
         ("Held-out preferences", list(_preferences(summary))),
         ("Reward in training, first step to last", reward_rows(config, metrics)),
         ("Time by phase", list(_phases(summary))),
@@ -109,6 +111,27 @@ def _preferences(summary: Mapping[str, Any]) -> Iterator[Row]:
                 known = is_number(interval.get("low")) and is_number(interval.get("high"))
                 bounds = f"[{interval['low']:.3f}, {interval['high']:.3f}]" if known else "(no interval: one pair)"
                 yield f"{measure} of the implicit reward, {name}", f"{interval['value']:.3f} {bounds}"
+
+
+def _checkpoints(summary: Mapping[str, Any]) -> Iterator[Row]:
+    told = _mapping(summary.get("checkpoints"))
+    for name, folder in (("best", "adapter/"), ("last", "adapter-last/")):
+        side = _mapping(told.get(name))
+        if is_number(side.get("step")):
+            yield f"{name}, {folder}", f"step {side['step']:g}: {told.get('metric')} {_interval(side)}"
+    for name, label in (("best_less_start", "best less the start"), ("last_less_best", "last less best")):
+        if gap := _mapping(told.get(name)):
+            yield f"{label}, paired by sample", _interval(gap, "+")
+    if early := _mapping(summary.get("ended_early")):
+        yield "ended early", str(early.get("detail", ""))
+
+
+def _interval(side: Mapping[str, Any], sign: str = "") -> str:
+    if not is_number(side.get("value")):
+        return "unknown"
+    known = is_number(side.get("low")) and is_number(side.get("high"))
+    ends = f"[{side['low']:{sign}.3f}, {side['high']:{sign}.3f}]" if known else "(no interval: one sample)"
+    return f"{side['value']:{sign}.3f} {ends}"
 
 
 def _phases(summary: Mapping[str, Any]) -> Iterator[Row]:

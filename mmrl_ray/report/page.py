@@ -22,9 +22,10 @@ from mmrl_ray.config.problems import parse_yaml
 from mmrl_ray.errors import MMRLError, RunError
 from mmrl_ray.evaluation.records import load_evaluation, load_states
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness
-from mmrl_ray.report.charts import charts, constants
+from mmrl_ray.report.charts import charts, constants, held_out_charts
 from mmrl_ray.report.facts import event_rows, fact_blocks, happened, quarantine_rows
 from mmrl_ray.report.panels import caption_groups, correlation_table, measure_table, state_map
+from mmrl_ray.run_records.checkpoint_choice import evaluation_lines
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import EVENTS, METRICS_FILE, QUARANTINE_FILE
 
@@ -56,6 +57,7 @@ def render_report(run: RunDir) -> str:
     )
     before, after = (_tried(problems, _evaluation, run, name) for name in ("before", "after"))
     sides = {side: found for side in ("before", "after") if (found := _tried(problems, load_states, run, side))}
+    judged = _tried(problems, evaluation_lines, run) or []
     table = measure_table(before, after)
     config = run.read_text("config.yaml") if run.exists("config.yaml") else ""
     event_list, events_left = event_rows(events)
@@ -73,7 +75,7 @@ def render_report(run: RunDir) -> str:
         groups=caption_groups(run, before, after),
         state_map=state_map(sides),
         correlations=correlation_table(sides),
-        charts=charts(metrics, _own_panels(config)),
+        charts=[*held_out_charts(judged), *charts(metrics, _own_panels(config))],
         constants=[f"{name} {value:.4g}" for name, value in constants(metrics).items()],
         facts=fact_blocks(summary, metrics, events, quarantined, config),
         happened=happened(events, metrics, quarantined),

@@ -20,16 +20,18 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ModelError
-from mmrl_ray.rollouts.types import Assignment, DataFailure
+from mmrl_ray.rollouts.types import Assignment, DataFailure, Kind
 
 CRASHES_BEFORE_SPLIT = 2
 SAME_ERRORS = 3
 """Of different samples, at the beginning of a run and with none that worked: then the model is at fault."""
+_ORDER: Mapping[Kind, int] = {"eval": 0, "train": 1, "aside": 2}
+"""Of kinds in the queue."""
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|0x[0-9a-f]+|\d+")
 """What differs in one error from sample to sample: names in quotes, sizes, addresses."""
 
@@ -125,7 +127,7 @@ class AssignmentTracker:
         return set(self._at_work)
 
     def submit(self, assignment: Assignment) -> None:
-        """Queues a new assignment: an evaluation before the first training one, others at the end."""
+        """Queues a new assignment behind those of its kind, and before those that have time (`_ORDER`)."""
         self._append(_Entry(assignment))
 
     def assign(self, worker: int, now: float) -> Assignment | None:
@@ -235,7 +237,7 @@ class AssignmentTracker:
         return None if work is None else work.since
 
     def _next(self, worker: int) -> _Entry:
-        """Takes the first one, or what `worker` was told of: not past an evaluation, and past the first one only as
+        """Takes the first one, or what `worker` was told of: not past another kind, and past the first one only as
         often as there are workers who were told."""
         first = self._queue[0]
         told, waiting = self._told.pop(worker, None), len(self._told)
@@ -250,10 +252,10 @@ class AssignmentTracker:
         return self._queue.popleft()
 
     def _append(self, entry: _Entry) -> None:
-        if entry.assignment.kind != "eval":
-            self._queue.append(entry)
-            return
-        place = next((i for i, e in enumerate(self._queue) if e.assignment.kind != "eval"), len(self._queue))
+        order = _ORDER[entry.assignment.kind]
+        place = len(self._queue)
+        while place and _ORDER[self._queue[place - 1].assignment.kind] > order:
+            place -= 1
         self._queue.insert(place, entry)
 
     def _requeue(self, entries: Iterable[_Entry]) -> None:

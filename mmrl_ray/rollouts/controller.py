@@ -3,7 +3,7 @@
     pump thread     ┌─▶ dispatch: steps within max_staleness of the newest version, while the buffer has room
     (`loop.py`)     │   poll the pool ─▶ groups into the buffer, broken samples into quarantine
                     └── read the next step's samples ahead
-    other threads   next_plan · publish · finish_step · checkpoint_state · restore · rewind · captions · status
+    other threads   next_plan · publish · finish_step · checkpoint_state · restore · rewind · captions · judge · status
 
 A step's life: composed → dispatched → complete → planned (`next_plan`) → finished (`finish_step`). An error in the
 pump ends the run: the next `next_plan` answers `Stop(failed=True)`, every other call raises it.
@@ -24,6 +24,7 @@ from mmrl_ray.errors import MMRLError, RolloutError
 from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rollouts.group_codec import decode_checkpoint, encode_checkpoint
+from mmrl_ray.rollouts.held_out import HeldOutWatch
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
 from mmrl_ray.rollouts.run_metrics import PlannedStep, RunMetrics, StepWriter, reward_failures
 from mmrl_ray.rollouts.types import Generated, Stop, Wait
@@ -58,7 +59,9 @@ class Controller:
         self._cfg, self._fetch, self._clock = cfg, fetch, clock
         self._meter = meter or Meter(run=cfg.run.name)
         self._told = RunMetrics(self._meter, cfg.learner.steps)
+        self._put = put
         self._loop = RolloutLoop(cfg, run, pool, source, put, self._told.event)
+        self._held_out = HeldOutWatch(cfg, run, self._loop.buffer)
         self._pump = self._loop.pump
         self._changed = self._pump.changed
         self._writer = StepWriter(run, clock)
@@ -109,6 +112,8 @@ class Controller:
             if version not in (self._next_plan, self._next_plan + 1):
                 raise RolloutError(f"policy version {version} was published while step {self._next_plan} is due")
             self._loop.versions.publish(version, encoded)
+            if self._held_out.is_due(version):
+                self._ask_beside(version, self._loop.versions.reference(version))
             self._loop.versions.drop_before(version)
             self._pump.wake()
 
@@ -194,11 +199,49 @@ class Controller:
                     self._loop.note({"kind": "learner_restarted", "at_step": self._next_plan, "step": step})
                 self._loop.seek(step, stream, groups)
                 self._planned, self._next_plan, self._asked_since = None, step, None
+                self._held_out.begin(step)
                 self._writer.begin(step, self._loop.totals())
                 self._loop.scaling.began()
                 self._told.begin(step)
 
         self._pump.call(go, COMMAND_TIMEOUT_S)
+
+    # -- held-out captions beside the learning -----------------------------------------------------------------------
+
+    def watch_held_out(self, samples: Sequence[Sample], sampling: SamplingParams) -> None:
+        """Says what is captioned at the steps of `eval.every`, and how. Before the learner begins."""
+        with self._changed:
+            self._held_out.watch(samples, sampling)
+
+    def evaluate(self, version: int, encoded: np.ndarray) -> None:
+        """Has a version captioned that was published in an earlier life of the run."""
+        self._pump.check()
+        with self._changed:
+            if self._held_out.is_due(version):
+                self._ask_beside(version, (self._put(encoded),))
+
+    def evaluated(self) -> tuple[int, Generated] | None:
+        """(step, captions) of the evaluation that is to be judged next, if its captions are all there."""
+        self._pump.check()
+        with self._changed:
+            return self._held_out.complete()
+
+    def judge(self, line: Mapping[str, Any]) -> bool:
+        """Writes a line of `eval/steps.jsonl`, and lets the learner go on; False where its step was undone since.
+
+        Raises:
+            RunError: the run folder cannot be written.
+        """
+        with self._changed:
+            if not self._held_out.judge(line, self._next_plan):
+                return False
+            self._changed.notify_all()
+        self._writer.evaluated(line)
+        self._told.evaluated(line)
+        return True
+
+    def _ask_beside(self, version: int, weights: tuple[Any, ...]) -> None:
+        self._loop.ask_beside([*self._held_out.open(version).requests.values()], version, weights)
 
     # -- the driver's calls ----------------------------------------------------------------------------------------
 
@@ -287,6 +330,7 @@ class Controller:
                 "error": None if self._pump.failure is None else str(self._pump.failure),
                 "metrics": dict(self._writer.last_line),
                 "throughput": self._writer.throughput(),
+                "held_out": self._held_out.status(),
                 **self._loop.status(self._next_plan),
             }
 
@@ -309,6 +353,10 @@ class Controller:
             return Stop(self._stop)
         if self._asked_since is None:
             self._asked_since = self._clock()
+        if (due := self._held_out.awaited(step)) is not None:
+            return Wait(f"the evaluation of step {due} is under way, and step {step} waits for what it shows")
+        if (reason := self._held_out.ended()) is not None:
+            return Stop(reason, early=True)
         if not self._loop.buffer.is_complete(step):
             return Wait("{} of {} groups of step {} have arrived".format(*self._loop.buffer.progress(step), step))
         return self._plan(step, world_size)

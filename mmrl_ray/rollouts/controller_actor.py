@@ -109,6 +109,9 @@ class ControllerClient:
     rewind = Forwarded(Controller.rewind)
     resize = Forwarded(Controller.resize)
     request_stop = Forwarded(Controller.request_stop)
+    watch_held_out = Forwarded(Controller.watch_held_out)
+    evaluated = Forwarded(Controller.evaluated)
+    judge = Forwarded(Controller.judge)
     failure = Forwarded(Controller.failure)
     status = Forwarded(Controller.status)
 
@@ -161,6 +164,10 @@ class ControllerClient:
     def publish(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
         """Makes `state` the weights of `version`: returns when the controller has a copy; the caller may die then."""
         self.call("publish", version, encode_state(state))
+
+    def evaluate(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Has held-out samples captioned by a version that an earlier life of the run has published."""
+        self.call("evaluate", version, encode_state(state))
 
     def fetch(self, version: int) -> dict[str, torch.Tensor]:
         """The weights of a version.

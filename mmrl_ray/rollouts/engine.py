@@ -114,7 +114,7 @@ class RolloutEngine:
             self._load(assignment.version, fetch)
         with _timed(seconds, "encode"):
             self._scorer.prepare([*assignment.samples, *assignment.ahead])
-            prompts, failures = self._encode(assignment.groups)
+            prompts, failures = self._encode(assignment.groups, again=assignment.kind == "aside")
         with _timed(seconds, "sample"):
             sampled = self._decode(prompts, greedy=assignment.greedy_baseline)
         with _timed(seconds, "reference"):
@@ -149,12 +149,12 @@ class RolloutEngine:
         self._version = version
 
     def _encode(
-        self, requests: Sequence[GroupRequest]
+        self, requests: Sequence[GroupRequest], *, again: bool
     ) -> tuple[list[tuple[GroupRequest, EncodedPrompt]], list[DataFailure]]:
         prompts, failures = [], []
         for request in requests:
             try:
-                prompt = self._scorer.encode(request.sample, request.sampling.max_new_tokens)
+                prompt = self._scorer.encode(request.sample, request.sampling.max_new_tokens, again=again)
                 prompt = self._generator.prepared(prompt, request.sample)
                 self._check(request)
             except MMRLError as error:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import SampleStream
@@ -24,7 +24,7 @@ from mmrl_ray.rollouts.assignment_tracker import FirstErrors
 from mmrl_ray.rollouts.group_codec import Parcel, Parcelled
 from mmrl_ray.rollouts.scaling import Scaling
 from mmrl_ray.rollouts.steps import StepBuffer, StepSampler, chunks
-from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, DataFailure, GroupRequest
+from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, DataFailure, GroupRequest, Kind
 from mmrl_ray.rollouts.weights import VersionTable
 from mmrl_ray.run_records.control_files import ScaleAnswer
 from mmrl_ray.run_records.run_dir import RunDir
@@ -71,6 +71,9 @@ class RolloutLoop:
         self._first = FirstErrors(cfg.model.path)
         self._restored: dict[tuple[int, int], tuple[ScoredGroup, Parcel]] = {}
         self._resample: list[GroupRequest] = []
+        self._asides: list[tuple[Sequence[GroupRequest], int, tuple[Any, ...]]] = []
+        # A worker that shares its GPU with a learner has its turn, and no time beside it.
+        self._beside: Kind = "eval" if cfg.resources.takes_turns else "aside"
         self._notes: list[Mapping[str, Any]] = []
         self._on_event = on_event
         self._told_quarantined = 0
@@ -80,6 +83,11 @@ class RolloutLoop:
     def sample_again(self, requests: Sequence[GroupRequest]) -> None:
         """Dispatches these groups once more, with the newest version."""
         self._resample.extend(requests)
+        self.pump.wake()
+
+    def ask_beside(self, requests: Sequence[GroupRequest], version: int, weights: tuple[Any, ...]) -> None:
+        """Dispatches groups of an evaluation when workers have nothing else to do, whatever is the newest then."""
+        self._asides.append((requests, version, weights))
         self.pump.wake()
 
     def scale(self, workers: int | None, by: str) -> ScaleAnswer:
@@ -157,7 +165,7 @@ class RolloutLoop:
         self._told_quarantined = len(known)
         self._run.truncate_lines(QUARANTINE_FILE, lambda line: line in known)
 
-    def submit(self, kind: Literal["train", "eval"], requests: Sequence[GroupRequest]) -> None:
+    def submit(self, kind: Kind, requests: Sequence[GroupRequest]) -> None:
         """Has the pool sample these groups with the newest version, in assignments."""
         for chunk in chunks(requests, self._cfg.rollout.groups_per_assignment):
             self._submit(kind, chunk)
@@ -197,8 +205,14 @@ class RolloutLoop:
     def _dispatch(self) -> None:
         with self.pump.changed:
             again, self._resample = self._resample, []
+            asides, self._asides = self._asides, []
         self.submit("train", again)
         self._select()
+        for beside, version, weights in asides:
+            # As many completions as one of training has, so that it is decoded as fast and no longer.
+            size = self._cfg.rollout.groups_per_assignment * self._cfg.rollout.group_size
+            for chunk in chunks(beside, size):
+                self._send(self._beside, chunk, version, weights)
         while self._may_dispatch():
             step, requests = self.sampler.next_step, self.sampler.compose()
             self.pool.expect(())  # it is here; what comes after it is not read yet
@@ -251,20 +265,23 @@ class RolloutLoop:
                 and self.buffer.has_room(self.sampler.groups_per_step)
             )
 
-    def _submit(self, kind: Literal["train", "eval"], requests: tuple[GroupRequest, ...]) -> None:
-        is_train = kind == "train"
+    def _submit(self, kind: Kind, requests: tuple[GroupRequest, ...]) -> None:
         with self.pump.changed:
             newest = self.versions.newest
             if newest is None:
                 return  # rewound in between: what was asked for is forgotten
             weights = self.versions.reference(newest)
+        self._send(kind, requests, newest, weights)
+
+    def _send(self, kind: Kind, requests: tuple[GroupRequest, ...], version: int, weights: tuple[Any, ...]) -> None:
+        is_train = kind == "train"
         self._assignments += 1
         self.pool.submit(
             Assignment(
                 id=self._assignments,
                 kind=kind,
                 groups=requests,
-                version=newest,
+                version=version,
                 weights=weights,
                 greedy_baseline=is_train and self._cfg.learner.advantage == "greedy",
                 reference_logprobs=is_train and (self._cfg.learner.kl.weight != 0 or self._cfg.teacher is not None),

@@ -136,6 +136,10 @@ class StepWriter:
         )
         self.last_line = line
 
+    def evaluated(self, line: Mapping[str, Any]) -> None:
+        """Held-out captions were judged: their figures stand beside those of steps."""
+        self._log.board_evaluation(line)
+
     def flush(self) -> None:
         """Returns when all steps given so far are in the run folder; raises as `write`."""
         self._recorder.flush()
@@ -175,6 +179,13 @@ class RunMetrics:
         figures = (f"{name} {line[key]:.4g}" for key, name in _SHOWN.items() if isinstance(line.get(key), int | float))
         logger.info("step %d of %d: %s", done.plan.step + 1, self._steps, "  ".join(figures))
         CONTEXT.put(step=done.plan.step + 1)
+
+    def evaluated(self, line: Mapping[str, Any]) -> None:
+        """Held-out captions were judged."""
+        figures = {name: value for name, value in line.items() if name.startswith("eval/")}
+        export_step_metrics(self._meter, figures)
+        told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        logger.info("evaluation of step %d: %s  best %s", line["step"], told, line["best"])
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Something was written to the run's events."""

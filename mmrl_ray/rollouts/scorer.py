@@ -28,6 +28,9 @@ from mmrl_ray.policy.vision import VisionCache, vision_features
 
 logger = logging.getLogger(__name__)
 
+_KEPT_BYTES = 64 << 20
+"""Of prompts that will be asked for again, those of held-out samples."""
+
 
 class Scorer:
     """Scores with a loaded policy. One thread at a time."""
@@ -53,6 +56,8 @@ class Scorer:
         self._choice: Comparison | None = None
         self._prompts = prompts or PromptPool(policy.policy)
         self._counted = (0, 0, 0)
+        self._kept: dict[tuple[str, str, tuple[bytes, ...]], EncodedPrompt] = {}
+        self._kept_bytes = 0
 
     @property
     def ships_vision(self) -> bool:
@@ -67,14 +72,27 @@ class Scorer:
         """These are what `encode` will be asked for, in about this order."""
         self._prompts.prepare(samples)
 
-    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
-        """One prompt, with room for its completions.
+    def encode(self, sample: Sample, max_new_tokens: int, *, again: bool = False) -> EncodedPrompt:
+        """One prompt, with room for its completions; kept for the next time where it will be asked for `again`.
 
         Raises:
             DataError, ModelError: this sample cannot be used.
         """
-        prompt = self._prompts.encode(sample)
+        # Where processes make them beside the model's work, once more costs nothing.
+        prompt = self._kept_prompt(sample) if again and not self._prompts.processes else self._prompts.encode(sample)
         check_context(self.policy, prompt, max_new_tokens)
+        return prompt
+
+    def _kept_prompt(self, sample: Sample) -> EncodedPrompt:
+        key = (sample.id, sample.prompt, sample.images)
+        if (prompt := self._kept.get(key)) is None:
+            prompt = self._prompts.encode(sample)
+            tensors = [prompt.input_ids, *prompt.model_inputs.values()]
+            size = sum(map(len, sample.images)) + sum(tensor.nbytes for tensor in tensors)
+            # Asked for in turns: what was kept last would be let go of before it is wanted.
+            if self._kept_bytes + size <= _KEPT_BYTES:
+                self._kept[key] = prompt
+                self._kept_bytes += size
         return prompt
 
     def check_path(self, prompts: Sequence[EncodedPrompt]) -> Comparison:

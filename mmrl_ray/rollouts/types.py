@@ -35,13 +35,17 @@ class GroupRequest:
     """Also the state of the first completion (`analysis/attribution.py`)."""
 
 
+Kind = Literal["train", "eval", "aside"]
+"""Training; captions that somebody waits for, which come first; captions beside training, which come last."""
+
+
 @pickled_by_fields
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """A fixed list of groups that one worker decodes together; composed by the step, not by who takes it."""
 
     id: int
-    kind: Literal["train", "eval"]
+    kind: Kind
     groups: tuple[GroupRequest, ...]
     version: int
     """Policy version to sample with."""
@@ -109,6 +113,8 @@ class Stop:
     reason: str
     failed: bool = False
     """The run ended by an error, which `failure()` of the controller returns; False when it is done or was stopped."""
+    early: bool = False
+    """It is done before all steps were taken: it does not get better any more."""
 
 
 @pickled_by_fields

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mmrl_ray.config.sections import EvalSection
 from mmrl_ray.errors import CheckpointError, ConfigError, RunError
 from mmrl_ray.run_records.run_dir import (
     ADAPTER_FOLDER,
@@ -26,12 +27,10 @@ from mmrl_ray.run_records.run_dir import (
     checkpoint_name,
     checkpoint_steps,
 )
-from mmrl_ray.run_records.step_log import note_event
+from mmrl_ray.run_records.step_log import EVALUATIONS, note_event
 
 logger = logging.getLogger(__name__)
 
-EVALUATIONS = "eval/steps.jsonl"
-"""One line an evaluation, in order: `step`, the measures as `eval/…`, `best` (a step, or null before the first)."""
 BEST, LAST = "best", "last"
 _OF_A_RESUME = ("state.safetensors", "state.json", "controller")
 """In a checkpoint, beside its adapter."""
@@ -66,6 +65,11 @@ def choose_checkpoint(
     """
     if which is None:
         return _default(run, final, holds)
+    found = _named(run, which, final, holds)
+    return replace(found, notes=(f"--checkpoint {which}: this is its {found.folder}, of step {found.step}",))
+
+
+def _named(run: RunDir, which: str, final: str, holds: str) -> Chosen:
     if which not in (BEST, LAST) and not (which.isascii() and which.isdigit()):
         raise ConfigError(f"--checkpoint {which}: write best, last or the number of a step; {_there_is(run, final)}")
     known = _finals(run, final, holds)
@@ -172,6 +176,16 @@ def _copy_adapter(run: RunDir, source: str, target: str, step: int) -> None:
             if name not in (MANIFEST, *_OF_A_RESUME):
                 (folder / name).write_bytes(run.read_bytes(f"{source}/{name}"))
         run.commit_folder(target, folder, facts={"step": step})
+
+
+def kept_for_evaluation(run: RunDir, cfg: EvalSection) -> list[int]:
+    """Steps whose checkpoints stay however old they are: the best, and those that were not judged yet."""
+    if cfg.every is None:
+        return []
+    lines, best = evaluation_lines(run), best_step(run)
+    judged = int(lines[-1]["step"]) if lines else 0
+    waiting = [step for step in checkpoint_steps(run) if step > judged and cfg.is_due(step)]
+    return [*([best] if best is not None else []), *waiting]
 
 
 # -- checkpoints that stay ---------------------------------------------------------------------------------------------

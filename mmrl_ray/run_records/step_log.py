@@ -36,6 +36,8 @@ RECENT_STEPS = 10
 EVENTS = "events.jsonl"
 _ENGINE = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "num_preemptions")
 QUARANTINE_FILE = "quarantine.jsonl"
+EVALUATIONS = "eval/steps.jsonl"
+"""One line an evaluation while a run learns, in order: `step`, the measures as `eval/…`, `best` (a step, or null)."""
 
 
 def rollout_metrics(
@@ -128,6 +130,8 @@ class StepLog:
         self._run = run
         self._board: Any = None
         self._purge: int | None = None
+        self._kept: list[dict[str, Any]] = []
+        """Evaluations that the purge takes along."""
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one step's line; `line["step"]` is the x axis of the scalars."""
@@ -140,11 +144,22 @@ class StepLog:
                 board.add_scalar(name, float(value), line["step"])
         board.flush()
 
+    def board_evaluation(self, line: Mapping[str, Any]) -> None:
+        """The figures of a line of `eval/steps.jsonl`, for TensorBoard; `line["step"]` counts finished steps."""
+        if (board := self._open_board()) is None:
+            return
+        for name, value in line.items():
+            if name.startswith("eval/") and isinstance(value, int | float):
+                board.add_scalar(name, float(value), line["step"])
+        board.flush()
+
     def rewind(self, step: int) -> None:
         """Takes back the lines of `step` and later, which will be done again."""
         self._run.truncate_lines(METRICS_FILE, lambda line: line["step"] < step)
         self.close()
         self._purge = step
+        # Of a step's line the x axis is the step, of an evaluation the number of finished ones.
+        self._kept = [line for line in self._run.read_lines(EVALUATIONS) if line["step"] == step]
 
     def close(self) -> None:
         """Ends the TensorBoard file."""
@@ -161,6 +176,9 @@ class StepLog:
                 self._board = SummaryWriter(str(self._run.local_path("tb")), purge_step=self._purge)
             except OSError as error:
                 raise RunError(f"{self._run.full_path('tb')}: cannot write TensorBoard events ({error})") from error
+            kept, self._kept = self._kept, []
+            for line in kept:
+                self.board_evaluation(line)
         return self._board
 
 

@@ -87,7 +87,7 @@ def pair_data(cfg: Config, run: RunDir) -> tuple[Config, list[Sample]]:
     pairs = []
     if run.exists(HELD_OUT):
         broken = Quarantine(cfg.data.max_quarantined, source=held_out)
-        pairs = read_split(held_out, prompt=cfg.data.prompt, limit=cfg.data.eval_samples, quarantine=broken)
+        pairs = read_split(held_out, prompt=cfg.data.prompt, limit=cfg.eval.samples, quarantine=broken)
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": train})}), pairs
 
 

@@ -3,7 +3,8 @@
     run folder, owned ──▶ scenes ──▶ Ray ──▶ warm start, checks ──▶ controller + rollout workers
                                                                      │  evaluate (before) ‖ learner group starts
                                                                      ▼
-                        report ◀── summary ◀── evaluate (after) ◀── steps, checkpoints ──▶ adapter/
+                                                                     │  evaluate (eval.every) ‖ steps, checkpoints
+                                  report ◀── summary ◀── evaluate (after), the best checkpoint ──▶ adapter/
 
 No model is ever in this process: it is light, and needs no GPU.
 
@@ -59,7 +60,7 @@ from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training import offline
 from mmrl_ray.training.cluster import ray_session, refuse_node_local
-from mmrl_ray.training.held_out import HeldOut, evaluation_json, warn_if_blind
+from mmrl_ray.training.held_out import HeldOut, choice_json, evaluation_json, warn_if_blind
 from mmrl_ray.training.interrupts import StopOnInterrupt
 from mmrl_ray.training.local_ray import PeakMemory, scrape_targets
 from mmrl_ray.training.model_process import ModelProcess, base_of, look_at
@@ -358,6 +359,8 @@ class _Run:
         with self._timed("start"):
             settings = PoolSettings.of(cfg, bundles)
             controller = start_controller(cfg, run, factory, settings=settings)
+        if held_out.chooses:
+            held_out.watch(controller)
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
         interrupt = StopOnInterrupt(
@@ -376,18 +379,28 @@ class _Run:
                             self._evaluate(held_out, "before", controller)
                         else:  # a later version's captions would pass for the first one's
                             self._progress.note("evaluate (before): left out, the run is past its beginning")
+                    if held_out.chooses and is_beginning:
+                        held_out.judge_before(controller)
                     if is_beginning and not offline.has_measured(run, "before"):
                         self._measure_pairs(cfg, "before", controller)
                 with self._timed("learning"):
-                    self._watch(controller, learner, hosted)
+                    self._watch(controller, learner, hosted, held_out)
                     outcome = learner.result()
                 if not outcome.finished:
                     raise Interrupted(
                         f"stopped after {outcome.step} steps; go on with: mmrl train --resume {run.location}"
                     )
+                if outcome.step < cfg.learner.steps:
+                    self._progress.note(f"ended after {outcome.step} of {cfg.learner.steps} steps: {outcome.reason}")
+                    self._facts["ended_early"] = {"step": outcome.step, "detail": outcome.reason}
+                    note_event(run, "ended_early", **self._facts["ended_early"])
                 with interrupt.at_once():
+                    if held_out.chooses:
+                        held_out.finish_looking(controller)
                     if held_out.samples:
                         self._evaluate(held_out, "after", controller)
+                    if held_out.chooses:
+                        held_out.choose(outcome.step, controller)
                     self._measure_pairs(cfg, "after", controller)
         except (MMRLError, KeyboardInterrupt) as error:
             if not interrupt.asked or isinstance(error, Interrupted):
@@ -430,8 +443,8 @@ class _Run:
             with self._timed(f"preferences_{name}"):
                 self._progress.note(offline.measure_pairs(cfg, self._run, name, controller, self._pairs))
 
-    def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward) -> None:
-        """Shows the newest step until the learner group is done."""
+    def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward, held_out: HeldOut) -> None:
+        """Shows the newest step until the learner group is done, and judges what was evaluated meanwhile."""
         update: ProgressFn = self._progress.phase("learning")
         self._step = shown = 0
         is_over = False
@@ -441,6 +454,8 @@ class _Run:
             hosted.look()
             status = controller.status()
             self._step, steps = int(status["step"]), int(status["steps"])
+            if status["held_out"]["complete"] and not is_over:
+                held_out.look(controller)
             if self._step > shown:
                 shown = self._step
                 update(shown, steps, _figures(status.get("metrics", {}), self._cfg.family.shown))
@@ -461,6 +476,7 @@ class _Run:
             "status": status,
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
+            **({"checkpoints": chosen} if (chosen := choice_json(run)) else {}),
             "correlations": states_json(states),
             **self._facts,
             **({"preferences": pairs} if (pairs := offline.preferences_json(run)) else {}),

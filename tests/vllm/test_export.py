@@ -23,11 +23,11 @@ from mmrl_ray.export.export import export
 from mmrl_ray.learner.checkpoints import save_adapter_folder
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter, load_adapter_state
+from mmrl_ray.policy.memory import CACHE_BLOCK
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.tokens import load_processor
 from mmrl_ray.run_records.run_dir import RunDir
 from tests.support.tiny_models import make_samples
-from tests.vllm.conftest import BLOCK
 from tests.vllm.models import RANK, adapter_of, policy_of
 
 TOKENS = 12
@@ -139,7 +139,7 @@ def test_a_merged_model_and_an_adapter_on_it_say_in_plain_vllm_what_they_say_in_
             "enforce_eager": True,
             "max_model_len": 256,
             "kv_cache_memory_bytes": 1 << 28,
-            "block_size": BLOCK,
+            "block_size": CACHE_BLOCK,
             "max_num_batched_tokens": 1024,
             "enable_lora": True,
             "max_lora_rank": 8,

@@ -383,3 +383,43 @@ def test_what_is_about_captions_of_the_runs_own_is_refused_where_it_has_none(alg
     (line,) = problems(GOOD, f"algorithm={algorithm}", *needs[algorithm], f"learner.{key}")
     assert f"learner.{key}" in line
     assert "learns from others: take it away" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.metric=cider"], "eval.metric=cider is no measure of captions; there are reward, "),
+        (["eval.metrics=[bleu_5, cider_d]"], "eval.metrics=bleu_5 is no measure of captions; there are reward, "),
+        (["eval.metrics=[reward/beauty]"], "eval.metrics=reward/beauty is no measure of captions"),
+        (["eval.metric=caption/words"], "eval.metric=caption/words decides which checkpoint is the best, and more"),
+        (["data.eval=null"], "eval.every=5 evaluates held-out captions, and there are none: write data.eval"),
+        (["eval.every=101"], "eval.every=101 is above learner.steps=100"),
+        (["eval.samples=1"], "eval.samples=1 with eval.every=5: one sample has no interval"),
+        (["eval.every=null", "eval.patience=2"], "eval.patience: is of evaluations while the run learns: write eval.e"),
+        (["eval.min_steps=20"], "eval.min_steps=20 holds eval.patience back, and there is no patience"),
+        (["eval.patience=2", "eval.min_steps=101"], "eval.min_steps=101 is above learner.steps=100"),
+        (["eval.patience=0"], "eval.patience: "),
+        (["eval.evry=5"], "did you mean `every`?"),
+        (
+            ["algorithm=value_based", "value_based.max_words=8"],
+            "eval.every=5 asks rollout workers for captions, and algorithm: value_based has none",
+        ),
+        (["data.eval_samples=5", "eval.samples=6"], "data.eval_samples=5 is called eval.samples now, which is 6 here"),
+    ],
+)
+def test_what_does_not_go_with_evaluations_is_refused(overrides: list[str], message: str) -> None:
+    every = ["data.eval=held-out", "eval.every=5", "learner.steps=100"]
+    with pytest.raises(ConfigError) as raised:
+        parse_config(GOOD, "c.yaml", [*every, *overrides])
+    assert message in str(raised.value)
+
+
+def test_evaluations_take_parts_of_the_reward_and_the_old_name_of_their_samples() -> None:
+    overrides = ["data.eval=held-out", "eval.every=5", "learner.steps=100", "eval.metric=reward/caption/bleu"]
+    cfg = parse_config(GOOD, "c.yaml", [*overrides, "data.eval_samples=7"])
+    assert cfg.eval.logged[:2] == ("reward/caption/bleu", "cider_d")
+    assert cfg.eval.samples == 7
+    text = dump_config(cfg)
+    assert "eval_samples" not in text
+    assert parse_config(text, "c.yaml") == cfg
+    assert parse_config(GOOD, "c.yaml", ["data.eval_samples=null"]) == parse_config(GOOD, "c.yaml")

@@ -33,6 +33,18 @@ def test_assignments_are_given_in_order_and_evaluations_first() -> None:
     assert tracker.assign(9, 0.0) is None
 
 
+def test_captions_beside_training_come_when_there_is_nothing_else() -> None:
+    tracker = AssignmentTracker()
+    for number, kind in ((1, "aside"), (2, "train"), (3, "aside"), (4, "eval"), (5, "train")):
+        tracker.submit(assignment(number, kind=kind))
+    order = []
+    while (work := tracker.assign(len(order), 0.0)) is not None:
+        order.append(work.id)
+        if work.id == 2:  # of the next step, while they wait
+            tracker.submit(assignment(6))
+    assert order == [4, 2, 5, 6, 1, 3]
+
+
 def test_a_lost_assignment_goes_first_under_a_fresh_id_and_attempt() -> None:
     tracker = AssignmentTracker()
     tracker.submit(assignment(0))

@@ -87,7 +87,7 @@ class FakeScorer:
     def prepare(self, samples: Sequence[Sample]) -> None:
         self.prepared = [sample.id for sample in samples]
 
-    def encode(self, sample: Sample, max_new_tokens: int) -> EncodedPrompt:
+    def encode(self, sample: Sample, max_new_tokens: int, *, again: bool = False) -> EncodedPrompt:
         if sample.id in self.refused:
             raise self.refused[sample.id]
         return EncodedPrompt(torch.arange(7), {"pixel_values": torch.ones(2), "grid": torch.ones(1)}, sample.id)

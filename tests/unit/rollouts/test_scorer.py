@@ -15,7 +15,7 @@ from mmrl_ray.config.schema import torch_threads
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import ContextLengthError, ImageError, ModelError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
-from mmrl_ray.policy import memory
+from mmrl_ray.policy import memory, prompt_pool
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.sampling import RowSampler
 from mmrl_ray.policy.lora.adapter import adapter_state
@@ -132,6 +132,24 @@ def test_two_workers_give_the_same_bit_for_bit(factory: PolicyEngineFactory) -> 
 def test_the_vision_tower_runs_once_an_image(engine: RolloutEngine) -> None:
     counts = [engine.run(assignment(), lambda: None).groups[0].counters for _ in range(2)]
     assert [(c["vision_hits"], c["vision_misses"], c["naive_path"]) for c in counts] == [(0, 3, 0), (3, 0, 0)]
+
+
+def test_prompts_of_captions_beside_training_are_made_once_and_are_the_same(
+    engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, made = assignment(), []
+    expected = tokens(engine.run(given, lambda: None))
+    encode = prompt_pool.encode_prompts
+    monkeypatch.setattr(prompt_pool, "encode_prompts", lambda *a: made.append(a[1][0].id) or encode(*a))
+    beside = replace(given, kind="aside")
+    assert tokens(engine.run(beside, lambda: None)) == expected
+    assert tokens(engine.run(beside, lambda: None)) == expected
+    assert made == [group.sample.id for group in given.groups]
+    first = given.groups[0]
+    other = replace(first, sample=replace(first.sample, images=given.groups[1].sample.images))
+    engine.run(replace(beside, groups=(other,)), lambda: None)
+    assert made[-1] == first.sample.id, "of the same name, and another picture"
+    assert len(made) == len(given.groups) + 1
 
 
 def test_states_come_with_the_groups_that_ask_for_them_and_follow_the_adapter(engine: RolloutEngine) -> None:

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from mmrl_ray.config.sections import EvalSection
 from mmrl_ray.errors import CheckpointError, ConfigError, RunError
-from mmrl_ray.run_records.checkpoint_choice import EVALUATIONS, Chosen, choose_checkpoint, deliver_best
-from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name
+from mmrl_ray.run_records.checkpoint_choice import (
+    Chosen,
+    choose_checkpoint,
+    deliver_best,
+    kept_for_evaluation,
+    prune_checkpoints,
+)
+from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name, checkpoint_steps
+from mmrl_ray.run_records.step_log import EVALUATIONS
 
 
 @pytest.fixture
@@ -49,7 +57,8 @@ def test_a_finished_run_has_its_best_its_last_and_those_of_steps(run: RunDir) ->
         "last": ("adapter-last", 60),
         "40": (checkpoint_name(40), 40),
     }
-    assert "of step 20" in found[None].notes[0] and "of step 60" in found[None].notes[0]
+    assert "of step 20" in found[None].notes[0]
+    assert "of step 60" in found[None].notes[0]
     with pytest.raises(RunError, match=r"no checkpoint of step 7; there are best \(step 20\), last, 20, 40, 60"):
         choose_checkpoint(run, "7")
     with pytest.raises(ConfigError, match="--checkpoint newest: write best, last or the number of a step"):
@@ -61,7 +70,25 @@ def test_a_finished_run_has_its_best_its_last_and_those_of_steps(run: RunDir) ->
 
     # It goes on: what is newer than what it ended with then is its last.
     put(run, checkpoint_name(80), 80, whole=True)
-    assert choose_checkpoint(run, "last") == Chosen(checkpoint_name(80), 80)
+    newest = choose_checkpoint(run, "last")
+    assert (newest.folder, newest.step) == (checkpoint_name(80), 80)
+    assert newest.notes == ("--checkpoint last: this is its checkpoints/step-000080, of step 80",)
+
+
+def test_the_best_and_what_is_not_judged_yet_stay_when_one_checkpoint_is_kept(run: RunDir) -> None:
+    cfg = EvalSection(every=2)
+    left = []
+    for step in range(1, 9):
+        put(run, checkpoint_name(step), step, whole=True)
+        prune_checkpoints(run, step, 1, kept_for_evaluation(run, cfg))
+        if step == 5:  # what step 4 showed comes late
+            run.append_line(EVALUATIONS, {"step": 2, "best": 2})
+        if step == 7:
+            run.append_line(EVALUATIONS, {"step": 4, "best": 2})
+            run.append_line(EVALUATIONS, {"step": 6, "best": 6})
+        left.append(checkpoint_steps(run))
+    assert left == [[1], [2], [2, 3], [2, 4], [2, 4, 5], [2, 4, 6], [2, 4, 6, 7], [6, 8]]
+    assert kept_for_evaluation(run, EvalSection()) == []
 
 
 def test_runs_that_were_not_evaluated_while_they_learned(run: RunDir) -> None:
@@ -72,9 +99,9 @@ def test_runs_that_were_not_evaluated_while_they_learned(run: RunDir) -> None:
     put(run, "adapter", 40)
     assert choose_checkpoint(run) == Chosen("adapter", 40)
     assert choose_checkpoint(run, "last").folder == "adapter"
-    with pytest.raises(RunError, match="no best checkpoint: it was not evaluated.*eval.every.*there are last, 40"):
+    with pytest.raises(RunError, match=r"no best checkpoint: it was not evaluated.*eval.every.*there are last, 40"):
         choose_checkpoint(run, "best")
     run.write_bytes(f"{checkpoint_name(40)}/state.safetensors", b"cut")
     run.delete("adapter")
-    with pytest.raises(CheckpointError, match="state.safetensors"):
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
         choose_checkpoint(run, "40")
