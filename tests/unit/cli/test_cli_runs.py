@@ -197,10 +197,19 @@ def test_evaluate(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     evaluate = patched("mmrl_ray.evaluation.evaluate.evaluate")
     assert mmrl("evaluate", "runs/demo", "--data", "d", "--limit", 5, "--out", "o.json").exit_code == 0
     evaluate.assert_called_once_with(
-        "runs/demo", data="d", limit=5, out=Path("o.json"), prompt=None, beta=None, as_json=False
+        "runs/demo",
+        data="d",
+        limit=5,
+        out=Path("o.json"),
+        prompt=None,
+        beta=None,
+        checkpoint=None,
+        as_json=False,
     )
-    assert mmrl("evaluate", "runs/demo", "--beta", "2.5", "--json").exit_code == 0
-    evaluate.assert_called_with("runs/demo", data=None, limit=None, out=None, prompt=None, beta=2.5, as_json=True)
+    assert mmrl("evaluate", "runs/demo", "--beta", "2.5", "--checkpoint", "best", "--json").exit_code == 0
+    evaluate.assert_called_with(
+        "runs/demo", data=None, limit=None, out=None, prompt=None, beta=2.5, checkpoint="best", as_json=True
+    )
     assert mmrl("evaluate", "runs/demo", "--beta", "-1").exit_code == 2
     assert mmrl("evaluate", "runs/demo", "--limit", 0).exit_code == 2
 
@@ -208,9 +217,9 @@ def test_evaluate(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_explain_hands_everything_on(patched: Patch) -> None:
     explain = patched("mmrl_ray.evaluation.explain.explain")
     assert mmrl("explain", "r", "a.png").exit_code == 0
-    explain.assert_called_with("r", Path("a.png"), caption=None, prompt=None, out=None)
-    assert mmrl("explain", "r", "a.png", "--caption", "a dog", "--out", "b.png").exit_code == 0
-    explain.assert_called_with("r", Path("a.png"), caption="a dog", prompt=None, out=Path("b.png"))
+    explain.assert_called_with("r", Path("a.png"), caption=None, prompt=None, out=None, checkpoint=None)
+    assert mmrl("explain", "r", "a.png", "--caption", "a dog", "--out", "b.png", "--checkpoint", 40).exit_code == 0
+    explain.assert_called_with("r", Path("a.png"), caption="a dog", prompt=None, out=Path("b.png"), checkpoint="40")
 
 
 @pytest.mark.parametrize(
@@ -266,12 +275,16 @@ def test_caption_needs_one_source(patched: Patch, tmp_path: Path, monkeypatch: p
         done = mmrl("caption", *sources, "a.png")
         assert (done.exit_code, done.stderr) == (2, "error: give --run RUN, --model MODEL or --url URL\n")
     assert mmrl("caption", "--run", "r", "a.png", "b.png").exit_code == 0
-    plain = {"run": "r", "model": None, "prompt": None, "n": 1, "temperature": None}
+    plain = {"run": "r", "model": None, "prompt": None, "n": 1, "temperature": None, "checkpoint": None}
     caption.assert_called_once_with([Path("a.png"), Path("b.png")], beta=None, **plain)
     assert mmrl("caption", "--run", "r", "--beta", "0", "a.png").exit_code == 0
     caption.assert_called_with([Path("a.png")], beta=0.0, **plain)
-    assert mmrl("caption", "--run", "r", "-n", "3", "--temperature", "0.5", "a.png").exit_code == 0
-    caption.assert_called_with([Path("a.png")], beta=None, **{**plain, "n": 3, "temperature": 0.5})
+    assert (
+        mmrl("caption", "--run", "r", "-n", "3", "--temperature", "0.5", "--checkpoint", "best", "a.png").exit_code == 0
+    )
+    caption.assert_called_with(
+        [Path("a.png")], beta=None, **{**plain, "n": 3, "temperature": 0.5, "checkpoint": "best"}
+    )
     assert mmrl("caption", "--run", "r", "--temperature", "-1", "a.png").exit_code == 2
     done = mmrl("caption", "--url", "http://gate:8000", "--beta", "2", "a.png")
     assert done.exit_code == 2

@@ -26,9 +26,21 @@ def test_serve_hands_over_what_was_asked(patched: Patch, tmp_path: Path, monkeyp
         (tmp_path / "runs" / name).mkdir(parents=True)
     serve = patched("mmrl_ray.training.serve.serve")
     assert mmrl("serve", "runs/a").exit_code == 0
-    plain = {"address": None, "host": None, "port": None, "insecure": False, "print_config": False, "overrides": ()}
+    plain = {"address": None, "host": None, "port": None, "insecure": False, "checkpoint": None, "print_config": False}
+    plain["overrides"] = ()
     serve.assert_called_once_with(["runs/a"], **plain)
-    where = ("--address", "auto", "--host", "0.0.0.0", "--port", 9000, "--insecure", "--print-config")
+    where = (
+        "--address",
+        "auto",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        9000,
+        "--insecure",
+        "--print-config",
+        "--checkpoint",
+        "last",
+    )
     assert mmrl("serve", "runs/a", "runs/b", *where, "--set", "serving.refresh_s=1").exit_code == 0
     serve.assert_called_with(
         ["runs/a", "runs/b"],
@@ -36,6 +48,7 @@ def test_serve_hands_over_what_was_asked(patched: Patch, tmp_path: Path, monkeyp
         host="0.0.0.0",
         port=9000,
         insecure=True,
+        checkpoint="last",
         print_config=True,
         overrides=["serving.refresh_s=1"],
     )

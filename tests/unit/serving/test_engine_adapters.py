@@ -25,11 +25,13 @@ from mmrl_ray.policy.lora.adapter import adapter_parameters, add_adapter, save_a
 from mmrl_ray.policy.lora.pool import AdapterPool
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_conversation
-from mmrl_ray.run_records.run_dir import WEIGHTS_FILE, RunDir
+from mmrl_ray.run_records.checkpoint_choice import deliver_best
+from mmrl_ray.run_records.run_dir import WEIGHTS_FILE, RunDir, checkpoint_name
 from mmrl_ray.serving.adapters import AdapterFolders, RunSource, open_source
 from mmrl_ray.serving.engine import Engine
 from mmrl_ray.serving.protocols import Generated, GenerateRequest, Turn
 from tests.support.tiny_models import build_family, image_bytes
+from tests.unit.run_records.test_checkpoint_choice import put
 
 DEADLINE_S = 60.0
 PICTURE = image_bytes(64, 64)
@@ -449,3 +451,22 @@ def test_broken_value_heads_refuse_the_adapter(
 
     with started(base, {"one": folder}) as engine:
         run(work(engine))
+
+
+def test_the_best_stands_for_a_finished_run_until_it_learns_more(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "chosen")
+    run.write_text("config.yaml", "")
+    for step in (20, 40, 60):
+        put(run, checkpoint_name(step), step, whole=True)
+    put(run, "adapter", 60)
+    deliver_best(run, best=20, last=60)
+
+    def newest(location: str) -> int | None:
+        found = open_source(location).newest()
+        return None if found is None else found.step
+
+    assert newest(run.location) == 20
+    assert newest(f"{run.location}/adapter-last") == 60
+    assert newest(f"{run.location}/checkpoints/step-000040") == 40
+    put(run, checkpoint_name(80), 80, whole=True)
+    assert newest(run.location) == 80
