@@ -66,7 +66,9 @@ def choose_checkpoint(
     if which is None:
         return _default(run, final, holds)
     found = _named(run, which, final, holds)
-    return replace(found, notes=(f"--checkpoint {which}: this is its {found.folder}, of step {found.step}",))
+    if run.exists(f"{final}/{holds}"):
+        return replace(found, notes=(f"--checkpoint {which}: this is its {found.folder}, of step {found.step}",))
+    return replace(found, notes=(_unfinished(found.step),))
 
 
 def _named(run: RunDir, which: str, final: str, holds: str) -> Chosen:
@@ -105,8 +107,11 @@ def _default(run: RunDir, final: str, holds: str) -> Chosen:
         raise RunError(
             f"{run.location} has no {final} and no checkpoint yet: let it train with --resume, or name a model"
         )
-    note = f"the run is not finished: this is its checkpoint of step {newest}"
-    return Chosen(checkpoint_name(newest), newest, (note,))
+    return Chosen(checkpoint_name(newest), newest, (_unfinished(newest),))
+
+
+def _unfinished(step: int | None) -> str:
+    return f"the run is not finished: this is its checkpoint of step {step}"
 
 
 def _finals(run: RunDir, final: str, holds: str) -> list[Chosen]:
