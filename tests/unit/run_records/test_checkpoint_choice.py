@@ -72,7 +72,7 @@ def test_a_finished_run_has_its_best_its_last_and_those_of_steps(run: RunDir) ->
     put(run, checkpoint_name(80), 80, whole=True)
     newest = choose_checkpoint(run, "last")
     assert (newest.folder, newest.step) == (checkpoint_name(80), 80)
-    assert newest.notes == ("--checkpoint last: this is its checkpoints/step-000080, of step 80",)
+    assert newest.notes == ("the run is not finished: this is its checkpoint of step 80",)
 
 
 def test_the_best_and_what_is_not_judged_yet_stay_when_one_checkpoint_is_kept(run: RunDir) -> None:
