@@ -31,6 +31,7 @@ from mmrl_ray.learner.job import LearnerOutcome
 from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.factory import PolicyEngineFactory
+from mmrl_ray.rollouts.teacher import TeacherClient
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, FetchWeights
 
 VARIABLE = "MMRL_FAULTS"
@@ -109,11 +110,12 @@ class FaultyFactory:
 
     cfg: Config
     reward: RewardFn
+    teacher: TeacherClient | None = None
 
     def __call__(self, worker: str) -> FaultyEngine:
         """See `EngineFactory`."""
         reward = FaultyReward(self.reward, self.cfg.reward.timeout_s)
-        return FaultyEngine(PolicyEngineFactory(self.cfg, reward)(worker), reward)
+        return FaultyEngine(PolicyEngineFactory(self.cfg, reward, self.teacher)(worker), reward)
 
 
 def faulty_train_loop(arguments: dict[str, Any]) -> LearnerOutcome:
