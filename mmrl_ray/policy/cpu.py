@@ -28,25 +28,14 @@ more. PyTorch's kernel reads keys and values at a third of the rate that memory 
 were made for many queries. As two batches of products, keys by queries and weights by values, the same takes about 0.8
 of the time, from where it is more than a handful of calls. `B` sequences, `H` heads of queries, `H'` heads of keys,
 `r = H / H'`, `K` keys, `d` head width.
-
-**Idle cores in serving** (`use_idle_cores`): a replica has its part of the cores, and while nothing else runs on the
-machine oneDNN's products take the others', too; with the numbers that they had before, bit for bit, which MKL and
-PyTorch's attention of a single query would not give. Threads that do not get their core are waited for at every
-product: on two cores, with three processes more, a caption took 12 times as long. So the kernel is asked before each
-pass how many threads it has to run.
 """
 
 from __future__ import annotations
 
-import os
-import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import replace
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -71,18 +60,6 @@ _MOST_PACKED_BYTES = 2 << 30
 _NAME, _COMPLETIONS = "mmrl_decode_step", "mmrl_completions"
 _MANY_KEYS = 1 << 18
 """Elements, B · H' · K · d, from which products are the faster: 1 MiB, what the cache of a core holds."""
-_WORTH_THREADS = 1 << 22
-"""Weights of a model from which threads that meet at every product are the faster: with a million they are not."""
-_CROWDED_S = 0.2
-"""A machine that was found busy before two passes in a row is taken for busy so long."""
-_SPIN_S = 0.005
-"""So long after a product OpenMP's threads look for the next one, and count as running."""
-_OTHERS = 4
-"""One core in so many may be at work for others on a machine that is idle: it is left to them."""
-_ROWS = (1, 2, 8, 64, 512)
-"""With which products are compared that are to be the same whatever the threads."""
-_product_threads: ContextVar[tuple[int, int] | None] = ContextVar("product_threads", default=None)
-"""Threads of a product in this pass, and of all else; None: as many as of all else."""
 
 
 def accelerate(model: nn.Module) -> Acceleration:
@@ -94,7 +71,6 @@ def accelerate(model: nn.Module) -> Acceleration:
         completions=completions_attention,
         copy_weight=by_column,
         adapt=use_fused_adapters,
-        use_idle_cores=use_idle_cores,
     )
 
 
@@ -171,14 +147,7 @@ class OneDnnLinear(PlainLinear):
                 return _Product.apply(input, weight, bias)
         if self._packed is not None and self._packed[0] == weight.data_ptr():
             weight = self._packed[1]
-        threads = _product_threads.get()
-        if threads is None:
-            return _multiply(input, weight, bias)
-        torch.set_num_threads(threads[0])  # 0.1 µs
-        try:
-            return _multiply(input, weight, bias)
-        finally:
-            torch.set_num_threads(threads[1])
+        return _multiply(input, weight, bias)
 
 
 class _Product(torch.autograd.Function):
@@ -480,86 +449,6 @@ def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None
     added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
     _last_mask = (weakref.ref(mask), mask._version, added)
     return added
-
-
-def use_idle_cores(policy: Policy, cores: int) -> None:
-    """Has products computed by this thread's number of threads, and by more while so many cores are idle.
-
-    Where they would give other numbers, or be no faster, nothing changes: with some shapes, or a small model.
-    """
-    own, most = torch.get_num_threads(), cores - cores // _OTHERS
-    layers = [module for module in policy.model.modules() if isinstance(module, OneDnnLinear)]
-    large = sum(layer.weight.numel() for layer in layers) >= _WORTH_THREADS
-    if most > own and large and runnable() is not None:
-        # In a thread that ends: once OpenMP has made more threads than there are cores, they go to sleep between two
-        # products, and each product wakes them up.
-        with ThreadPoolExecutor(1) as alone:
-            is_same = alone.submit(_is_same, layers, own, most).result()
-        if is_same:
-            idle = IdleCores(own, most, cores)
-            policy.acceleration = replace(policy.acceleration, forward=lambda _: idle.taken())
-
-
-@torch.no_grad()
-def _is_same(layers: list[OneDnnLinear], own: int, most: int) -> bool:
-    """Whether products with the layers' weights are the same bit for bit with either number of threads."""
-    shapes = {(layer.weight.shape, layer._packed is None): layer for layer in layers if _fits(layer.weight)}
-    for rows in _ROWS:
-        for layer in shapes.values():
-            x = torch.linspace(-1, 1, rows * layer.in_features).sin().view(rows, -1)
-            made = []
-            for threads in (own, most):
-                torch.set_num_threads(threads)
-                made.append(layer(x))
-            torch.set_num_threads(own)
-            if layer.takes(x) and not torch.equal(*made):
-                return False
-    return True
-
-
-class IdleCores:
-    """The cores of this machine that nobody uses, for one thread's passes."""
-
-    def __init__(self, own: int, most: int, cores: int) -> None:
-        """`own` threads in any case, `most` while no more than the rest of the cores are at work for others."""
-        self._own, self._most, self._others = own, most, cores - most
-        self._busy = 0
-        """Looks in a row that found the machine so."""
-        self._busy_until = self._spins_until = 0.0
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Within it products have as many threads as is good now."""
-        threads = self._now()
-        if threads == self._own:
-            yield
-            return
-        before = _product_threads.set((threads, self._own))
-        try:
-            yield
-        finally:
-            _product_threads.reset(before)
-            self._spins_until = time.monotonic() + _SPIN_S
-
-    def _now(self) -> int:
-        now = time.monotonic()
-        mine = self._most if now < self._spins_until else 1
-        self._busy = self._busy + 1 if (runnable() or 0) - mine > self._others else 0
-        if self._busy > 1:  # once is somebody who looks whether there is anything to do
-            self._busy_until = now + _CROWDED_S
-        return self._own if self._busy or now < self._busy_until else self._most
-
-
-def runnable() -> int | None:
-    """Threads on this machine that have a core or wait for one; None where the kernel does not say."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(os.pread(_load_file(), 128, 0).split()[3].partition(b"/")[0])
-    return None
-
-
-@cache
-def _load_file() -> int:
-    return os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
 
 
 AttentionInterface.register(_NAME, attend)

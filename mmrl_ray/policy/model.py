@@ -37,10 +37,6 @@ def _as_they_are(model: nn.Module) -> None:
     pass
 
 
-def _with_its_own(policy: Policy, cores: int) -> None:
-    pass
-
-
 def _joined(policy: Policy) -> AbstractContextManager[bool]:
     return nullcontext(False)
 
@@ -85,8 +81,6 @@ class Acceleration:
     """A copy of a weight [out, in], laid out as passes without a gradient read it fastest."""
     adapt: Callable[[nn.Module], None] = _as_they_are
     """Called where an adapter was put on the model: its layers may compute the same another way."""
-    use_idle_cores: Callable[[Policy, int], None] = _with_its_own
-    """Called where requests come and go, with the number of cores: passes may take those that nobody uses."""
     capture: Callable[[Callable[[], tuple[torch.Tensor, ...]]], Captured | None] | None = None
     """Records what a function does with tensors, instead of doing it; gives None where that cannot be. With it decode
     steps are computed on tensors that stay in place."""

@@ -222,8 +222,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
     from mmrl_ray.serving.engine import Engine
 
     serving = cfg.serving
-    cores = os.cpu_count() or 1
-    threads = torch_threads(cfg, cores)
+    threads = torch_threads(cfg, os.cpu_count() or 1)
     torch.set_num_threads(threads)
     if is_vllm := serving.policy.engine.kind == "vllm":
         policy = load_skeleton(cfg.model)
@@ -256,8 +255,6 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
         )
     else:
         policy.acceleration.pack_weights(policy.model)  # a replica's base stays as it is; adapters lie beside it
-        if serving.policy.resources.threads is None:
-            policy.acceleration.use_idle_cores(policy, cores)
     pool = AdapterPool(policy, sources, max_adapters=serving.max_adapters, max_rank=serving.max_rank, host=vllm)
     processes = serving.policy.resources.prompt_processes
     engine = Engine(policy, pool, created=created, prompt_processes=processes, vllm=vllm, **common)
