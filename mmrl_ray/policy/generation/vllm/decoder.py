@@ -28,7 +28,7 @@ from mmrl_ray.policy.generation.decode import decode_groups
 from mmrl_ray.policy.generation.queue import DecodeQueue, Group, GroupBook
 from mmrl_ray.policy.generation.rules import GenerationRules, generation_rules
 from mmrl_ray.policy.generation.vllm.engine import read_by_vllm, room_on_cpu, start_process
-from mmrl_ray.policy.generation.vllm.exchange import prompt_tensors
+from mmrl_ray.policy.generation.vllm.exchange import drawing_of, prompt_tensors, source_of
 from mmrl_ray.policy.generation.vllm.mmrl_vllm_worker import RULES
 from mmrl_ray.policy.generation.vllm.process import VllmProcess
 from mmrl_ray.policy.lora.files import AdapterFiles
@@ -242,11 +242,9 @@ class VllmDecoder(GroupBook):
 
     def _asked(self, group: Group, place: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """A group as the process takes it; its prompt goes into `tensors`."""
-        source, sampling = group.request.prompt.source, group.request.sampling
-        if source is None:
-            raise ModelError("a prompt came to the vLLM engine without its pictures")
+        source, sampling = source_of(group.request.prompt), group.request.sampling
         tensors.update(prompt_tensors(source, place))
-        greedy, rules = sampling.greedy, self._server.rules
+        rules = self._server.rules
         ruled: dict[str, Any] = {"min_tokens": sampling.min_new_tokens or 0}
         if rules is not None:  # which come before the least length, and may be undone by it
             lengths = {"min_new_tokens": sampling.min_new_tokens, "max_new_tokens": sampling.max_new_tokens}
@@ -258,13 +256,7 @@ class VllmDecoder(GroupBook):
             "images": len(source.images),
             "image_key": group.request.prompt.image_key,
             "seeds": [_seed(sampling.seed, row.index) for row in group.rows],
-            "sampling": {
-                "temperature": 0.0 if greedy else sampling.temperature,
-                "max_tokens": sampling.max_new_tokens,
-                **ruled,
-                "top_k": 0 if greedy else sampling.top_k,
-                "top_p": 1.0 if greedy else sampling.top_p,
-            },
+            "sampling": {**drawing_of(sampling, greedy=sampling.greedy), **ruled},
         }
 
     def _told(

@@ -18,7 +18,7 @@ import torch
 
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ModelError
-from mmrl_ray.experience.carriers import Completion, PromptSource, SamplingParams, VisionFeatures
+from mmrl_ray.experience.carriers import Completion, EncodedPrompt, PromptSource, SamplingParams, VisionFeatures
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.vllm.process import VllmProcess
 from mmrl_ray.policy.heads import split_heads
@@ -84,9 +84,7 @@ def embeddings(policy: Policy, request: DecodeRequest, features: VisionFeatures)
     Raises:
         ModelError: they are not what the prompt has placeholders for; vLLM's engine would end.
     """
-    prompt, source = request.prompt, request.prompt.source
-    if source is None:
-        raise ModelError("a prompt came to the vLLM engine without its pictures (GenerationEngine.prepared)")
+    prompt, source = request.prompt, source_of(request.prompt)
     # Neighbours share a run of placeholders: where one ends and the next begins makes no difference to the model.
     runs, pictures = _runs(policy, prompt.input_ids), _runs(policy, source.token_ids)
     sizes = [
@@ -136,9 +134,7 @@ def submit(
     groups: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     for place, request in enumerate(requests):
-        source, length, room = request.prompt.source, request.prompt.input_ids.numel(), process.facts["context"]
-        if source is None:
-            raise ModelError("a prompt came to the vLLM engine without its pictures (GenerationEngine.prepared)")
+        source, length, room = source_of(request.prompt), request.prompt.input_ids.numel(), process.facts["context"]
         if length + request.sampling.max_new_tokens > room:
             raise ContextLengthError(
                 f"prompt of {length} tokens plus max_new_tokens={request.sampling.max_new_tokens} exceeds the engine's "
@@ -150,10 +146,23 @@ def submit(
             tensors[f"{place}/ids"] = source.token_ids.clone()
             tensors.update({f"{place}/{name}": tensor.clone() for name, tensor in made[place].items()})
         prompt = {"prompt": place, "images": len(source.images), "image_key": request.prompt.image_key}
-        for n, greedy in ((request.n, request.sampling.greedy), (1, True))[: 1 + request.greedy_extra]:
+        for n, greedy in parts_of(request):
             groups.append({"version": version, **prompt, "sampling": sampling_of(request.sampling, n, greedy=greedy)})
     answer, _ = process.ask("submit", groups=groups, tensors=tensors, timeout_s=timeout_s)
     return list(answer["tickets"])
+
+
+def source_of(prompt: EncodedPrompt) -> PromptSource:
+    """What a prompt is made of; a ModelError where nobody has put it there."""
+    if prompt.source is None:
+        raise ModelError("a prompt came to the vLLM engine without its pictures (GenerationEngine.prepared)")
+    return prompt.source
+
+
+def parts_of(request: DecodeRequest) -> list[tuple[int, bool]]:
+    """What vLLM is asked for one by one: how many completions, and whether the likeliest ones."""
+    samples = (request.n, request.sampling.greedy)
+    return [samples, (1, True)] if request.greedy_extra else [samples]
 
 
 def prompt_tensors(source: PromptSource, place: int) -> dict[str, torch.Tensor]:
@@ -227,11 +236,18 @@ def sampling_of(asked: SamplingParams, n: int, *, greedy: bool) -> dict[str, Any
     if asked.stop:
         raise ConfigError("the vLLM engine takes no stop strings: it is given tokens and gives tokens")
     return {
+        **drawing_of(asked, greedy=greedy),
         "n": n,
+        "min_tokens": asked.min_new_tokens or 0,
+        "seed": asked.seed % _SEEDS,
+    }
+
+
+def drawing_of(asked: SamplingParams, *, greedy: bool) -> dict[str, Any]:
+    """vLLM's parameters for how a token is drawn, and for how many at most."""
+    return {
         "temperature": 0.0 if greedy else asked.temperature,
         "max_tokens": asked.max_new_tokens,
-        "min_tokens": asked.min_new_tokens or 0,
         "top_k": 0 if greedy else asked.top_k,
         "top_p": 1.0 if greedy else asked.top_p,
-        "seed": asked.seed % _SEEDS,
     }

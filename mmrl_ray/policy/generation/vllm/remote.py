@@ -30,7 +30,7 @@ from mmrl_ray.errors import ConfigError, ContextLengthError, MMRLError, ModelErr
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.vllm.child import FORBIDDEN_BIAS
-from mmrl_ray.policy.generation.vllm.exchange import completion_of, loadable, sampling_of
+from mmrl_ray.policy.generation.vllm.exchange import completion_of, loadable, parts_of, sampling_of, source_of
 from mmrl_ray.policy.generation.vllm.server import VllmServer
 from mmrl_ray.policy.generation.vllm.shared_adapters import Adapter, SharedAdapters
 from mmrl_ray.policy.lora.adapter import adapter_config, adapter_state, load_adapter_state
@@ -259,7 +259,7 @@ class RemoteEngine(GenerationEngine):
         asked = [
             (request, self._body(request, n, parts, greedy=greedy))
             for request, parts in zip(requests, pictures, strict=True)
-            for n, greedy in ((request.n, request.sampling.greedy), (1, True))[: 1 + request.greedy_extra]
+            for n, greedy in parts_of(request)
         ]
         answers = self._server.generate([body for _, body in asked])
         if lost := [place for place, answer in enumerate(answers) if answer is None]:
@@ -278,8 +278,7 @@ class RemoteEngine(GenerationEngine):
 
     def _body(self, request: DecodeRequest, n: int, parts: list[dict[str, Any]], *, greedy: bool) -> dict[str, Any]:
         """One group's. What the server has defaults of its own for is written, too."""
-        source, length, new = request.prompt.source, request.prompt.input_ids.numel(), request.sampling.max_new_tokens
-        assert source is not None
+        length, new = request.prompt.input_ids.numel(), request.sampling.max_new_tokens
         if length + new > self._room:
             raise ContextLengthError(
                 f"prompt of {length} tokens plus max_new_tokens={new} exceeds the {self._room} that "
@@ -297,7 +296,7 @@ class RemoteEngine(GenerationEngine):
         }
         return {
             "model": name,
-            "token_ids": source.token_ids.tolist(),
+            "token_ids": source_of(request.prompt).token_ids.tolist(),
             **({"content_parts": parts} if parts else {}),
             "sampling_params": sampling,
             "return_token_ids": True,
@@ -348,11 +347,8 @@ class RemoteEngine(GenerationEngine):
 
 def _pictures(request: DecodeRequest) -> list[dict[str, Any]]:
     """A prompt's, as the server takes them: without loss, so that it sees what this process sees."""
-    source = request.prompt.source
-    if source is None:
-        raise ModelError("a prompt came to the engine without its pictures (GenerationEngine.prepared)")
     parts = []
-    for image in source.images:
+    for image in source_of(request.prompt).images:
         file = io.BytesIO()
         picture = decode_image(image) if isinstance(image, bytes) else Image.fromarray(image.numpy())
         picture.save(file, "PNG", compress_level=1)
