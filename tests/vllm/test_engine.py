@@ -17,7 +17,6 @@ import torch
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.learner import LearnerSection
-from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, LearnerError, ModelError, ProcessError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams, VisionFeatures
 from mmrl_ray.learner.objective import SamplerGap
@@ -26,12 +25,11 @@ from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.vllm.engine import VllmEngine, start_engine
 from mmrl_ray.policy.generation.vllm.exchange import collect, embeddings, submit
 from mmrl_ray.policy.load import load_policy
-from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter, load_adapter_state
+from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.memory import CACHE_BLOCK, model_shape
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
-from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.policy.trial import generated_logprobs
@@ -39,29 +37,31 @@ from mmrl_ray.policy.vision import VisionCache, vision_features
 from mmrl_ray.rollouts.scorer import Scorer
 from tests.support.tiny_models import WORDS, image_bytes, make_samples
 from tests.unit.policy.generation.test_decode_families import TOKENS, generated
+from tests.vllm.compare import (
+    BOUND,
+    TEMPERATURE,
+    gap,
+    is_of_one_version,
+    load,
+    long_samples,
+    prepared,
+    requests,
+    says_what_generate_says,
+    wear,
+)
 from tests.vllm.conftest import TIMEOUT_S, started
 from tests.vllm.models import RANK, adapter_of
 
-TEMPERATURE = 0.7
-BOUND = 1e-3
-"""Nats, in float32."""
 
-
-def long_samples(count: int = 3) -> list[Sample]:
-    """Prompts of more than a block of the prefix cache, which begins with their pictures."""
-    return [replace(each, prompt=" ".join([each.prompt] * 12)) for each in make_samples()[:count]]
+@pytest.fixture(scope="module")
+def coarse(policy: Policy, python: str) -> list[VllmEngine]:
+    """One engine that computes otherwise; a test takes it out."""
+    return [started(policy, python, dtype="bfloat16")]
 
 
 @pytest.fixture
 def prompts(policy: Policy, engine: VllmEngine) -> list[EncodedPrompt]:
-    samples = long_samples()
-    return [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
-
-
-def load(policy: Policy, engine: VllmEngine, version: int) -> None:
-    """The same version on both sides."""
-    engine.load(version, adapter_of(policy, version))
-    wear(policy, version)
+    return prepared(policy, engine, long_samples())
 
 
 def made_of(policy: Policy, engine: VllmEngine, asked: Sequence[DecodeRequest]) -> list[dict[str, torch.Tensor]]:
@@ -71,40 +71,10 @@ def made_of(policy: Policy, engine: VllmEngine, asked: Sequence[DecodeRequest]) 
     return [embeddings(policy, *each) for each in zip(asked, features, strict=True)]
 
 
-def wear(policy: Policy, version: int) -> None:
-    weights = adapter_of(policy, version)
-    zero = {name: torch.zeros_like(tensor) for name, tensor in adapter_state(policy.model).items()}
-    load_adapter_state(policy.model, weights or zero)
-
-
-def requests(
-    prompts: Sequence[EncodedPrompt], *, seed: int = 0, n: int = 4, tokens: int = 12, temperature: float = TEMPERATURE
-) -> list[DecodeRequest]:
-    sampling = [
-        SamplingParams(temperature=temperature, max_new_tokens=tokens, seed=1000 * seed + i)
-        for i in range(len(prompts))
-    ]
-    return [DecodeRequest(prompt, n, each) for prompt, each in zip(prompts, sampling, strict=True)]
-
-
-def gap(policy: Policy, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> float:
-    """Largest |Δ log-prob| to what the learner computes with the weights that it has."""
-    tokens = [[c.token_ids for c in output.completions] for output in outputs]
-    with torch.no_grad():
-        scores = score_completions(policy, prompts, None, tokens, TEMPERATURE, path="naive")
-    recorded = torch.cat([c.logprobs for output in outputs for c in output.completions])
-    return float((scores.logprobs[scores.mask] - recorded).abs().max())
-
-
 def test_greedy_tokens_are_those_of_generate(policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]) -> None:
     for version in (0, 1):
         load(policy, engine, version)
-        outputs = engine.generate(
-            [DecodeRequest(p, 2, SamplingParams(max_new_tokens=TOKENS), greedy_extra=True) for p in prompts]
-        )
-        expected = [generated(policy, prompt) for prompt in prompts]
-        assert [output.greedy.token_ids.tolist() for output in outputs if output.greedy] == expected
-        assert all(len(output.completions) == 2 for output in outputs)
+        says_what_generate_says(policy, engine, prompts)
 
 
 def test_versions_swapped_while_groups_are_under_way_are_neither_stale_nor_mixed(
@@ -120,14 +90,9 @@ def test_versions_swapped_while_groups_are_under_way_are_neither_stale_nor_mixed
         under_way.append((version, asked, tickets))
         if version > 11:
             process.ask("drop", version=version - 1, timeout_s=TIMEOUT_S)
-    gaps = {}
     for version, asked, tickets in reversed(under_way):
         outputs = collect(policy, process, asked, tickets, timeout_s=TIMEOUT_S)
-        for other in versions:
-            wear(policy, other)
-            gaps[version, other] = gap(policy, prompts, outputs)
-    for (version, other), found in gaps.items():
-        assert (found < BOUND) == (version == other), gaps
+        is_of_one_version(policy, prompts, outputs, version, versions)
     with pytest.raises(ProcessError, match=r"version 12 is not loaded"):
         submit(process, 12, asked, made_of(policy, engine, asked), timeout_s=TIMEOUT_S)
 
@@ -165,7 +130,7 @@ def test_tokens_of_pictures_are_never_sampled(policy: Policy, engine: VllmEngine
 def test_a_prompt_and_its_picture_are_computed_once_for_a_group(policy: Policy, engine: VllmEngine) -> None:
     (sample,) = long_samples(1)
     sample = replace(sample, images=(image_bytes(64, 64, seed=5),))
-    prompt = engine.prepared(encode_prompts(policy, [sample])[0], sample)
+    (prompt,) = prepared(policy, engine, [sample])
     engine.load(31, adapter_of(policy, 31))
     engine.counters()
     engine.generate(requests([prompt], n=8))
@@ -235,7 +200,7 @@ def test_greedy_log_probs_are_made_at_the_requests_temperature(
 
 @pytest.mark.parametrize("policy", ["llava"], indirect=True)
 def test_a_sampler_that_is_another_policy_stops_the_learner(
-    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt], python: str
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt], coarse: list[VllmEngine]
 ) -> None:
     def measured(outputs: Sequence[GroupOutput]) -> SamplerGap:
         tokens = [[c.token_ids for c in output.completions] for output in outputs]
@@ -253,12 +218,11 @@ def test_a_sampler_that_is_another_policy_stops_the_learner(
     engine.load(2, adapter_of(policy, 3))  # other weights than the learner has
     with pytest.raises(LearnerError, match=r"above learner\.max_sampler_gap=0\.01"):
         measured(engine.generate(requests(prompts))).check(0)
-    coarse = started(policy, python, dtype="bfloat16")
-    assert not coarse.capabilities.exact_logprobs  # so that the comparison at start tells, and does not refuse
-    coarse.load(1, adapter_of(policy, 1))
+    (other,) = coarse
+    assert not other.capabilities.exact_logprobs  # so that the comparison at start tells, and does not refuse
+    other.load(1, adapter_of(policy, 1))
     with pytest.raises(LearnerError, match=r"above learner\.max_sampler_gap=0\.01"):
-        measured(coarse.generate(requests(prompts))).check(0)
-    coarse.close()
+        measured(other.generate(requests(prompts))).check(0)
 
 
 @dataclass
@@ -324,7 +288,7 @@ def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) 
     settings: dict[str, Any] = {"rows": asked_of_it, "embeds": True, "threads": 1, "timeout_s": TIMEOUT_S}
     engine = start_engine(policy, cfg.rollout.engine, VisionCache(1 << 24), revision=None, **settings)
     samples = make_samples([(24, 24 + i) for i in range(groups)])
-    prompts = [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
+    prompts = prepared(policy, engine, samples)
     for version in (1, 2):
         engine.load(version, adapter_of(policy, version))
         engine.generate(requests(prompts, n=cfg.rollout.group_size, tokens=cfg.rollout.max_new_tokens))
@@ -339,11 +303,20 @@ def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("policy", ["llava"], indirect=True)
-def test_an_engine_that_is_killed_is_an_error_and_no_hang(policy: Policy, python: str) -> None:
-    engine = started(policy, python)
-    samples = long_samples(1)
-    prompts = [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
-    engine.load(0, None)
+def test_an_engine_ends_with_its_owner(coarse: list[VllmEngine]) -> None:
+    pid = coarse[0]._process.facts["pid"]
+    coarse.clear()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize("policy", ["llava"], indirect=True)
+def test_an_engine_that_is_killed_is_an_error_and_no_hang(policy: Policy, engine: VllmEngine) -> None:
+    """The last of its tests."""
+    prompts = prepared(policy, engine, long_samples(1))
+    load(policy, engine, 0)
     killer = threading.Timer(0.3, os.kill, (engine._process.facts["pid"], signal.SIGKILL))
     killer.start()
     with pytest.raises(ProcessError, match="SIGKILL"):
@@ -351,15 +324,3 @@ def test_an_engine_that_is_killed_is_an_error_and_no_hang(policy: Policy, python
     killer.join()
     with pytest.raises(ProcessError, match="not running"):
         engine.generate(requests(prompts))
-    engine.close()
-
-
-@pytest.mark.parametrize("policy", ["llava"], indirect=True)
-def test_an_engine_ends_with_its_owner(policy: Policy, python: str) -> None:
-    engine = started(policy, python)
-    pid = engine._process.facts["pid"]
-    del engine
-    deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{pid}")

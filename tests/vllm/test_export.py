@@ -148,7 +148,10 @@ def test_a_merged_model_and_an_adapter_on_it_say_in_plain_vllm_what_they_say_in_
     done = subprocess.run(
         [python, "-c", PLAIN],
         input=json.dumps(asked),
-        env={**os.environ, "PYTHONPATH": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"},
+        env={
+            **{**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            **{"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        },
         cwd=tmp_path,
         capture_output=True,
         text=True,

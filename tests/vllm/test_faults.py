@@ -12,15 +12,12 @@ import psutil
 import pytest
 
 from mmrl_ray.errors import AdapterError, ConfigError, ProcessError
-from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
-from mmrl_ray.policy.generation.base import DecodeRequest
+from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.generation.vllm.engine import VllmEngine
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.policy.prompts import encode_prompts
-from tests.unit.policy.generation.test_decode_families import TOKENS, generated
+from tests.vllm.compare import BOUND, gap, load, long_samples, prepared, requests, says_what_generate_says
 from tests.vllm.conftest import TIMEOUT_S, started
 from tests.vllm.models import adapter_of, policy_of
-from tests.vllm.test_engine import BOUND, gap, load, long_samples, requests
 
 SHARED = Path("/dev/shm")
 
@@ -40,8 +37,7 @@ def parted(policy: Policy, python: str) -> Iterator[VllmEngine]:
 
 @pytest.fixture
 def prompts(policy: Policy, parted: VllmEngine) -> list[EncodedPrompt]:
-    samples = long_samples()
-    return [parted.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
+    return prepared(policy, parted, long_samples())
 
 
 def segments() -> set[str]:
@@ -67,9 +63,7 @@ def test_a_model_in_parts_is_the_same_policy_over_versions(
 ) -> None:
     for version in (0, 1, 2):
         load(policy, parted, version)
-        asked = [DecodeRequest(p, 1, SamplingParams(max_new_tokens=TOKENS), greedy_extra=True) for p in prompts]
-        found = [output.greedy.token_ids.tolist() for output in parted.generate(asked) if output.greedy]
-        assert found == [generated(policy, prompt) for prompt in prompts]
+        says_what_generate_says(policy, parted, prompts)
         assert gap(policy, prompts, parted.generate(requests(prompts, seed=version))) < BOUND
 
 

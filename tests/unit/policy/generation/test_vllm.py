@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from mmrl_ray.errors import ConfigError, ProcessError
 from mmrl_ray.experience.carriers import EncodedPrompt, PromptSource, SamplingParams
 from mmrl_ray.policy.generation.base import Event, Failure
 from mmrl_ray.policy.generation.vllm import environment
-from mmrl_ray.policy.generation.vllm.child import EXTENSION, Engine, pack, unpack
+from mmrl_ray.policy.generation.vllm.child import EXTENSION, Engine, is_known, pack, unpack
 from mmrl_ray.policy.generation.vllm.decoder import VllmDecoder
 from mmrl_ray.policy.generation.vllm.process import VllmProcess
 from mmrl_ray.policy.lora.routing import BASE
@@ -46,11 +47,27 @@ def test_an_interpreter_without_vllm_is_told_from_one_that_is_not_there() -> Non
             VllmProcess(python, ASKED, environment={}, start_timeout_s=60.0)
 
 
-def test_a_process_that_dies_at_start_says_what_it_wrote_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "kind", "words"),
+    [
+        ("echo 'no memory left for this' >&2; exit 3", ProcessError, r"exit status 3\).*no memory left for this"),
+        ("exit 0", ProcessError, r"is \S+/python a Python that has vLLM\? `mmrl engine install vllm`"),
+        ("kill -KILL $$", ProcessError, r"ended by itself \(SIGKILL\)$"),
+        # Another Python, without even torch.
+        (
+            "echo \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1",
+            ConfigError,
+            r"\S+/python has no usable vLLM \(ModuleNotFoundError.*'torch'\); `mmrl engine install vllm`",
+        ),
+    ],
+)
+def test_a_process_that_dies_at_start_says_what_it_wrote_last(
+    tmp_path: Path, program: str, kind: type[Exception], words: str
+) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 'no memory left for this' >&2\nexit 3\n")
+    python.write_text(f"#!/bin/sh\n{program}\n")
     python.chmod(0o755)
-    with pytest.raises(ProcessError, match=r"exit status 3\).*no memory left for this"):
+    with pytest.raises(kind, match=words):
         VllmProcess(str(python), ASKED, environment={}, start_timeout_s=60.0)
 
 
@@ -102,11 +119,35 @@ def program_of(folder: Path, answer: dict[str, object], *, said: str = "", megab
             ProcessError,
             r"lower the engine's gpu_memory_utilization or max_num_seqs",
         ),
-        (
-            "ValueError: Unknown quantization method: a.",
+        (  # `vllm/v1/worker/cpu_worker.py`: a share that is less than the weights, and one that others have meanwhile
+            "ValueError: Available memory on node 0 (9.45/13.09 GiB) on kv cache allocation is less than requested "
+            "memory for kv (-0.56/0.0 GiB). Reduce CPU memory used by other processes.",
             "",
             ConfigError,
-            r"Unknown quantiz.* keys of the engine",
+            r"raise the engine's gpu_memory_utilization",
+        ),
+        (
+            "ValueError: Available memory on node 0 (0.45/13.09 GiB) on kv cache allocation is less than requested "
+            "memory for kv (1.0 GiB). Decrease --kv-cache-memory-bytes.",
+            "",
+            ProcessError,
+            r"lower the engine's gpu_memory_utilization or max_num_seqs",
+        ),
+        (
+            "ValidationError: 1 validation error for ModelConfig Value error, Unknown quantization method: a. "
+            "[type=value_error, input_value=ArgsKwargs((), {'model': ...rkers': 1}), input_type=ArgsKwargs] For "
+            "further information visit https://errors.pydantic.dev/2.14/v/value_error",
+            "",
+            ConfigError,
+            r"Unknown quantization method: a\.; look at the keys of the engine",
+        ),
+        (
+            "ValidationError: 1 validation error for SchedulerConfig max_num_batched_tokens Input should be a valid "
+            "integer [type=int_parsing, input_value='many', input_type=str] For further information visit "
+            "https://errors.pydantic.dev/2.14/v/int_parsing",
+            "",
+            ConfigError,
+            r"max_num_batched_tokens Input .*'many', input_type=str\]; look at the keys",
         ),
         ("RuntimeError: Failed to infer device type", "", ConfigError, r"give it GPUs \(`resources`\)"),
         (
@@ -221,6 +262,14 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Engine:
         vars(sys.modules[name]).update(contents)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return Engine(ASKED)
+
+
+def test_a_release_that_is_not_known_is_refused_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for release, refused in (("0.31.2", True), ("0.9.1+cpu", True), ("0.32.0", False), ("1.0rc1", False)):
+        assert is_known(release) is not refused
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
+    with pytest.raises(ConfigError, match=r"has no usable vLLM: 0\.11\.0, .* from 0\.32"):
+        Engine(ASKED)
 
 
 GROUP = {"prompt": 0, "images": 0, "image_key": "k", "sampling": {}}
