@@ -23,7 +23,7 @@ from mmrl_ray.config.sections import (
     TeacherSection,
     refuse,
 )
-from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.config.serving import MAX_VLLM_RANK, ServingSection
 
 if TYPE_CHECKING:
     from mmrl_ray.algorithms.base import Algorithm as Family
@@ -160,6 +160,8 @@ class Config(_WithAgents):
                 self.resources.rollout.gpus > 0
                 and (rollout.engine.tensor_parallel_size or 1) > max(1, self.resources.rollout.gpus)
             ),
+            f"model.lora.r={self.model.lora.r} is above {MAX_VLLM_RANK}, the most that rollout.engine.kind="
+            f"{rollout.engine.kind} takes": rollout.engine.kind != "local" and self.model.lora.r > MAX_VLLM_RANK,
             f"rollout.group_size={rollout.group_size} is too small: learner.advantage={learner.advantage} "
             "needs 2 or more": learner.advantage in ("leave_one_out", "group") and rollout.group_size < 2,
             f"rollout.group_size={rollout.group_size} is too small: learner.dynamic_sampling looks for captions of a "

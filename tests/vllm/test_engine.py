@@ -242,7 +242,7 @@ def test_the_start_up_comparison_holds_this_engine_against_generate(
 
 
 def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
-    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt]
+    policy: Policy, engine: VllmEngine, prompts: list[EncodedPrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(policy, engine, 1)
     weights = adapter_of(policy, 2) or {}
@@ -255,6 +255,10 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
     elsewhere = {name.replace("layers.0", "layers.9"): tensor for name, tensor in weights.items()}
     with pytest.raises(AdapterError, match=r"version 41 .* no place for 7 of the adapter's 14 layers"):
         engine._process.ask("load", version=41, adapter=engine._config, tensors=elsewhere, timeout_s=TIMEOUT_S)
+    monkeypatch.setattr(engine, "_as_made", elsewhere)
+    with pytest.raises(AdapterError, match=r"no place for 7 .*; take such layers out of model\.lora\.targets"):
+        engine.try_adapter()
+    monkeypatch.undo()
     with pytest.raises(ContextLengthError, match="max_model_len"):
         engine.generate(requests(prompts, tokens=1000))
     with pytest.raises(ConfigError, match="stop strings"):

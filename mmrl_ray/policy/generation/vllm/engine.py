@@ -23,12 +23,13 @@ from transformers.utils import is_torchvision_available
 
 from mmrl_ray.config.learner import EngineSection
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, ModelError
+from mmrl_ray.errors import AdapterError, ConfigError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.generation.base import Capabilities, DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.generation.vllm.child import EXTENSION
 from mmrl_ray.policy.generation.vllm.exchange import collect, embeddings, loadable, no_features, submit
 from mmrl_ray.policy.generation.vllm.process import VllmProcess
+from mmrl_ray.policy.heads import split_heads
 from mmrl_ray.policy.lora.adapter import adapter_state
 from mmrl_ray.policy.memory import CACHE_BLOCK, LORA_PLACES, EngineLimits, padded_rank
 from mmrl_ray.policy.model import Policy
@@ -64,6 +65,7 @@ def start_engine(
 
     Raises:
         ConfigError, ProcessError: of `VllmProcess`.
+        AdapterError: vLLM cannot have this adapter.
     """
     embeds = cfg.args.get("enable_mm_embeds", embeds)
     if embeds and (reason := no_features(policy)) is not None:
@@ -92,7 +94,13 @@ def start_engine(
     dtype = str(policy.dtype).removeprefix("torch.")
     found = {"dtype": dtype, **cfg.arguments}
     exact = found["dtype"] == dtype and cfg.quantization is None and found.get("kv_cache_dtype", "auto") == "auto"
-    return VllmEngine(policy, process, cache, timeout_s=timeout_s, exact=exact)
+    engine = VllmEngine(policy, process, cache, timeout_s=timeout_s, exact=exact)
+    try:
+        engine.try_adapter()
+    except MMRLError:
+        engine.close()
+        raise
+    return engine
 
 
 def start_process(
@@ -206,6 +214,21 @@ class VllmEngine(GenerationEngine):
         if before is not None and before != version:
             self._process.ask("drop", version=before, timeout_s=self._timeout_s)
         self._version = version
+
+    def try_adapter(self) -> None:
+        """Loads the adapter as it was made, and drops it: a fresh one is none (`loadable`), and a later one too late.
+
+        Raises:
+            AdapterError: vLLM cannot have it, such as one on a layer that vLLM adapts none of.
+        """
+        tensors, _ = split_heads(self._as_made)
+        try:
+            self._process.ask("load", version="trial", adapter=self._config, tensors=tensors, timeout_s=self._timeout_s)
+        except AdapterError as error:
+            raise AdapterError(
+                f"{error}; take such layers out of model.lora.targets, or use the local engine (rollout.engine.kind)"
+            ) from error
+        self._process.ask("drop", version="trial", timeout_s=self._timeout_s)
 
     def prepared(self, prompt: EncodedPrompt, sample: Sample) -> EncodedPrompt:
         """With its pictures, and its tokens before the processor took them."""

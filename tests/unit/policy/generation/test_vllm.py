@@ -332,6 +332,7 @@ def test_what_an_engine_cannot_do_in_a_run_is_said_when_its_config_is_read() -> 
     for written, said in (
         (["rollout.engine.start_timeout_s=301"], r"above resources\.placement_timeout_s=300"),
         (["resources.rollout.gpus=1", "rollout.engine.tensor_parallel_size=2"], "wants as many GPUs"),
+        (["model.lora.r=513"], r"model\.lora\.r=513 is above 512, the most that rollout\.engine\.kind=vllm takes"),
         (
             ["algorithm=dpo", "learner.kl.weight=0", "data.preferences={store: 'sqlite:///p.db'}"],
             "learns from what others have sampled",
