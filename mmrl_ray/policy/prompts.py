@@ -122,7 +122,8 @@ def check_context(policy: Policy, prompt: EncodedPrompt, max_new_tokens: int) ->
     if length + max_new_tokens > policy.context_length:
         raise ContextLengthError(
             f"prompt of {length} tokens plus max_new_tokens={max_new_tokens} exceeds the model's context of "
-            f"{policy.context_length}; shorten the prompt, lower rollout.max_new_tokens or use smaller images"
+            f"{policy.context_length}, or its engine's max_model_len; shorten the prompt, lower rollout.max_new_tokens "
+            "or use smaller images"
         )
 
 

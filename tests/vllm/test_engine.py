@@ -30,6 +30,7 @@ from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.memory import CACHE_BLOCK, model_shape
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.policy.trial import generated_logprobs
@@ -261,6 +262,8 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
     monkeypatch.undo()
     with pytest.raises(ContextLengthError, match="max_model_len"):
         engine.generate(requests(prompts, tokens=1000))
+    with pytest.raises(ContextLengthError, match=r"context of 256, or its engine's max_model_len"):
+        check_context(policy, prompts[0], 250)  # so that a worker finds out sample by sample
     with pytest.raises(ConfigError, match="stop strings"):
         engine.generate([DecodeRequest(prompts[0], 1, SamplingParams(stop=("a",)))])
     with pytest.raises(ConfigError, match="value heads"):
@@ -287,7 +290,7 @@ def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) 
     policy = load_policy(cfg.model, device="cpu")
     shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
     add_adapter(policy, cfg.model.lora, seed=0)
-    groups = cfg.rollout.groups_per_assignment
+    groups, context = cfg.rollout.groups_per_assignment, policy.context_length
     asked_of_it = groups * cfg.rollout.group_size
     settings: dict[str, Any] = {"rows": asked_of_it, "embeds": True, "threads": 1, "timeout_s": TIMEOUT_S}
     engine = start_engine(policy, cfg.rollout.engine, VisionCache(1 << 24), revision=None, **settings)
@@ -300,7 +303,7 @@ def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) 
     (peak_kb,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
     peak = 1024 * int(peak_kb)
     length = prompts[0].input_ids.numel()
-    parts = engine_memory(cfg, shape, length, context=policy.context_length, embeds=True)
+    parts = engine_memory(cfg, shape, length, context=context, embeds=True)
     assert sum(parts.values()) == pytest.approx(peak, rel=0.15), parts
     assert parts["weights"] + parts["keys and values"] > peak / 2
     engine.close()

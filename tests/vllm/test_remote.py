@@ -24,6 +24,7 @@ from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.memory import CACHE_BLOCK
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
+from mmrl_ray.policy.prompts import check_context
 from mmrl_ray.policy.vision import VisionCache
 from mmrl_ray.processes import free_port
 from tests.support.tiny_models import section_of
@@ -233,6 +234,8 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
     load(policy, engine, 1)
     with pytest.raises(ContextLengthError, match="max-model-len"):
         engine.generate(requests(prompts, tokens=1000))
+    with pytest.raises(ContextLengthError, match="context of 256"):
+        check_context(policy, prompts[0], 250)  # so that a worker finds out sample by sample
     with pytest.raises(ConfigError, match="max_num_seqs"):
         engine.generate(requests(prompts, n=65))
     with pytest.raises(ConfigError, match=rf"--max-loras {PLACES + 1} or more"):

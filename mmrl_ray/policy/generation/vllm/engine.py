@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import with_source
 from mmrl_ray.policy.vision import VisionCache, give_back, vision_features
 from mmrl_ray.processes import without_growing_segments
+
+_LONGEST_FOLDER = 64
+"""Characters of a path that the kernel takes a socket in: 107 with its name, and vLLM's are 37."""
 
 
 def start_engine(
@@ -153,6 +157,7 @@ def start_process(
         environment={
             "OMP_NUM_THREADS": str(max(1, threads // parts)),
             **without_growing_segments(),
+            **({"VLLM_RPC_BASE_PATH": "/tmp"} if parts > 1 and len(gettempdir()) > _LONGEST_FOLDER else {}),
             # Of a part that fails alone vLLM hears nothing, and waits. It is to find that out before the pool does,
             # which could not say what it was.
             **({"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(max(1, int(timeout_s / 2)))} if parts > 1 else {}),
@@ -188,8 +193,10 @@ class VllmEngine(GenerationEngine):
     ) -> None:
         """Takes the policy's tokenizer and the adapter that it has now, which is "the adapter as it was made".
 
-        `cache` is the scorer's; `exact` says that vLLM computes in the policy's dtype, without quantisation.
+        The policy is told how much room the engine has for a prompt and its completion. `cache` is the scorer's;
+        `exact` says that vLLM computes in the policy's dtype, without quantisation.
         """
+        policy.context_length = min(policy.context_length, int(process.facts["context"]))
         self._embeds = bool(process.facts["embeds"])
         self.capabilities = Capabilities(  # type: ignore[misc]  # of this one
             value_guided=False,

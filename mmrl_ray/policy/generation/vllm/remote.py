@@ -122,7 +122,7 @@ class RemoteEngine(GenerationEngine):
         """Takes the policy's tokenizer and the adapter that it has now, which is "the adapter as it was made".
 
         Args:
-            policy: the worker's.
+            policy: the worker's; it is told how much room the server has for a prompt and its completion.
             server: what samples; it is closed with this.
             adapters: where versions go.
             cache: the scorer's.
@@ -139,6 +139,7 @@ class RemoteEngine(GenerationEngine):
             reproducible=False,
             greedy_logprobs=False,
         )
+        policy.context_length = min(policy.context_length, room)
         self._policy, self._server, self._adapters, self._cache = policy, server, adapters, cache
         self._model, self._room, self._versions = model, room, versions
         self._as_made = adapter_state(policy.model)
