@@ -31,7 +31,7 @@ test: setup
 
 # vLLM in an environment of its own, MMRL_VLLM_PYTHON or what `mmrl engine install` has made; skipped where there is none.
 test-vllm: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm $(PARALLEL)
 
 # Strict: a reference to nothing, or a warning, fails. The pages are in docs/_build/html.
 docs: setup $(VENV)/.docs-installed

@@ -27,6 +27,11 @@ LONGEST = [
     "integration/rollouts/test_rollouts_on_ray.py",
     "integration/training/test_value_based.py",
     "integration/serving/test_serve.py",
+    "vllm/test_engine.py",
+    "vllm/test_serve.py",
+    "vllm/test_faults.py",
+    "vllm/test_remote.py",
+    "vllm/test_serving.py",
 ]
 
 _SESSIONS: list[pytest.Session] = []

@@ -66,3 +66,4 @@ def _qwen(folder: Path) -> None:
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(folder)
     parts.processor.save_pretrained(folder)
+    parts.processor.image_processor.save_pretrained(folder)  # as the Hub's checkpoint has it; a server asks for no less

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.vllm.conftest import TIMEOUT_S, started
 from tests.vllm.models import adapter_of, policy_of
 
 SHARED = Path("/dev/shm")
+BEFORE = {*os.listdir(SHARED)}
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +30,15 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def parted(policy: Policy, python: str) -> Iterator[VllmEngine]:
-    """Two processes have a half of each layer; the last test of this module ends them."""
-    made = started(policy, python, tensor_parallel_size=2)
+def parted(policy: Policy, python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    """Two processes have a half of each layer, on a machine whose temporary folder's name is too long for a socket; a
+    test ends them."""
+    folder = tmp_path_factory.mktemp("a-folder-of-a-cluster-" + 64 * "x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", None)
+        made = started(policy, python, tensor_parallel_size=2)
+    assert not [*folder.glob("vllm_dist_*")], "the file that they met by is left"
     yield made
     made.close()
 
@@ -41,8 +49,8 @@ def prompts(policy: Policy, parted: VllmEngine) -> list[EncodedPrompt]:
 
 
 def segments() -> set[str]:
-    """Shared memory that Python has made for several processes."""
-    return {name for name in os.listdir(SHARED) if name.startswith("psm_")}
+    """Shared memory that Python and vLLM's operators for CPUs have made for several processes, but what was there."""
+    return {name for name in os.listdir(SHARED) if name.startswith(("psm_", "vllm_dist_"))} - BEFORE
 
 
 def parts_of(owner: int) -> list[psutil.Process]:

@@ -174,6 +174,7 @@ class Engine:
         if self._is_parted:
             extension.unlink_afterwards()
         self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        self._engine.collective_rpc("leave_nothing", args=())
         self._versions: dict[int | str, Version] = {}
         self._seated: list[Version] = []
         self._groups: dict[str, Group] = {}
@@ -378,6 +379,10 @@ class Engine:
         ticket = str(self._tickets)
         try:
             rendered = self.rendered(asked, version, tensors)
+        except Exception as error:
+            text = f"{type(error).__name__}: {one_line(error)[:500]}"
+            raise ProcessError(f"vLLM refuses a prompt with {asked['images']} pictures: {text}") from error
+        try:
             self.begin(ticket, rendered, asked["sampling"], version, streams=False)
         except (ValueError, TypeError) as error:
             raise ProcessError(f"vLLM refuses a prompt: {' '.join(str(error).split())}") from error

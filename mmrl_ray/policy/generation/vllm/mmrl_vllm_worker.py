@@ -26,6 +26,7 @@ RULES = f"{Path(__file__).stem}:Rules"
 """For vLLM's argument `logits_processors`; and the key of `extra_args` under which requests bring their rules."""
 PILLOW = "MMRL_VLLM_PILLOW"
 """Environment variable: pictures are resized by Pillow, as the owner's processor does, and not by torchvision."""
+_SHARED = Path("/dev/shm")
 _TOWER = r"^(?:model\.)?vision_tower\.(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm)\.)"
 
 
@@ -33,6 +34,17 @@ class Adapters:
     """Mixed into vLLM's worker; called by name, by `collective_rpc`."""
 
     model_runner: Any
+    distributed_init_method: str
+
+    def leave_nothing(self) -> None:
+        """Takes away what would stay when all processes are killed at once, where they have met by a file, as on CPUs:
+        the file, and the names of memory that they share and all have by now.
+        """
+        method = self.distributed_init_method
+        if method.startswith("file://"):
+            file = Path(method.removeprefix("file://"))
+            for left in (file, *_SHARED.glob(f"{file.name}-*")):
+                left.unlink(missing_ok=True)
 
     def hold_adapter(self, lora_id: int, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
         """Keeps these for requests with `lora_id`.

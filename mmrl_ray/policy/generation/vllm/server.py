@@ -17,6 +17,8 @@ import re
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception, retry_if_result, stop_after_attempt
@@ -117,7 +119,9 @@ class VllmServer:
                     return
                 found = f"status {response.status_code}"
             if time.monotonic() >= deadline:
-                raise ProcessError(f"rollout.engine.url={self.url}: no vLLM server answers there ({found})")
+                raise ProcessError(
+                    f"rollout.engine.url={self.url}: no vLLM server answers there ({found}){_proxied(self.url)}"
+                )
             time.sleep(min(_LOOK_EVERY_S, max(0.0, deadline - time.monotonic())))
 
     def check(self, model: str | None) -> tuple[str, int]:
@@ -319,3 +323,12 @@ class VllmServer:
         except (LookupError, TypeError, ValueError):
             text = response.text
         return " ".join(str(text).split())[:1000]
+
+
+def _proxied(url: str) -> str:
+    """For an error: that a proxy stands between, which may be what answers. It is not named, for it may hold a key."""
+    parts = urlsplit(url)
+    host = str(parts.hostname)
+    if parts.scheme not in getproxies() or proxy_bypass(host):
+        return ""
+    return f"; it was asked through {parts.scheme}_proxy, and NO_PROXY={host} asks it directly"

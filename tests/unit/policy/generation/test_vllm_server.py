@@ -104,6 +104,16 @@ def test_one_that_hangs_is_given_up_and_so_is_all_that_is_under_way() -> None:
         server_of(one_fails).generate([{}, {"n": 1}])
 
 
+def test_a_proxy_in_between_is_told_and_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy:3128")
+    for direct in ("", "vllm.example"):
+        monkeypatch.setenv("no_proxy", direct)
+        with pytest.raises(ProcessError, match=r"status 502") as caught:
+            server_of(lambda request: httpx.Response(502)).wait(0.0)
+        assert ("NO_PROXY=vllm.example asks it directly" in str(caught.value)) is not bool(direct)
+        assert "secret" not in str(caught.value)
+
+
 def test_a_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
 
