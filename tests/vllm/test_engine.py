@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
 def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) -> None:
     """Within 15 %, of a model that half of it is made of, and without an argument of vLLM's but `enforce_eager`."""
     build_tiny_llava(
-        tmp_path, vocabulary=WORDS, image_size=24, hidden=768, heads=12, layers=4, vision_hidden=32, vision_layers=2
+        tmp_path, vocabulary=WORDS, image_size=24, hidden=768, heads=12, layers=5, vision_hidden=32, vision_layers=2
     )
     engine_section = {"kind": "vllm", "python": python, "enforce_eager": True}
     cfg = Config.model_validate(
@@ -283,7 +283,7 @@ def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) 
             "run": {"name": "x"},
             "model": {"path": str(tmp_path), "dtype": "float32", "lora": {"r": RANK}},
             "data": {"train": "x"},
-            "rollout": {"max_new_tokens": 24, "engine": engine_section},
+            "rollout": {"max_new_tokens": 12, "engine": engine_section},
             "learner": {"steps": 1},
         }
     )
