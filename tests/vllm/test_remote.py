@@ -6,7 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -72,7 +72,7 @@ class Server:
                 "max-num-batched-tokens": 1024,
             },
             **{"max-loras": PLACES, "max-lora-rank": 8, "logprobs-mode": mode},
-            **{"worker-extension-cls": "mmrl_vllm_worker.Adapters", "mm-processor-kwargs": '{"backend": "pil"}'},
+            **{"worker-extension-cls": "mmrl_vllm_worker.Adapters", "mm-processor-kwargs": '{"use_fast": false}'},
         }
         switches = ("enforce-eager", "enable-lora", "enable-scale-out", "no-enable-chunked-prefill")
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
@@ -142,6 +142,27 @@ def test_greedy_tokens_are_those_of_generate(
     for version in (0, 1):
         load(policy, engine, version)
         says_what_generate_says(policy, engine, prompts)
+
+
+def test_a_model_with_grids_is_the_same_policy_there(python: str, shared: Path, tmp_path: Path) -> None:
+    """Qwen2.5-VL, whose pictures have as many tokens as their size makes of them."""
+    policy = policy_of("qwen2_5_vl", tmp_path / "model")
+    server = Server(python, policy.path, free_port(), tmp_path / "log")
+    server.start()
+    try:
+        engine = begun(policy, server, shared, run="grids")
+        samples = [replace(each, images=each.images * (1 + i % 2)) for i, each in enumerate(long_samples())]
+        prompts = prepared(policy, engine, samples)
+        assert len({prompt.input_ids.numel() for prompt in prompts}) > 1
+        for version in (0, 1, 2):
+            load(policy, engine, version)
+            says_what_generate_says(policy, engine, prompts)
+            is_of_one_version(policy, prompts, engine.generate(requests(prompts, seed=version)), version, (0, 1, 2))
+        load(policy, engine, 0)
+        assert choose_path(policy, prompts[:2], temperature=TEMPERATURE, engine=engine).sampler < BOUND
+        engine.close()
+    finally:
+        server.stop()
 
 
 def test_the_start_up_comparison_tries_an_adapter_too(

@@ -104,7 +104,7 @@ class RemoteEngine(GenerationEngine):
     name = "openai"
     remedy = (
         " (does the server have the same weights and --dtype, and make pixels as this process does: with "
-        """--mm-processor-kwargs '{"backend": "pil"}' where there is no torchvision here?)"""
+        """--mm-processor-kwargs '{"use_fast": false}' where there is no torchvision here?)"""
     )
 
     def __init__(
