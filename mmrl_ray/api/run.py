@@ -9,7 +9,7 @@ from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from mmrl_ray.config.paths import RUN_CONFIG, find_run
+from mmrl_ray.config.paths import RUN_CONFIG, find_run, is_run
 from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.run_records.checkpoint_choice import best_step, evaluation_lines
 from mmrl_ray.run_records.run_dir import RunDir, checkpoint_steps, steps_in
@@ -43,7 +43,9 @@ def load_run(run: str | os.PathLike[str] | Run, *, root: str = "runs") -> Run:
         ConfigError: that is no run; with the nearest name that there is.
         RunError: it cannot be read.
     """
-    found = RunDir.at(find_run(os.fspath(run), root))
+    name = os.fspath(run)
+    is_elsewhere = "://" in root and not os.path.dirname(name) and not is_run(name)
+    found = RunDir.open(root, name) if is_elsewhere else RunDir.at(find_run(name, root))
     if not found.exists(RUN_CONFIG):  # a URI, of which nothing was looked at yet
         raise ConfigError(f"{found.location} is no run folder: it has no {RUN_CONFIG}")
     return Run(found)
