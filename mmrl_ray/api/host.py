@@ -28,6 +28,7 @@ _LEVELS = {
     "mmrl_ray": logging.NOTSET,
     "huggingface_hub": logging.WARNING,
     "peft": logging.NOTSET,
+    "ray.widgets.util": logging.NOTSET,
     "torch": logging.NOTSET,
     "transformers": logging.WARNING,
 }
@@ -64,6 +65,9 @@ def kept_as_it_was() -> Iterator[None]:
         stack.callback(_forget_rays_settings)
         for keep in (_environment, _logging, warnings.catch_warnings, _signals, _threads):
             stack.enter_context(keep())
+        # Ray and tqdm ask a notebook for widgets, which nothing here shows.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)
         yield
 
 

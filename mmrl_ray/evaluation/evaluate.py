@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmrl_ray.evaluation.frames import Captions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TargetEvaluation:
     """What a run or a model is worth on one split, with all that a reader of it should know."""
 
@@ -50,7 +50,7 @@ class TargetEvaluation:
     notes: tuple[str, ...]
     blindness: str | None
     """A warning, where captions do not depend on the picture."""
-    images: Mapping[str, bytes] = field(repr=False, default_factory=dict)
+    images: Mapping[str, bytes] = field(default_factory=dict)
     """Encoded pictures of the first `MOST_PICTURES` samples, by their hash."""
 
     @property
@@ -76,6 +76,9 @@ class TargetEvaluation:
         notes = [*self.notes, *filter(None, [self.blindness])]
         found: dict[str, Any] = to_json(_document(self.target, self.data, self.evaluation, self.correlations, notes))
         return found
+
+    def __repr__(self) -> str:
+        return f"TargetEvaluation of {self.name} on {len(self.evaluation.captions)} samples\n{self.table.to_string()}"
 
     def _repr_html_(self) -> str:
         from mmrl_ray.evaluation.frames import html_notes

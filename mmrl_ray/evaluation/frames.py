@@ -92,7 +92,8 @@ class Captions(pd.DataFrame):
     def _repr_html_(self) -> str:
         shown = pd.DataFrame(self.head(_ROWS)).dropna(axis=1, how="all")
         drawn: dict[str, Callable[[Any], str]] = dict.fromkeys(map(str, shown.columns), _cell)
-        table = shown.to_html(escape=False, formatters=drawn, max_colwidth=None) if len(shown.columns) else ""
+        with pd.option_context("display.max_colwidth", None):  # cells are cut by `_cell`, and an `<img>` never
+            table = shown.to_html(escape=False, formatters=drawn) if len(shown.columns) else ""
         left = len(self) - len(shown)
         return f"{table}<p>{len(self):,} rows{f', {left:,} of them not shown' if left else ''}</p>"
 

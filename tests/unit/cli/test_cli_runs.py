@@ -17,7 +17,7 @@ from tests.unit.cli.program import Patch, mmrl
 
 
 def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     assert mmrl("train", config, "--set", "learner.steps=3").exit_code == 0
     ((cfg,), options) = train.call_args
     assert cfg.learner.steps == 3
@@ -27,7 +27,7 @@ def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
 
 
 def test_a_retry_goes_on_where_there_is_a_run_and_begins_it_where_there_is_none(config: Path, patched: Patch) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     again = ("train", config, "--resume-or-start", "--address", "10.0.0.1:6379")
     assert mmrl(*again).exit_code == 0
     assert train.call_args.kwargs == {"resume": False, "address": "10.0.0.1:6379", "debug": False}
@@ -39,7 +39,7 @@ def test_a_retry_goes_on_where_there_is_a_run_and_begins_it_where_there_is_none(
 
 @pytest.mark.parametrize("order", [("--resume", "RUN"), ("RUN", "--resume")])
 def test_resume_reads_the_config_of_the_run_folder(config: Path, patched: Patch, order: tuple[str, str]) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     cfg = parse_config(config.read_text(), "c.yaml", ["learner.lr=7e-4"])
     folder = Path(cfg.run.root) / "demo"
     folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_resume_reads_the_config_of_the_run_folder(config: Path, patched: Patch,
 
 
 def test_a_run_folder_that_was_moved_is_resumed_where_it_lies(config: Path, patched: Patch, tmp_path: Path) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     folder = tmp_path / "elsewhere" / "renamed"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(parse_config(config.read_text(), "c.yaml")))
@@ -63,7 +63,7 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_lies(config: Path, patc
 
 
 def test_dry_run_does_not_train(config: Path, patched: Patch, tmp_path: Path) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     before = sorted(tmp_path.rglob("*"))
     done = mmrl("train", config, "--dry-run")
     assert done.exit_code == 0, done.stderr

@@ -351,7 +351,7 @@ def test_a_run_with_values_is_decoded_by_them_and_beta_0_is_the_plain_policy(
         evaluate(world.run.location, beta=1.0)
     assert caption_images(world.run.location, pictures, beta=0.0) == plain
     explained = explain_image(valued.location, pictures[0])
-    assert explained.caption == by_values[0][1].strip()
+    assert explained.caption == by_values[0][0].strip()
 
 
 def test_python_captions_paths_bytes_and_pictures_alike(
