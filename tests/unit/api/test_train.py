@@ -70,7 +70,7 @@ def test_a_wrong_key_is_told_as_by_the_program(file: Path) -> None:
         told.append([line.split(": ", 1)[1] for line in str(caught.value).splitlines()])
     assert told[0] == told[1]
     assert told[0][0].startswith("learner.group_per_step: unknown key (value 8); did you mean")
-    with pytest.raises(ConfigError, match=r"--set learner\.lr: must be a number, not 'x'"):
+    with pytest.raises(ConfigError, match=r'--set learner\.lr: must be a number, not "x"'):
         train(settings(), overrides={"learner.lr": "x"})
 
 
