@@ -204,6 +204,7 @@ def _columns(schema: pa.Schema, module: types.ModuleType) -> Lines:
 # -- Python ------------------------------------------------------------------------------------------------------------
 
 PUBLIC: dict[str, Sequence[str]] = {
+    "Runs": ("mmrl_ray.api.training", "mmrl_ray.api.run", "mmrl_ray.api.inference"),
     "Losses and advantages": (
         "mmrl_ray.losses.advantages",
         "mmrl_ray.losses.aggregation",
@@ -225,7 +226,7 @@ PUBLIC: dict[str, Sequence[str]] = {
     "Analysis": ("mmrl_ray.analysis.attribution", "mmrl_ray.analysis.pca", "mmrl_ray.analysis.correlation"),
     "Client": ("mmrl_ray.client",),
 }
-"""Pure functions and classes that other programs may import."""
+"""What other programs may import. `train`, `load_run`, `evaluate` and `caption` are names of `mmrl_ray`, too."""
 
 
 def functions() -> Lines:

@@ -8,11 +8,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmrl_ray.api.inference import caption, evaluate
+    from mmrl_ray.api.run import Run, load_run
+    from mmrl_ray.api.training import train
     from mmrl_ray.client import Client
+    from mmrl_ray.config import Config
 
 __version__ = "0.1.0"
-__all__ = ["Client", "__version__"]
-_HOMES = {"Client": "mmrl_ray.client"}
+__all__ = ["Client", "Config", "Run", "__version__", "caption", "evaluate", "load_run", "train"]
+_HOMES = {
+    "Client": "mmrl_ray.client",
+    "Config": "mmrl_ray.config",
+    "Run": "mmrl_ray.api.run",
+    "caption": "mmrl_ray.api.inference",
+    "evaluate": "mmrl_ray.api.inference",
+    "load_run": "mmrl_ray.api.run",
+    "train": "mmrl_ray.api.training",
+}
 """Of what only some programs need: imported when it is first asked for."""
 _FORMER = {
     "mmrl_ray.config.model": "mmrl_ray.config.sections",
@@ -27,6 +39,11 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the names of `_HOMES`, for completion in notebooks."""
+    return sorted({*globals(), *_HOMES})
 
 
 class _FormerPlaces:

@@ -22,6 +22,7 @@ LONGEST = [
     "integration/test_quickstart.py",
     "integration/training/test_train.py",
     "integration/training/test_readme.py",
+    "integration/training/test_notebook.py",
     "integration/jobs/test_jobs.py",
     "integration/learner/test_group.py",
     "integration/rollouts/test_rollouts_on_ray.py",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from mmrl_ray import __version__
+from mmrl_ray.api.host import own_process
 from mmrl_ray.errors import ConfigError, Interrupted, MMRLError
 from mmrl_ray.telemetry.logs import logs_json
 
@@ -124,7 +125,8 @@ def command(group: typer.Typer, name: str, *, failure: int = 1) -> Callable[[Cal
 def guarded(function: Callable[[], None], debug: bool, failure: int = 1) -> None:
     """The one place where exceptions become exit codes. A bug (any other exception) keeps its traceback."""
     try:
-        function()
+        with own_process():
+            function()
     except KeyboardInterrupt as error:
         _fail(error, "interrupted", 130, debug)
     except Interrupted as error:

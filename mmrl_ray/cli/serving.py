@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -112,20 +113,25 @@ def caption(
         refuse_no_run(run)
     else:
         refuse_unknown(model or "")
-    from mmrl_ray.evaluation.captioning import caption as make
+    from mmrl_ray.api.inference import caption as make
     from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():
-        make(
-            images,
-            run=run,
-            model=model,
-            prompt=prompt,
-            beta=beta,
-            n=n,
-            temperature=temperature,
-            checkpoint=checkpoint,
-        )
+        target = run or model or ""
+        made = make(target, images, prompt=prompt, beta=beta, n=n, temperature=temperature, checkpoint=checkpoint)
+    for path, texts in zip(images, made, strict=True):
+        _print_captions(path, texts, is_alone=len(images) == 1)
+
+
+def _print_captions(path: Path, texts: Sequence[str], *, is_alone: bool) -> None:
+    """One a line, after the picture's file where there are several."""
+    from mmrl_ray.telemetry.terminal import visible
+
+    for text in map(str.strip, texts):
+        if is_alone and len(texts) == 1:
+            typer.echo(text)
+        else:
+            typer.echo(visible(text if is_alone else f"{path}: {text}"))
 
 
 @command(app, "score")
@@ -161,18 +167,13 @@ def _caption_by(
 ) -> None:
     """Asks for several captions at a time: the policy decodes them together."""
     from mmrl_ray.client import Client
-    from mmrl_ray.telemetry.terminal import visible
 
     pool = ThreadPoolExecutor(_AT_A_TIME)
     with Client(url) as client:
         ask = functools.partial(client.caption, model=model, prompt=prompt, n=n, temperature=temperature)
         try:
             for path, made in zip(images, pool.map(ask, images), strict=True):
-                for caption in made.captions:
-                    text = caption.text.strip()
-                    typer.echo(
-                        text if len(images) == n == 1 else visible(text if len(images) == 1 else f"{path}: {text}")
-                    )
+                _print_captions(path, [caption.text for caption in made.captions], is_alone=len(images) == 1)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,9 +26,6 @@ from mmrl_ray.cli.program import (
     show_json,
 )
 from mmrl_ray.errors import ConfigError, PlacementError, RunError
-
-if TYPE_CHECKING:
-    from mmrl_ray.config import Config
 
 _EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -98,20 +94,20 @@ def train(
     from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():  # from here on, before all that takes time
-        cfg = _config_of(target, set_, resume)
-        resume = resume or (go_on and _is_there(cfg))
-        if dry_run:
-            from mmrl_ray.planning.dry_run import dry_run as show
+        from mmrl_ray.api.training import run_config
+        from mmrl_ray.api.training import train as run
 
-            found = show(cfg, resume=resume, address=address)
-            if found.unplaced:
-                raise PlacementError("\n".join(found.unplaced))
-            if found.refused:
-                raise RunError("the run would stop: " + "\n".join(found.refused))
+        if not dry_run:
+            run(target, overrides=set_ or (), resume=resume, resume_or_start=go_on, address=address, debug=debug)
             return
-        from mmrl_ray.training.train import train as run
+        cfg, resume = run_config(target, overrides=set_ or (), resume=resume, resume_or_start=go_on)
+        from mmrl_ray.planning.dry_run import dry_run as show
 
-        run(cfg, resume=resume, address=address, debug=debug)
+        found = show(cfg, resume=resume, address=address)
+        if found.unplaced:
+            raise PlacementError("\n".join(found.unplaced))
+        if found.refused:
+            raise RunError("the run would stop: " + "\n".join(found.refused))
 
 
 @command(app, "check", failure=2)
@@ -170,23 +166,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Caption a dataset and score it: BLEU-1 to 4, CIDEr-D, ROUGE-L, reward parts."""
-    from mmrl_ray.config.paths import refuse_unknown
-
-    refuse_unknown(target)  # before anything that takes seconds to import
-    from mmrl_ray.evaluation.evaluate import evaluate as run
+    from mmrl_ray.api.inference import evaluate as run
     from mmrl_ray.training.interrupts import StopOnInterrupt
 
     with StopOnInterrupt():
-        run(
-            target,
-            data=data,
-            limit=limit,
-            out=out,
-            prompt=prompt,
-            beta=beta,
-            checkpoint=checkpoint,
-            as_json=as_json,
-        )
+        found = run(target, data, limit=limit, prompt=prompt, beta=beta, checkpoint=checkpoint)
+        from mmrl_ray.evaluation.evaluate import present
+
+        present(found, out=out, as_json=as_json)
 
 
 @command(app, "export")
@@ -275,37 +262,6 @@ def configshow(config: ConfigFile, set_: Overrides = None) -> None:
     from mmrl_ray.config.load import dump_config
 
     show(dump_config(load(config, set_)), "yaml")
-
-
-def _is_there(cfg: Config) -> bool:
-    from mmrl_ray.run_records.run_dir import RunDir
-
-    try:
-        RunDir.open(cfg.run.root, cfg.run.name)
-    except RunError:
-        return False
-    return True
-
-
-def _config_of(target: str, overrides: list[str] | None, resume: bool) -> Config:
-    """The config to train: a file, or the resolved one of the run folder that is resumed, wherever it lies now."""
-    if not resume or (Path(target).suffix in (".yaml", ".yml") and not Path(target).is_dir()):
-        return load(Path(target), overrides)
-    from mmrl_ray.config.load import parse_config
-    from mmrl_ray.run_records.run_dir import RunDir
-
-    run = RunDir.at(target)
-    if not run.exists("config.yaml"):
-        raise RunError(
-            f"{run.location} has no config.yaml: its run was stopped before it began, or it is none; begin it with "
-            "mmrl train CONFIG"
-        )
-    cfg = parse_config(run.read_text("config.yaml"), f"{target.rstrip('/')}/config.yaml", overrides or ())
-    with contextlib.suppress(RunError):  # its folder was renamed or is reached by another path
-        if RunDir.open(cfg.run.root, cfg.run.name).location == run.location:
-            return cfg
-    root = run.location[: -len(run.name)].rstrip("/")
-    return cfg.model_copy(update={"run": cfg.run.model_copy(update={"root": root, "name": run.name})})
 
 
 @command(reward_app, "train")

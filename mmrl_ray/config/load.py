@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,10 +52,61 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
     return parse_as(Config, text, source, overrides)
 
 
+def config_of(config: Config | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """A config out of what a program has: itself, a mapping as YAML would be read, or the path of a YAML file.
+
+    Overrides of a `Config` are applied to it as it is resolved: a preset's values stay where only its name changes.
+
+    Raises:
+        ConfigError: as `load_config`; a mapping is called `config` in place of a file and a line.
+    """
+    if isinstance(config, str | os.PathLike):
+        return load_config(Path(config), overrides)
+    if isinstance(config, Mapping):
+        return _validated(Config, Tree(_plain(config), {(): "config"}), "config", overrides)
+    if not isinstance(config, Config):
+        told = f"{type(config).__name__} is no config"
+        raise ConfigError(f"{told}: give a Config, a mapping of its sections, or the path of a YAML file")
+    return parse_config(dump_config(config), "config", overrides) if overrides else config
+
+
+def as_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """`a.b=value` of each, as `--set` takes them; of a mapping its values are Python's.
+
+    Raises:
+        ConfigError: a value is none that YAML has.
+    """
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Mapping):
+        return [*overrides]
+    try:
+        return [f"{key}={json.dumps(_plain(value), allow_nan=False)}" for key, value in overrides.items()]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"overrides hold what no config can: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A copy of a mapping's values as YAML would have brought them."""
+    if isinstance(value, Section):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # NumPy's and torch's numbers
+    return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
+
+
 def parse_as(kind: type[Whole], text: str, source: str, overrides: Sequence[str] = ()) -> Whole:
     """`parse_config` of any kind of config file."""
+    return _validated(kind, parse_yaml(text, source), source, overrides)
+
+
+def _validated(kind: type[Whole], tree: Tree, source: str, overrides: Sequence[str]) -> Whole:
     sections = ", ".join(f"`{name}:`" for name, info in kind.model_fields.items() if info.is_required())
-    tree = parse_yaml(text, source)
     if tree.value is None:
         raise ConfigError(f"{source}: the file is empty; a config needs the sections {sections}")
     if not isinstance(tree.value, dict):

@@ -73,6 +73,24 @@ def refuse_no_run(target: str) -> None:
     raise ConfigError(f"no such run folder: {target}{nearest_folder(target)}")
 
 
+def find_run(target: str, root: str = _ROOT) -> str:
+    """Where the run lies that a path, a URI or a bare name means; of a name it is the one in the folder `root`.
+
+    Raises:
+        ConfigError: there is none; with the nearest folder that there is.
+    """
+    is_name = not os.path.dirname(target) and target not in (".", "..")
+    inside = f"{root.rstrip('/')}/{target}"
+    if is_run(target) or (is_name and is_run(inside)):
+        return target if is_run(target) else inside
+    place = os.path.expanduser(target)
+    if os.path.isdir(place):
+        raise ConfigError(f"{target} is no run folder: it has no {RUN_CONFIG}")
+    if os.path.exists(place):
+        raise ConfigError(f"{target} is a file: a run is a folder with a {RUN_CONFIG}; name that")
+    raise ConfigError(f"no such run folder: {target}{nearest_folder(target)}")
+
+
 def nearest_folder(path: str) -> str:
     """`; did you mean …?` with the folder of the nearest name, or which folder on the way is missing; or nothing."""
     place = Path(path).expanduser()

@@ -1,17 +1,20 @@
-"""Greedy captions by the one decode loop: of samples for an evaluation, of image files for `mmrl caption`."""
+"""Greedy captions by the one decode loop: of samples for an evaluation, of pictures for `mmrl caption`."""
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image, ImageOps
+
 from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data import atomic
-from mmrl_ray.data.images import decode_image
+from mmrl_ray.data.images import decode_image, encode_png
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError, RunError
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
@@ -21,10 +24,13 @@ from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_gro
 from mmrl_ray.policy.generation.rules import GenerationRules, generation_rules
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import encode_prompts
-from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress, visible
+from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 
 logger = logging.getLogger(__name__)
 
+ImageLike = str | os.PathLike[str] | bytes | Image.Image
+"""A file, its bytes, or a picture of Pillow."""
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 BATCH = 64
 """Images whose captions are decoded together."""
 
@@ -107,7 +113,7 @@ def target_captions(
 
 def caption_images(
     target: str,
-    images: Sequence[str | Path],
+    images: Sequence[ImageLike],
     *,
     prompt: str | None = None,
     max_new_tokens: int | None = None,
@@ -116,16 +122,16 @@ def caption_images(
     temperature: float | None = None,
     checkpoint: str | None = None,
     shown: RunProgress | None = None,
-) -> list[tuple[str, str]]:
-    """(path, caption) of each image file, in order, by a run or a model. No caption is made if a file is no image.
+) -> list[list[str]]:
+    """`n` captions of each image, in order, by a run or a model. No caption is made if one of them is no image.
 
     Args:
         target: a run folder, a model folder or a hub id.
-        images: PNG, JPEG, WebP or GIF files.
+        images: PNG, JPEG, WebP or GIF: files, their bytes, or pictures of Pillow.
         prompt: what to ask; by default what the run asked.
         max_new_tokens: by default the run's.
         beta: of decoding with value heads; by default the run's.
-        n: captions an image; it comes as often.
+        n: captions an image.
         temperature: 0 is greedy; by default 0 for one caption and 1 for more, as of the gateway.
         checkpoint: of a run: `best`, `last` or a step.
         shown: says where it is; of few images only if that takes long.
@@ -136,12 +142,14 @@ def caption_images(
         ImageError: a file is no image of an accepted format; the message names it.
         RunError, ModelError: the target cannot be used.
     """
-    encoded = [read_image(path) for path in images]  # before the model is loaded: a typo answers at once
+    encoded = [
+        image_bytes(image, i) for i, image in enumerate(images)
+    ]  # before the model is loaded: a typo answers at once
     busy = nullcontext if shown is None else shown.busy
     with busy("loading the model"):
         opened = open_target(target, checkpoint=checkpoint, shown=shown)
     asked = opened.prompt if prompt is None else prompt
-    samples = [Sample(str(path), (data,), asked) for path, data in zip(images, encoded, strict=True)]
+    samples = [Sample(_name(image, i), (encoded[i],), asked) for i, image in enumerate(images)]
     if temperature is None:
         temperature = 0.0 if n == 1 else 1.0
     progress = None if shown is None or len(images) <= BATCH else shown.phase("caption")
@@ -150,10 +158,9 @@ def caption_images(
             captions = target_captions(
                 opened, samples, max_new_tokens=max_new_tokens, beta=beta, progress=progress, as_served=True
             )
-            return [(str(path), text) for path, text in zip(images, captions, strict=True)]
+            return [[text] for text in captions]
         longest = max_new_tokens or opened.max_new_tokens
-        drawn = _drawn(opened, samples, n, temperature, longest, opened.beta(beta), progress)
-    return [(str(path), text) for path, texts in zip(images, drawn, strict=True) for text in texts]
+        return _drawn(opened, samples, n, temperature, longest, opened.beta(beta), progress)
 
 
 def _drawn(
@@ -189,43 +196,6 @@ def _drawn(
     return found
 
 
-def caption(
-    images: Sequence[Path],
-    *,
-    run: str | None = None,
-    model: str | None = None,
-    prompt: str | None = None,
-    beta: float | None = None,
-    n: int = 1,
-    temperature: float | None = None,
-    checkpoint: str | None = None,
-) -> None:
-    """`mmrl caption`: prints one caption a line, after its file's name where there are several.
-
-    Raises:
-        ConfigError: not exactly one of `run` and `model` is given, or `beta` without value heads.
-    """
-    target = run if run is not None else model
-    if target is None or (run is not None and model is not None):
-        raise ConfigError("give either a run or a model to caption with")
-    with RunProgress() as shown:
-        made = caption_images(
-            target,
-            images,
-            prompt=prompt,
-            beta=beta,
-            n=n,
-            temperature=temperature,
-            checkpoint=checkpoint,
-            shown=shown,
-        )
-    for path, text in made:
-        if len(images) == n == 1:
-            print(text.strip())
-        else:
-            print(visible(text.strip() if len(images) == 1 else f"{path}: {text.strip()}"))
-
-
 def write_out(file: Path, content: bytes) -> None:
     """Writes what a command was asked to leave; a RunError where it cannot."""
     try:
@@ -234,7 +204,37 @@ def write_out(file: Path, content: bytes) -> None:
         raise RunError(f"{file} cannot be written: {error.strerror or error}; choose another --out") from error
 
 
-def read_image(path: str | Path) -> bytes:
+def image_bytes(image: ImageLike, place: int = 0) -> bytes:
+    """An encoded picture, found to be one.
+
+    Args:
+        place: of it among others, by which errors call one that is no file.
+
+    Raises:
+        DataError: a file is missing or cannot be read, or it is nothing that holds a picture.
+        ImageError: it is no image of an accepted format.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    name = _name(image, place)
+    try:
+        if isinstance(image, Image.Image):
+            upright = ImageOps.exif_transpose(image)
+            return encode_png(upright if upright.mode in _PNG_MODES else upright.convert("RGB"))
+        if isinstance(image, bytes | bytearray | memoryview):
+            decode_image(bytes(image))
+            return bytes(image)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+    raise DataError(f"{name} is a {type(image).__name__}: give a path, encoded bytes or a picture of Pillow")
+
+
+def _name(image: ImageLike, place: int) -> str:
+    """What errors call it."""
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {place} of those given"
+
+
+def read_image(path: str | os.PathLike[str]) -> bytes:
     """An image file's bytes, found to be an image.
 
     Raises:

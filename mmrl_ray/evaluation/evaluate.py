@@ -1,16 +1,19 @@
-"""`mmrl evaluate`: caption a split with a run or a model, score the captions, show and keep the figures."""
+"""An evaluation of a run or a model on a split: captions, scores, notes; and how `mmrl evaluate` shows it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from mmrl_ray.analysis.correlation import Correlation
 from mmrl_ray.data.held_out import overlap_with_data, same_place
+from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
 from mmrl_ray.errors import ConfigError, DataError
 from mmrl_ray.evaluation.captioning import target_captions, write_out
@@ -18,45 +21,107 @@ from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness, score_captions
 from mmrl_ray.experience.carriers import CaptionState
+from mmrl_ray.metrics.statistics import Interval
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import to_json
 from mmrl_ray.telemetry.terminal import PlainTable, RunProgress, say
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-def evaluate(
+    from mmrl_ray.evaluation.frames import Captions
+
+
+@dataclass(frozen=True, repr=False)
+class TargetEvaluation:
+    """What a run or a model is worth on one split, with all that a reader of it should know."""
+
+    name: str
+    """Of the run or model."""
+    target: str
+    data: str
+    evaluation: Evaluation
+    """Every caption with its scores, and every measure."""
+    correlations: Mapping[str, Correlation]
+    """Of the captions with what they were made of, by modality; empty where the model's states cannot be told."""
+    states: int
+    """Captions that the correlations are of."""
+    notes: tuple[str, ...]
+    blindness: str | None
+    """A warning, where captions do not depend on the picture."""
+    images: Mapping[str, bytes] = field(default_factory=dict)
+    """Encoded pictures of the first `MOST_PICTURES` samples, by their hash."""
+
+    @property
+    def measures(self) -> Mapping[str, Interval]:
+        """Every measure with its 95 % bootstrap interval over samples."""
+        return self.evaluation.measures
+
+    @property
+    def table(self) -> DataFrame:
+        """A row a measure: `value`, and `low` and `high` of its 95 % interval."""
+        from mmrl_ray.evaluation.frames import measures_frame
+
+        return measures_frame(self.evaluation)
+
+    def captions(self) -> Captions:
+        """A row a caption: sample, caption, references, reward and its parts, scores, picture."""
+        from mmrl_ray.evaluation.frames import Picture, evaluation_captions
+
+        return evaluation_captions(self.evaluation, lambda digest: Picture(digest, self.images.get))
+
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON, as `mmrl evaluate --out` writes it."""
+        notes = [*self.notes, *filter(None, [self.blindness])]
+        found: dict[str, Any] = to_json(_document(self.target, self.data, self.evaluation, self.correlations, notes))
+        return found
+
+    def __repr__(self) -> str:
+        return f"TargetEvaluation of {self.name} on {len(self.evaluation.captions)} samples\n{self.table.to_string()}"
+
+    def _repr_html_(self) -> str:
+        from mmrl_ray.evaluation.frames import html_notes
+
+        told = [*self.notes, *([f"WARNING: {self.blindness}"] if self.blindness else [])]
+        return (
+            f"<b>{escape(self.name)}</b>: {len(self.evaluation.captions)} samples of {escape(self.data)}"
+            f"{self.table.to_html(float_format='{:.4f}'.format)}{html_notes(told)}"
+        )
+
+
+MOST_PICTURES = 200
+
+
+def evaluate_target(
     target: str,
     *,
     data: str | None = None,
     limit: int | None = None,
-    out: Path | None = None,
     prompt: str | None = None,
     max_new_tokens: int | None = None,
     beta: float | None = None,
     checkpoint: str | None = None,
-    as_json: bool = False,
-) -> Evaluation:
-    """Captions `data` greedily and scores it; prints tables or JSON, and writes JSON where `out` says.
+) -> TargetEvaluation:
+    """Captions `data` greedily and scores it; prints nothing but its progress.
 
     CIDEr-D and the reward use the document frequencies stored with the run. A bare model has none: they are then
-    taken from the references of `data` itself, which the output says.
+    taken from the references of `data` itself, which the notes say.
 
     Args:
         target: a run folder, a model folder or a hub id.
         data: Parquet shards with references; by default the run's own held-out split.
         limit: only the first so many rows.
-        out: a file, or a folder that gets `evaluation-NAME.json`.
         prompt: for rows that bring none; by default the run's.
         max_new_tokens: by default the run's.
         beta: of decoding with value heads; by default the run's.
         checkpoint: of a run: `best`, `last` or a step.
-        as_json: prints what `out` would get, in place of the tables.
 
     Broken rows are left out and told, up to the run's `data.max_quarantined`; so are pictures that it was trained on.
 
     Raises:
         ConfigError: no data is given and the run has none, or a `beta` above 0, and there are no value heads.
-        DataError, ModelError, RunError: what is read cannot be used, or `out` cannot be written.
+        DataError, ModelError, RunError: what is read cannot be used.
     """
     states: list[CaptionState] = []
     with RunProgress() as shown:  # nothing is printed within: on a terminal it would go to standard error
@@ -90,29 +155,48 @@ def evaluate(
         with shown.busy("looking for these pictures in what was trained on"):
             seen = _trained_on(opened, samples, data)
     found_blind = evaluation_blindness(evaluation)
-    unseeing = None if found_blind is None else found_blind.told("this evaluation")
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     notes += [told(quarantine.records)] if len(quarantine) else []
     notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
     notes += seen
-    found = States.of(samples[: len(states)], states).correlations if states else {}
-    whole = to_json(_document(target, data, evaluation, found, [*notes, *filter(None, [unseeing])]))
-    document = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
+    return TargetEvaluation(
+        name=opened.name,
+        target=target,
+        data=data,
+        evaluation=evaluation,
+        correlations=States.of(samples[: len(states)], states).correlations if states else {},
+        states=len(states),
+        notes=tuple(notes),
+        blindness=None if found_blind is None else found_blind.told("this evaluation"),
+        images={image_hash([image]): image for sample in samples[:MOST_PICTURES] for image in sample.images},
+    )
+
+
+def present(found: TargetEvaluation, *, out: Path | None = None, as_json: bool = False) -> None:
+    """Prints tables or JSON, and writes JSON where `out` says.
+
+    Args:
+        out: a file, or a folder that gets `evaluation-NAME.json`.
+        as_json: prints what `out` would get, in place of the tables.
+
+    Raises:
+        RunError: `out` cannot be written.
+    """
+    document = json.dumps(found.document(), indent=2, ensure_ascii=False, allow_nan=False)
     if as_json:
         print(document)
     else:
-        Console().print(measures_table(opened.name, evaluation))
-        if found:
-            Console().print(correlation_table(found, len(states)))
-        for note in notes:
+        Console().print(measures_table(found.name, found.evaluation))
+        if found.correlations:
+            Console().print(correlation_table(found.correlations, found.states))
+        for note in found.notes:
             say(Console(), note)
-        if unseeing is not None:
-            say(Console(), f"WARNING: {unseeing}", "bold red")
+        if found.blindness is not None:
+            say(Console(), f"WARNING: {found.blindness}", "bold red")
     if out is not None:
-        file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
+        file = out / f"evaluation-{found.name}.json" if out.is_dir() else out
         write_out(file, f"{document}\n".encode())
         say(Console(stderr=as_json), f"written to {file}")
-    return evaluation
 
 
 def measures_table(title: str, evaluation: Evaluation) -> PlainTable:

@@ -42,10 +42,11 @@ def list_runs(root: str, *, clock: Callable[[], float] = time.time) -> list[dict
         if error.__cause__ is not None:  # storage that fails
             raise
         raise RunError(f"there is no folder {root}: name the one of run.root") from None
-    return [_facts(RunDir.open(root, name), clock) for name in folder.list() if folder.exists(f"{name}/config.yaml")]
+    return [run_facts(RunDir.open(root, name), clock) for name in folder.list() if folder.exists(f"{name}/config.yaml")]
 
 
-def _facts(run: RunDir, clock: Callable[[], float]) -> dict[str, Any]:
+def run_facts(run: RunDir, clock: Callable[[], float] = time.time) -> dict[str, Any]:
+    """How one run stands, as `list_runs` tells it; a run that should have said something by now is `dead`."""
     status: Mapping[str, Any] = {}
     summary: Mapping[str, Any] = {}
     with contextlib.suppress(RunError):  # it has none yet, or none that this version reads

@@ -7,12 +7,14 @@ stays text. Nothing in a picture points outside it.
 from __future__ import annotations
 
 import base64
+import difflib
 import io
 import itertools
 import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -25,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from mmrl_ray.algorithms.base import Panel
 from mmrl_ray.algorithms.registry import FAMILIES
 from mmrl_ray.config.reward import RESERVED_NAMES
+from mmrl_ray.errors import ConfigError
 from mmrl_ray.telemetry.terminal import visible
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -86,7 +89,64 @@ PANELS: tuple[Panel, ...] = (
 INK, GRID = 16, 17
 """Numbers of the colours of text and of lines; 0 to 7 are for what is drawn."""
 _LIGHT = ("#0b62a8", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#be185d", "#0f766e", "#475569")
+_LIGHT_INK, _LIGHT_GRID = "#374151", "#d5dae1"
+_ON_PAPER: ContextVar[bool] = ContextVar("on_paper", default=False)
 _DARK = ("#6cb6ff", "#ff9d5c", "#5fd68a", "#c3a6ff", "#f2c14e", "#ff8cc6", "#4fd6c4", "#a9b6c9")
+
+
+class Drawing(Figure):
+    """A figure of matplotlib that notebooks show whether or not they have a backend of it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def draw(names: Sequence[str], lines: Metrics, *, title: str = "", known: Sequence[Panel] = PANELS) -> Drawing:
+    """Curves of these metrics (or `prefix/` families) over steps, on white paper; a band where a panel has one.
+
+    Args:
+        names: one at least.
+        lines: with a `step` each.
+
+    Raises:
+        ConfigError: nobody has written a number under that name; says which are near.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        matching = _names(Panel(name, (name,)), lines)
+        if not matching:
+            raise ConfigError(_unknown_metric(name, lines))
+        found |= dict.fromkeys(matching)
+    panel = next((each for each in known if each.names == tuple(names)), Panel("", tuple(names)))
+    token = _ON_PAPER.set(True)
+    try:
+        figure = Drawing(figsize=(7.0, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        curves = {name: _curve(name, lines) for name in found}
+        _lines(axes, curves)
+        if panel.band is not None:
+            _band(axes, *(_curve(name, lines) for name in panel.band))
+        _dress(axes, panel, legend=len(curves) > 1)
+        axes.set_title(title or panel.title or ", ".join(names), color=colour(INK), fontsize=10)
+        for text in figure.findobj(Text):  # a name of somebody's may hold a dollar sign, and is no formula
+            text.set_parse_math(False)
+    finally:
+        _ON_PAPER.reset(token)
+    return figure
+
+
+def _unknown_metric(name: str, lines: Metrics) -> str:
+    known = dict.fromkeys(key for line in lines for key, value in line.items() if is_number(value) and key != "step")
+    if not known:
+        return f"there is no metric {name}: no step was finished yet"
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    near += [each for each in known if name.lower() in each.lower() and each not in near][:4]
+    if near:
+        return f"there is no metric {name}; did you mean {', '.join(near)}?"
+    families = dict.fromkeys(key.split("/", 1)[0] + "/" if "/" in key else key for key in known)
+    return f"there is no metric {name}; there are {', '.join(families)}"
 
 
 def charts(metrics: Metrics, own: Sequence[Panel] = ()) -> list[Chart]:
@@ -312,7 +372,9 @@ def quiet_axes(axes: Axes, *, legend: bool) -> None:
 
 
 def colour(index: int) -> str:
-    """A stand-in that `svg_data_uri` turns into the CSS variable of that number."""
+    """A stand-in that `svg_data_uri` turns into the CSS variable of that number; within `draw` the colour itself."""
+    if _ON_PAPER.get():
+        return {INK: _LIGHT_INK, GRID: _LIGHT_GRID}.get(index) or _LIGHT[index]
     return f"#0000{index + 1:02x}"
 
 
@@ -336,7 +398,7 @@ def _stylesheet() -> str:
         pairs = [*enumerate(series), (INK, ink), (GRID, grid)]
         return "svg{" + "".join(f"--c{i}:{value};" for i, value in pairs) + "}"
 
-    light = variables(_LIGHT, "#374151", "#d5dae1")
+    light = variables(_LIGHT, _LIGHT_INK, _LIGHT_GRID)
     dark = variables(_DARK, "#c5cdd8", "#3a424e")
     fonts = "text{font-family:system-ui,sans-serif!important}"
     return f"<style>{light}@media screen and (prefers-color-scheme:dark){{{dark}}}{fonts}</style>"

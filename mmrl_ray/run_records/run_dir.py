@@ -426,6 +426,7 @@ def checkpoint_steps(run: RunDir) -> list[int]:
     return steps_in(run, CHECKPOINTS)
 
 
-def steps_in(run: RunDir, folder: str) -> list[int]:
-    """Steps of which a folder of the run has something, ascending."""
-    return sorted(int(match[1]) for name in run.list(folder) if (match := _OF_A_STEP.fullmatch(name)))
+def steps_in(run: RunDir, folder: str, suffix: str = "") -> list[int]:
+    """Steps of which a folder of the run has something, ascending; with a suffix those of which it has such a file."""
+    names = (name.removesuffix(suffix) for name in run.list(folder) if name.endswith(suffix))
+    return sorted(int(match[1]) for name in names if (match := _OF_A_STEP.fullmatch(name)))

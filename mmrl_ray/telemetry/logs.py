@@ -37,6 +37,11 @@ class LogContext(logging.Filter):
         with self._lock:
             self._fields = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What it is at now."""
+        return dict(self._fields)
+
     def clear(self) -> None:
         """Forgets all fields of the context."""
         self._fields = {}

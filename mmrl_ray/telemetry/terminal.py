@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from mmrl_ray.telemetry.notebook import Pane, in_notebook
+
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ ProgressFn = Callable[[int, int, Mapping[str, float]], None]
 _PLAIN_INTERVAL_S = 5.0
 SILENT_S = 10.0
 """Nothing that goes on is silent for longer."""
+_PANE_INTERVAL_S = 1.0
 _LOOK_S = 0.5
 
 
@@ -88,13 +91,14 @@ class RunProgress:
 
     One phase is open at a time: the next closes it, and so does the end of the `busy` that it began in. On a terminal
     its bar moves; elsewhere a line comes whenever the work tells something, and at the latest after `SILENT_S`, however
-    long a step or the loading of a model takes.
+    long a step or the loading of a model takes. In a notebook it is one output of the cell, whose last line moves.
     """
 
     def __init__(
         self, console: Console | None = None, *, as_log: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """With `as_log` its lines are lines of the log instead."""
+        self._pane = Pane() if console is None and not as_log and in_notebook() else None
         self.console = console or Console(stderr=True, highlight=False)
         self._clock = clock
         self._start = clock()
@@ -107,7 +111,7 @@ class RunProgress:
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal and not self._as_log:
+        if self.console.is_terminal and not self._as_log and self._pane is None:
             self._bars = Progress(
                 TextColumn("{task.description:<22}", markup=False),
                 BarColumn(bar_width=24),
@@ -119,6 +123,8 @@ class RunProgress:
             )
             self._bars.start()
         else:
+            if self._pane is not None:
+                self._pane.open()
             self._ticker.start()
         return self
 
@@ -128,6 +134,9 @@ class RunProgress:
             self._close(self._stack[-1])
         if self._bars:
             self._bars.stop()
+        if self._pane is not None:
+            self._ticker.join()
+            self._pane.close()
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
@@ -141,6 +150,8 @@ class RunProgress:
         self._last_line = self._clock()
         if self._as_log:
             logger.log(level, text)
+        elif self._pane is not None:
+            self._pane.say(visible(f"[{self._clock() - self._start:6.1f}s] {mark}{text}"))
         else:
             say(self.console, f"[{self._clock() - self._start:6.1f}s] {mark}{text}", style)
 
@@ -165,6 +176,8 @@ class RunProgress:
             if self._bars and phase.task is not None:
                 told = "  ".join(filter(None, (phase.left(now), phase.figures)))
                 self._bars.update(phase.task, completed=done, total=total or None, figures=told)
+            elif self._pane is not None:
+                self._move(phase, now)
             elif done in (1, total) or now - self._last_line >= _PLAIN_INTERVAL_S:
                 self.note(phase.line(now))
                 sys.stderr.flush()
@@ -189,9 +202,17 @@ class RunProgress:
         """Says where the open phase is, if nothing was said for `SILENT_S`."""
         stack = self._stack[-1:]  # the work goes on meanwhile
         now = self._clock()
-        if stack and now - self._last_line >= SILENT_S - _LOOK_S:
+        if stack and self._pane is not None:
+            if now - self._last_line >= _PANE_INTERVAL_S:
+                self._move(stack[0], now)
+        elif stack and now - self._last_line >= SILENT_S - _LOOK_S:
             self.note(stack[0].line(now))
             sys.stderr.flush()
+
+    def _move(self, phase: _Phase, now: float) -> None:
+        assert self._pane is not None
+        self._last_line = now
+        self._pane.move(visible(f"[{now - self._start:6.1f}s] {phase.line(now)}"))
 
     def _tick(self) -> None:
         while not self._ended.wait(_LOOK_S):
@@ -200,7 +221,7 @@ class RunProgress:
     def _begin_phase(self, name: str) -> _Phase:
         phase = self._new(name, is_phase=True)
         self._push(phase)
-        if not self._bars:
+        if not self._bars and self._pane is None:
             self.note(name)
         return phase
 
@@ -228,6 +249,8 @@ class RunProgress:
         if phase not in self._stack:
             return
         self._stack.remove(phase)
+        if self._pane is not None and phase.is_phase:
+            self._pane.settle()
         if self._bars and phase.task is not None and phase.task in self._bars.task_ids:
             if phase.total and phase.is_phase:
                 self._bars.stop_task(phase.task)

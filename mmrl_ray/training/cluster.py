@@ -91,6 +91,18 @@ def configure_ray() -> None:
     auto_init_hook.enable_auto_connect = os.environ["RAY_ENABLE_AUTO_CONNECT"] != "0"
 
 
+def is_joined(address: str | None) -> bool:
+    """Whether `ray_at` finds a Ray that outlives its block: that of an address, or the one this process is in."""
+    return bool(address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+
+
+def forget_settings() -> None:
+    """Has Ray read the environment again, where a process that goes on has it as it was before `configure_ray`."""
+    if not ray.is_initialized():
+        auto_init_hook.enable_auto_connect = os.environ.get("RAY_ENABLE_AUTO_CONNECT", "") != "0"
+        read_token_again()
+
+
 def read_token_again() -> None:
     """Ray reads mode and token when it is imported, which may have been before they were set."""
     RayConfig.initialize("")
@@ -135,8 +147,9 @@ def ray_at(
     show: Callable[[str], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """The Ray at an address (or at `RAY_ADDRESS`), or else a local one.
+    """The Ray at an address (or at `RAY_ADDRESS`), the one that this process is in already, or else a local one.
 
+    One that the process is in (`ray.init` in a notebook) stays as it is, and what workers log goes where it always did.
     A local one is started with a token of its own, at least `cpus` CPUs and an object store of that size, and ended
     when the block is left; with `dashboard` it takes jobs, too. `show` is given each line that reward functions print
     in this job's workers, on whatever node; with `debug` all that workers log goes to standard error instead.
@@ -147,6 +160,10 @@ def ray_at(
         KeyboardInterrupt: the user stopped it.
         RaySessionError: no local one starts, or the cluster at `address` cannot be joined.
     """
+    if ray.is_initialized():
+        with _in_session(address):
+            yield
+        return
     configure_ray()
     address = address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if debug else logging.ERROR
@@ -199,6 +216,32 @@ def ray_at(
             ending.close()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+@contextmanager
+def _in_session(address: str | None) -> Iterator[None]:
+    """The Ray that this process is in, which is left as it was found.
+
+    Raises:
+        RaySessionError: it is another than that of the address, or it is reached as by Ray Client.
+    """
+    if ray.util.client.ray.is_connected():
+        raise RaySessionError(
+            "this process is a client of Ray (ray://), by which no run can be driven: ray.shutdown(), then join the "
+            "cluster with address=, or send the run there with mmrl submit"
+        )
+    here = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", here):
+        raise RaySessionError(
+            f"this process is in the Ray at {here}, not in that at {address}: ray.shutdown() first, or leave the "
+            "address out"
+        )
+    coordinator_was_there = find_coordinator() is not None
+    try:
+        yield
+    finally:
+        if not coordinator_was_there and ray.is_initialized():
+            end_coordinator()
 
 
 def _show_marked(show: Callable[[str], None]) -> None:

@@ -59,7 +59,7 @@ from mmrl_ray.run_records.step_log import EVENTS, note_event
 from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training import offline
-from mmrl_ray.training.cluster import ray_session, refuse_node_local
+from mmrl_ray.training.cluster import is_joined, ray_session, refuse_node_local
 from mmrl_ray.training.held_out import HeldOut, choice_json, evaluation_json, warn_if_blind
 from mmrl_ray.training.interrupts import StopOnInterrupt
 from mmrl_ray.training.local_ray import PeakMemory, scrape_targets
@@ -124,6 +124,8 @@ class _Run:
         self._is_resumed = False
         self._is_root_new = False
         """Whether the folder that it lies in was made for it."""
+        self._joined = False
+        """Whether its Ray outlives it."""
         self._step = 0
         """Steps that are known to be finished."""
         self._run: RunDir
@@ -205,10 +207,9 @@ class _Run:
                 with self._timed("stored"):
                     start, self._pairs = offline.pair_data(offline.stored_data(start, run), run)
                 stack.enter_context(scrape_targets(run))
-                joined = bool(address or os.environ.get("RAY_ADDRESS"))
                 with self._timed("serve"):
-                    live = stack.enter_context(LivePolicy(cfg, run, start.model.path, joined=joined))
-                    hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=joined))
+                    live = stack.enter_context(LivePolicy(cfg, run, start.model.path, joined=self._joined))
+                    hosted = stack.enter_context(RunReward(cfg, run, statistics, joined=self._joined))
                 for line in live.greeting():
                     self._progress.note(line)
                 held_out = HeldOut(self._cfg, run, samples, hosted.own, statistics, self._progress)
@@ -255,7 +256,8 @@ class _Run:
                 offline.check_stored(cfg)
             if cfg.data.scenes is not None:
                 write_scenes(cfg.data.scenes, cfg.data.train, cfg.data.eval)
-            if not (address or os.environ.get("RAY_ADDRESS")):
+            self._joined = is_joined(address)
+            if not self._joined:
                 check_engine(cfg)
             if cfg.rollout.engine.told is not None:
                 self._progress.note(cfg.rollout.engine.told)

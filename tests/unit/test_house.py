@@ -57,6 +57,7 @@ def test_import_contracts_hold() -> None:
     ("modules", "unwanted"),
     [
         ("cli", "torch ray transformers pydantic pyarrow rich.console"),
+        ("api.training api.inference api.run", "torch ray transformers pandas matplotlib IPython"),
         ("config.load", "torch ray transformers pyarrow"),
         (
             "rewards.captioning rewards.multimodal rewards.text rewards.build rewards.learned data.samples "

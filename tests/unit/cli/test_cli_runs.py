@@ -17,7 +17,7 @@ from tests.unit.cli.program import Patch, mmrl
 
 
 def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     assert mmrl("train", config, "--set", "learner.steps=3").exit_code == 0
     ((cfg,), options) = train.call_args
     assert cfg.learner.steps == 3
@@ -27,7 +27,7 @@ def test_train_hands_over_the_config(config: Path, patched: Patch) -> None:
 
 
 def test_a_retry_goes_on_where_there_is_a_run_and_begins_it_where_there_is_none(config: Path, patched: Patch) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     again = ("train", config, "--resume-or-start", "--address", "10.0.0.1:6379")
     assert mmrl(*again).exit_code == 0
     assert train.call_args.kwargs == {"resume": False, "address": "10.0.0.1:6379", "debug": False}
@@ -39,7 +39,7 @@ def test_a_retry_goes_on_where_there_is_a_run_and_begins_it_where_there_is_none(
 
 @pytest.mark.parametrize("order", [("--resume", "RUN"), ("RUN", "--resume")])
 def test_resume_reads_the_config_of_the_run_folder(config: Path, patched: Patch, order: tuple[str, str]) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     cfg = parse_config(config.read_text(), "c.yaml", ["learner.lr=7e-4"])
     folder = Path(cfg.run.root) / "demo"
     folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_resume_reads_the_config_of_the_run_folder(config: Path, patched: Patch,
 
 
 def test_a_run_folder_that_was_moved_is_resumed_where_it_lies(config: Path, patched: Patch, tmp_path: Path) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     folder = tmp_path / "elsewhere" / "renamed"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(parse_config(config.read_text(), "c.yaml")))
@@ -63,7 +63,7 @@ def test_a_run_folder_that_was_moved_is_resumed_where_it_lies(config: Path, patc
 
 
 def test_dry_run_does_not_train(config: Path, patched: Patch, tmp_path: Path) -> None:
-    train = patched("mmrl_ray.training.train.train")
+    train = patched("mmrl_ray.training.train.train", return_value=str(config.parent))
     before = sorted(tmp_path.rglob("*"))
     done = mmrl("train", config, "--dry-run")
     assert done.exit_code == 0, done.stderr
@@ -194,22 +194,15 @@ def place(folder: Path, config: bool = True) -> None:
 def test_evaluate(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "runs" / "demo")
-    evaluate = patched("mmrl_ray.evaluation.evaluate.evaluate")
+    evaluate = patched("mmrl_ray.api.inference.evaluate")
+    present = patched("mmrl_ray.evaluation.evaluate.present")
+    plain = {"limit": None, "prompt": None, "beta": None, "checkpoint": None}
     assert mmrl("evaluate", "runs/demo", "--data", "d", "--limit", 5, "--out", "o.json").exit_code == 0
-    evaluate.assert_called_once_with(
-        "runs/demo",
-        data="d",
-        limit=5,
-        out=Path("o.json"),
-        prompt=None,
-        beta=None,
-        checkpoint=None,
-        as_json=False,
-    )
+    evaluate.assert_called_once_with("runs/demo", "d", **{**plain, "limit": 5})
+    present.assert_called_once_with(evaluate.return_value, out=Path("o.json"), as_json=False)
     assert mmrl("evaluate", "runs/demo", "--beta", "2.5", "--checkpoint", "best", "--json").exit_code == 0
-    evaluate.assert_called_with(
-        "runs/demo", data=None, limit=None, out=None, prompt=None, beta=2.5, checkpoint="best", as_json=True
-    )
+    evaluate.assert_called_with("runs/demo", None, **{**plain, "beta": 2.5, "checkpoint": "best"})
+    present.assert_called_with(evaluate.return_value, out=None, as_json=True)
     assert mmrl("evaluate", "runs/demo", "--beta", "-1").exit_code == 2
     assert mmrl("evaluate", "runs/demo", "--limit", 0).exit_code == 2
 
@@ -242,10 +235,11 @@ def test_what_looks_like_a_folder_is_never_asked_of_a_hub(
     place(tmp_path / "data" / "photos", config=False)
     begun = [
         patched("mmrl_ray.training.serve.serve"),
-        patched("mmrl_ray.evaluation.evaluate.evaluate"),
+        patched("mmrl_ray.evaluation.evaluate.evaluate_target"),
         patched("mmrl_ray.evaluation.explain.explain"),
+        patched("mmrl_ray.evaluation.captioning.caption_images", return_value=[["said"]]),
     ]
-    begun.append(patched("mmrl_ray.evaluation.captioning.caption"))
+    patched("mmrl_ray.evaluation.evaluate.present")
     commands = [("serve", target), ("evaluate", target), ("explain", target, "a.png")]
     for command in [*commands, ("caption", "--model", target, "a.png")]:
         done = mmrl(*command)
@@ -260,7 +254,7 @@ def test_a_run_to_caption_with_is_a_run(patched: Patch, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "runs" / "again")
     place(tmp_path / "base", config=False)
-    caption = patched("mmrl_ray.evaluation.captioning.caption")
+    caption = patched("mmrl_ray.evaluation.captioning.caption_images")
     for run, told in [("owner/agin", "there is no folder owner"), ("agian", "did you mean runs/again?")]:
         assert told in mmrl("caption", "--run", run, "a.png").stderr
     assert "for a model write --model base" in mmrl("caption", "--run", "base", "a.png").stderr
@@ -270,20 +264,22 @@ def test_a_run_to_caption_with_is_a_run(patched: Patch, tmp_path: Path, monkeypa
 def test_caption_needs_one_source(patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     place(tmp_path / "r")
-    caption = patched("mmrl_ray.evaluation.captioning.caption")
+    caption = patched("mmrl_ray.api.inference.caption", return_value=[["said"], ["told"]])
     for sources in ((), ("--run", "r", "--model", "m")):
         done = mmrl("caption", *sources, "a.png")
         assert (done.exit_code, done.stderr) == (2, "error: give --run RUN, --model MODEL or --url URL\n")
-    assert mmrl("caption", "--run", "r", "a.png", "b.png").exit_code == 0
-    plain = {"run": "r", "model": None, "prompt": None, "n": 1, "temperature": None, "checkpoint": None}
-    caption.assert_called_once_with([Path("a.png"), Path("b.png")], beta=None, **plain)
+    done = mmrl("caption", "--run", "r", "a.png", "b.png")
+    assert (done.exit_code, done.stdout) == (0, "a.png: said\nb.png: told\n")
+    plain = {"prompt": None, "n": 1, "temperature": None, "checkpoint": None}
+    caption.assert_called_once_with("r", [Path("a.png"), Path("b.png")], beta=None, **plain)
+    caption.return_value = [["said"]]
     assert mmrl("caption", "--run", "r", "--beta", "0", "a.png").exit_code == 0
-    caption.assert_called_with([Path("a.png")], beta=0.0, **plain)
+    caption.assert_called_with("r", [Path("a.png")], beta=0.0, **plain)
     assert (
         mmrl("caption", "--run", "r", "-n", "3", "--temperature", "0.5", "--checkpoint", "best", "a.png").exit_code == 0
     )
     caption.assert_called_with(
-        [Path("a.png")], beta=None, **{**plain, "n": 3, "temperature": 0.5, "checkpoint": "best"}
+        "r", [Path("a.png")], beta=None, **{**plain, "n": 3, "temperature": 0.5, "checkpoint": "best"}
     )
     assert mmrl("caption", "--run", "r", "--temperature", "-1", "a.png").exit_code == 2
     done = mmrl("caption", "--url", "http://gate:8000", "--beta", "2", "a.png")

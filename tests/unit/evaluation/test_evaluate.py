@@ -7,22 +7,25 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+import mmrl_ray
 from mmrl_ray.analysis.correlation import modality_correlation
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.sections import ModelSection
+from mmrl_ray.data.images import encode_png
 from mmrl_ray.data.samples import iter_references, read_split, write_parquet
 from mmrl_ray.errors import ConfigError, DataError, ImageError, RunError
-from mmrl_ray.evaluation.captioning import caption, caption_images, caption_samples
-from mmrl_ray.evaluation.evaluate import evaluate
+from mmrl_ray.evaluation.captioning import caption_images, caption_samples, image_bytes
+from mmrl_ray.evaluation.evaluate import evaluate_target, present
 from mmrl_ray.evaluation.explain import explain, explain_image
 from mmrl_ray.evaluation.model_source import open_target
-from mmrl_ray.evaluation.scores import score_captions
+from mmrl_ray.evaluation.scores import Evaluation, score_captions
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.learner.checkpoints import LearnerState, save_checkpoint
 from mmrl_ray.metrics.text import CorpusStatistics
@@ -35,6 +38,15 @@ from mmrl_ray.run_records.run_dir import STATISTICS, RunDir
 from mmrl_ray.training import warm_start as warm_start_module
 from mmrl_ray.training.warm_start import warm_start
 from tests.support.tiny_models import build_family
+from tests.unit.cli.program import mmrl
+
+
+def evaluate(target: str, *, out: Path | None = None, as_json: bool = False, **options: Any) -> Evaluation:
+    """As `mmrl evaluate` does."""
+    found = evaluate_target(target, **options)
+    present(found, out=out, as_json=as_json)
+    return found.evaluation
+
 
 SMALL = {"patch_size": 32, "hidden": 32, "layers": 2, "vision_hidden": 32, "vision_layers": 1}
 
@@ -122,12 +134,10 @@ def pictures(world: World, tmp_path: Path) -> list[Path]:
 
 def test_a_run_captions_as_transformers_does_with_base_and_adapter(world: World, pictures: list[Path]) -> None:
     expected = [hf_greedy(world.adapted, path, "describe it", 9) for path in pictures]
-    assert caption_images(world.run.location, pictures) == [
-        (str(path), text) for path, text in zip(pictures, expected, strict=True)
-    ]
+    assert caption_images(world.run.location, pictures) == [[text] for text in expected]
     plain = load_policy(ModelSection(path=world.base, dtype="float32"), device="cpu")
     bare = hf_greedy(plain, pictures[0], "describe it", 9)
-    assert caption_images(world.base, pictures[:1], prompt="describe it", max_new_tokens=9)[0][1] == bare
+    assert caption_images(world.base, pictures[:1], prompt="describe it", max_new_tokens=9) == [[bare]]
     assert bare != expected[0]
 
 
@@ -142,38 +152,29 @@ def test_captions_obey_the_checkpoints_generation_config_and_evaluations_measure
     file.write_text(json.dumps({**json.loads(file.read_text()), "suppress_tokens": suppressed}))
     ruled = hf_greedy(load_policy(ModelSection(path=str(model), dtype="float32"), device="cpu"), pictures[0], "it", 9)
     assert ruled != plain
-    assert caption_images(str(model), pictures[:1], prompt="it", max_new_tokens=9)[0][1] == ruled
+    assert caption_images(str(model), pictures[:1], prompt="it", max_new_tokens=9) == [[ruled]]
     assert world.cfg.data.eval is not None
     found = evaluate(str(model), data=world.cfg.data.eval, prompt="it", limit=1, max_new_tokens=9)
     assert found.captions[0].caption == plain
 
 
-def test_the_command_prints_one_line_an_image(
-    world: World, pictures: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    caption(pictures, run=world.run.location)
-    lines = capsys.readouterr().out.splitlines()
+def test_the_command_prints_one_line_an_image(world: World, pictures: list[Path]) -> None:
+    lines = mmrl("caption", "--run", world.run.location, *pictures).stdout.splitlines()
     assert [line.split(": ", 1)[0] for line in lines] == [str(path) for path in pictures]
-    caption(pictures[:1], model=world.base, prompt="describe it")
-    assert str(pictures[0]) not in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="either a run or a model"):
-        caption(pictures)
+    alone = mmrl("caption", "--model", world.base, "--prompt", "describe it", pictures[0]).stdout
+    assert str(pictures[0]) not in alone
 
 
-def test_captions_are_drawn_as_many_as_asked_for_and_nothing_else_is_shown(
-    world: World, pictures: list[Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_captions_are_drawn_as_many_as_asked_for_and_nothing_else_is_shown(world: World, pictures: list[Path]) -> None:
     greedy = caption_images(world.run.location, pictures)
-    capfd.readouterr()
-    caption(pictures, run=world.run.location, n=3, temperature=0)
-    shown = capfd.readouterr()
-    assert shown.err == ""  # neither bars nor warnings of libraries
-    assert shown.out.splitlines() == [f"{path}: {text}" for path, text in greedy for _ in range(3)]
-    drawn = caption_images(world.run.location, pictures[:1], n=40, temperature=2.0)
-    assert [path for path, _ in drawn] == [str(pictures[0])] * 40
-    assert len({text for _, text in drawn}) > 20
-    caption(pictures[:1], run=world.run.location, n=2)
-    assert len(capfd.readouterr().out.splitlines()) == 2
+    shown = mmrl("caption", "--run", world.run.location, "-n", 3, "--temperature", 0, *pictures)
+    assert shown.stderr == ""  # neither bars nor warnings of libraries
+    lines = [f"{path}: {text}" for path, (text,) in zip(pictures, greedy, strict=True) for _ in range(3)]
+    assert shown.stdout.splitlines() == lines
+    (drawn,) = caption_images(world.run.location, pictures[:1], n=40, temperature=2.0)
+    assert len(drawn) == 40
+    assert len(set(drawn)) > 20
+    assert len(mmrl("caption", "--run", world.run.location, "-n", 2, pictures[0]).stdout.splitlines()) == 2
 
 
 def test_files_that_are_no_images_are_named(world: World, pictures: list[Path], tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_rows_of_one_id_and_broken_ones_and_those_trained_on(
 def test_explaining_a_caption(
     world: World, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = caption_images(world.run.location, pictures[:1])[0][1].strip()
+    said = caption_images(world.run.location, pictures[:1])[0][0].strip()
     out = tmp_path / "heat.png"
     explain(world.run.location, pictures[0], out=out)
     printed = capsys.readouterr().out
@@ -350,4 +351,50 @@ def test_a_run_with_values_is_decoded_by_them_and_beta_0_is_the_plain_policy(
         evaluate(world.run.location, beta=1.0)
     assert caption_images(world.run.location, pictures, beta=0.0) == plain
     explained = explain_image(valued.location, pictures[0])
-    assert explained.caption == by_values[0][1].strip()
+    assert explained.caption == by_values[0][0].strip()
+
+
+def test_python_captions_paths_bytes_and_pictures_alike(
+    world: World, pictures: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = [text for (text,) in caption_images(world.run.location, pictures)]
+    capfd.readouterr()
+    opened = Image.open(pictures[1])
+    opened.load()
+    run = world.run.location
+    assert mmrl_ray.caption(run, [pictures[0].read_bytes(), opened, str(pictures[0])]) == [*expected, expected[0]]
+    assert mmrl_ray.caption(Path(run), pictures[0]) == expected[0]
+    assert mmrl_ray.caption(run, opened, n=2, temperature=0) == [expected[1]] * 2
+    assert mmrl_ray.caption(run, pictures, n=1) == [[text] for text in expected]
+    assert mmrl_ray.caption(run, []) == []
+    assert capfd.readouterr() == ("", "")
+    turned = opened.transpose(Image.Transpose.ROTATE_90)  # as cameras do, with a mark which way is up
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert image_bytes(Image.open(tmp_path / "turned.png")) == encode_png(opened)
+    for wrong, error, told in (
+        (b"{}", ImageError, "image 0 of those given: "),
+        (3, DataError, "image 0 of those given is a int: give a path"),
+    ):
+        with pytest.raises(error, match=told):
+            mmrl_ray.caption(run, [wrong])  # type: ignore[list-item]
+
+
+def test_python_evaluates_in_silence_and_shows_when_asked(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    found = mmrl_ray.evaluate(world.run.location)
+    assert capsys.readouterr().out == ""
+    expected = evaluate(world.run.location)
+    printed = capsys.readouterr().out
+    assert found.evaluation == expected
+    interval = expected.measures["cider_d"]
+    assert found.table.loc["cider_d"].tolist() == [interval.mean, interval.low, interval.high]
+    rows = found.captions()
+    assert rows["caption"].tolist() == [each.caption for each in expected.captions]
+    samples = read_split(world.cfg.data.eval or "", prompt="")
+    assert [each.data for each in rows["picture"]] == [sample.images[0] for sample in samples]
+    assert "of the run&#x27;s training references" in found._repr_html_()
+    mmrl_ray.evaluate(world.run.location, show=True)
+    assert capsys.readouterr().out == printed
+    with pytest.raises(ConfigError, match="no such run folder"):
+        mmrl_ray.evaluate("runs/nowhere")
