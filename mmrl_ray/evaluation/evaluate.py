@@ -14,11 +14,14 @@ from mmrl_ray.data.held_out import overlap_with_data, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
 from mmrl_ray.errors import ConfigError, DataError
 from mmrl_ray.evaluation.captioning import target_captions, write_out
+from mmrl_ray.evaluation.looking import policy_sight
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness, score_captions
+from mmrl_ray.evaluation.sight import LABELS, NEVER_SAW, Sight, told_blind
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.metrics.text import CorpusStatistics
+from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import to_json
 from mmrl_ray.telemetry.terminal import PlainTable, RunProgress, say
@@ -78,25 +81,31 @@ def evaluate(
             states=states,
             progress=shown.phase("caption"),
         )
+        reward = build_reward(opened.reward, statistics)
         evaluation = score_captions(
             samples,
             captions,
-            build_reward(opened.reward, statistics),
+            reward,
             statistics,
             progress=shown.phase("score"),
             timeout_s=opened.reward.timeout_s,
             retries=opened.reward.retries,
         )
+        with shown.busy("looking whether the policy looks at its pictures"):
+            sight, left_out = _sight(opened, samples, reward, max_new_tokens)
         with shown.busy("looking for these pictures in what was trained on"):
             seen = _trained_on(opened, samples, data)
     found_blind = evaluation_blindness(evaluation)
-    unseeing = None if found_blind is None else found_blind.told("this evaluation")
+    unseeing = [] if found_blind is None else [found_blind.told("this evaluation")]
+    if sight is not None and (reasons := sight.blind(opened.min_gap)):
+        unseeing.append(told_blind("this evaluation", reasons, NEVER_SAW))
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     notes += [told(quarantine.records)] if len(quarantine) else []
     notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
+    notes += [f"sight: {left_out}"] if left_out else []
     notes += seen
     found = States.of(samples[: len(states)], states).correlations if states else {}
-    whole = to_json(_document(target, data, evaluation, found, [*notes, *filter(None, [unseeing])]))
+    whole = to_json(_document(target, data, evaluation, found, sight, [*notes, *unseeing]))
     document = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
     if as_json:
         print(document)
@@ -104,10 +113,12 @@ def evaluate(
         Console().print(measures_table(opened.name, evaluation))
         if found:
             Console().print(correlation_table(found, len(states)))
+        if sight is not None and sight.gaps:
+            Console().print(sight_table(sight))
         for note in notes:
             say(Console(), note)
-        if unseeing is not None:
-            say(Console(), f"WARNING: {unseeing}", "bold red")
+        for warning in unseeing:
+            say(Console(), f"WARNING: {warning}", "bold red")
     if out is not None:
         file = out / f"evaluation-{opened.name}.json" if out.is_dir() else out
         write_out(file, f"{document}\n".encode())
@@ -129,6 +140,34 @@ def correlation_table(found: Mapping[str, Correlation], samples: int) -> PlainTa
     for row in correlation_lines(found):
         table.add_row(*row)
     return table
+
+
+def sight_table(sight: Sight) -> PlainTable:
+    """What the own picture is worth beside another's and a grey one, for a terminal or plain."""
+    table = _table(f"what the own picture is worth: {sight.samples} samples", "gap", "value", "95 % interval")
+    for name, gap in sight.gaps.items():
+        table.add_row(LABELS[name], f"{gap.mean:+.4f}", gap.words("+.4f", " … ", ""))
+    return table
+
+
+def _sight(
+    opened: ModelSource, samples: list[Sample], reward: RewardFn, max_new_tokens: int | None
+) -> tuple[Sight | None, str]:
+    """A look at the policy, and what was left out or why there is none; of an agent, which has no log-probs, none."""
+    if opened.agent is not None:
+        return None, ""
+    sight, arranged = policy_sight(
+        opened.policy,
+        samples,
+        max_new_tokens=max_new_tokens or opened.max_new_tokens,
+        temperature=opened.temperature,
+        reward=reward,
+        timeout_s=opened.reward.timeout_s,
+        retries=opened.reward.retries,
+    )
+    if not sight.samples:
+        return None, arranged.told or "there is nothing to look at"
+    return sight, arranged.told
 
 
 def _table(title: str, name: str, *figures: str) -> PlainTable:
@@ -159,7 +198,12 @@ def _statistics(opened: ModelSource, data: str) -> tuple[CorpusStatistics, str]:
 
 
 def _document(
-    target: str, data: str, evaluation: Evaluation, found: Mapping[str, Correlation], notes: list[str]
+    target: str,
+    data: str,
+    evaluation: Evaluation,
+    found: Mapping[str, Correlation],
+    sight: Sight | None,
+    notes: list[str],
 ) -> dict[str, Any]:
     return {
         "target": target,
@@ -168,6 +212,7 @@ def _document(
         "notes": notes,
         **evaluation.to_json(),
         "correlations": correlations_json(found),
+        **({"sight": sight.to_json()} if sight is not None else {}),
         "captions": [
             {
                 "sample_id": score.sample_id,
