@@ -20,14 +20,17 @@ import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 
 from mmrl_ray.data.images import decode_image, image_hash
 from mmrl_ray.data.samples import Sample, shuffled
 from mmrl_ray.errors import DataError, MMRLError
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, RewardBreakdown, Score
+
+if TYPE_CHECKING:  # who arranges samples, or reads figures, needs none of what a model is made of
+    import torch
 
 logger = logging.getLogger(__name__)
 
