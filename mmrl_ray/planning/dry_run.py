@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from mmrl_ray.analysis.sight import arrange
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import is_hub_id, sqlite_file

@@ -247,9 +247,7 @@ def test_looks_go_the_way_of_evaluations_with_steps_and_samples_of_their_own(mak
     again.controller.evaluate(4, encode_state({"version": torch.tensor(4)}))
     again.publish(5)
     looked(again, 4)
-    assert [a.version for a in again.pool.submitted if a.kind == "aside"] == [4], (
-        "step 3 has an evaluation, yet no line"
-    )
+    assert [a.version for a in again.pool.submitted if a.kind == "aside"] == [4], "and none of step 3"
 
 
 def test_an_alarm_ends_the_run_where_it_is_asked_to(make: Callable[..., World]) -> None:
