@@ -201,8 +201,8 @@ def _rewards(eyes: Eyes, rows: Sequence[_Row]) -> list[dict[str, float]]:
     missing = {_key(prompt): (prompt, sample) for row in rows for sample, prompt in row.shown.values()}
     missing = {key: each for key, each in missing.items() if key not in said}
     if missing:
-        prompts, samples = zip(*missing.values(), strict=True)
-        said |= zip(missing, eyes.captions(prompts, samples), strict=True)
+        prompts, shown = zip(*missing.values(), strict=True)
+        said |= zip(missing, eyes.captions(prompts, shown), strict=True)
     earned: list[dict[str, Score | None]] = [{OWN: row.seen.reward} for row in rows]
     places = [(i, name) for name in (OTHER, GREY) for i in range(len(rows))]
     samples = [rows[i].seen.sample for i, _ in places]
