@@ -12,7 +12,7 @@ from rich.console import Console
 from mmrl_ray.analysis.correlation import Correlation
 from mmrl_ray.data.held_out import overlap_with_data, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
-from mmrl_ray.errors import ConfigError, DataError
+from mmrl_ray.errors import ConfigError, DataError, ModelError
 from mmrl_ray.evaluation.captioning import target_captions, write_out
 from mmrl_ray.evaluation.looking import policy_sight
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
@@ -156,15 +156,18 @@ def _sight(
     """A look at the policy, and what was left out or why there is none; of an agent, which has no log-probs, none."""
     if opened.agent is not None:
         return None, ""
-    sight, arranged = policy_sight(
-        opened.policy,
-        samples,
-        max_new_tokens=max_new_tokens or opened.max_new_tokens,
-        temperature=opened.temperature,
-        reward=reward,
-        timeout_s=opened.reward.timeout_s,
-        retries=opened.reward.retries,
-    )
+    try:
+        sight, arranged = policy_sight(
+            opened.policy,
+            samples,
+            max_new_tokens=max_new_tokens or opened.max_new_tokens,
+            temperature=opened.temperature,
+            reward=reward,
+            timeout_s=opened.reward.timeout_s,
+            retries=opened.reward.retries,
+        )
+    except (DataError, ModelError) as error:  # the figures of the captions stand
+        return None, f"the policy was not looked at: {error}"
     if not sight.samples:
         return None, arranged.told or "there is nothing to look at"
     return sight, arranged.told

@@ -10,7 +10,8 @@ each with a percentile bootstrap interval of 95 %, paired: what is resampled are
 log-probs are in nats a token.
 
 **The rule.** A look finds a policy blind where the interval of `gap_logprob` or of `gap_caption` does not lie above
-`min_gap`, or where what is left of the first look's `gap_logprob`, less `keep` of it, has its interval below 0.
+`min_gap`, or where what is left of the first look's `gap_logprob`, less `keep` of it, has its interval below 0. Of
+fewer than 8 samples it says nothing.
 
     features zeroed                  both gaps are exactly 0
     pictures swapped                 `gap_logprob` is about 0 or below it; `gap_caption` may be large: the policy says
@@ -56,6 +57,8 @@ LABELS: Mapping[str, str] = {
 _DECIDE = {"gap_logprob": "references are", "gap_caption": "its own greedy captions are"}
 BLIND_LOOK = "blind"
 """Kind of the event."""
+MIN_SAMPLES = 8
+"""Fewer say nothing either way."""
 _PREFIX = "blind/"
 
 
@@ -95,6 +98,8 @@ class Sight:
         Args:
             first: of the first look, `differences("gap_logprob")` of the same samples; empty for none.
         """
+        if self.samples < MIN_SAMPLES:
+            return []
         reasons = [
             f"{whose} no likelier with their own picture than with another's: {told(gap)} nats a token"
             for name, whose in _DECIDE.items()

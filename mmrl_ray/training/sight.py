@@ -16,7 +16,7 @@ from typing import Any
 from mmrl_ray.analysis.sight import Arranged, arrange
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.evaluation.sight import BLIND_LOOK, NEVER_SAW, STOPPED, Sight, look_line, told, told_blind
+from mmrl_ray.evaluation.sight import BLIND_LOOK, MIN_SAMPLES, NEVER_SAW, STOPPED, Sight, look_line, told, told_blind
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.rollouts.types import Generated
@@ -57,6 +57,8 @@ class SightCheck:
         if self.looks:
             samples, others = zip(*self.arranged.pairs, strict=True)
             controller.watch_held_out(samples, self._sampling(), "blind", others)
+            if len(samples) < MIN_SAMPLES:
+                self.progress.note(f"blind_check: {len(samples)} samples are too few to tell by: gaps, but no alarm")
         elif self.samples and self.cfg.looks_every:
             self.progress.warn(
                 f"blind_check: of {len(self.samples)} held-out samples no two have different pictures and different "

@@ -162,6 +162,16 @@ def test_what_nobody_can_look_at_is_said(
     assert sight_json(run) == {}
 
 
+def test_few_samples_have_gaps_and_no_verdict(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sight, pool = check(run, tmp_path, SAMPLES[:5]), Pool(run, {0: 0.0})
+    controller: Any = pool
+    sight.watch(controller)
+    sight.look_before(controller)
+    (line,) = run.read_lines("eval/blind.jsonl")
+    assert (line["samples"], line["blind"]) == (4, [])
+    assert "blind_check: 5 samples are too few to tell by" in capsys.readouterr().err
+
+
 def test_without_held_out_samples_or_with_every_0_nothing_is_said(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
