@@ -1,13 +1,14 @@
-"""Whether a policy looks at its pictures: the same captions beside a sample's own picture, another's and a grey one.
+"""Whether a policy looks at its pictures: the same captions beside a sample's own picture, another's, a grey one …
 
     arrange ──▶ (sample, another with another picture and other references) ──look──▶ figures of each sample
 
 `own` is the sample with its own pictures, `other` with those of another sample, `grey` with grey ones of its own
-pictures' sizes; prompt and references stay the sample's. Of each of the three, `look` takes
+pictures' sizes, `turned` with its own ones upside down, which show the same at other places; prompt and references stay
+the sample's. Of each, `look` takes
 
     reference/SHOWN   log π(reference | prompt, pictures), mean over the tokens of the first reference
-    caption/SHOWN     the same of the policy's own greedy caption of the sample as it is
-    reward/SHOWN      the reward that the sample gives to the greedy caption of the sample so shown
+    caption/SHOWN     the same of the policy's own greedy caption of the sample as it is; not of `turned`
+    reward/SHOWN      the reward that the sample gives to the greedy caption of the sample so shown; not of `turned`
 
 all in nats a token, or of the reward. Policies reach it through `Eyes`, so that rollout workers, an evaluation and a
 warm start look alike. Prompts that occur twice (another sample's picture is mostly a sample's own, grey pictures of one
@@ -34,8 +35,7 @@ if TYPE_CHECKING:  # who arranges samples, or reads figures, needs none of what 
 
 logger = logging.getLogger(__name__)
 
-OWN, OTHER, GREY = "own", "other", "grey"
-SHOWN = (OWN, OTHER, GREY)
+OWN, OTHER, GREY, TURNED = "own", "other", "grey", "turned"
 REFERENCE, CAPTION, REWARD = "reference", "caption", "reward"
 _GREY = (128, 128, 128)
 _ROWS = 8
@@ -89,8 +89,21 @@ def grey_picture(image: bytes) -> bytes:
     Raises:
         ImageError: the picture cannot be decoded.
     """
+    return _png(Image.new("RGB", decode_image(image).size, _GREY))
+
+
+def turned_picture(image: bytes) -> bytes:
+    """A PNG of the picture turned by 180 degrees.
+
+    Raises:
+        ImageError: the picture cannot be decoded.
+    """
+    return _png(decode_image(image).transpose(Image.Transpose.ROTATE_180))
+
+
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", decode_image(image).size, _GREY).save(buffer, "PNG")
+    picture.save(buffer, "PNG", compress_level=1)  # it is read once
     return buffer.getvalue()
 
 
@@ -162,7 +175,11 @@ def _prepared(eyes: Eyes, seen: Seen) -> _Row:
     if not sample.references:
         raise DataError("it has no reference")
     shown = {OWN: (sample, seen.prompt)}
-    for name, images in ((OTHER, seen.other.images), (GREY, tuple(map(grey_picture, sample.images)))):
+    for name, images in (
+        (OTHER, seen.other.images),
+        (GREY, tuple(map(grey_picture, sample.images))),
+        (TURNED, tuple(map(turned_picture, sample.images))),
+    ):
         changed = replace(sample, images=images)
         shown[name] = (changed, eyes.encode(changed))
     reference = eyes.tokens(sample.references[0])[: eyes.longest]
@@ -183,6 +200,8 @@ def _logprobs(eyes: Eyes, rows: Sequence[_Row]) -> list[dict[str, float]]:
     for i, row in enumerate(rows):
         for shown, (_, prompt) in row.shown.items():
             for what, tokens in row.tokens.items():
+                if (what, shown) == (CAPTION, TURNED):
+                    continue
                 asked.setdefault(_key(prompt), []).append((i, f"{what}/{shown}", tokens))
             prompts.setdefault(_key(prompt), prompt)
     groups = [(key, many[at : at + _ROWS]) for key, many in asked.items() for at in range(0, len(many), _ROWS)]
@@ -198,7 +217,7 @@ def _rewards(eyes: Eyes, rows: Sequence[_Row]) -> list[dict[str, float]]:
     """Captions of the samples as they are shown, and what each sample gives for them."""
     assert eyes.reward is not None
     said = {_key(row.seen.prompt): row.seen.caption for row in rows}
-    missing = {_key(prompt): (prompt, sample) for row in rows for sample, prompt in row.shown.values()}
+    missing = {_key(prompt): (prompt, sample) for row in rows for sample, prompt in (row.shown[OTHER], row.shown[GREY])}
     missing = {key: each for key, each in missing.items() if key not in said}
     if missing:
         prompts, shown = zip(*missing.values(), strict=True)

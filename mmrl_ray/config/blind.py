@@ -29,8 +29,8 @@ class BlindCheckSection(Section):
     """Nats a token that a caption must be likelier with its own picture than with another's: blind where the 95 %
     interval of that gap does not lie above this."""
     keep: float = Field(0.25, ge=0, lt=1)
-    """The share of the first look's gap that must be left: blind where the interval of what is left lies below it; 0
-    compares with no earlier look."""
+    """The share of the first look's gaps (of references, beside another's picture and beside their own upside down)
+    that must be left: blind where the interval of what is left lies below it; 0 compares with no earlier look."""
 
     def cadence(self, *, is_held_out: bool) -> int:
         """`every`, or what it is by default; 0: never."""

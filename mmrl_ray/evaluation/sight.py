@@ -5,18 +5,21 @@ A *gap* is the mean over samples of the difference between two figures of `analy
     gap_logprob, gap_logprob_grey    of the references: whether what is true of a picture is likelier with that picture
     gap_caption, gap_caption_grey    of the policy's own greedy captions: whether what it says comes from the picture
     gap_reward, gap_reward_grey      of the rewards of what it says of the pictures
+    gap_places                       of the references, less the own picture upside down: whether it sees where
+                                     things are
 
 each with a percentile bootstrap interval of 95 %, paired: what is resampled are the samples' differences. Those of
 log-probs are in nats a token.
 
 **The rule.** A look finds a policy blind where the interval of `gap_logprob` or of `gap_caption` does not lie above
-`min_gap`, or where what is left of the first look's `gap_logprob`, less `keep` of it, has its interval below 0. Of
-fewer than 8 samples it says nothing.
+`min_gap`; where that of `gap_places` lies below −`min_gap`; or where what is left of the first look's `gap_logprob` or
+`gap_places`, less `keep` of it, has its interval below 0 (of `gap_places` only if the first look's lay above `min_gap`:
+references that do not say where things are have none). Of fewer than 8 samples it says nothing.
 
     features zeroed                  both gaps are exactly 0
     pictures swapped                 `gap_logprob` is about 0 or below it; `gap_caption` may be large: the policy says
                                      of the wrong picture what is true of that
-    positions wrong                  `gap_logprob` falls, since words stand for what is no longer where it was
+    positions wrong                  `gap_places` falls to 0 or below, also where colours and things are seen yet
     the picture is ignored           both fall towards 0; one caption for all pictures: `gap_caption` alone is 0, since
                                      the sum over all samples is the same with own pictures and with others'
 
@@ -24,19 +27,19 @@ fewer than 8 samples it says nothing.
 is Φ(1.96 − z): 0.1 % at z = 5. The standard error is the samples' deviation ÷ √n, so 48 samples give z = 5 to gaps of
 0.72 deviations; an alarm wants several looks running, which the noise of a few steps alone does not give. The samples
 are the same in every look: their own noise is drawn once a run. One that keeps more than `keep` of its first gap has at
-most 2.5 % a run for the second part of the rule. Rewards are told, and are no part of it: some are of the words alone.
+most 2.5 % a run for that part of the rule. Rewards are told, and are no part of it: some are of the words alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mmrl_ray.analysis.sight import CAPTION, GREY, OTHER, OWN, REFERENCE, REWARD
+from mmrl_ray.analysis.sight import CAPTION, GREY, OTHER, OWN, REFERENCE, REWARD, TURNED
 from mmrl_ray.evaluation.scores import interval_json
-from mmrl_ray.metrics.statistics import RESAMPLES, Interval, bootstrap_difference
+from mmrl_ray.metrics.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 
 GAPS: Mapping[str, tuple[str, str]] = {
     "gap_logprob": (REFERENCE, OTHER),
@@ -45,6 +48,7 @@ GAPS: Mapping[str, tuple[str, str]] = {
     "gap_caption_grey": (CAPTION, GREY),
     "gap_reward": (REWARD, OTHER),
     "gap_reward_grey": (REWARD, GREY),
+    "gap_places": (REFERENCE, TURNED),
 }
 LABELS: Mapping[str, str] = {
     "gap_logprob": "references: own picture less another's",
@@ -53,8 +57,14 @@ LABELS: Mapping[str, str] = {
     "gap_caption_grey": "own captions: own picture less a grey one",
     "gap_reward": "reward of captions: of the own picture less of another's",
     "gap_reward_grey": "reward of captions: of the own picture less of a grey one",
+    "gap_places": "references: own picture less the same upside down",
 }
 _DECIDE = {"gap_logprob": "references are", "gap_caption": "its own greedy captions are"}
+COMPARED: Mapping[str, str] = {
+    "gap_logprob": "of what the own picture is worth to the references",
+    "gap_places": "of what the places of things are worth to the references",
+}
+"""With the first look's."""
 BLIND_LOOK = "blind"
 """Kind of the event."""
 MIN_SAMPLES = 8
@@ -92,11 +102,13 @@ class Sight:
         keys = f"{what}/{OWN}", f"{what}/{shown}"
         return [row[keys[0]] - row[keys[1]] if row.keys() >= set(keys) else None for row in self.rows]
 
-    def blind(self, min_gap: float, first: Sequence[float | None] = (), keep: float = 0.0) -> list[str]:
+    def blind(
+        self, min_gap: float, first: Mapping[str, Sequence[float | None]] | None = None, keep: float = 0.0
+    ) -> list[str]:
         """Why the rule takes the policy for blind, in words; nothing where it sees, or where nothing is known.
 
         Args:
-            first: of the first look, `differences("gap_logprob")` of the same samples; empty for none.
+            first: `differences` of the first look at the same samples, by gap (`COMPARED`); None for none.
         """
         if self.samples < MIN_SAMPLES:
             return []
@@ -105,18 +117,27 @@ class Sight:
             for name, whose in _DECIDE.items()
             if (gap := self.gaps.get(name)) is not None and gap.known and gap.low <= min_gap
         ]
-        now = self.differences("gap_logprob") if keep > 0 else []
-        both = [(a, b) for a, b in zip(first, now, strict=False) if a is not None and b is not None]
-        if len(both) > 1 and not reasons:
+        places = self.gaps.get("gap_places")
+        if places is not None and places.known and places.high < -min_gap:
+            reasons.append(
+                f"references are likelier with their picture upside down: {told(places)} nats a token; it sees things "
+                "at wrong places"
+            )
+        return reasons or list(self._faded(first or {}, min_gap, keep))
+
+    def _faded(self, first: Mapping[str, Sequence[float | None]], min_gap: float, keep: float) -> Iterator[str]:
+        for name, earlier in first.items() if keep > 0 else ():
+            both = [
+                (a, b) for a, b in zip(earlier, self.differences(name), strict=False) if a is not None and b is not None
+            ]
+            if len(both) < MIN_SAMPLES:
+                continue
             before, after = zip(*both, strict=True)
+            began = bootstrap_mean(before, seed=self.seed, resamples=RESAMPLES)
             left = bootstrap_difference([keep * a for a in before], after, seed=self.seed, resamples=RESAMPLES)
-            if left.high < 0:
+            if began.low > min_gap and left.high < 0:
                 share = sum(after) / sum(before)
-                reasons.append(
-                    f"of what the own picture was worth to the references at the first look, {share:.0%} is left: "
-                    f"{told(self.gaps['gap_logprob'])} nats a token"
-                )
-        return reasons
+                yield f"{COMPARED[name]}, {share:.0%} of the first look's is left: {told(self.gaps[name])} nats a token"
 
     def to_json(self) -> dict[str, Any]:
         """For `mmrl evaluate` and what a warm start keeps."""
@@ -132,14 +153,14 @@ def look_line(
     step: int, sight: Sight, lines: Sequence[Mapping[str, Any]], *, min_gap: float, keep: float
 ) -> dict[str, Any]:
     """The line of `eval/blind.jsonl` of a look after `step` steps, `lines` being those before it, in order."""
-    first = lines[0]["differences"] if lines else []
+    first = lines[0]["differences"] if lines else None
     reasons = sight.blind(min_gap, first, keep)
     return {
         "step": step,
         "samples": sight.samples,
         **{f"{_PREFIX}{name}": gap.mean for name, gap in sight.gaps.items()},
         "intervals": {name: interval_json(gap) for name, gap in sight.gaps.items()},
-        "differences": sight.differences("gap_logprob"),
+        "differences": {name: sight.differences(name) for name in COMPARED},
         "blind": reasons,
         "running": (int(lines[-1]["running"]) if lines else 0) + 1 if reasons else 0,
     }

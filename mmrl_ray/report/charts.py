@@ -123,6 +123,7 @@ def sight_charts(lines: Metrics) -> list[Chart]:
     ):
         panel = Panel(f"What the own picture is worth to {what}", (f"blind/{name}",), unit=unit)
         found = {"beside another's": name, "beside a grey one": f"{name}_grey"}
+        found |= {"beside itself upside down": "gap_places"} if name == "gap_logprob" else {}
         made.append(_interval_chart(panel, found, lines, None))
     return [chart for chart in made if chart is not None]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrl_ray.analysis.sight import Eyes, Seen, arrange, grey_picture, look
+from mmrl_ray.analysis.sight import Eyes, Seen, arrange, grey_picture, look, turned_picture
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ImageError
@@ -55,11 +55,16 @@ def test_what_cannot_be_told_apart_is_left_out_and_counted(samples: list[Sample]
     assert len(found.pairs) == len(samples) - without - alike
 
 
-def test_a_grey_picture_has_the_size_of_the_picture() -> None:
+def test_grey_and_turned_pictures_have_the_size_of_the_picture() -> None:
     buffer = io.BytesIO()
-    Image.new("RGB", (13, 7), (200, 0, 0)).save(buffer, "JPEG")
+    picture = Image.new("RGB", (13, 7), (200, 0, 0))
+    picture.putpixel((2, 1), (0, 9, 0))
+    picture.save(buffer, "PNG")
     opened = Image.open(io.BytesIO(grey_picture(buffer.getvalue())))
     assert (opened.size, opened.getextrema()) == ((13, 7), ((128, 128),) * 3)
+    turned = Image.open(io.BytesIO(turned_picture(buffer.getvalue())))
+    assert turned.size == (13, 7)
+    assert [turned.getpixel(at) for at in ((10, 5), (2, 1))] == [(0, 9, 0), (200, 0, 0)]
     with pytest.raises(ImageError):
         grey_picture(b"no picture")
 
@@ -123,6 +128,7 @@ def test_figures_are_means_over_tokens_of_each_caption_beside_each_picture() -> 
             "reference/own": -third_of_tokens,
             "reference/other": -2 * third_of_tokens,
             "reference/grey": -128 * third_of_tokens,
+            "reference/turned": -third_of_tokens,
             "caption/own": -half,
             "caption/other": -2 * half,
             "caption/grey": -128 * half,
@@ -135,7 +141,7 @@ def test_figures_are_means_over_tokens_of_each_caption_beside_each_picture() -> 
     assert first["reference/own"] == 0.0
     assert "reward/grey" not in third, "a reward that fails is no 0"
     assert known.decoded == ["shade 128"], "others' captions are there, and one grey picture is as good as four"
-    assert known.prompts == [5], "four pictures, and the grey one for 8 captions"
+    assert known.prompts == [9], "four pictures, each turned, and the grey one for 8 captions"
 
 
 def test_a_sample_that_cannot_be_looked_at_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
