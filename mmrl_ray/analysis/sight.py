@@ -197,8 +197,10 @@ def _key(prompt: EncodedPrompt) -> _Key:
 def _logprobs(eyes: Eyes, rows: Sequence[_Row]) -> list[dict[str, float]]:
     prompts: dict[_Key, EncodedPrompt] = {}
     asked: dict[_Key, list[tuple[int, str, torch.Tensor]]] = {}
-    for i, row in enumerate(rows):
-        for shown, (_, prompt) in row.shown.items():
+    # Own pictures first: where pictures change places in a batch, none then stands in for what it is held against.
+    for shown in (OWN, OTHER, GREY, TURNED):
+        for i, row in enumerate(rows):
+            _, prompt = row.shown[shown]
             for what, tokens in row.tokens.items():
                 if (what, shown) == (CAPTION, TURNED):
                     continue

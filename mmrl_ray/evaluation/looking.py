@@ -72,7 +72,8 @@ def policy_sight(
         assert reward is not None
         return score_with_retry(reward, of, texts, timeout_s=timeout_s, retries=retries)
 
-    eyes = Eyes(encode, captions, lambda text: encode_caption(policy, text), logprobs, max_new_tokens, reward and score)
+    earned = None if reward is None else score
+    eyes = Eyes(encode, captions, lambda text: encode_caption(policy, text), logprobs, max_new_tokens, earned)
     pairs = arranged.pairs
     if not pairs:
         return Sight((), seed), arranged
@@ -83,5 +84,5 @@ def policy_sight(
     if reward is not None:
         own = score([sample for sample, _ in pairs], [completion.caption for completion in said])
     rows = zip(pairs, prompts, said, own, strict=True)
-    seen = [Seen(sample, other, prompt, caption, earned) for (sample, other), prompt, caption, earned in rows]
+    seen = [Seen(sample, other, prompt, caption, score) for (sample, other), prompt, caption, score in rows]
     return Sight(tuple(look(eyes, seen)), seed), arranged

@@ -201,7 +201,7 @@ class ControllerClient:
             RolloutError: workers were ready, and none gave an answer for `idle_s`; or no version is published.
             MMRLError: the run has ended, since its workers could not be placed or started, say.
         """
-        wanted = {"completions": completions, "states": states, "others": others}
+        wanted: dict[str, Any] = {"completions": completions, "states": states, "others": others}
         number = self.call("ask_captions", samples, sampling, **wanted)
         # Each call has a deadline, and the pool's own end a run whose workers do not come.
         while isinstance(answer := self.call("captions", number, _POLL_S, idle_s), Wait):

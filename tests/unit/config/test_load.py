@@ -437,7 +437,7 @@ def test_looks_are_on_where_there_are_held_out_captions() -> None:
     assert [watched.is_look_due(step) for step in (0, 20, 30)] == [False, True, False]
     for cfg in (without, watched, off):
         assert parse_config(dump_config(cfg), "c.yaml") == cfg
-    agent = ["algorithm=value_based", "value_based.max_words=8", "data.eval=held-out"]
+    agent = ["algorithm=value_based", "value_based.max_words=8", "data.eval=held-out", "learner.steps=16"]
     assert parse_config(GOOD, "c.yaml", agent).looks_every == 0
     (line,) = problems(GOOD, *agent, "learner.blind_check.every=5")
     assert "every=5: asks rollout workers for captions, and this algorithm has none" in line

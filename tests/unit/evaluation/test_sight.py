@@ -43,7 +43,7 @@ from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "white": (230, 230, 230)}
-EVERY, LOOKED_AT = 2, 32
+EVERY, LOOKED_AT = 2, 24
 STEPS = 400
 MIN_GAP, KEEP = 0.01, 0.25
 GREEDY = SamplingParams(greedy=True, max_new_tokens=8)
@@ -350,9 +350,8 @@ def test_clean_runs_are_not_alarmed(pair: Pair) -> None:
         load_adapter_state(pair.learner.model, pair.untaught)
         run = Run(pair, seed)
         run.look(0)
-        for step in (EVERY, 2 * EVERY):
-            teach(pair.learner, right, EVERY, seed=100 * seed + step)
-            run.look(step)
+        teach(pair.learner, right, EVERY, seed=seed)
+        run.look(EVERY)
         assert not any(line["blind"] for line in run.lines), (seed, run.lines)
 
 
