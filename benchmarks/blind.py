@@ -12,7 +12,7 @@ kept. `ratio` is what looks at their default cadence add to a step.
 
     zeroed      workers see features of 0
     swapped     workers see the picture of the next sample of a batch
-    positions   workers give every token of a picture the position of the first
+    positions   workers' vision towers get the patches of a picture in the opposite order
     ignored     the reward is for one sentence, whatever the picture: the policy learns to say it
 
 Each bug but the last comes after the first look. Prints the gaps of each look, and after how many steps the alarm came.
@@ -28,7 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, SamplingPara
 from mmrl_ray.metrics.overlap import rouge_l
 from mmrl_ray.policy.generation import decode
 from mmrl_ray.policy.model import Policy
-from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.rollouts import scorer
 from mmrl_ray.rollouts.types import GroupRequest
 from mmrl_ray.run_records.run_dir import RunDir
@@ -61,13 +60,6 @@ class Looked(Measured):
         super().__init__(cfg, model, run, reward)
         self.pairs = arrange(self.held_out, cfg.learner.blind_check.samples, cfg.run.seed).pairs
         self.lines: list[dict[str, Any]] = []
-
-    @property
-    def places(self) -> tuple[int, int]:
-        """Where the tokens of a picture begin in a prompt, and how many they are."""
-        (prompt,) = encode_prompts(self.sampler, [self.held_out[0]])
-        found = (prompt.input_ids == self.sampler.placeholder_id).nonzero()[:, 0]
-        return int(found[0]), len(found)
 
     def look(self) -> None:
         """All that `learner.blind_check` adds to the step that was taken last, but for its checkpoint."""
@@ -119,15 +111,10 @@ def _swapped(features: list[VisionFeatures]) -> list[VisionFeatures]:
 
 
 @contextmanager
-def _positions(policy: Policy, first: int, tokens: int) -> Iterator[None]:
-    """All tokens of a picture stand where the first does, and what follows behind that."""
-
-    def hook(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        places = given["position_ids"]
-        moved = torch.where(places >= first + tokens, places - tokens + 1, places.clamp(max=first))
-        return args, {**given, "position_ids": moved}
-
-    handle = policy.decoder.register_forward_pre_hook(hook, with_kwargs=True)
+def _positions(policy: Policy) -> Iterator[None]:
+    """Each token of a picture stands for another place."""
+    (embedding,) = (m for name, m in policy.model.named_modules() if name.endswith("patch_embedding"))
+    handle = embedding.register_forward_hook(lambda module, args, output: output.flip(-1).flip(-2))
     try:
         yield
     finally:
@@ -176,10 +163,11 @@ def _run(
     )
     began = time.process_time()
     measured.look()
-    planted = {
+    measured.cache.clear()
+    planted: Callable[[], AbstractContextManager[None]] = {
         "zeroed": lambda: _features(_zeroed),
         "swapped": lambda: _features(_swapped),
-        "positions": lambda: _positions(measured.sampler, *measured.places),
+        "positions": lambda: _positions(measured.sampler),
     }.get(bug or "", lambda: _features(list))
     with planted():
         for step in range(1, steps + 1):

@@ -77,11 +77,11 @@ class Measured:
         self.cider = CiderD(self.statistics)
         self.held_out = read_split(cfg.data.eval or "", prompt=cfg.data.prompt)
         self.sampler, self.learner = (_adapted(cfg, model) for _ in range(2))
-        versions, cache = VersionedPolicy(self.sampler), VisionCache(cfg.rollout.vision_cache_mb * _MB)
+        versions, self.cache = VersionedPolicy(self.sampler), VisionCache(cfg.rollout.vision_cache_mb * _MB)
         limits = DecodeLimits.of(self.sampler, cfg.rollout.max_new_tokens)
         self.engine = RolloutEngine(
-            LocalEngine(versions, cache, max_rows=limits.max_rows, prefill_tokens=limits.prefill_tokens),
-            Scorer(versions, cache, temperature=cfg.rollout.temperature),
+            LocalEngine(versions, self.cache, max_rows=limits.max_rows, prefill_tokens=limits.prefill_tokens),
+            Scorer(versions, self.cache, temperature=cfg.rollout.temperature),
             reward or build_reward(cfg.reward, self.statistics),
             worker="w",
             reward_cfg=cfg.reward,

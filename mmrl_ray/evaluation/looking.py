@@ -84,5 +84,5 @@ def policy_sight(
     if reward is not None:
         own = score([sample for sample, _ in pairs], [completion.caption for completion in said])
     rows = zip(pairs, prompts, said, own, strict=True)
-    seen = [Seen(sample, other, prompt, caption, score) for (sample, other), prompt, caption, score in rows]
+    seen = [Seen(sample, other, prompt, caption, given) for (sample, other), prompt, caption, given in rows]
     return Sight(tuple(look(eyes, seen)), seed), arranged
