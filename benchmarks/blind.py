@@ -4,7 +4,7 @@
     python benchmarks/blind.py alarms
 
 `cost`: seconds of CPU, of one process with one thread, of a step of the quickstart (rollouts and learner, by the
-product's own engine, plan and learner step) and of a look: 48 held-out pictures captioned, their captions and
+product's own engine, plan and learner step) and of a look: 32 held-out pictures captioned, their captions and
 references scored beside their own pictures, another's and a grey one, with rewards, intervals and the line that is
 kept. `ratio` is what looks at their default cadence add to a step.
 

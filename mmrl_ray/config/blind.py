@@ -18,7 +18,7 @@ class BlindCheckSection(Section):
     every: int | None = Field(None, ge=0)
     """Steps from one look to the next, each of which is a checkpoint; 0: never. By default 20 where there is
     `data.eval`. A run also looks before and after it learns."""
-    samples: int = Field(48, ge=2)
+    samples: int = Field(32, ge=2)
     """Of `data.eval` that are looked at, the same ones each time."""
     on_blind: Literal["warn", "stop"] = "warn"
     """What an alarm does: tell it (terminal, event `blind`, report), or also end the run with an error, its checkpoints

@@ -24,8 +24,8 @@ references that do not say where things are have none). Of fewer than 8 samples 
                                      the sum over all samples is the same with own pictures and with others'
 
 **False alarms.** Of a policy whose true gap is z standard errors above `min_gap`, the chance that a look finds it blind
-is Φ(1.96 − z): 0.1 % at z = 5. The standard error is the samples' deviation ÷ √n, so 48 samples give z = 5 to gaps of
-0.72 deviations; an alarm wants several looks running, which the noise of a few steps alone does not give. The samples
+is Φ(1.96 − z): 0.1 % at z = 5. The standard error is the samples' deviation ÷ √n, so 32 samples give z = 5 to gaps of
+0.88 deviations; an alarm wants several looks running, which the noise of a few steps alone does not give. The samples
 are the same in every look: their own noise is drawn once a run. One that keeps more than `keep` of its first gap has at
 most 2.5 % a run for that part of the rule. Rewards are told, and are no part of it: some are of the words alone.
 """
