@@ -5,8 +5,8 @@
 
 `cost`: seconds of CPU, of one process with one thread, of a step of the quickstart (rollouts and learner, by the
 product's own engine, plan and learner step) and of a look: 32 held-out pictures captioned, their captions and
-references scored beside their own pictures, another's and a grey one, with rewards, intervals and the line that is
-kept. `ratio` is what looks at their default cadence add to a step.
+references scored beside their own pictures, another's and a grey one, with rewards, intervals, the line that is kept
+and the checkpoint. `ratio` is what looks at their default cadence add to a step.
 
 `alarms`: clean short runs of that kind with seeds of their own, and runs with a bug each, of
 
@@ -42,6 +42,7 @@ from mmrl_ray.config.load import load_config
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.evaluation.sight import Sight, look_line
 from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, SamplingParams, VisionFeatures
+from mmrl_ray.learner.checkpoints import save_checkpoint
 from mmrl_ray.metrics.overlap import rouge_l
 from mmrl_ray.policy.generation import decode
 from mmrl_ray.policy.model import Policy
@@ -62,7 +63,7 @@ class Looked(Measured):
         self.lines: list[dict[str, Any]] = []
 
     def look(self) -> None:
-        """All that `learner.blind_check` adds to the step that was taken last, but for its checkpoint."""
+        """All that `learner.blind_check` adds to the step that was taken last."""
         wanted, rollout = self.cfg.learner.blind_check, self.cfg.rollout
         greedy = SamplingParams(temperature=rollout.temperature, greedy=True, max_new_tokens=rollout.max_new_tokens)
         groups = self._sampled(
@@ -73,6 +74,8 @@ class Looked(Measured):
         line = look_line(self.number, sight, self.lines, min_gap=wanted.min_gap, keep=wanted.keep)
         self.run.append_line("blind.jsonl", line)
         self.lines.append(line)
+        state = self.step.state()
+        save_checkpoint(self.run, self.number, policy=self.learner, learner=state, controller={}, keep=1)
 
 
 class OneSentence:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mmrl_ray.config.sections import Section
 
-EVERY = 20
+EVERY = 30
 """Steps, where nothing is written and there are held-out captions."""
 
 
@@ -16,7 +16,7 @@ class BlindCheckSection(Section):
     """The blindness alarm: on held-out captions, what a sample's own picture is worth beside another's."""
 
     every: int | None = Field(None, ge=0)
-    """Steps from one look to the next, each of which is a checkpoint; 0: never. By default 20 where there is
+    """Steps from one look to the next, each of which is a checkpoint; 0: never. By default 30 where there is
     `data.eval`. A run also looks before and after it learns."""
     samples: int = Field(32, ge=2)
     """Of `data.eval` that are looked at, the same ones each time."""

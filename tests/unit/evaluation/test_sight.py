@@ -318,8 +318,8 @@ def test_wrong_positions_are_found_by_references_that_tell_places(pair: Pair) ->
 
 def test_a_policy_that_learns_to_ignore_the_picture_is_found(pair: Pair) -> None:
     """Pictures are swapped in what it learns from, and there alone: nothing is left to learn but to ignore them."""
-    right = pictures(128, seed=1)
-    wrong = [replace(sample, references=right[(i + 5) % 128].references) for i, sample in enumerate(right)]
+    right = pictures(64, seed=1)
+    wrong = [replace(sample, references=right[(i + 5) % 64].references) for i, sample in enumerate(right)]
     run = Run(pair)
     found = run.alarm_after(40, lambda step: teach(pair.learner, wrong, 10, seed=step, lr=1e-2), nullcontext())
     assert found is not None, run.lines[-1]
@@ -328,7 +328,7 @@ def test_a_policy_that_learns_to_ignore_the_picture_is_found(pair: Pair) -> None
 
 def test_clean_runs_are_not_alarmed(pair: Pair) -> None:
     """Twenty, each with samples and steps of its own."""
-    right = pictures(128, seed=1)
+    right = pictures(32, seed=1)
     for seed in range(20):
         load_adapter_state(pair.learner.model, pair.untaught)
         run = Run(pair, seed)
