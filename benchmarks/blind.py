@@ -152,7 +152,7 @@ def alarms(folder: Path, runs: int, steps: int, every: int) -> dict[str, Any]:
     print(f"clean runs: {runs}, of {steps} steps with a look every {every}; with an alarm: {runs - clean.count(None)}")
     after = {}
     for name in ("zeroed", "swapped", "positions", "ignored"):
-        found = _run(folder, model, name, 0, 15 * every if name == "ignored" else 4 * every, every, bug=name)
+        found = _run(folder, model, name, 0, 59 if name == "ignored" else 4 * every, every, bug=name)
         after[name] = _alarm(found)
         print(f"{name}: the alarm came after {after[name]} steps")
     return {"clean_runs": runs, "false_alarms": runs - clean.count(None), "found_after_steps": after, "every": every}
