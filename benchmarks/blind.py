@@ -13,7 +13,7 @@ and the checkpoint. `ratio` is what looks at their default cadence add to a step
     zeroed      workers see features of 0
     swapped     workers see the picture of the next sample of a batch
     positions   workers' vision towers get the patches of a picture in the opposite order
-    ignored     the reward is for one sentence, whatever the picture: the policy learns to say it
+    ignored     the reward is for one sentence, whatever the picture: no alarm while the policy looks all the same
 
 Each bug but the last comes after the first look. Prints the gaps of each look, and after how many steps the alarm came.
 
