@@ -18,6 +18,7 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ from mmrl_ray.policy.lora.routing import VersionedPolicy
 from mmrl_ray.policy.memory import DecodeLimits
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.vision import VisionCache
+from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.scorer import Scorer
@@ -68,31 +70,33 @@ _MB = 1 << 20
 class Measured:
     """The quickstart in one process: a worker's engine and a learner."""
 
-    def __init__(self, cfg: Config, model: str, run: RunDir) -> None:
+    def __init__(self, cfg: Config, model: str, run: RunDir, reward: RewardFn | None = None) -> None:
+        """`reward` takes the place of the config's."""
         self.cfg, self.run = cfg, run
         self.statistics = CorpusStatistics.from_references(iter_references(cfg.data.train))
         self.cider = CiderD(self.statistics)
         self.held_out = read_split(cfg.data.eval or "", prompt=cfg.data.prompt)
-        sampler, self.learner = (_adapted(cfg, model) for _ in range(2))
-        versions, cache = VersionedPolicy(sampler), VisionCache(cfg.rollout.vision_cache_mb * _MB)
-        limits = DecodeLimits.of(sampler, cfg.rollout.max_new_tokens)
+        self.sampler, self.learner = (_adapted(cfg, model) for _ in range(2))
+        versions, self.cache = VersionedPolicy(self.sampler), VisionCache(cfg.rollout.vision_cache_mb * _MB)
+        limits = DecodeLimits.of(self.sampler, cfg.rollout.max_new_tokens)
         self.engine = RolloutEngine(
-            LocalEngine(versions, cache, max_rows=limits.max_rows, prefill_tokens=limits.prefill_tokens),
-            Scorer(versions, cache, temperature=cfg.rollout.temperature),
-            build_reward(cfg.reward, self.statistics),
+            LocalEngine(versions, self.cache, max_rows=limits.max_rows, prefill_tokens=limits.prefill_tokens),
+            Scorer(versions, self.cache, temperature=cfg.rollout.temperature),
+            reward or build_reward(cfg.reward, self.statistics),
             worker="w",
             reward_cfg=cfg.reward,
             ship_vision_bytes=64 * _MB,
         )
         self.step = LearnerStep(self.learner, cfg.learner)
-        self.stream = SampleStream(cfg.data.train, prompt=cfg.data.prompt, seed=0, max_quarantined=0)
+        self.stream = SampleStream(cfg.data.train, prompt=cfg.data.prompt, seed=cfg.run.seed, max_quarantined=0)
         self.number = 0
 
     def take_step(self) -> None:
         """Rollouts and one step of the learner."""
         cfg, number = self.cfg, self.number
+        seeds = (group_seed(cfg.run.seed, number, i) for i in itertools.count())
         requests = [
-            GroupRequest(GroupKey(number, i), sample, self._sampling(group_seed(0, number, i)), cfg.rollout.group_size)
+            GroupRequest(GroupKey(number, i), sample, self._sampling(next(seeds)), cfg.rollout.group_size)
             for i, sample in enumerate(self.stream.take(cfg.learner.groups_per_step))
         ]
         groups = self._sampled("train", requests)
@@ -142,8 +146,8 @@ def cost(folder: Path, rounds: int) -> dict[str, Any]:
     measured.evaluate()
     steps, evaluations = [], []
     for _ in range(rounds):
-        steps += [_seconds(measured.take_step) for _ in range(2)]
-        evaluations.append(_seconds(measured.evaluate))
+        steps += [seconds(measured.take_step) for _ in range(2)]
+        evaluations.append(seconds(measured.evaluate))
     step, evaluation = statistics.median(steps), statistics.median(evaluations)
     share = evaluation / (10 * step)
     print(f"a step {step:.2f} s of CPU, an evaluation of {len(measured.held_out)} {evaluation:.2f} s")
@@ -179,7 +183,7 @@ def _adapted(cfg: Config, model: str) -> Policy:
     return policy
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], None]) -> float:
     began = time.process_time()
     work()
     return time.process_time() - began

@@ -16,7 +16,8 @@ MMRLError
 ├── RolloutError           the pool of rollout workers cannot go on
 │   └── PlacementError         an actor was not placed in time
 ├── LearnerError           the learner group cannot go on
-│   └── NonFiniteError         loss or gradient norm is NaN or infinite
+│   ├── NonFiniteError         loss or gradient norm is NaN or infinite
+│   └── BlindPolicyError       the policy does not look at its pictures
 ├── RunError               a run folder: exists, missing, not resumable
 │   ├── CheckpointError        no valid checkpoint, or a broken one was asked for
 │   └── RaySessionError        a Ray that does not start, or cannot be joined
@@ -106,6 +107,10 @@ class LearnerError(MMRLError):
 
 class NonFiniteError(LearnerError):
     """A loss or a gradient norm is NaN or infinite; the message names step, metric and samples."""
+
+
+class BlindPolicyError(LearnerError):
+    """The policy does not look at its pictures, and the run was told to stop then; its checkpoints are kept."""
 
 
 class RunError(MMRLError):

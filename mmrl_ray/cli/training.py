@@ -147,6 +147,8 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
             shown.note(f"warm start: {told(made.left_out)}")
         if made.blindness is not None:
             shown.warn(made.blindness.told("warm start"))
+        if made.unseeing is not None:
+            shown.warn(made.unseeing)
     typer.echo(made.path)
 
 

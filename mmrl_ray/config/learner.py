@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from mmrl_ray.config.blind import BlindCheckSection
 from mmrl_ray.config.sections import Section, refuse
 from mmrl_ray.errors import ConfigError
 
@@ -435,6 +436,8 @@ class LearnerSection(_Sections):
     """Make activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
     importance_every: int = Field(10, ge=0)
     """Steps between two looks at how much of one caption hangs on picture and prompt (`importance/…`); 0: never."""
+    blind_check: BlindCheckSection = BlindCheckSection()
+    """Looks at whether the policy looks at its pictures (`blind/…`), where there are held-out captions."""
     workers: Annotated[int, Field(ge=1)] | WorkersRange = 1
     """Learner workers (Ray Train): a number, or `{min, max}` to follow what the cluster has room for."""
     sharding: Literal["none", "fsdp2"] = "none"

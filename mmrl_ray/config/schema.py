@@ -94,6 +94,21 @@ class Config(_WithAgents):
         family = self.family
         return getattr(self, family.section_name or "") if family.samples == "environment" else None
 
+    @property
+    def looks_every(self) -> int:
+        """Steps from one look at the policy's sight to the next; 0: never."""
+        if self.family.samples == "environment":
+            return 0
+        return self.learner.blind_check.cadence(is_held_out=self.data.eval is not None)
+
+    def is_look_due(self, step: int) -> bool:
+        """Whether the policy of so many finished steps is looked at beside the learning."""
+        return self.looks_every > 0 and step > 0 and step % self.looks_every == 0
+
+    def wants_captions(self, step: int) -> bool:
+        """Whether held-out captions are asked for beside the learning after so many finished steps: a checkpoint."""
+        return self.eval.is_due(step) or self.is_look_due(step)
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         family = self.family
@@ -104,6 +119,9 @@ class Config(_WithAgents):
                 **({} if family.samples == "environment" else self._step_problems()),
                 **family.problems(self),
                 **self.eval.problems([*self.reward.parts], self.learner.steps, is_held_out=self.data.eval is not None),
+                **self.learner.blind_check.problems(
+                    is_held_out=self.data.eval is not None, has_workers=family.samples != "environment"
+                ),
                 f"eval.every={self.eval.every} asks rollout workers for captions, and algorithm: {self.algorithm} has "
                 "none: it is evaluated before and after; take it away": (
                     self.eval.every is not None and family.samples == "environment"

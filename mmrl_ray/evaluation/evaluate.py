@@ -15,14 +15,17 @@ from mmrl_ray.analysis.correlation import Correlation
 from mmrl_ray.data.held_out import overlap_with_data, same_place
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, iter_references, read_split, told
-from mmrl_ray.errors import ConfigError, DataError
+from mmrl_ray.errors import ConfigError, DataError, ModelError
 from mmrl_ray.evaluation.captioning import target_captions, write_out
+from mmrl_ray.evaluation.looking import policy_sight
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
 from mmrl_ray.evaluation.records import States, correlation_lines, correlations_json
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness, score_captions
+from mmrl_ray.evaluation.sight import LABELS, NEVER_SAW, Sight, told_blind
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.metrics.statistics import Interval
 from mmrl_ray.metrics.text import CorpusStatistics
+from mmrl_ray.rewards.base import RewardFn
 from mmrl_ray.rewards.build import build_reward
 from mmrl_ray.run_records.run_dir import to_json
 from mmrl_ray.telemetry.terminal import PlainTable, RunProgress, say
@@ -48,8 +51,10 @@ class TargetEvaluation:
     states: int
     """Captions that the correlations are of."""
     notes: tuple[str, ...]
-    blindness: str | None
-    """A warning, where captions do not depend on the picture."""
+    warnings: tuple[str, ...]
+    """Where captions do not depend on the picture, or the policy does not look at it."""
+    sight: Sight | None
+    """What the own picture is worth beside another's and a grey one; None where that cannot be told."""
     images: Mapping[str, bytes] = field(default_factory=dict)
     """Encoded pictures of the first `MOST_PICTURES` samples, by their hash."""
 
@@ -73,8 +78,10 @@ class TargetEvaluation:
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON, as `mmrl evaluate --out` writes it."""
-        notes = [*self.notes, *filter(None, [self.blindness])]
-        found: dict[str, Any] = to_json(_document(self.target, self.data, self.evaluation, self.correlations, notes))
+        notes = [*self.notes, *self.warnings]
+        found: dict[str, Any] = to_json(
+            _document(self.target, self.data, self.evaluation, self.correlations, self.sight, notes)
+        )
         return found
 
     def __repr__(self) -> str:
@@ -83,7 +90,7 @@ class TargetEvaluation:
     def _repr_html_(self) -> str:
         from mmrl_ray.evaluation.frames import html_notes
 
-        told = [*self.notes, *([f"WARNING: {self.blindness}"] if self.blindness else [])]
+        told = [*self.notes, *(f"WARNING: {warning}" for warning in self.warnings)]
         return (
             f"<b>{escape(self.name)}</b>: {len(self.evaluation.captions)} samples of {escape(self.data)}"
             f"{self.table.to_html(float_format='{:.4f}'.format)}{html_notes(told)}"
@@ -143,21 +150,28 @@ def evaluate_target(
             states=states,
             progress=shown.phase("caption"),
         )
+        reward = build_reward(opened.reward, statistics)
         evaluation = score_captions(
             samples,
             captions,
-            build_reward(opened.reward, statistics),
+            reward,
             statistics,
             progress=shown.phase("score"),
             timeout_s=opened.reward.timeout_s,
             retries=opened.reward.retries,
         )
+        with shown.busy("looking whether the policy looks at its pictures"):
+            sight, left_out = _sight(opened, samples, reward, max_new_tokens)
         with shown.busy("looking for these pictures in what was trained on"):
             seen = _trained_on(opened, samples, data)
     found_blind = evaluation_blindness(evaluation)
+    unseeing = [] if found_blind is None else [found_blind.told("this evaluation")]
+    if sight is not None and (reasons := sight.blind(opened.min_gap)):
+        unseeing.append(told_blind("this evaluation", reasons, NEVER_SAW))
     notes = [*opened.notes, *([f"decoded with log π + {beta:g}·(Q − V)"] if opened.policy.value_heads else []), source]
     notes += [told(quarantine.records)] if len(quarantine) else []
     notes += [evaluation.told_unrewarded()] if evaluation.unrewarded else []
+    notes += [f"sight: {left_out}"] if left_out else []
     notes += seen
     return TargetEvaluation(
         name=opened.name,
@@ -167,7 +181,8 @@ def evaluate_target(
         correlations=States.of(samples[: len(states)], states).correlations if states else {},
         states=len(states),
         notes=tuple(notes),
-        blindness=None if found_blind is None else found_blind.told("this evaluation"),
+        warnings=tuple(unseeing),
+        sight=sight,
         images={image_hash([image]): image for sample in samples[:MOST_PICTURES] for image in sample.images},
     )
 
@@ -189,10 +204,12 @@ def present(found: TargetEvaluation, *, out: Path | None = None, as_json: bool =
         Console().print(measures_table(found.name, found.evaluation))
         if found.correlations:
             Console().print(correlation_table(found.correlations, found.states))
+        if found.sight is not None and found.sight.gaps:
+            Console().print(sight_table(found.sight))
         for note in found.notes:
             say(Console(), note)
-        if found.blindness is not None:
-            say(Console(), f"WARNING: {found.blindness}", "bold red")
+        for warning in found.warnings:
+            say(Console(), f"WARNING: {warning}", "bold red")
     if out is not None:
         file = out / f"evaluation-{found.name}.json" if out.is_dir() else out
         write_out(file, f"{document}\n".encode())
@@ -213,6 +230,37 @@ def correlation_table(found: Mapping[str, Correlation], samples: int) -> PlainTa
     for row in correlation_lines(found):
         table.add_row(*row)
     return table
+
+
+def sight_table(sight: Sight) -> PlainTable:
+    """What the own picture is worth beside another's and a grey one, for a terminal or plain."""
+    table = _table(f"what the own picture is worth: {sight.samples} samples", "gap", "value", "95 % interval")
+    for name, gap in sight.gaps.items():
+        table.add_row(LABELS[name], f"{gap.mean:+.4f}", gap.words("+.4f", " … ", ""))
+    return table
+
+
+def _sight(
+    opened: ModelSource, samples: list[Sample], reward: RewardFn, max_new_tokens: int | None
+) -> tuple[Sight | None, str]:
+    """A look at the policy, and what was left out or why there is none; of an agent, which has no log-probs, none."""
+    if opened.agent is not None:
+        return None, ""
+    try:
+        sight, arranged = policy_sight(
+            opened.policy,
+            samples,
+            max_new_tokens=max_new_tokens or opened.max_new_tokens,
+            temperature=opened.temperature,
+            reward=reward,
+            timeout_s=opened.reward.timeout_s,
+            retries=opened.reward.retries,
+        )
+    except (DataError, ModelError) as error:  # the figures of the captions stand
+        return None, f"the policy was not looked at: {error}"
+    if not sight.samples:
+        return None, arranged.told or "there is nothing to look at"
+    return sight, arranged.told
 
 
 def _table(title: str, name: str, *figures: str) -> PlainTable:
@@ -243,7 +291,12 @@ def _statistics(opened: ModelSource, data: str) -> tuple[CorpusStatistics, str]:
 
 
 def _document(
-    target: str, data: str, evaluation: Evaluation, found: Mapping[str, Correlation], notes: list[str]
+    target: str,
+    data: str,
+    evaluation: Evaluation,
+    found: Mapping[str, Correlation],
+    sight: Sight | None,
+    notes: list[str],
 ) -> dict[str, Any]:
     return {
         "target": target,
@@ -252,6 +305,7 @@ def _document(
         "notes": notes,
         **evaluation.to_json(),
         "correlations": correlations_json(found),
+        **({"sight": sight.to_json()} if sight is not None else {}),
         "captions": [
             {
                 "sample_id": score.sample_id,

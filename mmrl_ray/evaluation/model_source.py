@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, FACTS_FILE, Agent
 from mmrl_ray.algorithms.dqn.network import image_features
+from mmrl_ray.config.blind import BlindCheckSection
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.paths import RUN_CONFIG, is_run, refuse_unknown
 from mmrl_ray.config.reward import RewardSection
@@ -57,6 +58,10 @@ class ModelSource:
     """Data sets whose pictures the run has learned from; none known of a bare model."""
     max_quarantined: int = DataSection.model_fields["max_quarantined"].default
     """Broken samples that are left out of an evaluation before it stops."""
+    temperature: float = 1.0
+    """Of the policy that learned."""
+    min_gap: float = BlindCheckSection.model_fields["min_gap"].default
+    """Nats a token: `learner.blind_check.min_gap`."""
 
     def beta(self, wanted: float | None) -> float:
         """The β to caption with: the one that is wanted, or what the run has; 0 without value heads.
@@ -153,4 +158,6 @@ def _open_run(run: RunDir, checkpoint: str | None, shown: RunProgress | None) ->
         agent=agent,
         trained_on=(cfg.data.train, *(f"{run.location}/{own}" for own in (PAIRS, STORED) if run.exists(own))),
         max_quarantined=cfg.data.max_quarantined,
+        temperature=cfg.rollout.temperature,
+        min_gap=cfg.learner.blind_check.min_gap,
     )

@@ -292,6 +292,8 @@ class ScoredGroup:
     """Seconds by phase: sample, reference, reward."""
     counters: Mapping[str, float] = field(default_factory=dict)
     """Counts by name: vision_hits, vision_misses, naive_path, …"""
+    sight: Mapping[str, float] = field(default_factory=dict)
+    """Of an evaluation that asked for it: figures of `analysis/sight.py`, empty where it could not be looked at."""
 
     @property
     def failures(self) -> tuple[str, ...]:

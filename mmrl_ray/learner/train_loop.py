@@ -51,8 +51,8 @@ from mmrl_ray.policy.scoring.packed import checkpoint_layers
 from mmrl_ray.policy.scoring.prefix import ScorePath
 from mmrl_ray.policy.vision import VisionCache, give_back
 from mmrl_ray.rollouts.types import Stop
-from mmrl_ray.run_records.checkpoint_choice import evaluation_lines, kept_for_evaluation, newest_valid_checkpoint
-from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LIVE_FOLDER, checkpoint_steps
+from mmrl_ray.run_records.checkpoint_choice import kept_for_evaluation, newest_valid_checkpoint, steps_to_judge
+from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, LIVE_FOLDER
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.telemetry import table
 from mmrl_ray.telemetry.logs import CONTEXT, start_logging
@@ -143,7 +143,7 @@ class _Learner:
         self._on_first(find)
         step = self._ranks.from_first(found[0])
         earlier: dict[int, dict[str, torch.Tensor]] = {}
-        if step is not None and self._cfg.eval.every is not None:
+        if step is not None and (self._cfg.eval.every is not None or self._cfg.looks_every):
             self._on_first(lambda: earlier.update(self._unjudged(step)))
         with self._ranks.together():
             if step is not None:
@@ -165,10 +165,9 @@ class _Learner:
 
     def _unjudged(self, before: int) -> dict[int, dict[str, torch.Tensor]]:
         """The weights of checkpoints that the run was to be evaluated at, and ended before it was."""
-        judged = max((line["step"] for line in evaluation_lines(self._run) if line["step"] <= before), default=0)
         found = {}
-        for step in checkpoint_steps(self._run):
-            if judged < step < before and self._cfg.eval.is_due(step):
+        for step in steps_to_judge(self._run, self._cfg, before):
+            if step < before:
                 try:
                     load_checkpoint(self._run, step, self._policy)
                 except CheckpointError as error:
@@ -218,13 +217,13 @@ class _Learner:
         self._on_first(publish)
         self._step = plan.step + 1
         self._late_seconds = {}
-        if self._step % self._cfg.learner.checkpoint_every == 0 or self._cfg.eval.is_due(self._step):
+        if self._step % self._cfg.learner.checkpoint_every == 0 or self._cfg.wants_captions(self._step):
             self._on_first(self._save)
 
     def _weights(self, version: int) -> dict[str, torch.Tensor]:
         """What workers load. Value heads go with the versions alone that are evaluated, the only ones they decode."""
         heads = self._policy.value_heads.get(None)
-        decoded = version == self._cfg.learner.steps or self._cfg.eval.is_due(version)
+        decoded = version == self._cfg.learner.steps or self._cfg.wants_captions(version)
         return {**adapter_state(self._policy.model), **(published(heads) if heads is not None and decoded else {})}
 
     def _measure_importance(self, plan: StepPlan) -> dict[str, float]:
@@ -250,7 +249,7 @@ class _Learner:
             learner=self._learner.state(),
             controller=self._controller.checkpoint_state(self._step),
             keep=self._cfg.learner.keep_checkpoints,
-            also=kept_for_evaluation(self._run, self._cfg.eval),
+            also=kept_for_evaluation(self._run, self._cfg),
         )
         self._saved = self._step
         # The step's own line is written already: the time shows up in the next one's.

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from mmrl_ray.analysis.sight import arrange
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import is_hub_id, sqlite_file
@@ -210,6 +211,13 @@ def _look_at_held_out(cfg: Config, found: DryRun) -> None:
         found.held_out.append(
             f"evaluated at every {every} of {cfg.learner.steps:,} steps, and by {cfg.eval.metric} the best becomes "
             f"adapter/{ends}"
+        )
+    if cfg.looks_every:
+        arranged, blind = arrange(samples, cfg.learner.blind_check.samples, cfg.run.seed), cfg.learner.blind_check
+        left_out = f"; {arranged.told}" if arranged.told else ""
+        found.held_out.append(
+            f"looked at before, after and every {cfg.looks_every} steps, whether the policy looks at its pictures: "
+            f"{len(arranged.pairs)} samples{left_out}; an alarm is to {blind.on_blind}"
         )
     if len(quarantine):
         found.held_out.append(told(quarantine.records))

@@ -168,25 +168,50 @@ def held_out_charts(lines: Metrics) -> list[Chart]:
 
 
 def _held_out_chart(name: str, lines: Metrics) -> Chart | None:
-    found = [(float(line["step"]), line["intervals"][name]) for line in lines if name in line["intervals"]]
-    curve = [(step, float(each["value"])) for step, each in found]
-    if len(curve) < 2:
+    best = lines[-1]["best"]
+    decides = ", which chooses the best checkpoint" if name == lines[-1]["metric"] else ""
+    return _interval_chart(Panel(f"Held out: {name}{decides}", (f"eval/{name}",)), {name: name}, lines, best)
+
+
+def sight_charts(lines: Metrics) -> list[Chart]:
+    """What the own picture is worth by step, of `eval/blind.jsonl`: beside another's, and beside a grey one."""
+    made = []
+    for name, what, unit in (
+        ("gap_logprob", "references", "nats a token"),
+        ("gap_caption", "the policy's own captions", "nats a token"),
+        ("gap_reward", "the reward of its captions", ""),
+    ):
+        panel = Panel(f"What the own picture is worth to {what}", (f"blind/{name}",), unit=unit)
+        found = {"beside another's": name, "beside a grey one": f"{name}_grey"}
+        found |= {"beside itself upside down": "gap_places"} if name == "gap_logprob" else {}
+        made.append(_interval_chart(panel, found, lines, None))
+    return [chart for chart in made if chart is not None]
+
+
+def _interval_chart(panel: Panel, names: Mapping[str, str], lines: Metrics, best: int | None) -> Chart | None:
+    """Curves with their 95 % intervals, by label; None of fewer than two points."""
+    found = {
+        label: [(float(line["step"]), line["intervals"][name]) for line in lines if name in line["intervals"]]
+        for label, name in names.items()
+    }
+    curves = {label: [(step, float(each["value"])) for step, each in points] for label, points in found.items()}
+    curves = {label: curve for label, curve in curves.items() if len(curve) > 1}
+    if not curves:
         return None
     figure = Figure(figsize=(4.4, 2.5), layout="constrained")
     axes = figure.add_subplot()
-    x, y = zip(*curve, strict=True)
-    axes.plot(x, y, color=colour(0), marker="o", markersize=3, linewidth=1.6)
-    known = [(step, each) for step, each in found if is_number(each["low"]) and is_number(each["high"])]
-    low, high = ([each[end] for _, each in known] for end in ("low", "high"))
-    axes.fill_between([step for step, _ in known], low, high, color=colour(0), alpha=0.18, linewidth=0)
-    best = lines[-1]["best"]
+    for i, (label, curve) in enumerate(curves.items()):
+        x, y = zip(*curve, strict=True)
+        shade = colour(2 * i)  # the second of them marks the best
+        axes.plot(x, y, color=shade, marker="o", markersize=3, linewidth=1.6, linestyle=_DASHES[i], label=label)
+        known = [(step, each) for step, each in found[label] if is_number(each["low"]) and is_number(each["high"])]
+        low, high = ([each[end] for _, each in known] for end in ("low", "high"))
+        axes.fill_between([step for step, _ in known], low, high, color=shade, alpha=0.18, linewidth=0)
     if best is not None:
         axes.axvline(best, color=colour(1), linewidth=1.0, linestyle=_DASHES[1])
-    decides = ", which chooses the best checkpoint" if name == lines[-1]["metric"] else ""
-    panel = Panel(f"Held out: {name}{decides}", (f"eval/{name}",))
-    _dress(axes, panel, legend=False)
+    _dress(axes, panel, legend=len(curves) > 1)
     told = "" if best is None else f" The best checkpoint is that of step {best}."
-    return Chart(panel.title, svg_data_uri(figure), f"{_alt(panel, {name: curve})}{told}", _first_last({name: curve}))
+    return Chart(panel.title, svg_data_uri(figure), f"{_alt(panel, curves)}{told}", _first_last(curves))
 
 
 def constants(metrics: Metrics) -> dict[str, float]:

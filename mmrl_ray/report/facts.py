@@ -49,6 +49,7 @@ EVENT_WORDS = {
     "reward_replica_ready": "reward replica ready again",
     "checkpoint_damaged": "checkpoint damaged",
     "captions_blind": "captions do not depend on the picture",
+    "blind": "the policy does not look at its pictures",
 }
 _ORDINARY = frozenset(("worker_created", "worker_ready"))
 """Left out first where there are too many."""
@@ -276,7 +277,7 @@ def happened(
     back = [f"at step {each.get('at_step')}, back to {each.get('step')}" for each in restarts]
     replaced = list(replacements(events))
     failed, lacking = _of(events, "reward_failed"), _of(events, "reward_part_missing")
-    blind = _of(events, "captions_blind")
+    blind, looked = _of(events, "captions_blind"), _of(events, "blind")
     ends = [{"detail": str(each.get("status", ""))} for each in _of(events, "run_ended")]
     ended = [each for each in ends if each["detail"].startswith("failed")]
     stale = sum(int(line["dropped"]) for line in metrics if is_number(line.get("dropped")))
@@ -291,6 +292,11 @@ def happened(
             "captions that do not depend on the picture",
             len(blind),
             _reasons([{"detail": e.get("what")} for e in blind]),
+        ),
+        (
+            "looks that found the policy blind",
+            len(looked),
+            _reasons([{"detail": e.get("what")} for e in looked]),
         ),
         (
             "learner restarts",

@@ -6,7 +6,7 @@ Nothing in the page points outside it; captions and every other text of a run ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -22,12 +22,13 @@ from mmrl_ray.config.problems import parse_yaml
 from mmrl_ray.errors import MMRLError, RunError
 from mmrl_ray.evaluation.records import load_evaluation, load_states
 from mmrl_ray.evaluation.scores import Evaluation, evaluation_blindness
-from mmrl_ray.report.charts import charts, constants, held_out_charts
+from mmrl_ray.evaluation.sight import NEVER_SAW, STOPPED, told_blind
+from mmrl_ray.report.charts import charts, constants, held_out_charts, sight_charts
 from mmrl_ray.report.facts import event_rows, fact_blocks, happened, quarantine_rows
 from mmrl_ray.report.panels import caption_groups, correlation_table, measure_table, state_map
 from mmrl_ray.run_records.checkpoint_choice import evaluation_lines
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.run_records.step_log import EVENTS, METRICS_FILE, QUARANTINE_FILE
+from mmrl_ray.run_records.step_log import EVENTS, LOOKS, METRICS_FILE, QUARANTINE_FILE
 
 REPORT = "report.html"
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def render_report(run: RunDir) -> str:
     )
     before, after = (_tried(problems, _evaluation, run, name) for name in ("before", "after"))
     sides = {side: found for side in ("before", "after") if (found := _tried(problems, load_states, run, side))}
-    judged = _tried(problems, evaluation_lines, run) or []
+    judged, looks = _tried(problems, evaluation_lines, run) or [], _tried(problems, run.read_lines, LOOKS) or []
     table = measure_table(before, after)
     config = run.read_text("config.yaml") if run.exists("config.yaml") else ""
     event_list, events_left = event_rows(events)
@@ -69,13 +70,13 @@ def render_report(run: RunDir) -> str:
         lede=_lede(table, len(metrics)),
         state=_state(summary, metrics),
         chips=list(_chips(metrics, before or after)),
-        warnings=list(_warnings(before, after)),
+        warnings=[*_warnings(before, after), *_blind(looks)],
         missing=[*problems, *_missing(run, summary, metrics, before, after)],
         table=table,
         groups=caption_groups(run, before, after),
         state_map=state_map(sides),
         correlations=correlation_table(sides),
-        charts=[*held_out_charts(judged), *charts(metrics, _own_panels(config))],
+        charts=[*held_out_charts(judged), *sight_charts(looks), *charts(metrics, _own_panels(config))],
         constants=[f"{name} {value:.4g}" for name, value in constants(metrics).items()],
         facts=fact_blocks(summary, metrics, events, quarantined, config),
         happened=happened(events, metrics, quarantined),
@@ -101,6 +102,15 @@ def _warnings(before: Evaluation | None, after: Evaluation | None) -> Iterator[s
             yield found.told(f"evaluation {name} training")
         if evaluation is not None and evaluation.unrewarded:
             yield f"Evaluation {name} training: {evaluation.told_unrewarded()}."
+
+
+def _blind(looks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Looks at the policy's sight that say it is blind: the first, and the last."""
+    for place, line in {0: looks[0], len(looks) - 1: looks[-1]}.items() if looks else ():
+        if line["blind"]:
+            never = all(each["blind"] for each in looks)
+            what = "before learning" if place == 0 else f"step {line['step']}, {line['running']} looks running"
+            yield told_blind(what, line["blind"], NEVER_SAW if never else STOPPED)
 
 
 def _template() -> Any:

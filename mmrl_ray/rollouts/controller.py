@@ -20,11 +20,11 @@ import numpy as np
 
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample, SampleStream
-from mmrl_ray.errors import MMRLError, RolloutError
+from mmrl_ray.errors import BlindPolicyError, MMRLError, RolloutError
 from mmrl_ray.experience.carriers import SamplingParams, ScoredGroup, StepPlan
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.rollouts.group_codec import decode_checkpoint, encode_checkpoint
-from mmrl_ray.rollouts.held_out import HeldOutWatch
+from mmrl_ray.rollouts.held_out import BlindWatch, HeldOutWatch, Purpose, Watch
 from mmrl_ray.rollouts.loop import BufferedGroups, RolloutLoop
 from mmrl_ray.rollouts.run_metrics import PlannedStep, RunMetrics, StepWriter, reward_failures
 from mmrl_ray.rollouts.types import Generated, Stop, Wait
@@ -61,7 +61,10 @@ class Controller:
         self._told = RunMetrics(self._meter, cfg.learner.steps)
         self._put = put
         self._loop = RolloutLoop(cfg, run, pool, source, put, self._told.event)
-        self._held_out = HeldOutWatch(cfg, run, self._loop.buffer)
+        self._held_out: dict[Purpose, Watch] = {
+            "eval": HeldOutWatch(cfg, run, self._loop.buffer),
+            "blind": BlindWatch(cfg, run, self._loop.buffer),
+        }
         self._pump = self._loop.pump
         self._changed = self._pump.changed
         self._writer = StepWriter(run, clock)
@@ -112,8 +115,7 @@ class Controller:
             if version not in (self._next_plan, self._next_plan + 1):
                 raise RolloutError(f"policy version {version} was published while step {self._next_plan} is due")
             self._loop.versions.publish(version, encoded)
-            if self._held_out.is_due(version):
-                self._ask_beside(version, self._loop.versions.reference(version))
+            self._ask_beside(version, lambda: self._loop.versions.reference(version))
             self._loop.versions.drop_before(version)
             self._pump.wake()
 
@@ -199,7 +201,8 @@ class Controller:
                     self._loop.note({"kind": "learner_restarted", "at_step": self._next_plan, "step": step})
                 self._loop.seek(step, stream, groups)
                 self._planned, self._next_plan, self._asked_since = None, step, None
-                self._held_out.begin(step)
+                for watch in self._held_out.values():
+                    watch.begin(step)
                 self._writer.begin(step, self._loop.totals())
                 self._loop.scaling.began()
                 self._told.begin(step)
@@ -208,50 +211,69 @@ class Controller:
 
     # -- held-out captions beside the learning -----------------------------------------------------------------------
 
-    def watch_held_out(self, samples: Sequence[Sample], sampling: SamplingParams) -> None:
-        """Says what is captioned at the steps of `eval.every`, and how. Before the learner begins."""
+    def watch_held_out(
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingParams,
+        purpose: Purpose = "eval",
+        others: Sequence[Sample] = (),
+    ) -> None:
+        """Says what is captioned at the steps of a purpose, and how. Before the learner begins."""
         with self._changed:
-            self._held_out.watch(samples, sampling)
+            self._held_out[purpose].watch(samples, sampling, others)
 
     def evaluate(self, version: int, encoded: np.ndarray) -> None:
         """Has a version captioned that was published in an earlier life of the run."""
         self._pump.check()
         with self._changed:
-            if self._held_out.is_due(version):
-                self._ask_beside(version, (self._put(encoded),))
+            self._ask_beside(version, lambda: (self._put(encoded),))
 
-    def evaluated(self) -> tuple[int, Generated] | None:
+    def evaluated(self, purpose: Purpose = "eval") -> tuple[int, Generated] | None:
         """(step, captions) of the evaluation that is to be judged next, if its captions are all there."""
         self._pump.check()
         with self._changed:
-            return self._held_out.complete()
+            return self._held_out[purpose].complete()
 
-    def judge(self, line: Mapping[str, Any]) -> bool:
-        """Writes a line of `eval/steps.jsonl`, and lets the learner go on; False where its step was undone since.
+    def judge(self, line: Mapping[str, Any], purpose: Purpose = "eval", fatal: str = "") -> bool:
+        """Writes an evaluation's line, and lets the learner go on; False where its step was undone since.
+
+        With `fatal`, what it shows ends the run, by a `BlindPolicyError` of that message.
 
         Raises:
             RunError: the run folder cannot be written.
         """
         with self._changed:
-            if not self._held_out.judge(line, self._next_plan):
+            if not self._held_out[purpose].judge(line, self._next_plan):
                 return False
+            if fatal:
+                self._pump.fail(BlindPolicyError(fatal))
             self._changed.notify_all()
         self._writer.evaluated(line)
         self._told.evaluated(line)
         return True
 
-    def _ask_beside(self, version: int, weights: tuple[Any, ...]) -> None:
-        self._loop.ask_beside([*self._held_out.open(version).requests.values()], version, weights)
+    def _ask_beside(self, version: int, weights: Callable[[], tuple[Any, ...]]) -> None:
+        """For whatever purposes that version is due."""
+        if due := [watch for watch in self._held_out.values() if watch.is_due(version)]:
+            reference = weights()
+            for watch in due:
+                self._loop.ask_beside([*watch.open(version).requests.values()], version, reference)
 
     # -- the driver's calls ----------------------------------------------------------------------------------------
 
     def ask_captions(
-        self, samples: Sequence[Sample], sampling: SamplingParams, *, completions: int = 1, states: int = 0
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingParams,
+        *,
+        completions: int = 1,
+        states: int = 0,
+        others: Sequence[Sample] = (),
     ) -> int:
         """Asks for captions and rewards for `samples` by the newest version, on the pool, before any training rollout.
 
-        The groups of the first `states` samples hold the state of their first completion, too. Returns the number that
-        `captions` is asked for.
+        The groups of the first `states` samples hold the state of their first completion, too; those of samples that
+        have one of `others` what the policy makes of its pictures. Returns the number that `captions` is asked for.
 
         Raises:
             RolloutError: no version is published.
@@ -262,7 +284,7 @@ class Controller:
                 newest = self._loop.versions.newest
                 if newest is None:
                     raise RolloutError("no policy version to generate with: the learner has not published one yet")
-                asked = self._loop.buffer.open_evaluation(samples, sampling, completions, newest, states)
+                asked = self._loop.buffer.open_evaluation(samples, sampling, completions, newest, states, others)
             self._loop.submit("eval", [*asked.requests.values()])
             return asked.number
 
@@ -330,7 +352,8 @@ class Controller:
                 "error": None if self._pump.failure is None else str(self._pump.failure),
                 "metrics": dict(self._writer.last_line),
                 "throughput": self._writer.throughput(),
-                "held_out": self._held_out.status(),
+                "held_out": self._held_out["eval"].status(),
+                "looks": self._held_out["blind"].status(),
                 **self._loop.status(self._next_plan),
             }
 
@@ -353,10 +376,11 @@ class Controller:
             return Stop(self._stop)
         if self._asked_since is None:
             self._asked_since = self._clock()
-        if (due := self._held_out.awaited(step)) is not None:
-            return Wait(f"the evaluation of step {due} is under way, and step {step} waits for what it shows")
-        if (reason := self._held_out.ended()) is not None:
-            return Stop(reason, early=True)
+        for watch in self._held_out.values():
+            if (due := watch.awaited(step)) is not None:
+                return Wait(f"the evaluation of step {due} is under way, and step {step} waits for what it shows")
+            if (reason := watch.ended()) is not None:
+                return Stop(reason, early=True)
         if not self._loop.buffer.is_complete(step):
             return Wait("{} of {} groups of step {} have arrived".format(*self._loop.buffer.progress(step), step))
         return self._plan(step, world_size)

@@ -189,6 +189,7 @@ class ControllerClient:
         *,
         completions: int = 1,
         states: int = 0,
+        others: Sequence[Sample] = (),
         idle_s: float = IDLE_TIMEOUT_S,
         progress: Callable[[int], None] | None = None,
     ) -> Generated:
@@ -200,7 +201,8 @@ class ControllerClient:
             RolloutError: workers were ready, and none gave an answer for `idle_s`; or no version is published.
             MMRLError: the run has ended, since its workers could not be placed or started, say.
         """
-        number = self.call("ask_captions", samples, sampling, completions=completions, states=states)
+        wanted: dict[str, Any] = {"completions": completions, "states": states, "others": others}
+        number = self.call("ask_captions", samples, sampling, **wanted)
         # Each call has a deadline, and the pool's own end a run whose workers do not come.
         while isinstance(answer := self.call("captions", number, _POLL_S, idle_s), Wait):
             if progress is not None:

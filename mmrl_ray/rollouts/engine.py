@@ -1,6 +1,6 @@
 """The rollout engine: one assignment in, scored groups out. No Ray.
 
-    load version → encode prompts → generate groups → reference log-probs → rewards → states, where asked for
+    load version → encode prompts → generate groups → reference log-probs → rewards → states, sight, where asked for
 
 Prompts may be made in processes of their own: those of the assignment that is expected next, while this one decodes.
 
@@ -16,11 +16,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from mmrl_ray.analysis.sight import Eyes, Seen, look
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import MMRLError
@@ -52,6 +53,7 @@ class Sampled:
     prompt: EncodedPrompt
     output: GroupOutput
     state: CaptionState | None = None
+    sight: Mapping[str, float] = field(default_factory=dict)
 
 
 class RolloutEngine:
@@ -126,6 +128,9 @@ class RolloutEngine:
         if any(each.request.wants_state for each in sampled):
             with _timed(seconds, "states"):
                 sampled = self._with_states(sampled)
+        if any(each.request.other is not None for each in sampled):
+            with _timed(seconds, "sight"):
+                sampled = self._with_sight(sampled, scores)
         counters = {**self._scorer.counters(), **self._generator.counters()}
         groups = [
             self._scored(assignment.version, each, score, seconds) for each, score in zip(sampled, scores, strict=True)
@@ -206,15 +211,44 @@ class RolloutEngine:
         states = iter(self._scorer.states([s.prompt for s in wanted], [s.output for s in wanted]))
         return [replace(each, state=next(states)) if each.request.wants_state else each for each in sampled]
 
+    def _with_sight(self, sampled: Sequence[Sampled], scores: Sequence[Sequence[Score]]) -> list[Sampled]:
+        """What the policy makes of other pictures than their own, where that is asked for."""
+        sampling = next(each.request.sampling for each in sampled if each.request.other is not None)
+
+        def encode(sample: Sample) -> EncodedPrompt:
+            return self._scorer.encode(sample, sampling.max_new_tokens, again=True)
+
+        def captions(prompts: Sequence[EncodedPrompt], samples: Sequence[Sample]) -> list[Completion]:
+            prepared = [self._generator.prepared(p, s) for p, s in zip(prompts, samples, strict=True)]
+            outputs = self._generator.generate([DecodeRequest(prompt, 1, sampling) for prompt in prepared])
+            return [output.completions[0] for output in outputs]
+
+        eyes = Eyes(
+            encode,
+            captions,
+            self._scorer.caption_tokens,
+            lambda prompts, tokens: self._scorer.policy_logprobs(prompts, tokens, sampling.temperature),
+            sampling.max_new_tokens,
+            self._rewarded,
+        )
+        seen = [
+            Seen(each.request.sample, each.request.other, each.prompt, each.output.completions[0], earned[0])
+            for each, earned in zip(sampled, scores, strict=True)
+            if each.request.other is not None
+        ]
+        found = iter(look(eyes, seen))
+        return [each if each.request.other is None else replace(each, sight=next(found)) for each in sampled]
+
+    def _rewarded(self, samples: Sequence[Sample], captions: Sequence[str]) -> list[Score]:
+        limits = self._reward_cfg
+        return score_with_retry(self._reward, samples, captions, timeout_s=limits.timeout_s, retries=limits.retries)
+
     def _score(self, sampled: Sequence[Sampled]) -> list[list[Score]]:
         """All captions of the assignment in one batch; per group, its completions' scores, then the greedy one's."""
         captions = [[c.caption for c in _all_completions(each.output)] for each in sampled]
-        flat = score_with_retry(
-            self._reward,
+        flat = self._rewarded(
             [each.request.sample for each, group in zip(sampled, captions, strict=True) for _ in group],
             [text for group in captions for text in group],
-            timeout_s=self._reward_cfg.timeout_s,
-            retries=self._reward_cfg.retries,
         )
         scores = iter(flat)
         return [[next(scores) for _ in group] for group in captions]
@@ -254,6 +288,7 @@ class RolloutEngine:
             worker=self._worker,
             timings=seconds,
             counters={"finished": sum(c.finish_reason == "stop" for c in output.completions)},
+            sight=sampled.sight,
         )
 
     def _shipped(self, groups: Sequence[ScoredGroup], counters: Mapping[str, float]) -> Iterator[ScoredGroup]:

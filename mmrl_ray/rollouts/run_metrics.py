@@ -182,10 +182,11 @@ class RunMetrics:
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
         """Held-out captions were judged."""
-        figures = {name: value for name, value in line.items() if name.startswith("eval/")}
+        figures = {name: value for name, value in line.items() if name.startswith(("eval/", "blind/"))}
         export_step_metrics(self._meter, figures)
         told = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        logger.info("evaluation of step %d: %s  best %s", line["step"], told, line["best"])
+        verdict = f"best {line['best']}" if "best" in line else "blind" if line["blind"] else "it looks"
+        logger.info("evaluation of step %d: %s  %s", line["step"], told, verdict)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Something was written to the run's events."""

@@ -191,6 +191,17 @@ class Scorer:
             for i, group in enumerate(zip(tokens, own, captions, reference, strict=True))
         ]
 
+    def policy_logprobs(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        completions: Sequence[Sequence[torch.Tensor]],
+        temperature: float,
+    ) -> list[list[torch.Tensor]]:
+        """float32 [T] of each completion of each prompt, under the version that is loaded."""
+        features = self.features(prompts)
+        with self._versions.merged():
+            return self._logprobs(prompts, features, completions, temperature)
+
     def states(self, prompts: Sequence[EncodedPrompt], outputs: Sequence[GroupOutput]) -> list[CaptionState | None]:
         """`caption_states` of each group's first completion (`analysis/attribution.py`), where they can be told."""
         captions = [output.completions[0].token_ids for output in outputs]

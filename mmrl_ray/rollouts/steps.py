@@ -363,11 +363,18 @@ class StepBuffer:
     # -- evaluations -----------------------------------------------------------------------------------------------
 
     def open_evaluation(
-        self, samples: Sequence[Sample], sampling: SamplingParams, completions: int, version: int, states: int = 0
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingParams,
+        completions: int,
+        version: int,
+        states: int = 0,
+        others: Sequence[Sample] = (),
     ) -> Evaluation:
         """Expects captions for these samples; each draws with a seed of its own, derived from the sampling's.
 
-        The first `states` of them are to come back with the state of their first completion.
+        The first `states` of them are to come back with the state of their first completion, and those that have one of
+        `others`, at the same place, with what the policy makes of that one's pictures.
         """
         self._evaluated += 1
         requests = {
@@ -377,6 +384,7 @@ class StepBuffer:
                 sampling=replace(sampling, seed=derive_seed(sampling.seed, "generate", index)),
                 completions=completions,
                 wants_state=index < states,
+                other=others[index] if index < len(others) else None,
             )
             for index, sample in enumerate(samples)
         }

@@ -33,6 +33,8 @@ class GroupRequest:
     """G; 1 for an evaluation."""
     wants_state: bool = False
     """Also the state of the first completion (`analysis/attribution.py`)."""
+    other: Sample | None = None
+    """Also what the policy makes of the sample beside the pictures of this one (`analysis/sight.py`)."""
 
 
 Kind = Literal["train", "eval", "aside"]
@@ -92,7 +94,7 @@ class AssignmentResult:
     groups: tuple[ScoredGroup, ...]
     failures: tuple[DataFailure, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by phase for the whole assignment: load, encode, sample, reference, reward, states."""
+    """Seconds by phase for the whole assignment: load, encode, sample, reference, reward, states, sight."""
 
 
 @pickled_by_fields

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmrl_ray.config.sections import EvalSection
+from mmrl_ray.config import Config
 from mmrl_ray.errors import CheckpointError, ConfigError, RunError
 from mmrl_ray.run_records.run_dir import (
     ADAPTER_FOLDER,
@@ -27,7 +27,7 @@ from mmrl_ray.run_records.run_dir import (
     checkpoint_name,
     checkpoint_steps,
 )
-from mmrl_ray.run_records.step_log import EVALUATIONS, note_event
+from mmrl_ray.run_records.step_log import EVALUATIONS, LOOKS, note_event
 
 logger = logging.getLogger(__name__)
 
@@ -183,14 +183,19 @@ def _copy_adapter(run: RunDir, source: str, target: str, step: int) -> None:
         run.commit_folder(target, folder, facts={"step": step})
 
 
-def kept_for_evaluation(run: RunDir, cfg: EvalSection) -> list[int]:
+def kept_for_evaluation(run: RunDir, cfg: Config) -> list[int]:
     """Steps whose checkpoints stay however old they are: the best, and those that were not judged yet."""
-    if cfg.every is None:
-        return []
-    lines, best = evaluation_lines(run), best_step(run)
-    judged = int(lines[-1]["step"]) if lines else 0
-    waiting = [step for step in checkpoint_steps(run) if step > judged and cfg.is_due(step)]
-    return [*([best] if best is not None else []), *waiting]
+    best = None if cfg.eval.every is None else best_step(run)
+    return [*([best] if best is not None else []), *steps_to_judge(run, cfg)]
+
+
+def steps_to_judge(run: RunDir, cfg: Config, before: int | None = None) -> list[int]:
+    """Checkpoints whose held-out captions were asked for, and not judged by lines up to step `before`."""
+    waiting: set[int] = set()
+    for file, is_due in ((EVALUATIONS, cfg.eval.is_due), (LOOKS, cfg.is_look_due)):
+        lines = [line["step"] for line in run.read_lines(file) if before is None or line["step"] <= before]
+        waiting |= {step for step in checkpoint_steps(run) if step > max(lines, default=0) and is_due(step)}
+    return sorted(waiting)
 
 
 # -- checkpoints that stay ---------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ RECENT_STEPS = 10
 EVENTS = "events.jsonl"
 _ENGINE = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "num_preemptions")
 QUARANTINE_FILE = "quarantine.jsonl"
+LOOKS = "eval/blind.jsonl"
+"""One line a look at the policy's sight, in order: `step`, the gaps as `blind/…`, why it is `blind`, if it is."""
 EVALUATIONS = "eval/steps.jsonl"
 """One line an evaluation while a run learns, in order: `step`, the measures as `eval/…`, `best` (a step, or null)."""
 
@@ -145,11 +147,12 @@ class StepLog:
         board.flush()
 
     def board_evaluation(self, line: Mapping[str, Any]) -> None:
-        """The figures of a line of `eval/steps.jsonl`, for TensorBoard; `line["step"]` counts finished steps."""
+        """The figures of a line of `eval/steps.jsonl` or `eval/blind.jsonl`, for TensorBoard; `line["step"]` counts
+        finished steps."""
         if (board := self._open_board()) is None:
             return
         for name, value in line.items():
-            if name.startswith("eval/") and isinstance(value, int | float):
+            if name.startswith(("eval/", "blind/")) and isinstance(value, int | float):
                 board.add_scalar(name, float(value), line["step"])
         board.flush()
 
@@ -159,7 +162,8 @@ class StepLog:
         self.close()
         self._purge = step
         # Of a step's line the x axis is the step, of an evaluation the number of finished ones.
-        self._kept = [line for line in self._run.read_lines(EVALUATIONS) if line["step"] == step]
+        beside = (line for file in (EVALUATIONS, LOOKS) for line in self._run.read_lines(file))
+        self._kept = [line for line in beside if line["step"] == step]
 
     def close(self) -> None:
         """Ends the TensorBoard file."""

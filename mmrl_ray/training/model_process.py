@@ -62,6 +62,8 @@ class Base:
     """Rows that the warm start could not use."""
     blindness: Blindness | None
     """Where its captions do not depend on the picture."""
+    unseeing: str | None = None
+    """In words, where its policy does not look at its pictures."""
 
 
 def base_of(cfg: Config, run: RunDir | None, *, progress: Callable[..., None], say: Callable[[str], None]) -> Base:
@@ -76,6 +78,7 @@ def base_of(cfg: Config, run: RunDir | None, *, progress: Callable[..., None], s
         warm_start,
         warm_start_blindness,
         warm_start_left_out,
+        warm_start_unseeing,
     )
 
     size = 0
@@ -83,7 +86,7 @@ def base_of(cfg: Config, run: RunDir | None, *, progress: Callable[..., None], s
         path = warm_start(cfg, progress=progress, say=say)
     else:
         path, size = keep_base(cfg, run, base_of_run(cfg, run, progress=progress, say=say, owned=True))
-    return Base(path, size, warm_start_left_out(path), warm_start_blindness(path))
+    return Base(path, size, warm_start_left_out(path), warm_start_blindness(path), warm_start_unseeing(path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from mmrl_ray.data.scenes.generator import write_scenes
 from mmrl_ray.errors import Interrupted, MMRLError, RunError
 from mmrl_ray.evaluation.records import load_evaluation, load_states, states_json
 from mmrl_ray.evaluation.scores import Blindness
+from mmrl_ray.evaluation.sight import BLIND_LOOK
 from mmrl_ray.learner.group import LearnerGroup
 from mmrl_ray.metrics.text import CorpusStatistics
 from mmrl_ray.planning.preflight import (
@@ -65,6 +66,7 @@ from mmrl_ray.training.interrupts import StopOnInterrupt
 from mmrl_ray.training.local_ray import PeakMemory, scrape_targets
 from mmrl_ray.training.model_process import ModelProcess, base_of, look_at
 from mmrl_ray.training.serve_apps import LivePolicy, RunReward
+from mmrl_ray.training.sight import SightCheck, sight_json
 
 SUMMARY = "summary.json"
 _DOES = {
@@ -220,7 +222,9 @@ class _Run:
                     if start.teacher is not None:
                         with self._timed("teacher"), self._progress.busy("loading the teacher"):
                             teacher = stack.enter_context(teachers(start))
-                    self._learn(start, PolicyEngineFactory(start, hosted.reward, teacher), hosted, held_out, bundles)
+                    factory = PolicyEngineFactory(start, hosted.reward, teacher)
+                    sight = SightCheck(self._cfg, run, samples, self._progress)
+                    self._learn(start, factory, hosted, held_out, sight, bundles)
                 else:
                     self._learn_by_value(start, hosted, held_out)
             status = "finished"
@@ -273,6 +277,9 @@ class _Run:
             if base.kept_bytes:
                 self._facts["base_bytes"] = base.kept_bytes
             self._tell_left_out("warm_start", base.left_out)
+            if base.unseeing is not None and not again:
+                self._progress.warn(base.unseeing)
+                self._findings.append((BLIND_LOOK, {"what": "warm start", "detail": base.unseeing}))
         start = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": base.path})})
         with self._timed("checks"):
             check_reward(start.reward)
@@ -354,6 +361,7 @@ class _Run:
         factory: PolicyEngineFactory,
         hosted: RunReward,
         held_out: HeldOut,
+        sight: SightCheck,
         bundles: PlacementGroup | None = None,
     ) -> None:
         """Rollout workers and learners, from the evaluation before to the one after; `cfg` is what they start from."""
@@ -363,6 +371,7 @@ class _Run:
             controller = start_controller(cfg, run, factory, settings=settings)
         if held_out.chooses:
             held_out.watch(controller)
+        sight.watch(controller)
         is_beginning = not checkpoint_steps(run)
         learner: LearnerGroup | None = None
         interrupt = StopOnInterrupt(
@@ -383,10 +392,12 @@ class _Run:
                             self._progress.note("evaluate (before): left out, the run is past its beginning")
                     if held_out.chooses and is_beginning:
                         held_out.judge_before(controller)
+                    if is_beginning:
+                        sight.look_before(controller)
                     if is_beginning and not offline.has_measured(run, "before"):
                         self._measure_pairs(cfg, "before", controller)
                 with self._timed("learning"):
-                    self._watch(controller, learner, hosted, held_out)
+                    self._watch(controller, learner, hosted, held_out, sight)
                     outcome = learner.result()
                 if not outcome.finished:
                     raise Interrupted(
@@ -403,6 +414,7 @@ class _Run:
                         self._evaluate(held_out, "after", controller)
                     if held_out.chooses:
                         held_out.choose(outcome.step, controller)
+                    sight.finish_looking(controller, outcome.step)
                     self._measure_pairs(cfg, "after", controller)
         except (MMRLError, KeyboardInterrupt) as error:
             if not interrupt.asked or isinstance(error, Interrupted):
@@ -445,7 +457,14 @@ class _Run:
             with self._timed(f"preferences_{name}"):
                 self._progress.note(offline.measure_pairs(cfg, self._run, name, controller, self._pairs))
 
-    def _watch(self, controller: ControllerClient, learner: LearnerGroup, hosted: RunReward, held_out: HeldOut) -> None:
+    def _watch(
+        self,
+        controller: ControllerClient,
+        learner: LearnerGroup,
+        hosted: RunReward,
+        held_out: HeldOut,
+        sight: SightCheck,
+    ) -> None:
         """Shows the newest step until the learner group is done, and judges what was evaluated meanwhile."""
         update: ProgressFn = self._progress.phase("learning")
         self._step = shown = 0
@@ -458,6 +477,8 @@ class _Run:
             self._step, steps = int(status["step"]), int(status["steps"])
             if status["held_out"]["complete"] and not is_over:
                 held_out.look(controller)
+            if status["looks"]["complete"] and not is_over:
+                sight.look(controller)
             if self._step > shown:
                 shown = self._step
                 update(shown, steps, _figures(status.get("metrics", {}), self._cfg.family.shown))
@@ -479,6 +500,7 @@ class _Run:
             "run": self._cfg.run.name,
             "eval": evaluation_json(before, after),
             **({"checkpoints": chosen} if (chosen := choice_json(run)) else {}),
+            **({"sight": looks} if (looks := sight_json(run)) else {}),
             "correlations": states_json(states),
             **self._facts,
             **({"preferences": pairs} if (pairs := offline.preferences_json(run)) else {}),

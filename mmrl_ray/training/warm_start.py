@@ -33,7 +33,9 @@ from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine, QuarantineRecord, dataset_fingerprint, iter_references, read_split
 from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import DataError, ModelError, RunError, one_line
+from mmrl_ray.evaluation.looking import policy_sight
 from mmrl_ray.evaluation.scores import Blindness, blindness
+from mmrl_ray.evaluation.sight import NEVER_SAW, told_blind
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.policy.checkpoint import model_call
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
@@ -61,7 +63,7 @@ TINY_LLAVA: Mapping[str, Any] = {
 """The size of `builtin:tiny-llava`: 1.2 M parameters, 16 image tokens for a picture."""
 _TINY_WORDS = 8000
 """The most frequent words of the training references that a tiny model knows where the data set is not scenes."""
-_LOOKED_AT = 32
+_LOOKED_AT = 48
 """Pictures that a new warm start is asked for captions of."""
 _PARTIAL = ".partial.pt"
 """Ends the name of the file that an unfinished warm start goes on from."""
@@ -226,8 +228,15 @@ def warm_start_blindness(folder: str | Path) -> Blindness | None:
     return None if found is None else Blindness(**found)
 
 
-def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
-    """Of greedy captions of a few held-out pictures, or of training ones where none are held out."""
+def warm_start_unseeing(folder: str | Path) -> str | None:
+    """Why the look at a folder from `warm_start` found its policy blind, in words; None where it did not."""
+    reasons = (warm_start_facts(folder).get("sight") or {}).get("blind")
+    return told_blind("warm start", reasons, NEVER_SAW) if reasons else None
+
+
+def _blindness(policy: Policy, cfg: Config) -> tuple[Blindness | None, dict[str, Any] | None]:
+    """Of greedy captions of a few held-out pictures, or of training ones where none are held out; and a look at what
+    the policy makes of other pictures than their own."""
     try:
         source = cfg.data.eval or cfg.data.train
         broken = Quarantine(cfg.data.max_quarantined, source=source)
@@ -235,13 +244,17 @@ def _blindness(policy: Policy, cfg: Config) -> Blindness | None:
         prompts = encode_prompts(policy, samples)
         sampling = SamplingParams(greedy=True, max_new_tokens=cfg.rollout.max_new_tokens)
         made = decode_groups(Decoder(policy), [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
+        longest = cfg.rollout.max_new_tokens
+        sight, _ = policy_sight(policy, samples, max_new_tokens=longest, temperature=cfg.rollout.temperature)
     except (DataError, ModelError) as error:  # the run's own evaluation says more of it
         logger.warning(f"the warm start's captions were not looked at: {error}")
-        return None
-    return blindness(
+        return None, None
+    reasons = sight.blind(cfg.learner.blind_check.min_gap)
+    found = blindness(
         ([image_hash([image]) for image in sample.images], sample.references, output.completions[0].text)
         for sample, output in zip(samples, made, strict=True)
     )
+    return found, {**sight.to_json(), "blind": reasons}
 
 
 def _make(
@@ -260,9 +273,10 @@ def _make(
         policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint, say
     )
     _save(policy, folder)
-    found = _blindness(policy, cfg)
+    found, sight = _blindness(policy, cfg)
     return {
         "blind": None if found is None else asdict(found),
+        "sight": sight,
         "steps": len(losses),
         "loss_first": losses[0],
         "loss_last": losses[-1],

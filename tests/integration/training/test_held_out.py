@@ -33,14 +33,16 @@ def test_evaluations_change_nothing_that_is_learned_and_a_resume_makes_them_agai
     """The judge of what is learned is a run without them; that of the resume the run that nobody stopped."""
     keep = {**workplace.settings["learner"], "keep_checkpoints": 9}
     workplace.mmrl("train", workplace.config("unwatched", learner=keep))
-    told = workplace.mmrl("train", workplace.config("watched", learner=keep, eval=MINE))
+    looked = {**keep, "blind_check": {"every": 2, "samples": 4}}
+    told = workplace.mmrl("train", workplace.config("watched", learner=looked, eval=MINE))
     plain, run = workplace.runs / "unwatched", workplace.runs / "watched"
     assert not (plain / "adapter-last").exists()
     assert files(run / "adapter-last") == files(plain / "adapter"), "bit for bit"
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step-{n:06d}" for n in (2, 3, 4, 6)]
 
-    found = lines(run)
+    found, looks = lines(run), (run / "eval" / "blind.jsonl").read_text()
     assert [each["step"] for each in found] == [0, 2, 4, 6]
+    assert [json.loads(each)["step"] for each in looks.splitlines()] == [0, 2, 4, 6]
     before, after = (json.loads((run / "summary.json").read_text())["eval"][side]["measures"] for side in
                      ("before", "after"))  # fmt: skip
     for name in MINE["metrics"]:
@@ -60,8 +62,10 @@ def test_evaluations_change_nothing_that_is_learned_and_a_resume_makes_them_agai
     for gone in ("eval/after.parquet", "eval/step-000002.parquet", "owner.json"):
         (cut / gone).unlink(missing_ok=True)
     (cut / "eval" / "steps.jsonl").write_text(json.dumps(found[0]) + "\n")
+    (cut / "eval" / "blind.jsonl").write_text(looks.splitlines()[0] + "\n")
     workplace.mmrl("train", "--resume", cut)
     assert lines(cut) == found
+    assert (cut / "eval" / "blind.jsonl").read_text() == looks
     for folder in ("adapter", "adapter-last"):
         assert files(cut / folder) == files(run / folder)
     assert_same_adapter(cut, run)

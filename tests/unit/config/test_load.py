@@ -414,6 +414,35 @@ def test_what_does_not_go_with_evaluations_is_refused(overrides: list[str], mess
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["every=5"], "learner.blind_check.every=5: looks at held-out captions, and there are none: write data.eval"),
+        (["on_blind=stop"], "learner.blind_check.on_blind=stop: looks at held-out captions, and there are none"),
+        (["every=0", "on_blind=stop"], "on_blind=stop and every=0, which never looks"),
+        (["samples=1"], "learner.blind_check.samples: "),
+        (["on_blind=halt"], "learner.blind_check.on_blind"),
+        (["keep=1"], "learner.blind_check.keep: "),
+    ],
+)
+def test_what_does_not_go_with_looks_is_refused(overrides: list[str], message: str) -> None:
+    found = problems(GOOD, *(f"learner.blind_check.{each}" for each in overrides))
+    assert any(message in line for line in found)
+
+
+def test_looks_are_on_where_there_are_held_out_captions() -> None:
+    without, watched = parse_config(GOOD, "c.yaml"), parse_config(GOOD, "c.yaml", ["data.eval=held-out"])
+    off = parse_config(GOOD, "c.yaml", ["data.eval=held-out", "learner.blind_check.every=0"])
+    assert [each.looks_every for each in (without, watched, off)] == [0, 30, 0]
+    assert [watched.is_look_due(step) for step in (0, 20, 30)] == [False, False, True]
+    for cfg in (without, watched, off):
+        assert parse_config(dump_config(cfg), "c.yaml") == cfg
+    agent = ["algorithm=value_based", "value_based.max_words=8", "data.eval=held-out", "learner.steps=16"]
+    assert parse_config(GOOD, "c.yaml", agent).looks_every == 0
+    found = problems(GOOD, *agent, "learner.blind_check.every=5")
+    assert any("every=5: asks rollout workers for captions, and this algorithm has none" in line for line in found)
+
+
 def test_evaluations_take_parts_of_the_reward_and_the_old_name_of_their_samples() -> None:
     overrides = ["data.eval=held-out", "eval.every=5", "learner.steps=100", "eval.metric=reward/caption/bleu"]
     cfg = parse_config(GOOD, "c.yaml", [*overrides, "data.eval_samples=7"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmrl_ray.errors import BlindPolicyError
 from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.rollouts.types import Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import encode_state
@@ -183,3 +184,90 @@ def test_without_every_nothing_is_asked_for(make: Callable[..., World]) -> None:
         world.step(step)
     assert {a.kind for a in world.pool.submitted} == {"train"}
     assert not world.run.exists("eval/steps.jsonl")
+
+
+# -- looks at the policy's sight ---------------------------------------------------------------------------------------
+
+
+def looking(build: Callable[..., World], name: str = "world", **check: Any) -> World:
+    """Six steps, looked at after every second, beside evaluations after every third."""
+    section = {"blind_check": {"every": 2, **check}}
+    world = build(name, data=HELD_OUT, eval={"every": 3}, learner={**LEARNER, **section})
+    world.controller.watch_held_out(samples(3), GREEDY)
+    world.controller.watch_held_out(samples(2), GREEDY, "blind", samples(2)[::-1])
+    return world
+
+
+LEARNER = {"steps": 6, "groups_per_step": 4, "lr": 1e-3, "kl": {"weight": 0.0}}
+
+
+def look(step: int, running: int = 0) -> dict[str, Any]:
+    return {"step": step, "blind/gap_logprob": 0.5, "blind": ["so"] * bool(running), "running": running}
+
+
+def looked(world: World, step: int) -> None:
+    until(lambda: world.controller.evaluated("blind") is not None)
+    found = world.controller.evaluated("blind")
+    assert found is not None
+    assert found[0] == step
+
+
+def test_looks_go_the_way_of_evaluations_with_steps_and_samples_of_their_own(make: Callable[..., World]) -> None:
+    world = looking(make)
+    world.controller.rewind(0)
+    for step in range(3):
+        world.step(step)
+    looked(world, 2)
+    captions(world, 3)
+    asked = {a.version: a.groups for a in world.pool.submitted if a.kind == "aside"}
+    assert {version: len(groups) for version, groups in asked.items()} == {2: 2, 3: 3}
+    assert [(r.sample.id, r.other and r.other.id) for r in asked[2]] == [
+        ("sample-000", "sample-001"),
+        ("sample-001", "sample-000"),
+    ]
+    assert {r.other for r in asked[3]} == {None}
+    world.step(3)
+    assert isinstance(answer(world, 4), Wait), "the look at step 2 has until the next one"
+    assert world.controller.judge(look(2), "blind")
+    world.step(4)
+    assert world.run.read_lines("eval/blind.jsonl") == [look(2)]
+    assert world.controller.status()["looks"] == {
+        "open": [4],
+        "complete": [4],
+        "step": 2,
+        "blind": [],
+        "gap_logprob": 0.5,
+    }
+    state = world.controller.checkpoint_state(5)
+    world.controller.close(10.0)
+
+    # In another life: the look at step 4, which nobody has judged, by the weights that it had.
+    again = looking(make)
+    again.controller.restore(state)
+    again.controller.evaluate(4, encode_state({"version": torch.tensor(4)}))
+    again.publish(5)
+    looked(again, 4)
+    assert [a.version for a in again.pool.submitted if a.kind == "aside"] == [4], "and none of step 3"
+
+
+def test_an_alarm_ends_the_run_where_it_is_asked_to(make: Callable[..., World]) -> None:
+    world = looking(make, on_blind="stop")
+    world.controller.rewind(0)
+    for step in range(2):
+        world.step(step)
+    looked(world, 2)
+    for step in range(2, 4):
+        world.step(step)
+        if step == 2:
+            captions(world, 3)
+            world.controller.judge(line(3, 3))
+    looked(world, 2)
+    world.controller.judge(look(2, 1), "blind")
+    looked(world, 4)
+    assert isinstance(answer(world, 4), Wait), "the second look running may end it: no step is taken before"
+    assert world.controller.judge(look(4, 2), "blind", "the policy does not look at its pictures")
+    stop = answer(world, 4)
+    assert isinstance(stop, Stop)
+    assert (stop.failed, stop.reason) == (True, "the policy does not look at its pictures")
+    assert isinstance(world.controller.failure(), BlindPolicyError)
+    assert [each["running"] for each in world.run.read_lines("eval/blind.jsonl")] == [1, 2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmrl_ray.config.sections import EvalSection
+from mmrl_ray.config import Config
 from mmrl_ray.errors import CheckpointError, ConfigError, RunError
 from mmrl_ray.run_records.checkpoint_choice import (
     Chosen,
@@ -16,7 +16,7 @@ from mmrl_ray.run_records.checkpoint_choice import (
     prune_checkpoints,
 )
 from mmrl_ray.run_records.run_dir import RunDir, checkpoint_name, checkpoint_steps
-from mmrl_ray.run_records.step_log import EVALUATIONS
+from mmrl_ray.run_records.step_log import EVALUATIONS, LOOKS
 
 
 @pytest.fixture
@@ -76,7 +76,9 @@ def test_a_finished_run_has_its_best_its_last_and_those_of_steps(run: RunDir) ->
 
 
 def test_the_best_and_what_is_not_judged_yet_stay_when_one_checkpoint_is_kept(run: RunDir) -> None:
-    cfg = EvalSection(every=2)
+    learner = {"steps": 9, "blind_check": {"every": 0}}
+    wanted = {"run": {"name": "r"}, "model": {"path": "m"}, "data": {"train": "t", "eval": "e"}, "learner": learner}
+    cfg = Config.model_validate({**wanted, "eval": {"every": 2}})
     left = []
     for step in range(1, 9):
         put(run, checkpoint_name(step), step, whole=True)
@@ -88,7 +90,11 @@ def test_the_best_and_what_is_not_judged_yet_stay_when_one_checkpoint_is_kept(ru
             run.append_line(EVALUATIONS, {"step": 6, "best": 6})
         left.append(checkpoint_steps(run))
     assert left == [[1], [2], [2, 3], [2, 4], [2, 4, 5], [2, 4, 6], [2, 4, 6, 7], [6, 8]]
-    assert kept_for_evaluation(run, EvalSection()) == []
+    assert kept_for_evaluation(run, Config.model_validate(wanted)) == []
+    learner["blind_check"] = {"every": 4}
+    assert kept_for_evaluation(run, Config.model_validate(wanted)) == [8], "a look at it is under way"
+    run.append_line(LOOKS, {"step": 8})
+    assert kept_for_evaluation(run, Config.model_validate(wanted)) == []
 
 
 def test_runs_that_were_not_evaluated_while_they_learned(run: RunDir) -> None:
