@@ -236,7 +236,6 @@ class Controller:
             if not self._held_out.judge(line, self._next_plan):
                 return False
             self._changed.notify_all()
-        self._writer.evaluated(line)
         self._told.evaluated(line)
         return True
 
