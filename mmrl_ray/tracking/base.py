@@ -81,7 +81,8 @@ class Tracker:
     again: nothing of it stands there twice."""
 
     def __init__(self, about: About, **options: Any) -> None:
-        """`options` are of its section of `tracking:`, `tracking.own` for a user's class.
+        """`options` are of its section of `tracking:`, `tracking.own` for a user's class. `self.about` is replaced
+        before `open`: by then it has the `id`, if there is one, and the config as it is kept.
 
         Imports of the tracker's own library belong into methods, or into the file of a user's class.
         """

@@ -23,7 +23,7 @@ _LONGEST_MESSAGE = 500
 
 
 def work(owner: socket.socket) -> None:
-    """Makes the tracker that comes first; then does the calls of each request in order, up to the first that raises."""
+    """Makes the tracker that comes first; then one call a request, one answer each."""
     setup = receive(owner)
     if setup is None:
         return
@@ -37,22 +37,23 @@ def work(owner: socket.socket) -> None:
         answer = {"error": _told(error), "expected": isinstance(error, TrackerError)}
     send(owner, json.dumps(answer).encode())
     while tracker is not None and (request := receive(owner)) is not None:
-        answer = _do(tracker, pickle.loads(request))  # noqa: S301 - as above
+        answer = _do(tracker, *pickle.loads(request))  # noqa: S301 - as above
         if os.getpid() != mine:
             os._exit(0)  # a library forked and came back twice
         send(owner, json.dumps(answer).encode())
 
 
-def _do(tracker: Tracker, calls: list[tuple[str, tuple[Any, ...]]]) -> dict[str, Any]:
-    """`done` calls, and what the last of them gave; `error` of the one after them, if it raised."""
-    value: Any = None
-    for done, (method, arguments) in enumerate(calls):
-        try:
-            value = getattr(tracker, method)(*arguments)
-            json.dumps(value)
-        except BaseException as error:  # noqa: BLE001 - the boundary to anybody's code; time-outs of libraries are some
-            return {"done": done, "error": _told(error), "expected": isinstance(error, TrackerError)}
-    return {"done": len(calls), "value": value}
+def _do(tracker: Tracker, method: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """What the method gives, or the `error` that it raised; `about` is no method, and is replaced."""
+    try:
+        if method == "about":
+            (tracker.about,) = arguments
+            return {}
+        value = getattr(tracker, method)(*arguments)
+        json.dumps(value)
+        return {"value": value}
+    except BaseException as error:  # noqa: BLE001 - the boundary to anybody's code; time-outs of libraries are some
+        return {"error": _told(error), "expected": isinstance(error, TrackerError)}
 
 
 def _told(error: BaseException) -> str:

@@ -29,8 +29,6 @@ FOLDER = "tracking"
 """Of the run: what each tracker has, and what it printed where it failed."""
 SUMMARY = "summary.json"
 REPORT = "report.html"
-BATCH = 64
-"""Steps in one request."""
 ARTIFACT_PATIENCE = 10.0
 _AHEAD = 1000
 """Items that may wait before the folder is looked at again."""
@@ -74,7 +72,7 @@ def progress_name(tracker: str, ending: str = ".json") -> str:
 
 
 class Feed:
-    """Of one tracker. `fill` looks at the folder, `batch` gives what comes next, `made` takes note of it."""
+    """Of one tracker. `fill` looks at the folder, `item` is what comes next, `told` takes note that it was told."""
 
     def __init__(self, run: RunDir, tracker: str, cfg: Config) -> None:
         """Raises a RunError where the folder cannot be read."""
@@ -91,6 +89,8 @@ class Feed:
         """The first step that is neither told nor among the items."""
         self._named = set(self.progress.told)
         """The same of what has a name."""
+        self._lines = self._tail.read()
+        """Read, and not looked at. Now, before steps may be done again: by then it is known how they were."""
         self._is_first = True
 
     def opened(self, id: str | None, next_step: int | None) -> None:
@@ -104,25 +104,19 @@ class Feed:
         """Writes down how far the tracker is; raises a RunError where it cannot be written."""
         self._run.write_json(self._file, self.progress.to_json())
 
-    @property
-    def waiting(self) -> int:
-        """Items that are known and not told."""
-        return len(self._items)
-
     def fill(self, *, rewinds: bool) -> None:
         """Looks what there is to tell; raises a RunError where it cannot be read."""
         if len(self._items) >= _AHEAD:
             return
-        lines = self._tail.read()
-        written = int(lines[-1]["step"]) + 1 if lines else 0
+        written = int(self._lines[-1][0]["step"]) + 1 if self._lines else 0
         if rewinds and self._is_first and written < self._due:  # a run that was killed after it went back
             self._rewind(written)
         self._is_first = False
-        for line in lines:
+        lines, self._lines = [*self._lines, *self._tail.read()], []
+        for line, is_other in lines:
             step = int(line["step"])
-            if rewinds and self._tail.rewound is not None and step < self._due:
-                self._rewind(self._tail.rewound)
-            self._tail.rewound = None
+            if rewinds and is_other and step < self._due:
+                self._rewind(step)
             if step >= self._due:
                 self._due = step + 1
                 calls: list[Call] = [("metrics", (step, figures_of(line)))]
@@ -135,34 +129,14 @@ class Feed:
         if self._run.exists(SUMMARY):
             self._items.extend(self._conclusion(self._run.read_json(SUMMARY)))
 
-    def batch(self) -> list[Item]:
-        """What comes next: several steps at once, anything else alone."""
-        found: list[Item] = []
-        for item in self._items:
-            if found and (item.step is None or len(found) >= BATCH):
-                break
-            found.append(item)
-            if item.step is None or item.tries:  # one that failed goes alone, so that only it fails again
-                break
-        return found
+    @property
+    def item(self) -> Item | None:
+        """What comes next; None if there is nothing."""
+        return self._items[0] if self._items else None
 
-    def made(self, calls: int) -> None:
-        """So many calls of the batch were made, in order."""
-        if not calls:
-            return
-        while self._items and calls >= (left := len(self._items[0].calls) - self._items[0].done):
-            calls -= left
-            self._note(self._items.popleft())
-        if calls:
-            self._items[0].done += calls
-        self.save()
-
-    def leave_out(self) -> Item:
-        """Passes over the first item, which fails again and again."""
-        item = self._items.popleft()
-        self._note(item)
-        self.save()
-        return item
+    def told(self) -> None:
+        """The item was told, or is left out: the next one comes."""
+        self._note(self._items.popleft())
 
     def _note(self, item: Item) -> None:
         if item.step is not None:

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mmrl_ray.errors import ProcessError, TrackerError
@@ -34,15 +34,14 @@ _KEYS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d_\w{16,}|\b[0-9a-f]{40}\b"
 """As the Hub and W&B make them."""
 _QUERY = re.compile(r"([?&][\w-]*(?:token|key|secret|password)=)[^&\s'\"]+", re.IGNORECASE)
 HIDDEN = "***"
+"""Stands where a secret was."""
 
 
 class TrackerFailure(Exception):
     """A tracker did not do what it was asked. The message has no secrets."""
 
-    def __init__(self, reason: str, *, done: int = 0, is_lost: bool = False, is_expected: bool = False) -> None:
+    def __init__(self, reason: str, *, is_lost: bool = False, is_expected: bool = False) -> None:
         super().__init__(redact(reason))
-        self.done = done
-        """Calls before the one that failed."""
         self.is_lost = is_lost
         """Whether its process is no more: it hung, or ended by itself."""
         self.is_expected = is_expected
@@ -65,7 +64,7 @@ class TrackerProcess:
     @property
     def alive(self) -> bool:
         """Whether there is a process."""
-        return self._process is not None and self._process.alive
+        return not self._ended and self._process is not None and self._process.alive
 
     def start(self, about: About) -> None:
         """Makes the tracker in a process of its own.
@@ -83,17 +82,17 @@ class TrackerProcess:
             os.close(writing)
         threading.Thread(target=self._keep, args=(reading,), name=f"{self.name} prints", daemon=True).start()
         if self._ended:  # meanwhile, by another thread
-            self.end()
+            self._process.kill()
         answer = self._ask((self.name, about, self._options), max(_START_S, self._timeout_s))
         self.rewinds = bool(answer.get("rewinds"))
 
-    def call(self, calls: Sequence[Call], *, patience: float = 1.0) -> Any:
-        """Has it do these in order; returns what the last one gives. `patience` is a factor of the time it has.
+    def call(self, method: str, *arguments: Any, patience: float = 1.0) -> Any:
+        """Has it do this; returns what that gives. `patience` is a factor of the time it has.
 
         Raises:
-            TrackerFailure: one of them raised, or did not come to an end in time.
+            TrackerFailure: it raised, or did not come to an end in time.
         """
-        return self._ask(calls, self._timeout_s * patience).get("value")
+        return self._ask((method, arguments), self._timeout_s * patience).get("value")
 
     def end(self) -> None:
         """Ends the process, whatever it is at; may be called by another thread."""
@@ -113,8 +112,7 @@ class TrackerProcess:
             raise TrackerFailure(answer.reason, is_lost=True)
         found: dict[str, Any] = json.loads(answer)
         if "error" in found:
-            done, is_expected = int(found.get("done", 0)), bool(found["expected"])
-            raise TrackerFailure(found["error"], done=done, is_expected=is_expected)
+            raise TrackerFailure(found["error"], is_expected=bool(found["expected"]))
         return found
 
     def _keep(self, reading: int) -> None:
@@ -133,7 +131,7 @@ def checked(name: str, options: Mapping[str, Any], about: About, timeout_s: floa
     process = TrackerProcess(name, options, timeout_s)
     try:
         process.start(about)
-        return redact(str(process.call([("check", ())]) or ""))
+        return redact(str(process.call("check") or ""))
     except TrackerFailure as failure:
         raise as_error(name, failure) from failure
     finally:
@@ -148,7 +146,8 @@ def as_error(name: str, failure: TrackerFailure) -> TrackerError:
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """`text` without keys and passwords: what variables of the environment with such names hold, and without credentials of addresses."""
+    """`text` without keys and passwords: values of variables of the environment that are called so, and credentials of
+    addresses."""
     values = (os.environ if environment is None else environment).items()
     for value in sorted({v for n, v in values if _NAMES.search(n) and len(v) >= _SHORTEST}, key=len, reverse=True):
         text = text.replace(value, HIDDEN)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 from mmrl_ray.config import Config
@@ -23,7 +24,7 @@ from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.step_log import note_event
 from mmrl_ray.tracking.base import About
 from mmrl_ray.tracking.feed import Feed, progress_name
-from mmrl_ray.tracking.process import TrackerFailure, TrackerProcess, as_error
+from mmrl_ray.tracking.process import TrackerFailure, TrackerProcess, as_error, redact
 from mmrl_ray.tracking.registry import options_of
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,16 @@ def trackers_of(cfg: Config, *, is_local: bool) -> list[str]:
 
 def about_of(cfg: Config, folder: str | None, id: str | None = None) -> About:
     """The run, as trackers are told of it."""
-    return About(cfg.run.name, cfg.tracking.project, cfg.model_dump(mode="json"), folder, id)
+    return About(cfg.run.name, cfg.tracking.project, _without_secrets(cfg.model_dump(mode="json")), folder, id)
+
+
+def _without_secrets(value: Any) -> Any:
+    """A config leaves this machine here: an address of a store may have a password."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(each) for each in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 class Tracking:
@@ -113,7 +123,7 @@ class _Tracked:
         self.name = name
         self._cfg, self._run, self._say = cfg, run, say
         self._period_s, self._pause_s = period_s, pause_s
-        self._process = TrackerProcess(name, options_of(cfg.tracking, name), cfg.tracking.timeout_s)
+        self._process = self._made()
         self._feed: Feed | None = None
         self._is_open = False
         self._failing: str | None = None
@@ -136,7 +146,7 @@ class _Tracked:
             return None
         try:
             self._process.start(self._about(None))
-            where = str(self._process.call([("check", ())]) or "")
+            where = str(self._process.call("check") or "")
         except TrackerFailure as failure:
             self._process.end()
             return as_error(self.name, failure)
@@ -147,8 +157,10 @@ class _Tracked:
     def start(self, cfg: Config) -> None:
         """Begins to tell."""
         self._cfg = cfg
-        self._process.end()  # the one that was checked knew neither the id nor the config as it is now
-        self._process = TrackerProcess(self.name, options_of(cfg.tracking, self.name), cfg.tracking.timeout_s)
+        if not self._process.alive:  # none was needed, or the one that was checked cannot be used
+            self._process = self._made()
+        with suppress(MMRLError):  # storage that fails for a while: the thread looks again
+            self._feed = Feed(self._run, self.name, cfg)
         self._thread.start()
 
     def finish(self, failed: bool, deadline: float) -> None:
@@ -162,9 +174,9 @@ class _Tracked:
             return
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            left = 0 if self._feed is None else self._feed.waiting
+            steps = 0 if self._feed is None else self._feed.progress.next_step
             why = self._failing or "it is slow"
-            self._event("tracker_behind", detail=f"{why}; {left} parts of the run were not told", is_warning=True)
+            self._event("tracker_behind", detail=f"{why}; it has {steps} steps of the run", is_warning=True)
             self.close()
         self._keep_printed()
 
@@ -205,28 +217,41 @@ class _Tracked:
         if is_ending and not self._concluded:
             feed.finish()
             self._concluded = True
-        while batch := feed.batch():
-            calls = [call for item in batch for call in item.calls[item.done :]]
-            self._process.call(calls, patience=batch[0].patience)
-            feed.made(len(calls))
-            self._worked()
-            if self._closing.is_set():
-                return True
+        if feed.item is not None:
+            try:
+                self._tell(feed)
+            finally:
+                feed.save()
         if is_ending:
-            self._process.call([("close", (self._failed,))], patience=2.0)
+            self._process.call("close", self._failed, patience=2.0)
             self._process.end()
             return True
         self._woken.wait(self._period_s)
         self._woken.clear()
         return False
 
+    def _tell(self, feed: Feed) -> None:
+        """One call after the other: where the process is lost, at most one is told twice."""
+        while (item := feed.item) is not None and not self._closing.is_set():
+            for method, arguments in item.calls[item.done :]:
+                self._process.call(method, *arguments, patience=item.patience)
+                item.done += 1
+            feed.told()
+            self._worked()
+
     def _open(self, feed: Feed) -> None:
         self._is_open = False
+        about = self._about(feed.progress.id)
         if not self._process.alive:
-            self._process.start(self._about(feed.progress.id))
-        id = self._process.call([("open", ())])
-        feed.opened(None if id is None else str(id), self._process.call([("next_step", ())]))
+            self._process.start(about)
+        self._process.call("about", about)  # the one that was checked knew neither the id nor the config as it is now
+        id = self._process.call("open")
+        feed.opened(None if id is None else str(id), self._process.call("next_step"))
         self._is_open = True
+
+    def _made(self) -> TrackerProcess:
+        tracking = self._cfg.tracking
+        return TrackerProcess(self.name, options_of(tracking, self.name), tracking.timeout_s)
 
     def _about(self, id: str | None) -> About:
         return about_of(self._cfg, str(self._run.local_path()) if self._run.is_local else None, id)
@@ -236,30 +261,23 @@ class _Tracked:
     def _take(self, failure: TrackerFailure) -> None:
         """What a call that failed means for what it was to tell."""
         feed, reason = self._feed, str(failure)
+        was_open = self._is_open
         if failure.is_lost:
             self._is_open = False
-        elif feed is not None and self._is_open:
-            feed.made(failure.done)
-        if feed is not None and feed.waiting and self._was_telling(failure):
-            item = feed.batch()[0]
+        if was_open and feed is not None and (item := feed.item) is not None:
             item.tries += 1
-            if item.tries >= _TRIES and self._answers():
-                feed.leave_out()
+            if item.tries >= _TRIES and self._answers(feed):
+                feed.told()
                 self._event("tracker_left_out", detail=f"{item.what}: {reason}", is_warning=True)
                 return
         self._failed_with(reason)
 
-    def _was_telling(self, failure: TrackerFailure) -> bool:
-        """Whether the item that is due is what failed, and not the start or the opening."""
-        return self._is_open or failure.is_lost
-
-    def _answers(self) -> bool:
+    def _answers(self, feed: Feed) -> bool:
         """Whether the tracker can be used otherwise."""
         try:
             if not self._process.alive:
-                assert self._feed is not None
-                self._open(self._feed)
-            self._process.call([("check", ())])
+                self._open(feed)
+            self._process.call("check")
         except TrackerFailure:
             self._is_open = self._is_open and self._process.alive
             return False

@@ -13,11 +13,9 @@ from mmrl_ray.run_records.run_dir import RunDir
 
 
 class StepTail:
-    """New lines of `metrics.jsonl`, each once; says when steps were taken back."""
+    """New lines of `metrics.jsonl`, each once; says which of them was another one before."""
 
     def __init__(self, run: RunDir, name: str) -> None:
-        self.rewound: int | None = None
-        """The first step of the newest lines that stood there before, and otherwise; whoever has heard sets it back."""
         self._run, self._name = run, name
         self._end = 0
         """Bytes read."""
@@ -27,8 +25,12 @@ class StepTail:
         self._known: dict[int, bytes] = {}
         """By step, a digest of its line."""
 
-    def read(self) -> list[dict[str, Any]]:
-        """Whole lines since; raises a RunError where the file cannot be read."""
+    def read(self) -> list[tuple[dict[str, Any], bool]]:
+        """Whole lines since, each with whether steps were taken back from here on: then it stood there otherwise.
+
+        Raises:
+            RunError: the file cannot be read.
+        """
         path = self._run.full_path(self._name)
         try:
             info = self._run.filesystem.get_file_info([path])[0]
@@ -54,7 +56,7 @@ class StepTail:
         self._last = whole.rpartition(b"\n")[2] + newline
         return [line for text in whole.split(b"\n") if (line := self._new(text)) is not None]
 
-    def _new(self, text: bytes) -> dict[str, Any] | None:
+    def _new(self, text: bytes) -> tuple[dict[str, Any], bool] | None:
         try:
             line: dict[str, Any] = json.loads(text)
             step = int(line["step"])
@@ -63,8 +65,8 @@ class StepTail:
         digest = hashlib.blake2b(text, digest_size=8).digest()
         if self._known.get(step) == digest:
             return None
-        if step in self._known:
-            self.rewound = step if self.rewound is None else min(self.rewound, step)
+        is_other = step in self._known
+        if is_other:
             self._known = {known: each for known, each in self._known.items() if known < step}
         self._known[step] = digest
-        return line
+        return line, is_other
