@@ -22,13 +22,6 @@ import numpy as np
 from mmrl_ray.errors import TrackerError, first_line
 from mmrl_ray.tracking.base import About, Picture, Table, Tracker
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the run's own retries come on top
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-
-import mlflow
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-
 _PARAMS = 100
 """Of one request, as of MLflow's limits."""
 _METRICS = 1000
@@ -42,7 +35,13 @@ class Mlflow(Tracker):
     """A run of an experiment."""
 
     def __init__(self, about: About, *, uri: str | None) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the run's own retries come on top
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        import mlflow.entities
+        import mlflow.exceptions
+
         super().__init__(about)
+        self._mlflow: Any = mlflow
         self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
         self._client: Any = None
         self._id = ""
@@ -70,7 +69,7 @@ class Mlflow(Tracker):
         try:
             known = {} if self.about.id is None else client.get_run(self.about.id).data.params
             self._id = self.about.id or ""
-        except MlflowException as error:
+        except self._mlflow.exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         if self._id:
@@ -81,11 +80,13 @@ class Mlflow(Tracker):
             if folder is not None:
                 client.set_tag(self._id, "mmrl.folder", folder)
         params = {name: value[:_LONGEST] for name, value in _leaves(self.about.config)}
-        fresh = [Param(name, value) for name, value in params.items() if name not in known]
+        fresh = [self._mlflow.entities.Param(name, value) for name, value in params.items() if name not in known]
         for start in range(0, len(fresh), _PARAMS):
             client.log_batch(self._id, params=fresh[start : start + _PARAMS])
         changed = [
-            RunTag(f"changed.{name}", value) for name, value in params.items() if known.get(name, value) != value
+            self._mlflow.entities.RunTag(f"changed.{name}", value)
+            for name, value in params.items()
+            if known.get(name, value) != value
         ]
         if changed:
             client.log_batch(self._id, tags=changed[:_PARAMS])
@@ -99,7 +100,7 @@ class Mlflow(Tracker):
     def metrics(self, step: int, figures: Mapping[str, float]) -> None:
         """In one request; a name has letters, digits and `-_. :/` alone."""
         now = int(time.time() * 1000)
-        metrics = [Metric(_name(name), value, now, step) for name, value in figures.items()]
+        metrics = [self._mlflow.entities.Metric(_name(name), value, now, step) for name, value in figures.items()]
         for start in range(0, len(metrics), _METRICS):
             self._client.log_batch(self._id, metrics=metrics[start : start + _METRICS])
 
@@ -119,7 +120,10 @@ class Mlflow(Tracker):
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Tags below `final.`."""
-        tags = [RunTag(f"final.{_name(name).replace('/', '.')}", str(value)) for name, value in figures.items()]
+        tags = [
+            self._mlflow.entities.RunTag(f"final.{_name(name).replace('/', '.')}", str(value))
+            for name, value in figures.items()
+        ]
         for start in range(0, len(tags), _PARAMS):
             self._client.log_batch(self._id, tags=tags[start : start + _PARAMS])
 
@@ -136,8 +140,8 @@ class Mlflow(Tracker):
 
     def _connect(self) -> Any:
         if self._client is None:
-            mlflow.set_tracking_uri(self._uri)  # where artifacts go is asked for by it
-            self._client = mlflow.MlflowClient(self._uri)
+            self._mlflow.set_tracking_uri(self._uri)  # where artifacts go is asked for by it
+            self._client = self._mlflow.MlflowClient(self._uri)
         return self._client
 
     def _experiment(self) -> str:
@@ -145,7 +149,7 @@ class Mlflow(Tracker):
         if found is None:
             try:
                 return str(self._client.create_experiment(self.about.project))
-            except MlflowException:  # another run made it meanwhile
+            except self._mlflow.exceptions.MlflowException:  # another run made it meanwhile
                 found = self._client.get_experiment_by_name(self.about.project)
                 if found is None:
                     raise

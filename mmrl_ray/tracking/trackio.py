@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import trackio
 from huggingface_hub import get_token
 from PIL import Image
 
@@ -21,7 +20,10 @@ class Trackio(Tracker):
     """A run of a project; its id is its name there."""
 
     def __init__(self, about: About, *, space: str | None) -> None:
+        import trackio
+
         super().__init__(about)
+        self._trackio: Any = trackio
         self._space = space or os.environ.get("TRACKIO_SPACE_ID")
         self._run: Any = None
 
@@ -32,7 +34,7 @@ class Trackio(Tracker):
             TrackerError: a Space is named, and there is no token for it.
         """
         if self._space is None:
-            return f"{trackio.TRACKIO_DIR}, project {self.about.project}"
+            return f"{self._trackio.TRACKIO_DIR}, project {self.about.project}"
         if get_token() is None:
             raise TrackerError(
                 f"tracking: trackio: Space {self._space} needs a token of the Hub: `hf auth login`, or set HF_TOKEN; "
@@ -43,7 +45,7 @@ class Trackio(Tracker):
     def open(self) -> str:
         """Begins the run, or goes on with the one of that name."""
         id = self.about.id or f"{self.about.run}-{uuid.uuid4().hex[:6]}"
-        self._run = trackio.init(
+        self._run = self._trackio.init(
             self.about.project,
             name=id,
             resume="allow",
@@ -59,13 +61,13 @@ class Trackio(Tracker):
 
     def table(self, name: str, step: int, table: Table) -> None:
         """A `trackio.Table` with pictures."""
-        rows = [[_image(cell) if isinstance(cell, Picture) else cell for cell in row] for row in table.rows]
-        self._run.log({name: trackio.Table(columns=list(table.columns), data=rows)}, step=step)
+        rows = [[self._image(cell) if isinstance(cell, Picture) else cell for cell in row] for row in table.rows]
+        self._run.log({name: self._trackio.Table(columns=list(table.columns), data=rows)}, step=step)
 
     def histogram(self, name: str, step: int, values: Sequence[float]) -> None:
         """A `trackio.Histogram`."""
         if values:
-            self._run.log({name: trackio.Histogram(list(values))}, step=step)
+            self._run.log({name: self._trackio.Histogram(list(values))}, step=step)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Below `final/`, at the last step."""
@@ -73,7 +75,7 @@ class Trackio(Tracker):
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """Called by the run and its name."""
-        made = trackio.Artifact(f"{name}-{self._run.name}", type=kind)
+        made = self._trackio.Artifact(f"{name}-{self._run.name}", type=kind)
         if path.is_dir():
             made.add_dir(str(path))
         else:
@@ -84,7 +86,6 @@ class Trackio(Tracker):
         """Returns when all of it is written."""
         self._run.finish()
 
-
-def _image(picture: Picture) -> Any:
-    with Image.open(io.BytesIO(picture.png)) as image:
-        return trackio.Image(image.convert("RGB"), caption=picture.caption)
+    def _image(self, picture: Picture) -> Any:
+        with Image.open(io.BytesIO(picture.png)) as image:
+            return self._trackio.Image(image.convert("RGB"), caption=picture.caption)

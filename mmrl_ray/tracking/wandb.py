@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
 from PIL import Image
 
 from mmrl_ray.errors import TrackerError, first_line
@@ -27,7 +26,10 @@ class Wandb(Tracker):
     """A run of a project."""
 
     def __init__(self, about: About, *, entity: str | None, group: str | None, tags: list[str], mode: str | None):
+        import wandb
+
         super().__init__(about)
+        self._wandb: Any = wandb
         self._entity, self._group, self._tags = entity, group, tags
         self._mode = mode or os.environ.get("WANDB_MODE") or "online"
         self._run: Any = None
@@ -40,10 +42,10 @@ class Wandb(Tracker):
         """
         if self._mode != "online":
             return f"{self._mode}, in {self._folder() or 'the working directory'}/wandb"
-        address = wandb.setup().settings.base_url
+        address = self._wandb.setup().settings.base_url
         try:
-            who = wandb.Api(timeout=_CHECK_S).viewer
-        except wandb.errors.UsageError as error:
+            who = self._wandb.Api(timeout=_CHECK_S).viewer
+        except self._wandb.errors.UsageError as error:
             raise TrackerError(
                 f"tracking: wandb has no key for {address}: `wandb login`, or set WANDB_API_KEY; without an account, "
                 f"{_OFFLINE}"
@@ -59,7 +61,7 @@ class Wandb(Tracker):
     def open(self) -> str:
         """Begins the run, or goes on with the one of that id."""
         id = self.about.id or uuid.uuid4().hex[:8]
-        self._run = wandb.init(
+        self._run = self._wandb.init(
             project=self.about.project,
             entity=self._entity,
             group=self._group,
@@ -71,7 +73,7 @@ class Wandb(Tracker):
             dir=self._folder(),
             config=dict(self.about.config),
             allow_val_change=True,
-            settings=wandb.Settings(console="off"),
+            settings=self._wandb.Settings(console="off"),
         )
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -90,15 +92,15 @@ class Wandb(Tracker):
 
     def table(self, name: str, step: int, table: Table) -> None:
         """A `wandb.Table`, and the same pictures as a gallery with their captions."""
-        rows = [[_image(cell) if isinstance(cell, Picture) else cell for cell in row] for row in table.rows]
-        made = wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
-        pictures = [_image(picture) for picture in table.pictures()]
+        rows = [[self._image(cell) if isinstance(cell, Picture) else cell for cell in row] for row in table.rows]
+        made = self._wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
+        pictures = [self._image(picture) for picture in table.pictures()]
         self._run.log({"step": step, name: made, **({f"{name}/pictures": pictures} if pictures else {})})
 
     def histogram(self, name: str, step: int, values: Sequence[float]) -> None:
         """A `wandb.Histogram`."""
         if values:
-            self._run.log({"step": step, name: wandb.Histogram(list(values))})
+            self._run.log({"step": step, name: self._wandb.Histogram(list(values))})
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Below `final/`."""
@@ -106,7 +108,7 @@ class Wandb(Tracker):
 
     def artifact(self, name: str, kind: str, path: Path) -> None:
         """Called by the run's id and its name; equal content is no new version."""
-        made = wandb.Artifact(f"{name}-{self._run.id}", type=kind)
+        made = self._wandb.Artifact(f"{name}-{self._run.id}", type=kind)
         if path.is_dir():
             made.add_dir(str(path))
         else:
@@ -123,7 +125,6 @@ class Wandb(Tracker):
         """Where `wandb/` goes: as the user says, or into the run's folder."""
         return os.environ.get("WANDB_DIR") or self.about.folder
 
-
-def _image(picture: Picture) -> Any:
-    with Image.open(io.BytesIO(picture.png)) as image:
-        return wandb.Image(image.convert("RGB"), caption=picture.caption)
+    def _image(self, picture: Picture) -> Any:
+        with Image.open(io.BytesIO(picture.png)) as image:
+            return self._wandb.Image(image.convert("RGB"), caption=picture.caption)
