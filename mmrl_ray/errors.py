@@ -21,6 +21,7 @@ MMRLError
 ├── RunError               a run folder: exists, missing, not resumable
 │   ├── CheckpointError        no valid checkpoint, or a broken one was asked for
 │   └── RaySessionError        a Ray that does not start, or cannot be joined
+├── TrackerError           a tracker cannot be used: not installed, no key, no network
 ├── ExportError            an export that is not what its run is, or does not arrive
 ├── JobError               a job on a cluster: not taken, not to be had
 │   ├── UnknownJobError        no job of that id
@@ -123,6 +124,10 @@ class CheckpointError(RunError):
 
 class RaySessionError(RunError):
     """A local Ray does not start, or a cluster cannot be joined."""
+
+
+class TrackerError(MMRLError):
+    """A tracker cannot be used as things are; the message says what to do about it."""
 
 
 class ExportError(MMRLError):

@@ -233,7 +233,7 @@ def run_status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every second, until the run ends.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one line each time.")] = False,
 ) -> None:
-    """Show a run's workers, versions, staleness, queue and throughput, and what waits for what."""
+    """Show a run's workers, versions, staleness, queue, throughput and newest captions, and what waits for what."""
     from rich.console import Console
     from rich.live import Live
 
@@ -241,7 +241,7 @@ def run_status(
     from mmrl_ray.run_records.run_dir import RunDir
 
     control = RunControl(RunDir.at(run))
-    found = control.status()
+    found = control.shown()
     console = Console(highlight=False)
     if not watch:
         typer.echo(json.dumps(found)) if as_json else console.print(render(found))
@@ -251,13 +251,13 @@ def run_status(
             typer.echo(json.dumps(found))
             while found["alive"]:
                 time.sleep(_WATCH_S)
-                found = control.status()
+                found = control.shown()
                 typer.echo(json.dumps(found))
             return
         with Live(render(found), console=console, auto_refresh=False) as live:
             while found["alive"]:
                 time.sleep(_WATCH_S)
-                found = control.status()
+                found = control.shown()
                 live.update(render(found), refresh=True)
 
 

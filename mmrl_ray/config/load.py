@@ -17,6 +17,7 @@ from mmrl_ray.config.problems import Tree, dotted, dump_yaml, parse_yaml, proble
 from mmrl_ray.config.schema import Config, RewardModelConfig
 from mmrl_ray.config.sections import Section
 from mmrl_ray.config.serving import ServeConfig
+from mmrl_ray.config.tracking import written_out
 from mmrl_ray.errors import ConfigError
 
 Whole = TypeVar("Whole", Config, ServeConfig, RewardModelConfig)
@@ -112,7 +113,11 @@ def _validated(kind: type[Whole], tree: Tree, source: str, overrides: Sequence[s
     if not isinstance(tree.value, dict):
         found = "a list" if isinstance(tree.value, list) else f"one value ({str(tree.value)[:40]!r})"
         raise ConfigError(f"{source}: holds {found}, not a config; a config has the sections {sections}")
-    problems = tree.problems + [line for override in overrides for line in _apply_override(tree, override)]
+    problems = [*tree.problems]
+    _write_out(tree)
+    for override in overrides:
+        problems += _apply_override(tree, override)
+        _write_out(tree)
     try:
         cfg = kind.model_validate(tree.value)
     except ValidationError as error:
@@ -202,6 +207,15 @@ def _apply_override(tree: Tree, override: str) -> list[str]:
     tree.forget_below(path)
     tree.places[path] = place
     return value.problems
+
+
+def _write_out(tree: Tree) -> None:
+    """Has `tracking: [wandb]`, which is short, as the section that it is short for: further keys can be set in it."""
+    short = tree.value.get("tracking")
+    if isinstance(short, str | list):
+        tree.value["tracking"] = written_out(short)
+        moved = {path: place for path, place in tree.places.items() if path[:1] == ("tracking",)}
+        tree.places |= {("tracking", "to", *path[1:]): place for path, place in moved.items()}
 
 
 def _line_number(problem: str) -> int:

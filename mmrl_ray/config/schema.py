@@ -24,6 +24,7 @@ from mmrl_ray.config.sections import (
     refuse,
 )
 from mmrl_ray.config.serving import MAX_VLLM_RANK, ServingSection
+from mmrl_ray.config.tracking import TrackingSection
 
 if TYPE_CHECKING:
     from mmrl_ray.algorithms.base import Algorithm as Family
@@ -72,6 +73,8 @@ class Config(_WithAgents):
 
     resources: ResourcesSection = ResourcesSection()
     """What the actors ask Ray for."""
+    tracking: TrackingSection = TrackingSection()
+    """Where figures, pictures and results go while the run runs; `[tensorboard, wandb]` is short for `{to: […]}`."""
     serving: ServingSection | None = None
     """How the policy is served, while it trains or after; the defaults of `mmrl serve` where it is not written."""
     deploy: DeploySection = DeploySection()

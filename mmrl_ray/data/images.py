@@ -46,7 +46,7 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
-_EXTENSIONS: dict[ImageFormat, str] = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
+EXTENSIONS: dict[ImageFormat, str] = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}
 _ORIENTATION_TAG = 0x0112
 _RAW_EXIF = "Raw profile type exif"
 """Text of a PNG that has EXIF in hexadecimal digits."""
@@ -141,7 +141,7 @@ def image_format(data: bytes) -> ImageFormat:
 
 def image_extension(data: bytes) -> str:
     """File-name extension without the dot, by content; raises like `image_format`."""
-    return _EXTENSIONS[image_format(data)]
+    return EXTENSIONS[image_format(data)]
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -17,6 +17,7 @@ from rich.text import Text
 from mmrl_ray.errors import ConfigError, RunError
 from mmrl_ray.run_records.control_files import ScaleAnswer, ScaleRequest, put_request, read_status, take_answer
 from mmrl_ray.run_records.run_dir import RunDir
+from mmrl_ray.run_records.samples import newest_samples
 from mmrl_ray.telemetry.terminal import PlainTable, plain
 
 ALIVE = ("starting", "running", "ending")
@@ -92,6 +93,16 @@ class RunControl:
         age = max(0.0, self._clock() - status["time"])
         alive = status["state"] in ALIVE and age <= status["next_within_s"]
         return {**status, "age_s": age, "alive": alive}
+
+    def shown(self) -> dict[str, Any]:
+        """`status`, and beside it the newest `samples`: pictures with their best and worst captions, if there are any.
+
+        Raises:
+            RunError: as `status`.
+        """
+        found = self.status()
+        samples = newest_samples(self._run)
+        return found if samples is None else {**found, "samples": samples}
 
     def request(self, workers: int | None, *, by: str, timeout_s: float) -> ScaleAnswer:
         """Asks the run for so many rollout workers, or None to leave it to the run; returns once it said yes.
@@ -184,6 +195,8 @@ def render(status: Mapping[str, Any]) -> RenderableType:
         parts += [Text(), _workers(status["pool"])]
     if status.get("throughput"):
         parts += [Text(), _throughput(status["throughput"])]
+    if samples := status.get("samples"):
+        parts += [Text(), _samples(samples)]
     if decisions := status.get("scaling", {}).get("decisions", [])[-_DECISIONS:]:
         parts += [Text(), _decisions(decisions)]
     return Group(*parts)
@@ -278,6 +291,21 @@ def _throughput(rate: Mapping[str, Any]) -> PlainTable:
     for phase in (*_WALL, *sorted(set(seconds) - set(_WALL), key=lambda name: -seconds[name])):
         if phase in seconds:
             table.add_row(phase.replace("_", " "), f"{seconds[phase]:.3f}")
+    return table
+
+
+def _samples(found: Mapping[str, Any]) -> PlainTable:
+    """The newest pictures: a fixed one is the same each time, a fresh one is of the step itself."""
+    table = PlainTable("picture", "reward", "best and worst caption", right=("reward",), **_LAYOUT)
+    for each in found["pictures"]:
+        best, worst = each["best"], each["worst"]
+        table.add_row(f"{each['kind']} {each['sample']}", f"{best['reward']:.3f}", best["caption"])
+        if worst != best:
+            table.add_row("", f"{worst['reward']:.3f}", worst["caption"])
+    version = f", captions of policy version {_or(found.get('policy_version'))}"
+    table.caption = plain(
+        f"after step {found['step']}{version}; the pictures are in samples/ and images/", "table.caption"
+    )
     return table
 
 

@@ -34,6 +34,7 @@ from mmrl_ray.policy.parity import Comparison, compare, disagreement
 from mmrl_ray.policy.prompts import check_context, encode_prompts
 from mmrl_ray.run_records.run_dir import to_json
 from mmrl_ray.telemetry.terminal import PlainTable
+from mmrl_ray.tracking.places import places_of
 from mmrl_ray.training.warm_start import model_folder
 
 _SIZE = (320, 240)
@@ -71,7 +72,10 @@ def check(
         MMRLError: the model cannot be used, or sampler, learner and transformers do not agree.
     """
     picture = None if image is None else read_image(image)  # before the model is loaded: a typo answers at once
-    found = check_model(check_config(model, overrides or []), picture, prompt=prompt)
+    cfg = check_config(model, overrides or [])
+    found = check_model(cfg, picture, prompt=prompt)
+    if is_run_config(model):
+        found.facts["tracking"] = {place.tracker: place.told for place in places_of(cfg)}
     if as_json:
         told = {**found.facts, "error": None if found.error is None else str(found.error)}
         print(json.dumps(to_json(told), indent=2, ensure_ascii=False, allow_nan=False))
@@ -91,9 +95,14 @@ def check_config(model: str, overrides: list[str]) -> Config:
         raise ConfigError(
             f"{model} takes its words from the training references of a run: check that run's YAML config"
         )
-    if Path(model).suffix in (".yaml", ".yml") and not Path(model).is_dir():
+    if is_run_config(model):
         return load_config(model, overrides)
     return parse_config(_NO_RUN.format(path=json.dumps(model)), model, overrides)
+
+
+def is_run_config(model: str) -> bool:
+    """Whether it names a run's YAML file, and not a model."""
+    return Path(model).suffix in (".yaml", ".yml") and not Path(model).is_dir()
 
 
 def check_model(cfg: Config, picture: bytes | None = None, *, prompt: str | None = None) -> Checked:
@@ -260,6 +269,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         learner, rollout = (f"{memory[kind] / 2**30:.2f} GiB" for kind in ("learner", "rollout"))
         run = f"{memory['group_size']} completions of {memory['max_new_tokens']} tokens a picture"
         yield "memory", f"about {learner} in a learner, {rollout} in a rollout worker, with {run}"
+    for tracker, told in facts.get("tracking", {}).items():
+        yield "tracking", told if told.startswith("tracking: ") else f"{tracker}: {told}"
 
 
 def _gaps(facts: Mapping[str, Any]) -> PlainTable:

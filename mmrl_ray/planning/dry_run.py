@@ -73,6 +73,7 @@ from mmrl_ray.rollouts.pool_settings import SharedGpu, shared_gpus_of
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.run_records.run_owner import living_owner
 from mmrl_ray.telemetry.terminal import say
+from mmrl_ray.tracking.places import places_of, tracking_lines
 from mmrl_ray.training.offline import check_pairs, check_stored
 from mmrl_ray.training.warm_start import model_folder
 
@@ -153,6 +154,7 @@ def dry_run(cfg: Config, *, resume: bool = False, address: str | None = None, co
         "Reward": [*reward_lines(cfg.reward.with_opening(found.opening)), *found.tried],
         "Batch plan": _batch_lines(cfg, plan, found) if cfg.agent is None else cfg.family.rounds_told(cfg),
         "Engine": _engine_lines(cfg, found, address),
+        "Tracking": _tracking_lines(cfg, found),
         "Devices": _device_lines(cfg, found, address),
         "Memory": _memory_lines(cfg, plan, found, address),
         "Warnings": found.warnings,
@@ -433,6 +435,15 @@ def _engine_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:
         found.lacking.append(str(error))
         found.blocking.append(str(error))
         return [told]
+
+
+def _tracking_lines(cfg: Config, found: DryRun) -> list[str]:
+    """What is tracked where; a tracker that cannot be used here may be where the run is submitted to."""
+    places = places_of(cfg)
+    errors = [str(place.error) for place in places if place.error is not None]
+    found.lacking += errors
+    found.blocking += errors
+    return list(tracking_lines(cfg, places))
 
 
 def _device_lines(cfg: Config, found: DryRun, address: str | None) -> list[str]:

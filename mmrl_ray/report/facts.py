@@ -48,6 +48,10 @@ EVENT_WORDS = {
     "reward_replica_lost": "reward replica lost",
     "reward_replica_ready": "reward replica ready again",
     "checkpoint_damaged": "checkpoint damaged",
+    "tracker_failed": "tracker failed",
+    "tracker_back": "tracker reached again",
+    "tracker_left_out": "not told to a tracker, which fails on it",
+    "tracker_behind": "tracker left behind when the run ended",
     "captions_blind": "captions do not depend on the picture",
     "blind": "the policy does not look at its pictures",
 }
@@ -278,6 +282,7 @@ def happened(
     replaced = list(replacements(events))
     failed, lacking = _of(events, "reward_failed"), _of(events, "reward_part_missing")
     blind, looked = _of(events, "captions_blind"), _of(events, "blind")
+    tracked = [each for each in events if _kind(each) in ("tracker_failed", "tracker_left_out", "tracker_behind")]
     ends = [{"detail": str(each.get("status", ""))} for each in _of(events, "run_ended")]
     ended = [each for each in ends if each["detail"].startswith("failed")]
     stale = sum(int(line["dropped"]) for line in metrics if is_number(line.get("dropped")))
@@ -314,6 +319,7 @@ def happened(
         ("captions that a part of weight 0 lacks", sum(int(each["captions"]) for each in lacking), _reasons(lacking)),
         ("reward replicas lost", len(_of(events, "reward_replica_lost")), ""),
         ("groups sampled again as too stale", stale, ""),
+        ("failures of trackers", len(tracked), _reasons(tracked)),
         ("checkpoints damaged", *_damaged(_of(events, "checkpoint_damaged"))),
     ]
     return [{"what": what, "count": str(count), "details": details} for what, count, details in rows if count]

@@ -248,7 +248,6 @@ class Controller:
             if fatal:
                 self._pump.fail(BlindPolicyError(fatal))
             self._changed.notify_all()
-        self._writer.evaluated(line)
         self._told.evaluated(line)
         return True
 

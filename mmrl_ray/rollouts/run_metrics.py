@@ -1,4 +1,4 @@
-"""Where a finished step goes: its line in `metrics.jsonl`, TensorBoard, the rollout log, and Prometheus.
+"""Where a finished step goes: its line in `metrics.jsonl`, the rollout log, and Prometheus.
 
 `RunMetrics` exports the controller's steps, workers and queues as metrics and logs its events. Every number of a step's
 line goes somewhere.
@@ -136,20 +136,13 @@ class StepWriter:
         )
         self.last_line = line
 
-    def evaluated(self, line: Mapping[str, Any]) -> None:
-        """Held-out captions were judged: their figures stand beside those of steps."""
-        self._log.board_evaluation(line)
-
     def flush(self) -> None:
         """Returns when all steps given so far are in the run folder; raises as `write`."""
         self._recorder.flush()
 
     def close(self, timeout_s: float) -> None:
         """Writes what is left and ends the background thread; raises as `write`."""
-        try:
-            self._recorder.close(timeout_s)
-        finally:
-            self._log.close()
+        self._recorder.close(timeout_s)
 
 
 class RunMetrics:

@@ -2,7 +2,7 @@
 
     config.yaml  metrics.jsonl  events.jsonl  quarantine.jsonl  tb/  rollouts/step-%06d.parquet  images/
     reward/statistics.json  checkpoints/step-%06d/  adapter/  analysis/*.parquet  summary.json  report.html
-    status.json  control/
+    status.json  control/  samples/step-%06d.json  tracking/
 
 A run folder is a local path or any `pyarrow.fs` URI. On a local file system a write goes to a temporary name in the
 same folder, is fsynced, renamed, and the folder is fsynced: a reader sees the old file or the new one. An object
@@ -50,7 +50,7 @@ STARTING_ADAPTER = f"{ADAPTER_FOLDER}/{WEIGHTS_FILE}"
 """In the folder that `data.rollouts.run` names."""
 STATISTICS = "reward/statistics.json"
 """Of the training references."""
-_OF_A_STEP = re.compile(r"step-(\d{6,})")
+_OF_A_STEP = re.compile(r"step-(\d{6,})(\.\w+)?")
 
 
 @dataclass(frozen=True)

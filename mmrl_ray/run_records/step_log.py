@@ -1,4 +1,4 @@
-"""A step's line in `metrics.jsonl`, the same numbers for TensorBoard, and a run's own events (`note_event`).
+"""A step's line in `metrics.jsonl`, which trackers read, too, and a run's own events (`note_event`).
 
 From the plan: `reward/…`, `masked…`, `completion/length_…`. From the rollouts: those below. From the learner: whatever
 it gave, `sampler_gap/…` (`learner/objective.py`) among it.
@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from mmrl_ray.errors import RunError
 from mmrl_ray.experience.carriers import ScoredGroup, StepPlan
 from mmrl_ray.run_records.run_dir import RunDir
 
@@ -126,64 +125,18 @@ class StepMeter:
 
 
 class StepLog:
-    """Writes step lines; TensorBoard only where the run folder is on this machine's file system."""
+    """Writes step lines."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._board: Any = None
-        self._purge: int | None = None
-        self._kept: list[dict[str, Any]] = []
-        """Evaluations that the purge takes along."""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one step's line; `line["step"]` is the x axis of the scalars."""
+        """Appends one step's line."""
         self._run.append_line(METRICS_FILE, line)
-        board = self._open_board()
-        if board is None:
-            return
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
-                board.add_scalar(name, float(value), line["step"])
-        board.flush()
-
-    def board_evaluation(self, line: Mapping[str, Any]) -> None:
-        """The figures of a line of `eval/steps.jsonl` or `eval/blind.jsonl`, for TensorBoard; `line["step"]` counts
-        finished steps."""
-        if (board := self._open_board()) is None:
-            return
-        for name, value in line.items():
-            if name.startswith(("eval/", "blind/")) and isinstance(value, int | float):
-                board.add_scalar(name, float(value), line["step"])
-        board.flush()
 
     def rewind(self, step: int) -> None:
         """Takes back the lines of `step` and later, which will be done again."""
         self._run.truncate_lines(METRICS_FILE, lambda line: line["step"] < step)
-        self.close()
-        self._purge = step
-        # Of a step's line the x axis is the step, of an evaluation the number of finished ones.
-        beside = (line for file in (EVALUATIONS, LOOKS) for line in self._run.read_lines(file))
-        self._kept = [line for line in beside if line["step"] == step]
-
-    def close(self) -> None:
-        """Ends the TensorBoard file."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-
-    def _open_board(self) -> Any:
-        if self._board is None and self._run.is_local:
-            # Here, since it takes a second to import.
-            from torch.utils.tensorboard import SummaryWriter
-
-            try:
-                self._board = SummaryWriter(str(self._run.local_path("tb")), purge_step=self._purge)
-            except OSError as error:
-                raise RunError(f"{self._run.full_path('tb')}: cannot write TensorBoard events ({error})") from error
-            kept, self._kept = self._kept, []
-            for line in kept:
-                self.board_evaluation(line)
-        return self._board
 
 
 def note_event(run: RunDir, kind: str, **more: Any) -> None:

@@ -59,6 +59,8 @@ from mmrl_ray.run_records.run_owner import OWNER_FILE, RunOwner, living_owner
 from mmrl_ray.run_records.step_log import EVENTS, note_event
 from mmrl_ray.telemetry.logs import start_logging
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
+from mmrl_ray.tracking.pictures import PictureTaker
+from mmrl_ray.tracking.run import Tracking
 from mmrl_ray.training import offline
 from mmrl_ray.training.cluster import is_joined, ray_session, refuse_node_local
 from mmrl_ray.training.held_out import HeldOut, choice_json, evaluation_json, warn_if_blind
@@ -76,11 +78,13 @@ _DOES = {
     "stored": "copying stored data",
     "serve": "starting the servers",
     "start": "starting the rollout workers",
+    "trackers": "asking the trackers",
 }
 """What a phase of the summary does while it tells nothing of itself."""
 _WATCH_S = 0.5
 _LOST_S = 5.0
 """For a controller that a signal has reached, too, to end."""
+_HURRIED_S = 20.0
 _STATUS_S = 60.0
 _VERSIONS = ("ray", "torch", "transformers", "peft", "pyarrow")
 _SHOWN = {"reward/mean": "reward", "loss": "loss", "kl": "kl"}
@@ -133,6 +137,7 @@ class _Run:
         self._run: RunDir
         """Opened or made by `whole`, which everything else is below."""
         self._owner: RunOwner
+        self._tracking: Tracking
         self._process: ModelProcess
         """Open until the last that needs the whole model has had it."""
 
@@ -148,7 +153,8 @@ class _Run:
                     self._progress.note(f"taken over from {self._owner.taken_over}, which is gone")
                 run.remove_scratch()  # of a process that was killed
                 run.cut_torn_line(EVENTS)  # of a machine that went down
-                self._begin(address=address, debug=debug)
+                with closing(Tracking(cfg, run, self._progress)) as self._tracking:
+                    self._begin(address=address, debug=debug)
         finally:
             if not self._keep:
                 run.delete("")
@@ -203,6 +209,7 @@ class _Run:
                 for kind, told_of in self._findings if not again else ():
                     note_event(run, kind, **told_of)
                 self._keep_config(again)
+                self._tracking.start(self._cfg)
                 if not again:
                     warn_if_blind(run, self._progress, "warm start", unseeing)
                 statistics = self._statistics()
@@ -267,6 +274,8 @@ class _Run:
                 self._progress.note(cfg.rollout.engine.told)
             check_references(cfg)
             samples = self._held_out(again)
+        with self._timed("trackers"):
+            self._tracking.check(is_resumed=again)
         with self._progress.busy("starting Ray"):
             say = self._progress.note
             session.enter_context(ray_session(cfg, address=address, debug=debug, show=say, say=say))
@@ -379,7 +388,7 @@ class _Run:
         )
         is_lost = False
         try:
-            with interrupt:
+            with PictureTaker(cfg, run, held_out.samples, controller), interrupt:
                 learner = LearnerGroup(cfg, run, controller, bundles)
                 learner.start()
                 with interrupt.at_once():
@@ -444,7 +453,8 @@ class _Run:
 
         with self._timed("start"):
             learning = ValueBasedRun(cfg, self._run, hosted, held_out.samples, self._progress, self._process)
-        with closing(learning), self._timed("learning"):
+        pictures = PictureTaker(cfg, self._run, held_out.samples, None)
+        with closing(learning), pictures, self._timed("learning"):
             learning.learn(evaluate)
 
     def _evaluate(self, held_out: HeldOut, name: str, controller: ControllerClient) -> None:
@@ -513,6 +523,9 @@ class _Run:
         conclude_status(run, status)
         note_event(run, "run_ended", status=status)
         report = write_report(run)
+        with self._progress.busy("telling trackers the rest"):
+            is_hurried = status == "interrupted"  # whoever stopped it may soon kill it
+            self._tracking.finish(failed=status.startswith("failed"), within_s=_HURRIED_S if is_hurried else None)
         self._progress.note(f"{status}: {run.location}")
         self._progress.note(f"report: {report}")
         self._progress.note(f"wall {seconds['total']:.0f} s, peak resident {self._memory.peak_bytes / 1e9:.2f} GB")

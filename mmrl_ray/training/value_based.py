@@ -145,7 +145,6 @@ class ValueBasedRun:
             save_agent_folder(self._run, self._agent(), updates)
         finally:
             status_writer.close(_DESK_CLOSES_S)
-            self._log.close()
 
     def close(self) -> None:
         """Ends the env runners."""

@@ -72,7 +72,9 @@ def _kinds(path: Path) -> set[str]:
 
 
 def test_every_event_is_in_the_reference() -> None:
-    makers = [p for room in ("rollouts", "learner", "training") for p in (ROOT / "mmrl_ray" / room).glob("*.py")]
+    makers = [
+        p for room in ("rollouts", "learner", "training", "tracking") for p in (ROOT / "mmrl_ray" / room).glob("*.py")
+    ]
     made = set().union(*(_kinds(path) for path in makers))
     assert {"worker_lost", "learner_restarted", "reward_failed"} <= made
     assert made <= set(EVENT_WORDS)
