@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from mmrl_ray.errors import ProcessError, TrackerError
+from mmrl_ray.errors import MMRLError, ProcessError, TrackerError
 from mmrl_ray.processes import ChildProcess, Lost
 from mmrl_ray.tracking.base import About
 
@@ -37,7 +37,7 @@ HIDDEN = "***"
 """Stands where a secret was."""
 
 
-class TrackerFailure(Exception):
+class TrackerFailure(MMRLError):
     """A tracker did not do what it was asked. The message has no secrets."""
 
     def __init__(self, reason: str, *, is_lost: bool = False, is_expected: bool = False) -> None:

@@ -109,7 +109,7 @@ def test_what_stopped_it_is_raised_and_the_process_is_as_it_was(file: Path, monk
     levels = {name: logging.getLogger(name).level for name in ("mmrl_ray", "transformers", "peft")}
     handlers, threads, filters = [*logging.getLogger().handlers], torch.get_num_threads(), [*warnings.filters]
     monkeypatch.setenv("KEPT", "as it is")
-    handler = signal.getsignal(signal.SIGINT)
+    handler, told = signal.getsignal(signal.SIGINT), CONTEXT.fields.get("run")
 
     def whole(cfg: Config, **options: Any) -> str:
         os.environ.update(KEPT="changed", RAY_AUTH_MODE="token")
@@ -128,7 +128,7 @@ def test_what_stopped_it_is_raised_and_the_process_is_as_it_was(file: Path, monk
     assert not logs_json()
     assert [*logging.getLogger().handlers] == handlers
     assert {name: logging.getLogger(name).level for name in levels} == levels
-    assert (torch.get_num_threads(), CONTEXT.fields.get("run"), [*warnings.filters]) == (threads, None, filters)
+    assert (torch.get_num_threads(), CONTEXT.fields.get("run"), [*warnings.filters]) == (threads, told, filters)
     assert signal.getsignal(signal.SIGINT) is handler
     with host.kept_as_it_was(), host.own_process(), pytest.raises(Interrupted):
         train(file)  # the program's last words are in the format of its log

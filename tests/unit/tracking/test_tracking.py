@@ -89,7 +89,7 @@ def test_one_that_fails_is_an_event_and_the_rest_is_told(tmp_path: Path, how: st
         assert "ValueError: no such step, by key ***" in events[0][1]
         assert "own_trackers.py:" in events[0][1], "where it was raised"
     elif how == "forks":
-        assert sorted(steps(tmp_path)) == [0, 1, 2, 2, 3, 4], "the fork wrote one, and was not heard"
+        assert sorted(set(steps(tmp_path))) == [0, 1, 2, 3, 4], "the fork may have written one more, and is not heard"
         assert events == []
     else:
         assert steps(tmp_path) == [0, 1, 2, 3, 4], "a new process is told what the lost one did not answer for"
