@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +20,16 @@ from mmrl_ray.errors import ConfigError
 Whole = TypeVar("Whole", Config, ServeConfig, RewardModelConfig)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Config:
     """Read a YAML config; each override is `a.b=value`, its value read as YAML. Environment variables stay as written.
+
+    `given` are sections that the file need not have.
 
     Raises:
         ConfigError: no such file, no YAML, or anything in it wrong; one line a problem, all of them at once, each with
             file and line (or its `--set`), dotted key, value and remedy.
     """
-    return load_as(Config, path, overrides)
+    return parse_as(Config, _read(Path(path)), str(path), overrides, given)
 
 
 def load_as(kind: type[Whole], path: str | Path, overrides: Sequence[str] = ()) -> Whole:
@@ -50,7 +52,13 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
     return parse_as(Config, text, source, overrides)
 
 
-def parse_as(kind: type[Whole], text: str, source: str, overrides: Sequence[str] = ()) -> Whole:
+def parse_as(
+    kind: type[Whole],
+    text: str,
+    source: str,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> Whole:
     """`parse_config` of any kind of config file."""
     sections = ", ".join(f"`{name}:`" for name, info in kind.model_fields.items() if info.is_required())
     tree = parse_yaml(text, source)
@@ -59,6 +67,8 @@ def parse_as(kind: type[Whole], text: str, source: str, overrides: Sequence[str]
     if not isinstance(tree.value, dict):
         found = "a list" if isinstance(tree.value, list) else f"one value ({str(tree.value)[:40]!r})"
         raise ConfigError(f"{source}: holds {found}, not a config; a config has the sections {sections}")
+    for name, section in (given or {}).items():
+        tree.value.setdefault(name, section)
     problems = tree.problems + [line for override in overrides for line in _apply_override(tree, override)]
     try:
         cfg = kind.model_validate(tree.value)

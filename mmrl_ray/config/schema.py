@@ -19,11 +19,11 @@ from mmrl_ray.config.sections import (
     ResourcesSection,
     RunSection,
     Section,
-    SftSection,
     TeacherSection,
     refuse,
 )
 from mmrl_ray.config.serving import ServingSection
+from mmrl_ray.config.sft import SftSection
 
 if TYPE_CHECKING:
     from mmrl_ray.algorithms.base import Algorithm as Family
@@ -104,6 +104,10 @@ class Config(_WithAgents):
                 **({} if family.samples == "environment" else self._step_problems()),
                 **family.problems(self),
                 **self.eval.problems([*self.reward.parts], self.learner.steps, is_held_out=self.data.eval is not None),
+                "sft.eval_every="
+                f"{self.sft and self.sft.eval_every} looks at held-out pictures, and there are none: write data.eval": (
+                    self.sft is not None and self.sft.eval_every is not None and self.data.eval is None
+                ),
                 f"eval.every={self.eval.every} asks rollout workers for captions, and algorithm: {self.algorithm} has "
                 "none: it is evaluated before and after; take it away": (
                     self.eval.every is not None and family.samples == "environment"
