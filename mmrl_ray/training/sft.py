@@ -100,7 +100,7 @@ def train_supervised(
         RunError: the checkpoint cannot be written.
         KeyboardInterrupt: the user stopped it.
     """
-    refuse_unknown_parts(policy.hf_model, policy.path, sft)
+    refuse_unknown_parts(policy.hf_model, cfg.model.path, sft)
     loop = _Loop(policy, cfg, sft, progress, on_left_out, checkpoint, say)
     with StopOnInterrupt(loop.asked.set, awaited=loop.awaited, say=say) if checkpoint is not None else nullcontext():
         loop.run()
