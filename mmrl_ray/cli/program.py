@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -164,11 +164,11 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> NoRetur
     raise typer.Exit(code)
 
 
-def load(path: Path, overrides: list[str] | None) -> Config:
-    """The config in a file, with overrides."""
+def load(path: Path, overrides: list[str] | None, *, given: Mapping[str, Any] | None = None) -> Config:
+    """The config in a file, with overrides; `given` are sections that it need not have."""
     from mmrl_ray.config.load import load_config
 
-    return load_config(path, overrides or ())
+    return load_config(path, overrides or (), given=given)
 
 
 def show(text: str, language: str) -> None:

@@ -131,11 +131,25 @@ def check(
 
 
 @command(app, "sft")
-def sft(config: ConfigFile, set_: Overrides = None) -> None:
-    """Only the supervised warm start: train on the references, print the folder of the result."""
-    cfg = load(config, set_)
+def sft(
+    config: ConfigFile,
+    set_: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the model into this new folder, too: for any transformers."),
+    ] = None,
+) -> None:
+    """Supervised training alone: train on the references, print the folder of the resulting model.
+
+    A second call goes on where the first was stopped. The config needs no `learner:` section.
+    """
+    cfg = load(config, set_, given={"learner": {"steps": 1}})
     if cfg.sft is None:
         raise ConfigError(f"{config}: has no `sft:` section: add one with `steps:`")
+    if out is not None:
+        from mmrl_ray.config.paths import refuse_taken
+
+        refuse_taken(out.expanduser())
     from mmrl_ray.data.samples import told
     from mmrl_ray.telemetry.terminal import RunProgress
     from mmrl_ray.training.interrupts import StopOnInterrupt
@@ -149,7 +163,11 @@ def sft(config: ConfigFile, set_: Overrides = None) -> None:
             shown.warn(made.blindness.told("warm start"))
         if made.unseeing is not None:
             shown.warn(made.unseeing)
-    typer.echo(made.path)
+        if out is not None:
+            from mmrl_ray.policy.model_folder import copy_model
+
+            copy_model(Path(made.path), out.expanduser())
+    typer.echo(made.path if out is None else str(out))
 
 
 @command(app, "evaluate")

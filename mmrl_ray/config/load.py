@@ -23,14 +23,16 @@ from mmrl_ray.errors import ConfigError
 Whole = TypeVar("Whole", Config, ServeConfig, RewardModelConfig)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Config:
     """Read a YAML config; each override is `a.b=value`, its value read as YAML. Environment variables stay as written.
+
+    `given` are sections that the file need not have.
 
     Raises:
         ConfigError: no such file, no YAML, or anything in it wrong; one line a problem, all of them at once, each with
             file and line (or its `--set`), dotted key, value and remedy.
     """
-    return load_as(Config, path, overrides)
+    return parse_as(Config, _read(Path(path)), str(path), overrides, given)
 
 
 def load_as(kind: type[Whole], path: str | Path, overrides: Sequence[str] = ()) -> Whole:
@@ -101,18 +103,28 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
 
 
-def parse_as(kind: type[Whole], text: str, source: str, overrides: Sequence[str] = ()) -> Whole:
+def parse_as(
+    kind: type[Whole],
+    text: str,
+    source: str,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> Whole:
     """`parse_config` of any kind of config file."""
-    return _validated(kind, parse_yaml(text, source), source, overrides)
+    return _validated(kind, parse_yaml(text, source), source, overrides, given)
 
 
-def _validated(kind: type[Whole], tree: Tree, source: str, overrides: Sequence[str]) -> Whole:
+def _validated(
+    kind: type[Whole], tree: Tree, source: str, overrides: Sequence[str], given: Mapping[str, Any] | None = None
+) -> Whole:
     sections = ", ".join(f"`{name}:`" for name, info in kind.model_fields.items() if info.is_required())
     if tree.value is None:
         raise ConfigError(f"{source}: the file is empty; a config needs the sections {sections}")
     if not isinstance(tree.value, dict):
         found = "a list" if isinstance(tree.value, list) else f"one value ({str(tree.value)[:40]!r})"
         raise ConfigError(f"{source}: holds {found}, not a config; a config has the sections {sections}")
+    for name, section in (given or {}).items():
+        tree.value.setdefault(name, section)
     problems = [*tree.problems]
     _write_out(tree)
     for override in overrides:

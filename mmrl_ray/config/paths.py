@@ -48,6 +48,12 @@ def is_hub_id(path: str) -> bool:
     return bool(owner) and not is_run(f"{_ROOT}/{path}")
 
 
+def refuse_taken(out: Path) -> None:
+    """Raises ConfigError where a folder that is to be written is there already, and holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already: name another folder with --out, or remove it")
+
+
 def refuse_unknown(target: str) -> None:
     """Refuses what can be neither a run, nor a model's folder, nor an id of the hub, without asking the hub.
 

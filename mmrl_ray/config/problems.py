@@ -42,14 +42,17 @@ def problem_lines(error: ValidationError, model: type[BaseModel], tree: Tree) ->
     """Every problem of `error` as one line, in pydantic's order; raw values and places come from `tree`."""
     found: dict[KeyPath, list[str]] = {}
     unions: dict[KeyPath, list[str]] = {}
+    given: dict[KeyPath, str] = {}
     for item in error.errors(include_url=False):
         path, parent, in_union = _locate(model, tuple(item["loc"]))
         if in_union and item["type"] in _TYPES:
             unions.setdefault(path, []).append(_TYPES[item["type"]].removeprefix("must be "))
-            found[path] = [f"must be {' or '.join(unions[path])}, not {_show(item['input'])}"]
+            found.setdefault(path, [])
+            given[path] = _show(item["input"])
         else:
             found.setdefault(path, []).extend(_messages(dict(item), path, parent, model))
-    for path in unions:
+    for path, kinds in unions.items():
+        found[path] = found[path] or [f"must be {' or '.join(kinds)}, not {given[path]}"]
         if any(len(p) > len(path) and p[: len(path)] == path for p in found):
             del found[path]  # one branch of the union got further: its error is the one that helps
     return [_line(message, path, tree) for path, messages in found.items() for message in messages]

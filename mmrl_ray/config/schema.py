@@ -19,11 +19,11 @@ from mmrl_ray.config.sections import (
     ResourcesSection,
     RunSection,
     Section,
-    SftSection,
     TeacherSection,
     refuse,
 )
 from mmrl_ray.config.serving import MAX_VLLM_RANK, ServingSection
+from mmrl_ray.config.sft import SftSection
 from mmrl_ray.config.tracking import TrackingSection
 
 if TYPE_CHECKING:
@@ -124,6 +124,10 @@ class Config(_WithAgents):
                 **self.eval.problems([*self.reward.parts], self.learner.steps, is_held_out=self.data.eval is not None),
                 **self.learner.blind_check.problems(
                     is_held_out=self.data.eval is not None, has_workers=family.samples != "environment"
+                ),
+                "sft.eval_every="
+                f"{self.sft and self.sft.eval_every} looks at held-out pictures, and there are none: write data.eval": (
+                    self.sft is not None and self.sft.eval_every is not None and self.data.eval is None
                 ),
                 f"eval.every={self.eval.every} asks rollout workers for captions, and algorithm: {self.algorithm} has "
                 "none: it is evaluated before and after; take it away": (

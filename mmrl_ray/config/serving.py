@@ -20,9 +20,9 @@ from mmrl_ray.config.sections import (
     ResourcesSection,
     SamplerResources,
     Section,
-    SftSection,
     refuse,
 )
+from mmrl_ray.config.sft import SftSection
 
 MODEL_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a served model or adapter may be called; never a path."""

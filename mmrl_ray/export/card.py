@@ -157,7 +157,7 @@ def _body(exported: Exported) -> Iterator[str]:
         kept = "both are in these weights" if exported.merged else "this adapter lies on its result"
         yield (
             f"Before reinforcement learning it had a supervised warm start on the references ({cfg.sft.mode}, "
-            f"{cfg.sft.steps:,} steps): {kept}."
+            f"{cfg.sft.total_steps:,} steps): {kept}."
         )
     if "license" not in license_of(base):
         yield "Its licence, which binds this model too, is not known here."

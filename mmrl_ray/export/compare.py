@@ -15,6 +15,7 @@ from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.lora.adapter import reference_policy
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model_folder import same_inputs
 from mmrl_ray.policy.parity import TOLERANCES
 from mmrl_ray.policy.prompts import encode_caption, encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
@@ -90,7 +91,7 @@ class Said:
 
     def has_inputs(self, policy: Policy, samples: Sequence[Sample]) -> bool:
         """Whether `policy` makes the same prompts of the samples."""
-        return all(map(_same, self.prompts, encode_prompts(policy, samples)))
+        return all(map(same_inputs, self.prompts, encode_prompts(policy, samples)))
 
     def compare(
         self, again: Policy, samples: Sequence[Sample], *, kept: float | None = None, settings: dict[str, Any]
@@ -161,14 +162,6 @@ def _random(policy: Policy, seed: int) -> torch.Tensor:
     ids = torch.arange(policy.vocab_size)
     allowed = ids[~torch.isin(ids, torch.tensor(policy.image_token_ids, dtype=torch.int64))]
     return allowed[torch.randint(len(allowed), (_RANDOM,), generator=torch.Generator().manual_seed(seed))]
-
-
-def _same(one: EncodedPrompt, other: EncodedPrompt) -> bool:
-    return (
-        torch.equal(one.input_ids, other.input_ids)
-        and one.model_inputs.keys() == other.model_inputs.keys()
-        and all(torch.equal(value, other.model_inputs[name]) for name, value in one.model_inputs.items())
-    )
 
 
 def _parted(one: torch.Tensor, other: torch.Tensor) -> int | None:

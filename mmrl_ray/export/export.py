@@ -31,7 +31,7 @@ from transformers import AutoConfig
 
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import parse_config
-from mmrl_ray.config.paths import RUN_CONFIG, is_hub_id, refuse_no_run
+from mmrl_ray.config.paths import RUN_CONFIG, is_hub_id, refuse_no_run, refuse_taken
 from mmrl_ray.data import atomic
 from mmrl_ray.data.samples import Quarantine, Sample, read_split
 from mmrl_ray.errors import ConfigError, DataError, ExportError, one_line
@@ -39,19 +39,13 @@ from mmrl_ray.evaluation.model_source import quieten
 from mmrl_ray.export.card import Base, Exported, write_card
 from mmrl_ray.export.compare import Check, Said, dtype_name
 from mmrl_ray.export.hub import Delivery, metadata
-from mmrl_ray.export.merged import (
-    dtypes_of,
-    files_of_base,
-    merge_rounding_once,
-    refuse_quantised,
-    write_model,
-    write_rest,
-)
+from mmrl_ray.export.merged import dtypes_of, merge_rounding_once, refuse_quantised
 from mmrl_ray.policy.checkpoint import commit_of, model_call
 from mmrl_ray.policy.heads import HEADS_FILE
 from mmrl_ray.policy.load import dtype_of, load_policy
 from mmrl_ray.policy.lora.adapter import load_adapter
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model_folder import files_of_base, name_as_before, write_model, write_rest
 from mmrl_ray.run_records.checkpoint_choice import Chosen, choose_checkpoint
 from mmrl_ray.run_records.run_dir import ADAPTER_FOLDER, CONFIG_FILE, WEIGHTS_FILE, RunDir
 from mmrl_ray.telemetry.terminal import RunProgress
@@ -99,8 +93,7 @@ def export(
     cfg = parse_config(run.read_text(RUN_CONFIG), run.full_path(RUN_CONFIG))
     if cfg.agent is not None:
         raise ConfigError(f"{run.name} is a value-based run: it has an agent and no adapter, and nothing to export")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already: name another folder with --out, or remove it")
+    refuse_taken(out)
     if push_to is not None and not merged and (cfg.sft is not None or not is_hub_id(cfg.model.path)):
         raise ConfigError(
             f"the adapter of {run.name} lies on a model that is on this machine alone, and would be of no use on the "
@@ -176,6 +169,7 @@ class _Maker:
                     f"larger than the changes (at least {LEAST_KEPT:.0%} must be): export with --dtype float32, or the "
                     "adapter alone (without --merged)"
                 )
+            name_as_before(policy.hf_model)
             write_model(policy, folder)
             files, settings = files_of_base(self.base.path, self.base.revision), dict(self.cfg.model.processor)
             write_rest(policy, files, folder, settings)

@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from mmrl_ray.config.paths import place_name
 from mmrl_ray.errors import ConfigError, ExportError, one_line
 from mmrl_ray.export.card import Exported, Measure, license_of, measures_of
-from mmrl_ray.export.merged import PROCESSOR_FILES
+from mmrl_ray.policy.model_folder import PROCESSOR_FILES
 
 _HEADLINES = ("cider_d", "bleu_4", "rouge_l", "reward")
 """Measures that the Hub is told, where they are known."""

@@ -63,6 +63,7 @@ from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
 from mmrl_ray.policy.memory import ModelShape, model_shape
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.parts import model_parts, refuse_unknown_parts
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.report.facts import reward_lines
@@ -99,6 +100,8 @@ class DryRun:
     image_tokens: int = 0
     caption_tokens: int | None = None
     """Of the longest of some references."""
+    parts: Mapping[str, int] | None = None
+    """Numbers in each part of the model, where there is a warm start."""
     context: int = 0
     """Tokens that the model has room for."""
     embeds: bool = False
@@ -293,6 +296,7 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
         found.embeds = wanted and takes_embeddings(policy)
     if not tried:
         found.unchecked.append(f"the numbers in the weights of {cfg.model.path}, and a first trial of it")
+    _look_at_parts(cfg, policy, found)
     try:
         found.shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
         found.left_out = left_out_line(policy.hf_model, resolve_targets(policy.hf_model, cfg.model.lora))
@@ -302,6 +306,16 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
         found.unchecked.append("the true length of prompts: taken for a blank picture of 640×480")
     _measure_prompt(cfg, policy, found.sample or _stand_in(cfg), found)
     _look_at_teacher(cfg, policy, found)
+
+
+def _look_at_parts(cfg: Config, policy: Policy, found: DryRun) -> None:
+    if cfg.sft is None:
+        return
+    found.parts = {name: sum(p.numel() for p in part.values()) for name, part in model_parts(policy.hf_model).items()}
+    try:
+        refuse_unknown_parts(policy.hf_model, cfg.model.path, cfg.sft)
+    except ModelError as error:
+        found.blocking.append(str(error))
 
 
 def _look_at_teacher(cfg: Config, student: Policy, found: DryRun) -> None:
@@ -532,9 +546,10 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
     warm: Mapping[str, int] = {}
     if cfg.sft is not None:
         lengths = {"images": found.rows, "caption_tokens": found.caption_tokens}
-        warm = warm_start_memory(cfg, shape, found.prompt_tokens, found.image_tokens, **lengths)
+        parts = found.parts
+        warm = warm_start_memory(cfg, shape, found.prompt_tokens, found.image_tokens, parts=parts, **lengths)
         lines += _one_worker("warm start", warm)
-        if cfg.sft.train_vision:
+        if any("vision" in stage.parts for stage in cfg.sft.phases):
             found.unchecked.append("what the vision tower keeps in memory while it trains, in the warm start")
     return [*lines, *(_capacity_lines(cfg, learner, rollout, warm, gpu_bytes) if is_here else ())]
 

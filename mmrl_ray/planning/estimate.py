@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from mmrl_ray.config import Config
+from mmrl_ray.config.sft import SftSection
 from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
 from mmrl_ray.policy.memory import (
     CACHE_BLOCK,
@@ -311,6 +312,7 @@ def warm_start_memory(
     *,
     images: int | None = None,
     caption_tokens: int | None = None,
+    parts: Mapping[str, int] | None = None,
 ) -> Mapping[str, int]:
     """Bytes of the supervised warm start at its peak, by kind; captions are taken at `caption_tokens`, or else at
     `rollout.max_new_tokens`.
@@ -322,24 +324,42 @@ def warm_start_memory(
     - vision features: those of the step, and the cache up to its budget or to all `images` of the dataset
     - fragments: as a learner's
 
-    What the vision tower keeps where it trains, too (`sft.train_vision`), is not among them.
+    Of several stages it is the one that takes most. `parts` are the numbers of each part of the model; without them
+    all but the language model counts as its tower. What the vision tower keeps where it trains is not among them.
     """
-    sft = cfg.sft
-    if sft is None:
+    if cfg.sft is None:
         return {}
-    full, on_gpu = sft.mode == "full", bool(cfg.resources.learner.gpus)
+    there = parts or {"language": shape.language_parameters, "vision": shape.parameters - shape.language_parameters}
+    of_stages = [
+        _stage_memory(cfg, cfg.sft, stage, shape, there, prompt_tokens, image_tokens, images, caption_tokens)
+        for stage in cfg.sft.phases
+    ]
+    return max(of_stages, key=lambda each: sum(each.values()))
+
+
+def _stage_memory(
+    cfg: Config,
+    sft: SftSection,
+    stage: SftSection,
+    shape: ModelShape,
+    parts: Mapping[str, int],
+    prompt_tokens: int,
+    image_tokens: int,
+    images: int | None,
+    caption_tokens: int | None,
+) -> dict[str, int]:
+    in_float32, on_gpu = not sft.is_adapter_alone, bool(cfg.resources.learner.gpus)
     longest = caption_tokens or cfg.rollout.max_new_tokens
-    pictures = ceil(sft.batch_size / sft.captions_per_image)
-    sizes = [GroupSize(prompt_tokens, sft.captions_per_image, longest)] * pictures
-    (batches,) = split_micro_batches(sizes, cfg.learner.token_budget, 1)
+    pictures = ceil(stage.batch_size / stage.captions_per_image)
+    sizes = [GroupSize(prompt_tokens, stage.captions_per_image, longest)] * pictures
+    (batches,) = split_micro_batches(sizes, sft.micro_batch_tokens or cfg.learner.token_budget, 1)
     largest = max(batches, key=len)
     tokens = padded_tokens([sizes[i] for i in largest])
-    rows = len(largest) * sft.captions_per_image
-    trained = shape.adapter_parameters
-    if full:
-        trained = shape.parameters if sft.train_vision else shape.language_parameters
-    weights = shape.parameters * _FLOAT32 + (trained * 2 if on_gpu else 0) if full else shape.weight_bytes
-    b = 2 if on_gpu else (_FLOAT32 if full else shape.itemsize)
+    rows = len(largest) * stage.captions_per_image
+    adapter = shape.adapter_parameters if stage.mode == "lora" else 0
+    trained = sum(parts.get(part, 0) for part in stage.parts if not (adapter and part == "language"))
+    weights = shape.parameters * _FLOAT32 + (trained * 2 if on_gpu else 0) if in_float32 else shape.weight_bytes
+    b = 2 if on_gpu else (_FLOAT32 if in_float32 else shape.itemsize)
     keys = shape.kv_of_token // shape.itemsize * b * (1 if on_gpu else shape.repeats)
     one = image_tokens * shape.hidden * shape.itemsize
     kept = {
@@ -350,7 +370,7 @@ def warm_start_memory(
     return {
         "process": PROCESS,
         "weights": weights,
-        "gradients, AdamW": trained * _FLOAT32 * (3 if full else 4),
+        "gradients, AdamW": _FLOAT32 * (3 * trained + 4 * adapter),
         **kept,
         "vision features": len(largest) * one + _cached(cfg, one, images),
         **_fragments(kept, on_gpu),

@@ -279,7 +279,7 @@ def commit_of(name: str, revision: str | None) -> str | None:
     Raises:
         ModelError: it can be neither found nor fetched.
     """
-    with model_call(name, "its config.json cannot be read"):
+    with model_call(name, "it is no folder, and as a hub id its config.json cannot be read"):
         return extract_commit_hash(cached_file(name, CONFIG_NAME, revision=revision), None)
 
 
@@ -288,12 +288,13 @@ def revision_key_of(path: str, cfg: ModelSection, commit: str | None) -> str:
     return _key(path, cfg.processor, commit or cfg.revision, _add_large_file)
 
 
-def is_revision(key: str, found: str, path: str, processor: Mapping[str, Any]) -> bool:
-    """Whether `key`, kept by somebody, names the model at `path`, whose key is `found`.
+def is_revision(key: str, found: str, path: str, processor: Mapping[str, Any], revision: str | None = None) -> bool:
+    """Whether `key`, kept by somebody, names the model at `path` and `revision`, whose key is `found`.
 
-    Keys that earlier versions kept saw only samples of files above 64 MiB; they still name what they named.
+    Keys that earlier versions kept saw only samples of files above 64 MiB, and of a hub's model no commit; they still
+    name what they named.
     """
-    return key == found or (os.path.isdir(path) and key == _key(path, processor, None, _add_samples))
+    return key == found or key == _key(path, processor, revision, _add_samples)
 
 
 def _key(path: str, processor: Mapping[str, Any], revision: str | None, add_large: Callable[[Path, Any], None]) -> str:

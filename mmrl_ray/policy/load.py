@@ -24,6 +24,7 @@ from mmrl_ray.errors import ConfigError, ModelError
 from mmrl_ray.policy.checkpoint import (
     WEIGHTS_REMEDY,
     brief,
+    commit_of,
     model_call,
     refuse_unfit,
     revision_key_of,
@@ -92,7 +93,7 @@ def load_policy(
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
     model.eval().requires_grad_(False)
     acceleration = accelerate(model, device)
-    policy = assemble(model, processor, config, cfg, path, device, dtype)
+    policy = assemble(model, processor, config, cfg, path, device, dtype, commit=_commit(path, cfg))
     policy.acceleration = acceleration
     if split is not None:
         try_prompt(policy)
@@ -144,7 +145,8 @@ def load_skeleton(cfg: ModelSection) -> Policy:
     else:
         with model_call(cfg.path, "its model cannot be made"), torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
-    policy = assemble(model, processor, config, cfg, path, torch.device("meta"), dtype)
+    meta = torch.device("meta")
+    policy = assemble(model, processor, config, cfg, path, meta, dtype, commit=_commit(path, cfg))
     try_prompt(policy)
     return policy
 
@@ -157,8 +159,12 @@ def assemble(
     path: str,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    commit: str | None = None,
 ) -> Policy:
     """The policy of a model that is made already, frozen and on `device`; `path` names it in messages.
+
+    `commit` is the hub's, of a model that is from there.
 
     Raises:
         ModelError: its parts do not fit together.
@@ -197,7 +203,7 @@ def assemble(
             pad_token_id=int(pad),
             reserved_texts=reserved_texts(processor),
             context_length=int(context),
-            revision_key=revision_key_of(path, cfg, getattr(config, "_commit_hash", None)),
+            revision_key=revision_key_of(path, cfg, commit),
             path=path,
             revision=cfg.revision,
             processor_settings=dict(cfg.processor),
@@ -223,6 +229,10 @@ def _use_generation_config(model: PreTrainedModel, path: str, cfg: ModelSection)
         found = GenerationConfig.from_pretrained(path, revision=cfg.revision or "main")
         if skeleton:
             model.generation_config = found
+
+
+def _commit(path: str, cfg: ModelSection) -> str | None:
+    return None if os.path.isdir(path) else commit_of(path, cfg.revision)
 
 
 def _resolve(path: str) -> str:

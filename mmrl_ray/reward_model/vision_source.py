@@ -140,7 +140,8 @@ class PolicyVision:
         if (shared := _shared_for(cfg, key, device)) is not None:
             return cls(shared, budget_bytes)
         policy = load_policy(cfg, device=device)
-        if key is not None and not is_revision(key, policy.revision_key, policy.path, policy.processor_settings):
+        settings, revision = policy.processor_settings, policy.revision
+        if key is not None and not is_revision(key, policy.revision_key, policy.path, settings, revision):
             raise ModelError(
                 f"the reward was trained on the vision features of another {cfg.path} (key {key}, this one has "
                 f"{policy.revision_key}): put those weights back, or train the reward again"

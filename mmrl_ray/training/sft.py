@@ -1,62 +1,76 @@
-"""Supervised training of a policy on captions: the loop behind the warm start.
+"""Supervised training of a policy on captions: the loop behind the warm start, stage after stage.
+
+    stage: parts that train ─▶ AdamW, a group each, one cosine ─▶ steps ─▶ adapter merged, where there is one ─▶ next
 
 `K` images and `N = K · captions_per_image` captions a step, `T` caption tokens. The loss is the mean cross-entropy over
-all caption tokens of the step; prompts and captions are encoded, and captions scored, by the same policy code as in
-reinforcement learning, the image and its prompt once for all its captions.
+all caption tokens of the step, whatever the micro-batches; prompts and captions are encoded, and captions scored, by
+the same policy code as in reinforcement learning, the image and its prompt once for all its captions.
+
+The model stays in evaluation mode: no dropout, and a tower with batch normalisation keeps the mean and variance that it
+came with (its scale and shift train with it). Statistics of a few pictures would make each picture's features depend on
+its neighbours in the batch, and be others where one picture is captioned.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import pickle
-import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.sections import SftSection
-from mmrl_ray.data import atomic
-from mmrl_ray.data.samples import QuarantineRecord, Sample, SampleStream
-from mmrl_ray.errors import DataError, ModelError, NonFiniteError, RunError
-from mmrl_ray.experience.carriers import EncodedPrompt, derive_seed
+from mmrl_ray.config.sft import SftSection
+from mmrl_ray.data.samples import QuarantineRecord, Sample
+from mmrl_ray.errors import NonFiniteError, RunError
+from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import add_adapter, merge_adapter
 from mmrl_ray.policy.memory import ran_out
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
-from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts, image_key
+from mmrl_ray.policy.parts import model_parts, refuse_unknown_parts
 from mmrl_ray.policy.scoring.prefix import ScorePath, score_completions
 from mmrl_ray.policy.vision import VisionCache, vision_features
-from mmrl_ray.rollouts.assignment_tracker import FirstErrors
 from mmrl_ray.telemetry.terminal import ProgressFn
 from mmrl_ray.training.interrupts import StopOnInterrupt
+from mmrl_ray.training.sft_data import Batches, Pair
+from mmrl_ray.training.sft_look import HeldOut
+from mmrl_ray.training.sft_state import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 REPORT_EVERY = 10
 """Steps between two calls of the progress function, where they are not long ones."""
-CHECKPOINT_S = 60.0
-"""Between two checkpoints, at least."""
-_SAVING_SHARE = 20.0
-"""And so many times as long as one takes to write."""
 _TELL_S = 5.0
 _BETAS = (0.9, 0.95)
 """A short memory of squared gradients: a warm start is a few hundred steps, whose gradients shrink all the time."""
-_KEPT_PROMPTS = 256 << 20
-"""Bytes of prompts that need not be made anew in the next epoch: those of a small data set, whose steps are short."""
 _SHOWN = 3
 
-Pair = tuple[EncodedPrompt, list[torch.Tensor]]
-"""One image's prompt and the token ids int64 [T] of its captions."""
+
+@dataclass(slots=True)
+class Trained:
+    """How a supervised training went."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Of each step: `step` (1-based), `stage`, `loss`, `grad_norm` before it is clipped, `tokens`, and `lr/PART`."""
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    """At held-out pictures: `step` as so many finished ones, and `HeldOut.look`'s figures."""
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each step."""
+        return [line["loss"] for line in self.steps]
 
 
 def train_supervised(
@@ -65,286 +79,260 @@ def train_supervised(
     sft: SftSection,
     progress: ProgressFn | None = None,
     on_left_out: Callable[[QuarantineRecord], None] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     say: Callable[[str], None] | None = None,
-) -> list[float]:
-    """Trains `policy` in place on `cfg.data.train`; an adapter is merged at the end. Returns the loss of each step.
+) -> Trained:
+    """Trains `policy` in place on `cfg.data.train`, through all stages; adapters are merged at the end of theirs.
 
     Rows whose pictures or prompts cannot be used, or that have no target of the kinds asked for, are left out, within
     `data.max_quarantined`; `on_left_out` hears of each. The same arguments give the same weights on the CPU.
 
-    With `checkpoint`, a file, everything that goes on is kept there about once a minute and when the user stops it (a
+    With a `checkpoint` everything that goes on is kept there about once a minute and when the user stops it (a
     first signal lets the step finish, which `say` is told); where it is there, training goes on from it to the very
-    same weights.
+    same weights. `say` is told of each look at held-out pictures, too.
 
     Raises:
         DataError: the data cannot be read.
         QuarantineError: more rows that cannot be used than are tolerated.
-        ModelError: the first rows all fail with the same error.
+        ModelError: the first rows all fail with the same error, or a stage names a part that the model has not.
         ContextLengthError: a prompt and its caption exceed the model's context.
         NonFiniteError: the loss or the gradient norm is NaN or infinite.
         RunError: the checkpoint cannot be written.
         KeyboardInterrupt: the user stopped it.
     """
-    seed = derive_seed(cfg.run.seed, "sft")
-    parameters = _trainable(policy, cfg, sft, seed)
-    optimizer = torch.optim.AdamW(parameters, lr=sft.lr, betas=_BETAS, weight_decay=sft.weight_decay)
-    scheduler = cosine_scheduler(optimizer, total_steps=sft.steps, lr_min=sft.lr_min, warmup_steps=sft.warmup_steps)
-    cache = VisionCache(cfg.rollout.vision_cache_mb << 20)
-    left_out: list[QuarantineRecord] = []
-
-    def leave_out(record: QuarantineRecord) -> None:
-        left_out.append(record)
-        if on_left_out is not None:
-            on_left_out(record)
-
-    batches = _Batches(policy, cfg, sft, seed, leave_out)
-    losses: list[float] = []
-    path: ScorePath | None = None
-    budget = cfg.learner.token_budget
-    if checkpoint is not None and checkpoint.is_file():
-        saved = _load(checkpoint)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, saved["parameters"], strict=True):
-                parameter.copy_(value)
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        torch.set_rng_state(saved["torch"])
-        batches.restore(saved["batches"])
-        losses, path = saved["losses"], saved["path"]
-        for record in saved["left_out"]:
-            leave_out(QuarantineRecord(**record))
-    begun, started = len(losses), time.monotonic()
-    shown = started
-    saver = _Saver(checkpoint)
-    asked = threading.Event()
-
-    def tell(samples: int = 0, *, always: bool = False) -> None:
-        """Where it is, at least every `_TELL_S` seconds: steps, and samples of the one under way."""
-        nonlocal shown
-        now = time.monotonic()
-        if progress is None or not (always or now - shown >= _TELL_S):
-            return
-        shown = now
-        recent = losses[-REPORT_EVERY:]
-        figures = {"loss": sum(recent) / len(recent)} if recent else {}
-        done = (len(losses) - begun) * sft.batch_size + samples
-        figures |= {"lr": lr, "samples/s": done / (now - started) if done else 0.0}
-        if samples:
-            figures |= {"samples of this step": samples}
-        progress(len(losses), sft.steps, figures)
-
-    def awaited() -> str:
-        return f"finishing step {min(len(losses) + 1, sft.steps)} of the warm start, which is kept to be gone on with"
-
-    with StopOnInterrupt(asked.set, awaited=awaited, say=say) if checkpoint is not None else nullcontext():
-        for samples, batch in batches:
-            path = path or choose_path(policy, [prompt for prompt, _ in batch[:2]]).path
-            lr = optimizer.param_groups[0]["lr"]
-            loss, budget = _step(policy, batch, cache, path, budget, tell, len(losses))
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, sft.max_grad_norm))
-            _refuse_non_finite(len(losses), {"loss": loss, "gradient norm": norm}, samples)
-            optimizer.step()
-            scheduler.step()
-            losses.append(loss)
-            done = len(losses)
-            tell(always=done % REPORT_EVERY == 0 or done in (1, sft.steps))
-            if done < sft.steps and saver.is_due(asked.is_set()):
-                saver.save(
-                    {
-                        "parameters": [parameter.detach() for parameter in parameters],
-                        "optimizer": optimizer.state_dict(),
-                        "scheduler": scheduler.state_dict(),
-                        "torch": torch.get_rng_state(),
-                        "batches": batches.state(),
-                        "losses": losses,
-                        "path": path,
-                        "left_out": [record.as_dict() for record in left_out],
-                    }
-                )
-            if asked.is_set() and done < sft.steps:
-                raise KeyboardInterrupt
-    if sft.mode == "lora":
-        merge_adapter(policy)
+    refuse_unknown_parts(policy.hf_model, cfg.model.path, sft)
+    loop = _Loop(policy, cfg, sft, progress, on_left_out, checkpoint, say)
+    with StopOnInterrupt(loop.asked.set, awaited=loop.awaited, say=say) if checkpoint is not None else nullcontext():
+        loop.run()
     policy.model.requires_grad_(False)
-    return losses
+    return loop.trained
 
 
-def draw_target(sample: Sample, sft: SftSection, rng: random.Random) -> str:
-    """One caption to train on: terse, partial or full by the section's weights, among the kinds that the row has.
-
-    Raises:
-        DataError: as `usable_targets`.
-    """
-    usable = usable_targets(sample, sft)
-    (texts,) = rng.choices([texts for _, texts in usable], [weight for weight, _ in usable])
-    return rng.choice(texts)
-
-
-def usable_targets(sample: Sample, sft: SftSection) -> list[tuple[float, list[str]]]:
-    """(weight, captions) of each kind that has a weight and that the row has.
-
-    Raises:
-        DataError: there is none.
-    """
-    kinds = (
-        (sft.terse, _texts(sample.metadata, "terse")),
-        (sft.partial, _texts(sample.metadata, "partial")),
-        (sft.full, list(sample.references)),
-    )
-    usable = [(weight, texts) for weight, texts in kinds if weight and texts]
-    if not usable:
-        raise DataError(
-            f"sample {sample.id!r} has no caption to train on: sft asks for terse={sft.terse:g}, "
-            f"partial={sft.partial:g}, full={sft.full:g}; give the row such captions or change the weights"
-        )
-    return usable
-
-
-def _texts(metadata: Mapping[str, Any], name: str) -> list[str]:
-    found = metadata.get(name)
-    return [text for text in found if isinstance(text, str) and text] if isinstance(found, list) else []
-
-
-def _trainable(policy: Policy, cfg: Config, sft: SftSection, seed: int) -> list[torch.nn.Parameter]:
-    """Switches on what trains."""
-    if sft.mode == "lora":
-        add_adapter(policy, cfg.model.lora, seed)
-    elif sft.train_vision:
-        policy.model.requires_grad_(True)
-    else:
-        policy.decoder.requires_grad_(True)
-        policy.hf_model.get_output_embeddings().requires_grad_(True)
-    return [p for p in policy.model.parameters() if p.requires_grad]
-
-
-class _Batches:
-    """One batch a step: its samples, and each one's prompt with its captions."""
+class _Loop:
+    """One training, from its beginning or from a checkpoint."""
 
     def __init__(
         self,
         policy: Policy,
         cfg: Config,
         sft: SftSection,
-        seed: int,
-        on_left_out: Callable[[QuarantineRecord], None] | None = None,
+        progress: ProgressFn | None,
+        on_left_out: Callable[[QuarantineRecord], None] | None,
+        checkpoint: Checkpoint | None,
+        say: Callable[[str], None] | None,
     ) -> None:
-        self._policy, self._sft = policy, sft
-        self._stream = SampleStream(
-            cfg.data.train,
-            prompt=cfg.data.prompt,
-            seed=seed,
-            max_quarantined=cfg.data.max_quarantined,
-            on_quarantine=on_left_out,
+        self._policy, self._cfg, self._sft = policy, cfg, sft
+        self._progress, self._say = progress, say
+        self._seed = derive_seed(cfg.run.seed, "sft")
+        self._held_out = None if sft.eval_every is None else HeldOut(cfg, sft.eval_samples)
+        if self._held_out is not None and self._held_out.note is not None and say is not None:
+            say(f"held-out pictures: {self._held_out.note}")
+        self._left_out: list[QuarantineRecord] = []
+        self._on_left_out = on_left_out
+        self._batches = Batches(policy, cfg, self._seed, self._leave_out)
+        self._cache = VisionCache(cfg.rollout.vision_cache_mb << 20)
+        self._budget = sft.micro_batch_tokens or cfg.learner.token_budget
+        self._path: ScorePath | None = None
+        self._touched: dict[str, nn.Parameter] = {}
+        """Weights of the base that a stage has trained, by their names without an adapter's."""
+        self._stages, self._number = sft.phases, 0
+        self._resumed: dict[str, Any] | None = None
+        self._checkpoint = checkpoint
+        self.asked = threading.Event()
+        self.trained = Trained()
+        if checkpoint is not None and (found := checkpoint.load()) is not None:
+            self._restore(found)
+        self._begun, self._started = len(self.trained.steps), time.monotonic()
+        self._shown_at = self._started
+        self._images_done = 0
+
+    def run(self) -> None:
+        """Until all stages are through, or the user stops it."""
+        while self._number < len(self._stages):
+            self._run_stage(self._stages[self._number])
+            self._number += 1
+        self._look_if_due()
+
+    def awaited(self) -> str:
+        """What the user waits for who wants it to stop."""
+        step = min(len(self.trained.steps) + 1, self._sft.total_steps)
+        return f"finishing step {step} of the warm start, which is kept to be gone on with"
+
+    def _leave_out(self, record: QuarantineRecord) -> None:
+        self._left_out.append(record)
+        if self._on_left_out is not None:
+            self._on_left_out(record)
+
+    # -- a stage ---------------------------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: SftSection) -> None:
+        policy, checkpoint, total = self._policy, self._checkpoint, self._sft.total_steps
+        groups = _trainable(policy, self._cfg, stage, self._seed)
+        if policy.vision_trainable:
+            self._cache.clear()  # what it holds will be another tower's
+        self._touched |= _base_weights(policy, trainable=True)
+        optimizer = torch.optim.AdamW(
+            [{"params": params, "lr": stage.rate(part)} for part, params in groups.items()],
+            betas=_BETAS,
+            weight_decay=stage.weight_decay,
         )
-        self._first = FirstErrors(policy.path)
-        self._rng = random.Random(seed)
-        self._drawn = 0
-        self._prompts: dict[tuple[str, str], EncodedPrompt] = {}
-        self._room = _KEPT_PROMPTS
+        steps = stage.total_steps
+        scheduler = cosine_scheduler(optimizer, total_steps=steps, lr_min=stage.lr_min, warmup_steps=stage.warmup_steps)
+        parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        done, self._path = 0, None
+        if self._resumed is not None:
+            saved, self._resumed = self._resumed, None
+            _copy(parameters, saved["parameters"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scheduler.load_state_dict(saved["scheduler"])
+            torch.set_rng_state(saved["torch"])
+            self._batches.restore(saved["batches"])
+            done, self._path = saved["done"], saved["path"]
+        while done < steps:
+            samples, batch = self._batches.next(stage)
+            self._path = self._path or choose_path(policy, [prompt for prompt, _ in batch[:2]]).path
+            self._look_if_due()
+            rates = {f"lr/{part}": group["lr"] for part, group in zip(groups, optimizer.param_groups, strict=True)}
+            at = len(self.trained.steps)
+            loss, self._budget = _step(
+                policy, batch, self._cache, self._path, self._budget, partial(self._tell, rates), at
+            )
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm))
+            _refuse_non_finite(at, {"loss": loss, "gradient norm": norm}, samples)
+            optimizer.step()
+            scheduler.step()
+            done += 1
+            tokens = sum(caption.numel() for _, captions in batch for caption in captions)
+            line = {"step": at + 1, "stage": self._number + 1, "loss": loss, "grad_norm": norm, "tokens": tokens}
+            self.trained.steps.append(line | rates)
+            self._images_done += stage.batch_size
+            self._tell(rates, always=(at + 1) % REPORT_EVERY == 0 or at + 1 in (1, total))
+            if at + 1 < total and checkpoint is not None and checkpoint.is_due(self.asked.is_set()):
+                checkpoint.save(self._state(done, parameters, optimizer, scheduler))
+            if self.asked.is_set() and at + 1 < total:
+                raise KeyboardInterrupt
+        if stage.mode == "lora":
+            adapted = _adapted(policy)
+            merge_adapter(policy)
+            plain = dict(policy.hf_model.named_parameters())
+            self._touched = {name: plain[name] for name in (*self._touched, *adapted)}
+        policy.model.zero_grad(set_to_none=True)
+        policy.model.requires_grad_(False)
 
-    def __iter__(self) -> Iterator[tuple[list[Sample], list[Pair]]]:
-        while self._drawn < self._sft.steps:
-            self._drawn += 1
-            yield self._next()
+    def _state(
+        self,
+        done: int,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> dict[str, Any]:
+        """All that goes on; of the weights, those that this stage trains and those that earlier ones have."""
+        training = {id(p) for p in parameters}
+        return {
+            "stage": self._number,
+            "done": done,
+            "weights": {name: p.detach() for name, p in self._touched.items() if id(p) not in training},
+            "parameters": [parameter.detach() for parameter in parameters],
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "torch": torch.get_rng_state(),
+            "batches": self._batches.state(),
+            "steps": self.trained.steps,
+            "looks": self.trained.looks,
+            "path": self._path,
+            "left_out": [record.as_dict() for record in self._left_out],
+        }
 
-    def state(self) -> dict[str, Any]:
-        """Where the next batch begins, in plain values."""
-        return {"drawn": self._drawn, "stream": self._stream.state(), "rng": self._rng.getstate()}
+    def _restore(self, saved: dict[str, Any]) -> None:
+        plain = dict(self._policy.hf_model.named_parameters())
+        names = list(saved["weights"])
+        _copy([plain[name] for name in names], [saved["weights"][name] for name in names])
+        self._touched = {name: plain[name] for name in names}
+        self._number, self._resumed = saved["stage"], saved
+        self.trained = Trained(saved["steps"], saved["looks"])
+        for record in saved["left_out"]:
+            self._leave_out(QuarantineRecord(**record))
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken.
+    # -- what is told ----------------------------------------------------------------------------------------------
 
-        Raises:
-            DataError: it is of other data.
-        """
-        self._drawn = state["drawn"]
-        self._stream.restore(state["stream"])
-        version, words, rest = state["rng"]
-        self._rng.setstate((version, tuple(words), rest))
-        self._first.worked()  # a whole step has
-
-    def _next(self) -> tuple[list[Sample], list[Pair]]:
-        taken = _take(self._prompt, self._stream, self._sft, self._first)
-        pairs: list[Pair] = []
-        for sample, prompt in taken:
-            texts = [draw_target(sample, self._sft, self._rng) for _ in range(self._sft.captions_per_image)]
-            captions = [encode_caption(self._policy, text) for text in texts]
-            check_context(self._policy, prompt, max(caption.numel() for caption in captions))
-            pairs.append((prompt, captions))
-        return [sample for sample, _ in taken], pairs
-
-    def _prompt(self, sample: Sample) -> EncodedPrompt:
-        """As `encode_prompts`, once for pictures and text that come again while there is room."""
-        key = (image_key(self._policy, sample.images), sample.prompt)
-        found = self._prompts.get(key)
-        if found is None:
-            (found,) = encode_prompts(self._policy, [sample])
-            nbytes = sum(each.nbytes for each in (found.input_ids, *found.model_inputs.values()))
-            if nbytes <= self._room:
-                self._room -= nbytes
-                self._prompts[key] = found
-        return found
-
-
-class _Saver:
-    """Writes checkpoints, seldom enough that they take little of the time."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._next = time.monotonic() + CHECKPOINT_S
-
-    def is_due(self, asked: bool) -> bool:
-        """Whether one is to be written now, where `asked` says that there may be no later one."""
-        return self._file is not None and (asked or time.monotonic() >= self._next)
-
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Puts the whole file in place, atomically.
-
-        Raises:
-            RunError: it cannot be written.
-        """
-        assert self._file is not None
+    def _look_if_due(self) -> None:
+        """Looks at the held-out pictures where that is due after so many steps, and was not done then."""
+        done, total, every = len(self.trained.steps), self._sft.total_steps, self._sft.eval_every
+        looks = self.trained.looks
+        if self._held_out is None or every is None or (done % every and done != total):
+            return
+        if self._path is None or (looks and looks[-1]["step"] == done):
+            return
         began = time.monotonic()
-        try:
-            with atomic.scratch_folder(self._file.parent) as folder:
-                scratch = folder / self._file.name
-                with scratch.open("wb") as stream:
-                    torch.save(dict(state), stream)
-                atomic.sync(scratch)
-                os.replace(scratch, self._file)
-        except (OSError, RuntimeError) as error:  # torch writes in C++
-            raise RunError(f"the warm start's checkpoint {self._file} cannot be written: {error}") from error
+        tell = partial(self._tell, {}, looking=True)
+        found = self._held_out.look(self._policy, self._cache, self._path, self._budget, tell)
+        looks.append({"step": done, **found})
+        self._started += time.monotonic() - began  # samples a second are of training
+        if self._say is not None:
+            figures = (f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
+            self._say(f"held-out pictures after {done} of {total} steps: {'  '.join(figures)}")
+            if "blind" in found and done:
+                self._say(f"after {done} of {total} steps, {found['blind']}")
+
+    def _tell(
+        self, rates: Mapping[str, float], samples: int = 0, *, always: bool = False, looking: bool = False
+    ) -> None:
+        """Where it is, at least every `_TELL_S` seconds: steps, and samples of the one under way."""
         now = time.monotonic()
-        self._next = now + max(CHECKPOINT_S, _SAVING_SHARE * (now - began))
+        if self._progress is None or not (always or now - self._shown_at >= _TELL_S):
+            return
+        self._shown_at = now
+        losses = self.trained.losses
+        recent = losses[-REPORT_EVERY:]
+        figures = {"loss": sum(recent) / len(recent)} if recent else {}
+        number = min(self._number, len(self._stages) - 1)
+        is_one = rates and not isinstance(self._stages[number].lr, dict)
+        figures |= {"lr": next(iter(rates.values()))} if is_one else rates
+        done = self._images_done + samples
+        figures |= {"samples/s": done / (now - self._started) if done and now > self._started else 0.0}
+        if len(self._stages) > 1:
+            figures |= {"stage": number + 1}
+        if samples:
+            figures |= {"samples of this step": samples}
+        if looking:
+            figures |= {"looks at held-out pictures": len(self.trained.looks) + 1}
+        self._progress(len(losses), self._sft.total_steps, figures)
 
 
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return found
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-        raise RunError(f"the warm start's checkpoint {file} is broken: {error}; delete it to begin anew") from error
+def _trainable(policy: Policy, cfg: Config, stage: SftSection, seed: int) -> dict[str, list[nn.Parameter]]:
+    """Switches on what trains; its parameters by part, in the order of `train`."""
+    parts = model_parts(policy.hf_model)
+    chosen = {part: list(parts[part].values()) for part in stage.parts}
+    if stage.mode == "lora":
+        add_adapter(policy, cfg.model.lora, seed)
+        chosen["language"] = [p for p in policy.model.parameters() if p.requires_grad]
+    for parameters in chosen.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return chosen
 
 
-def _take(
-    prompt_of: Callable[[Sample], EncodedPrompt], stream: SampleStream, sft: SftSection, first: FirstErrors
-) -> list[tuple[Sample, EncodedPrompt]]:
-    """A step's samples: the next that can be encoded and have a target; others are quarantined, as in rollouts."""
-    count = sft.batch_size // sft.captions_per_image
-    taken: list[tuple[Sample, EncodedPrompt]] = []
-    while len(taken) < count:
-        for sample in stream.take(count - len(taken)):
-            try:
-                usable_targets(sample, sft)
-                taken.append((sample, prompt_of(sample)))
-            except (DataError, ModelError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                first.failed([sample.key], reason)
-                stream.quarantine.add(sample.id, reason, sample.place)
-            else:
-                first.worked()
-    return taken
+def _base_weights(policy: Policy, *, trainable: bool) -> dict[str, nn.Parameter]:
+    """Of the model without its adapter, those that train, by the names that they have then."""
+    named = policy.hf_model.named_parameters()
+    return {_plain(name): p for name, p in named if p.requires_grad is trainable and ".lora_" not in name}
+
+
+def _adapted(policy: Policy) -> list[str]:
+    """Names of the weights that an adapter will be merged into."""
+    assert isinstance(policy.model, PeftModel)
+    modules = policy.model.get_base_model().named_modules()
+    return [f"{name}.weight" for name, module in modules if isinstance(module, LoraLayer)]
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def _copy(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _step(

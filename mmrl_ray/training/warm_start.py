@@ -18,39 +18,44 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from pyarrow import fs
 from safetensors import SafetensorError
-from transformers import AutoConfig
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.sections import SFT_CACHE
+from mmrl_ray.config.sft import SFT_CACHE
 from mmrl_ray.data import atomic
-from mmrl_ray.data.images import image_hash
-from mmrl_ray.data.samples import Quarantine, QuarantineRecord, dataset_fingerprint, iter_references, read_split
+from mmrl_ray.data.images import encode_png, image_hash
+from mmrl_ray.data.samples import Quarantine, QuarantineRecord, Sample, dataset_fingerprint, iter_references, read_split
 from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import DataError, ModelError, RunError, one_line
 from mmrl_ray.evaluation.looking import policy_sight
 from mmrl_ray.evaluation.scores import Blindness, blindness
 from mmrl_ray.evaluation.sight import NEVER_SAW, told_blind
-from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.policy.checkpoint import model_call
-from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
+from mmrl_ray.policy.checkpoint import commit_of
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model_folder import files_of_base, same_inputs, write_model, write_rest
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.policy.tiny import BUILTIN_TINY_LLAVA, build_tiny_llava, words_of
+from mmrl_ray.policy.tokens import load_processor
 from mmrl_ray.run_records.run_dir import BASE, RunDir
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
-from mmrl_ray.training.sft import train_supervised
+from mmrl_ray.training.sft import Trained, train_supervised
+from mmrl_ray.training.sft_look import greedy_captions
+from mmrl_ray.training.sft_state import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 FACTS = "warm_start.json"
-"""In the folder: what it was made from, its first and last loss, the rows that it left out, seconds."""
+"""In the folder: what it was made from, its first and last loss, looks at held-out pictures, the rows that it left out,
+seconds."""
+LOG = "sft.jsonl"
+"""Beside it: a line a step, and one a look at held-out pictures."""
 
 TINY_LLAVA: Mapping[str, Any] = {
     "patch_size": 16,
@@ -108,12 +113,15 @@ def warm_start(
         partial.unlink(missing_ok=True)
         return str(target)
     if notice is not None:
-        steps = "" if cfg.sft is None else f", with {cfg.sft.steps:,} steps of warm start"
+        steps = "" if cfg.sft is None else f", with {cfg.sft.total_steps:,} steps of warm start"
         notice(f"the model that it began with is not in {cache} any more: it is made anew{steps}")
     with _staging(cache) as scratch:
+        checkpoint = Checkpoint(partial, made_from)
+        if say is not None:
+            _tell_of_others(checkpoint, say)
         if keep_in is not None:
             _take_over_partial(cache, partial)
-        facts = _make(cfg, scratch, progress, partial, say)
+        facts = _make(cfg, scratch, progress, checkpoint, say)
         (scratch / FACTS).write_text(json.dumps({"made_from": made_from, **facts}, indent=2) + "\n", encoding="utf-8")
         if not (target / FACTS).is_file():  # another process may have been faster
             atomic.commit_folder(scratch, target)
@@ -241,53 +249,83 @@ def _blindness(policy: Policy, cfg: Config) -> tuple[Blindness | None, dict[str,
         source = cfg.data.eval or cfg.data.train
         broken = Quarantine(cfg.data.max_quarantined, source=source)
         samples = read_split(source, prompt=cfg.data.prompt, limit=_LOOKED_AT, quarantine=broken)
-        prompts = encode_prompts(policy, samples)
-        sampling = SamplingParams(greedy=True, max_new_tokens=cfg.rollout.max_new_tokens)
-        made = decode_groups(Decoder(policy), [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
         longest = cfg.rollout.max_new_tokens
+        captions = greedy_captions(policy, samples, longest)
         sight, _ = policy_sight(policy, samples, max_new_tokens=longest, temperature=cfg.rollout.temperature)
     except (DataError, ModelError) as error:  # the run's own evaluation says more of it
         logger.warning(f"the warm start's captions were not looked at: {error}")
         return None, None
     reasons = sight.blind(cfg.learner.blind_check.min_gap)
     found = blindness(
-        ([image_hash([image]) for image in sample.images], sample.references, output.completions[0].text)
-        for sample, output in zip(samples, made, strict=True)
+        ([image_hash([image]) for image in sample.images], sample.references, caption)
+        for sample, caption in zip(samples, captions, strict=True)
     )
     return found, {**sight.to_json(), "blind": reasons}
 
 
 def _make(
-    cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Path, say: Callable[[str], None] | None
+    cfg: Config, folder: Path, progress: ProgressFn | None, checkpoint: Checkpoint, say: Callable[[str], None] | None
 ) -> dict[str, Any]:
     """Fills `folder` with model and processor; returns how it went."""
     started = time.monotonic()
-    path = model_folder(cfg, folder)
     if cfg.sft is None:
+        model_folder(cfg, folder)
         return {"seconds": time.monotonic() - started}
+    untrained = folder / "untrained"
+    path = model_folder(cfg, untrained)
     # Weights that train are float32, whatever they are used in later; a frozen base under an adapter need not be.
-    dtype = "float32" if cfg.sft.mode == "full" else cfg.model.dtype
+    dtype = cfg.model.dtype if cfg.sft.is_adapter_alone else "float32"
     policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
     left_out: list[dict[str, str]] = []
-    losses = train_supervised(
+    trained = train_supervised(
         policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint, say
     )
-    _save(policy, folder)
-    found, sight = _blindness(policy, cfg)
+    _save(policy, folder, path, cfg.model.revision)
+    shutil.rmtree(untrained, ignore_errors=True)
+    _write_log(trained, folder)
+    (found, sight), losses = _blindness(policy, cfg), trained.losses
     return {
         "blind": None if found is None else asdict(found),
         "sight": sight,
         "steps": len(losses),
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        "held_out": trained.looks,
         "left_out": left_out,
         "seconds": time.monotonic() - started,
     }
 
 
-def _save(policy: Policy, folder: Path) -> None:
-    policy.hf_model.save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
+def _save(policy: Policy, folder: Path, base: str, revision: str | None) -> None:
+    """The whole folder; `base` is the model that was trained, by its folder or id."""
+    write_model(policy, folder)
+    files, settings = files_of_base(base, revision), policy.processor_settings
+    write_rest(policy, files, folder, settings)
+    if settings and not _makes_the_same(policy, folder):
+        write_rest(policy, files, folder, {})
+
+
+def _makes_the_same(policy: Policy, folder: Path) -> bool:
+    """Whether the processor in the folder makes by itself what the policy's makes with the config's settings."""
+    picture = encode_png(Image.effect_noise((640, 480), 64).convert("RGB"))
+    sample = Sample(id="a picture", images=(picture,), prompt="What is this?")
+    try:
+        processor = load_processor(str(folder), policy.hf_model.config)
+        alone = replace(policy, processor=processor, tokenizer=processor.tokenizer, processor_settings={})
+        (written,), (ours,) = encode_prompts(alone, [sample]), encode_prompts(policy, [sample])
+    except (DataError, ModelError, OSError, ValueError) as error:
+        logger.warning(f"model.processor is not written into {folder.name}'s processor: {one_line(error)}")
+        return False
+    return same_inputs(written, ours)
+
+
+def _write_log(trained: Trained, folder: Path) -> None:
+    lines = sorted([*trained.steps, *({"held_out": look, "step": look["step"]} for look in trained.looks)], key=_place)
+    (folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _place(line: Mapping[str, Any]) -> tuple[int, bool]:
+    return line["step"], "held_out" in line
 
 
 def model_folder(cfg: Config, scratch: Path) -> str:
@@ -306,6 +344,17 @@ def model_folder(cfg: Config, scratch: Path) -> str:
 def _refuse_unknown(path: str) -> None:
     if path != BUILTIN_TINY_LLAVA:
         raise ModelError(f"no built-in model {path!r}; there is {BUILTIN_TINY_LLAVA}")
+
+
+def _tell_of_others(checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
+    """Where one begins anew because the settings are not those that an unfinished one had."""
+    if checkpoint.file.is_file():
+        return
+    for file, changed in checkpoint.others(f"*{_PARTIAL}"):
+        say(
+            f"the warm start begins anew: {file} is an unfinished one with other settings "
+            f"({', '.join(changed)}); to go on with that, stop and write them as they were"
+        )
 
 
 def _take_over_partial(cache: Path, partial: Path) -> None:
@@ -344,12 +393,12 @@ def _made_from(cfg: Config) -> dict[str, Any]:
         found["words"] = hashlib.sha256("\n".join(_vocabulary(cfg)).encode()).hexdigest()
     if cfg.sft is not None:
         found |= {
-            "sft": cfg.sft.model_dump(exclude={"cache"}),
+            "sft": cfg.sft.identity,
             "data": dataset_fingerprint(cfg.data.train),
             "prompt": cfg.data.prompt,
             "processor": cfg.model.processor,
-            "lora": cfg.model.lora.model_dump() if cfg.sft.mode == "lora" else None,
-            "dtype": cfg.model.dtype if cfg.sft.mode == "lora" else None,
+            "lora": cfg.model.lora.model_dump() if any(stage.mode == "lora" for stage in cfg.sft.phases) else None,
+            "dtype": cfg.model.dtype if cfg.sft.is_adapter_alone else None,
         }
     return found
 
@@ -361,20 +410,13 @@ def _model_identity(cfg: Config) -> dict[str, Any]:
         return {"builtin": path, **TINY_LLAVA}
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return {"hub": path, "revision": cfg.model.revision, "commit": _commit(path, cfg.model.revision)}
+        return {"hub": path, "revision": cfg.model.revision, "commit": commit_of(path, cfg.model.revision)}
     return {"files": {file.name: _file_identity(file) for file in sorted(folder.iterdir()) if file.is_file()}}
 
 
 def _file_identity(file: Path) -> str:
     stat = file.stat()
     return atomic.sha256_of(file) if stat.st_size <= _WHOLE else f"{stat.st_size}@{stat.st_mtime_ns}"
-
-
-def _commit(path: str, revision: str | None) -> str | None:
-    """The hub's commit, so that a branch that moved is not taken for what it was."""
-    with model_call(path, "it is no folder, and as a hub id it cannot be read"):
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    return getattr(config, "_commit_hash", None)
 
 
 def _vocabulary(cfg: Config) -> list[str]:

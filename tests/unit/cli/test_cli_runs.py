@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import LlamaConfig
 
 from mmrl_ray.config.load import dump_config, parse_config
@@ -87,6 +88,25 @@ def test_sft_prints_where_the_model_is(config: Path, patched: Patch) -> None:
     made = Base("/cache/abc", 0, (), None)
     patched("mmrl_ray.training.model_process.warm_start_apart", return_value=made)
     assert mmrl("sft", config).stdout == "/cache/abc\n"
+
+
+def test_sft_needs_no_learner_and_writes_a_folder(config: Path, patched: Patch, tmp_path: Path) -> None:
+    (tmp_path / "abc").mkdir()
+    (tmp_path / "abc" / "model.safetensors").write_bytes(b"weights")
+    made = Base(str(tmp_path / "abc"), 0, (), None)
+    run = patched("mmrl_ray.training.model_process.warm_start_apart", return_value=made)
+    cfg = yaml.safe_load(config.read_text())
+    cfg.pop("learner")
+    config.write_text(yaml.safe_dump(cfg))
+    out = tmp_path / "mine"
+    done = mmrl("sft", config, "--out", out)
+    assert done.stdout == f"{out}\n", done.stderr
+    assert (out / "model.safetensors").read_bytes() == b"weights"
+    run.reset_mock()
+    done = mmrl("sft", config, "--out", out)
+    assert done.exit_code == 2
+    assert f"{out} is there already" in done.stderr
+    run.assert_not_called()
 
 
 def test_an_existing_run_folder_is_refused_for_real(config: Path, tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ from mmrl_ray.data.samples import Sample, read_split
 from mmrl_ray.errors import ConfigError, DataError, ExportError, RunError
 from mmrl_ray.export import export as export_module
 from mmrl_ray.export.export import export
-from mmrl_ray.export.merged import write_model
 from mmrl_ray.learner.checkpoints import save_adapter_folder
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.model_folder import write_model
 from mmrl_ray.policy.tokens import load_processor
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.training import warm_start as warm_start_module

@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, SmolVLMConfig
 
 from mmrl_ray.algorithms.ilql import IlqlSection
 from mmrl_ray.config import Config
-from mmrl_ray.config.sections import LoraSection, ModelSection, ResourcesSection, RolloutsSection, SftSection
+from mmrl_ray.config.sections import LoraSection, ModelSection, ResourcesSection, RolloutsSection
+from mmrl_ray.config.sft import SftSection
 from mmrl_ray.planning.estimate import (
     PROCESS,
     batch_plan,

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmrl_ray.config import Config
-from mmrl_ray.config.sections import ModelSection, ScenesSection, SftSection
+from mmrl_ray.config.sections import ModelSection, ScenesSection
+from mmrl_ray.config.sft import SftSection
 from mmrl_ray.data.samples import iter_samples, write_parquet
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.errors import DataError, ModelError, NonFiniteError, QuarantineError, RunError
@@ -31,8 +32,10 @@ from mmrl_ray.policy.scoring.prefix import Scores, score_completions
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.training import sft as sft_module
+from mmrl_ray.training import sft_data
 from mmrl_ray.training import warm_start as warm_start_module
-from mmrl_ray.training.sft import draw_target, train_supervised
+from mmrl_ray.training.sft import train_supervised
+from mmrl_ray.training.sft_data import Batches, draw_target
 from mmrl_ray.training.warm_start import (
     FACTS,
     base_for_use,
@@ -101,8 +104,7 @@ def test_the_first_loss_is_the_cross_entropy_of_the_caption_tokens(tmp_path: Pat
     # The same draws, by the documented seeds; scored by transformers' own loss, prompt tokens labelled -100.
     policy = loaded(untrained.path)
     assert cfg.sft is not None
-    batches = sft_module._Batches(policy, cfg, cfg.sft, sft_module.derive_seed(0, "sft"))
-    _, pairs = next(iter(batches))
+    _, pairs = Batches(policy, cfg, sft_module.derive_seed(0, "sft")).next(cfg.sft)
     total, count = 0.0, 0
     for prompt, (caption,) in pairs:
         ids = torch.cat([prompt.input_ids, caption])[None]
@@ -186,7 +188,7 @@ def test_what_fails_half_way_leaves_nothing(
 ) -> None:
     cfg = config(tmp_path)
 
-    def broken_save(policy: Policy, folder: Path) -> None:
+    def broken_save(policy: Policy, folder: Path, *base: object) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
@@ -231,7 +233,7 @@ def test_full_without_train_vision_leaves_the_tower_and_uses_the_cache(
         return encode_prompts(policy, samples)
 
     monkeypatch.setattr(sft_module, "vision_features", counted)
-    monkeypatch.setattr(sft_module, "encode_prompts", listed)
+    monkeypatch.setattr(sft_data, "encode_prompts", listed)
     before = load_file(Path(start) / "model.safetensors")
     after = load_file(Path(warm_start(cfg)) / "model.safetensors")
     frozen = [name for name in before if "vision_tower" in name or "projector" in name]
@@ -240,7 +242,7 @@ def test_full_without_train_vision_leaves_the_tower_and_uses_the_cache(
     assert not torch.equal(before["language_model.model.norm.weight"], after["language_model.model.norm.weight"])
     assert sum(encoded) == 12  # images of the split, in two epochs of three steps
     assert len(made) == len(set(made)) == 12, "nor is a prompt made again"
-    monkeypatch.setattr(sft_module, "_KEPT_PROMPTS", 0)
+    monkeypatch.setattr(sft_data, "_KEPT_PROMPTS", 0)
     anew = cfg.model_copy(update={"sft": cfg.sft.model_copy(update={"cache": str(tmp_path / "anew")})})
     without = load_file(Path(warm_start(anew)) / "model.safetensors")
     assert len(made) == 12 + 24, "without room"
@@ -334,7 +336,7 @@ def test_train_supervised_leaves_nothing_trainable(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     policy = loaded(warm_start(cfg))
     assert cfg.sft is not None
-    losses = train_supervised(policy, cfg, cfg.sft.model_copy(update={"steps": 2}))
+    losses = train_supervised(policy, cfg, cfg.sft.model_copy(update={"steps": 2})).losses
     assert len(losses) == 2
     assert not any(p.requires_grad for p in policy.model.parameters())
 
@@ -360,7 +362,7 @@ def test_a_step_that_does_not_fit_is_begun_anew_with_less_at_once(
     losses, weights = [], []
     for most[0] in (99, 2):
         policy = loaded(folder)
-        losses.append(train_supervised(policy, cfg, cfg.sft))
+        losses.append(train_supervised(policy, cfg, cfg.sft).losses)
         weights.append(torch.cat([p.flatten() for p in policy.decoder.parameters()]))
     assert taken[:2] == [4, 4]
     assert taken[2] == 4
