@@ -22,6 +22,7 @@ from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.checkpoint import examples
 from mmrl_ray.policy.model import PlainLinear
+from mmrl_ray.policy.quantized import is_quantized, numel
 
 _SHOWN = 3
 _PATTERN_S = 2.0
@@ -82,7 +83,7 @@ def left_out(model: PreTrainedModel, targets: Collection[str]) -> list[LeftOut]:
     chosen = {model.get_submodule(name) for name in targets}
     found: dict[str, LeftOut] = {}
     for name, module in model.get_decoder().named_modules():
-        own = {key: p.numel() for key, p in module.named_parameters(recurse=False) if p.ndim > 1}
+        own = {key: numel(p) for key, p in module.named_parameters(recurse=False) if p.ndim > 1}
         if not own or module in chosen or isinstance(module, nn.Embedding):
             continue
         plain = isinstance(module, nn.Linear)
@@ -98,7 +99,7 @@ def left_out_line(model: PreTrainedModel, targets: Collection[str]) -> str | Non
     found = left_out(model, targets)
     if not found:
         return None
-    total = sum(p.numel() for p in model.get_decoder().parameters())
+    total = sum(numel(p) for p in model.get_decoder().parameters())
     parts = [
         f"{each.layers} × {each.kind} ({', '.join(each.tensors)}; {each.parameters / total:.1%})"
         for each in found[:_SHOWN]
@@ -109,7 +110,7 @@ def left_out_line(model: PreTrainedModel, targets: Collection[str]) -> str | Non
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, PlainLinear)
+    return type(module) is nn.Linear or isinstance(module, PlainLinear) or is_quantized(module)
 
 
 def _is_adaptable(module: nn.Module) -> bool:
