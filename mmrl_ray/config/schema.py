@@ -178,8 +178,8 @@ class Config(_WithAgents):
             "base: set it to false, and serve the merged export (mmrl export --merged)": (
                 bool(unlike) and serving is not None and serving.live_policy
             ),
-            f"learner.{' and learner.'.join(held)}: {' and '.join(unlike)} would be drawn to 0, too, and 0 is not where "
-            "they begin: set it to 0": bool(unlike) and bool(held),
+            f"learner.{' and learner.'.join(held)}: model.lora.dora=true trains magnitudes, which do not begin at 0, "
+            "and its change of a weight is not s·BA: set it to 0": lora.dora and bool(held),
         }
 
     def _step_problems(self) -> dict[str, bool]:

@@ -6,17 +6,17 @@ are and what each asks for is said by the other sections, once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from mmrl_ray.config.base import Section as Section
 from mmrl_ray.config.base import refuse as refuse
-from mmrl_ray.config.model import LoraSection as LoraSection
-from mmrl_ray.config.model import ModelSection as ModelSection
-from mmrl_ray.config.model import QuantizationSection as QuantizationSection
-from mmrl_ray.config.model import TeacherSection as TeacherSection
+from mmrl_ray.config.policy import LoraSection as LoraSection
+from mmrl_ray.config.policy import ModelSection as ModelSection
+from mmrl_ray.config.policy import QuantizationSection as QuantizationSection
+from mmrl_ray.config.policy import TeacherSection as TeacherSection
 
 SFT_CACHE = ".cache/sft"
 """Where built-in models and warm starts are kept unless told otherwise."""

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmrl_ray.config.model import QuantizationSection
+from mmrl_ray.config.policy import QuantizationSection
 from mmrl_ray.policy.heads import ValueHeads
 from mmrl_ray.policy.logits import model_logits
 from mmrl_ray.policy.tokens import Turn

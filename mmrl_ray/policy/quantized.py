@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from mmrl_ray.config.model import PARTS, QuantizationSection
+from mmrl_ray.config.policy import PARTS, QuantizationSection
 from mmrl_ray.errors import ConfigError
 
 _BLOCK, _SUPERBLOCK = 64, 256

@@ -254,7 +254,8 @@ def _make(
         return {"seconds": time.monotonic() - started}
     # Weights that train are float32, whatever they are used in later; a frozen base under an adapter need not be.
     dtype = "float32" if cfg.sft.mode == "full" else cfg.model.dtype
-    policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
+    # Both kinds end as weights: what RL starts from is quantised when it is loaded.
+    policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype, "quantization": None}))
     left_out: list[dict[str, str]] = []
     losses = train_supervised(
         policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint, say

@@ -221,12 +221,13 @@ class ModelSection(Section):
                 elsewhere and base is not None and not is_known
             ),
             f"{key}.kind={kind} would sample by the base as it is in the checkpoint, another policy than that of "
-            f"model.quantization: {remedy}, or {key}.quantization: bitsandbytes, by which vLLM makes 4-bit weights of its own "
-            f"({own}; how far they are apart is told at the start and in each step)": (
+            f"model.quantization: {remedy}, or {key}.quantization: bitsandbytes, by which vLLM makes 4-bit weights of "
+            f"its own ({own}; how far they are apart is told at the start and in each step)": (
                 elsewhere and is_known and quantization != "bitsandbytes"
             ),
             f"{key}.kind={kind} has no place for model.lora.{' and model.lora.'.join(lora.beyond_vllm)}: vLLM's "
-            f"adapters have one rank, one scale and two matrices a layer: {remedy}": elsewhere and bool(lora.beyond_vllm),
+            f"adapters have one rank, one scale and two matrices a layer: {remedy}": elsewhere
+            and bool(lora.beyond_vllm),
         }
 
 
