@@ -347,13 +347,13 @@ def weight_bytes(
     Raises:
         ConfigError: the quantisation does not fit a model that is without weights.
     """
-    quantized = [module.weight for module in model.modules() if is_quantized(module)]
+    quantized: list[Any] = [module.weight for module in model.modules() if is_quantized(module)]
     if quantized:  # it is loaded
         return held_bytes(model), max(map(numel, quantized)) * dtype.itemsize
     total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     if quantization is None:
         return total, 0
-    weights = [model.get_submodule(name).weight for name in quantized_layers(model, quantization)]
+    weights: list[Any] = [model.get_submodule(name).weight for name in quantized_layers(model, quantization)]
     total += sum(bytes_of(quantization, w.numel(), len(w)) - w.numel() * dtype.itemsize for w in weights)
     return total, max(w.numel() for w in weights) * dtype.itemsize
 

@@ -139,6 +139,7 @@ def use_one_product(model: nn.Module, dtype: torch.dtype) -> None:
         return
     import bitsandbytes as bnb
 
+    module: Any
     for module in model.modules():
         if type(module) is bnb.nn.Linear8bitLt:
             module.__class__ = _plain_8bit()
@@ -229,7 +230,7 @@ def _multiply(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def _plain_8bit() -> Any:
     import bitsandbytes as bnb
 
-    class Plain8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+    class Plain8bit(bnb.nn.Linear8bitLt):
         """Multiplies by its weights as numbers."""
 
         def numbers(self, dtype: torch.dtype) -> torch.Tensor:
@@ -248,7 +249,7 @@ def _plain_4bit() -> Any:
     import bitsandbytes as bnb
     from bitsandbytes.functional import dequantize_blockwise
 
-    class Plain4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+    class Plain4bit(bnb.nn.Linear4bit):
         """Multiplies by its weights as numbers."""
 
         def numbers(self, dtype: torch.dtype) -> torch.Tensor:

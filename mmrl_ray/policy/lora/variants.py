@@ -90,9 +90,10 @@ def draw_orthogonal(model: nn.Module, seed: int) -> None:
     Drawn on the CPU in float32: the same for a seed on any device, whatever the base's dtype. Ranks are even.
     """
     generator = torch.Generator().manual_seed(seed)
-    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
         for name, down in layer.lora_A.items():
-            up: Any = layer.lora_B[name]
+            up = layer.lora_B[name]
             rank, inputs = down.weight.shape
             rows, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
             half = rank // 2
