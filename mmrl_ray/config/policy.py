@@ -71,7 +71,6 @@ class LoraSection(Section):
                 f"alpha_pattern={self.alpha_pattern}: alphas are above 0": any(
                     alpha <= 0 for alpha in self.alpha_pattern.values()
                 ),
-                "targets=[] is an empty list; name at least one layer, or leave it out": self.targets == [],
                 **{
                     f"{key}: {name!r} is not a regular expression": not _compiles(name)
                     for key in ("rank_pattern", "alpha_pattern")

@@ -167,7 +167,6 @@ def test_modules_that_train_whole_are_float32_in_a_base_of_16_bits(folder: Path)
         ({"init": "orthogonal", "r": 5}, r"needs even ranks, not \[5\]"),
         ({"rank_pattern": {"q_proj": 0}}, "ranks are from 1 to 1024"),
         ({"rank_pattern": {"q_(": 4}}, "'q_\\(' is not a regular expression"),
-        ({"targets": []}, "is an empty list"),
     ],
 )
 def test_a_config_that_is_no_adapter_says_why(keys: dict[str, Any], said: str) -> None:
