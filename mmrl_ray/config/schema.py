@@ -119,6 +119,8 @@ class Config(_WithAgents):
             {
                 **self._section_problems(),
                 **self._teacher_problems(),
+                **self._base_problems(),
+                **self._adapter_problems(),
                 **({} if family.samples == "environment" else self._step_problems()),
                 **family.problems(self),
                 **self.eval.problems([*self.reward.parts], self.learner.steps, is_held_out=self.data.eval is not None),
@@ -162,6 +164,47 @@ class Config(_WithAgents):
             "teacher.path is a built-in model, which nothing was taught: name a folder or a hub id": (
                 teacher is not None and teacher.path.startswith("builtin:")
             ),
+        }
+
+    def _base_problems(self) -> dict[str, bool]:
+        """Where a quantised base cannot be, and engines that have no such base or adapter."""
+        base, sharding, rollout = self.model.quantization, self.learner.sharding, self.rollout.engine
+        served = self.serving.policy.engine if self.serving is not None and self.serving.live_policy else None
+        return {
+            f"learner.sharding={sharding} splits weights over learners, and those of model.quantization cannot be "
+            "split: set learner.sharding: none (a quantised base is small), or take model.quantization away": (
+                base is not None and sharding == "fsdp2"
+            ),
+            "model.quantization is about a language model that learns, and this is an agent's picture encoder: take it "
+            "away": base is not None and self.family.samples == "environment",
+            **self.model.engine_problems(rollout.kind, rollout.quantization, "rollout.engine"),
+            **(
+                self.model.engine_problems(served.kind, served.quantization, "serving.policy.engine")
+                if served is not None
+                else {}
+            ),
+        }
+
+    def _adapter_problems(self) -> dict[str, bool]:
+        """Kinds of adapters that a part of the run cannot have."""
+        lora, learner, serving = self.model.lora, self.learner, self.serving
+        in_warm_start = self.sft is not None and self.sft.mode == "lora"
+        unlike = [f"model.lora.{name}" for name in lora.beyond_pool]
+        held = [name for name in ("adapter_l2", "l2_to_pretrained") if getattr(learner, name) > 0]
+        return {
+            f"model.lora.dropout={lora.dropout:g}: learner.loss={learner.loss} takes ratios to the log-probs that the "
+            "sampler drew with, which has no dropout: on the same weights they would not be 1. It is for a warm start "
+            "with sft.mode: lora, and for algorithms of pairs or stored rollouts (dpo, ilql): set it to 0": (
+                lora.dropout > 0 and not in_warm_start and not self.family.is_offline
+            ),
+            f"{' and '.join(unlike)}: learner.sharding={learner.sharding} leaves no learner the whole weights that "
+            "they are made of: set learner.sharding: none": bool(unlike) and learner.sharding == "fsdp2",
+            f"{' and '.join(unlike)}: serving.live_policy serves the run's adapter beside others, whose rows share one "
+            "base: set it to false, and serve the merged export (mmrl export --merged)": (
+                bool(unlike) and serving is not None and serving.live_policy
+            ),
+            f"learner.{' and learner.'.join(held)}: model.lora.dora=true trains magnitudes, which do not begin at 0, "
+            "and its change of a weight is not s·BA: set it to 0": lora.dora and bool(held),
         }
 
     def _step_problems(self) -> dict[str, bool]:

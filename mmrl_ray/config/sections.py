@@ -1,4 +1,4 @@
-"""The strict base of every section, and the shorter ones: `run:`, `model:`, `data:`, `eval:`, `resources:` …
+"""The shorter sections: `run:`, `data:`, `eval:`, `resources:` …
 
 `deploy:` holds what manifests for Kubernetes need beside the run itself (`mmrl deploy render`). How many actors there
 are and what each asks for is said by the other sections, once.
@@ -6,36 +6,23 @@ are and what each asks for is said by the other sections, once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from mmrl_ray.config.base import Section as Section
+from mmrl_ray.config.base import refuse as refuse
+from mmrl_ray.config.policy import LoraSection as LoraSection
+from mmrl_ray.config.policy import ModelSection as ModelSection
+from mmrl_ray.config.policy import QuantizationSection as QuantizationSection
+from mmrl_ray.config.policy import TeacherSection as TeacherSection
 
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 """What Kubernetes lets an object be called."""
 MOST_PICTURE_PROCESSES = 2
 """That an actor takes unasked: 40 pictures of a megapixel a second."""
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
-
-
-class Section(BaseModel):
-    """Strict and frozen: an unknown key or another type is an error, and nobody changes a config after it was read."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        validate_default=True,
-    )
-
-
-def refuse(problems: Mapping[str, bool]) -> None:
-    """Raise one ValueError with a line for each message that holds, so that a user reads them all at once."""
-    found = [message for message, holds in problems.items() if holds]
-    if found:
-        raise ValueError("\n".join(found))
 
 
 class RunSection(Section):
@@ -49,61 +36,6 @@ class RunSection(Section):
     """Folder, or any pyarrow.fs URI, that every node sees."""
     log_format: Literal["text", "json"] = "text"
     """What the log lines of all its processes are: text for people, or a JSON object each."""
-
-
-class LoraSection(Section):
-    """The PEFT adapter that reinforcement learning trains. Without dropout: it would make the policy ratio noisy."""
-
-    r: int = Field(8, ge=1, le=1024)
-    """Rank."""
-    alpha: float = Field(16.0, gt=0)
-    """Scaling: the adapter's output is multiplied by alpha / r."""
-    targets: list[str] | str | None = None
-    """Module-name suffixes, or one regular expression over full names; by default every linear layer of the language
-    model (what `get_decoder()` returns)."""
-    adapt_vision: bool = False
-    """Allow `targets` that match layers outside the language model; turns the vision cache off."""
-
-
-class ModelSection(Section):
-    """Any Hugging Face image-text-to-text checkpoint."""
-
-    path: str
-    """Folder or hub id; `builtin:tiny-llava` is made on the spot from a config, for tests and the quickstart."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernels."""
-    processor: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the processor as it is (for example `size`, `max_pixels`, `do_image_splitting`)."""
-    lora: LoraSection = LoraSection()
-    """The adapter."""
-
-
-class TeacherSection(Section):
-    """Another model, which scores what the policy samples; it must have the policy's tokenizer."""
-
-    path: str
-    """Folder or hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    adapter: str | None = None
-    """Folder of a LoRA adapter that is merged into it, such as the `adapter/` of a finished run."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """As `model.dtype`, and so are the two below."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernels."""
-    processor: dict[str, Any] = Field(default_factory=dict)
-    """Its own: pictures may have another size there."""
-    workers: int = Field(1, ge=1)
-    """Actors, each with the whole model and `resources.teacher`."""
-
-    @property
-    def model(self) -> ModelSection:
-        """What is loaded."""
-        return ModelSection(**self.model_dump(exclude={"adapter", "workers"}))
 
 
 class ScenesSection(Section):

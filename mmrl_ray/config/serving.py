@@ -358,6 +358,9 @@ class ServeConfig(Section):
                 "serving.policy.engine.kind=vllm cannot answer as an agent, which is no language model: leave it at "
                 "local": self.agent is not None and self.serving.policy.engine.kind != "local",
                 f"adapters: {base!r} is serving.model_id already": base in self.adapters,
+                **self.model.engine_problems(
+                    self.serving.policy.engine.kind, self.serving.policy.engine.quantization, "serving.policy.engine"
+                ),
             }
         )
         return self

@@ -211,9 +211,13 @@ def _use(exported: Exported) -> Iterator[str]:
     yield f"tokens = model.generate(**inputs, do_sample=False, max_new_tokens={exported.cfg.rollout.max_new_tokens})"
     yield 'print(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     yield "```"
-    rank = exported.cfg.model.lora.r
-    lora = f"`vllm serve BASE --enable-lora --max-lora-rank {max(8, rank)} --lora-modules {exported.run.name}=PATH`"
-    yield f"\nvLLM loads the folder, too: {'`vllm serve PATH`' if exported.merged else lora}."
+    section = exported.cfg.model.lora
+    rank = max(8, section.largest_rank)
+    lora = f"`vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules {exported.run.name}=PATH`"
+    if exported.merged or not section.beyond_vllm:
+        yield f"\nvLLM loads the folder, too: {'`vllm serve PATH`' if exported.merged else lora}."
+    else:
+        yield f"\nvLLM has no such adapters ({', '.join(section.beyond_vllm)}): export the merged model for it."
 
 
 def _base_words(base: Base) -> str:
@@ -233,7 +237,13 @@ def _training(exported: Exported) -> Iterator[str]:
     cfg, chosen, run = exported.cfg, exported.chosen, exported.run
     of = f"step {chosen.step:,} of {cfg.learner.steps:,}" if chosen.step is not None else f"{cfg.learner.steps:,} steps"
     yield f"- Algorithm `{cfg.algorithm}`, loss `{cfg.learner.loss}`, {of}, seed {cfg.run.seed}"
-    yield f"- LoRA rank {cfg.model.lora.r}, alpha {cfg.model.lora.alpha:g}"
+    lora, base = cfg.model.lora, cfg.model.quantization
+    kinds = [name for name in ("rslora", "dora", "rank_pattern", "alpha_pattern") if getattr(lora, name)]
+    kind = f" ({', '.join(kinds)})" if kinds else ""
+    saved = f"; trained whole: {', '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    yield f"- LoRA rank {lora.r}, alpha {lora.alpha:g}{kind}{saved}"
+    if base is not None:
+        yield f"- Learnt on {base.told} of the base"
     weights = {name: cfg.reward.weights.get(name, 1.0) for name in cfg.reward.parts}
     parts = ", ".join(f"{weight:g} × `{name}`" for name, weight in weights.items())
     yield f"- Reward: {parts}"

@@ -27,6 +27,25 @@ _RANDOM = 16
 
 
 @dataclass(frozen=True, slots=True)
+class Distance:
+    """How far two policies are apart that need not be one."""
+
+    base: str
+    """How the run's base was kept, in words."""
+    largest: float
+    mean: float
+    same_captions: int
+
+    def told(self, samples: int) -> str:
+        """In one sentence."""
+        return (
+            f"the run learnt on {self.base}: on the base as it was before, the same adapter's log-probs differ from "
+            f"the run's own by {self.mean:.2g} nats in the mean and {self.largest:.2g} at most, and "
+            f"{self.same_captions} of {samples} greedy captions are the same"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """How the export compares with the run's policy. Log-probs in nats."""
 
@@ -45,6 +64,8 @@ class Check:
     """Of merged weights: the share of the adapter's update in them."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the processor, which the export does not hold: its users have to give them."""
+    unquantized: Distance | None = None
+    """From the run's policy, whose base is quantised, to the same adapter on the base as it was before."""
 
     def told(self) -> str:
         """In one sentence."""
@@ -53,7 +74,7 @@ class Check:
             f"loaded anew in {self.dtype}, log-probs of {self.tokens} tokens differ from the run's by at most "
             f"{self.largest:.2g} nats (allowed: {self.bound:.2g}) and in the mean by {self.mean:.2g}, where the "
             f"adapter moves them by {self.effect:.2g}; {self.same_captions} of {self.samples} greedy captions are the "
-            f"same{kept}"
+            f"same{kept}{'' if self.unquantized is None else f'; {self.unquantized.told(self.samples)}'}"
         )
 
 
@@ -92,6 +113,13 @@ class Said:
     def has_inputs(self, policy: Policy, samples: Sequence[Sample]) -> bool:
         """Whether `policy` makes the same prompts of the samples."""
         return all(map(same_inputs, self.prompts, encode_prompts(policy, samples)))
+
+    def distance(self, other: Policy, base: str) -> Distance:
+        """To another policy, which makes the same prompts."""
+        gaps = torch.cat(_gaps(_score(other, self.prompts, self.rows), self.logprobs))
+        captions = _greedy(other, self.prompts, self.longest)
+        same = sum(torch.equal(group[0], own) for group, own in zip(self.rows, captions, strict=True))
+        return Distance(base, float(gaps.max()), float(gaps.mean()), same)
 
     def compare(
         self, again: Policy, samples: Sequence[Sample], *, kept: float | None = None, settings: dict[str, Any]

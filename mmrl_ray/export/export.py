@@ -10,6 +10,8 @@ the dtype of the export. Held against each other, on up to `SAMPLES` held-out pi
     log-probs   of the run's greedy captions, of captions by people and of random tokens: no two may differ by more than
                 the start-up comparison's bound (`parity.TOLERANCES` times the mean |log-prob| of random tokens)
     greedy      tokens: the same, but where the two that differ are as good, within twice that bound
+    quantised   a run whose base was quantised (`model.quantization`) is merged into the base as it was before, and held
+                against that; how far its own policy is from it is measured and told, and bounds nothing
     update      of merged weights, the share of the adapter that rounding left in them (`merge_rounding_once`): at least
                 `LEAST_KEPT`. A comparison in 16 bits would not see that a small update is gone
 """
@@ -32,6 +34,7 @@ from transformers import AutoConfig
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import parse_config
 from mmrl_ray.config.paths import RUN_CONFIG, is_hub_id, refuse_no_run, refuse_taken
+from mmrl_ray.config.policy import QuantizationSection
 from mmrl_ray.data import atomic
 from mmrl_ray.data.samples import Quarantine, Sample, read_split
 from mmrl_ray.errors import ConfigError, DataError, ExportError, one_line
@@ -153,6 +156,7 @@ class _Maker:
 
     def merged(self, folder: Path) -> Check:
         """Fills `folder` with the model."""
+        own = self._said_quantized()
         policy = self._policy(self.dtype)
         refuse_quantised(policy)
         said, dtypes = self._said(policy), dtypes_of(policy)
@@ -183,10 +187,12 @@ class _Maker:
                 again = self._load(str(folder), self.dtype, revision=None)
             else:
                 settings = {}
-            return said.compare(again, self.samples, kept=kept, settings=settings)
+            check = said.compare(again, self.samples, kept=kept, settings=settings)
+            return self._with_distance(check, own, again)
 
     def adapter(self, folder: Path) -> Check:
         """Fills `folder` with the adapter, in PEFT's layout."""
+        own = self._said_quantized()
         policy = self._policy(self.dtype)
         said = self._said(policy)
         del policy
@@ -200,17 +206,34 @@ class _Maker:
         with self.shown.busy("loading the export, and comparing"):
             again = self._load(self.base.path, self.dtype, revision=self.base.revision)
             again.model = PeftModel.from_pretrained(again.hf_model, str(folder)).eval()
-            return said.compare(again, self.samples, settings=dict(self.cfg.model.processor))
+            check = said.compare(again, self.samples, settings=dict(self.cfg.model.processor))
+            return self._with_distance(check, own, again)
 
-    def _policy(self, dtype: str) -> Policy:
-        """The run's."""
+    def _policy(self, dtype: str, quantization: QuantizationSection | None = None) -> Policy:
+        """The run's, on its base as it was before it was quantised, or quantised."""
         with self.shown.busy("loading the run's policy"):
-            policy = self._load(self.base.path, dtype)
+            policy = self._load(self.base.path, dtype, quantization=quantization)
             load_adapter(policy, self.source)
         return policy
 
     def _load(self, path: str, dtype: str, **section: Any) -> Policy:
-        return load_policy(self.cfg.model.model_copy(update={"path": path, "dtype": dtype, **section}))
+        section = {"quantization": None, "path": path, "dtype": dtype, **section}
+        return load_policy(self.cfg.model.model_copy(update=section))
+
+    def _said_quantized(self) -> Said | None:
+        """What the policy says that the run learnt; None where its base was not quantised."""
+        quantization = self.cfg.model.quantization
+        if quantization is None:
+            return None
+        said = self._said(self._policy(self.dtype, quantization))
+        gc.collect()
+        return said
+
+    def _with_distance(self, check: Check, own: Said | None, again: Policy) -> Check:
+        quantization = self.cfg.model.quantization
+        if own is None or quantization is None:
+            return check
+        return replace(check, unquantized=own.distance(again, quantization.told))
 
     def _said(self, policy: Policy) -> Said:
         with self.shown.busy("what the run's policy says"):

@@ -1,6 +1,9 @@
-"""An adapter merged into its base for others: W + s·BA in float32, rounded once (`policy/model_folder.py` writes it).
+"""An adapter merged into its base for others (`policy/model_folder.py` writes it).
 
-What a base says that is quantised is not merged: its weights are no numbers to add to.
+The weights are W + s·BA, or what a variant of LoRA makes of them, in float32, rounded once.
+
+A checkpoint that is quantised itself is not merged: its weights are no numbers to add to. Where the run quantised its
+base (`model.quantization`), the adapter is added to the base as it was before.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mmrl_ray.errors import AdapterError, ExportError
 from mmrl_ray.policy.lora.adapter import forget_adapters
+from mmrl_ray.policy.lora.variants import back_to_the_base_dtype, merged_weight
 from mmrl_ray.policy.model import Policy
 
 Dtypes = Mapping[str, torch.dtype]
@@ -25,8 +29,8 @@ def dtypes_of(policy: Policy) -> dict[str, torch.dtype]:
     """What a model was loaded in, its adapter aside: some families keep a few weights in float32, whatever is asked."""
     found = {}
     for name, tensor in (*policy.hf_model.named_parameters(), *policy.hf_model.named_buffers()):
-        if ".lora_" not in name:
-            found[name.replace(".base_layer.", ".")] = tensor.dtype
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            found[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor.dtype
     return found
 
 
@@ -45,23 +49,21 @@ def merge_rounding_once(policy: Policy, dtypes: Dtypes) -> float:
     peft = policy.model
     if not isinstance(peft, PeftModel):
         raise AdapterError(f"{policy.path} has no adapter to merge; put one on it first")
+    adapter = str(peft.active_adapter)
     kept = total = 0.0
     for name, layer in peft.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         weight: nn.Parameter = layer.get_base_layer().weight  # type: ignore[assignment]
         dtype = dtypes[f"{name}.weight"]
-        before = weight.data.float()
-        weight.data = before
-        try:
-            layer.merge(safe_merge=True)
-        except ValueError as error:
-            raise AdapterError(f"the adapter cannot be merged into {name}: {error}") from error
-        after = weight.data
+        before, after = weight.data.float(), merged_weight(layer, adapter)
+        if not bool(torch.isfinite(after).all()):
+            raise AdapterError(f"the adapter cannot be merged into {name}: the sum holds NaN or infinity")
         weight.data = after.to(dtype)
         update = after - before
         kept += float(((weight.data.float() - before.to(dtype).float()) * update).sum(dtype=torch.float64))
         total += float(update.square().sum(dtype=torch.float64))
+    back_to_the_base_dtype(peft)
     model: PreTrainedModel = forget_adapters(peft.unload())
     policy.model = model
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

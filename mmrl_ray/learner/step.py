@@ -44,6 +44,7 @@ from mmrl_ray.learner.objective import (
 from mmrl_ray.learner.ranks import Ranks
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import adapter_parameters
+from mmrl_ray.policy.lora.variants import dropout_on
 from mmrl_ray.policy.memory import ran_out
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import LearnerBatch, collate
@@ -347,9 +348,11 @@ class LearnerStep:
     def _one(
         self, plan: StepPlan, batch: LearnerBatch, proximal: torch.Tensor | None, place: int
     ) -> tuple[Share, torch.Tensor]:
-        scores = self._score(batch)
-        share = micro_batch_share(self._objective, self.cfg, plan.denominator, batch, scores, proximal, place)
-        share.loss.backward()
+        # Offline alone (`Config`); around the backward pass, too, which may compute layers again.
+        with dropout_on(self.policy.model) if self._family.is_offline else nullcontext():
+            scores = self._score(batch)
+            share = micro_batch_share(self._objective, self.cfg, plan.denominator, batch, scores, proximal, place)
+            share.loss.backward()
         return share, scores.logprobs.detach()
 
     def _score(self, batch: LearnerBatch) -> Scores:

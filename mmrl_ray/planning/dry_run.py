@@ -24,6 +24,7 @@ from mmrl_ray.analysis.sight import arrange
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.paths import is_hub_id, sqlite_file
+from mmrl_ray.config.policy import ModelSection
 from mmrl_ray.config.schema import cpu_processes, demands_of, torch_threads
 from mmrl_ray.data.images import encode_png, image_format
 from mmrl_ray.data.samples import Sample, iter_references, told
@@ -61,10 +62,11 @@ from mmrl_ray.planning.preflight import (
 )
 from mmrl_ray.policy.load import load_skeleton, try_quickly
 from mmrl_ray.policy.lora.targets import left_out_line, resolve_targets
-from mmrl_ray.policy.memory import ModelShape, model_shape
+from mmrl_ray.policy.memory import ModelShape, model_shape, weight_bytes
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parts import model_parts, refuse_unknown_parts
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
+from mmrl_ray.policy.quantized import require
 from mmrl_ray.policy.tokens import answer_opening
 from mmrl_ray.report.facts import reward_lines
 from mmrl_ray.rewards.base import RewardFailure
@@ -278,7 +280,7 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
     try:
         section = cfg.model.model_copy(update={"path": model_folder(cfg, scratch)})
         policy = load_skeleton(section)
-        tried = try_quickly(section)
+        tried = try_quickly(section if _can_quantize(cfg, found) else section.model_copy(update={"quantization": None}))
     except DataError as error:
         words = f"{cfg.model.path} takes its words from the training references"
         found.unchecked.append(f"model, prompt length and memory: {words}: {error}")
@@ -298,9 +300,9 @@ def _look_at_model(cfg: Config, scratch: Path, found: DryRun) -> None:
         found.unchecked.append(f"the numbers in the weights of {cfg.model.path}, and a first trial of it")
     _look_at_parts(cfg, policy, found)
     try:
-        found.shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype)
+        found.shape = model_shape(policy.hf_model, cfg.model.lora, policy.dtype, cfg.model.quantization)
         found.left_out = left_out_line(policy.hf_model, resolve_targets(policy.hf_model, cfg.model.lora))
-    except AdapterError as error:
+    except (AdapterError, ConfigError) as error:
         found.blocking.append(str(error))
     if found.sample is None:
         found.unchecked.append("the true length of prompts: taken for a blank picture of 640×480")
@@ -318,6 +320,23 @@ def _look_at_parts(cfg: Config, policy: Policy, found: DryRun) -> None:
         found.blocking.append(str(error))
 
 
+def _can_quantize(cfg: Config, found: DryRun) -> bool:
+    """Whether what keeps weights quantised is installed here; what is missing blocks a run on this machine."""
+    places = [(cfg.model.quantization, cfg.model.path)]
+    if cfg.teacher is not None:
+        places.append((cfg.teacher.quantization, cfg.teacher.path))
+    troubles = []
+    for section, path in places:
+        try:
+            if section is not None:
+                require(section, path, torch.device("cpu"))
+        except ConfigError as error:
+            troubles.append(str(error))
+    found.lacking += troubles
+    found.blocking += troubles
+    return not troubles
+
+
 def _look_at_teacher(cfg: Config, student: Policy, found: DryRun) -> None:
     teacher = cfg.teacher
     if teacher is None:
@@ -329,9 +348,9 @@ def _look_at_teacher(cfg: Config, student: Policy, found: DryRun) -> None:
         return
     try:
         policy = check_teacher(teacher, student)
-        weights = list(policy.model.parameters())
-        size = sum(weight.numel() for weight in weights) * policy.dtype.itemsize
-        found.teacher = f"{sum(weight.numel() for weight in weights) / 1e6:,.1f} M parameters, {_size(size)} an actor"
+        count = sum(weight.numel() for weight in policy.model.parameters())
+        size, _ = weight_bytes(policy.hf_model, policy.dtype, teacher.quantization)
+        found.teacher = f"{count / 1e6:,.1f} M parameters, {_size(size)} an actor"
     except (AdapterError, ConfigError, ModelError) as error:
         out_of_reach = is_hub_id(teacher.path) and isinstance(error.__cause__, OSError)
         (found.unchecked if out_of_reach else found.blocking).append(
@@ -512,8 +531,9 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
     if shape is None:
         return ["unknown without the model's config"]
     lines = [
-        f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}",
-        f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers",
+        f"base model  {shape.parameters / 1e6:,.1f} M parameters, {_size(shape.weight_bytes)}{_kept(cfg.model)}",
+        f"adapter     {shape.adapter_parameters / 1e6:,.2f} M parameters on {shape.adapted_layers} layers"
+        f"{_adapter_kind(cfg, shape)}",
         *([f"            {found.left_out}"] if found.left_out is not None else []),
         *([f"teacher     {found.teacher}"] if found.teacher is not None else []),
     ]
@@ -552,6 +572,29 @@ def _memory_lines(cfg: Config, plan: BatchPlan | None, found: DryRun, address: s
         if any("vision" in stage.parts for stage in cfg.sft.phases):
             found.unchecked.append("what the vision tower keeps in memory while it trains, in the warm start")
     return [*lines, *(_capacity_lines(cfg, learner, rollout, warm, gpu_bytes) if is_here else ())]
+
+
+def _kept(model: ModelSection) -> str:
+    return "" if model.quantization is None else f", {model.quantization.told}"
+
+
+def _adapter_kind(cfg: Config, shape: ModelShape) -> str:
+    """What is not plain about it."""
+    lora = cfg.model.lora
+    found = [name for name in ("rslora", "dora", "rank_pattern", "alpha_pattern") if getattr(lora, name)]
+    if lora.init != "default":
+        found.append(f"init {lora.init}")
+    if lora.dropout:
+        where = "wherever it learns" if cfg.family.is_offline else "in the warm start alone"
+        found.append(f"dropout {lora.dropout:g} {where}")
+    if shape.saved_parameters:
+        found.append(f"{shape.saved_parameters / 1e6:,.2f} M parameters of {', '.join(lora.modules_to_save)} whole")
+    if lora.adapt_vision and shape.adapts_vision:
+        found.append(
+            "outside the language model, too, so that each picture's features are made anew in every pass: no cache, "
+            "and what its layers keep is not in the estimate"
+        )
+    return f"; {', '.join(found)}" if found else ""
 
 
 def _loading_line(cfg: Config, shape: ModelShape) -> str:

@@ -33,7 +33,7 @@ PICTURE_PROCESS = 400 << 20
 and one picture at work."""
 _GPU_SHARE = 0.92
 """Of a GPU's memory, what vLLM takes by itself."""
-KEPT = frozenset({"process", "weights", "adapter", "adapter, gradients, AdamW", "value heads"})
+KEPT = frozenset({"process", "weights", "dequantised layer", "adapter", "adapter, gradients, AdamW", "value heads"})
 """Kinds that a process has on a GPU also while another has its turn there."""
 _FRAGMENTS = 0.4
 """Of what a backward pass wants, in host memory: the C library keeps freed tensors of less than 32 MB in its heap, and
@@ -84,8 +84,11 @@ def learner_memory(
     """Bytes of one learner worker at its peak, by kind.
 
     - process: `PROCESS`
-    - weights: parameters × b; of sharded layers only the part of one of the fewest learners, and two layers whole
-    - adapter, gradients, AdamW: adapter parameters × 4 × (1 + 1 + 2), and once more for the reduction's flat buffer
+    - weights: parameters × b, or what `quantized.bytes_of` says of quantised layers; of sharded layers only the part of
+      one of the fewest learners, and two layers whole
+    - dequantised layer: the largest of the quantised ones, as the numbers that it is multiplied by
+    - adapter, gradients, AdamW: trained parameters (the adapter's, and those of modules that train whole) × 4 × (1 + 1
+      + 2), and once more for the reduction's flat buffer
     - activations: tokens × what layers keep of one (`ModelShape.kept_of_token`); checkpointed layers keep their input,
       and the rest for one layer only
     - masks (packed rows): groups × (P + G T)², as bools and as numbers
@@ -109,12 +112,17 @@ def learner_memory(
     return {
         "process": PROCESS,
         "weights": _learner_weights(cfg, shape),
-        "adapter, gradients, AdamW": shape.adapter_parameters * _FLOAT32 * (4 + (cfg.learner.max_workers > 1)),
+        **_dequantized(shape),
+        "adapter, gradients, AdamW": shape.trained_parameters * _FLOAT32 * (4 + (cfg.learner.max_workers > 1)),
         **kept,
         "vision features": plan.micro_batch_groups * image_tokens * shape.hidden * shape.itemsize,
         **_value_heads(cfg, shape, copies=2 * 4 + 2, tokens=rows * cfg.rollout.max_new_tokens),
         **_fragments(kept, on_gpu),
     }
+
+
+def _dequantized(shape: ModelShape) -> dict[str, int]:
+    return {"dequantised layer": shape.dequantized_bytes} if shape.dequantized_bytes else {}
 
 
 def _fragments(kept: Mapping[str, int], on_gpu: bool) -> dict[str, int]:
@@ -143,7 +151,7 @@ def loading_memory(cfg: Config, shape: ModelShape) -> int:
     - sharded: its part of the layers (of one of the fewest learners), all that is not split, and one layer whole, which
       a converted one is for a moment
     - on a GPU otherwise: embeddings and head, the largest tensors; weights go there one by one
-    - on CPUs otherwise: all weights
+    - on CPUs otherwise: all weights; of a quantised base, beside them, the largest layer before it is quantised
 
     In the dtype of the files what is read are the files' own pages, which all processes of a node share and which are
     given back when memory is short: then it is less.
@@ -154,7 +162,7 @@ def loading_memory(cfg: Config, shape: ModelShape) -> int:
         return PROCESS + shape.weight_bytes - shape.layer_bytes + shape.layer_bytes // parts + layer
     if cfg.resources.learner.gpus:
         return PROCESS + min(shape.weight_bytes, 2 * shape.vocabulary * shape.hidden * shape.itemsize)
-    return PROCESS + shape.weight_bytes
+    return PROCESS + shape.weight_bytes + shape.dequantized_bytes
 
 
 def _parts(cfg: Config) -> int:
@@ -175,15 +183,15 @@ def rollout_memory(
     Where vLLM samples, in a process of its own (`engine_memory`), it does not.
 
     - process: `PROCESS`
-    - weights: parameters × b
-    - adapter: adapter parameters × 4, and the adapted weights once more, with the adapter merged in (in 16 bits on a
-      GPU alone)
+    - weights, dequantised layer: as a learner's
+    - adapter: trained parameters × 4, and the adapted weights once more, with the adapter merged in (in 16 bits on a
+      GPU alone, and never where they are quantised)
     - keys and values: sampling, of as many groups as the decode loop takes at a time, × (P + G T); scoring, of as many
       as are scored together, and there once more groups × G × (P + T)
     - activations or logits, which do not live at once: those of the tokens of one pass through one layer; or, sampling,
       those of every row's next token, and scoring, at most one chunk of completion tokens
-    - vision features: the assignment's, and the cache up to its budget or to all `images` of the dataset (the tower's
-      own pass is over before the rest begins)
+    - vision features: the assignment's, and (unless tower or connector train) the cache up to its budget or to all
+      `images` of the dataset (the tower's own pass is over before the rest begins)
     - value heads: two Q heads, and their Q of a token each row
     - picture processes: `PICTURE_PROCESS` each, where the rest is in host memory, too
 
@@ -192,11 +200,12 @@ def rollout_memory(
     """
     groups = min(cfg.rollout.groups_per_assignment, cfg.learner.groups_per_step)
     size, tokens, on_gpu = cfg.rollout.group_size, cfg.rollout.max_new_tokens, bool(cfg.resources.rollout.gpus)
-    merges = shape.itemsize == _FLOAT32 or on_gpu
+    merges = (shape.itemsize == _FLOAT32 or on_gpu) and not shape.dequantized_bytes
     held = {
         "process": PROCESS,
         "weights": shape.weight_bytes,
-        "adapter": shape.adapter_parameters * _FLOAT32 + (shape.adapted_parameters * shape.itemsize if merges else 0),
+        **_dequantized(shape),
+        "adapter": shape.trained_parameters * _FLOAT32 + (shape.adapted_parameters * shape.itemsize if merges else 0),
     }
     limits = DecodeLimits()
     if on_gpu:
@@ -228,7 +237,7 @@ def rollout_memory(
     return {
         **held,
         **busiest,
-        "vision features": groups * one + _cached(cfg, one, images),
+        "vision features": groups * one + (0 if shape.adapts_vision else _cached(cfg, one, images)),
         **_value_heads(cfg, shape, copies=2, tokens=groups * size),
         **({} if cfg.resources.rollout.gpus else picture_memory(cfg)),
     }
@@ -261,7 +270,7 @@ def engine_memory(
     groups = cfg.rollout.groups_per_assignment
     rows = groups * (cfg.rollout.group_size + (cfg.learner.advantage == "greedy"))
     layer = 4 * shape.hidden + 2 * shape.query_width + 2 * shape.kv_width + 3 * (shape.hidden + shape.intermediate)
-    places = engine.args.get("max_loras", LORA_PLACES) * padded_rank(cfg.model.lora.r) * layer * shape.layers
+    places = engine.args.get("max_loras", LORA_PLACES) * padded_rank(cfg.model.lora.largest_rank) * layer * shape.layers
     parts = engine.tensor_parallel_size or 1
     prefilled = groups * prompt_tokens + rows * CACHE_BLOCK  # what is left of a block is not shared
     at_a_time = min(rows, engine.max_num_seqs or rows)
@@ -319,6 +328,7 @@ def warm_start_memory(
 
     - process: `PROCESS`
     - weights: of a full one in float32, and on a GPU a second time what trains, as bfloat16 for the products
+      (never quantised: `model.quantization` is of what RL starts from)
     - gradients, AdamW: 4 × (1 + 2) of each number that trains, which an adapter's come on top of
     - activations, repeated prefix, logits: as a learner's
     - vision features: those of the step, and the cache up to its budget or to all `images` of the dataset
@@ -356,9 +366,11 @@ def _stage_memory(
     largest = max(batches, key=len)
     tokens = padded_tokens([sizes[i] for i in largest])
     rows = len(largest) * stage.captions_per_image
-    adapter = shape.adapter_parameters if stage.mode == "lora" else 0
+    adapter = shape.trained_parameters if stage.mode == "lora" else 0
     trained = sum(parts.get(part, 0) for part in stage.parts if not (adapter and part == "language"))
-    weights = shape.parameters * _FLOAT32 + (trained * 2 if on_gpu else 0) if in_float32 else shape.weight_bytes
+    weights = shape.parameters * shape.itemsize
+    if in_float32:
+        weights = shape.parameters * _FLOAT32 + (trained * 2 if on_gpu else 0)
     b = 2 if on_gpu else (_FLOAT32 if in_float32 else shape.itemsize)
     keys = shape.kv_of_token // shape.itemsize * b * (1 if on_gpu else shape.repeats)
     one = image_tokens * shape.hidden * shape.itemsize

@@ -77,12 +77,12 @@ def accelerate(model: nn.Module) -> Acceleration:
 def use_onednn(model: nn.Module) -> None:
     """Lets every plain `nn.Linear` of `model` compute by oneDNN where it can: float32 on the CPU.
 
-    Weights, names and state dicts stay as they are. Layers of a class of their own are left alone.
+    Weights, names and state dicts stay as they are. Layers of a class of their own, and quantised ones, are left alone.
     """
     if not is_available():
         return
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and _is_plain(module.weight):
             module.__class__ = OneDnnLinear
             layer = cast(OneDnnLinear, module)
             small = layer.weight.numel() < _LARGE_WEIGHT
@@ -230,6 +230,11 @@ class _Adapted(torch.autograd.Function):
         # (Gᵀ H)ᵀ: the other way round the product takes four times as long.
         to_up = ((inner * ctx.scaling).t() @ grad).t()
         return to_x, None, None, to_inner.t() @ rows, to_up, None
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether it is a tensor as any other: torchao keeps quantised numbers in one that says it is float32."""
+    return type(weight) in (nn.Parameter, torch.Tensor)
 
 
 def _fits(tensor: torch.Tensor) -> bool:

@@ -34,6 +34,7 @@ from mmrl_ray.policy.checkpoint import (
 )
 from mmrl_ray.policy.logits import takes_bare_head
 from mmrl_ray.policy.model import Acceleration, Policy
+from mmrl_ray.policy.quantized import loading_arguments, refuse_quantized_twice, require, use_one_product
 from mmrl_ray.policy.tokens import (
     appended_tokens,
     end_tokens,
@@ -74,7 +75,7 @@ def load_policy(
             image token, its weights are not (complete) safetensors, its parts do not fit together, its pictures are no
             tokens of the prompt, or its logits cannot be made of hidden states.
         ConfigError: `model.processor` has a key or a value that the processor does not take; or a model that is to be
-            split is quantised, or its decoder has no list of layers.
+            split is quantised, or its decoder has no list of layers; or `model.quantization` cannot be had here.
     """
     path = _resolve(cfg.path)
     _refuse_adapter(path, cfg)
@@ -87,10 +88,15 @@ def load_policy(
             f"model {cfg.path!r} is quantised, and such layers cannot be split over learners: set learner.sharding: "
             "none, or take the checkpoint that it was made from"
         )
+    if cfg.quantization is not None:
+        require(cfg.quantization, cfg.path, device)
+        refuse_quantized_twice(cfg.quantization, config, cfg.path)
     processor = _load_processor(path, cfg, config)
     dtype = dtype_of(cfg.dtype, device)
     model = _load_model(path, cfg, config, dtype, device, split)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
+    if cfg.quantization is None:  # else it was put there as it was read, and cannot be moved
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides torch's signature
+    use_one_product(model, dtype)
     model.eval().requires_grad_(False)
     acceleration = accelerate(model, device)
     policy = assemble(model, processor, config, cfg, path, device, dtype, commit=_commit(path, cfg))
@@ -145,6 +151,8 @@ def load_skeleton(cfg: ModelSection) -> Policy:
     else:
         with model_call(cfg.path, "its model cannot be made"), torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+    if cfg.quantization is not None:
+        refuse_quantized_twice(cfg.quantization, config, cfg.path)
     meta = torch.device("meta")
     policy = assemble(model, processor, config, cfg, path, meta, dtype, commit=_commit(path, cfg))
     try_prompt(policy)
@@ -210,6 +218,7 @@ def assemble(
             turn=turn,
             appended_ids=appended_tokens(tokenizer),
             bare_head=takes_bare_head(model, path),
+            quantization=cfg.quantization,
         )
 
 
@@ -310,7 +319,13 @@ def _load_model(
 ) -> PreTrainedModel:
     # Tensor by tensor to an accelerator: in another dtype than the files' all would lie in host memory first, once for
     # each process of the node.
-    direct = {} if device.type == "cpu" else {"device_map": {"": device}}
+    direct: dict[str, Any] = {}
+    if device.type != "cpu" or cfg.quantization is not None:
+        direct["device_map"] = {"": device}
+    if cfg.quantization is not None:
+        with torch.device("meta"):
+            skeleton = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+        direct |= loading_arguments(cfg.quantization, skeleton)
     model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)] if split is not None else None
     loads: Any = AutoModelForImageTextToText if split is None else split_while_read(model_class, split, cfg)
     with model_call(cfg.path, "its weights cannot be loaded", WEIGHTS_REMEDY):

@@ -26,11 +26,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmrl_ray.config.sections import LoraSection
+from mmrl_ray.config.sections import LoraSection, QuantizationSection
 from mmrl_ray.experience.plan import GroupSize
 from mmrl_ray.policy.logits import CHUNK_ELEMENTS
-from mmrl_ray.policy.lora.targets import resolve_targets
+from mmrl_ray.policy.lora.targets import resolve_targets, saved_modules
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.quantized import bytes_of, held_bytes, is_quantized, numel, quantized_layers
 
 _FLOAT32 = 4
 _LOGIT_COPIES, _SCORED_COPIES = 5, 3
@@ -113,6 +114,17 @@ class ModelShape:
     vocabulary: int
     heads: int
     """Of queries."""
+    saved_parameters: int = 0
+    """Of modules that train whole beside the adapter."""
+    adapts_vision: bool = False
+    """Whether something before the language model trains: features of pictures are then no one's to keep."""
+    dequantized_bytes: int = 0
+    """Of the largest quantised layer, as the numbers that it is multiplied by: one at a time; 0 without such layers."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """In float32: the adapter's, and those of modules that train whole."""
+        return self.adapter_parameters + self.saved_parameters
 
     @property
     def repeats(self) -> int:
@@ -282,27 +294,37 @@ def fitting_tokens(shape: ModelShape, free: int, size: GroupSize, *, packed: boo
     return max(1, groups) * (size.prompt_tokens + size.completions * size.longest_completion)
 
 
-def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -> ModelShape:
+def model_shape(
+    model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype, quantization: QuantizationSection | None = None
+) -> ModelShape:
     """Reads the sizes off a model, which may be without weights (on the meta device), before an adapter is on it.
+
+    `quantization` is what a model that is without weights is going to have; one that is loaded has it.
 
     Raises:
         AdapterError: the LoRA targets do not fit the model.
+        ConfigError: the quantisation does not.
     """
     text = model.config.get_text_config()
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     targets = resolve_targets(model, lora)
-    linears = [m for m in (model.get_submodule(name) for name in targets) if isinstance(m, nn.Linear)]
-    parameters = sum(p.numel() for p in model.parameters())
-    language = {id(p): p.numel() for part in (model.get_decoder(), model.get_output_embeddings()) for p in _of(part)}
+    saved = saved_modules(model, lora)
+    linears = {name: m for name in targets if isinstance(m := model.get_submodule(name), nn.Linear)}
+    parameters = sum(numel(p) for p in model.parameters())
+    language = {id(p): numel(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in _of(part)}
+    weights, largest = weight_bytes(model, dtype, quantization)
     return ModelShape(
         parameters=parameters,
-        weight_bytes=parameters * dtype.itemsize,
+        weight_bytes=weights,
         layer_bytes=_layer_parameters(model) * dtype.itemsize,
         language_parameters=sum(language.values()),
-        adapter_parameters=sum(lora.r * (m.in_features + m.out_features) for m in linears),
+        adapter_parameters=sum(
+            lora.rank_of(name) * (m.in_features + m.out_features) + lora.dora * m.out_features
+            for name, m in linears.items()
+        ),
         adapted_layers=len(targets),
-        adapted_parameters=sum(m.weight.numel() for m in linears),
-        adapted_inputs=sum(m.in_features for m in linears),
+        adapted_parameters=sum(numel(m.weight) for m in linears.values()),
+        adapted_inputs=sum(m.in_features for m in linears.values()),
         itemsize=dtype.itemsize,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -311,7 +333,29 @@ def model_shape(model: PreTrainedModel, lora: LoraSection, dtype: torch.dtype) -
         kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_width,
         vocabulary=text.vocab_size,
         heads=text.num_attention_heads,
+        saved_parameters=sum(numel(p) for name in saved for p in _of(model.get_submodule(name))),
+        adapts_vision=any(id(p) not in language for name in (*targets, *saved) for p in _of(model.get_submodule(name))),
+        dequantized_bytes=largest,
     )
+
+
+def weight_bytes(
+    model: PreTrainedModel, dtype: torch.dtype, quantization: QuantizationSection | None
+) -> tuple[int, int]:
+    """Bytes of a base's weights, and of the largest quantised layer as numbers (0 where there is none).
+
+    Raises:
+        ConfigError: the quantisation does not fit a model that is without weights.
+    """
+    quantized: list[Any] = [module.weight for module in model.modules() if is_quantized(module)]
+    if quantized:  # it is loaded
+        return held_bytes(model), max(map(numel, quantized)) * dtype.itemsize
+    total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if quantization is None:
+        return total, 0
+    weights: list[Any] = [model.get_submodule(name).weight for name in quantized_layers(model, quantization)]
+    total += sum(bytes_of(quantization, w.numel(), len(w)) - w.numel() * dtype.itemsize for w in weights)
+    return total, max(w.numel() for w in weights) * dtype.itemsize
 
 
 def _of(module: Any) -> list[nn.Parameter]:
@@ -320,7 +364,7 @@ def _of(module: Any) -> list[nn.Parameter]:
 
 def _layer_parameters(model: PreTrainedModel) -> int:
     layers = getattr(model.get_decoder(), "layers", None)
-    return sum(p.numel() for p in layers.parameters()) if isinstance(layers, nn.ModuleList) else 0
+    return sum(numel(p) for p in layers.parameters()) if isinstance(layers, nn.ModuleList) else 0
 
 
 def _mlp_width(text: Any) -> int:

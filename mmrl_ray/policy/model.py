@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from mmrl_ray.config.policy import QuantizationSection
 from mmrl_ray.policy.heads import ValueHeads
 from mmrl_ray.policy.logits import model_logits
 from mmrl_ray.policy.tokens import Turn
@@ -120,6 +121,8 @@ class Policy:
     """How the chat template writes what the assistant says."""
     appended_ids: tuple[int, ...] = ()
     """What the tokenizer puts behind every text: no part of a prompt, which goes on."""
+    quantization: QuantizationSection | None = None
+    """How the base's weights are kept, where it is not as numbers of `dtype`."""
     inject_vision: bool = True
     """Whether ready-made vision features can stand in for the tower (`parity.choose_path` finds out); if not, the tower
     runs inside every forward, on the pixels."""

@@ -56,7 +56,8 @@ def try_policy(policy: Policy) -> None:
         ConfigError: as `try_prompt`.
     """
     attention = str(policy.hf_model.config._attn_implementation)
-    key = (policy.revision_key, policy.path, str(policy.dtype), policy.device.type, attention)
+    kept = "" if policy.quantization is None else policy.quantization.model_dump_json()
+    key = (policy.revision_key, policy.path, str(policy.dtype), policy.device.type, attention, kept)
     if key not in _passed:
         _passed[key] = _forward(policy, try_prompt(policy))
     policy.inject_vision = _passed[key]

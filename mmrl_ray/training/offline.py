@@ -255,6 +255,8 @@ def _check_adapter(cfg: Config, source: RunDir) -> None:
     try:
         written = json.loads(source.read_text(name))
         theirs = (written["r"], float(written["lora_alpha"]))
+        kinds = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
+        kind = {name: written.get(name) or None for name in kinds}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{source.full_path(name)} cannot be read: {error}") from error
     lora = cfg.model.lora
@@ -262,4 +264,18 @@ def _check_adapter(cfg: Config, source: RunDir) -> None:
         raise ConfigError(
             f"model.lora has r={lora.r} and alpha={lora.alpha:g}, the adapter of {source.location} has r={theirs[0]} "
             f"and alpha={theirs[1]:g}: write the same"
+        )
+    ours = {
+        "use_dora": lora.dora or None,
+        "use_rslora": lora.rslora or None,
+        "rank_pattern": lora.rank_pattern or None,
+        "alpha_pattern": lora.alpha_pattern or None,
+    }
+    unlike = [name for name, value in ours.items() if value != kind[name]]
+    if bool(lora.modules_to_save) != bool(kind["modules_to_save"]):
+        unlike.append("modules_to_save")
+    if unlike:
+        raise ConfigError(
+            f"model.lora is of another kind than the adapter of {source.location}, which differs in "
+            f"{', '.join(unlike)}: write the same as that run's config"
         )

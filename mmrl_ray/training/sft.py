@@ -36,6 +36,7 @@ from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import add_adapter, merge_adapter
+from mmrl_ray.policy.lora.variants import dropout_on
 from mmrl_ray.policy.memory import ran_out
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
@@ -354,7 +355,8 @@ def _step(
     while True:
         policy.model.zero_grad(set_to_none=True)
         try:
-            return _backward(policy, batch, cache, path, budget, tell), budget
+            with dropout_on(policy.model):
+                return _backward(policy, batch, cache, path, budget, tell), budget
         except RuntimeError as error:
             if not ran_out(error):
                 raise

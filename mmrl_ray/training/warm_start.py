@@ -273,9 +273,10 @@ def _make(
         return {"seconds": time.monotonic() - started}
     untrained = folder / "untrained"
     path = model_folder(cfg, untrained)
-    # Weights that train are float32, whatever they are used in later; a frozen base under an adapter need not be.
+    # Weights that train are float32, whatever they are used in later; a frozen base under an adapter need not be. None
+    # is quantised: what RL starts from is, when it is loaded.
     dtype = cfg.model.dtype if cfg.sft.is_adapter_alone else "float32"
-    policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype}))
+    policy = load_policy(cfg.model.model_copy(update={"path": path, "dtype": dtype, "quantization": None}))
     left_out: list[dict[str, str]] = []
     trained = train_supervised(
         policy, cfg, cfg.sft, progress, lambda record: left_out.append(record.as_dict()), checkpoint, say

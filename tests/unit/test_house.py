@@ -101,7 +101,7 @@ def test_scripts_that_import_from_former_places_get_what_is_in_the_new_ones() ->
     from mmrl_ray.policy.decode import Decoder, DecodeRequest, decode_groups
     from mmrl_ray.policy.prefix import score_completions
 
-    assert {each.__module__ for each in (ModelSection,)} == {"mmrl_ray.config.sections"}
+    assert {each.__module__ for each in (ModelSection,)} == {"mmrl_ray.config.policy"}
     homes = {each.__module__ for each in (Decoder, DecodeRequest, decode_groups, score_completions)}
     assert all(home.startswith(("mmrl_ray.policy.generation.", "mmrl_ray.policy.scoring.")) for home in homes)
     with pytest.raises(ModuleNotFoundError):

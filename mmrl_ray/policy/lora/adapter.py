@@ -1,14 +1,15 @@
 """LoRA adapters by PEFT: which layers they sit on, their weights as versions, their files, and the policy without them.
 
 An adapter's weights are float32 whatever the base's dtype (PEFT computes its branch in float32 and casts the sum back),
-and its branch has no dropout: with dropout the same policy would give two answers, and the policy ratio would be noise.
-A run's adapter (`add_run_adapter`) begins with the same weights in each of its processes.
+and its branch drops nothing but where `variants.dropout_on` says so: with dropout the same policy would give two
+answers, and the policy ratio would be noise. A run's adapter (`add_run_adapter`) begins with the same weights in each
+of its processes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
@@ -29,7 +31,8 @@ from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.policy.checkpoint import brief
-from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets
+from mmrl_ray.policy.lora.targets import check_tensor_names, resolve_targets, saved_modules
+from mmrl_ray.policy.lora.variants import back_to_the_base_dtype, draw_orthogonal, keep_in_float32
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.run_records.run_dir import CONFIG_FILE, STARTING_ADAPTER, WEIGHTS_FILE, RunDir
 
@@ -37,13 +40,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def add_adapter(policy: Policy | PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
-    """Puts a fresh adapter on the model: the only weights that train, float32, without effect until they do (B = 0).
+    """Puts a fresh adapter on the model: the only weights that train, float32, without effect until they do (BA = 0).
 
     The same `seed` gives the same weights bit for bit on any device, whatever the global random state, which is left
     as it was. A `Policy` gets the wrapped model as its `model`; a bare model is wrapped in place and returned.
 
     Raises:
-        AdapterError: of `resolve_targets`, or the model has an adapter already.
+        AdapterError: of `resolve_targets` and `saved_modules`, or the model has an adapter already.
     """
     base = policy.hf_model if isinstance(policy, Policy) else policy
     if isinstance(policy.model if isinstance(policy, Policy) else policy, PeftModel):
@@ -52,10 +55,18 @@ def add_adapter(policy: Policy | PreTrainedModel, lora: LoraSection, seed: int) 
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT annotates int and computes with the number as it is
         target_modules=resolve_targets(base, lora),
-        lora_dropout=0.0,
+        lora_dropout=lora.dropout,
         bias="none",
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        modules_to_save=saved_modules(base, lora) or None,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
     )
     model = _wrap(base, config, seed)
+    if lora.init == "orthogonal":
+        draw_orthogonal(model, seed)
     if isinstance(policy, Policy):
         policy.model = model
         policy.acceleration.adapt(model)
@@ -199,9 +210,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"{folder} is a {config.peft_type} adapter; only LoRA is supported")
     # These rewrite the base's weights when they are put on, or add trained parts that other code here does not know.
     unsupported = {
-        "use_dora": config.use_dora,
-        "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
-        "modules_to_save": config.modules_to_save,
+        "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian", "orthogonal"),
         "bias": config.bias != "none",
     }
     found = [f"{name}={getattr(config, name)!r}" for name, is_set in unsupported.items() if is_set]
@@ -212,6 +221,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"{folder} is a LoRA variant that is not supported ({', '.join(found)})")
     config.inference_mode = False
     config.lora_dropout = 0.0
+    config.init_lora_weights = True  # whatever it began with, its weights are in the file
     return config
 
 
@@ -222,6 +232,7 @@ def merge_adapter(policy: Policy | PeftModel) -> PreTrainedModel:
         AdapterError: there is no adapter, or a merged weight is not finite.
     """
     peft = _require_adapter(policy.model if isinstance(policy, Policy) else policy)
+    back_to_the_base_dtype(peft)
     try:
         model = peft.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -240,14 +251,24 @@ def reference_policy(model: nn.Module) -> Iterator[nn.Module]:
         AdapterError: the model has no adapter, so there is nothing that could be the reference.
     """
     peft = _require_adapter(model)
-    # What `disable_adapter` does, without its table of every layer's state, which takes longer than a decode step.
-    layers = [layer for layer in peft.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    with branches_off([layer for layer in peft.modules() if isinstance(layer, kinds)]):
+        yield model
+
+
+@contextmanager
+def branches_off(layers: Sequence[Any]) -> Iterator[None]:
+    """Within it those layers of PEFT's compute as the base does.
+
+    What `disable_adapter` does, without its table of every layer's state, which takes longer than a decode step.
+    """
+    layers = [layer for layer in layers if not layer.disable_adapters]
     # PEFT marks adapters as trainable when it switches them on again, whatever they were before.
     trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
         for layer in layers:
             layer.enable_adapters(False)
-        yield model
+        yield
     finally:
         for layer in layers:
             layer.enable_adapters(True)
@@ -264,6 +285,7 @@ def _wrap(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
         torch.manual_seed(seed)
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
     model.train(training)
+    keep_in_float32(model)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer._cast_input_dtype = partial(_cast_input, layer._cast_input_dtype)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -25,7 +26,7 @@ from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.checkpoint import revision_key_of
 from mmrl_ray.policy.heads import ValueHeads, decoding_heads, read_heads_state
 from mmrl_ray.policy.lora.adapter import read_adapter_config
-from mmrl_ray.policy.lora.targets import check_tensor_names, head_name, layers_of_config
+from mmrl_ray.policy.lora.targets import check_tensor_names, head_name, layers_of_config, matching
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.run_records.run_dir import CONFIG_FILE, WEIGHTS_FILE
 
@@ -40,9 +41,14 @@ _HARMLESS = frozenset(
         *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "peft_type", "task_type"),
         *("inference_mode", "runtime_config", "init_lora_weights", "lora_dropout", "bias", "modules_to_save"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("r", "lora_alpha", "use_rslora"),
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
     }
 )
+_BESIDE_OTHERS = {
+    "use_dora": "a DoRA adapter",
+    "modules_to_save": "an adapter with modules that were trained whole",
+}
+"""What PEFT and a run know, and a server does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,9 @@ def read_adapter_files(
     config = read_adapter_config(folder)
     _check_config(config, folder, max_rank)
     _check_base(config, folder, policy)
+    ranks = _values_by_layer(config.rank_pattern, layers, folder)
     try:
-        state = _read_weights(folder / WEIGHTS_FILE, layers, config.r)
+        state = _read_weights(folder / WEIGHTS_FILE, layers, {name: ranks.get(name, config.r) for name in layers})
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is broken: {error}; take another checkpoint") from error
     try:
@@ -96,6 +103,8 @@ def read_adapter_files(
         r=config.r,
         lora_alpha=config.lora_alpha,
         use_rslora=config.use_rslora,
+        rank_pattern=_literal(ranks),
+        alpha_pattern=_literal(_values_by_layer(config.alpha_pattern, layers, folder)),
         target_modules=modules,
         lora_dropout=0.0,
         bias="none",
@@ -106,11 +115,18 @@ def read_adapter_files(
 
 
 def _check_config(config: LoraConfig, folder: Path, max_rank: int) -> None:
-    if not isinstance(config.r, int) or not 1 <= config.r <= max_rank:
-        raise AdapterError(f"{folder} has rank r={config.r!r}; from 1 to {max_rank} are accepted")
-    alpha = config.lora_alpha
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{folder} has lora_alpha={alpha!r}; it must be a finite number")
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if not isinstance(rank, int) or not 1 <= rank <= max_rank:
+            raise AdapterError(f"{folder} has rank r={rank!r}; from 1 to {max_rank} are accepted")
+    for alpha in (config.lora_alpha, *(config.alpha_pattern or {}).values()):
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise AdapterError(f"{folder} has lora_alpha={alpha!r}; it must be a finite number")
+    for name, what in _BESIDE_OTHERS.items():
+        if getattr(config, name):
+            raise AdapterError(
+                f"{folder} is {what} ({name}={getattr(config, name)!r}), which rows that share one base with others' "
+                "cannot go through: merge it (mmrl export --merged) and serve the model"
+            )
     plain, given = LoraConfig().to_dict(), config.to_dict()
     unknown = sorted(key for key, value in given.items() if key not in _HARMLESS and value != plain.get(key))
     if unknown:
@@ -131,13 +147,35 @@ def _check_base(config: LoraConfig, folder: Path, policy: Policy) -> None:
     raise AdapterError(f"{folder} was made for another base, {named!r}, and not for {served!r}; serve that base")
 
 
-def _read_weights(file: Path, layers: Mapping[str, tuple[int, int] | None], rank: int) -> dict[str, torch.Tensor]:
+def _values_by_layer(patterns: Any, layers: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a config's pattern says of each layer that one of its keys fits, the first of them, as PEFT reads it.
+
+    Whoever wrote the patterns may not be trusted: they have a deadline.
+    """
+    found: dict[str, Any] = {}
+    for key, value in (patterns or {}).items():
+        try:
+            names = matching(rf"(.*\.)?({key})", layers)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        for name in names:
+            found.setdefault(name, value)
+    return found
+
+
+def _literal(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {re.escape(name): value for name, value in values.items()}
+
+
+def _read_weights(
+    file: Path, layers: Mapping[str, tuple[int, int] | None], ranks: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
     """All weights, each of a linear layer of the model and of its shape."""
-    largest = 4 * rank * sum(sum(size) for size in layers.values() if size is not None) + _MAX_HEADER_BYTES
+    largest = 4 * sum(ranks[n] * sum(size) for n, size in layers.items() if size is not None) + _MAX_HEADER_BYTES
     bytes_there = file.stat().st_size
     if bytes_there > largest:
         raise AdapterError(
-            f"{file} has {bytes_there:,} bytes; an adapter of this model with r={rank} has {largest:,} at most"
+            f"{file} has {bytes_there:,} bytes; an adapter of this model of its ranks has {largest:,} at most"
         )
     # Read, not mapped: whoever overwrites a mapped file takes the process down that looks at it.
     stored = load_tensors(file.read_bytes())
@@ -146,6 +184,7 @@ def _read_weights(file: Path, layers: Mapping[str, tuple[int, int] | None], rank
         size = None if match is None else layers.get(match[1])
         if match is None or size is None:
             raise AdapterError(f"{file} holds {name!r}, which belongs to no linear layer of this model")
+        rank = ranks[match[1]]
         expected = [rank, size[0]] if match[2] == "A" else [size[1], rank]
         if list(tensor.shape) != expected:
             raise AdapterError(

@@ -28,8 +28,10 @@ from torch import nn
 
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.heads import decoding_heads, split_heads
-from mmrl_ray.policy.lora.adapter import adapter_state, load_adapter_state, reference_policy
+from mmrl_ray.policy.lora.adapter import adapter_state, branches_off, load_adapter_state
+from mmrl_ray.policy.lora.variants import merged_weight
 from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.quantized import is_quantized
 
 Rows = list[tuple[str, torch.Tensor]]
 """Of each adapter of a batch but the base, the rows that go through it: int64, on the device."""
@@ -171,6 +173,8 @@ def _merges(policy: Policy) -> bool:
 
     In 16 bits it is on a device that waits for kernels to be launched, but not on a CPU, where products take the time.
     """
+    if any(isinstance(m, LoraLayer) and is_quantized(m.get_base_layer()) for m in policy.model.modules()):
+        return False  # the copy would be what quantisation saves
     if policy.device.type == "cpu":
         return policy.dtype == torch.float32
     if policy.device.type != "cuda":
@@ -181,7 +185,8 @@ def _merges(policy: Policy) -> bool:
 
 
 class MergedAdapter:
-    """W + s·BA of every adapted layer, beside the W that the reference policy needs bit for bit.
+    """`merged_weight` of every adapted layer, beside the W that the reference policy needs bit for bit. Modules that
+    train whole are what they are.
 
     Args:
         model: with its adapter.
@@ -207,17 +212,16 @@ class MergedAdapter:
     def refresh(self) -> None:
         """Takes the adapter's present weights in."""
         for layer, merged in zip(self._layers, self._merged, strict=True):
-            delta: torch.Tensor = layer.get_delta_weight(self._model.active_adapter)  # type: ignore[operator]
-            torch.add(_weight(layer), delta, out=delta)  # in float32, as `delta` is
+            weight = merged_weight(layer, str(self._model.active_adapter))
             # Transposed, a copy into columns is PyTorch's fast one.
             by_column = merged.ndim == 2 and merged.t().is_contiguous()
-            (merged.t() if by_column else merged).copy_(delta.t() if by_column else delta)
+            (merged.t() if by_column else merged).copy_(weight.t() if by_column else weight)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within it the model computes with the merged weights, and without a branch for the adapter."""
         own = [_weight(layer).data for layer in self._layers]
-        with reference_policy(self._model):
+        with branches_off(self._layers):
             try:
                 self._hold(self._merged)
                 yield

@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mmrl_ray.config.sections import LoraSection
+from mmrl_ray.config.policy import LoraSection, first_match
 from mmrl_ray.errors import AdapterError
 from mmrl_ray.policy.checkpoint import examples
 from mmrl_ray.policy.model import PlainLinear
+from mmrl_ray.policy.quantized import is_quantized, numel
 
 _SHOWN = 3
 _PATTERN_S = 2.0
@@ -35,18 +36,24 @@ def resolve_targets(model: PreTrainedModel, lora: LoraSection) -> list[str]:
     """Full names of the linear layers that `lora` adapts, in the model's order.
 
     By default every linear layer under `model.get_decoder()`: the language model without its head, and without what
-    only looks like a linear layer (a router that also gives its choice). A list of targets is matched by suffix
+    only looks like a linear layer (a router that also gives its choice); with `adapt_vision`, those of tower and
+    connector as well. Not those of modules that train whole. A list of targets is matched by suffix
     (`q_proj`, `layers.0.mlp.up_proj`), a string as one regular expression over full names; both as PEFT does it, and
     over linear layers only. What is left out is `left_out`'s to say.
 
     Raises:
         AdapterError: a target matches nothing; one matches outside the language model without `adapt_vision`, or the
-            head whose weight is the embedding's; or the model does not tell its language model apart.
+            head whose weight is the embedding's; the model does not tell its language model apart; a pattern of ranks
+            fits no layer; or as `saved_modules`.
     """
     names = [name for name, module in model.named_modules() if _is_adaptable(module)]
     if lora.targets is None:
-        language = _language_prefix(model)
-        return [name for name in names if name.startswith(language)]
+        language, head = _language_prefix(model), head_name(model)
+        # Inside such attention a layer's weight is read, and the layer never called.
+        fused = {f"{n}." for n, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+        others = {n for n in names if lora.adapt_vision and n != head and not n.startswith(tuple(fused))}
+        chosen = [n for n in names if n.startswith(language) or n in others]
+        return _without_saved(chosen, model, lora)
     if isinstance(lora.targets, str):
         matched = {lora.targets: _match_pattern(lora.targets, names)}
     else:
@@ -58,9 +65,77 @@ def resolve_targets(model: PreTrainedModel, lora: LoraSection) -> list[str]:
             raise AdapterError(_nothing_matched(target, names))
         _refuse_tied_head(model, target, found)
         if not lora.adapt_vision:
-            _refuse_outside(model, target, found)
-    chosen = {name for found in matched.values() for name in found}
-    return [name for name in names if name in chosen]
+            prefix = re.escape(_language_prefix(model))
+            remedy = f"write a regular expression that begins with {prefix!r}, or "
+            _refuse_outside(model, f"LoRA target {target!r} matches", found, remedy)
+    every = {name for found in matched.values() for name in found}
+    return _without_saved([name for name in names if name in every], model, lora)
+
+
+def saved_modules(model: PreTrainedModel, lora: LoraSection) -> list[str]:
+    """Full names of the modules that train whole beside the adapter (`modules_to_save`), in the model's order.
+
+    Raises:
+        AdapterError: one matches nothing, or a module that cannot train whole: outside the language model without
+            `adapt_vision`, quantised, a list of modules, inside another one, or one whose weight another has too.
+    """
+    if not lora.modules_to_save:
+        return []
+    modules = dict(model.named_modules())
+    found: dict[str, list[str]] = {
+        wanted: [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        for wanted in lora.modules_to_save
+    }
+    for wanted, names in found.items():
+        what = f"model.lora.modules_to_save {wanted!r}"
+        if not names:
+            near = difflib.get_close_matches(wanted, sorted({_leaf(name) for name in modules if name}), n=_SHOWN)
+            hint = f"nearest: {', '.join(near)}" if near else "see `mmrl check`"
+            raise AdapterError(f"{what} matches no module of the model; {hint}")
+        if not lora.adapt_vision:
+            _refuse_outside(model, f"{what} matches", names, "")
+        for name in names:
+            if reason := _not_whole(model, modules[name]):
+                raise AdapterError(f"{what} matches {name}, {reason}")
+    chosen = [name for name in modules if any(name in names for names in found.values())]
+    inside = [(a, b) for a in chosen for b in chosen if b.startswith(f"{a}.")]
+    if inside:
+        raise AdapterError(f"model.lora.modules_to_save: {inside[0][1]} is inside {inside[0][0]}: name one of the two")
+    return chosen
+
+
+def _not_whole(model: PreTrainedModel, module: nn.Module) -> str | None:
+    """Why a module cannot train whole, or None."""
+    own = {id(p) for p in module.parameters()}
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) or not own:
+        return f"a {type(module).__name__} without a forward or without weights: name modules inside it"
+    if any(is_quantized(each) for each in module.modules()):
+        return "whose weights are quantised: write it in model.quantization.unquantized, too"
+    if any(each is model.get_decoder() for each in module.modules()):
+        return "which holds the language model: train it with sft.mode: full"
+    inside = {id(each) for each in module.modules()}
+    elsewhere = {id(p) for each in model.modules() if id(each) not in inside for p in each.parameters(recurse=False)}
+    if own & elsewhere:
+        return "whose weight is also another module's (the head's and the embedding's are one): leave it out"
+    return None
+
+
+def _without_saved(names: list[str], model: PreTrainedModel, lora: LoraSection) -> list[str]:
+    """The layers that are adapted: those that train whole are not. Refuses patterns that fit none of them."""
+    saved = saved_modules(model, lora)
+    chosen = [name for name in names if not any(name == each or name.startswith(f"{each}.") for each in saved)]
+    if not chosen:
+        raise AdapterError(
+            "model.lora.modules_to_save takes all layers that model.lora.targets names: leave some to the adapter"
+        )
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if not any(first_match({pattern: True}, name, False) for name in chosen):
+                raise AdapterError(
+                    f"model.lora.{key}: {pattern!r} fits none of the adapted layers, such as {chosen[0]}; write the "
+                    "end of a name, such as q_proj"
+                )
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +157,7 @@ def left_out(model: PreTrainedModel, targets: Collection[str]) -> list[LeftOut]:
     chosen = {model.get_submodule(name) for name in targets}
     found: dict[str, LeftOut] = {}
     for name, module in model.get_decoder().named_modules():
-        own = {key: p.numel() for key, p in module.named_parameters(recurse=False) if p.ndim > 1}
+        own = {key: numel(p) for key, p in module.named_parameters(recurse=False) if p.ndim > 1}
         if not own or module in chosen or isinstance(module, nn.Embedding):
             continue
         plain = isinstance(module, nn.Linear)
@@ -98,7 +173,7 @@ def left_out_line(model: PreTrainedModel, targets: Collection[str]) -> str | Non
     found = left_out(model, targets)
     if not found:
         return None
-    total = sum(p.numel() for p in model.get_decoder().parameters())
+    total = sum(numel(p) for p in model.get_decoder().parameters())
     parts = [
         f"{each.layers} × {each.kind} ({', '.join(each.tensors)}; {each.parameters / total:.1%})"
         for each in found[:_SHOWN]
@@ -109,7 +184,7 @@ def left_out_line(model: PreTrainedModel, targets: Collection[str]) -> str | Non
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, PlainLinear)
+    return type(module) is nn.Linear or isinstance(module, PlainLinear) or is_quantized(module)
 
 
 def _is_adaptable(module: nn.Module) -> bool:
@@ -164,8 +239,8 @@ def layers_of_config(config: LoraConfig, layers: Mapping[str, tuple[int, int] | 
         raise AdapterError(f"its layers_pattern {unclear[0]!r} is no plain name of layers")
     left_out = config.exclude_modules
     plain = LoraConfig(
-        target_modules=_matching(targets, layers) if isinstance(targets, str) else targets,
-        exclude_modules=_matching(left_out, layers) if isinstance(left_out, str) else left_out,
+        target_modules=matching(targets, layers) if isinstance(targets, str) else targets,
+        exclude_modules=matching(left_out, layers) if isinstance(left_out, str) else left_out,
     )
     plain.layers_to_transform, plain.layers_pattern = config.layers_to_transform, config.layers_pattern
     return [name for name in layers if check_target_module_exists(plain, name)]
@@ -191,7 +266,12 @@ def head_name(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names that a pattern from outside fits whole, within a deadline.
+
+    Raises:
+        AdapterError: it is no regular expression, or takes too long.
+    """
     ends = time.monotonic() + _PATTERN_S
     try:
         compiled = regex.compile(pattern)
@@ -238,14 +318,13 @@ def _refuse_tied_head(model: PreTrainedModel, target: str, found: list[str]) -> 
         )
 
 
-def _refuse_outside(model: PreTrainedModel, target: str, found: list[str]) -> None:
+def _refuse_outside(model: PreTrainedModel, what: str, found: list[str], remedy: str) -> None:
     language, head = _language_prefix(model), head_name(model)
     outside = [name for name in found if not name.startswith(language) and name != head]
     if outside:
         raise AdapterError(
-            f"LoRA target {target!r} matches {len(outside)} layers outside the language model{examples(outside)}; "
-            f"write a regular expression that begins with {re.escape(language)!r}, "
-            "or set model.lora.adapt_vision: true"
+            f"{what} {len(outside)} layers outside the language model{examples(outside)}; "
+            f"{remedy}set model.lora.adapt_vision: true"
         )
 
 

@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmrl_ray.errors import ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
+from mmrl_ray.policy.lora.variants import has_dropout
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.scoring.collate import PromptBatch, completion_positions, pad_prompts, vision_arguments
 
@@ -236,7 +237,7 @@ def checkpoint_layers(policy: Policy) -> int:
     for layer in layers:
         layer.gradient_checkpointing = True
         # Without dropout a layer draws nothing, so there is no random state to bring back.
-        function: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        function: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=has_dropout(policy.model))
         layer._gradient_checkpointing_func = function
         # A layer checkpoints in train mode only. Its own flag, not `train()`: what is inside stays without dropout.
         layer.training = True

@@ -353,3 +353,26 @@ def test_bad_input(make_world: MakeWorld, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing to compare .* --data"):
         export(world.target, world.export_to("a"))
     assert left_in(taken.parent) == ["out"]
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_run_on_a_quantised_base_is_exported_on_the_base_as_it_was(make_world: MakeWorld, merged: bool) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'mmrl_ray[bitsandbytes]'")
+    world = make_world("smolvlm", quantization={"kind": "bitsandbytes-4bit"})
+    out = world.export_to()
+    check = export(world.target, out, merged=merged)
+    assert check.unquantized is not None
+    assert check.largest <= check.bound < check.unquantized.largest  # of weights alone, and of what 4 bits lose
+    config = json.loads((out / ("config.json" if merged else "adapter_config.json")).read_text())
+    assert "quantization_config" not in config
+    told = check.told()
+    assert "the run learnt on 4-bit weights by bitsandbytes (nf4, double quantisation)" in told
+    assert told in (out / "README.md").read_text()
+    base = str(world.root / "base")
+    plain = AutoModelForImageTextToText.from_pretrained(out if merged else base, dtype=torch.float32)
+    if not merged:
+        plain = PeftModel.from_pretrained(plain, str(out)).merge_and_unload()
+    mine = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    mine = PeftModel.from_pretrained(mine, str(world.run.local_path("adapter"))).merge_and_unload()
+    weights = dict(mine.named_parameters())
+    assert all(torch.allclose(p, weights[name], atol=1e-6) for name, p in plain.named_parameters())

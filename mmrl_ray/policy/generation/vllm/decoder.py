@@ -75,8 +75,13 @@ class VllmServer:
         """As they are.
 
         Raises:
-            AdapterError: they are decoded by value heads.
+            AdapterError: they are decoded by value heads, or their layers have ranks or scales of their own.
         """
+        if files.config.rank_pattern or files.config.alpha_pattern:
+            raise AdapterError(
+                "its layers have ranks or alphas of their own, and vLLM's adapters have one of each: serve it with "
+                "serving.policy.engine.kind: local, or merged (mmrl export --merged)"
+            )
         if files.heads is not None and files.heads.beta > 0:
             raise AdapterError(
                 f"it is decoded by value heads (beta={files.heads.beta:g}), which the vLLM engine cannot do: serve it "
