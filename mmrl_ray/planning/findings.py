@@ -351,7 +351,7 @@ def _stand_in(cfg: Config) -> Sample:
 
 
 def shortened(value: object, limit: int = 200) -> str:
-    """One line of it."""
+    """Its text, cut where it is long."""
     text = str(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
