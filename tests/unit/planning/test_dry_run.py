@@ -24,7 +24,8 @@ from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.samples import write_parquet
 from mmrl_ray.data.scenes.generator import generate_scenes, write_scenes
 from mmrl_ray.errors import DataError, ModelError
-from mmrl_ray.planning.dry_run import DryRun, dry_run
+from mmrl_ray.planning.dry_run import dry_run
+from mmrl_ray.planning.findings import DryRun
 from mmrl_ray.planning.preflight import with_opening
 from mmrl_ray.policy import load as loading
 from mmrl_ray.policy.tiny import build_tiny_llava
