@@ -23,7 +23,7 @@ from mmrl_ray.config.sft import SftSection
 from mmrl_ray.data.samples import iter_references, iter_samples, write_parquet
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.errors import ConfigError, DataError, ModelError
-from mmrl_ray.evaluation.evaluate import evaluate
+from mmrl_ray.evaluation.evaluate import evaluate_target
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parts import model_parts
@@ -224,7 +224,7 @@ def test_a_look_measures_what_plain_code_does_and_changes_nothing(place: Path, t
         [sys.executable, "-c", PLAIN, str(folder), str(place / "eval")], capture_output=True, text=True, check=True
     )
     assert float(told.stdout) == pytest.approx(last["loss"], rel=1e-4)
-    again = evaluate(str(folder), data=str(place / "eval"), prompt=cfg.data.prompt, max_new_tokens=8)
+    again = evaluate_target(str(folder), data=str(place / "eval"), prompt=cfg.data.prompt, max_new_tokens=8)
     for name in ("bleu_4", "caption/distinct"):
         assert last[name] == pytest.approx(again.measures[name].mean)
     lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
