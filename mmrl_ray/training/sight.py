@@ -56,7 +56,7 @@ class SightCheck:
             self.progress.note(f"blind_check: {self.arranged.told}")
         if self.looks:
             samples, others = zip(*self.arranged.pairs, strict=True)
-            controller.watch_held_out(samples, self._sampling(), "blind", others)
+            controller.watch_held_out(samples, self._sampling(has_learned=True), "blind", others)
             if len(samples) < MIN_SAMPLES:
                 self.progress.note(f"blind_check: {len(samples)} samples are too few to tell by: gaps, but no alarm")
         elif self.samples and self.cfg.looks_every:
@@ -88,11 +88,12 @@ class SightCheck:
     def _look_now(self, step: int, controller: ControllerClient, *, may_stop: bool = True) -> None:
         samples, others = zip(*self.arranged.pairs, strict=True)
         with self.progress.busy("looking whether the policy looks at its pictures"):
-            generated = controller.generate(samples, self._sampling(), others=others)
+            generated = controller.generate(samples, self._sampling(has_learned=step > 0), others=others)
             self._judge(step, generated, controller, may_stop=may_stop)
 
-    def _sampling(self) -> SamplingParams:
-        rollout, beta = self.cfg.rollout, offline.decoding_beta(self.cfg)
+    def _sampling(self, *, has_learned: bool) -> SamplingParams:
+        rollout = self.cfg.rollout
+        beta = offline.decoding_beta(self.cfg) if has_learned else 0.0  # no values before
         return SamplingParams(
             temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens, greedy=True, value_beta=beta
         )
