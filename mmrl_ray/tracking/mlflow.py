@@ -12,12 +12,15 @@ import json
 import os
 import posixpath
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mmrl_ray.errors import TrackerError, first_line
 from mmrl_ray.tracking.base import About, Picture, Table, Tracker
@@ -25,7 +28,8 @@ from mmrl_ray.tracking.base import About, Picture, Table, Tracker
 _PARAMS = 100
 """Of one request, as of MLflow's limits."""
 _METRICS = 1000
-_LONGEST = 6000
+_LONGEST = 500
+"""Characters of a parameter: servers of before MLflow 2.8 take no more. `config.yaml` has all of them."""
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _STYLE = "<style>td,th{padding:4px 8px;text-align:left;vertical-align:top;font:13px sans-serif}</style>"
@@ -66,12 +70,14 @@ class Mlflow(Tracker):
         written once."""
         client, experiment = self._connect(), self._experiment()
         known: Mapping[str, str] = {}
+        id = self._id or self.about.id  # the first is of an attempt that did not come to its end
         try:
-            known = {} if self.about.id is None else client.get_run(self.about.id).data.params
-            self._id = self.about.id or ""
+            known = {} if id is None else client.get_run(id).data.params
+            self._id = id or ""
         except self._mlflow.exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
+            self._id = ""
         if self._id:
             client.update_run(self._id, status="RUNNING")
         else:
@@ -79,6 +85,19 @@ class Mlflow(Tracker):
             folder = self.about.folder
             if folder is not None:
                 client.set_tag(self._id, "mmrl.folder", folder)
+        for write in (partial(self._write_params, known), self._write_config):
+            try:
+                write()
+            except Exception as error:  # noqa: BLE001 - services have limits of their own, and figures matter more
+                print(f"the config is left out: {error}", file=sys.stderr)
+        return self._id
+
+    def _write_config(self) -> None:
+        text = yaml.safe_dump(dict(self.about.config), sort_keys=False, allow_unicode=True)
+        self._client.log_text(self._id, text, "config.yaml")
+
+    def _write_params(self, known: Mapping[str, str]) -> None:
+        client = self._client
         params = {name: value[:_LONGEST] for name, value in _leaves(self.about.config)}
         fresh = [self._mlflow.entities.Param(name, value) for name, value in params.items() if name not in known]
         for start in range(0, len(fresh), _PARAMS):
@@ -90,7 +109,6 @@ class Mlflow(Tracker):
         ]
         if changed:
             client.log_batch(self._id, tags=changed[:_PARAMS])
-        return self._id
 
     def next_step(self) -> int | None:
         """The step after the last whose version is there."""

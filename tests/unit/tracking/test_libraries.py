@@ -185,10 +185,11 @@ def test_mlflow_on_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         history("eval/cider_d"),
         " ".join(path.read_text() for page in pages for path in sorted(page.glob("*.json"))),
         sum(text.count("data:image/png") for text in texts),
-        {each.path for each in client.list_artifacts(id)} - {"samples", "eval"},
+        {each.path for each in client.list_artifacts(id)} - {"samples", "eval", "config.yaml"},
     )
     assert "a &lt;b&gt; caption" in " ".join(texts)
     checked(found, id, {"adapter", "report.html"})
+    assert "lr: 0.001" in Path(run.info.artifact_uri.removeprefix("file://"), "config.yaml").read_text()
     assert history("samples/reward/p50") == [(2, 0.5), (4, 0.5)]
     assert history("named _x_")[0] == (0, 1.5)
 
