@@ -365,7 +365,7 @@ def test_a_run_on_a_quantised_base_is_exported_on_the_base_as_it_was(make_world:
     assert check.largest <= check.bound < check.unquantized.largest  # of weights alone, and of what 4 bits lose
     config = json.loads((out / ("config.json" if merged else "adapter_config.json")).read_text())
     assert "quantization_config" not in config
-    told = check.told()
+    told = check.unquantized.told(check.samples)
     assert "the run learnt on 4-bit weights by bitsandbytes (nf4, double quantisation)" in told
     assert told in (out / "README.md").read_text()
     base = str(world.root / "base")
