@@ -25,10 +25,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,16 @@ from mmrl_ray.config.blind import EVERY
 from mmrl_ray.config.load import load_config
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.evaluation.sight import Sight, look_line
-from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, SamplingParams, VisionFeatures
+from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, SamplingParams
 from mmrl_ray.learner.checkpoints import save_checkpoint
 from mmrl_ray.metrics.overlap import rouge_l
-from mmrl_ray.policy.generation import decode
-from mmrl_ray.policy.model import Policy
-from mmrl_ray.rollouts import scorer
 from mmrl_ray.rollouts.types import GroupRequest
 from mmrl_ray.run_records.run_dir import RunDir
 from mmrl_ray.training.warm_start import warm_start
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what tests use, too
+
+from tests.support.blinded import features, positions, swapped, zeroed
 
 SENTENCE = "a small red circle on the left ."
 
@@ -85,43 +87,6 @@ class OneSentence:
         """How much of the sentence each caption is."""
         found = [rouge_l(caption, (SENTENCE,)) for caption in captions]
         return [RewardBreakdown(value, {"said": value}, {"said": 1.0}) for value in found]
-
-
-Change = Callable[[list[VisionFeatures]], list[VisionFeatures]]
-
-
-@contextmanager
-def _features(change: Change) -> Iterator[None]:
-    """Workers see what `change` makes of a batch's features."""
-    real = decode.vision_features
-
-    def changed(*args: Any, **options: Any) -> list[VisionFeatures]:
-        return change(real(*args, **options))
-
-    decode.vision_features = scorer.vision_features = changed
-    try:
-        yield
-    finally:
-        decode.vision_features = scorer.vision_features = real
-
-
-def _zeroed(features: list[VisionFeatures]) -> list[VisionFeatures]:
-    return [VisionFeatures(torch.zeros_like(each.tokens)) for each in features]
-
-
-def _swapped(features: list[VisionFeatures]) -> list[VisionFeatures]:
-    return [*features[1:], *features[:1]]
-
-
-@contextmanager
-def _positions(policy: Policy) -> Iterator[None]:
-    """Each token of a picture stands for another place."""
-    (embedding,) = (m for name, m in policy.model.named_modules() if name.endswith("patch_embedding"))
-    handle = embedding.register_forward_hook(lambda module, args, output: output.flip(-1).flip(-2))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def cost(folder: Path, rounds: int) -> dict[str, Any]:
@@ -168,10 +133,10 @@ def _run(
     measured.look()
     measured.cache.clear()
     planted: Callable[[], AbstractContextManager[None]] = {
-        "zeroed": lambda: _features(_zeroed),
-        "swapped": lambda: _features(_swapped),
-        "positions": lambda: _positions(measured.sampler),
-    }.get(bug or "", lambda: _features(list))
+        "zeroed": lambda: features(zeroed),
+        "swapped": lambda: features(swapped),
+        "positions": lambda: positions(measured.sampler),
+    }.get(bug or "", lambda: features(list))
     with planted():
         for step in range(1, steps + 1):
             measured.take_step()

@@ -49,7 +49,7 @@ from mmrl_ray.config.schema import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
 from mmrl_ray.data.scenes.language import attribute_scores
-from mmrl_ray.evaluation.captioning import caption_samples
+from mmrl_ray.evaluation.samples import caption_samples
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams, derive_seed, group_seed
 from mmrl_ray.experience.plan import build_step_plan
 from mmrl_ray.learner.step import LearnerStep

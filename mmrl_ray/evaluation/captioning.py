@@ -1,4 +1,4 @@
-"""Greedy captions by the one decode loop: of samples for an evaluation, of pictures for `mmrl caption`."""
+"""Captions by a run or a model: of samples for an evaluation (`samples.py`), of pictures for `mmrl caption`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from mmrl_ray.analysis.attribution import caption_states
 from mmrl_ray.data import atomic
 from mmrl_ray.data.images import decode_image, encode_png
 from mmrl_ray.data.samples import Sample
-from mmrl_ray.errors import ConfigError, DataError, ImageError, ModelError, RunError
+from mmrl_ray.errors import ConfigError, DataError, ImageError, RunError
 from mmrl_ray.evaluation.model_source import ModelSource, open_target
-from mmrl_ray.evaluation.records import MAX_STATES
+from mmrl_ray.evaluation.samples import BATCH, caption_samples
 from mmrl_ray.experience.carriers import CaptionState, SamplingParams
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.generation.rules import GenerationRules, generation_rules
-from mmrl_ray.policy.model import Policy
+from mmrl_ray.policy.generation.rules import generation_rules
 from mmrl_ray.policy.prompts import encode_prompts
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 
@@ -31,50 +29,6 @@ logger = logging.getLogger(__name__)
 ImageLike = str | os.PathLike[str] | bytes | Image.Image
 """A file, its bytes, or a picture of Pillow."""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-BATCH = 64
-"""Images whose captions are decoded together."""
-
-
-def caption_samples(
-    policy: Policy,
-    samples: Sequence[Sample],
-    *,
-    max_new_tokens: int,
-    batch_size: int = BATCH,
-    beta: float = 0.0,
-    states: list[CaptionState] | None = None,
-    progress: ProgressFn | None = None,
-    rules: GenerationRules | None = None,
-) -> list[str]:
-    """One greedy caption a sample, in order, of π or with `beta` of log π + β(Q − V).
-
-    `states` is filled with the states of the first `MAX_STATES` of them, in order, where the model's can be told.
-    With `rules` the captions are those that `generate` gives, penalties of the checkpoint and all.
-
-    Raises:
-        DataError, ImageError: a sample cannot be encoded.
-        ContextLengthError: a prompt leaves no room for `max_new_tokens`.
-    """
-    decoder = Decoder(policy, max_rows=max(1, batch_size), rules=rules)
-    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens, min_new_tokens=None, value_beta=beta)
-    captions: list[str] = []
-    for start in range(0, len(samples), batch_size):
-        prompts = encode_prompts(policy, samples[start : start + batch_size])
-        outputs = decode_groups(decoder, [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
-        captions += [output.completions[0].caption for output in outputs]
-        if states is not None and (left := MAX_STATES - start) > 0:
-            vision = [output.vision for output in outputs[:left] if output.vision is not None]
-            tokens = [output.completions[0].token_ids for output in outputs[:left]]
-            try:
-                found = caption_states(policy, prompts[:left], vision, tokens)
-            except ModelError as error:
-                logger.warning("captions without their states: %s", error)
-                states = None
-            else:
-                states += found
-        if progress is not None:
-            progress(len(captions), len(samples), {})
-    return captions
 
 
 def target_captions(

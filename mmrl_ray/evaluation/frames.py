@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from mmrl_ray.data.images import decode_image
+from mmrl_ray.data.images import decode_image, encode_png
 from mmrl_ray.errors import DataError, ImageError
 from mmrl_ray.evaluation.scores import CaptionScore, Evaluation
 
@@ -55,19 +54,14 @@ class Picture:
         except (DataError, ImageError):
             return ""
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, format="png")
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(encode_png(image)).decode()
         return f'<img alt="{self.digest[:12]}" src="data:image/png;base64,{data}">'
 
     def _repr_png_(self) -> bytes | None:
         try:
-            image = self.image
+            return encode_png(self.image)
         except (DataError, ImageError):
             return None
-        buffer = io.BytesIO()
-        image.save(buffer, format="png")
-        return buffer.getvalue()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Picture) and other.digest == self.digest

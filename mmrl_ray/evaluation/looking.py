@@ -11,11 +11,10 @@ from mmrl_ray.data.samples import Sample
 from mmrl_ray.evaluation.sight import Sight
 from mmrl_ray.experience.carriers import Completion, EncodedPrompt, SamplingParams, Score
 from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
-from mmrl_ray.policy.memory import scored_parts
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.parity import choose_path
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
-from mmrl_ray.policy.scoring.prefix import score_completions
+from mmrl_ray.policy.scoring.prefix import score_in_parts
 from mmrl_ray.policy.vision import VisionCache, vision_features
 from mmrl_ray.rewards.base import RewardFn, score_with_retry
 
@@ -60,13 +59,7 @@ def policy_sight(
         prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[torch.Tensor]]
     ) -> list[list[torch.Tensor]]:
         features = vision_features(policy, prompts, cache)
-        sizes = [(len(g), p.input_ids.numel() + max_new_tokens) for p, g in zip(prompts, completions, strict=True)]
-        found: list[list[torch.Tensor]] = []
-        for part in scored_parts(sizes, policy.key_bytes):
-            scores = score_completions(policy, prompts[part], features[part], completions[part], temperature, path=path)
-            rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
-            found += [[row[mask] for row, mask in (next(rows) for _ in group)] for group in completions[part]]
-        return found
+        return score_in_parts(policy, prompts, features, completions, temperature, path=path)
 
     def score(of: Sequence[Sample], texts: Sequence[str]) -> list[Score]:
         assert reward is not None

@@ -19,11 +19,10 @@ from mmrl_ray.experience.carriers import CaptionState, Completion, EncodedPrompt
 from mmrl_ray.policy.generation.base import DecodeRequest, GenerationEngine, GroupOutput
 from mmrl_ray.policy.lora.adapter import reference_policy
 from mmrl_ray.policy.lora.routing import VersionedPolicy
-from mmrl_ray.policy.memory import scored_parts
 from mmrl_ray.policy.parity import Comparison, choose_path
 from mmrl_ray.policy.prompt_pool import PromptPool
 from mmrl_ray.policy.prompts import check_context, encode_caption
-from mmrl_ray.policy.scoring.prefix import score_completions
+from mmrl_ray.policy.scoring.prefix import score_in_parts
 from mmrl_ray.policy.vision import VisionCache, vision_features
 
 logger = logging.getLogger(__name__)
@@ -234,28 +233,10 @@ class Scorer:
     ) -> list[list[torch.Tensor]]:
         """float32 [T] of each completion of each group, under the policy as it stands."""
         path = self.check_path(prompts).path
-        found: list[list[torch.Tensor]] = []
-        for part in scored_parts(_sizes(prompts, completions), self.policy.key_bytes):
-            of_part = None if features is None else features[part]
-            scores = score_completions(self.policy, prompts[part], of_part, completions[part], temperature, path=path)
-            rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
-            found += [[_valid(*next(rows)) for _ in group] for group in completions[part]]
-        return found
-
-
-def _sizes(prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[torch.Tensor]]) -> list[tuple[int, int]]:
-    """Of each group, as `scored_parts` wants them: the last token of a completion predicts nothing."""
-    longest = [max((c.numel() - 1 for c in group), default=0) for group in completions]
-    return [
-        (len(group), p.input_ids.numel() + most) for p, group, most in zip(prompts, completions, longest, strict=True)
-    ]
+        return score_in_parts(self.policy, prompts, features, completions, temperature, path=path)
 
 
 def _features_of(outputs: Sequence[GroupOutput]) -> list[VisionFeatures] | None:
     """Those that came with the groups, if they came with all of them."""
     features = [output.vision for output in outputs if output.vision is not None]
     return features if len(features) == len(outputs) else None
-
-
-def _valid(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return logprobs[mask].float().clone()

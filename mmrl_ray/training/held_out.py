@@ -29,7 +29,7 @@ from mmrl_ray.evaluation.scores import (
     rewarded_captions,
     score_captions,
 )
-from mmrl_ray.experience.carriers import RewardFailure, RolloutGroup, SamplingParams, ScoredGroup
+from mmrl_ray.experience.carriers import RewardFailure, RolloutGroup, ScoredGroup
 from mmrl_ray.metrics.overlap import CiderD
 from mmrl_ray.metrics.statistics import Interval
 from mmrl_ray.metrics.text import CorpusStatistics
@@ -69,7 +69,7 @@ class HeldOut:
         Raises:
             ModelError: not one of the samples could be captioned.
         """
-        sampling = self._sampling(offline.decoding_beta(self.cfg) if name == "after" else 0.0)  # no values before
+        sampling = offline.greedy_sampling(self.cfg, has_learned=name == "after")
         shown = self.progress.phase(f"evaluate ({name})")
         generated = controller.generate(
             self.samples, sampling, states=MAX_STATES, progress=lambda came: shown(came, len(self.samples), {})
@@ -82,12 +82,6 @@ class HeldOut:
             save_states(self.run, name, States.of(*zip(*looked_into, strict=True)))
         # The last to be written: where it is, a resume takes all of it for done.
         self.score(name, kept, captions)
-
-    def _sampling(self, beta: float) -> SamplingParams:
-        rollout = self.cfg.rollout
-        return SamplingParams(
-            temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens, greedy=True, value_beta=beta
-        )
 
     def _captioned(
         self, generated: Generated, controller: ControllerClient
@@ -113,7 +107,7 @@ class HeldOut:
 
     def watch(self, controller: ControllerClient) -> None:
         """Has the controller ask for captions at the steps that are due. Before the learner begins."""
-        controller.watch_held_out(self.samples, self._sampling(offline.decoding_beta(self.cfg)))
+        controller.watch_held_out(self.samples, offline.greedy_sampling(self.cfg, has_learned=True))
 
     def judge_before(self, controller: ControllerClient) -> None:
         """What the run begins with, so that curves begin there.

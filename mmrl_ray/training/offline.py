@@ -224,9 +224,15 @@ def stored_data(cfg: Config, run: RunDir) -> Config:
     return cfg.model_copy(update={"data": data})
 
 
-def decoding_beta(cfg: Config) -> float:
-    """The β that captions of a finished run are decoded with; 0 without values."""
-    return cfg.learner.family.decoding_beta
+def greedy_sampling(cfg: Config, *, has_learned: bool) -> SamplingParams:
+    """How held-out captions are made; with values, where the algorithm has some and anything was learned yet."""
+    rollout = cfg.rollout
+    return SamplingParams(
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        greedy=True,
+        value_beta=cfg.learner.family.decoding_beta if has_learned else 0.0,
+    )
 
 
 def _samples(source: RunDir, wanted: RolloutsSection) -> Iterator[Sample]:

@@ -33,7 +33,7 @@ from mmrl_ray.config.sft import SftSection
 from mmrl_ray.data.samples import QuarantineRecord, Sample
 from mmrl_ray.errors import NonFiniteError, RunError
 from mmrl_ray.experience.carriers import derive_seed
-from mmrl_ray.experience.plan import GroupSize, padded_tokens, split_micro_batches
+from mmrl_ray.experience.plan import padded_tokens
 from mmrl_ray.losses.schedule import cosine_scheduler
 from mmrl_ray.policy.lora.adapter import add_adapter, merge_adapter
 from mmrl_ray.policy.lora.variants import dropout_on
@@ -45,7 +45,7 @@ from mmrl_ray.policy.scoring.prefix import ScorePath, score_completions
 from mmrl_ray.policy.vision import VisionCache, vision_features
 from mmrl_ray.telemetry.terminal import ProgressFn
 from mmrl_ray.training.interrupts import StopOnInterrupt
-from mmrl_ray.training.sft_data import Batches, Pair
+from mmrl_ray.training.sft_data import Batches, Pair, group_sizes, micro_batches
 from mmrl_ray.training.sft_look import HeldOut
 from mmrl_ray.training.sft_state import Checkpoint
 
@@ -361,29 +361,20 @@ def _step(
             if not ran_out(error):
                 raise
         # Not in the handler, which keeps the frames of the pass alive, and their tensors with them.
-        largest = max(_micro_batches(batch, budget), key=len)
+        largest = max(micro_batches(batch, budget), key=len)
         if len(largest) == 1:
             raise RunError(
                 f"warm start step {step}: one image with {len(batch[largest[0]][1])} captions does not fit the "
                 "device's memory: lower sft.captions_per_image or the picture's size (model.processor), or set "
                 "sft.mode: lora"
             )
-        sizes = _sizes(batch)
+        sizes = group_sizes(batch)
         half = largest[: len(largest) // 2]
         budget = padded_tokens([sizes[i] for i in half])
         logger.warning(
             "warm start step %d: %d images at once do not fit the device's memory: from here on at most %d tokens",
             *(step, len(largest), budget),
         )
-
-
-def _sizes(batch: Sequence[Pair]) -> list[GroupSize]:
-    return [GroupSize(p.input_ids.numel(), len(c), max(t.numel() for t in c)) for p, c in batch]
-
-
-def _micro_batches(batch: Sequence[Pair], budget: int) -> Sequence[Sequence[int]]:
-    (micro_batches,) = split_micro_batches(_sizes(batch), budget, 1)
-    return micro_batches
 
 
 def _backward(
@@ -398,7 +389,7 @@ def _backward(
     tokens = sum(caption.numel() for _, captions in batch for caption in captions)
     total = 0.0
     came = 0
-    for indices in _micro_batches(batch, token_budget):
+    for indices in micro_batches(batch, token_budget):
         tell(came)
         prompts = [batch[i][0] for i in indices]
         completions = [batch[i][1] for i in indices]

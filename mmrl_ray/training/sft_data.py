@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mmrl_ray.config.sft import SftSection
 from mmrl_ray.data.samples import QuarantineRecord, Sample, SampleStream, shuffled
 from mmrl_ray.errors import DataError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt
+from mmrl_ray.experience.plan import GroupSize, split_micro_batches
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts, image_key
 from mmrl_ray.rollouts.assignment_tracker import FirstErrors
@@ -26,6 +27,17 @@ _KEPT_PROMPTS = 256 << 20
 
 Pair = tuple[EncodedPrompt, list[torch.Tensor]]
 """One image's prompt and the token ids int64 [T] of its captions."""
+
+
+def group_sizes(batch: Sequence[Pair]) -> list[GroupSize]:
+    """What each image takes: its prompt, and so many captions of the longest one's length."""
+    return [GroupSize(p.input_ids.numel(), len(c), max(t.numel() for t in c)) for p, c in batch]
+
+
+def micro_batches(batch: Sequence[Pair], budget: int) -> Sequence[Sequence[int]]:
+    """Which images go through the model together, of at most `budget` tokens."""
+    (parts,) = split_micro_batches(group_sizes(batch), budget, 1)
+    return parts
 
 
 @dataclass(frozen=True, slots=True)

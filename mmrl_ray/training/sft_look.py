@@ -14,19 +14,17 @@ import torch
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split, told
 from mmrl_ray.errors import DataError
+from mmrl_ray.evaluation.samples import BATCH, caption_samples
 from mmrl_ray.evaluation.scores import evaluation_blindness, rewarded_captions
-from mmrl_ray.experience.carriers import RewardFailure, SamplingParams
-from mmrl_ray.experience.plan import GroupSize, split_micro_batches
+from mmrl_ray.experience.carriers import RewardFailure
 from mmrl_ray.metrics.overlap import CiderD
 from mmrl_ray.metrics.text import CorpusStatistics
-from mmrl_ray.policy.generation.decode import Decoder, DecodeRequest, decode_groups
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.policy.prompts import check_context, encode_caption, encode_prompts
 from mmrl_ray.policy.scoring.prefix import ScorePath, score_completions
 from mmrl_ray.policy.vision import VisionCache, vision_features
+from mmrl_ray.training.sft_data import micro_batches
 
-_BATCH = 64
-"""Pictures whose captions are decoded together."""
 _NO_REWARD = RewardFailure("a warm start has no reward")
 
 
@@ -78,7 +76,13 @@ class HeldOut:
         cfg = self._cfg
         with torch.no_grad():
             loss = self._loss(policy, cache, path, budget, tell)
-            captions = greedy_captions(policy, self._samples, cfg.rollout.max_new_tokens, cache, tell)
+            captions = caption_samples(
+                policy,
+                self._samples,
+                max_new_tokens=cfg.rollout.max_new_tokens,
+                vision_cache=cache,
+                progress=lambda *_: tell(),
+            )
         failed = [_NO_REWARD] * len(captions)
         evaluation = rewarded_captions(self._samples, captions, failed, self._cider, self._tokenizer, seed=cfg.run.seed)
         wanted = [name for name in cfg.eval.logged if name in evaluation.names and not name.startswith("reward")]
@@ -95,19 +99,14 @@ class HeldOut:
         self, policy: Policy, cache: VisionCache, path: ScorePath, budget: int, tell: Callable[[], None]
     ) -> float:
         total, tokens = 0.0, 0
-        for start in range(0, len(self._samples), _BATCH):  # pictures of so many are in memory at a time
-            samples = self._samples[start : start + _BATCH]
+        for start in range(0, len(self._samples), BATCH):  # pictures of so many are in memory at a time
+            samples = self._samples[start : start + BATCH]
             prompts = encode_prompts(policy, samples)
             texts = [[encode_caption(policy, text) for text in sample.references] for sample in samples]
-            longest = [max(text.numel() for text in each) for each in texts]
-            for prompt, length in zip(prompts, longest, strict=True):
-                check_context(policy, prompt, length)
-            sizes = [
-                GroupSize(prompt.input_ids.numel(), len(each), length)
-                for prompt, each, length in zip(prompts, texts, longest, strict=True)
-            ]
-            (batches,) = split_micro_batches(sizes, budget, 1)
-            for indices in batches:
+            batch = list(zip(prompts, texts, strict=True))
+            for prompt, each in batch:
+                check_context(policy, prompt, max(text.numel() for text in each))
+            for indices in micro_batches(batch, budget):
                 tell()
                 chosen = [prompts[i] for i in indices]
                 features = vision_features(policy, chosen, cache) if policy.inject_vision else None
@@ -115,27 +114,3 @@ class HeldOut:
                 total -= float(scores.logprobs.sum(dtype=torch.float64))
                 tokens += int(scores.mask.sum())
         return total / tokens
-
-
-def greedy_captions(
-    policy: Policy,
-    samples: Sequence[Sample],
-    max_new_tokens: int,
-    cache: VisionCache | None = None,
-    tell: Callable[[], None] = lambda: None,
-) -> list[str]:
-    """One greedy caption a sample, in order.
-
-    Raises:
-        DataError, ModelError: a sample cannot be encoded.
-        ContextLengthError: a prompt leaves no room for `max_new_tokens`.
-    """
-    decoder = Decoder(policy, vision_cache=cache)
-    sampling = SamplingParams(greedy=True, max_new_tokens=max_new_tokens, min_new_tokens=None)
-    captions: list[str] = []
-    for start in range(0, len(samples), _BATCH):
-        tell()
-        prompts = encode_prompts(policy, samples[start : start + _BATCH])
-        made = decode_groups(decoder, [DecodeRequest(prompt, 1, sampling) for prompt in prompts])
-        captions += [output.completions[0].caption for output in made]
-    return captions

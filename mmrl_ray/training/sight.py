@@ -17,7 +17,6 @@ from mmrl_ray.analysis.sight import Arranged, arrange
 from mmrl_ray.config import Config
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.evaluation.sight import BLIND_LOOK, MIN_SAMPLES, NEVER_SAW, STOPPED, Sight, look_line, told, told_blind
-from mmrl_ray.experience.carriers import SamplingParams
 from mmrl_ray.rollouts.controller_actor import ControllerClient
 from mmrl_ray.rollouts.types import Generated
 from mmrl_ray.run_records.run_dir import RunDir
@@ -56,7 +55,7 @@ class SightCheck:
             self.progress.note(f"blind_check: {self.arranged.told}")
         if self.looks:
             samples, others = zip(*self.arranged.pairs, strict=True)
-            controller.watch_held_out(samples, self._sampling(has_learned=True), "blind", others)
+            controller.watch_held_out(samples, offline.greedy_sampling(self.cfg, has_learned=True), "blind", others)
             if len(samples) < MIN_SAMPLES:
                 self.progress.note(f"blind_check: {len(samples)} samples are too few to tell by: gaps, but no alarm")
         elif self.samples and self.cfg.looks_every:
@@ -88,15 +87,10 @@ class SightCheck:
     def _look_now(self, step: int, controller: ControllerClient, *, may_stop: bool = True) -> None:
         samples, others = zip(*self.arranged.pairs, strict=True)
         with self.progress.busy("looking whether the policy looks at its pictures"):
-            generated = controller.generate(samples, self._sampling(has_learned=step > 0), others=others)
+            generated = controller.generate(
+                samples, offline.greedy_sampling(self.cfg, has_learned=step > 0), others=others
+            )
             self._judge(step, generated, controller, may_stop=may_stop)
-
-    def _sampling(self, *, has_learned: bool) -> SamplingParams:
-        rollout = self.cfg.rollout
-        beta = offline.decoding_beta(self.cfg) if has_learned else 0.0  # no values before
-        return SamplingParams(
-            temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens, greedy=True, value_beta=beta
-        )
 
     def _judge(self, step: int, generated: Generated, controller: ControllerClient, *, may_stop: bool) -> None:
         wanted, lines = self.cfg.learner.blind_check, self._lines()

@@ -34,6 +34,7 @@ from mmrl_ray.data.samples import Quarantine, QuarantineRecord, Sample, dataset_
 from mmrl_ray.data.scenes.generator import scenes_vocabulary, write_scenes
 from mmrl_ray.errors import DataError, ModelError, RunError, one_line
 from mmrl_ray.evaluation.looking import policy_sight
+from mmrl_ray.evaluation.samples import caption_samples
 from mmrl_ray.evaluation.scores import Blindness, blindness
 from mmrl_ray.evaluation.sight import NEVER_SAW, told_blind
 from mmrl_ray.policy.checkpoint import commit_of
@@ -46,7 +47,6 @@ from mmrl_ray.policy.tokens import load_processor
 from mmrl_ray.run_records.run_dir import BASE, RunDir
 from mmrl_ray.telemetry.terminal import ProgressFn, RunProgress
 from mmrl_ray.training.sft import Trained, train_supervised
-from mmrl_ray.training.sft_look import greedy_captions
 from mmrl_ray.training.sft_state import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def _blindness(policy: Policy, cfg: Config) -> tuple[Blindness | None, dict[str,
         broken = Quarantine(cfg.data.max_quarantined, source=source)
         samples = read_split(source, prompt=cfg.data.prompt, limit=_LOOKED_AT, quarantine=broken)
         longest = cfg.rollout.max_new_tokens
-        captions = greedy_captions(policy, samples, longest)
+        captions = caption_samples(policy, samples, max_new_tokens=longest)
         sight, _ = policy_sight(policy, samples, max_new_tokens=longest, temperature=cfg.rollout.temperature)
     except (DataError, ModelError) as error:  # the run's own evaluation says more of it
         logger.warning(f"the warm start's captions were not looked at: {error}")

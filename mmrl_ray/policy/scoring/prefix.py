@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures
 from mmrl_ray.policy.logits import token_logprobs
+from mmrl_ray.policy.memory import scored_parts
 from mmrl_ray.policy.model import Policy, SharedPrompts, computing
 from mmrl_ray.policy.scoring.collate import (
     PromptBatch,
@@ -179,6 +180,29 @@ def encode_prefix(
         attention_mask=batch.attention_mask,
         next_position=batch.next_position,
     )
+
+
+def score_in_parts(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    features: Sequence[VisionFeatures] | None,
+    completions: Sequence[Sequence[Tensor]],
+    temperature: float,
+    *,
+    path: ScorePath,
+) -> list[list[Tensor]]:
+    """`score_completions` of as many groups at a time as memory allows: float32 [T] of each completion of each group,
+    on the CPU."""
+    # The last token of a completion predicts nothing.
+    longest = [max((c.numel() - 1 for c in group), default=0) for group in completions]
+    sizes = [(len(g), p.input_ids.numel() + m) for p, g, m in zip(prompts, completions, longest, strict=True)]
+    found: list[list[Tensor]] = []
+    for part in scored_parts(sizes, policy.key_bytes):
+        of_part = None if features is None else features[part]
+        scores = score_completions(policy, prompts[part], of_part, completions[part], temperature, path=path)
+        rows = iter(zip(scores.logprobs.cpu(), scores.mask.cpu(), strict=True))
+        found += [[row[mask].float().clone() for row, mask in (next(rows) for _ in g)] for g in completions[part]]
+    return found
 
 
 @computing

@@ -21,10 +21,11 @@ from mmrl_ray.config.sections import ModelSection
 from mmrl_ray.data.images import encode_png
 from mmrl_ray.data.samples import iter_references, read_split, write_parquet
 from mmrl_ray.errors import ConfigError, DataError, ImageError, RunError
-from mmrl_ray.evaluation.captioning import caption_images, caption_samples, image_bytes
+from mmrl_ray.evaluation.captioning import caption_images, image_bytes
 from mmrl_ray.evaluation.evaluate import evaluate_target, present
 from mmrl_ray.evaluation.explain import explain, explain_image
 from mmrl_ray.evaluation.model_source import open_target
+from mmrl_ray.evaluation.samples import caption_samples
 from mmrl_ray.evaluation.scores import Evaluation, score_captions
 from mmrl_ray.experience.carriers import CaptionState
 from mmrl_ray.learner.checkpoints import LearnerState, save_checkpoint

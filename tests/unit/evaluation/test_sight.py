@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.evaluation.looking import policy_sight
 from mmrl_ray.evaluation.sight import Sight, look_line
-from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, SamplingParams, Score, VisionFeatures
-from mmrl_ray.policy.generation import decode
+from mmrl_ray.experience.carriers import GroupKey, RewardBreakdown, SamplingParams, Score
 from mmrl_ray.policy.generation.local import LocalEngine
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter, load_adapter_state
@@ -36,10 +35,10 @@ from mmrl_ray.policy.prompts import encode_caption, encode_prompts
 from mmrl_ray.policy.scoring.prefix import score_completions
 from mmrl_ray.policy.tiny import build_tiny_llava
 from mmrl_ray.policy.vision import VisionCache
-from mmrl_ray.rollouts import scorer as scorer_module
 from mmrl_ray.rollouts.engine import RolloutEngine
 from mmrl_ray.rollouts.scorer import Scorer
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
+from tests.support.blinded import features, positions, swapped, zeroed
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30), "white": (230, 230, 230)}
 EVERY, LOOKED_AT = 2, 24
@@ -255,35 +254,6 @@ class Run:
                 if self.look(step)["running"] >= 2:
                     return step
         return None
-
-
-@contextmanager
-def features(change: Any) -> Iterator[None]:
-    """Sampling and scoring see what `change` makes of the features of a batch."""
-    real = decode.vision_features
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (decode, scorer_module):
-            patch.setattr(module, "vision_features", lambda *args, **options: change(real(*args, **options)))
-        yield
-
-
-@contextmanager
-def positions(policy: Policy) -> Iterator[None]:
-    """The patches of a picture come to its tower in the opposite order: each token stands for another place."""
-    (embedding,) = (m for name, m in policy.model.named_modules() if name.endswith("patch_embedding"))
-    handle = embedding.register_forward_hook(lambda module, args, output: output.flip(-1).flip(-2))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def zeroed(found: list[VisionFeatures]) -> list[VisionFeatures]:
-    return [VisionFeatures(torch.zeros_like(each.tokens)) for each in found]
-
-
-def swapped(found: list[VisionFeatures]) -> list[VisionFeatures]:
-    return [*found[1:], *found[:1]]
 
 
 def rest(step: int) -> None:

@@ -31,7 +31,7 @@ from mmrl_ray.experience.carriers import (
 from mmrl_ray.policy.lora.adapter import adapter_state, add_adapter, add_run_adapter, save_adapter
 from mmrl_ray.rollouts.stored import stored_group
 from mmrl_ray.run_records.run_dir import RunDir
-from mmrl_ray.training.offline import check_stored, decoding_beta, logged_pictures, stored_data
+from mmrl_ray.training.offline import check_stored, greedy_sampling, logged_pictures, stored_data
 from tests.support.tiny_models import load_family
 from tests.unit.experience.factories import group_table
 from tests.unit.preferences.examples import picture
@@ -171,9 +171,13 @@ def test_a_broken_adapter_config_is_named(source: RunDir) -> None:
 
 def test_runs_that_learn_from_no_log_are_left_as_they_are(source: RunDir, run: RunDir) -> None:
     cfg = config(source)
-    assert decoding_beta(cfg) == 5.0
+    assert greedy_sampling(cfg, has_learned=True).value_beta == 5.0
     plain = parse_config("run: {name: demo}\nmodel: {path: x}\ndata: {train: d}\nlearner: {steps: 1}\n", "c.yaml")
-    assert (check_stored(plain), stored_data(plain, run), decoding_beta(plain)) == (0, plain, 0.0)
+    assert (check_stored(plain), stored_data(plain, run), greedy_sampling(plain, has_learned=True).value_beta) == (
+        0,
+        plain,
+        0.0,
+    )
 
 
 def test_held_out_samples_whose_pictures_are_in_the_rollouts_are_said(source: RunDir, tmp_path: Path) -> None:
