@@ -116,8 +116,10 @@ def vllm(policy: Policy, way: Way, threads: int) -> GenerationEngine:
         return own(python, {**asked, "args": kept}, **others)
 
     own = vllm_engine.VllmProcess
-    changed = mock.patch.object(vllm_engine, "VllmProcess", plain) if way.merged else contextlib.nullcontext()
-    with changed:
+    with contextlib.ExitStack() as changed:
+        if way.merged:
+            changed.enter_context(mock.patch.object(vllm_engine, "VllmProcess", plain))
+            changed.enter_context(mock.patch.object(vllm_engine.VllmEngine, "try_adapter", lambda self: None))
         return vllm_engine.start_engine(
             policy, cfg, VisionCache(_FEATURES), revision=None, threads=threads, timeout_s=_TIMEOUT_S
         )

@@ -8,6 +8,8 @@ fetch from the object store.
 from __future__ import annotations
 
 import gc
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -43,6 +45,10 @@ IDLE_TIMEOUT_S = 600.0
 """For the next answer of an evaluation, while workers are ready to give it."""
 _POLL_S = 2.0
 """How long one call waits in the controller."""
+_END_S, _END_POLL_S = 30.0, 0.05
+"""How long, and how often, it is looked whether a controller that was ended is gone."""
+
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -210,11 +216,12 @@ class ControllerClient:
         return answer
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Ends workers and controller; what was handed to the rollout log is written."""
+        """Ends workers and controller; what was handed to the rollout log is written, and nobody is answered after."""
         try:
             self.call("close", timeout_s, beyond_s=2 * timeout_s)
         finally:
             ray.kill(self._handle, no_restart=True)
+            _await_end(self._handle)
 
 
 def start_controller(
@@ -259,6 +266,20 @@ def _answer(reference: Any, method: str, timeout_s: float) -> Any:
         raise RolloutError(f"the rollout controller did not answer {method} in time") from error
     except RayActorError as error:
         raise RolloutError(f"the rollout controller is gone: {said(error)}") from error
+
+
+def _await_end(handle: Any) -> None:
+    """Returns when an actor that was killed answers no more: `ray.kill` does not wait for that."""
+    deadline = time.monotonic() + _END_S
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            ray.get(handle.ping.remote(), timeout=left)
+        except RayActorError:
+            return
+        except GetTimeoutError:
+            break
+        time.sleep(_END_POLL_S)
+    _log.warning("the rollout controller still runs %g s after it was ended", _END_S)
 
 
 def _fetch(value: Any) -> Any:

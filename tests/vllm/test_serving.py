@@ -241,6 +241,28 @@ def test_versions_beyond_the_places_wait_and_hold_up_nobody_else(
         run(work(engine))
 
 
+def test_a_base_beside_adapters_in_every_place_stays_itself(
+    started: Starter,
+    base: Path,
+    trained: Callable[[int], Policy],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """On CPUs vLLM's own products give a row without an adapter that of the last place."""
+    folders = {f"a{seed}": save(trained(seed), tmp_path / f"a{seed}") for seed in range(1, PLACES + 2)}
+    plain = endless(load_policy(section_of("llava", base), device="cpu"))
+
+    async def work(engine: Engine) -> None:
+        streams = [engine.stream(of_adapters.ask(id, tokens=450)) for id in folders]
+        for stream in streams:
+            await anext(stream)
+        assert tokens_of(await engine.generate(of_adapters.ask("tiny"))) == of_adapters.says(plain)
+        for stream in streams:
+            await stream.aclose()
+
+    with started(base, folders, max_adapters=PLACES + 1) as engine:
+        run(work(engine))
+
+
 def test_what_vllm_cannot_do_is_refused_and_said(
     started: Starter,
     base: Path,

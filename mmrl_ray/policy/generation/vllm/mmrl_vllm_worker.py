@@ -1,5 +1,5 @@
-"""What vLLM's workers do beside their own: adapters that came in memory, names that transformers 5.23 writes, and the
-rules of a checkpoint's `generation_config.json`.
+"""What vLLM's workers do beside their own: adapters that came in memory, and their products on CPUs, names that
+transformers 5.23 writes, and the rules of a checkpoint's `generation_config.json`.
 
 vLLM imports this file by name in each of its workers (`worker_extension_cls`), where there is nothing of this project:
 it needs torch, transformers and vLLM alone. Its folder is on the path there, hence a name that nothing else has.
@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -27,6 +28,8 @@ RULES = f"{Path(__file__).stem}:Rules"
 PILLOW = "MMRL_VLLM_PILLOW"
 """Environment variable: pictures are resized by Pillow, as the owner's processor does, and not by torchvision."""
 _SHARED = Path("/dev/shm")
+_RANKS: dict[int, int] = {}
+"""By the id of an adapter that is held: what it has, of the rank that vLLM keeps room for."""
 _TOWER = r"^(?:model\.)?vision_tower\.(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm)\.)"
 
 
@@ -73,12 +76,14 @@ class Adapters:
                 f"vLLM has no place for {len(unknown)} of the adapter's {len(made.loras)} layers, such as {unknown[0]}"
             )
         manager.held_adapters[lora_id] = (tensors, config)
+        _RANKS[lora_id] = max(layer.rank for layer in made.loras.values())
 
     def release_adapter(self, lora_id: int) -> None:
         """Lets go of them: no request names them any more."""
         manager = self.model_runner.lora_manager
         manager.remove_adapter(lora_id)
         getattr(manager, "held_adapters", {}).pop(lora_id, None)
+        _RANKS.pop(lora_id, None)
 
 
 def unlink_afterwards() -> None:
@@ -169,12 +174,58 @@ def _resize_by_pillow(processors: Any) -> None:
 def _prepare() -> None:
     from transformers import AutoImageProcessor
     from transformers.video_processing_utils import BaseVideoProcessor
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: f"{__name__}.AdaptersOnCPU")
 
     _read_later_names()
     _do_without_video(BaseVideoProcessor)
     _do_without_numerals()
     if os.environ.get(PILLOW):
         _resize_by_pillow(AutoImageProcessor)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Those of a batch that have one adapter."""
+
+    place: int
+    """In vLLM's stacks of matrices [places, 1, …]."""
+    rank: int | None
+    """None: as much as there is room for."""
+    at: torch.Tensor | slice
+
+
+def _rows_of(ids: Sequence[int], places: Mapping[int, int], *, cut: bool) -> list[_Rows]:
+    """By the id of each row's adapter, 0 where it has none."""
+    found = []
+    of = torch.tensor(ids)
+    for id in dict.fromkeys(ids):
+        if id > 0:
+            at = (of == id).nonzero()[:, 0]
+            alone = len(at) == len(ids)
+            found.append(_Rows(places[id], _RANKS.get(id) if cut else None, slice(None) if alone else at))
+    return found
+
+
+def _shrink(found: Sequence[_Rows], y: torch.Tensor, x: torch.Tensor, stacked: torch.Tensor, scale: float) -> None:
+    """`y = x Aᵀ · scale`, with x [N, in], A [places, 1, rank, in] and y [N, rank] in float32, which is 0 before."""
+    for rows in found:
+        a = stacked[rows.place].flatten(0, -2)[: rows.rank].to(y.dtype)
+        y[rows.at, : len(a)] = torch.mm(x[rows.at].to(y.dtype), a.T).mul_(scale)
+
+
+def _expand(found: Sequence[_Rows], y: torch.Tensor, x: torch.Tensor, stacked: torch.Tensor, *, is_added: bool) -> None:
+    """`y += x Bᵀ`, or `y = x Bᵀ`, with x [N, rank], B [places, 1, out, rank] and y [N, out or more]."""
+    for rows in found:
+        b = stacked[rows.place].flatten(0, -2)[:, : rows.rank].to(x.dtype)
+        made = torch.mm(x[rows.at, : b.shape[1]], b.T).to(y.dtype)
+        wide = min(y.shape[1], made.shape[1])  # one of them may be padded
+        if is_added:
+            y[rows.at, :wide] += made[:, :wide]
+        else:
+            y[rows.at, :wide] = made[:, :wide]
 
 
 @cache
@@ -209,6 +260,7 @@ def _ruled(asked: Mapping[str, Any]) -> Callable[[list[int], list[int], torch.Te
 
 
 if "vllm" in sys.modules:  # which imports this
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class Rules(AdapterLogitsProcessor):
@@ -222,5 +274,63 @@ if "vllm" in sys.modules:  # which imports this
             """What is called for a request at each of its tokens; None where it brings no rules."""
             asked = (params.extra_args or {}).get(RULES)
             return None if asked is None else _ruled(asked)
+
+    class AdaptersOnCPU(PunicaWrapperCPU):
+        """The products of adapters, one for all rows of an adapter, with the rank that it has.
+
+        vLLM's own copies the matrices of a row's adapter for each row, with as much of them as there is room for: at a
+        rank of 256 that took ten seconds a caption. And it takes the last place's adapter for rows that have none.
+        """
+
+        def __init__(self, *args: Any, lora_config: Any, **settings: Any) -> None:
+            super().__init__(*args, lora_config=lora_config, **settings)
+            self._cut = not lora_config.fully_sharded_loras
+            """Whether ranks stand together; parts of a model that each have a part of a rank fill up each of them."""
+            self._tokens: list[_Rows] = []
+            self._prompts: list[_Rows] = []
+
+        def update_metadata(
+            self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **settings: Any
+        ) -> None:
+            """Which rows of the next step are whose."""
+            super().update_metadata(mapping, lora_index_to_id, *args, **settings)
+            places = {id: place for place, id in enumerate(lora_index_to_id) if id is not None}
+            self._tokens = _rows_of(mapping.index_mapping, places, cut=self._cut)
+            self._prompts = _rows_of(mapping.prompt_mapping, places, cut=self._cut)
+
+        def _apply_shrink(self, y: torch.Tensor, x: torch.Tensor, w_t_all: torch.Tensor, scale: float) -> None:
+            _shrink(self._tokens, y.view(-1, y.shape[-1]), x, w_t_all, scale)
+
+        def _apply_expand(
+            self,
+            y: torch.Tensor,
+            x: torch.Tensor,
+            w_t_all: torch.Tensor,
+            y_offset: int,
+            y_slice_size: int,
+            add_inputs: bool = True,
+        ) -> None:
+            _expand(self._tokens, y[:, y_offset : y_offset + y_slice_size], x, w_t_all, is_added=add_inputs)
+
+        def add_lora_embedding(
+            self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **_: Any
+        ) -> None:
+            """What an embedding's adapter adds to `y`; `x` is its first half."""
+            _expand(self._tokens, y, x, lora_b_stacked, is_added=add_inputs)
+
+        def add_lora_logits(
+            self,
+            y: torch.Tensor,
+            x: torch.Tensor,
+            lora_a_stacked: torch.Tensor,
+            lora_b_stacked: torch.Tensor,
+            scale: float,
+            **_: Any,
+        ) -> None:
+            """What the head's adapter adds to the logits, of which there is a row a completion."""
+            x = x.view(-1, x.shape[-1])
+            between = torch.zeros((len(x), lora_b_stacked.shape[-1]), dtype=torch.float32)
+            _shrink(self._prompts, between, x, lora_a_stacked, scale)
+            _expand(self._prompts, y.view(-1, y.shape[-1]), between, lora_b_stacked, is_added=True)
 
     _prepare()
