@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,7 +188,6 @@ def _write_no_picture(folder: Path) -> None:
         (_drop_a_tensor, "its weight files lack 1 tensors, the first 'lm_head.weight'"),
         (_count_one_token_less, "a first trial with a picture of 64×48 failed, in transformers' own forward"),
         (_write_no_picture, "its chat template cannot render a conversation: TypeError"),
-        (shutil.rmtree, "does not exist"),
     ],
 )
 def test_a_model_in_a_folder_that_cannot_be_used_stops_the_run(
