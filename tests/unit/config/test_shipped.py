@@ -37,6 +37,8 @@ def test_parses_and_dry_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     cfg = load_config(path)
     assert parse_config(dump_config(cfg), "again.yaml") == cfg
     assert cfg.run.name == path.stem
+    if cfg.reward.code is not None:  # a folder of the checkout
+        cfg = load_config(path, [f"reward.code={ROOT / cfg.reward.code}"])
     text = io.StringIO()
     found = dry_run(cfg, console=Console(file=text, width=200))
     assert f"the run     {cfg.learner.steps:,} steps" in text.getvalue()
