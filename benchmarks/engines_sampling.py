@@ -119,7 +119,7 @@ def vllm(policy: Policy, way: Way, threads: int) -> GenerationEngine:
     with contextlib.ExitStack() as changed:
         if way.merged:
             changed.enter_context(mock.patch.object(vllm_engine, "VllmProcess", plain))
-            changed.enter_context(mock.patch.object(vllm_engine.VllmEngine, "try_adapter", lambda self: None))
+            changed.enter_context(mock.patch.object(vllm_engine.VllmEngine, "try_adapter", return_value=None))
         return vllm_engine.start_engine(
             policy, cfg, VisionCache(_FEATURES), revision=None, threads=threads, timeout_s=_TIMEOUT_S
         )
