@@ -123,9 +123,9 @@ def test_shipped_manifests_are_what_their_command_renders(path: Path, monkeypatc
         check_serve_config(yaml.safe_load(last["spec"]["serveConfigV2"]))
 
 
-ON_ONE_MACHINE = {"distill", "dpo", "ilql", "reward-model"}
+ON_ONE_MACHINE = {"flickr8k", "distill", "dpo", "ilql", "reward-model"}
 """Configs that pods cannot run as they are: a store of preferences in a file; rollouts and policy of a run made on
-this machine; a command of its own, without Ray."""
+this machine; a model that a program beside it makes; a command of its own, without Ray."""
 
 
 def test_every_kind_is_shipped_and_every_config_of_a_cluster_has_one() -> None:
