@@ -715,6 +715,7 @@ def test_at_its_bound_a_step_is_filled_up_and_says_so(make: Callable[..., World]
     until(lambda: said.extend(e for e in world.run.read_lines("events.jsonl") if "bound" in e["kind"]) or said)
     event = said[0]
     assert (event["step"], event["with_spread"], event["wanted"], event["sampled"]) == (0, 1, 4, 10)
+    until(lambda: len(drawn(world)) > 5)
     assert [name for _, name in drawn(world)[5]] == [rows[10].id, rows[11].id], "the next step goes on behind"
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mmrl_ray.errors import BlindPolicyError
 from mmrl_ray.experience.carriers import SamplingParams
-from mmrl_ray.rollouts.types import Generated, Stop, Wait
+from mmrl_ray.rollouts.types import Assignment, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import encode_state
 from tests.unit.rollouts.fakes import samples
 from tests.unit.rollouts.test_controller import World, make, until
@@ -40,6 +40,12 @@ def captions(world: World, step: int) -> Generated:
     return found[1]
 
 
+def beside(world: World, count: int) -> list[Assignment]:
+    """The first `count` assignments of held-out captions: the pump sends them, whatever the learner does meanwhile."""
+    until(lambda: sum(a.kind == "aside" for a in world.pool.submitted) >= count)
+    return [a for a in world.pool.submitted if a.kind == "aside"]
+
+
 def answer(world: World, step: int) -> Any:
     return world.controller.next_plan(step, 1, wait_s=0.05)
 
@@ -56,7 +62,7 @@ def test_the_version_of_a_step_is_captioned_and_the_next_evaluation_waits_for_wh
     found = captions(world, 2)
     assert [group.sample_id for group in found.groups if group is not None] == [s.id for s in samples(3)]
     assert {group.policy_version for group in found.groups if group is not None} == {2}
-    asked = [a for a in world.pool.submitted if a.kind == "aside"]
+    asked = beside(world, 2)
     assert [(a.version, len(a.groups)) for a in asked] == [(2, 3), (4, 3)], "as many completions as of two groups"
     assert all(version == weights for version, weights in world.engine.seen if version)
     assert {r.completions for a in asked for r in a.groups} == {1}
@@ -172,8 +178,7 @@ def test_workers_that_take_turns_on_a_gpu_caption_in_their_turn(make: Callable[.
         world.step(step)
     captions(world, 2)
     assert isinstance(answer(world, 2), Wait) is shared
-    beside = {a.kind for a in world.pool.submitted if a.kind != "train"}
-    assert beside == ({"eval"} if shared else {"aside"})
+    assert {a.kind for a in world.pool.submitted if a.kind != "train"} == ({"eval"} if shared else {"aside"})
 
 
 def test_without_every_nothing_is_asked_for(make: Callable[..., World]) -> None:
@@ -231,6 +236,7 @@ def test_looks_go_the_way_of_evaluations_with_steps_and_samples_of_their_own(mak
     assert world.controller.judge(look(2), "blind")
     world.step(4)
     assert world.run.read_lines("eval/blind.jsonl") == [look(2)]
+    looked(world, 4)
     assert world.controller.status()["looks"] == {
         "open": [4],
         "complete": [4],
