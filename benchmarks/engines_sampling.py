@@ -24,7 +24,7 @@ import torch
 from rl_step import COMPLETION, GROUP_SIZE, PROMPT
 from serve import pictures_of
 
-from mmrl_ray.config.learner import EngineSection
+from mmrl_ray.config.engine import EngineSection
 from mmrl_ray.config.sections import LoraSection, ModelSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.experience.carriers import SamplingParams

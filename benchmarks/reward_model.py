@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from mmrl_ray.config.load import load_as
-from mmrl_ray.config.schema import RewardDataSection, RewardModelConfig
+from mmrl_ray.config.reward_model import RewardDataSection, RewardModelConfig
 from mmrl_ray.config.sections import ScenesSection
 from mmrl_ray.data.scenes.generator import generate_scenes
 from mmrl_ray.preferences.scene_preferences import label_noise, scene_preferences, write_scene_preferences

@@ -45,7 +45,7 @@ from risk_figures import draw, tabulate
 from mmrl_ray.config import Config
 from mmrl_ray.config.load import load_config
 from mmrl_ray.config.reward import RewardSection
-from mmrl_ray.config.schema import RewardModelConfig
+from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Sample, SampleStream, iter_references, read_split
 from mmrl_ray.data.scenes.language import attribute_scores

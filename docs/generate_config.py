@@ -27,7 +27,8 @@ def cell(text: str) -> str:
 
 def config_reference() -> Lines:
     """Each section of the three configs once, with its keys, their types, defaults and meaning."""
-    from mmrl_ray.config.schema import Config, RewardModelConfig
+    from mmrl_ray.config.reward_model import RewardModelConfig
+    from mmrl_ray.config.schema import Config
     from mmrl_ray.config.serving import ServeConfig
 
     seen: dict[type[BaseModel], str] = {}

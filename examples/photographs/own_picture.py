@@ -7,7 +7,6 @@ those of all training pictures: it earns its likeness to its own, less the mean 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -16,6 +15,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
+
+from mmrl_ray.metrics.text import words
 
 
 def told_apart(captions: Sequence[str], states: Sequence[Sequence[str]], *, data: str, nearest: int = 5) -> list[float]:
@@ -68,5 +69,5 @@ _pictures = cache(_Pictures)
 
 
 def _terms(text: str) -> list[str]:
-    words = re.findall(r"\w+", text.lower())
-    return [*words, *(" ".join(pair) for pair in pairwise(words))]
+    found = words(text)
+    return [*found, *(" ".join(pair) for pair in pairwise(found))]

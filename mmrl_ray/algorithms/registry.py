@@ -5,16 +5,10 @@ A new one is a file in this folder and a line in `FAMILIES`.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Iterator, Mapping, Set
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import mmrl_ray
 from mmrl_ray.algorithms.base import Algorithm, Panel
 from mmrl_ray.algorithms.distill import Distill
 from mmrl_ray.algorithms.dpo import Dpo
@@ -24,7 +18,8 @@ from mmrl_ray.algorithms.policy_gradient import PolicyGradient
 from mmrl_ray.algorithms.ppo import Ppo
 from mmrl_ray.algorithms.raft import Raft
 from mmrl_ray.algorithms.sapo import Sapo
-from mmrl_ray.errors import ConfigError, first_line, raised_at
+from mmrl_ray.errors import ConfigError
+from mmrl_ray.own_code import find_class
 
 if TYPE_CHECKING:
     from mmrl_ray.config.learner import LearnerSection
@@ -95,27 +90,7 @@ def own_class(path: str) -> type[Algorithm]:
     Raises:
         ConfigError: it cannot be imported, or is no algorithm.
     """
-    module, _, name = path.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise ConfigError(f"algorithm {path} is not module:Class: write the module as in an import, without `.py`")
-    folders = _own_folders()
-    sys.path.extend(folder for folder in folders if folder not in sys.path)
-    try:
-        loaded = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        script = "; what only a script does belongs below `if __name__ == '__main__':`"
-        where = raised_at(error, without=lambda file: file == __file__)
-        raise ConfigError(
-            f"algorithm {path} cannot be imported ({first_line(error)}{where}): it is looked for "
-            f"in the working directory, here {os.getcwd()}, and among what is installed"
-            f"{script if isinstance(error, SystemExit) else ''}"
-        ) from error
-    found = getattr(loaded, name, None)
-    if not (isinstance(found, type) and issubclass(found, Algorithm)):
-        raise ConfigError(
-            f"algorithm {path}: {module} has no class {name!r} that is an mmrl_ray.algorithms.base.Algorithm"
-            f"{_told_other(loaded, folders)}"
-        )
+    found = find_class(path, Algorithm, what="algorithm", error=ConfigError)
     if unknown := sorted(_first_preset(found).keys() - _learner_keys()):
         raise ConfigError(f"algorithm {path}: its preset names {unknown[0]!r}, which is no key of learner")
     if found.samples == "environment":
@@ -131,24 +106,6 @@ def _learner_keys() -> Set[str]:
     from mmrl_ray.config.learner import LearnerSection
 
     return LearnerSection.model_fields.keys()
-
-
-def _told_other(loaded: ModuleType, folders: list[str]) -> str:
-    """That a module came from elsewhere than one of that name in the user's folders."""
-    file = getattr(loaded, "__file__", None)
-    for folder in folders:
-        mine = Path(folder, *loaded.__name__.split(".")).with_suffix(".py")
-        if mine.is_file() and not (file and mine.samefile(file)):
-            return f": it is {file or 'built in'}, which comes before {mine}: choose another name for yours"
-    return ""
-
-
-def _own_folders() -> list[str]:
-    """Where a user's modules are: what a job brought, or the working directory."""
-    from mmrl_ray.rewards.function import SENT_CODE
-
-    sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
-    return [*([str(sent)] if sent.is_dir() else []), os.getcwd()]
 
 
 def own_panels(config: Any) -> tuple[Panel, ...]:

@@ -288,7 +288,7 @@ def configshow(config: ConfigFile, set_: Overrides = None) -> None:
 def reward_train(config: ConfigFile, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Train a reward model on preferences and ratings; print its figures on held-out data."""
     from mmrl_ray.config.load import load_as
-    from mmrl_ray.config.schema import RewardModelConfig
+    from mmrl_ray.config.reward_model import RewardModelConfig
 
     cfg = load_as(RewardModelConfig, config, set_ or ())
     from mmrl_ray.reward_model.run import print_report, train_reward
@@ -313,7 +313,7 @@ def reward_evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Pairwise accuracy, likelihood and calibration of a reward model on other data."""
-    from mmrl_ray.config.schema import RewardDataSection
+    from mmrl_ray.config.reward_model import RewardDataSection
     from mmrl_ray.reward_model.run import evaluate_reward, print_report
     from mmrl_ray.telemetry.terminal import RunProgress
     from mmrl_ray.training.interrupts import StopOnInterrupt

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from mmrl_ray.config.problems import Tree, dotted, dump_yaml, parse_yaml, problem_lines
-from mmrl_ray.config.schema import Config, RewardModelConfig
+from mmrl_ray.config.reward_model import RewardModelConfig
+from mmrl_ray.config.schema import Config
 from mmrl_ray.config.sections import Section
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.config.tracking import written_out

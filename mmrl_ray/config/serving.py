@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmrl_ray.config.learner import Algorithm, EngineSection, LearnerSection, RolloutSection, with_preset
+from mmrl_ray.config.engine import EngineSection
+from mmrl_ray.config.learner import Algorithm, LearnerSection, RolloutSection, with_preset
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.config.sections import (
     ActorResources,

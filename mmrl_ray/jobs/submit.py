@@ -38,7 +38,7 @@ from mmrl_ray.config.load import dump_config
 from mmrl_ray.config.reward import RewardSection
 from mmrl_ray.errors import JobError, RunError
 from mmrl_ray.jobs.records import Job, JobFacts, Status, new_http_id, new_id
-from mmrl_ray.rewards.function import SENT_CODE
+from mmrl_ray.own_code import SENT_CODE
 from mmrl_ray.run_records.control_files import read_status
 from mmrl_ray.run_records.run_dir import RunDir, run_location
 from mmrl_ray.run_records.run_owner import living_owner

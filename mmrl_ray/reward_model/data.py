@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmrl_ray.config.schema import RewardDataSection
+from mmrl_ray.config.reward_model import RewardDataSection
 from mmrl_ray.data.images import decode_image, image_hash
 from mmrl_ray.data.samples import Quarantine
 from mmrl_ray.data.shards import ParquetDataset

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmrl_ray.config.schema import RewardOptimiserSection
+from mmrl_ray.config.reward_model import RewardOptimiserSection
 from mmrl_ray.errors import NonFiniteError
 from mmrl_ray.experience.carriers import derive_seed
 from mmrl_ray.losses.schedule import cosine_scheduler

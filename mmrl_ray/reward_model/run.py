@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mmrl_ray.config.schema import RewardDataSection, RewardModelConfig
+from mmrl_ray.config.reward_model import RewardDataSection, RewardModelConfig
 from mmrl_ray.data.held_out import overlap_with_hashes
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine, Sample, dataset_fingerprint, some

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmrl_ray
 from mmrl_ray.config.reward import Modality
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ProcessError, RewardError
 from mmrl_ray.experience.carriers import RewardBreakdown, RewardFailure, Score
+from mmrl_ray.own_code import sent_folder
 from mmrl_ray.processes import ChildProcess, Lost
 from mmrl_ray.rewards.base import check_pairs, state_value
 
@@ -39,8 +39,6 @@ _MOST_RESTARTS = 8
 """After so many captions that hang there is no hope for the others, and each start may load a model."""
 START_TIMEOUT_S = 300.0
 """For a function's module to be imported, with whatever models it loads."""
-SENT_CODE = "reward_code"
-"""Beside the package, where a job brought both: the user's own modules."""
 _WORKER = "mmrl_ray.rewards.child:work"
 
 
@@ -216,7 +214,6 @@ class IsolatedFunction:
 
 def _folder(code: str | None) -> str:
     """Where the user's modules are: what a job brought, else the folder itself; empty for the working directory."""
-    sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
-    if sent.is_dir():
-        return str(sent)
+    if sent := sent_folder():
+        return sent
     return "" if code is None else str(Path(code).expanduser())

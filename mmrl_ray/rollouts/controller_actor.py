@@ -25,8 +25,9 @@ from mmrl_ray.errors import MMRLError, PlacementError, RolloutError, said
 from mmrl_ray.experience.carriers import RolloutGroup, SamplingParams, StepPlan
 from mmrl_ray.rollouts.controller import Controller
 from mmrl_ray.rollouts.group_codec import open_payload
-from mmrl_ray.rollouts.pool import PackedFactory, RayWorkerPool
+from mmrl_ray.rollouts.pool import RayWorkerPool
 from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.rollouts.pool_worker import PackedFactory
 from mmrl_ray.rollouts.types import EngineFactory, Generated, Stop, Wait
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.run_records.run_dir import RunDir

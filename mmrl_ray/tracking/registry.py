@@ -6,17 +6,13 @@ A new one is a file in this folder and a line in `KNOWN`.
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import mmrl_ray
 from mmrl_ray.config.tracking import TrackingSection
 from mmrl_ray.errors import TrackerError, first_line, raised_at
-from mmrl_ray.rewards.function import SENT_CODE
+from mmrl_ray.own_code import find_class
 from mmrl_ray.tracking.base import About, Tracker
 
 
@@ -77,22 +73,7 @@ def not_installed(name: str, error: ImportError) -> str:
 
 
 def _own(path: str, about: About, options: Mapping[str, Any]) -> Tracker:
-    module, _, name = path.partition(":")
-    sent = Path(mmrl_ray.__file__).parents[1] / SENT_CODE
-    folders = [*([str(sent)] if sent.is_dir() else []), os.getcwd()]
-    sys.path.extend(folder for folder in folders if folder not in sys.path)
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except (Exception, SystemExit) as error:
-        where = raised_at(error, without=lambda file: file == __file__)
-        raise TrackerError(
-            f"tracking: {path} cannot be imported ({first_line(error)}{where}): it is looked for in the working "
-            f"directory, here {os.getcwd()}, and among what is installed"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Tracker)):
-        raise TrackerError(
-            f"tracking: {path}: {module} has no class {name!r} that is an mmrl_ray.tracking.base.Tracker"
-        )
+    found = find_class(path, Tracker, what="tracking:", error=TrackerError)
     try:
         return found(about, **options)
     except TypeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl_ray.config.learner import EngineSection
+from mmrl_ray.config.engine import EngineSection
 from mmrl_ray.errors import ConfigError
 from mmrl_ray.policy.generation.vllm.decoder import VllmServer, start_server
 from mmrl_ray.policy.generation.vllm.engine import VllmEngine, start_engine

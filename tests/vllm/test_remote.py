@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mmrl_ray.config.learner import EngineSection
+from mmrl_ray.config.engine import EngineSection
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ModelError, ProcessError
 from mmrl_ray.experience.carriers import EncodedPrompt

@@ -15,7 +15,7 @@ from mmrl_ray.config.load import (
     parse_as,
     parse_config,
 )
-from mmrl_ray.config.schema import RewardModelConfig
+from mmrl_ray.config.reward_model import RewardModelConfig
 from mmrl_ray.config.serving import ServeConfig
 from mmrl_ray.planning.dry_run import dry_run
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmrl_ray.config.schema import RewardDataSection
+from mmrl_ray.config.reward_model import RewardDataSection
 from mmrl_ray.data.images import image_hash
 from mmrl_ray.data.samples import Quarantine
 from mmrl_ray.errors import DataError, QuarantineError

@@ -27,7 +27,7 @@ from mmrl_ray.experience.carriers import (
     ScoredGroup,
 )
 from mmrl_ray.rollouts.group_codec import open_payload
-from mmrl_ray.rollouts.pool import join_result, split_result
+from mmrl_ray.rollouts.pool_worker import join_result, split_result
 from mmrl_ray.rollouts.types import Assignment, AssignmentResult, Collected, DataFailure, FetchWeights, GroupRequest
 
 TEXT = "a red circle"

@@ -15,7 +15,7 @@ import torch
 from mmrl_ray.experience.carriers import StepPlan
 from mmrl_ray.learner.train_loop import export_checkpoint_metrics, export_learner_metrics
 from mmrl_ray.rollouts.controller import Controller
-from mmrl_ray.rollouts.pool import RolloutWorker
+from mmrl_ray.rollouts.pool_worker import RolloutWorker
 from mmrl_ray.rollouts.types import AssignmentResult
 from mmrl_ray.rollouts.weights import decode_state, encode_state
 from mmrl_ray.run_records.run_dir import RunDir

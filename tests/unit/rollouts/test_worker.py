@@ -14,8 +14,8 @@ from mmrl_ray.errors import RolloutError
 from mmrl_ray.experience.carriers import GroupKey, SamplingParams
 from mmrl_ray.experience.schema import ROLLOUT_SCHEMA, decode_records
 from mmrl_ray.rollouts.group_codec import Parcelled, open_payload
-from mmrl_ray.rollouts.pool import PoolWorker, RolloutWorker, WorkerCall, join_result
 from mmrl_ray.rollouts.pool_settings import PoolSettings
+from mmrl_ray.rollouts.pool_worker import PoolWorker, RolloutWorker, WorkerCall, join_result
 from mmrl_ray.rollouts.types import Assignment, GroupRequest
 from mmrl_ray.rollouts.weights import encode_state
 from tests.unit.rollouts.fakes import FakeEngineFactory, config, samples

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmrl_ray.config.learner import EngineSection
+from mmrl_ray.config.engine import EngineSection
 from mmrl_ray.errors import AdapterError, ConfigError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, SamplingParams
 from mmrl_ray.policy.generation.base import DecodeRequest, Event, Failure

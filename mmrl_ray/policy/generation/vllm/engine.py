@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from transformers.utils import is_torchvision_available
 
-from mmrl_ray.config.learner import EngineSection
+from mmrl_ray.config.engine import EngineSection
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import AdapterError, ConfigError, MMRLError, ModelError
 from mmrl_ray.experience.carriers import EncodedPrompt, VisionFeatures

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmrl_ray.config.learner import EngineSection
+from mmrl_ray.config.engine import EngineSection
 from mmrl_ray.data.images import decode_image
 from mmrl_ray.data.samples import Sample
 from mmrl_ray.errors import ConfigError, ContextLengthError, MMRLError, ModelError, ProcessError

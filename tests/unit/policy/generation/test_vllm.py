@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mmrl_ray.config.learner import EngineSection, RolloutSection
+from mmrl_ray.config.engine import EngineSection, RolloutSection
 from mmrl_ray.config.load import load_config
 from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.errors import ConfigError, ProcessError
