@@ -23,7 +23,7 @@ from mmrl_ray.config.sections import ModelSection, TeacherSection
 from mmrl_ray.data.held_out import Overlap, overlap_with_data, overlap_with_hashes, same_place
 from mmrl_ray.data.samples import Quarantine, Sample, iter_references, read_split
 from mmrl_ray.errors import DataError, RunError
-from mmrl_ray.policy.generation.vllm.environment import program
+from mmrl_ray.policy.generation.vllm.process import check as check_vllm
 from mmrl_ray.policy.generation.vllm.server import VllmServer
 from mmrl_ray.rollouts.pool_settings import placed_demands
 from mmrl_ray.training.cluster import node_local_root_refused, ray_session
@@ -70,13 +70,13 @@ def check_engine(cfg: Config) -> str:
     """Whether what samples is on this machine, where the run's workers are; what it is, in words.
 
     Raises:
-        ConfigError: there is no interpreter with vLLM, which `rollout.engine` asks for, or the server that it names is
-            none that a run can use.
-        ProcessError: that server is not there.
+        ConfigError: there is no interpreter with vLLM, which `rollout.engine` asks for, vLLM has no such argument, or
+            the server that it names is none that a run can use.
+        ProcessError: that server is not there, or that interpreter gives no answer.
     """
     engine = cfg.rollout.engine
     if engine.kind == "vllm":
-        return f"vLLM of {program(engine.python)}"
+        return f"vLLM of {check_vllm(engine.python, engine.arguments, engine.start_timeout_s)}"
     if engine.url is None:
         return "the worker itself"
     with VllmServer(engine.url, api_key_env=engine.api_key_env, timeout_s=_SERVER_S) as server:

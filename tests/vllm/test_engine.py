@@ -24,6 +24,7 @@ from mmrl_ray.planning.estimate import engine_memory
 from mmrl_ray.policy.generation.base import DecodeRequest, GroupOutput
 from mmrl_ray.policy.generation.vllm.engine import VllmEngine, start_engine
 from mmrl_ray.policy.generation.vllm.exchange import collect, embeddings, submit
+from mmrl_ray.policy.generation.vllm.process import check
 from mmrl_ray.policy.load import load_policy
 from mmrl_ray.policy.lora.adapter import add_adapter
 from mmrl_ray.policy.lora.routing import VersionedPolicy
@@ -270,6 +271,12 @@ def test_what_does_not_fit_is_refused_and_the_engine_goes_on(
         engine.generate([DecodeRequest(prompts[0], 1, SamplingParams(value_beta=1.0))])
     load(policy, engine, 1)
     assert gap(policy, prompts, engine.generate(requests(prompts))) < BOUND
+
+
+def test_arguments_are_looked_at_before_a_run_begins(python: str) -> None:
+    assert check(python, [], TIMEOUT_S) == check(python, ["gpu_memory_utilization", "dtype"], TIMEOUT_S) == python
+    with pytest.raises(ConfigError, match=r"no argument 'gpu_memory_utilisation'; like it are .*gpu_memory_utilizat"):
+        check(python, ["dtype", "gpu_memory_utilisation"], TIMEOUT_S)
 
 
 def test_the_dry_run_counts_what_the_process_takes(python: str, tmp_path: Path) -> None:

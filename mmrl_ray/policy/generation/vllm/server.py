@@ -26,7 +26,7 @@ from tenacity import AsyncRetrying, retry_if_exception, retry_if_result, stop_af
 from mmrl_ray import __version__
 from mmrl_ray.client import lost, may_pass, wait_s
 from mmrl_ray.errors import AdapterError, ConfigError, ContextLengthError, ProcessError, one_line
-from mmrl_ray.policy.generation.vllm.child import OLDEST, is_known
+from mmrl_ray.policy.generation.vllm.installed import OLDEST, is_known
 
 GENERATE = "/inference/v1/generate"
 _TRIES = 4

@@ -15,16 +15,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mmrl_ray.config.engine import EngineSection, RolloutSection
+from mmrl_ray.config.engine import EngineSection
+from mmrl_ray.config.learner import RolloutSection
 from mmrl_ray.config.load import load_config
 from mmrl_ray.config.paths import with_absolute_paths
 from mmrl_ray.errors import ConfigError, ProcessError
 from mmrl_ray.experience.carriers import EncodedPrompt, PromptSource, SamplingParams
 from mmrl_ray.policy.generation.base import Event, Failure
 from mmrl_ray.policy.generation.vllm import environment
-from mmrl_ray.policy.generation.vllm.child import EXTENSION, Engine, is_known, pack, unpack
+from mmrl_ray.policy.generation.vllm.child import EXTENSION, Engine, pack, unpack
 from mmrl_ray.policy.generation.vllm.decoder import VllmDecoder
-from mmrl_ray.policy.generation.vllm.process import VllmProcess
+from mmrl_ray.policy.generation.vllm.installed import is_known
+from mmrl_ray.policy.generation.vllm.process import VllmProcess, check
 from mmrl_ray.policy.lora.routing import BASE
 from mmrl_ray.policy.model import Policy
 from mmrl_ray.processes import without_growing_segments
@@ -45,6 +47,8 @@ def test_an_interpreter_without_vllm_is_told_from_one_that_is_not_there() -> Non
     for python, said in (("/nowhere/python", "no program"), (sys.executable, "no usable vLLM")):
         with pytest.raises(ConfigError, match=rf"{said}.*mmrl engine install vllm"):
             VllmProcess(python, ASKED, environment={}, start_timeout_s=60.0)
+        with pytest.raises(ConfigError, match=rf"{said}.*mmrl engine install vllm"):
+            check(python, [], 60.0)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,8 @@ def test_a_process_that_does_not_answer_is_ended_at_its_deadline(tmp_path: Path)
     python.chmod(0o755)
     with pytest.raises(ProcessError, match=r"no answer within 0\.3 s"):
         VllmProcess(str(python), ASKED, environment={}, start_timeout_s=0.3)
+    with pytest.raises(ProcessError, match=r"no answer within 0\.3 s.*mmrl engine install vllm"):
+        check(str(python), [], 0.3)
 
 
 PROGRAM = """#!{python} -S

@@ -18,7 +18,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mmrl_ray.config.engine import EngineSection, RolloutSection
+from mmrl_ray.config.engine import EngineSection
+from mmrl_ray.config.learner import RolloutSection
 from mmrl_ray.config.load import load_config
 from mmrl_ray.config.sections import LoraSection
 from mmrl_ray.errors import AdapterError, ConfigError, MMRLError, ModelError, ProcessError
