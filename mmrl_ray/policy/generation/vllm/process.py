@@ -189,7 +189,8 @@ class VllmProcess:
             if _NO_PACKAGE.match(said):
                 return ConfigError(f"{NAME}: {self._python} has no usable vLLM ({said}); {_INSTALL}")
             lost = replace(lost, reason=f"{lost.reason}; is {self._python} a Python that has vLLM? {_INSTALL}")
-        return ProcessError(f"{lost.reason}{_last_words(said)}")
+        remedy = "; raise the engine's start_timeout_s if it is still loading then" if starts and lost.hung else ""
+        return ProcessError(f"{lost.reason}{_last_words(said)}{remedy}")
 
     def _cause(self) -> str:
         """The last error that it has written since its last answer, but for those that tell of another."""
