@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import torch
+
 from mmrl_ray.algorithms.dqn.agent import AGENT_FOLDER, Agent, Saying
 from mmrl_ray.algorithms.dqn.network import prompt_features
 from mmrl_ray.data.decoder_pool import SharedPicture, images_of
@@ -41,6 +43,7 @@ class AgentEngine:
         max_rows: int,
         max_queue: int,
         timeout_s: float,
+        threads: int = 1,
     ) -> None:
         """Reads the run's agent, the final one or that of its newest checkpoint; nothing runs before `start`.
 
@@ -56,7 +59,7 @@ class AgentEngine:
         self._max_rows, self._max_queue, self._timeout_s = max_rows, max_queue, timeout_s
         self._agent, self._version, self._created = _newest_agent(run)
         self._cache = VisionCache(vision_cache_bytes)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="agent")
+        self._worker = ThreadPoolExecutor(1, "agent", torch.set_num_threads, (threads,))
         self._decoder = RequestDecoder()
         self._turns = Turns(1)
         self._under_way = self._requests = self._failed = self._tokens = 0

@@ -223,7 +223,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
 
     serving = cfg.serving
     threads = torch_threads(cfg, os.cpu_count() or 1)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # of all but the thread that decodes, see `DecodeThread`
     if is_vllm := serving.policy.engine.kind == "vllm":
         policy = load_skeleton(cfg.model)
     else:
@@ -234,6 +234,7 @@ def _start_engine(cfg: ServeConfig, created: int) -> Engine | AgentEngine:
         "max_rows": serving.policy.max_rows,
         "max_queue": serving.policy.max_queue,
         "timeout_s": serving.request_timeout_s + _LATER_S,
+        "threads": threads,
     }
     if cfg.agent is not None:
         agent = AgentEngine(policy, RunDir.at(cfg.agent), **common)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import torch
 from PIL import Image
 
 from mmrl_ray.data.decoder_pool import SharedPicture, images_of
@@ -89,6 +90,7 @@ class Engine:
         max_rows: int,
         max_queue: int,
         timeout_s: float,
+        threads: int = 1,
         prompt_processes: int = 0,
         vllm: VllmServer | None = None,
     ) -> None:
@@ -103,6 +105,7 @@ class Engine:
             max_rows: completions decoded at the same time.
             max_queue: requests that may wait for their first token; one more is refused at once.
             timeout_s: a request that takes longer ends with an error.
+            threads: that compute a pass of the model's.
             prompt_processes: that make prompts beside the decode thread; with 0 threads of this process do.
             vllm: samples in the place of the policy's own model, of which a skeleton will do then.
 
@@ -119,9 +122,9 @@ class Engine:
         self._cache = VisionCache(vision_cache_bytes)
         self._rules = generation_rules(policy) if vllm is None else None  # vLLM's process has them
         self._vllm = vllm
-        self._thread = DecodeThread(self._make_decoder)
+        self._thread = DecodeThread(self._make_decoder, threads)
         encoders = prompt_processes or min(_ENCODERS, os.cpu_count() or 1)
-        self._encoders = ThreadPoolExecutor(encoders, thread_name_prefix="encode")
+        self._encoders = ThreadPoolExecutor(encoders, "encode", torch.set_num_threads, (1,))
         self._prompts = PromptPool(policy, prompt_processes)
         self._decoder = RequestDecoder()
         self._leases = AdapterLeases(pool, self._thread) if pool is not None else None

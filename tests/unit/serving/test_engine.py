@@ -478,6 +478,23 @@ def test_a_stream_begins_with_its_first_token(
         run(work())
 
 
+def test_the_model_alone_computes_with_all_threads(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, set[int]] = {"model": set(), "prompts": set()}
+    policy.hf_model.register_forward_pre_hook(lambda *_: found["model"].add(torch.get_num_threads()))
+    encode = prompt_pool.encode_conversation
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        found["prompts"].add(torch.get_num_threads())
+        return encode(*args, **kwargs)
+
+    before = torch.get_num_threads()
+    with running(policy, threads=3) as engine:
+        monkeypatch.setattr(prompt_pool, "encode_conversation", seen)
+        run(engine.generate(ask()))
+    torch.set_num_threads(before)  # of threads that are yet to come
+    assert found == {"model": {3}, "prompts": {1}}
+
+
 def test_before_and_after_nothing_is_answered(policy: Policy) -> None:
     values = {"vision_cache_bytes": 0, "max_rows": 4, "max_queue": 4, "timeout_s": 1.0}
     engine = Engine(policy, None, model_id="tiny", created=0, **values)
