@@ -131,12 +131,11 @@ def test_learners_that_start_again_leave_an_event(make: Callable[..., World]) ->
 def test_a_worker_measures_each_assignment(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
     world = make()
     world.step(0)
-    assignment = world.pool.submitted[0]
-    monkeypatch.setattr("mmrl_ray.rollouts.pool._fetch_weights", lambda _: None)
+    assignment = replace(world.pool.submitted[0], weights=())
     meter = MemoryMeter(run="r", worker="w-9")
     worker = RolloutWorker("w-9", "r", lambda name: FakeEngine(name, masked=frozenset({"sample-000"})))
     worker._meter = meter
-    monkeypatch.setattr("mmrl_ray.rollouts.pool.start_logging", lambda *_, **__: None)
+    monkeypatch.setattr("mmrl_ray.rollouts.pool_worker.start_logging", lambda *_, **__: None)
     assert worker.start().pid == os.getpid()
     worker.run(assignment)
     tokens = meter.values.pop(("worker_tokens", "r", "w-9", "completion"))
@@ -179,15 +178,14 @@ def test_what_an_engine_found_in_its_caches_is_in_a_steps_line_and_measured(
         return replace(result, groups=(replace(first, counters={**first.counters, **found}), *others))
 
     monkeypatch.setattr(FakeEngine, "run", counted)
-    monkeypatch.setattr("mmrl_ray.rollouts.pool._fetch_weights", lambda _: None)
     world = make()
     world.step(0)
     (line,) = world.run.read_lines("metrics.jsonl")
     assert line["engine/prefix_cache_hit_fraction"] == 0.75
     worker, meter = RolloutWorker("w-9", "r", FakeEngine), MemoryMeter(run="r", worker="w-9")
     worker._meter = meter
-    monkeypatch.setattr("mmrl_ray.rollouts.pool.start_logging", lambda *_, **__: None)
+    monkeypatch.setattr("mmrl_ray.rollouts.pool_worker.start_logging", lambda *_, **__: None)
     worker.start()
-    worker.run(world.pool.submitted[0])
+    worker.run(replace(world.pool.submitted[0], weights=()))
     looked = {key[3:]: value for key, value in meter.values.items() if key[0] == "worker_engine_lookups"}
     assert looked == {("tokens", "hit"): 60.0, ("tokens", "miss"): 20.0, ("pictures", "hit"): 2.0}
