@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # What is installed beside the base (see pyproject.toml); for example: make setup EXTRAS=dev,models
 EXTRAS ?= dev
 
-.PHONY: setup check test test-vllm docs quickstart lock clean
+.PHONY: setup check test test-vllm test-quantized docs quickstart lock clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,12 @@ test: setup
 # vLLM in an environment of its own, MMRL_VLLM_PYTHON or what `mmrl engine install` has made; skipped where there is none.
 test-vllm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm $(PARALLEL)
+
+# Quantised bases. Their libraries lie beside the environment: in it, every process of every other test would import them.
+QUANTIZED := bitsandbytes==0.50.2 torchao==0.18.0
+test-quantized: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/quantized $(QUANTIZED)
+	PYTHONPATH=.cache/quantized OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/policy/test_quantized.py tests/unit/export $(PARALLEL)
 
 # Strict: a reference to nothing, or a warning, fails. The pages are in docs/_build/html.
 docs: setup $(VENV)/.docs-installed

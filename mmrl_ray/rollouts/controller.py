@@ -185,7 +185,7 @@ class Controller:
         self._begin(*decode_checkpoint(self._cfg.run.name, state))
 
     def rewind(self, step: int) -> None:
-        """(Re)starts at `step`, 0 or one whose checkpoint was taken by this controller; nothing happens if it is due.
+        """(Re)starts at `step`, 0 or one whose checkpoint was taken by this controller; if it is due, that is all.
 
         Raises:
             RolloutError: where its samples begin is not known any more.
@@ -195,10 +195,10 @@ class Controller:
     def _begin(self, step: int, stream: Mapping[str, Any] | None, groups: BufferedGroups) -> None:
         def go() -> None:
             with self._changed:
-                if self._loop.begun and self._next_plan == step and self._planned is None:
-                    return
                 if self._loop.begun:
                     self._loop.note({"kind": "learner_restarted", "at_step": self._next_plan, "step": step})
+                    if self._next_plan == step and self._planned is None:
+                        return  # it had checkpointed, and not begun another one
                 self._loop.seek(step, stream, groups)
                 self._planned, self._next_plan, self._asked_since = None, step, None
                 for watch in self._held_out.values():

@@ -54,7 +54,7 @@ def test_continuous_integration_calls_what_a_laptop_does() -> None:
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     called = {target for step in steps if step.startswith("make ") for target in step.split()[1:]}
     assert called == set(re.findall(r"^ *make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
-    assert called == {"check", "test", "docs", "test-vllm"}
+    assert called == {"check", "test", "docs", "test-quantized", "test-vllm"}
 
 
 def _kinds(path: Path) -> set[str]:

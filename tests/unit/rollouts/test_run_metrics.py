@@ -126,6 +126,11 @@ def test_learners_that_start_again_leave_an_event(make: Callable[..., World]) ->
     (event,) = world.events("learner_restarted")
     assert (event["at_step"], event["step"]) == (2, 1)
     assert world.meter.values["finished_steps", "test-run"] == 2
+    # Right behind a checkpoint there is nothing to do again, and it happened all the same.
+    world.controller.restore(world.controller.checkpoint_state(2))
+    _, event = world.events("learner_restarted")
+    assert (event["at_step"], event["step"]) == (2, 2)
+    world.step(2)
 
 
 def test_a_worker_measures_each_assignment(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
