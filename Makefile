@@ -34,10 +34,13 @@ test-vllm: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm $(PARALLEL)
 
 # Quantised bases. Their libraries lie beside the environment: in it, every process of every other test would import them.
-QUANTIZED := bitsandbytes==0.50.2 torchao==0.18.0
-test-quantized: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .cache/quantized $(QUANTIZED)
-	PYTHONPATH=.cache/quantized OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/policy/test_quantized.py tests/unit/export $(PARALLEL)
+QUANTIZED := .cache/quantized
+test-quantized: $(QUANTIZED)/.installed
+	PYTHONPATH=$(QUANTIZED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k quantized tests/unit/policy/test_quantized.py tests/unit/export
+
+$(QUANTIZED)/.installed: Makefile $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(QUANTIZED) bitsandbytes==0.50.2 torchao==0.18.0
+	@touch $@
 
 # Strict: a reference to nothing, or a warning, fails. The pages are in docs/_build/html.
 docs: setup $(VENV)/.docs-installed

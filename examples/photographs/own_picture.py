@@ -8,7 +8,7 @@ those of all training pictures: it earns its likeness to its own, less the mean 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -29,9 +29,9 @@ def told_apart(captions: Sequence[str], states: Sequence[Sequence[str]], *, data
         nearest: pictures that a caption is held against: those of which it says most.
     """
     pictures = _pictures(data)
-    said = pictures.vectors(captions)
+    said = pictures.vectors(map(_terms, captions))
     references = [" ".join(state) for state in states]
-    own = said.multiply(pictures.vectors(references)).sum(1)
+    own = said.multiply(pictures.vectors(map(_terms, references))).sum(1)
     others = (said @ pictures.known.T).toarray()
     for row, text in enumerate(references):
         if text in pictures.places:
@@ -44,25 +44,26 @@ class _Pictures:
 
     def __init__(self, data: str) -> None:
         texts = [" ".join(row) for row in pq.read_table(data, columns=["references"])["references"].to_pylist()]
-        pictures = Counter(term for text in texts for term in set(_terms(text)))
+        found = [_terms(text) for text in texts]
+        pictures = Counter(term for terms in found for term in set(terms))
         self._weights = {term: np.log(len(texts) / count) for term, count in pictures.items() if count > 1}
         self._columns = {term: column for column, term in enumerate(self._weights)}
         self.places = {text: row for row, text in enumerate(texts)}
-        self.known = self.vectors(texts)
+        self.known = self.vectors(found)
 
-    def vectors(self, texts: Sequence[str]) -> csr_array:
-        """[texts, terms], each of length 1, or 0 where nothing in it is known."""
+    def vectors(self, texts: Iterable[Sequence[str]]) -> csr_array:
+        """[texts, terms] of texts that are taken apart, each of length 1, or 0 where nothing in it is known."""
         values: list[float] = []
         columns: list[int] = []
         ends = [0]
-        for text in texts:
-            counts = Counter(term for term in _terms(text) if term in self._columns)
+        for terms in texts:
+            counts = Counter(term for term in terms if term in self._columns)
             row = [(1 + np.log(count)) * self._weights[term] for term, count in counts.items()]
             length = float(np.linalg.norm(row)) or 1.0
             values += [value / length for value in row]
             columns += [self._columns[term] for term in counts]
             ends.append(len(values))
-        return csr_array((values, columns, ends), shape=(len(texts), len(self._columns)))
+        return csr_array((values, columns, ends), shape=(len(ends) - 1, len(self._columns)))
 
 
 _pictures = cache(_Pictures)

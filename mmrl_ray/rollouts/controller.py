@@ -185,7 +185,7 @@ class Controller:
         self._begin(*decode_checkpoint(self._cfg.run.name, state))
 
     def rewind(self, step: int) -> None:
-        """(Re)starts at `step`, 0 or one whose checkpoint was taken by this controller; if it is due, that is all.
+        """(Re)starts at `step`, 0 or one whose checkpoint was taken by this controller; one that is due is only noted.
 
         Raises:
             RolloutError: where its samples begin is not known any more.
